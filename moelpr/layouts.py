@@ -23,25 +23,15 @@ _EP, _ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups, each at least 1. A run has tp · pp · cp · dp ranks.
+    """Sizes of the parallel groups, each at least 1. A run has tp · pp · cp · dp ranks."""
 
-    Attributes:
-        tp: tensor parallel; with experts always together with sequence parallel.
-        pp: pipeline parallel.
-        ep: expert parallel; the new experts are divided over these ranks, the original experts are on all of them.
-        etp: tensor parallel inside experts.
-        dp: data parallel.
-        cp: context parallel.
-        vpp: virtual pipeline stages per rank.
-    """
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int = 1
-    dp: int = 1
-    cp: int = 1
-    vpp: int = 1
+    tp: int = 1  # tensor parallel; with experts always together with sequence parallel
+    pp: int = 1  # pipeline parallel
+    ep: int = 1  # expert parallel: the new experts are divided over these ranks, the original ones are on all of them
+    etp: int = 1  # tensor parallel inside experts
+    dp: int = 1  # data parallel
+    cp: int = 1  # context parallel
+    vpp: int = 1  # virtual pipeline stages per rank
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], world_size: int, vpp: int) -> Self:
@@ -72,16 +62,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class PlannedLayout(Layout):
-    """A layout together with the settings that trade memory for compute or communication.
+    """A layout together with the settings that trade memory for compute or communication."""
 
-    Attributes:
-        recompute: what the backward pass recomputes: "selective" the MoE layers (router, dispatch and experts), "full"
-            all layers.
-        distributed_optimizer: whether optimizer state is divided over data-parallel ranks.
-    """
-
+    # The backward pass recomputes the MoE layers (router, dispatch and experts), or with "full" all layers.
     recompute: Recompute = "none"
-    distributed_optimizer: bool = True
+    distributed_optimizer: bool = True  # optimizer state is divided over data-parallel ranks
 
     @property
     def divides_optimizer(self) -> bool:
@@ -118,8 +103,6 @@ def layout_problems(
     """Yield a message for each rule that the layout violates; a layout without messages is legal.
 
     Args:
-        layout: the layout to check.
-        world_size: number of ranks.
         spec: the model; None skips the rules about the model.
         seq_length: tokens per sequence; None skips its rules.
         micro_batch_size, global_batch_size: in sequences; None skips their rule.

@@ -29,11 +29,8 @@ def _varlen_attention() -> Callable[..., Any] | None:
 def document_edges(position_BS: Tensor) -> Tensor:
     """The starts of a micro-batch's documents, and its end: int32 [documents + 1], counted along its sequences.
 
-    A sequence starts with the rest of a document. On a GPU this waits for the positions, so call it once per
-    micro-batch and not in every layer.
-
-    Args:
-        position_BS: each token's position in its document.
+    The positions are those of tokens in their documents; a sequence starts with the rest of a document. On a GPU this
+    waits for them, so call it once per micro-batch and not in every layer.
     """
     is_start_BS = position_BS == 0
     is_start_BS[:, 0] = True

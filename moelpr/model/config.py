@@ -36,25 +36,16 @@ class MoELPRConfig(TransformerConfig):
     The router scores E = P + N places; the original experts are separate modules (docs/design/original-expert.md).
     """
 
+    # m; more than 1 in a later round of languages, in which the experts of earlier rounds are original experts.
     num_original_experts: int = 1
-    """m; more than 1 in a later round of languages, in which the experts of earlier rounds are original experts."""
-
-    original_copies: int = 1
-    """C, the router rows of the dense FFN, which a rank holds and computes once."""
-
-    lpr_loss_coeff: float = 0.0
-    """The paper's gamma; 0 disables the loss."""
-
+    original_copies: int = 1  # C, the router rows of the dense FFN, which a rank holds and computes once
+    lpr_loss_coeff: float = 0.0  # the paper's gamma; 0 disables the loss
     lpr_loss: LPRVariant = "paper"
-
-    train_everything: bool = False
-    """The paper's plain-MoE ablation: nothing is frozen, including the original experts."""
-
+    train_everything: bool = False  # the paper's plain-MoE ablation: nothing is frozen, including the original experts
+    # Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself.
     fuse_expert_gradients: bool = False
-    """Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself."""
-
+    # Megatron's flag: attention stays within a document (SDPACoreAttention).
     dataloader_inter_document_masking: bool = False
-    """Megatron's flag: attention stays within a document (SDPACoreAttention)."""
 
     @property
     def num_original_places(self) -> int:

@@ -29,7 +29,6 @@ def load_weights(
         chunks: the model; tensors are converted to its dtypes.
         links: step folders; each tensor is loaded from the first that has it.
         only_frozen: whether to skip parameters that train.
-        load: the loader of one step folder.
 
     Raises:
         UserError: a tensor is in none of the folders, or has another shape.

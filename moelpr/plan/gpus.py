@@ -9,21 +9,13 @@ RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless t
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet, in a node where each GPU has its own network adapter.
+    """A GPU by its data sheet, in a node where each GPU has its own network adapter."""
 
-    Attributes:
-        memory_gib: data sheets say GB, but mean GiB within 1%.
-        flops: operations per second of bf16 matrix products, without sparsity.
-        memory_bandwidth: bytes per second.
-        node_bandwidth: bytes per second to the GPUs of the same node, in one direction (data sheets add up both).
-        network_bandwidth: bytes per second to other nodes, in one direction.
-    """
-
-    memory_gib: float
-    flops: float
-    memory_bandwidth: float
-    node_bandwidth: float
-    network_bandwidth: float
+    memory_gib: float  # data sheets say GB, but mean GiB within 1%
+    flops: float  # operations per second of bf16 matrix products, without sparsity
+    memory_bandwidth: float  # bytes per second
+    node_bandwidth: float  # bytes per second to the GPUs of the same node, in one direction (data sheets add up both)
+    network_bandwidth: float  # bytes per second to other nodes, in one direction
 
 
 GPUS = {

@@ -36,18 +36,13 @@ Parts = Mapping[tuple[int | None, Part], int]
 
 @dataclass(frozen=True)
 class Kernels:
-    """What implementations keep for the backward pass. The default describes a GPU; `CPU` is what the tests run on.
+    """What implementations keep for the backward pass. The default describes a GPU; `CPU` is what the tests run on."""
 
-    Attributes:
-        fp32_norm_input: whether a norm keeps an fp32 copy of its input.
-        norm_output: whether the norm before attention or a dense FFN keeps its output too, as Transformer Engine's
-            fused norm and linear layer has done even if the linear is frozen; counted, to be on the safe side.
-        fused_swiglu: whether dense FFNs keep only gate and up, as experts always do, and no intermediate value.
-    """
-
-    fp32_norm_input: bool = False
+    fp32_norm_input: bool = False  # a norm keeps an fp32 copy of its input
+    # The norm before attention or a dense FFN keeps its output too, as Transformer Engine's fused norm and linear layer
+    # has done even if the linear is frozen; counted, to be on the safe side.
     norm_output: bool = True
-    fused_swiglu: bool = True
+    fused_swiglu: bool = True  # dense FFNs keep only gate and up, as experts always do, and no intermediate value
 
 
 CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
@@ -71,11 +66,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences.
-
-    Attributes:
-        new_embeddings: whether stage 1 also trains rows of new tokens.
-    """
+    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences."""
 
     stage: PlannedStage
     seq_length: int
@@ -83,7 +74,7 @@ class Workload:
     global_batch_size: int
     dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
-    new_embeddings: bool = False
+    new_embeddings: bool = False  # stage 1 also trains rows of new tokens
 
     @property
     def trained(self) -> frozenset[Part]:

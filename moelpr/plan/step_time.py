@@ -46,36 +46,22 @@ class Flops(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """Expert traffic, in bytes per rank and step.
+    """Expert traffic, in bytes per rank and step."""
 
-    Attributes:
-        all_to_all: rows of new experts sent to other expert-parallel ranks and back, forward and backward.
-        expert_tensor: rows received from, and partial results sent to, the other expert-tensor-parallel ranks.
-    """
-
-    all_to_all: int
-    expert_tensor: int
+    all_to_all: int  # rows of new experts sent to other expert-parallel ranks and back, forward and backward
+    expert_tensor: int  # rows received from, and partial results sent to, the other expert-tensor-parallel ranks
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Predicted seconds of a step, on the slowest pipeline stage.
+    """Predicted seconds of a step, on the slowest pipeline stage."""
 
-    Attributes:
-        products_s: matrix products.
-        memory_s: kernels limited by memory bandwidth, and the optimizer.
-        experts_s: expert traffic.
-        layers_s: exchanges of tensor-parallel ranks and of pipeline stages.
-        gradients_s: reducing gradients and gathering weights, beyond what overlaps with the work of a micro-batch.
-        bubble_s: waiting for the first and the last micro-batch of a pipeline.
-    """
-
-    products_s: float
-    memory_s: float
-    experts_s: float
-    layers_s: float
-    gradients_s: float
-    bubble_s: float
+    products_s: float  # matrix products
+    memory_s: float  # kernels limited by memory bandwidth, and the optimizer
+    experts_s: float  # expert traffic
+    layers_s: float  # exchanges of tensor-parallel ranks and of pipeline stages
+    gradients_s: float  # reducing gradients and gathering weights, beyond what overlaps with a micro-batch's work
+    bubble_s: float  # waiting for the first and the last micro-batch of a pipeline
 
     @property
     def total_s(self) -> float:

@@ -51,18 +51,14 @@ class Outcome(StrEnum):
 
 @dataclass
 class Case:
-    """One case, and its folder.
-
-    Attributes:
-        notes: what was done, to be printed if the case fails.
-    """
+    """One case, and its folder."""
 
     kind: str
     seed: int
     number: int
     folder: Path
     material: Path
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was done, to be printed if the case fails
 
     @cached_property
     def random(self) -> Random:
@@ -99,17 +95,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Reading:
-    """Files that a command reads, and when its result is right although one of them is damaged.
-
-    Attributes:
-        files: patterns, relative to the box.
-        weight: how often, compared with other readings: less for commands that take seconds.
-    """
+    """Files that a command reads, and when its result is right although one of them is damaged."""
 
     command: str
-    files: str
+    files: str  # patterns, relative to the box
     is_right: Judge
-    weight: float = 1.0
+    weight: float = 1.0  # how often, compared with other readings: less for commands that take seconds
 
     def paths(self, box: Path) -> list[Path]:
         found = sorted({path for pattern in self.files.split() for path in box.glob(pattern) if path.is_file()})
@@ -385,16 +376,11 @@ def two_at_once(case: Case) -> Outcome:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of cases.
-
-    Attributes:
-        weight: its share of the time, before it is divided by the sum of all.
-        group: of the table of counts.
-    """
+    """A kind of cases."""
 
     try_case: Callable[[Case], Outcome]
-    weight: float
-    group: str = "mutated input"
+    weight: float  # its share of the time, before it is divided by the sum of all
+    group: str = "mutated input"  # a row of the table of counts
 
 
 KINDS = {

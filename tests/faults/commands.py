@@ -31,17 +31,12 @@ _CACHES = shutil.ignore_patterns("cache")
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the module with its `main`, its arguments, and what it reads.
-
-    Attributes:
-        reads: files and folders of the material; "a:b" is a, copied to b.
-        script: the shell script to start instead, with two ranks; such a command can't be forked.
-    """
+    """A command: the module with its `main`, its arguments, and what it reads."""
 
     module: str
     arguments: str
-    reads: str
-    script: str = ""
+    reads: str  # files and folders of the material; "a:b" is a, copied to b
+    script: str = ""  # the shell script to start instead, with two ranks; such a command can't be forked
 
     @property
     def words(self) -> list[str]:

@@ -28,20 +28,9 @@ APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
 NEW_ROWS = ("rows TP2+SP PP2, full recompute", "rows PP2 DP2 overlapped")
 SUITE = (*ONE_PROCESS, *PAIRS, *REPLICATED, *EDGES, *APART, *NEW_ROWS)
 
-FEATURES = {
-    "tensor and sequence parallel": lambda flags: "--tensor-model-parallel-size 2" in flags,
-    "expert tensor parallel": lambda flags: (
-        "--tensor-model-parallel-size 2" in flags and "--expert-tensor-parallel-size 1" not in flags
-    ),
-    "expert parallel": lambda flags: "--expert-model-parallel-size" in flags,
-    "pipeline": lambda flags: "--pipeline-model-parallel-size" in flags,
-    "virtual stages": lambda flags: "--num-virtual-stages" in flags,
-    "distributed optimizer": lambda flags: "--use-distributed-optimizer" in flags,
-    "overlap": lambda flags: "--overlap-grad-reduce" in flags,
-    "full recompute": lambda flags: "--recompute-granularity full" in flags,
-    "selective recompute": lambda flags: "--recompute-granularity selective" in flags,
-    "per-token loss": lambda flags: "--calculate-per-token-loss" in flags,
-}
+# Expert tensor parallelism, the last one, is the default with tensor parallelism.
+FEATURES = (layouts.TP2, layouts.EP2, layouts.PP2, layouts.VPP2, layouts.OPTIMIZER, "--overlap-grad-reduce")
+FEATURES += (layouts.FULL, layouts.SELECTIVE, "--calculate-per-token-loss", "expert tensor parallel")
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +65,14 @@ def test_held_out_text_is_scored_before_the_first_step_and_after_the_last(folder
 
 def test_the_layouts_contain_every_pair_of_features() -> None:
     held = {pair for name in PAIRS for pair in combinations(_features(name), 2)}
-    mutually_exclusive = {("full recompute", "selective recompute")}
+    mutually_exclusive = {(layouts.FULL, layouts.SELECTIVE)}
     assert set(combinations(FEATURES, 2)) - held == mutually_exclusive
 
 
 def _features(name: str) -> list[str]:
-    return [feature for feature, is_in in FEATURES.items() if is_in(LAYOUTS[name].flags)]
+    flags = LAYOUTS[name].flags
+    flags += " expert tensor parallel" if layouts.TP2 in flags and layouts.TP2_ETP1 not in flags else ""
+    return [feature for feature in FEATURES if feature in flags]
 
 
 @pytest.mark.parametrize("name", ["1", PAIRS[0]])

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import psutil
 
@@ -25,10 +25,10 @@ _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 
 
 @contextmanager
-def throwaway_cluster(**options: Any) -> Iterator["Cluster"]:
+def throwaway_cluster(preempt_by_user_signal: bool = False) -> Iterator["Cluster"]:
     """A cluster in a temporary folder; each rank uses one thread and no network."""
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with Cluster(Path(folder, "cluster"), **options) as cluster:
+        with Cluster(Path(folder, "cluster"), preempt_by_user_signal) as cluster:
             cluster.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             yield cluster
 
@@ -38,19 +38,15 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Everything is in `folder`, whose name must be short, because socket names contain it.
+    """Everything is in `folder`, whose name must be short, because socket names contain it."""
 
-    Attributes:
-        environment: variables for sbatch, scontrol and the like.
-    """
-
-    def __init__(self, folder: Path, nodes: int = 2, preempt_by_user_signal: bool = False) -> None:
-        self.folder = folder
-        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+    def __init__(self, folder: Path, preempt_by_user_signal: bool) -> None:
+        self.folder, self.nodes = folder, ["n1", "n2"]
         self._configuration = folder / "slurm.conf"
         self._by_user_signal = preempt_by_user_signal
         self._daemons: dict[str, subprocess.Popen] = {}
         outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        # Variables for sbatch, scontrol and the like.
         self.environment = {**outer, "SLURM_CONF": str(self._configuration), "PATH": _path()}
 
     def __enter__(self) -> Self:

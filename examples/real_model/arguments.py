@@ -1,16 +1,18 @@
-"""The flags of the scripts that download."""
+"""The flags of the queue's scripts."""
 
+from argparse import Namespace
 from pathlib import Path
 
 from moelpr.process.command import CommandParser
 
 
-def parse_folders(description: str) -> tuple[Path, Path, bool]:
-    """The values of a script's flags: the output folder, --run, that of downloads, --cache, and --overwrite."""
+def parse(description: str, *, downloads: bool = False, overwrite: bool = True) -> Namespace:
+    """The values of --run, of --cache if the script downloads, and of --overwrite if it writes a new output."""
     parser = CommandParser(description=description)
     add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
-    add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
-    add("--overwrite", action="store_true", help="replace an existing output")
-    args = parser.parse_args()
-    return args.run, args.cache or args.run / "downloads", args.overwrite
+    add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="the folder (default: %(default)s)")
+    if downloads:
+        add("--cache", type=Path, metavar="DIR", help="folder of downloads (default: RUN/downloads)")
+    if overwrite:
+        add("--overwrite", action="store_true", help="replace an existing output")
+    return parser.parse_args()

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from examples.downloads import fetch_all, read_sources, require_space
-from examples.real_model.arguments import parse_folders
+from examples.real_model.arguments import parse
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
 
@@ -71,8 +71,8 @@ def write_base(output: Path, cache: Path, *, overwrite: bool = False) -> None:
 
 
 def main() -> None:
-    run, cache, overwrite = parse_folders(__doc__.splitlines()[0])
-    write_base(run / "base-hf", cache, overwrite=overwrite)
+    args = parse(__doc__.splitlines()[0], downloads=True)
+    write_base(args.run / "base-hf", args.cache or args.run / "downloads", overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import Any
 
 from examples.demo_corpus import write_lines
 from examples.languages import LANGUAGES
+from examples.real_model.arguments import parse
 from examples.real_model.text import TRAINED, UNTRAINED, hash_of
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory
 from moelpr.store.yaml_files import dump
@@ -126,11 +127,7 @@ def cut(text: str, length: int) -> str:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    run = "folder with the text in corpus/, and of the output cloze/ (default: %(default)s)"
-    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help=run)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing cloze/")
-    args = parser.parse_args()
+    args = parse(__doc__.splitlines()[0])
     write_tasks(args.run / "cloze", args.run / "corpus", overwrite=args.overwrite)
 
 

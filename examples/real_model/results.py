@@ -7,24 +7,21 @@ the line of README.md between their marks. What RUN has not measured keeps the n
 the same base, text and tokens; so several machines can share the work. Settings that nobody has measured are named.
 """
 
-from pathlib import Path
 from typing import Any
 
 from examples.readme_results import replace_between
+from examples.real_model.arguments import parse
 from examples.real_model.measurements import collect, merged
 from examples.real_model.page import NAME, charts, dump, readme_table, section
 from examples.tasks import ROOT
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
 from moelpr.store import records
 from moelpr.store.files import write_text
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    folder = "folder of the queue (default: %(default)s)"
-    parser.add_argument("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help=folder)
-    args = parser.parse_args()
+    args = parse(__doc__.splitlines()[0], overwrite=False)
     if not (args.run / "corpus").is_dir():
         raise UserError(f"--run {args.run} contains no text; run make results first")
     path = ROOT / "docs" / f"{NAME}.json"

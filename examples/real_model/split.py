@@ -9,9 +9,10 @@ prompt.LANG.N.jsonl.
 from pathlib import Path
 
 from examples.languages import LANGUAGES, held_out_files
+from examples.real_model.arguments import parse
 from examples.real_model.queue import PROMPTS
 from examples.real_model.text import Facts
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory, refuse_existing
 
@@ -20,10 +21,7 @@ MOST = 24  # documents of the validation part, per language
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder with the text in corpus/")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing RUN/text")
-    args = parser.parse_args()
+    args = parse(__doc__.splitlines()[0])
     refuse_existing([args.run / "text"], args.overwrite)
     with atomic_directory(args.run / "text") as output:
         for language in LANGUAGES:

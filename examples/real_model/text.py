@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from examples.demo_corpus import write_lines
 from examples.downloads import fetch_all, read_sources, require_space
 from examples.languages import LANGUAGES
-from examples.real_model.arguments import parse_folders
+from examples.real_model.arguments import parse
 from examples.real_model.readers import Documents, read_help, read_interface, read_stories
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
@@ -197,8 +197,8 @@ def sizes(lines: Lines) -> dict[str, int]:
 
 
 def main() -> None:
-    run, cache, overwrite = parse_folders(__doc__.splitlines()[0])
-    facts = build_corpus(run / "corpus", cache, overwrite=overwrite)
+    args = parse(__doc__.splitlines()[0], downloads=True)
+    facts = build_corpus(args.run / "corpus", args.cache or args.run / "downloads", overwrite=args.overwrite)
     for language, found in facts.languages.items():
         train = sum(kind["bytes"] for kind in found["train"].values())
         held_out = ", ".join(f"{kind} {size['bytes']:,}" for kind, size in found["held_out"].items())

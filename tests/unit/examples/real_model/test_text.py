@@ -190,7 +190,7 @@ def test_sentences() -> None:
 
 def test_questions_are_answered_by_the_text(corpus: Path, tmp_path: Path) -> None:
     cloze.write_tasks(tmp_path / "cloze", corpus)
-    benchmarks = read_benchmarks(tmp_path / "cloze" / "tasks.yaml", LANGUAGES)
+    benchmarks = read_benchmarks(tmp_path / "cloze" / "tasks.yaml", LANGUAGES).values()
     assert [benchmark.metric for benchmark in benchmarks] == ["acc_norm", "acc_norm"]
     for language in LANGUAGES:
         documents = {line["id"]: line["text"] for line in read(corpus / f"unseen.{language}.jsonl")}

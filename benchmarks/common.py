@@ -65,11 +65,15 @@ def write_json(result: object, file: Path | None) -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
-    """Print the columns `names` of rows (default: all texts and numbers), the first aligned left, the others right."""
+    """Print the columns `names` of rows (default: all texts and numbers), texts aligned left and numbers right."""
     from moelpr.process.text_tables import table_text
 
-    columns = names or dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
-    print(table_text([*columns], ([_cell(row.get(name, "")) for name in columns] for row in rows)), end="\n\n")
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
+    columns = [*(names or keys)]
+    texts = [
+        index for index, name in enumerate(columns) if all(isinstance(row.get(name, ""), str | bool) for row in rows)
+    ]
+    print(table_text(columns, ([_cell(row.get(name, "")) for name in columns] for row in rows), texts), end="\n\n")
 
 
 def _cell(value: object) -> str:

@@ -11,9 +11,10 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
@@ -23,9 +24,43 @@ from moelpr.process import machine
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory, locked, make_folder, write_text
+from moelpr.store.records import STRICT, Record
 from moelpr.store.run_folder import read_json
 
 SAVE_INTERVAL = 40  # steps
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraSettings(Record):
+    """The settings that a LoRA training was started with, in its folder.
+
+    Attributes:
+        train_iters: Number of optimizer steps.
+        lr: Learning rate.
+        rank: Rank of the adapters; null for the smallest dimension of a layer.
+        seed: Random seed.
+    """
+
+    FILE_NAME: ClassVar[str] = "settings.json"
+    REMEDY: ClassVar[str] = "remove the folder, or pass another --run"
+
+    train_iters: int
+    lr: float
+    rank: int | None
+    seed: int
+
+    def claim(self, run: Path) -> None:
+        """Record the settings; a folder belongs to one training.
+
+        Raises:
+            UserError: The folder was started with other settings.
+        """
+        before = self.read_if_there(run) or self
+        old, new = before.as_json(), self.as_json()
+        if changed := [name for name in new if old[name] != new[name]]:
+            found, wanted = (", ".join(f"{name} {values[name]}" for name in changed) for values in (old, new))
+            raise UserError(f"--run {run} was started with {found}, not with {wanted}; {self.REMEDY}")
+        self.write(run)
 
 
 def main() -> None:
@@ -46,7 +81,7 @@ def main() -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise UserError("peft is not installed; run examples/real_model/install.sh") from error
-    make_folder(args.run)
+    LoraSettings(args.train_iters, args.lr, args.rank, args.seed).claim(args.run)
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with locked(args.run / ".lock", args.run):  # a killed queue may have left the one before running

@@ -1,6 +1,7 @@
 """A token has the bit of the span that contains its first byte; languages are stated or detected, and audited."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def test_language_of_documents_is_detected(sentences, write_lines, preprocess, h
         **dict.fromkeys(("en", "es", "zh", "el", "hu"), 1),
         UNDETECTED: 1,
     }
-    assert "und             expanded" in capsys.readouterr().out
+    assert re.search(r"und +expanded +1 ", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("choice, found", [("original", [1, 1]), ("expanded", [1, 0]), ("skip", [1])])

@@ -10,6 +10,7 @@ pytest.importorskip("peft", reason="peft is not installed: examples/real_model/i
 
 from examples.real_model import lora
 from moelpr.metrics.run_metrics import read_run_metrics
+from moelpr.process.errors import UserError
 from tests.support.hf_models import save_tokenizer
 
 STEPS = 4
@@ -89,3 +90,10 @@ def test_a_checkpoint_that_a_full_disk_has_cut_short_is_not_continued(tmp_path: 
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-best" / "trainer_state.json").write_text('{"global_step": 90}')
     assert lora.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
+
+
+def test_a_folder_belongs_to_one_training(tmp_path: Path) -> None:
+    lora.LoraSettings(3, 1e-3, None, 1).claim(tmp_path)
+    lora.LoraSettings(3, 1e-3, None, 1).claim(tmp_path)
+    with pytest.raises(UserError, match=r"started with lr 0\.001, not with lr 0\.003; remove"):
+        lora.LoraSettings(3, 3e-3, None, 1).claim(tmp_path)

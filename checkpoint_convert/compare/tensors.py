@@ -12,7 +12,7 @@ from torch import Tensor
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS
 from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.conversions.instruct_difference import GraftReader
-from checkpoint_convert.conversions.origins import Described, moe_class_of, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, moe_class_of, open_tensors, pieces_since
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import new_rows, shape_without, without_rows
 from checkpoint_convert.mcore.megatron_folder import MegatronReader

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
 from checkpoint_convert.conversions.graft_record import PARTS, Only
-from checkpoint_convert.conversions.origins import Described, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without

@@ -23,7 +23,7 @@ from examples.demo_corpus import write_lines
 from examples.downloads import fetch_all, read_sources, require_space
 from examples.languages import LANGUAGES
 from examples.real_model.arguments import parse
-from examples.real_model.readers import Documents, read_help, read_interface, read_stories
+from examples.real_model.package_text import Documents, read_help, read_interface, read_stories
 from moelpr.process.command import run_command
 from moelpr.store.files import atomic_directory
 from moelpr.store.records import STRICT, Record

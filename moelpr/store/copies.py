@@ -1,4 +1,4 @@
-"""Copies of files that come from elsewhere, which must not have what links lead to outside their folder."""
+"""Copies files that come from elsewhere, without following links that lead out of their folder."""
 
 import shutil
 from pathlib import Path

@@ -41,7 +41,7 @@ class Record:
     ASCII: ClassVar[bool] = True  # other characters are escaped
     MISSING: ClassVar[str] = ""  # the message about a folder without the file, after the folder's name
 
-    format_version: int = dataclasses.field(default=1, kw_only=True)
+    format_version: int = dataclasses.field(default=1, kw_only=True, compare=False)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -73,7 +73,7 @@ class Record:
 
     def as_json(self) -> dict[str, Any]:
         """The fields as they are written."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"format_version": self.VERSION}
 
     def write(self, folder: Path) -> None:
         """Write `folder`/FILE_NAME, complete or not at all."""

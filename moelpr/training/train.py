@@ -23,9 +23,9 @@ from moelpr.process.ranks import is_first_rank
 from moelpr.training import clean_stop
 from moelpr.training.clean_stop import StopRequest
 from moelpr.training.forward_step import forward_step
+from moelpr.training.run_files import run_records
 from moelpr.training.run_lock import run_lock
 from moelpr.training.run_log import report_nonfinite_exit
-from moelpr.training.run_records import run_records
 from moelpr.training.starting_weights import starting_weights
 from moelpr.training.step_log import logs_steps
 from moelpr.training.validation import validates

@@ -20,9 +20,10 @@ class Task:
         made_from: Names of the tasks whose output it reads. It is done again when one of them was.
         decided_by: Names of the tasks whose results only decide its command.
         files: Other files and folders that it reads. It is done again when their content has changed.
-        is_complete: Whether its output is there. A command may end early with exit code 0, as the trainer does when it
-            is asked to stop. A UserError counts as no.
-        continues: Folder in which the command continues what it finds, whatever made it.
+        is_complete: Whether its output is there; without it, a removed output goes unnoticed. A command may end early
+            with exit code 0, as the trainer does when it is asked to stop. A UserError counts as no.
+        continues: Folder that the command continues instead of replacing, even if another command wrote it. If the task
+            changes while it exists, that is an error instead of a reason to run it again.
         environment: Environment variables of the command.
         tags: Names by which tasks are chosen.
         minutes: Expected time.
@@ -57,7 +58,7 @@ class Task:
         return [str(word) for word in (self.command() if callable(self.command) else self.command)]
 
     def has_output(self) -> bool:
-        """Whether its output is there, and what that needs."""
+        """Whether its output is complete, and all that `is_complete` reads exists."""
         try:
             return self.is_complete()
         except UserError:

@@ -109,3 +109,13 @@ def test_other_programs_files_are_read_as_any_type(tmp_path: Path) -> None:
     assert records.read(dict[str, list[int]], path, "copy it again") == {"a": [1, 2]}
     with pytest.raises(UserError, match=r"numbers\.json: a .*copy it again"):
         records.read(dict[str, int], path, "copy it again")
+
+
+def test_a_new_version_is_written_and_refuses_the_one_before(tmp_path: Path) -> None:
+    class NewPicture(Picture):
+        VERSION: ClassVar[int] = 2
+
+    picture = NewPicture("sea", Size(2, 3))
+    picture.write(tmp_path)
+    assert NewPicture.read(tmp_path) == picture
+    assert "format_version is 2, but this program reads 1" in message(tmp_path)

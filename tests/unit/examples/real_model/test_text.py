@@ -10,7 +10,7 @@ import yaml
 
 from examples.languages import LANGUAGES
 from examples.real_model import cloze, readers, text
-from examples.real_model.readers import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
+from examples.real_model.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
 from moelpr.evaluate.harness import read_benchmarks
 from tests.support.debian_packages import write_deb

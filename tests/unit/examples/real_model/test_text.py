@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from examples.languages import LANGUAGES
-from examples.real_model import cloze, readers, text
+from examples.real_model import cloze, package_text, text
 from examples.real_model.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
 from moelpr.evaluate.harness import read_benchmarks
@@ -98,7 +98,7 @@ def corpus(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def offline(patch: pytest.MonkeyPatch, packages: Path) -> None:
-    patch.setattr(readers, "SCENE_CHARACTERS", 300)
+    patch.setattr(package_text, "SCENE_CHARACTERS", 300)
     patch.setattr(
         text, "fetch_all", lambda sources, _: {source.package: packages / source.package for source in sources}
     )

@@ -38,6 +38,7 @@ from moelpr.evaluate.scoring import LanguageScore
 from moelpr.metrics.run_metrics import read_run_metrics
 from moelpr.metrics.schema import LEARNING_RATE, PEAK_MEMORY_GIB, ROUTING_SHARES, STEP_TIME_S
 from moelpr.process.errors import UserError
+from moelpr.report.numbers import Interval
 from moelpr.store.run_folder import read_json
 
 Json = dict[str, Any]
@@ -293,5 +294,5 @@ def _routed(scores: Mapping[str, LanguageScore], language: str, kind: str) -> An
     return scores[f"{language}.{kind}"].routing
 
 
-def _rounded(interval: Any) -> list[float]:
-    return [round(number, DIGITS) for number in interval]
+def _rounded(interval: Interval) -> list[float]:
+    return [round(number, DIGITS) for number in (interval.value, interval.low, interval.high)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.process import ranks
 from moelpr.process.command import CommandParser, deferred_signals, run_command
 from moelpr.process.errors import MachineError, UserError
 
@@ -110,6 +111,7 @@ def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch) -> N
 
 
 def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
+    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # by an earlier test of this process
     waited: dict[str, float] = {}
     for rank, local_rank in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
         monkeypatch.setenv("RANK", rank)

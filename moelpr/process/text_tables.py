@@ -1,5 +1,6 @@
 """Tables on terminals and in logs, laid out by rich."""
 
+import random
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
@@ -15,10 +16,12 @@ def table_text(
         text_columns: Indices of the columns that are aligned to the left; numbers are aligned to the right.
         indent: What precedes each line.
     """
+    state = random.getstate()
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    random.setstate(state)  # rich draws a number when it is imported, and the trainer saves Python's state
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, title in enumerate(head):
         table.add_column(Text(title), justify="left" if index in text_columns else "right", no_wrap=True)

@@ -1,5 +1,10 @@
 """Tables keep every character, in a pipe too."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 from moelpr.process.text_tables import table_text
 
 
@@ -11,3 +16,16 @@ def test_columns_are_aligned_and_neither_cut_nor_styled() -> None:
     assert head.split() == ["name", "n", "note"] and first == f"{name}      1  α"
     assert second.split() == ["β"] and second.index("β") == first.index("α") == third.index("γ")
     assert third.split() == ["y", "1,000", "γ"]
+
+
+def test_a_table_draws_no_random_number() -> None:
+    """A checkpoint contains the state of Python's random numbers."""
+    code = """if True:
+        import random
+        from moelpr.process.text_tables import table_text
+        before = random.getstate()
+        table_text(["a"], [["b"]])
+        assert random.getstate() == before
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

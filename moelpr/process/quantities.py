@@ -1,0 +1,39 @@
+"""Large numbers as people write them: "24B" tokens, "500M", 1e9."""
+
+import argparse
+import re
+from decimal import Decimal
+
+from moelpr.process.errors import UserError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MAX_COUNT = 10**18
+
+
+def parse_count(text: str) -> int:
+    """The whole number that `text` means: digits, with "_" or "," between them, an exponent, or K, M, B or T behind.
+
+    Raises:
+        UserError: it is no whole number from 1 to 10^18.
+    """
+    match = re.fullmatch(
+        r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:[eE]\+?[0-9]{1,2})?) ?([KMBT]?)", text.strip(), re.ASCII | re.I
+    )
+    number = Decimal(re.sub("[_,]", "", match[1])) * _UNITS[match[2].upper()] if match else Decimal(0)
+    if number != number.to_integral_value() or not 1 <= number <= _MAX_COUNT:
+        raise UserError(f"expected a whole number such as 24B, 500M or 1e9, up to 10^18, got {text[:40]!r}")
+    return int(number)
+
+
+def count_argument(text: str) -> int:
+    """`parse_count` as the type of a flag: argparse shows the message of this error only."""
+    try:
+        return parse_count(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def format_count(number: float) -> str:
+    """The number in three digits and a unit: "24B", "1.5M"."""
+    unit = next((unit for unit, size in reversed(_UNITS.items()) if number >= size), "")
+    return f"{number / _UNITS[unit]:.3g}{unit}"

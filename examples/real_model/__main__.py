@@ -21,6 +21,7 @@ from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import MachineError, UserError
 from moelpr.store.files import locked, make_folder, write_text
+from moelpr.workflow.outlay import check_machine, listing
 from moelpr.workflow.workflow import Workflow
 
 # The default base has so many; others need more or less in proportion.
@@ -51,14 +52,14 @@ def main() -> None:
     run = Workflow(args.run, queue.tasks())
     chosen = [task for task in run.tasks.values() if task.tags & names]
     if args.list:
-        print(run.listing(chosen))
+        print(listing(run, chosen))
         return
     make_folder(args.run)
     with locked(args.run / LOCK_FILE, args.run):
         check_same_settings(queue)
         scale = (num_parameters(queue.base) or DEFAULT_PARAMETERS) / DEFAULT_PARAMETERS
         remedy = "choose settings with --only"
-        run.check_machine(chosen, scale=scale, spare_disk_gib=SPARE_DISK_GIB, remedy=remedy)
+        check_machine(run, chosen, scale=scale, spare_disk_gib=SPARE_DISK_GIB, remedy=remedy)
         errors = run.run(chosen, keep_going=True)
         try:
             write_results(args.run)

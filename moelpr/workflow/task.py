@@ -15,34 +15,44 @@ class Task:
 
     Attributes:
         name: The name of the task, its mark and its log.
-        command: A launcher (`launch/stage1.sh …`), or arguments of Python (`tool.py …`, `-m module …`). A function
-            returns it when the task's turn comes, if results of earlier tasks decide it; it may raise a UserError.
+        command: A subcommand (`moelpr convert …`), a launcher (`launch/stage1.sh …`), or arguments of Python (`tool.py
+            …`, `-m module …`). A function returns it when the task's turn comes, if results of earlier tasks decide it;
+            it may raise a UserError.
+        settings: Further words of the command that decide how fast it is, not what it writes, such as a layout. It is
+            not done again when they change.
         made_from: Names of the tasks whose output it reads. It is done again when one of them was.
         decided_by: Names of the tasks whose results only decide its command.
         files: Other files and folders that it reads. It is done again when their content has changed.
         is_complete: Whether its output is there; without it, a removed output goes unnoticed. A command may end early
             with exit code 0, as the trainer does when it is asked to stop. A UserError counts as no.
-        continues: Folder that the command continues instead of replacing, even if another command wrote it. If the task
+        continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
             changes while it exists, that is an error instead of a reason to run it again.
+        unfinished: Folders in which the command keeps work that only the same command can finish.
         environment: Environment variables of the command.
         tags: Names by which tasks are chosen.
         minutes: Expected time.
-        memory_gib: Memory that it needs while it runs.
+        memory_gib: Memory that it needs while it runs, on each node.
         disk_gib: Disk space that its output needs.
+        nodes: Number of nodes, on each of which the command is started.
+        gpus_per_node: Number of GPUs that it uses on each node.
     """
 
     name: str
     command: Words | Callable[[], Words]
+    settings: Words = ()
     made_from: tuple[str, ...] = ()
     decided_by: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     is_complete: Callable[[], bool] = lambda: True
     continues: Path | None = None
+    unfinished: tuple[Path, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
     minutes: float = 1.0
     memory_gib: float = 4.0
     disk_gib: float = 0.0
+    nodes: int = 1
+    gpus_per_node: int = 0
 
     @property
     def inputs(self) -> tuple[str, ...]:

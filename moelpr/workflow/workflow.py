@@ -6,19 +6,20 @@ these are as they were. An output that was removed is made again only when a tas
 does, so that large intermediate ones can be removed.
 """
 
-import shutil
+import os
+import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from moelpr.process import machine
 from moelpr.process.errors import MachineError, UserError
-from moelpr.process.text_tables import table_text
-from moelpr.store.files import make_folder
-from moelpr.workflow.execution import execute, interpreter
+from moelpr.store.files import make_folder, remove
+from moelpr.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.workflow.mark import Mark, mark_of, relative, shown
 from moelpr.workflow.task import Task
 
@@ -26,19 +27,42 @@ Failure = UserError | MachineError
 _QUIET = {"PYTHONWARNINGS": "ignore"}
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What will happen to a task.
+
+    Attributes:
+        state: Whether it is done, has never succeeded, has started and continues, or is done again.
+        reason: Why it is done again.
+        refusal: Why it cannot be done, although another command's output would have to be replaced.
+    """
+
+    task: Task
+    state: Literal["done", "to do", "unfinished", "again"]
+    reason: str = ""
+    refusal: str = ""
+
+
 class Workflow:
     """A folder, and the tasks that are done in it."""
 
-    def __init__(self, folder: Path, tasks: Iterable[Task]) -> None:
-        """`tasks`: All tasks in an order in which they can run, also those that `run` is not asked for."""
+    def __init__(
+        self, folder: Path, tasks: Iterable[Task], *, redo: Iterable[str] = (), check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Args:
+        tasks: All tasks in an order in which they can run, also those that `run` is not asked for.
+        redo: Names of trainings whose folder is set aside if they have changed, instead of an error.
+        check: Called before each task starts; it may raise a UserError.
+        """
         self.folder, self.logs = folder, folder / "logs"
         self.tasks = {task.name: task for task in tasks}
+        self._redo, self._check = frozenset(redo), check
         self._started = time.monotonic()
         self._printing = threading.Lock()
         self._locks = {name: threading.Lock() for name in self.tasks}
 
     def run(self, tasks: Iterable[Task] | None = None, *, workers: int = 1, keep_going: bool = False) -> list[Failure]:
-        """Run tasks in order, unless they are done.
+        """Run tasks in order, unless they are done. After SIGTERM, which running commands get too, start no more.
 
         Args:
             tasks: By default all. What they read of other tasks is restored if it was removed.
@@ -57,7 +81,7 @@ class Workflow:
         running: dict[Future[None], Task] = {}
         left_out: set[str] = set()
         failures: list[Failure] = []
-        with ThreadPoolExecutor(workers) as pool:
+        with passes_on_stops() as stops, ThreadPoolExecutor(workers) as pool:
             while waiting or running:
                 unfinished = {task.name for task in (*waiting, *running.values())}
                 ready = [task for task in waiting if not unfinished & {*task.inputs}]
@@ -73,13 +97,58 @@ class Workflow:
                     task = running.pop(future)
                     try:
                         future.result()
+                        if stops and waiting:
+                            raise MachineError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
                     except (UserError, MachineError) as error:
-                        if not keep_going:
+                        if not keep_going or stops:
                             raise
                         self._print(str(error))
                         failures.append(error)
                         left_out.add(task.name)
         return failures
+
+    def perform(self, name: str, *, is_leader: bool = True) -> None:
+        """Do one task on this node of a cluster, as `run` does; its output is printed too.
+
+        Args:
+            is_leader: Whether this node keeps the task's record; the others only run its command.
+
+        Raises:
+            UserError: A task that it reads is not done.
+        """
+        task = self.tasks[name]
+        for other in task.inputs:
+            if other in self.tasks and not self.is_done(other):
+                raise UserError(f"task {name} requires {other}, which is not done; run the whole chain")
+        with passes_on_stops():
+            if is_leader:
+                self._perform(task, needs_output=True, on_cluster=True)
+            elif self._change(task, task.words())[1] is not None or not self.is_done(name):
+                self._run_command(task, task.words(), self.logs / f"{name}.node-{os.getpid()}.log", echo=True)
+
+    def outlook(self, tasks: Iterable[Task] | None = None) -> list[Outlook]:
+        """What `run` would do with each task, and why. It starts nothing."""
+        ids: dict[str, str | None] = {}
+        found = []
+        wanted = [*(self.tasks.values() if tasks is None else tasks)]
+        read = {name for task in wanted for name in task.inputs}
+        for task in wanted:
+            before, undone = self._mark(task.name), [name for name in task.inputs if ids.get(name, "") is None]
+            try:
+                now = self._mark_of(task, task.words(), ids)
+                reason = _change(before, now)
+            except UserError:  # results that decide its command are still to come
+                now, reason = None, f"{' and '.join(undone) or 'what decides its command'} will be made again"
+            ids[task.name] = now.id if now else None
+            if before is None:
+                found.append(Outlook(task, "to do"))
+            elif reason is None and before.wall_s is None:
+                found.append(Outlook(task, "unfinished"))
+            elif reason is None and (task.name in read or task.has_output()):
+                found.append(Outlook(task, "done"))
+            else:
+                found.append(Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason)))
+        return found
 
     def is_done(self, name: str) -> bool:
         """Whether a task has succeeded once, whatever has changed since."""
@@ -92,50 +161,12 @@ class Workflow:
         found = {path.stem: self._mark(path.stem) for path in marks}
         return {name: mark.wall_s for name, mark in found.items() if mark and mark.wall_s is not None}
 
-    def listing(self, tasks: Sequence[Task]) -> str:
-        """A table of tasks with their times, and the time that is left."""
-        done = self.wall_times_s()
-        rows = []
-        for task in tasks:
-            minutes = done.get(task.name, task.minutes * 60) / 60
-            rows.append([task.name, "done" if task.name in done else "", f"{minutes:.0f} min"])
-        table = table_text(["task", "state", "took, or expected"], rows, text_columns=(0, 1))
-        left = sum(task.minutes for task in tasks if task.name not in done)
-        return f"{table}\n\nleft: about {left / 60:.1f} hours"
-
-    def check_machine(self, tasks: Iterable[Task], *, scale: float, spare_disk_gib: float, remedy: str) -> None:
-        """Check that disk and memory can hold what the tasks that are not done need.
-
-        Args:
-            scale: What the tasks need, as a multiple of what they state.
-            spare_disk_gib: More disk space, while an output replaces another one; also scaled.
-            remedy: What the user can do except for freeing space.
-
-        Raises:
-            MachineError: They are too small.
-        """
-        left = [task for task in tasks if not self.is_done(task.name)]
-        if not left:
-            return
-        disk = scale * (sum(task.disk_gib for task in left) + spare_disk_gib) * 2**30
-        if (free := shutil.disk_usage(self.folder).free) < disk:
-            raise MachineError(
-                f"the disk of {self.folder} has {machine.format_bytes(free)} free, and the tasks that are left need "
-                f"{machine.format_bytes(disk)}; free space, or {remedy}"
-            )
-        largest = max(left, key=lambda task: task.memory_gib)
-        memory = scale * largest.memory_gib * 2**30
-        if (free := machine.free_memory()) < memory:
-            raise MachineError(
-                f"{machine.format_bytes(free)} of memory are free, and task {largest.name} needs "
-                f"{machine.format_bytes(memory)}; use a larger machine, or {remedy}"
-            )
-
-    def _perform(self, task: Task, *, needs_output: bool) -> None:
+    def _perform(self, task: Task, *, needs_output: bool, on_cluster: bool = False) -> None:
         """Run a task unless it is done.
 
         Args:
             needs_output: Run it also if only its output is missing.
+            on_cluster: Other tasks are jobs of their own, so nothing is restored for it.
         """
         with self._locks[task.name]:  # other tasks may restore it at the same time
             try:
@@ -143,21 +174,27 @@ class Workflow:
             except UserError:
                 self._restore_inputs(task)
                 words = task.words()
-            before, now = self._mark(task.name), self._mark_of(task, words)
-            change = _change(before, now)
-            reason = change if before and before.wall_s is not None else ""
+            now, change = self._change(task, words)
+            reason = change if self.is_done(task.name) else ""
             if reason is None and needs_output and not task.has_output():
                 reason = "its output was removed"
             if reason is None:
                 self._print(f"{task.name}: already done")
                 return
-            self._restore_inputs(task)
-            if change and task.continues and task.continues.exists():
-                raise UserError(
-                    f"task {task.name} would continue {task.continues}, but {change} since that was made; remove it to "
-                    "make it again, or use another folder"
-                )
-            self._execute(task, words, now, reason)
+            self._check()
+            if not on_cluster:
+                self._restore_inputs(task)
+            if refusal := self._refusal(task, change):
+                raise UserError(refusal)
+            if change:
+                self._set_aside(task)
+            make_folder(self.logs)
+            path = self._path(task.name)
+            now.write_file(path)  # if this command fails, another one's output is no longer there
+            self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {self.command_line(task)}")
+            start = time.monotonic()
+            self._run_command(task, words, self.logs / f"{task.name}.log", echo=on_cluster)
+            replace(now, wall_s=round(time.monotonic() - start, 1)).write_file(path)
 
     def _restore_inputs(self, task: Task) -> None:
         """Make again what other tasks had made for this one and was removed."""
@@ -166,17 +203,38 @@ class Workflow:
             if other and self.is_done(name) and not other.has_output():
                 self._perform(other, needs_output=True)
 
-    def _execute(self, task: Task, words: list[str], mark: Mark, reason: str) -> None:
-        make_folder(self.logs)
-        path, log = self._path(task.name), self.logs / f"{task.name}.log"
-        mark.write_file(path)  # if this command fails, another one's output is no longer there
+    def _refusal(self, task: Task, change: str | None) -> str:
+        if not change or not task.continues or not task.continues.exists() or task.name in self._redo:
+            return ""
+        return (
+            f"task {task.name} would continue {task.continues}, but {change} since that was made; remove it to make it "
+            "again, or use another folder"
+        )
+
+    def _set_aside(self, task: Task) -> None:
+        """Take the unfinished work of another command out of the way, and a training that is to be done again."""
+        for folder in task.unfinished:
+            remove(folder)
+        if task.continues and task.continues.exists():
+            number = 1
+            while (aside := task.continues.with_name(f"{task.continues.name}.before-{number}")).exists():
+                number += 1
+            task.continues.rename(aside)
+            self._print(f"{task.continues} is now {aside}; remove it if you do not need it")
+
+    def command_line(self, task: Task) -> str:
+        """The command of a task as a user would type it, with its environment."""
+        words = [*task.words(), *map(str, task.settings)]
         settings = [f"{key}={value}" for key, value in task.environment.items()]
-        line = " ".join([*settings, *map(relative, interpreter(words)), shown(words)])
-        self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {line} >>{log}")
+        python = [] if words[0] == "moelpr" else map(relative, interpreter(words))
+        return " ".join([*settings, *python, shown(words)])
+
+    def _run_command(self, task: Task, words: list[str], log: Path, echo: bool) -> None:
         with open(log, "a") as file:
-            file.write(f"$ {line}\n")
-        start = time.monotonic()
-        code = execute(words, log, _QUIET | dict(task.environment))
+            file.write(f"$ {self.command_line(task)}\n")
+        words = [*words, *map(str, task.settings)]
+        sys.stdout.flush()
+        code = execute(words, log, _QUIET | dict(task.environment), **({"echo": True} if echo else {}))
         if code != 0:
             kind = MachineError if code == 1 else UserError
             raise kind(f"task {task.name} exited with code {code} and the message above; its output is in {log}")
@@ -184,19 +242,23 @@ class Workflow:
             raise UserError(
                 f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
             )
-        replace(mark, wall_s=round(time.monotonic() - start, 1)).write_file(path)
 
-    def _mark_of(self, task: Task, words: list[str]) -> Mark:
-        made_from = {name: self._mark(name) for name in task.made_from}
-        ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in made_from.items()}
-        return mark_of(words, ids, task.files)
+    def _change(self, task: Task, words: list[str]) -> tuple[Mark, str | None]:
+        """The mark that a task would have now, and what has changed since it ran; None if nothing has."""
+        now = self._mark_of(task, words, {})
+        return now, _change(self._mark(task.name), now)
+
+    def _mark_of(self, task: Task, words: list[str], made: dict[str, str | None]) -> Mark:
+        """The mark of a task that would run now; `made` has the IDs of outputs that will be made before."""
+        marks = {name: self._mark(name) for name in task.made_from}
+        ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in marks.items()}
+        return mark_of(words, ids | {name: made[name] for name in ids if name in made}, task.files)
 
     def _mark(self, name: str) -> Mark | None:
         """The mark of a task; None if it has none, or a damaged one."""
-        try:
+        with suppress(UserError):
             return Mark.read_file(self._path(name))
-        except UserError:
-            return None
+        return None
 
     def _path(self, name: str) -> Path:
         return self.logs / f"{name}.json"

@@ -1,5 +1,7 @@
 """Tasks are done once, and again when what they read has changed; failures leave out what depends on them."""
 
+import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from moelpr.process.errors import MachineError, UserError
+from moelpr.workflow.mark import sha256
+from moelpr.workflow.outlay import check_machine, listing
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
 
@@ -155,11 +159,11 @@ def test_a_mark_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "a.json").write_text('{"command": "-c \'\'", "made_from": {}, "id": "1", "wall_s": 90}')
     flow = Workflow(tmp_path, tasks := [Task(name="a", command=["-c", ""]), Task(name="b", command=[], minutes=120)])
-    assert [line.split()[:3] for line in flow.listing(tasks).splitlines()[1:3]] == [
+    assert [line.split()[:3] for line in listing(flow, tasks).splitlines()[1:3]] == [
         ["a", "done", "2"],
         ["b", "120", "min"],
     ]
-    assert "left: about 2.0 hours" in flow.listing(tasks)
+    assert "left: about 2.0 hours" in listing(flow, tasks)
     flow.run(tasks[:1])
     assert not (tmp_path / "logs" / "a.log").exists()
 
@@ -170,10 +174,83 @@ def test_too_little_disk_or_memory_is_said_before_anything_starts(tmp_path, monk
     def check(disk: int, memory: int) -> None:
         monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: memory << 30)
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": disk << 30}))
-        Workflow(tmp_path, tasks).check_machine(tasks, scale=2, spare_disk_gib=1, remedy="do less")
+        check_machine(Workflow(tmp_path, tasks), tasks, scale=2, spare_disk_gib=1, remedy="do less")
 
     check(6, 12)
     with pytest.raises(MachineError, match=r"has 5 GiB free, .* need 6 GiB; free space, or do less"):
         check(5, 12)
     with pytest.raises(MachineError, match=r"11 GiB of memory .* task b needs 12 GiB"):
         check(6, 11)
+
+
+def test_the_outlook_is_what_a_run_does(tmp_path: Path, chain: Chain) -> None:
+    def tasks(rate: str) -> list[Task]:
+        train = tmp_path / "train"
+        train = Task(name="train", command=[*count(train), rate], is_complete=train.is_file, continues=train)
+        return [train, Task(name="export", command=count(tmp_path / "export"), made_from=("train",))]
+
+    def states(rate: str) -> list[tuple[str, str]]:
+        return [(x.state, x.reason) for x in Workflow(tmp_path, tasks(rate)).outlook()]
+
+    assert states("1") == [("to do", ""), ("to do", "")]
+    Workflow(tmp_path, tasks("1")).run()
+    assert states("1") == [("done", ""), ("done", "")]
+    assert states("2") == [("again", "its command has changed"), ("again", "train was made again")]
+    assert "remove it to make it again" in Workflow(tmp_path, tasks("2")).outlook()[0].refusal
+    Workflow(tmp_path, tasks("2"), redo=["train"]).run()
+    assert (tmp_path / "train.before-1").read_text() == (tmp_path / "train").read_text() == "x"
+    assert (tmp_path / "export").read_text() == "xx" and states("2") == [("done", ""), ("done", "")]
+
+
+def test_settings_are_no_reason_to_do_a_task_again(tmp_path: Path) -> None:
+    path = tmp_path / "words"
+    program = f"import sys; open({str(path)!r}, 'a').write(' '.join(sys.argv[1:]))"
+    for settings in (["--layout", "1"], ["--layout", "2"]):
+        Workflow(tmp_path, [Task(name="s", command=["-c", program, "x"], settings=settings)]).run()
+    assert path.read_text() == "x --layout 1"
+
+
+def test_a_changed_sample_of_a_large_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelpr.workflow.mark._READ_WHOLE", 1 << 20)
+    path = tmp_path / "text"
+    path.write_bytes(bytes(1 << 23))
+    before = sha256(path)
+    with open(path, "r+b") as file:
+        file.seek((1 << 23) - 1)
+        file.write(b"x")
+    assert sha256(path) != before
+
+
+def test_a_node_of_a_cluster_does_one_task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tasks = [
+        Task(name="a", command=count(tmp_path / "a")),
+        Task(
+            name="b", command=["-c", f"print('hello'); open({str(tmp_path / 'b')!r}, 'a').write('x')"], made_from=("a",)
+        ),
+    ]
+    with pytest.raises(UserError, match="b requires a, which is not done"):
+        Workflow(tmp_path, tasks).perform("b")
+    Workflow(tmp_path, tasks).perform("a")
+    Workflow(tmp_path, tasks).perform("b", is_leader=False)
+    assert not Workflow(tmp_path, tasks).is_done("b")
+    for _ in range(2):
+        Workflow(tmp_path, tasks).perform("b")
+        Workflow(tmp_path, tasks).perform("b", is_leader=False)
+    assert (tmp_path / "b").read_text() == "xx" and "hello" in capfd.readouterr().out
+
+
+def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path) -> None:
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(3)); print('up', flush=True); time.sleep(60)"
+    )
+    tasks = [Task(name="a", command=["-c", program]), Task(name="b", command=count(tmp_path / "b"))]
+
+    def stop() -> None:
+        while "\nup" not in (log.read_text() if (log := tmp_path / "logs" / "a.log").is_file() else ""):
+            time.sleep(0.05)
+        os.kill(os.getpid(), 15)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(UserError, match="task a exited with code 3"):
+        Workflow(tmp_path, tasks).run(keep_going=True)
+    assert not (tmp_path / "b").exists()

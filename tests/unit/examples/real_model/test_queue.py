@@ -33,6 +33,7 @@ from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
 from moelpr.process.errors import UserError
+from moelpr.workflow.outlay import listing
 from moelpr.workflow.workflow import Failure, Workflow
 
 # Bits per byte against base: (expanded, original) on trained kinds, then on the others.
@@ -275,7 +276,7 @@ def test_damaged_records_are_no_traceback(run: Path) -> None:
         (run / path).parent.mkdir(exist_ok=True)
         (run / path).write_text(content, errors="surrogateescape")
     tasks = Queue(run).tasks()
-    assert "\nevaluate-base " in Workflow(run, tasks).listing(tasks)
+    assert "\nevaluate-base " in listing(Workflow(run, tasks), tasks)
     assert "full" in collect(run)["settings"]
 
 

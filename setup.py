@@ -8,7 +8,7 @@ TEST = ["gigatoken", "hypothesis", "py3langid", "pytest", "pytest-timeout"]
 
 setup(
     name="moelpr",
-    version="0.1.0",
+    version="0.2.0",
     description="Add languages to a large language model without losing the ones it has (MoE-LPR, arXiv 2408.11396)",
     license="Apache-2.0",
     # megatron-core has wheels for these two only.
@@ -20,6 +20,7 @@ setup(
         "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
     },
+    entry_points={"console_scripts": ["moelpr = moelpr.__main__:main"]},
     ext_modules=[
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
     ],

@@ -21,10 +21,18 @@ fail() {
     exit 2
 }
 
+# The Python is that of `moelpr train`, of the repository's .venv, or, in an installed package, of its environment; in a
+# container or another environment with the packages of setup.py, the one on PATH.
 variables=()
-python=$root/.venv/bin/python
+python=${MOELPR_PYTHON:-$root/.venv/bin/python}
+is_installed=$([[ ! -f $root/__init__.py ]] || echo yes)
+if [[ ! -x $python && -n $is_installed ]]; then
+    python=$root/../../../../bin/python3
+fi
 if [[ ! -x $python ]]; then
-    python=python3 # a container or another environment with the packages of setup.py
+    python=python3
+fi
+if [[ $python == python3 && -z $is_installed ]]; then
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
     variables+=("PYTHONPATH=$PYTHONPATH")
 fi

@@ -6,4 +6,4 @@ from moelpr.process import command, machine
 machine.limit_threads()
 command.prepare_process()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -103,8 +103,8 @@ expect '1234 moelpr /work' run bash -c 'touch ~/file /work/file && echo "$(id -u
 options=()
 
 section "the tools"
-expect 'preprocess_data ' run --help
-for tool in plan preprocess_data inspect_data hf_to_mcore mcore_to_hf apply_delta adapter_to_mcore mcore_to_adapter verify evaluate; do
+expect 'preprocess ' run --help
+for tool in layouts preprocess inspect convert export apply-delta import-adapter export-adapter verify evaluate preprocess_data; do
     expect 'usage:' run "$tool" --help
 done
 expect 'there is no tool or command stage3' run stage3

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.process.command import CommandParser, check_is_utf8, run_command
+from moelpr.process.command import CommandParser, check_is_utf8, program_name, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import NO_VERIFY
 
@@ -91,9 +91,9 @@ def measure_harness(args: argparse.Namespace) -> "Results":
 
 def make_parser() -> CommandParser:
     parser = CommandParser(
-        prog="python -m moelpr.evaluate",
+        prog=program_name("python -m moelpr.evaluate"),
         description=__doc__,
-        epilog="`text` is the default command. `python -m moelpr.evaluate COMMAND --help` lists a command's options.",
+        epilog="`text` is the default command. `%(prog)s COMMAND --help` lists a command's options.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     text = commands.add_parser(

@@ -23,7 +23,7 @@ from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload, checkpoint_bytes, export_parameters, model_parts
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.text_tables import table_text
@@ -207,7 +207,7 @@ def _rank_as_json(rank: RankMemory) -> dict[str, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="python -m moelpr.plan", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(prog=program_name("python -m moelpr.plan"), description=(__doc__ or "").splitlines()[0])
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
     add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")

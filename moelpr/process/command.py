@@ -60,6 +60,11 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def program_name(own: str) -> str:
+    """The name of this command in its usage: as a subcommand (`moelpr layouts`), else its own (`python -m …`)."""
+    return sys.argv[0] if sys.argv[0].startswith("moelpr ") else own
+
+
 def prepare_process() -> None:
     """Open standard streams that are closed, and show no traceback of a signal or of a stream that failed."""
     # Otherwise Python sets the stream to None, and the next file that is opened gets its number.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moelpr.process.command import CommandParser, run_command
+from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
 
 
@@ -48,9 +48,9 @@ def follow_run(args: argparse.Namespace) -> None:
 
 def report_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m moelpr.report [runs]",
+        prog=program_name("python -m moelpr.report") + " [runs]",
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
-        epilog="To follow a run on a terminal: python -m moelpr.report live RUN (see live --help).",
+        epilog=f"To follow a run on a terminal: {program_name('python -m moelpr.report')} live RUN (see live --help).",
     )
     files: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
     add = parser.add_argument
@@ -67,7 +67,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 def live_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m moelpr.report live",
+        prog=program_name("python -m moelpr.report") + " live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
     add = parser.add_argument

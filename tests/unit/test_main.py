@@ -1,0 +1,94 @@
+"""The command `moelpr`: it knows every tool, runs it under its name, and costs nothing by itself."""
+
+import importlib
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moelpr import __main__ as command
+from moelpr import __version__
+
+ROOT = Path(__file__).parents[2]
+# What torchrun starts, and the start of torchrun.
+NOT_FOR_USERS = {"moelpr.pretrain", "moelpr.torchrun", "moelpr.__main__"}
+
+
+def moelpr(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "moelpr", *arguments]
+    return subprocess.run(words, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60)
+
+
+def test_every_tool_is_a_subcommand_and_has_a_main() -> None:
+    files = [
+        file for folder in ("moelpr", "data_tools", "checkpoint_convert") for file in (ROOT / folder).rglob("*.py")
+    ]
+    tools = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if ends_as_tool(file)}
+    named = {tool.module for name, tool in command.TOOLS.items() if name != "train"}
+    assert tools - NOT_FOR_USERS == named - ({command.PROJECT} - tools)
+    assert all(callable(importlib.import_module(module).main) for module in named & tools)
+
+
+def ends_as_tool(file: Path) -> bool:
+    return '\nif __name__ == "__main__":\n' in file.read_text()
+
+
+def test_stages_are_those_that_have_a_launcher() -> None:
+    launchers = (ROOT / "launch").glob("*.sh")
+    assert set(command.STAGES) == {file.stem for file in launchers if '/train.sh" ' in file.read_text()}
+
+
+def test_help_lists_all_and_takes_a_tenth_of_a_second() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    listed = re.findall(r"^  ([\w-]+) +\S", moelpr("--help").stdout, re.MULTILINE)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert listed == list(command.TOOLS)
+    assert after.ru_utime - before.ru_utime < 0.1
+
+
+def test_version() -> None:
+    assert moelpr("--version").stdout == f"moelpr {__version__}\n"
+
+
+def test_a_tool_has_the_subcommands_name_in_usage_and_errors() -> None:
+    assert moelpr("inspect", "--help").stdout.startswith("usage: moelpr inspect ")
+    assert moelpr("layouts", "--help").stdout.startswith("usage: moelpr layouts ")
+    done = moelpr("convert", "--save", "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("moelpr convert: error: ")
+
+
+def test_a_tool_starts_again_in_utf8_with_all_its_arguments() -> None:
+    done = moelpr("inspect", "no_such_corpus", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
+    assert done.returncode == 2 and done.stderr.startswith("moelpr inspect: error: no_such_corpus")
+
+
+@pytest.mark.parametrize("name", ["preprocess_data", "preprocess-data", "hf_to_mcore", "update_card"])
+def test_the_name_of_a_tools_file_is_understood(name: str) -> None:
+    assert moelpr(name, "--help").stdout.startswith(f"usage: moelpr {command.find(name)} ")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["preproces"], "preprocess"), (["stage3"], "--help"), (["train", "stage3"], "stage1"), (["--no-flag"], "--help")],
+)
+def test_an_unknown_name_is_one_sentence_with_the_nearest(words: list[str], named: str) -> None:
+    done = moelpr(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert words[-1] in done.stderr and named in done.stderr
+
+
+@pytest.mark.parametrize("words", [["train", "stage2"], ["stage2"]])
+def test_training_becomes_the_launcher_with_this_python(words: list[str]) -> None:
+    done = moelpr(*words, "--dry-run", "--lr", "1")
+    assert done.stdout.endswith("-m moelpr.pretrain --stage stage2 --lr 1\n")
+    assert f" {sys.executable} -m moelpr.torchrun " in done.stdout
+
+
+def test_each_stage_has_the_launchers_help() -> None:
+    assert [name in moelpr("train", "--help").stdout for name in command.STAGES] == [True] * 4
+    assert "--nproc-per-node" in moelpr("train", "stage1", "--help").stdout

@@ -27,6 +27,12 @@ class NewExperts:
     moe_layers: Sequence[int] | None = None
     moe_every_k_layers: int | None = None
 
+    def with_default_copies(self, base: ModelSpec) -> "NewExperts":
+        """The same with C = K for a dense model, unless C is set (docs/results.md compares them)."""
+        if self.original_copies is not None or base.moe is not None:
+            return self
+        return replace(self, original_copies=max(self.topk or DEFAULT_TOPK, 1))
+
 
 def with_new_experts(family: Family, base: ModelSpec, new: NewExperts) -> ModelSpec:
     """Add N new experts to the FFN of a dense model, or to the experts of an MoE.

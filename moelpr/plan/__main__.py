@@ -16,21 +16,19 @@ from typing import Any
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import with_new_experts
-from moelpr.layouts import PlannedLayout, neighbors
+from moelpr.layouts import neighbors
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.arguments import add_expert_flags, new_experts
-from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
+from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
-from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload, checkpoint_bytes, export_parameters, model_parts
+from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
+from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
+from moelpr.process.quantities import count_argument
 from moelpr.process.text_tables import table_text
-
-# The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
-PAPER_SEQ_LENGTH = {"stage1": 1024, "stage2": 512}
-PAPER_GLOBAL_BATCH_SIZE = 512
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
@@ -46,11 +44,12 @@ def main() -> None:
     family, base = read_base(args.hf_path)
     experts = new_experts(args, base)
     spec = _with_new_tokens(with_new_experts(family, base, experts), args)
-    found = fitting(spec, workload, cluster)
+    plan = plan_stage(spec, workload, cluster, enlarge=False)
+    cost = plan.cost(args.train_tokens) if args.train_tokens else None
     if args.json:
-        print(json.dumps(_as_json(found, spec, workload, cluster), indent=2))
+        print(json.dumps(_as_json(plan, cost), indent=2))
     else:
-        print(_table(found, spec, workload, cluster, len(found) if args.all else args.rows))
+        print(_table(plan, cost, len(plan.candidates) if args.all else args.rows))
 
 
 def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
@@ -97,7 +96,8 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     return Cluster(args.gpus, args.gpus_per_node, memory_gib, reserve_gib, gpu)
 
 
-def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster, rows: int) -> str:
+def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
+    found, spec, workload, cluster = plan.candidates, plan.spec, plan.workload, plan.cluster
     time = (
         "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
         if cluster.gpu
@@ -139,37 +139,25 @@ def _table(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster:
             f"Predictions of published runs of similar models are {least:+.0%} to {most:+.0%} off in tokens/s; none",
             "has been compared with a run of moelpr (docs/design/planner.md).",
         ]
-    checkpoint, trained_only, export = map(format_bytes, _disk_bytes(spec, workload, found[0].layout).values())
+    checkpoint, trained_only, export = map(format_bytes, asdict(plan.disk).values())
     lines += [
         "",
         f"Disk: {checkpoint} for each checkpoint, {trained_only} with --save-trained-only, {export} for the export.",
+        *([f"{cost}."] if cost else []),
     ]
-    best, larger = with_larger_micro_batch(found[0], spec, workload, cluster)
-    if best.step_time and larger != workload:
-        speed, gib = best.step_time.tokens_per_s(larger, cluster), best.peak.total_bytes / GIB
+    larger = plan_stage(spec, workload, cluster)
+    if larger.workload != workload:
         lines.append(
             "A larger micro-batch fits and should be faster: plan again with --micro-batch-size "
-            f"{larger.micro_batch_size} ({speed:,.0f} tokens/s per GPU, {gib:.2f} GiB)."
+            f"{larger.workload.micro_batch_size} ({larger.tokens_per_s:,.0f} tokens/s per GPU, "
+            f"{larger.memory_bytes / GIB:.2f} GiB)."
         )
-    lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(found[0].flags(workload))}"]
+    lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(plan.flags)}"]
     return "\n".join(lines)
 
 
-def _disk_bytes(spec: ModelSpec, workload: Workload, layout: PlannedLayout) -> dict[str, int]:
-    """What a run of the stage writes, and the model in bf16."""
-    parts = model_parts(spec)
-
-    def checkpoint(trained_only: bool) -> int:
-        return checkpoint_bytes(parts, workload.trained, workload.dtype, layout.divides_optimizer, trained_only)
-
-    return {
-        "checkpoint": checkpoint(trained_only=False),
-        "checkpoint_of_what_is_trained": checkpoint(trained_only=True),
-        "bf16_export": 2 * export_parameters(spec, parts),
-    }
-
-
-def _as_json(found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster) -> dict[str, Any]:
+def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
+    workload, cluster = plan.workload, plan.cluster
     described = [
         {
             **{name: size for name, size in asdict(one.layout).items() if name not in ("cp", "vpp")},
@@ -182,12 +170,13 @@ def _as_json(found: list[Candidate], spec: ModelSpec, workload: Workload, cluste
             "predicted": _time_as_json(one, workload, cluster),
             "flags": one.flags(workload),
         }
-        for one in found
+        for one in plan.candidates
     ]
     return {
         "run": asdict(workload),
-        "vocab_size": spec.megatron_args["vocab_size"],
-        "disk_bytes": _disk_bytes(spec, workload, found[0].layout),
+        "vocab_size": plan.spec.megatron_args["vocab_size"],
+        "disk_bytes": asdict(plan.disk),
+        **({"cost": asdict(cost)} if cost else {}),
         "cluster": asdict(cluster),
         "assumptions": ["every expert is chosen equally often", "working_bytes is an estimate"],
         "recommended": described[0],
@@ -232,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
     batch = "sequences per step (default: the paper's, %(default)s)"
     add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL", help=batch)
+    tokens = "print what training on so many tokens costs, such as 24B"
+    add("--train-tokens", type=count_argument, metavar="TOKENS", help=tokens)
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
     add("--all", action="store_true", help="list all layouts that fit")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from moelpr.families.new_experts import DEFAULT_TOPK, NewExperts
+from moelpr.families.new_experts import NewExperts
 from moelpr.model_spec import ModelSpec
 
 
@@ -21,11 +21,9 @@ def add_expert_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def new_experts(args: argparse.Namespace, base: ModelSpec) -> NewExperts:
-    """The experts that the flags ask for; without --original-copies, C is K in a dense model (see docs/results.md)."""
-    copies = args.original_copies
-    if copies is None and base.moe is None:
-        copies = max(args.topk or DEFAULT_TOPK, 1)
-    return NewExperts(args.num_new_experts, args.topk, copies, args.moe_layers, args.moe_every_k_layers)
+    """The experts that the flags ask for."""
+    experts = args.num_new_experts, args.topk, args.original_copies, args.moe_layers, args.moe_every_k_layers
+    return NewExperts(*experts).with_default_copies(base)
 
 
 def _layer_list(text: str) -> list[int]:

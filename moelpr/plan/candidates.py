@@ -2,15 +2,20 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
+from moelpr.families.families import family_named
 from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 from moelpr.process.errors import UserError
+
+MOST_EXPERTS = 8  # the largest N that is chosen automatically
+MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,51 @@ class Candidate:
         return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """Settings with which a model fits, as flags of the planner; `gib` is what a rank then needs, if known."""
+
+    settings: Mapping[str, float]
+    gib: float | None = None
+
+    def __str__(self) -> str:
+        flags = " ".join(f"{flag} {value:g}" for flag, value in self.settings.items())
+        if "--gpu-memory-gib" in self.settings:
+            return f"{flags} or more"
+        return flags + (f" (fits in {self.gib:.1f} GiB)" if self.gib else "")
+
+
+class DoesNotFitError(UserError):
+    """No layout fits: its smallest need and what is usable, in GiB per rank, and what would fit."""
+
+    def __init__(self, gpus: int, needed_gib: float, usable_gib: float, remedies: list[Remedy]) -> None:
+        self.needed_gib, self.usable_gib, self.remedies = needed_gib, usable_gib, remedies
+        *first, last = map(str, remedies)
+        super().__init__(
+            f"no layout fits on {gpus} GPU{'s' if gpus > 1 else ''}: the smallest needs {needed_gib:.1f} GiB per rank "
+            f"and {usable_gib:.1f} GiB are usable; use {', '.join(first)}{', or ' if first else ''}{last}"
+        )
+
+
 def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candidate]:
     """The layouts whose highest-memory rank fits, best first.
 
     Raises:
-        UserError: no layout has that many GPUs, or none fits; the message names values that work.
+        DoesNotFitError: no layout fits; the message names settings that do.
+        UserError: no layout has that many GPUs.
     """
     if problem := next(layout_problems(Layout(), 1, spec, *workload.lengths), None):
         raise UserError(problem)  # true of every layout
     found = list(_candidates(spec, workload, cluster))
     if not found:
         raise UserError(_no_layout(spec, workload, cluster))
+    return _best_first(found, cluster) or _raise_does_not_fit(spec, workload, cluster, found)
+
+
+def _best_first(found: Iterable[Candidate], cluster: Cluster) -> list[Candidate]:
+    """Those that fit, in order of preference."""
     fits = [candidate for candidate in found if candidate.peak.total_bytes <= cluster.usable_bytes]
-    if not fits:
-        raise UserError(_too_little_memory(spec, workload, cluster, found))
-    fastest_s = min(one.step_time.total_s if one.step_time else 1 for one in fits)
+    fastest_s = min((one.step_time.total_s if one.step_time else 1 for one in fits), default=1)
 
     def key(one: Candidate) -> tuple[float, ...]:
         time = one.step_time.total_s / fastest_s if one.step_time else one.relative_time
@@ -60,19 +95,45 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
 
 
 def with_larger_micro_batch(
-    best: Candidate, spec: ModelSpec, workload: Workload, cluster: Cluster
-) -> tuple[Candidate, Workload]:
-    """The best layout and the workload after doubling the micro-batch as long as that is predicted to be faster."""
-    while best.step_time and 2 * workload.micro_batch_size <= workload.global_batch_size:
+    found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster
+) -> tuple[list[Candidate], Workload]:
+    """The layouts and the workload after doubling the micro-batch as long as the best layout is predicted to be faster.
+
+    `found` are the workload's layouts, best first.
+    """
+    while (before := found[0].step_time) and 2 * workload.micro_batch_size <= workload.global_batch_size:
         doubled = replace(workload, micro_batch_size=2 * workload.micro_batch_size)
-        try:
-            other = fitting(spec, doubled, cluster)[0]
-        except UserError:  # it fits in no layout
+        other = _best_first(_candidates(spec, doubled, cluster), cluster)
+        if not other or other[0].step_time is None or other[0].step_time.total_s >= before.total_s:
             break
-        if other.step_time is None or other.step_time.total_s >= best.step_time.total_s:
-            break
-        best, workload = other, doubled
-    return best, workload
+        found, workload = other, doubled
+    return found, workload
+
+
+def numbers_of_experts(spec: ModelSpec, cluster: Cluster) -> list[int]:
+    """The N to choose from, largest first: up to 8, where N divides the GPUs of a node or they divide N."""
+    assert spec.moe is not None
+    node, least = min(cluster.gpus, cluster.gpus_per_node), spec.moe.topk - spec.moe.num_original_places
+    return [n for n in range(MOST_EXPERTS, max(least, 1) - 1, -1) if n % node == 0 or node % n == 0]
+
+
+def with_num_experts(spec: ModelSpec, number: int) -> ModelSpec:
+    assert spec.moe is not None
+    return replace(spec, moe=replace(spec.moe, num_new_experts=number))
+
+
+def most_experts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> ModelSpec:
+    """The model with the largest of `numbers_of_experts` that fits.
+
+    Raises:
+        DoesNotFitError: none fits; its remedies are those of the smallest number.
+    """
+    models = [with_num_experts(spec, number) for number in numbers_of_experts(spec, cluster)]
+    for model in models:
+        if _best_first(_candidates(model, workload, cluster), cluster):
+            return model
+    fitting(models[-1], workload, cluster)
+    raise AssertionError("it fits")
 
 
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:
@@ -129,18 +190,47 @@ def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
     )
 
 
-def _too_little_memory(spec: ModelSpec, workload: Workload, cluster: Cluster, found: list[Candidate]) -> str:
+def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster, found: list[Candidate]) -> NoReturn:
     least = min(candidate.peak.total_bytes for candidate in found) / GIB
     enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
-    fix = f"use --gpu-memory-gib {enough_gib:g} or more"
+    remedies = [*_smaller_models(spec, workload, cluster), Remedy({"--gpu-memory-gib": enough_gib})]
     for larger in _other_sizes(cluster)[1]:
         if any(one.peak.total_bytes <= cluster.usable_bytes for one in _candidates(spec, workload, larger)):
-            fix += f", or --gpus {larger.gpus}"
+            remedies.append(Remedy({"--gpus": larger.gpus}))
             break
-    return (
-        f"no layout fits on {cluster.gpus} GPUs: the smallest needs {least:.1f} GiB per rank and "
-        f"{cluster.usable_bytes / GIB:.1f} GiB are usable; {fix}"
-    )
+    raise DoesNotFitError(cluster.gpus, least, cluster.usable_bytes / GIB, remedies)
+
+
+def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Remedy]:
+    """The smallest change of each kind after which the model fits: micro-batch, experts, layers with experts, both."""
+
+    def first_that_fits(changes: Iterable[tuple[Mapping[str, float], ModelSpec, Workload]]) -> Iterator[Remedy]:
+        for settings, model, work in changes:
+            if fits := _best_first(_candidates(model, work, cluster), cluster):
+                yield Remedy(settings, fits[0].peak.total_bytes / GIB)
+                return
+
+    smaller = [size for size in reversed(divisors(workload.micro_batch_size)) if size < workload.micro_batch_size]
+    works = {size: replace(workload, micro_batch_size=size) for size in smaller}
+    yield from first_that_fits(({"--micro-batch-size": size}, spec, work) for size, work in works.items())
+    if (moe := spec.moe) is None:
+        return
+    fewer = [number for number in numbers_of_experts(spec, cluster) if number < moe.num_new_experts]
+    models = [*first_that_fits(({"--num-new-experts": n}, with_num_experts(spec, n), workload) for n in fewer)]
+    num_layers, may_mix = spec.megatron_args["num_layers"], family_named(spec.family).moe_class.may_mix_layers
+    if may_mix and moe.num_original_experts == 1 and len(moe.layers) == num_layers:
+        spaced = {
+            k: replace(spec, moe=replace(moe, layers=tuple(range(k - 1, num_layers, k))))
+            for k in range(2, min(num_layers, MOST_SPACING) + 1)
+        }
+        models += first_that_fits(({"--moe-every-k-layers": k}, model, workload) for k, model in spaced.items())
+        both = (
+            ({"--moe-every-k-layers": k, "--num-new-experts": n}, with_num_experts(model, n), workload)
+            for k, model in spaced.items()
+            for n in fewer
+        )
+        models = models or [*first_that_fits(both)]
+    yield from models
 
 
 def _other_sizes(cluster: Cluster) -> tuple[list[Cluster], list[Cluster]]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Self
 
 GIB = 1 << 30
 RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless the user chooses
@@ -36,6 +37,11 @@ class Cluster:
     gpu_memory_gib: float
     reserve_gib: float
     gpu: Gpu | None = None
+
+    @classmethod
+    def of(cls, gpu: Gpu, gpus: int, gpus_per_node: int = 8) -> Self:
+        """GPUs that the planner knows, of which `RESERVED_FRACTION` stays free."""
+        return cls(gpus, gpus_per_node, gpu.memory_gib, gpu.memory_gib * RESERVED_FRACTION, gpu)
 
     @property
     def usable_bytes(self) -> float:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.plan.__main__ import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, main
+from moelpr.plan.__main__ import main
+from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
 from moelpr.plan.step_time import PREDICTION_ERROR
 from moelpr.process.command import run_command
 from moelpr.process.machine import format_bytes

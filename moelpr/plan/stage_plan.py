@@ -1,0 +1,137 @@
+"""The plan of a stage: the layout and the micro-batch to use, with memory, time and disk.
+
+    family, base = read_base(folder)
+    spec = with_new_experts(family, base, NewExperts(8).with_default_copies(base))
+    workload, cluster = paper_workload("stage1"), Cluster.of(GPUS["h100-80"], 8)
+    spec = most_experts(spec, workload, cluster)  # if N is to be chosen
+    plan = plan_stage(spec, workload, cluster)
+    plan.flags, plan.tokens_per_s, plan.cost(24_000_000_000)
+
+docs/design/planner.md explains how memory and time are computed, and the choices.
+"""
+
+import math
+from dataclasses import dataclass
+
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
+from moelpr.plan.gpus import Cluster
+from moelpr.plan.memory import PlannedStage, Workload, checkpoint_bytes, export_parameters, model_parts
+from moelpr.process.machine import format_bytes
+from moelpr.process.quantities import format_count
+
+# The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
+PAPER_SEQ_LENGTH: dict[PlannedStage, int] = {"stage1": 1024, "stage2": 512}
+PAPER_GLOBAL_BATCH_SIZE = 512
+# The recipes save every 1,000 steps and keep every tenth checkpoint.
+RETAIN_INTERVAL = 10_000
+
+
+@dataclass(frozen=True)
+class DiskBytes:
+    """What a run writes: a checkpoint, one of only what is trained, and the exported model in bf16."""
+
+    checkpoint: int
+    checkpoint_of_what_is_trained: int
+    bf16_export: int
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What training on a number of tokens costs; the time is None for GPUs that the planner does not know.
+
+    `checkpoints` is the number of full checkpoints that the recipes keep, and the one that is being written.
+    """
+
+    tokens: int
+    steps: int
+    seconds: float | None
+    gpu_hours: float | None
+    checkpoints: int
+    checkpoints_bytes: int
+
+    def __str__(self) -> str:
+        time = "" if self.seconds is None else f"{_duration(self.seconds)}, {self.gpu_hours:,.0f} GPU hours, "
+        return (
+            f"{format_count(self.tokens)} tokens = {self.steps:,} steps = {time}{format_bytes(self.checkpoints_bytes)} "
+            f"of checkpoints ({self.checkpoints} of them)"
+        )
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The layouts that fit, best first, for a model and a workload whose micro-batch may have been enlarged."""
+
+    spec: ModelSpec
+    workload: Workload
+    cluster: Cluster
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def best(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def flags(self) -> list[str]:
+        """Arguments of the stage's launcher."""
+        return self.best.flags(self.workload)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the rank that needs the most."""
+        return self.best.peak.total_bytes
+
+    @property
+    def step_time_s(self) -> float | None:
+        return self.best.step_time.total_s if self.best.step_time else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Per GPU."""
+        return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.best.step_time else None
+
+    @property
+    def disk(self) -> DiskBytes:
+        parts, workload = model_parts(self.spec), self.workload
+        is_divided = self.best.layout.divides_optimizer
+        full, trained = (
+            checkpoint_bytes(parts, workload.trained, workload.dtype, is_divided, only) for only in (False, True)
+        )
+        return DiskBytes(full, trained, 2 * export_parameters(self.spec, parts))
+
+    def cost(self, tokens: int) -> RunCost:
+        """What training on so many tokens costs."""
+        steps = math.ceil(tokens / (self.workload.global_batch_size * self.workload.seq_length))
+        seconds = None if self.step_time_s is None else steps * self.step_time_s
+        gpu_hours = None if seconds is None else seconds * self.cluster.gpus / 3600
+        checkpoints = steps // RETAIN_INTERVAL + 2
+        return RunCost(tokens, steps, seconds, gpu_hours, checkpoints, checkpoints * self.disk.checkpoint)
+
+
+def paper_workload(stage: PlannedStage, micro_batch_size: int = 1) -> Workload:
+    """The paper's lengths and batch size for a stage; stages that it does not have get those of stage 1."""
+    seq_length = PAPER_SEQ_LENGTH.get(stage, PAPER_SEQ_LENGTH["stage1"])
+    return Workload(stage, seq_length, micro_batch_size, PAPER_GLOBAL_BATCH_SIZE)
+
+
+def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, enlarge: bool = True) -> StagePlan:
+    """Plan a stage of a model on a cluster.
+
+    Args:
+        enlarge: whether a larger micro-batch than the workload's is used if it is predicted to be faster.
+
+    Raises:
+        DoesNotFitError: no layout fits; it has the settings that would.
+        UserError: no layout has that many GPUs.
+    """
+    found = fitting(spec, workload, cluster)
+    if enlarge:
+        found, workload = with_larger_micro_batch(found, spec, workload, cluster)
+    return StagePlan(spec, workload, cluster, tuple(found))
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 60:.3g} minutes"

@@ -1,0 +1,98 @@
+"""The plan of a stage: what it chooses, what a number of tokens costs, and what fits if the model does not."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.candidates import DoesNotFitError, fitting, most_experts, numbers_of_experts, with_num_experts
+from moelpr.plan.gpus import GIB, GPUS, Cluster
+from moelpr.plan.memory import Workload, checkpoint_bytes, model_parts
+from moelpr.plan.stage_plan import RETAIN_INTERVAL, paper_workload, plan_stage
+from tests.unit.conftest import SHAPE as TINY_SHAPE
+
+SHAPE = TINY_SHAPE | dict(num_layers=6, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8)
+SHAPE |= dict(num_query_groups=4, kv_channels=64, vocab_size=1000, max_position_embeddings=2048)
+SPEC = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(8, 2, tuple(range(6)), original_copies=2))
+WORKLOAD = Workload("stage1", 512, 1, 64)
+RECIPES = Path(__file__).parents[3] / "launch/recipes"
+
+
+def cluster(gpus: int, gib: float) -> Cluster:
+    return Cluster(gpus, 8, gib, 0, GPUS["h100-80"])
+
+
+def test_a_number_of_tokens_is_steps_time_and_checkpoints() -> None:
+    plan = plan_stage(SPEC, WORKLOAD, cluster(2, 80))
+    assert plan.step_time_s and plan.tokens_per_s
+    assert plan.workload.micro_batch_size > 1 and plan.flags == plan.best.flags(plan.workload)
+    cost = plan.cost(10**9)
+    assert cost.steps == 30518  # 10^9 / (64 · 512), rounded up
+    assert cost.gpu_hours == pytest.approx(10**9 / plan.tokens_per_s / 3600, rel=1e-4)
+    assert cost.seconds == pytest.approx(cost.gpu_hours * 3600 / 2)
+    one = checkpoint_bytes(model_parts(SPEC), plan.workload.trained, "bf16", True, trained_only=False)
+    assert (cost.checkpoints, cost.checkpoints_bytes) == (5, 5 * one)
+    unknown = plan_stage(SPEC, WORKLOAD, Cluster(2, 8, 80, 8)).cost(10**9)
+    assert (unknown.seconds, unknown.gpu_hours) == (None, None)
+    assert str(unknown).startswith("1B tokens = 30,518 steps = ")
+
+
+def test_a_run_keeps_as_many_checkpoints_as_the_papers_recipe_says() -> None:
+    text = (RECIPES / "paper-stage1.yaml").read_text()
+    recipe = yaml.safe_load(text)
+    assert recipe["save-retain-interval"] == RETAIN_INTERVAL
+    workload = paper_workload("stage1")
+    assert (workload.seq_length, workload.global_batch_size) == (recipe["seq-length"], recipe["global-batch-size"])
+    steps = plan_stage(SPEC, workload, Cluster(1, 8, 80, 8)).cost(recipe["train-iters"] * 512 * 1024)
+    assert (steps.steps, steps.checkpoints) == (recipe["train-iters"], 6) and "room for six" in text
+
+
+@pytest.mark.parametrize(
+    ("gpus", "numbers"),
+    [(1, [8, 7, 6, 5, 4, 3, 2, 1]), (2, [8, 6, 4, 2, 1]), (8, [8, 4, 2, 1]), (32, [8, 4, 2, 1]), (6, [6, 3, 2, 1])],
+)
+def test_experts_are_chosen_so_that_they_divide_a_node(gpus: int, numbers: list[int]) -> None:
+    assert numbers_of_experts(SPEC, cluster(gpus, 80)) == numbers
+
+
+def test_the_most_experts_that_fit_are_chosen() -> None:
+    """The GPU has room for the smallest layout of exactly N experts."""
+    for number in (8, 5, 1):
+        model = with_num_experts(SPEC, number)
+        least = min(one.peak.total_bytes for one in fitting(model, WORKLOAD, cluster(1, 80)))
+        assert most_experts(SPEC, WORKLOAD, cluster(1, 1.01 * least / GIB)) == model
+    with pytest.raises(DoesNotFitError):
+        most_experts(SPEC, WORKLOAD, cluster(1, 0.1))
+
+
+@pytest.mark.parametrize(("gib", "kinds"), [(0.9, 2), (0.2, 1), (0.1, 0)])
+def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> None:
+    """In one GPU; without room for a single change, fewer experts in fewer layers."""
+    workload = replace(WORKLOAD, micro_batch_size=2)
+    with pytest.raises(DoesNotFitError) as error:
+        fitting(SPEC, workload, cluster(1, gib))
+    assert error.value.usable_gib == gib < error.value.needed_gib
+    found = [one for one in error.value.remedies if one.gib]
+    assert len(found) == kinds
+    for remedy in found:
+        moe, work = SPEC.moe, workload
+        for flag, value in remedy.settings.items():
+            if flag == "--num-new-experts":
+                moe = replace(moe, num_new_experts=value)
+            elif flag == "--moe-every-k-layers":
+                moe = replace(moe, layers=tuple(range(value - 1, 6, value)))
+            else:
+                work = replace(work, micro_batch_size=value)
+        best = fitting(replace(SPEC, moe=moe), work, cluster(1, gib))[0]
+        assert best.peak.total_bytes == remedy.gib * GIB
+        assert re.search(rf"{flag} {value} \(fits in {remedy.gib:.1f} GiB\)", str(error.value))
+
+
+def test_layers_without_experts_are_suggested_only_if_an_export_can_have_them() -> None:
+    llama = replace(SPEC, family="llama")
+    with pytest.raises(DoesNotFitError) as error:
+        fitting(llama, WORKLOAD, cluster(1, 0.9))
+    assert "--num-new-experts" in str(error.value) and "--moe-every-k-layers" not in str(error.value)

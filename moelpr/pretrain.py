@@ -4,7 +4,7 @@
         --pretrained-checkpoint upcycled --data-path corpus_text_document --save runs/stage1
 
 Rerun the same command to resume a killed run from its last checkpoint. A run that is asked to stop (SIGUSR1, SIGTERM or
-a file STOP in --save) saves before it ends. --load and --finetune say where to start, so omit them to resume.
+a file STOP in --save) saves and exits with code 75. --load and --finetune say where to start, so omit them to resume.
 
 The steps are in moelpr/training/train.py. This file stays light because helper processes of Megatron's checkpoint
 writer import it again.
@@ -36,12 +36,14 @@ def main() -> None:
         from moelpr.training.train import train
 
     with request.leaves_lost_ranks_to_launcher():
-        train(sys.argv[1:], request)
+        is_complete = train(sys.argv[1:], request)
 
     import torch
 
     if torch.distributed.is_initialized():  # False if the run had finished before
         torch.distributed.destroy_process_group()
+    if not is_complete:
+        stop.exit_before_the_last_step()
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
 
 from moelpr.process import machine
-from moelpr.process.command import run_command
+from moelpr.process.command import STOPPED, run_command
 from moelpr.process.errors import taken_port
 from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
-from moelpr.process.stop import LAUNCHER_VARIABLE
+from moelpr.process.stop import LAUNCHER_VARIABLE, STOPPED_IS_SUCCESS, STOPPED_SIGNAL
 
 
 def main() -> None:
@@ -44,6 +44,8 @@ def main() -> None:
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    has_stopped = threading.Event()
+    signal.signal(STOPPED_SIGNAL, lambda *_: has_stopped.set())
     memory = PeakMemory()
     memory.start()
     try:
@@ -69,6 +71,8 @@ def main() -> None:
         if first.exitcode > 2:
             fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
         sys.exit(first.exitcode)
+    if has_stopped.is_set():
+        sys.exit(0 if os.environ.get(STOPPED_IS_SUCCESS) == "1" else STOPPED)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

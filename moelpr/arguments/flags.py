@@ -143,7 +143,8 @@ def own_arguments() -> Parser:
         prog="python -m moelpr.pretrain",
         usage="python -m moelpr.pretrain --stage STAGE --pretrained-checkpoint DIR --data-path PREFIX --save DIR …",
         description="Train one stage of MoE-LPR. The model's shape comes from the checkpoint's model_spec.json.",
-        epilog="Megatron's flags: --help-all",
+        epilog="Megatron's flags: --help-all. The exit code is 0 after the last step, 75 if the run was asked to stop "
+        "before it (SIGTERM, SIGUSR1 or a file STOP in --save), 2 for wrong arguments or input, and 1 for a failure.",
     )
     return add_arguments(parser)
 

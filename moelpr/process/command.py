@@ -1,6 +1,7 @@
 """What every command does around its work: parse flags, print one error, handle signals, exit with the right code.
 
-The exit codes are 0 for success, 1 for failure, 2 for wrong arguments or input.
+The exit codes are 0 for success, 1 for failure, 2 for wrong arguments or input, and `STOPPED` for a training that was
+asked to stop before its last step.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from typing import Any, NoReturn
 
 from moelpr.process import ranks
 from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics, taken_port
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the training
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -13,12 +13,20 @@ import threading
 import time
 from contextlib import suppress
 from multiprocessing import util
+from typing import NoReturn
 
 import psutil
+
+from moelpr.process.command import STOPPED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # The environment variable that moelpr.torchrun sets to its process number.
 LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
+# A rank sends this to moelpr.torchrun to say that the training ends before its last step.
+STOPPED_SIGNAL = signal.SIGUSR2
+# The environment variable with which, if it is 1, moelpr.torchrun then exits with 0, for a scheduler to which every
+# other code of a node is a failure that ends the other nodes.
+STOPPED_IS_SUCCESS = "MOELPR_STOPPED_IS_SUCCESS"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -43,6 +51,18 @@ def _end_with(launcher: psutil.Process) -> None:
         while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_before_the_last_step() -> NoReturn:
+    """End this rank of a training that was asked to stop.
+
+    moelpr.torchrun is told and exits with `STOPPED`, but the rank with 0: for torchrun another code is a failure, after
+    which it ends the ranks that still clean up, does not wait for other nodes, and may start all ranks again.
+    """
+    if LAUNCHER_VARIABLE not in os.environ:
+        sys.exit(STOPPED)
+    os.kill(int(os.environ[LAUNCHER_VARIABLE]), STOPPED_SIGNAL)
+    sys.exit(0)
 
 
 def watch_over_helpers() -> None:

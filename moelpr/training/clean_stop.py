@@ -1,7 +1,8 @@
 """How a run ends: after its last step, or earlier on request.
 
-SIGUSR1, SIGTERM or a file STOP in --save ask the trainer to stop. It finishes its step, saves, and exits with code 0;
-the same command resumes the run. A run that has made all its steps writes a file FINISHED, and does not run again.
+SIGUSR1, SIGTERM or a file STOP in --save ask the trainer to stop. It finishes its step, saves, and exits with code 75
+(`moelpr.process.command.STOPPED`); the same command resumes the run. A run that has made all its steps writes a file
+FINISHED, and does not run again.
 
 Imported before Megatron and torch, whose imports take seconds, so that no signal is lost meanwhile.
 """
@@ -119,20 +120,24 @@ def is_finished(settings: "RunSettings") -> bool:
     return True
 
 
-def report_end(settings: "RunSettings", scored_step: int | None) -> None:
+def report_end(settings: "RunSettings", scored_step: int | None) -> bool:
     """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED.
 
     Args:
         settings: The settings of the run.
         scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
             validate after a stop request, and has no batches with which to resume a run that has made all its steps.
+
+    Returns:
+        Whether rank 0 has found the last step in --save; True on the other ranks, and without --save.
     """
     save, last = settings.save, settings.last_step
     if save is None or not is_first_rank():
-        return
+        return True
     (save / STOP_FILE).unlink(missing_ok=True)
     saved = saved_step(save)
-    if saved is not None and saved >= last:
+    is_complete = saved is not None and saved >= last
+    if is_complete:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {settings.stage.name} is finished, step {saved} of {last} is in {save}")
         if scored_step is None or scored_step < last:
@@ -140,6 +145,7 @@ def report_end(settings: "RunSettings", scored_step: int | None) -> None:
     else:
         print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; rerun the same command to resume")
     sys.stdout.flush()
+    return is_complete
 
 
 def begin(save: Path | None) -> None:

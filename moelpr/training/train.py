@@ -31,19 +31,22 @@ from moelpr.training.step_log import logs_steps
 from moelpr.training.validation import validates
 
 
-def train(argv: list[str], stop: StopRequest | None = None) -> None:
-    """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request."""
+def train(argv: list[str], stop: StopRequest | None = None) -> bool:
+    """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request.
+
+    Returns:
+        Whether the last step is made, on every rank.
+    """
     run = check_arguments(argv)
     settings = RunSettings.of(run)
     with run_lock(settings):
         if clean_stop.is_finished(settings):
-            clean_stop.report_end(settings, settings.last_step)
-        else:
-            register_arguments(run, settings)
-            _train(settings, argv, stop)
+            return clean_stop.report_end(settings, settings.last_step)
+        register_arguments(run, settings)
+        return _train(settings, argv, stop)
 
 
-def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> None:
+def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> bool:
     if stop is not None:
         stop.enter_megatron(settings.save)
     clean_stop.begin(settings.save)
@@ -71,7 +74,10 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
         container = pretrain_cfg_container_from_args(args, config)
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=bootstrap.rank_store())
     torch.distributed.barrier()
-    clean_stop.report_end(settings, settings.last_step if validation is None else validation.scored_step)
+    is_complete = clean_stop.report_end(settings, settings.last_step if validation is None else validation.scored_step)
+    answer = torch.tensor([is_complete], dtype=torch.int32, device=torch.cuda.current_device())
+    torch.distributed.broadcast(answer, src=0)
+    return bool(answer.item())
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

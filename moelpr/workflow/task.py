@@ -23,8 +23,7 @@ class Task:
         made_from: Names of the tasks whose output it reads. It is done again when one of them was.
         decided_by: Names of the tasks whose results only decide its command.
         files: Other files and folders that it reads. It is done again when their content has changed.
-        is_complete: Whether its output is there; without it, a removed output goes unnoticed. A command may end early
-            with exit code 0, as the trainer does when it is asked to stop. A UserError counts as no.
+        is_complete: Whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no.
         continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
             changes while it exists, that is an error instead of a reason to run it again.
         unfinished: Folders in which the command keeps work that only the same command can finish.

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from moelpr.process.command import STOPPED
 from moelpr.process.errors import MachineError, UserError
 from moelpr.store.files import make_folder, remove
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
@@ -235,10 +236,10 @@ class Workflow:
         words = [*words, *map(str, task.settings)]
         sys.stdout.flush()
         code = execute(words, log, _QUIET | dict(task.environment), **({"echo": True} if echo else {}))
-        if code != 0:
+        if code not in (0, STOPPED):
             kind = MachineError if code == 1 else UserError
             raise kind(f"task {task.name} exited with code {code} and the message above; its output is in {log}")
-        if not task.is_complete():
+        if code == STOPPED or not task.is_complete():
             raise UserError(
                 f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
             )

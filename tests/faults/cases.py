@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
+from moelpr.process.command import STOPPED
 from moelpr.store.files import write_text
 from tests.faults import hostile
 from tests.faults.commands import (
@@ -281,7 +282,7 @@ def killed(case: Case, name: str, is_forked: bool = False) -> Outcome:
         case.notes.append(f"{number.name} to {whom}")
         running.send(number, whom, case.random)
         ended = running.wait()
-        if ended.code not in (-number, 128 + number) and not ended.never_started:
+        if ended.code not in (-number, 128 + number, STOPPED) and not ended.never_started:
             ended.require_clean()
     ended = (start(command, case.box, words) if is_forked else launch(command, case.box, words)).wait()
     ended.require_clean()

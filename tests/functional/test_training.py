@@ -22,6 +22,7 @@ import yaml
 
 from moelpr.arguments.checks.folders import checkpoint_bytes
 from moelpr.model_spec import ModelSpec
+from moelpr.process.command import STOPPED
 from moelpr.store.checksums import verify_folder
 from tests.support.hf_models import RunsCode, replace_object
 
@@ -232,7 +233,8 @@ def test_a_run_stopped_by_a_stop_file_resumes_to_the_same_end_and_no_further(mat
     stopped.mkdir()
     (stopped / "STOP").touch()
     first = launch(*stage1_command(material, stopped), ranks=2)
-    assert first.returncode == 0, first.stderr[-3000:]
+    assert first.returncode == STOPPED, first.stderr[-3000:]
+    assert "error" not in first.stderr
     assert "moelpr: stopped after step 1 of 6" in first.stdout
     assert not (stopped / "STOP").exists()
     assert not (stopped / "FINISHED").exists()
@@ -248,7 +250,7 @@ def test_a_run_stopped_by_a_stop_file_resumes_to_the_same_end_and_no_further(mat
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_with_code_0(material, name) -> None:
+def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_with_code_75(material, name) -> None:
     """As a cluster sends it: to the launcher, the ranks, and the helpers that write checkpoints."""
     save = material / f"asked-by-{name}"
     command = [ROOT / "launch/stage1.sh", *STEPS.split(), *map(str, stage1_command(material, save)[1:])]
@@ -263,7 +265,7 @@ def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_wi
         run.wait(timeout=60)
     said = log.read_text()
     last = metrics(save)[-1]["iteration"]
-    assert run.returncode == 0, said[-3000:]
+    assert run.returncode == STOPPED, said[-3000:]
     assert f"moelpr: stopped after step {last} of 5000" in said
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from moelpr.process.command import STOPPED
 from moelpr.process.machine import available_cpus, peak_memory
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,19 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
     assert launcher.returncode == 1 and errors.count("\n") == 1
     (held,) = re.findall(r"rank 1 was killed \(signal 9\).*it held (.*) MiB, 2 ranks of this machine share", errors)
     assert 100 <= float(held) < 1000
+
+
+@pytest.mark.parametrize(("variables", "code"), [({}, STOPPED), ({"MOELPR_STOPPED_IS_SUCCESS": "1"}, 0)])
+def test_a_training_that_was_asked_to_stop_is_no_error_and_not_started_again(tmp_path, variables, code) -> None:
+    """Also where Kubeflow lets torchrun start failed ranks again."""
+    (tmp_path / "rank.py").write_text(
+        "import os\nfrom moelpr.process import stop\n"
+        "os.write(1, b'started\\n')\nif os.environ['RANK'] == '1':\n    stop.exit_before_the_last_step()\n"
+    )
+    command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PET_MAX_RESTARTS": "3", **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "started\n" * 2, "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGBUS, signal.SIGINT])

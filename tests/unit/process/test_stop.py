@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.process import stop
+from moelpr.process.command import STOPPED
 
 TRAINER_WITH_A_HELPER = """
 import multiprocessing, os, signal, sys, time
@@ -57,6 +58,13 @@ def test_a_helper_outlives_signals_but_not_its_trainer(tmp_path: Path, how: str,
         with contextlib.suppress(ProcessLookupError):
             os.kill(helper, signal.SIGKILL)
         os.close(helper_ended)
+
+
+def test_a_stopped_rank_without_a_launcher_exits_with_the_code_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(stop.LAUNCHER_VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as end:
+        stop.exit_before_the_last_step()
+    assert end.value.code == STOPPED
 
 
 LAUNCHER = """

@@ -67,11 +67,11 @@ def test_the_end_of_a_run_is_printed_and_recorded(tmp_path, capsys, monkeypatch)
     (tmp_path / "STOP").touch()
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     tracker.write_text("7")
-    clean_stop.report_end(settings(tmp_path), 7)
+    assert not clean_stop.report_end(settings(tmp_path), 7)
     assert not list(tmp_path.glob("[SF]*"))
     tracker.write_text("10")
-    clean_stop.report_end(settings(tmp_path), 7)
-    clean_stop.report_end(settings(tmp_path), 10)
+    assert clean_stop.report_end(settings(tmp_path), 7)
+    assert clean_stop.report_end(settings(tmp_path), 10)
     assert (tmp_path / "FINISHED").read_text() == "10\n"
     stopped, *finished_unscored, finished = capsys.readouterr().out.splitlines()
     assert finished_unscored == [

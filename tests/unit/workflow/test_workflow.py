@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.process.command import STOPPED
 from moelpr.process.errors import MachineError, UserError
 from moelpr.workflow.mark import sha256
 from moelpr.workflow.outlay import check_machine, listing
@@ -98,10 +99,12 @@ def test_what_reads_another_output_than_before_is_done_again(tmp_path, chain, ca
     assert (tmp_path / "evaluate").read_text() == 7 * "x"
 
 
-def test_a_stopped_command_is_not_continued_by_another_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [STOPPED, 0])
+def test_a_stopped_command_is_not_continued_by_another_one(tmp_path: Path, code: int) -> None:
     def run(word: str) -> None:
         path = tmp_path / "train"
-        task = Task(name="train", command=[*count(path), word], is_complete=lambda: False, continues=path)
+        is_complete = code == STOPPED  # its output may look complete
+        task = Task(name="train", command=[*count(path, code), word], is_complete=lambda: is_complete, continues=path)
         Workflow(tmp_path, [task]).run()
 
     for _ in range(2):

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
+from data_tools.corpus.held_out_text import joined_text
 from data_tools.corpus.joining import check_same_job, merge_manifests, missing_manifests, open_corpora
 from moelpr.data.manifest import manifest_path
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.store.files import refuse_existing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     for prefix in prefixes:
         Corpus(prefix)  # a missing input is reported before an existing output
     check_output(output_prefix, overwrite)
+    text = joined_text(prefixes, output_prefix)
+    if text is not None:
+        refuse_existing([text.joined], overwrite)
     corpora, manifests = open_corpora(prefixes)
     if num_shards and manifests:
         check_same_job(prefixes, manifests)
@@ -35,14 +40,20 @@ def main(argv: list[str] | None = None) -> None:
         for corpus in tqdm(corpora, unit="corpus", delay=2, disable=None):
             writer.add_corpus(corpus)
         files = writer.finalize()
+        if text is not None:
+            text.join()
         writer.commit(merge_manifests(manifests, files) if manifests else None)
     print(writer)
+    if text is not None:
+        print(f"{text.joined}: its text as JSON lines")
     if manifests is None:
         print(missing_manifests(corpora, output_prefix))
     if arguments.remove_input:
         for prefix in prefixes:
             for path in (*CorpusPaths.of(prefix), manifest_path(prefix)):
                 path.unlink(missing_ok=True)
+        for path in text.parts if text is not None else ():
+            path.unlink(missing_ok=True)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """Tokenize JSON lines or Parquet: write <output-prefix>_<key>_document.bin and .idx for Megatron, and .lang.
 
 The flags are those of Megatron-LM's tool of the same name, plus the language bit, which is always stated: for all input
-(--language original), per document (--language-key lang --original-languages en,es,zh), per span of a document
-(--spans-key spans), by a registry (--dataset), or detected by py3langid (--detect-language).
+(--language el --original-languages en,es,zh), per document (--language-key lang --original-languages en,es,zh), per
+span of a document (--spans-key spans), by a registry (--dataset), or detected by py3langid (--detect-language).
 
 Several jobs share the work with --num-shards N, each with its own --shard; data_tools/merge_data.py joins their outputs
 into the bytes that a single job would have written. docs/corpora.md has examples of everything.
@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         shows_languages=not arguments.language,
         names_original=bool(arguments.original_languages),
     )
+    for path in spec.outputs.texts.values():
+        print(f"{path}: the held-out text as JSON lines")
     print(f"done in {time.monotonic() - started:.1f} s")
 
 

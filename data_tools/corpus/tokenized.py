@@ -48,11 +48,13 @@ class Documents(NamedTuple):
         tokens: The tokens in the .bin's dtype [tokens], or the file that contains them.
         lengths: Tokens of each document, int64 [documents].
         runs: Runs of tokens with one language bit, int64 [runs]: 2 × tokens of the run + its bit.
+        json_lines: The text of held-out documents as JSON lines, or a temporary file of it; empty for all others.
     """
 
     tokens: NDArray[np.integer] | TokenFile
     lengths: NDArray[np.int64]
     runs: NDArray[np.int64]
+    json_lines: bytes | Path = b""
 
 
 def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:

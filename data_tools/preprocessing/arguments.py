@@ -18,6 +18,7 @@ _DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expand
 _WORKERS_PER_CPU = 8
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _FRACTION: dict[str, Any] = {"type": float, "metavar": "X"}
+GROUPS = ("original", "expanded")
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -36,7 +37,8 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
 
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
-    share = "fraction of the documents, 0 to 1, to write to P_validation_<key>_document instead (default: 0)"
+    share = "fraction of the documents, 0 to 1, to write to P_validation_<key>_document instead, and their text to "
+    share += "P_validation.jsonl (default: 0)"
     add("--validation-share", **_FRACTION, default=0.0, help=share)
     add("--seed", **_COUNT, default=1234, help="seed of --max-samples and --validation-share (default: 1234)")
     add("--overwrite", action="store_true", help="replace an existing corpus")
@@ -50,7 +52,8 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
 
     group = parser.add_argument_group("language bit (--input requires one of the first four; a registry states it)")
     add, add_language = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add_language("--language", choices=("original", "expanded"), help="language group of all documents")
+    one = "language of all documents, such as eu with --expanded-languages eu; or their group: original, expanded"
+    add_language("--language", metavar="CODE", help=one)
     add_language("--language-key", metavar="KEY", help="JSON key of a document's language")
     spans = 'JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of its first byte'
     add_language("--spans-key", metavar="KEY", help=spans)
@@ -124,7 +127,9 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
     for flag in ("--validation-share", "--max-bad-share", "--min-confidence"):
         if (value := getattr(args, _name(flag))) is not None and not 0 <= value <= 1:
             raise UserError(f"{flag} must be between 0 and 1, got {value}")
-    has_names = language_flag not in ("--language", "--dataset")
+    is_code = language_flag == "--language" and args.language not in GROUPS
+    has_names = is_code or language_flag not in ("--language", "--dataset")
+    named = args.original_languages or (is_code and args.expanded_languages)
     keys, last, is_sampled = args.json_keys or [], args.num_shards - 1, args.max_samples is not None
     streams = (args.input or []).count(STANDARD_INPUT)
     registry = args.dataset_info or args.dataset_dir
@@ -145,11 +150,15 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
             args.dataset and language_flag != "--dataset"
         ),
+        f"--language {args.language} requires --original-languages or --expanded-languages, such as "
+        f"--expanded-languages {args.language}": is_code and not named,
         f"{language_flag} requires --original-languages, such as --original-languages en,es,zh": (
-            has_names and not args.original_languages
+            has_names and not named
         ),
-        f"{language_flag} excludes --original-languages and --expanded-languages, which require --language-key, "
-        "--spans-key or --detect-language": not has_names and (args.original_languages or args.expanded_languages),
+        f"{language_flag} excludes --original-languages and --expanded-languages, which require --language CODE, "
+        "--language-key, --spans-key or --detect-language": (
+            not has_names and (args.original_languages or args.expanded_languages)
+        ),
         "--undetected requires --detect-language": args.undetected and not args.detect_language,
         "--min-confidence requires --detect-language or --audit": (
             args.min_confidence is not None and not args.detect_language and not args.audit

@@ -105,6 +105,8 @@ class Encoder:
         documents = {}
         for name, group in groups.items():
             documents[name] = self.documents(group, name, tally)
+            if name not in self.corpora:
+                documents[name] = documents[name]._replace(json_lines=_json_lines(group, spool))
             tally.corpus(name).sources[source.path] += len(group)
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
         batch.discard()
@@ -227,3 +229,14 @@ class Encoder:
                 f"gigatoken and the tokenizer give different IDs for a text ({text[:60]!r}…); nothing was written, "
                 "pass --tokenizer-backend reference"
             )
+
+
+def _json_lines(texts: list[Text], spool: Path) -> bytes | Path:
+    """Return the JSON lines of texts that are not empty, or the file of one that is too long for memory."""
+    if not any(text.on_disk for text in texts):
+        return b"".join(part for text in texts if text.tagged.text for part in text.json_line())
+    descriptor, name = mkstemp(prefix="text-", dir=spool)
+    with open(descriptor, "wb") as file:
+        for text in texts:
+            file.writelines(text.json_line())
+    return Path(name)

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Self
 
 from tqdm import tqdm
@@ -40,6 +41,7 @@ class State:
         cursor: Where to resume reading.
         file_bytes: Bytes of the input files that have been read.
         skipped_bytes: Size of the list of skipped lines.
+        text_bytes: Sizes of the held-out texts, by the corpus's name.
         manifests: Once they exist, only the files' names are left to change.
     """
 
@@ -48,7 +50,47 @@ class State:
     cursor: ReadCursor = ReadCursor()
     file_bytes: int = 0
     skipped_bytes: int = 0
+    text_bytes: dict[str, int] = field(default_factory=dict)
     manifests: dict[str, Manifest] = field(default_factory=dict)
+
+
+class Lines:
+    """A file to which a job adds lines, kept up to what its state has saved.
+
+    Attributes:
+        num_bytes: Its size.
+    """
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self._path, self.num_bytes = path, num_bytes
+        self._file = open(path, "ab")
+        if self._file.tell() > num_bytes:
+            self._file.truncate(num_bytes)
+
+    def add(self, lines: bytes | Path) -> None:
+        """Add lines, or those of a temporary file."""
+        if isinstance(lines, Path):
+            with open(lines, "rb") as source:
+                shutil.copyfileobj(source, self._file)
+                self.num_bytes += source.tell()
+            lines.unlink()
+        else:
+            self.num_bytes += self._file.write(lines)
+
+    def flush(self) -> int:
+        """Write everything to disk and return how much that is."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.num_bytes
+
+    def close(self) -> None:
+        with suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._file.close()
+
+    def rename(self, path: Path) -> None:
+        self._file.close()
+        if self._path.stat().st_size == self.num_bytes:  # otherwise an interrupted job has renamed it
+            os.replace(self._path, path)
 
 
 class Progress(tqdm):
@@ -110,16 +152,18 @@ class Job:
         self._spool = self._folder / "spool"  # for files that are needed only while this process runs
         shutil.rmtree(self._spool, ignore_errors=True)
         self._spool.mkdir()
-        self._skipped = open(self._folder / _SKIPPED, "ab")
-        if self._skipped.tell() > self.state.skipped_bytes:
-            self._skipped.truncate(self.state.skipped_bytes)
+        self._skipped = Lines(self._folder / _SKIPPED, self.state.skipped_bytes)
+        self._texts = {
+            name: Lines(self._folder / path.name, self.state.text_bytes.get(name, 0))
+            for name, path in spec.outputs.texts.items()
+        }
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):  # closing writes what is buffered, and the disk may be full
-            self._skipped.close()
+        for lines in (self._skipped, *self._texts.values()):
+            lines.close()
         is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
         if kind is None or not (self._keep or is_interrupted):
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -156,20 +200,20 @@ class Job:
 
     def save(self) -> None:
         """Save what is needed to resume from here; everything written up to here must be on disk."""
-        self._skipped.flush()
-        os.fsync(self._skipped.fileno())
+        self.state.skipped_bytes = self._skipped.flush()
+        self.state.text_bytes = {name: lines.flush() for name, lines in self._texts.items()}
         self._journal.add(self.state)
 
     def commit(self) -> None:
         """Rename the files. Can be repeated if it is interrupted."""
+        for name, lines in self._texts.items():
+            lines.rename(self.spec.outputs.texts[name])
         for name, manifest in self.state.manifests.items():
             commit_corpus(self.spec.outputs.corpora[name], self._folder, manifest)
-        self._skipped.close()
-        unfinished = self._folder / _SKIPPED
         if self.state.skipped_bytes == 0:
             self.spec.outputs.skipped_path.unlink(missing_ok=True)  # an older list
-        elif unfinished.stat().st_size:  # otherwise an interrupted job has renamed it
-            os.replace(unfinished, self.spec.outputs.skipped_path)
+        else:
+            self._skipped.rename(self.spec.outputs.skipped_path)
 
     def _check_settings(self) -> None:
         """Raise a UserError if another job was interrupted here."""
@@ -187,9 +231,11 @@ class Job:
     ) -> None:
         for name, group in documents.items():
             writers[name].add(group)
+            if name in self._texts:
+                self._texts[name].add(group.json_lines)
         self.state.tally.add(tally)
-        problems = "".join(f"{problem}\n" for problem in tally.problems).encode(errors="backslashreplace")
-        self.state.skipped_bytes += self._skipped.write(problems)
+        problems = "".join(f"{problem}\n" for problem in tally.problems)
+        self._skipped.add(problems.encode(errors="backslashreplace"))
         self.state.cursor = batch.after
         self.state.file_bytes += batch.file_bytes
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
+from data_tools.corpus.held_out_text import text_paths
+from data_tools.preprocessing.arguments import GROUPS
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
@@ -30,6 +32,7 @@ from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizers.gigatoken import choose_library
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
+from moelpr.store.files import refuse_existing
 
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (
@@ -48,10 +51,12 @@ class Outputs:
     Attributes:
         prefix: Prefix of all of them, including the job's shard.
         corpora: Corpus prefixes by the corpus's name within the job.
+        texts: The JSON lines of its held-out corpora, by the same names.
     """
 
     prefix: str
     corpora: dict[str, str]
+    texts: dict[str, Path]
 
     @property
     def skipped_path(self) -> Path:
@@ -109,6 +114,9 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
         auditor=_detector(args, groups) if args.audit else None,
     )
     inputs = Inputs(datasets, encoder.parser, args.shard or 0, args.num_shards, args.max_samples, args.seed)
+    read = {os.path.realpath(source.path) for source in inputs.sources}
+    if both := [path for path in outputs.texts.values() if os.path.realpath(path) in read]:
+        raise UserError(f"{both[0]} is an input, and held-out text would be written there; choose another name")
     notes = inputs.notes
     if args.tokenizer_backend != "reference":
         is_required = args.tokenizer_backend == "gigatoken"
@@ -118,11 +126,13 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     record = tokenizer.record
     settings["tokenizer"] = [record.fingerprint, record.eod_id, record.special_tokens]
     settings["input files"] = inputs.described()
+    if outputs.texts:
+        settings["held-out text"] = sorted(outputs.texts)
     if args.dataset:
         settings["entries of --dataset-info"] = [[dataset.name, dataset.bit, dataset.key] for dataset in datasets]
     is_shard = args.num_shards > 1
     shard_of = _shard_of(settings, inputs.sources) if is_shard else None
-    is_certain = args.expanded_languages or is_shard
+    is_certain = args.expanded_languages or args.language or is_shard
     needed = LanguageGroups.from_names(None if is_certain else args.original_languages, None).original
     return JobSpec(inputs, outputs, record, encoder, settings, shard_of, needed, notes)
 
@@ -139,16 +149,20 @@ def _outputs(args: argparse.Namespace) -> Outputs:
         raise UserError(f"--json-keys {slashed[0]} would be part of the names of files; rename the key, without /")
     if len(set(corpora.values())) < len(corpora):
         raise UserError(f"--json-keys {' '.join(keys)} give two corpora one name; rename a key")
-    outputs = Outputs(sharded(prefix), {name: sharded(path) for name, path in corpora.items()})
-    for path in outputs.corpora.values():
-        check_output(path, args.overwrite or (args.resume and os.path.exists(outputs.unfinished_folder)))
+    corpora = {name: sharded(path) for name, path in corpora.items()}
+    texts = {name: text_paths(path)[len(keys) == 1] for name, path in corpora.items() if name not in keys}
+    outputs = Outputs(sharded(prefix), corpora, texts)
+    overwrite = args.overwrite or (args.resume and os.path.exists(outputs.unfinished_folder))
+    for path in corpora.values():
+        check_output(path, overwrite)
+    refuse_existing([*texts.values()], overwrite)
     return outputs
 
 
 def _datasets(args: argparse.Namespace) -> list[Dataset]:
     if not args.dataset:
         sources = [open_source(path) for path in find_files(args.input)]
-        return [Dataset("", sources, args.language, args.json_keys[0])]
+        return [Dataset("", sources, args.language if args.language in GROUPS else None, args.json_keys[0])]
     names = [name.strip() for name in args.dataset.split(",") if name.strip()]
     return read_registry(args.dataset_info, names, args.dataset_dir)
 
@@ -166,11 +180,18 @@ def _tokenizer(args: argparse.Namespace) -> JobTokenizer:
 
 
 def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[LanguageGroups, Tagger]:
-    if args.dataset or args.language:
+    if args.dataset or args.language in GROUPS:
         pairs = [(dataset.name or args.language, dataset.bit) for dataset in datasets]
         original, expanded = (frozenset(n for n, bit in pairs if bit == group) for group in ("original", "expanded"))
         return LanguageGroups(original, expanded), OneLanguage([name for name, _ in pairs])
     groups = LanguageGroups.from_names(args.original_languages, args.expanded_languages)
+    if args.language:
+        if args.language not in groups.original | groups.expanded and (groups.expanded or not groups.original):
+            raise UserError(
+                f"--language {args.language} is neither in --original-languages nor in --expanded-languages; add it "
+                "to one of them"
+            )
+        return groups, OneLanguage([args.language])
     if args.language_key:
         return groups, LanguageKey(args.language_key, groups)
     if args.spans_key:

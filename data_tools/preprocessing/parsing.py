@@ -1,7 +1,9 @@
 """Lines and rows become texts with their languages."""
 
 import hashlib
-from collections.abc import Iterable
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +32,17 @@ class Text(NamedTuple):
 
     def parts(self) -> Iterable[str]:
         return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
+
+    def json_line(self) -> Iterator[bytes]:
+        """Yield the parts of the text's JSON line; its language is that of most of its characters."""
+        characters: Counter[str] = Counter()
+        for name, length in self.tagged.spans:
+            characters[name] += length
+        [(language, _)] = characters.most_common(1)
+        yield b'{"text": "'
+        for part in self.parts():
+            yield json.dumps(part, ensure_ascii=False)[1:-1].encode()
+        yield f'", "lang": {json.dumps(language, ensure_ascii=False)}}}\n'.encode()
 
 
 @dataclass(frozen=True)

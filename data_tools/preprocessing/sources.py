@@ -9,6 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from data_tools.corpus.held_out_text import is_held_out_text
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 
@@ -95,7 +96,7 @@ def _files_below(folder: str) -> Iterator[str]:
     for path, names in _walk(folder):
         for name in names:
             file = str(Path(path) / name)
-            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX)
+            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX) or is_held_out_text(Path(file))
             if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
                 yield file
 

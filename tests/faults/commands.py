@@ -46,7 +46,9 @@ class Command:
 COMMANDS = {
     "preprocess": Command("data_tools.preprocess_data", _PREPROCESS.format("text/text.jsonl"), "text hf"),
     "preprocess a large file": Command(
-        "data_tools.preprocess_data", f"{_PREPROCESS.format('large.jsonl')} --workers 2", "large.jsonl hf"
+        "data_tools.preprocess_data",
+        f"{_PREPROCESS.format('large.jsonl')} --workers 2 --validation-share 0.1",
+        "large.jsonl hf",
     ),
     "sentencepiece": Command(
         "data_tools.preprocess_data",

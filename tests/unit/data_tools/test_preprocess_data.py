@@ -25,6 +25,7 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
 from moelpr.store import journal
+from moelpr.store.documents import read_documents
 
 ONE = ("--language", "original", "--append-eod")
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title")
@@ -302,6 +303,53 @@ def test_validation_share_is_a_stable_fraction_of_the_documents(
     assert [text for text in rest if text not in set(validation)] == train
 
 
+@pytest.mark.parametrize("key", ["text", "content"])
+def test_held_out_text_is_that_of_the_held_out_corpus_whatever_the_jobs(
+    key, hf_tokenizer, sentences, write_lines, preprocess, corpus_bytes
+) -> None:
+    """One line per document that has text, as `moelpr.evaluate --data` reads it; shards join to the same file."""
+    rows = [
+        {key: f'"{text}"\n\u2028{i}' if i % 7 else "", "lang": name}
+        for i in range(50)
+        for name, text in sentences.items()
+    ]
+    lines = write_lines("in/a.jsonl", rows)
+    flags = ("--json-keys", key, "--language-key", "lang", "--original-languages", "en", "--validation-share", "0.3")
+    one = preprocess(hf_tokenizer, "--input", lines, *flags, out="in/one")
+    held_out = [json.loads(line) for line in Path(f"{one}_validation.jsonl").read_bytes().splitlines()]
+    texts = read_documents(Path(f"{one}_validation.jsonl"))
+    assert held_out == [{"text": row[key], "lang": row["lang"]} for row in rows if row[key] in set(texts)]
+    assert Corpus(f"{one}_validation_{key}_document").num_documents >= len(held_out) > 40
+    for shard in range(3):
+        many = preprocess(hf_tokenizer, "--input", lines, *flags, "--num-shards", 3, "--shard", shard, out="in/many")
+    corpus = f"{many}_validation_{key}_document"
+    merge_data.main(["--output-prefix", corpus, "--num-shards", "3", "--remove-input"])
+    assert Path(f"{many}_validation.jsonl").read_bytes() == Path(f"{one}_validation.jsonl").read_bytes()
+    assert not list(many.parent.glob("many_validation*shard*"))
+    # In the folder of its input, it is no input; nor is it replaced by the way.
+    again = preprocess(hf_tokenizer, "--input", lines.parent, *flags, out="again/one")
+    assert corpus_bytes(f"{again}_validation_{key}_document") == corpus_bytes(f"{one}_validation_{key}_document")
+    Path(f"{one}_validation_{key}_document.idx").unlink()
+    for name in ("bin", "lang", "idx"):
+        Path(f"{one}_{key}_document.{name}").unlink()
+        Path(f"{one}_validation_{key}_document.{name}").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"one_validation\.jsonl already exists.*--overwrite"):
+        preprocess(hf_tokenizer, "--input", lines, *flags, out="in/one")
+    with pytest.raises(UserError, match=r"one_validation\.jsonl is an input"):
+        preprocess(hf_tokenizer, "--input", f"{one}_validation.jsonl", *flags, "--overwrite", out="in/one")
+
+
+def test_held_out_text_of_spans_is_their_joined_text_in_their_longest_language(hf_tokenizer, write_lines, preprocess):
+    joined = "Turn on το φως της κουζίνας"
+    spans = [{"text": joined[:8], "lang": "en"}, {"text": joined[8:], "lang": "el"}, {"text": "", "lang": "hu"}]
+    lines = write_lines("a.jsonl", [{"spans": [*spans, {"text": f" {i}", "lang": "en"}]} for i in range(100)])
+    flags = ("--spans-key", "spans", "--original-languages", "en", "--validation-share", "0.5")
+    held_out = Path(f"{preprocess(hf_tokenizer, '--input', lines, *flags)}_validation.jsonl").read_bytes().splitlines()
+    texts = [json.loads(line) for line in held_out]
+    assert all(text == {"text": f"{joined} {text['text'].split()[-1]}", "lang": "el"} for text in texts)
+    assert 30 < len(texts) < 70
+
+
 def test_manifest_describes_the_corpus(hf_tokenizer: Path, write_lines, preprocess, tmp_path: Path) -> None:
     lines = write_lines("a.jsonl", [{"text": "ä b"}, {"text": ""}])
     prefix = preprocess(hf_tokenizer, "--input", lines, *ONE)
@@ -350,6 +398,27 @@ def test_language_cannot_be_original_and_expanded(sp_tokenizer, corpus_lines, pr
     flags = ("--language-key", "lang", "--original-languages", "en,el", "--expanded-languages", "el")
     with pytest.raises(UserError, match="el .*--original-languages and --expanded-languages"):
         preprocess(sp_tokenizer, "--input", corpus_lines(), *flags)
+
+
+@pytest.mark.parametrize(
+    "code, flags, bit",
+    [
+        ("el", ["--original-languages", "en,es"], "expanded"),
+        ("el", ["--expanded-languages", "el,hu"], "expanded"),
+        ("en", ["--original-languages", "en", "--expanded-languages", "el"], "original"),
+    ],
+)
+def test_one_language_by_its_code_is_its_group_with_a_name(
+    code, flags, bit, sp_tokenizer, corpus_lines, preprocess, corpus_bytes
+) -> None:
+    lines = corpus_lines()
+    named = f"{preprocess(sp_tokenizer, '--input', lines, '--language', code, *flags, out='named/a')}_text_document"
+    group = f"{preprocess(sp_tokenizer, '--input', lines, '--language', bit)}_text_document"
+    assert corpus_bytes(named) == corpus_bytes(group)
+    ours, theirs = Manifest.read(named), Manifest.read(group)
+    assert ours.languages == {code: theirs.languages[bit]} and theirs.languages[bit].bit == bit
+    with pytest.raises(UserError, match="--language hu is neither in"):
+        preprocess(sp_tokenizer, "--input", lines, "--language", "hu", "--expanded-languages", "el", out="other/a")
 
 
 def test_existing_corpus_is_replaced_only_with_overwrite(sp_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:

@@ -38,6 +38,7 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language original --undetected expanded", "--undetected requires --detect-language"),
         ("--input a --language original --min-confidence 0.5", "--min-confidence requires --detect-language"),
         ("--input a --language original --max-bad-share 0", "--max-bad-share requires --on-error skip"),
+        ("--input a --language eu", "--language eu requires .* such as --expanded-languages eu"),
         ("--input a --language-key lang", "--language-key requires --original-languages"),
         ("--input a --detect-language", "--detect-language requires --original-languages"),
         ("--input a --detect-language --original-languages en --audit", "--audit and --detect-language"),

@@ -87,7 +87,8 @@ def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
     monkeypatch.setattr(batches, "BATCH_BYTES", 4000)
     words = ("--input", *input_files, *FLAGS, *samples)
     whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
-    assert len(whole) == 4 * len(CORPORA) + 1  # with manifests, and the list of skipped lines
+    assert len(whole) == 4 * len(CORPORA) + 2 + 1  # with manifests, two held-out texts and the list of skipped lines
+    assert whole["a_validation_title.jsonl"].count(b"\n") > 10
     interruptions = 0
     while True:
         with monkeypatch.context() as patched:

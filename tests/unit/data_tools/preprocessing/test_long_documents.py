@@ -94,6 +94,9 @@ def test_long_lines_give_the_corpus_of_lines_in_memory(
         ours, theirs = (Manifest.read(f"{where}_{name}_document") for where in (prefix, whole))
         assert ours is not None and theirs is not None
         assert (ours.languages, ours.sources) == (theirs.languages, theirs.sources)
+    for name in ("a_validation_text.jsonl", "a_validation_title.jsonl"):
+        assert (prefix.parent / name).read_bytes() == (whole.parent / name).read_bytes()
+        assert "é" in (prefix.parent / name).read_text("utf-8") or "title" in name
     assert {path.name for path in prefix.parent.iterdir()} == {path.name for path in whole.parent.iterdir()}
 
 

@@ -10,11 +10,13 @@ COPY constraints.txt setup.py ./
 ENV PIP_CONSTRAINT=/build/constraints.txt
 RUN python3 -m venv --without-pip .venv \
     && python3 -m pip --python .venv/bin/python install --no-cache-dir setuptools pybind11 \
+    && mkdir launch \
     && .venv/bin/python setup.py --quiet egg_info \
-    && sed '/^\[/,$d' moelpr.egg-info/requires.txt >requirements.txt
+    && awk '/^\[/ { skip = !/^\[(:.*|all)\]$/; next } NF && !skip' moelpr.egg-info/requires.txt >requirements.txt
 COPY pyproject.toml LICENSE ./
 COPY checkpoint_convert checkpoint_convert
 COPY data_tools data_tools
+COPY launch launch
 COPY moelpr moelpr
 RUN python3 -m pip --python .venv/bin/python wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -44,6 +46,8 @@ COPY launch launch
 # Files have the modes of the clone, whose owner may have kept them from others.
 RUN chmod --recursive a+rX LICENSE benchmarks examples tests launch
 
+# `moelpr` is a command in the image, also where its entry point is not used.
+ENV PATH=/opt/moelpr/.venv/bin:$PATH
 # For any other user too (docker run --user): caches of compiled kernels require a home and a name.
 ENV HOME=/home/moelpr USER=moelpr
 # The image's packages, not those of a repository that is mounted as the current folder, or of a mounted home.

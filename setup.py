@@ -3,6 +3,12 @@
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 
+EXTRAS = {
+    "eval": ["lm-eval[hf]"],
+    "wandb": ["wandb"],
+    "fast-tokenizer": ["gigatoken"],
+    "language-id": ["py3langid"],
+}
 # What the extras add is tested too.
 TEST = ["gigatoken", "hypothesis", "py3langid", "pytest", "pytest-timeout"]
 
@@ -13,9 +19,12 @@ setup(
     license="Apache-2.0",
     # megatron-core has wheels for these two only.
     python_requires=">=3.12,<3.14",
-    packages=find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]),
+    # launch/ becomes a folder of the package, where moelpr.process.program_files finds it.
+    packages=[*find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]), "moelpr.launch"],
+    package_dir={"moelpr.launch": "launch"},
     package_data={
         "checkpoint_convert.card": ["templates/*"],
+        "moelpr.launch": ["dense.sh", "stage?.sh", "train.sh", "recipes/*.yaml", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
@@ -25,10 +34,11 @@ setup(
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
     ],
     install_requires=[
-        # Megatron's entry API moves between versions: an upgrade is a change of its own.
-        "megatron-core==0.19.2",
+        # Only training needs Megatron, which is built for Linux. Its entry API moves between versions: an upgrade is a
+        # change of its own.
+        "megatron-core==0.19.2; sys_platform == 'linux'",
+        "einops; sys_platform == 'linux'",  # Megatron uses it without declaring it
         "torch>=2.10",  # grouped_mm with autograd on CPU and GPU
-        "einops",  # Megatron uses it without declaring it
         "psutil",
         "numpy",
         "transformers>=5",
@@ -61,9 +71,7 @@ setup(
         ],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
-        "eval": ["lm-eval[hf]"],
-        "wandb": ["wandb"],
-        "fast-tokenizer": ["gigatoken"],
-        "language-id": ["py3langid"],
+        **EXTRAS,
+        "all": [package for packages in EXTRAS.values() for package in packages],  # the image has them
     },
 )

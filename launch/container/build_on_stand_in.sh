@@ -103,6 +103,11 @@ expect '1234 moelpr /work' run bash -c 'touch ~/file /work/file && echo "$(id -u
 options=()
 
 section "the tools"
+expect 'moelpr 0' run bash -c 'cd / && moelpr --version'
+for package in lm-eval wandb gigatoken py3langid; do
+    expect "$package ok" run /opt/moelpr/.venv/bin/python -c \
+        "import importlib.metadata as m; print('$package', 'ok' if m.version('$package') else '')"
+done
 expect 'preprocess ' run --help
 for tool in layouts preprocess inspect convert export apply-delta import-adapter export-adapter verify evaluate preprocess_data; do
     expect 'usage:' run "$tool" --help

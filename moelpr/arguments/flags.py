@@ -17,7 +17,7 @@ _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 _STAGES = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
 _HELP = {
     "--stage": f"Training stage (required). {_STAGES}.",
-    "--recipe": "YAML file of flags; flags on the command line override it (default: none).",
+    "--recipe": "YAML file of flags, or the name of one of moelpr; the command line overrides it (default: none).",
     "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
     "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",

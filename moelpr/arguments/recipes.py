@@ -4,17 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.process.errors import UserError
+from moelpr.process.program_files import launch_folder
 from moelpr.store.yaml_files import read_mapping
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as `--flag` → value.
+    """The recipe as `--flag` → value: of a file, or by the name of one that comes with moelpr (`paper-stage1`).
 
     Raises:
         UserError: The file is not a recipe.
     """
-    if not path.exists():
-        raise UserError(f"there is no recipe {path}; pass an existing file, such as launch/recipes/paper-stage1.yaml")
+    ours = launch_folder() / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
+    if not path.exists() and path.parent == Path() and ours.exists():
+        path = ours
+    elif not path.exists():
+        raise UserError(f"there is no recipe {path}; pass an existing file, or the name of a recipe, like paper-stage1")
     recipe = read_mapping(path, "recipe")
     if "model_source" in recipe:
         raise UserError(

@@ -29,6 +29,12 @@ from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_co
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the training
 
 
+_NO_MEGATRON = (
+    "Megatron is not installed, without which checkpoints can be converted and exported, but neither trained nor "
+    "evaluated; install moelpr on Linux, where pip installs it too, or pass an export"
+)
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser with --debug and marks on required flags, which raises `UserError` for the first wrong argument.
 
@@ -105,7 +111,7 @@ def run_command(main: Callable[[], None]) -> None:
         # The reader (head, less) has closed the pipe, so there is no one to report to.
         _discard_unwritable()
         sys.exit(1)
-    except (UserError, OSError, RuntimeError, KeyboardInterrupt) as error:
+    except (UserError, OSError, RuntimeError, ModuleNotFoundError, KeyboardInterrupt) as error:
         message = _message(error)
         if debug or message is None:
             raise
@@ -205,6 +211,8 @@ def _message(error: BaseException) -> str | None:
         return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk is full while writing {error.filename or 'the output'}; free space and run it again"
+    if isinstance(error, ModuleNotFoundError):
+        return _NO_MEGATRON if str(error.name).partition(".")[0] == "megatron" else None
     # Megatron's checkpoint writer runs in other processes and reports their failures as text.
     if isinstance(error, RuntimeError) and "No space left on device" in str(error):
         return "the disk is full while writing a checkpoint; free space and run it again"
@@ -230,7 +238,9 @@ def _fail(message: str, error: BaseException) -> NoReturn:
         time.sleep(10 if ranks.local_rank() == 0 else 20)
     _discard_unwritable()
     _print_error(message)
-    is_wrong_input = isinstance(error, UserError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+    is_wrong_input = (
+        isinstance(error, UserError | ModuleNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
+    )
     sys.exit(2 if is_wrong_input else 1)
 
 

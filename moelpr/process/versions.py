@@ -4,11 +4,15 @@ import platform
 import sys
 from importlib import metadata
 
+from moelpr.process.program_files import launch_folder
+
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra of setup.py next to the pinned versions."""
+    """The command that installs an extra of setup.py, in a repository next to the pinned versions."""
+    if not (launch_folder().parent / "setup.py").exists():
+        return f"{sys.executable} -m pip install 'moelpr[{extra}]'"
     return f"{sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
 
 

@@ -13,6 +13,19 @@ def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:
     assert recipe_argv(read_recipe(recipe)) == ["--lr", "0.001", "--bf16", "--data-path", "1", "a", "2", "b"]
 
 
+def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path, monkeypatch) -> None:
+    from moelpr.arguments.recipes import read_recipe
+    from moelpr.process.errors import UserError
+
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe(Path("qwen2.5-7b-stage1"))["--global-batch-size"] == 512
+    (tmp_path / "qwen2.5-7b-stage1.yaml").write_text("lr: 1.0")
+    assert read_recipe(Path("qwen2.5-7b-stage1.yaml")) == {"--lr": 1.0}
+    for missing in ("paper-stage9", "folder/paper-stage1"):
+        with pytest.raises(UserError, match=missing):
+            read_recipe(Path(missing))
+
+
 def test_all_keys_of_a_recipe_that_are_not_flags_are_named(upcycled: str, problems, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("micro-batchsize: 4\nxyzzy: false\nrecipe: other.yaml\nglobal-batch-size: many\nbf16: 1\n")

@@ -1,0 +1,152 @@
+"""The package, built as an archive and installed elsewhere: all commands run, without the repository and Megatron."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from moelpr.__main__ import PROJECT, TOOLS
+from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: F401
+from tests.support.run_folders import make_run
+
+ROOT = Path(__file__).parents[2]
+# A Python that cannot import Megatron and what comes with it; the rest of the program follows.
+WITHOUT_MEGATRON = """
+import importlib.abc, json, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in ("megatron", "transformer_engine", "apex"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from moelpr.process.command import run_command
+"""
+# Commands, a JSON list of lists of words, one after the other.
+RUN_COMMANDS = """
+from moelpr import __main__ as command
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["moelpr", *words]
+    try:
+        command.main()
+    except SystemExit as end:
+        if end.code:
+            print(words, end)
+            raise
+"""
+TRAIN = """
+from moelpr import pretrain
+run_command(pretrain.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive, as `python -m build --sdist` makes it."""
+    folder = tmp_path_factory.mktemp("sdist")
+    code = "import setuptools.build_meta as build, sys; build.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", code, folder, cwd=ROOT)
+    return next(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def environment(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment that has moelpr and finds its dependencies in .venv."""
+    venv, wheels = tmp_path_factory.mktemp("installed") / "venv", tmp_path_factory.mktemp("wheels")
+    pip = sys.executable, "-m", "pip", "--disable-pip-version-check"
+    offline = "--no-deps", "--no-index", "--quiet"
+    run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, archive, CFLAGS="-O0")
+    run(sys.executable, "-m", "venv", "--without-pip", venv)
+    run(*pip, "--python", venv / "bin/python", "install", *offline, next(wheels.iterdir()))
+    packages = venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return venv
+
+
+def run(*words: object, cwd: Path | None = None, **variables: str) -> str:
+    environment = {**os.environ, **variables}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run([*map(str, words)], env=environment, cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_archive_has_what_the_repository_has_of_packages_and_launchers(archive: Path) -> None:
+    tracked = run(
+        "git", "ls-files", "moelpr", "data_tools", "checkpoint_convert", "launch/recipes", "launch/slurm", cwd=ROOT
+    )
+    with tarfile.open(archive) as file:
+        packed = {name.partition("/")[2] for name in file.getnames()}
+    launchers = {"launch/train.sh", "launch/dense.sh", *(f"launch/stage{number}.sh" for number in range(3))}
+    assert (launchers | set(tracked.splitlines())) - packed == set()
+
+
+def test_the_command_runs_the_installed_packages_from_any_folder(environment: Path, tmp_path: Path) -> None:
+    moelpr = environment / "bin" / "moelpr"
+    assert run(moelpr, "--help", cwd=tmp_path).startswith("usage: moelpr")
+    code = "import moelpr, data_tools, checkpoint_convert as c; print(moelpr.__file__, data_tools.__file__, c.__file__)"
+    places = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).split()
+    assert all(Path(place).is_relative_to(environment) for place in places)
+
+
+@pytest.mark.parametrize("how", ["command", "launcher"])
+def test_launchers_use_the_environment_that_they_are_installed_in(how: str, environment: Path, tmp_path: Path) -> None:
+    packages = next(environment.glob("lib/*/site-packages"))
+    starts = {"command": [environment / "bin" / "moelpr", "train", "stage1"]}
+    starts["launcher"] = [packages / "moelpr" / "launch" / "stage1.sh"]
+    line = run(*starts[how], "--dry-run", "--lr", "1", cwd=tmp_path)
+    python = re.search(r"(\S+) -m moelpr\.torchrun", line)
+    assert python and "PYTHONPATH" not in line
+    assert Path(python[1]).resolve() == (environment / "bin" / "python").resolve()
+    assert Path(python[1]).parent.samefile(environment / "bin")
+
+
+def test_all_but_training_works_without_megatron(
+    environment: Path,
+    make_qwen2,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model = make_qwen2(tokenizer=True)
+    make_run(tmp_path / "run", "stage1", steps=3)
+    (tmp_path / "text.jsonl").write_text(3 * '{"text": "abba ab"}\n')
+    tokenizer = "--tokenizer-type HuggingFaceTokenizer --append-eod --tokenizer-model"
+    lines = [
+        f"preprocess --input text.jsonl --language expanded --output-prefix corpus {tokenizer} {model}",
+        "inspect corpus_text_document",
+        "sample --output-prefix sample --input corpus_text_document --expanded-documents 2",
+        "merge --output-prefix merged --input corpus_text_document sample",
+        f"layouts --hf-path {model} --num-new-experts 2 --gpus 1 --gpu h100-80 --seq-length 32 --global-batch-size 1",
+        f"convert --hf-path {model} --save dense --dense",
+        "export --load dense --save back",
+        f"convert --hf-path {model} --save upcycled --num-new-experts 2 --original-copies 1",
+        "export --load upcycled --save export",
+        "export --load upcycled --save delta --delta --base-model base",
+        f"apply-delta --base {model} --delta delta --save whole",
+        "card export --languages el",
+        f"verify --frozen {model} upcycled",
+        f"verify --frozen {model} export --text text.jsonl",
+        f"graft --base {model} --instruct {model} --model export --save grafted",
+        f"export-adapter --load upcycled --save adapter --base-model {model}",
+        f"import-adapter --adapter adapter --hf-path {model} --save imported",
+        f"evaluate --model base={model} --model export=export --data el=text.jsonl --output evaluation",
+        "report run --evaluation evaluation/results.json",
+    ]
+    is_there = {name: tool.module != PROJECT or (ROOT / "moelpr/project").is_dir() for name, tool in TOOLS.items()}
+    words = [[name, "--help"] for name in TOOLS if is_there[name]] + [line.split() for line in lines]
+    run(environment / "bin" / "python", "-c", WITHOUT_MEGATRON + RUN_COMMANDS, json.dumps(words), cwd=tmp_path)
+    before, after = tensors_of(model), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+def test_what_needs_megatron_says_so(environment: Path, tmp_path: Path) -> None:
+    words = [environment / "bin" / "python", "-c", WITHOUT_MEGATRON + TRAIN]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Megatron is not installed" in done.stderr

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
 from moelpr.process.errors import UserError
+from moelpr.process.quantities import count_argument
 from moelpr.stages import STAGE_HELP
 
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
@@ -18,6 +19,9 @@ _STAGES = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
 _HELP = {
     "--stage": f"Training stage (required). {_STAGES}.",
     "--recipe": "YAML file of flags, or the name of one of moelpr; the command line overrides it (default: none).",
+    "--train-tokens": "Tokens to train on, such as 24B or 1.5e9, rounded up to whole steps (default: --train-iters).",
+    "--train-epochs": "The same in epochs: an epoch has as many tokens as all corpora of --data-path together, "
+    "whatever their weights (the log lists each corpus); rounded down to whole steps (default: --train-iters).",
     "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
     "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
@@ -53,6 +57,8 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     # Not "required" for argparse, which would stop there and not report the other flags.
     add("--stage", choices=tuple(STAGE_HELP))
     add("--recipe", metavar="FILE")
+    add("--train-tokens", type=count_argument, metavar="N")
+    add("--train-epochs", type=float, metavar="E")
     add("--num-original-experts", type=int, default=1, metavar="M")
     add("--original-copies", type=int, default=1, metavar="C")
     add("--balance-loss-coeff", type=float, metavar="ALPHA")

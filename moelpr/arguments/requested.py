@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.flags import Parser, suggestion, values_of
+from moelpr.arguments.flags import Parser, split_by_flags, suggestion, values_of
 from moelpr.arguments.recipes import read_recipe, recipe_argv
 from moelpr.checkpoints.chain import step_folder
 from moelpr.layouts import Layout
@@ -26,6 +26,9 @@ _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 "
     "--log-interval 10 --rerun-mode disabled"
 ).split()
+
+# How long a run is, in one of four units. Those of the command line take the place of the recipe's.
+LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-epochs")
 
 
 @dataclass
@@ -68,6 +71,8 @@ class RequestedRun:
         run = cls(world_size=ranks.world_size())
         path = values_of(argv).get("--recipe")
         recipe = run._recipe(path, parser) if path else []
+        if any(item.split("=", 1)[0] in LENGTH_FLAGS for item in argv):  # in another unit than the recipe's
+            _, recipe = split_by_flags(recipe, LENGTH_FLAGS)
         run._add("", _DEFAULTS, parser)
         run._locate(values_of([*recipe, *argv]))
         if run.checkpoint is not None:

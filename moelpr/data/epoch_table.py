@@ -21,7 +21,7 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
     if len(train) < num_samples:
         raise UserError(
             f"corpora without weights are read once, which gives {len(train):,} samples, but the run takes "
-            f"{num_samples:,}; give each corpus a weight (--data-path 1 A 1 B), or lower --train-iters"
+            f"{num_samples:,}; give each corpus a weight (--data-path 1 A 1 B), or train fewer steps"
         )
     datasets, shares = [train], [1.0]
     if isinstance(train, BlendedDataset):

@@ -122,7 +122,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeyp
         bits.append_run(True, 1)
         bits.finalize()
     command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
-    command += ["--stage", "stage1"] if "stage1" in recipe else ["--stage", "stage2", "--train-iters", "500"]
+    command += ["--stage", recipe.removesuffix(".yaml").rsplit("-", 1)[1]]
     monkeypatch.setattr(ranks, "world_size", lambda: int(planner_argv[5]))
     run = RequestedRun.gather(command, all_arguments())
     assert [*run.problems, *find_problems(run)] == []

@@ -247,13 +247,13 @@ def note_reordered_data(run: RequestedRun) -> Iterable[str]:
         return
     batch = run.global_batch_size
     before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)
-    prefixes, weights = next(iter(_valid_blends(run)), ([], None))
+    prefixes, weights = training_blend(run)
     if before in (0, now) or (weights is None and len(prefixes) > 1):  # then each corpus is read once
         return
     changed = []
     for prefix, weight in zip(prefixes, weights or [1.0], strict=True):
         try:
-            tokens = int(CorpusIndex.open(prefix).num_tokens * _training_share(args.split))
+            tokens = int(CorpusIndex.open(prefix).num_tokens * training_share(args.split))
         except UserError:
             continue  # the dataset reports it
         share = weight / sum(weights) * (1 + args.mid_level_dataset_surplus) if weights else 1.0
@@ -272,7 +272,8 @@ def _run_samples(settings: Mapping[str, Any], batch: int | None = None) -> int:
     return int(settings.get("train_samples") or by_steps)
 
 
-def _training_share(split: str | None) -> float:
+def training_share(split: str | None) -> float:
+    """The share of each corpus that --split leaves for training."""
     shares = [float(share) for share in (split or "1").split(",")]
     return shares[0] / sum(shares)
 
@@ -315,6 +316,11 @@ def _valid_blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None
         return _blends(run)
     except _BLEND_ERRORS:
         return []  # reported by `check_corpora`
+
+
+def training_blend(run: RequestedRun) -> tuple[list[str], list[float] | None]:
+    """Prefixes and weights of the training data; without prefixes if the flags are invalid."""
+    return next(iter(_valid_blends(run)), ([], None))
 
 
 def _existing_corpora(run: RequestedRun) -> list[str]:

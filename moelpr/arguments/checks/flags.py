@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from moelpr.arguments.checks.data import DATA_FLAGS
-from moelpr.arguments.requested import RequestedRun
+from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
+
+_LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 
 # What to pass if none of the arguments is given.
 _REQUIRED = {
@@ -13,11 +15,11 @@ _REQUIRED = {
     "--micro-batch-size SEQUENCES": ("micro_batch_size",),
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),
-    "--train-iters STEPS (or --train-samples SEQUENCES)": ("train_iters", "train_samples"),
+    "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": _LENGTHS,
     "--data-path PREFIX (data_tools/preprocess_data.py makes a corpus)": (*DATA_FLAGS, "mock_data"),
 }
 
-_EXCLUSIVE = (("train_iters", "train_samples"), DATA_FLAGS, ("fp16", "bf16", "fp32"))
+_EXCLUSIVE = (_LENGTHS, DATA_FLAGS, ("fp16", "bf16", "fp32"))
 
 # Least value and the bound that it must be below.
 _RANGES: dict[tuple[int, float], str] = {
@@ -26,12 +28,12 @@ _RANGES: dict[tuple[int, float], str] = {
         "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
         "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters train_samples "
         "save_interval log_interval eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters "
-        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval"
+        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval train_tokens"
     ),
     (1, 2**31): "seed",
     (0, math.inf): (
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad start_weight_decay "
-        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters"
+        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters train_epochs"
     ),
     (0, 1): "adam_beta1 adam_beta2 lr_warmup_fraction",
 }

@@ -106,11 +106,11 @@ def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
-    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, with_data: bool = True) -> dict:
+    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, **given: bool) -> dict:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
         try:
-            corpora = data if with_data else []
-            command = ["--stage", stage, *STEPS, *corpora, "--pretrained-checkpoint", str(start)]
+            command = ["--stage", stage, *(STEPS if given.get("steps", True) else [])]
+            command += [*(data if given.get("with_data", True) else []), "--pretrained-checkpoint", str(start)]
             args = parsed([*command, *argv])
         finally:
             destroy_num_microbatches_calculator()

@@ -1,0 +1,60 @@
+"""How long a run is: --train-tokens and --train-epochs become --train-iters when a stage starts."""
+
+import math
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from moelpr.arguments.checks.data import training_blend, training_share
+from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.data.corpus_index import CorpusIndex
+from moelpr.data.manifest import Manifest
+from moelpr.process.errors import UserError
+
+
+def set_train_iters(run: RequestedRun) -> str:
+    """Compute the number of steps of a run whose length is given in tokens or epochs.
+
+    Tokens are rounded up to whole steps, so that the budget is spent, and epochs down, so that no text is read more
+    often than asked for. A budget that fills no step is added to `run.problems`.
+
+    Returns:
+        The budget and its steps, to be printed; "" if the length is given in steps or samples, and if what it depends
+        on is missing or wrong, which the checks report.
+    """
+    args, given = run.args, [flag for flag in LENGTH_FLAGS if flag in run.given]
+    batch, length = run.global_batch_size, args.seq_length or 0
+    if len(given) != 1 or batch < 1 or length < 1:
+        return ""
+    step = f"{batch:,} sequences of {length:,} tokens"
+    if given == ["--train-tokens"] and args.train_tokens:
+        budget, tokens = f"{args.train_tokens:,} tokens", args.train_tokens
+        steps = -(-tokens // (batch * length)) if tokens >= batch * length else 0
+    elif given == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < math.inf:
+        prefixes, weights = training_blend(run)
+        if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
+            return ""
+        try:
+            corpora = [int(_num_tokens(prefix) * training_share(args.split)) for prefix in prefixes]
+        except UserError as error:
+            run.problems.append(str(error))
+            return ""
+        if weights is None and len(prefixes) > 1 and epochs > 1:
+            run.problems.append(
+                f"--train-epochs {epochs:g} reads text again, and several corpora without weights are read once; give "
+                "each corpus a weight (--data-path 1 A 1 B)"
+            )
+        budget = f"{epochs:g} epoch{'s' * (epochs != 1)} of {sum(corpora):,} tokens"
+        # A sample has one more token than it predicts, the first of the next sample, and lies in one corpus.
+        steps = sum(max(0, int(epochs * tokens) - 1) // length for tokens in corpora) // batch
+    else:
+        return ""
+    if steps < 1:
+        run.problems.append(f"{budget} fill no step of {step}; raise {given[0]}, or lower --global-batch-size")
+        return ""
+    args.train_iters = steps
+    return f"{budget}: {steps:,} steps of {step}"
+
+
+def _num_tokens(prefix: str) -> int:
+    manifest = Manifest.read(prefix)
+    return CorpusIndex.open(prefix).num_tokens if manifest is None else manifest.tokens

@@ -1,0 +1,155 @@
+"""A budget in tokens or epochs becomes whole steps, for which Megatron has enough samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.corpus.corpus_writer import CorpusWriter
+from moelpr.data.manifest import FileRecord, Manifest, TokenizerRecord
+from tests.support.gpt_data import gpt_config, training_set
+
+BATCH, SEQUENCE = 4, 16
+STEP = f"--stage stage1 --micro-batch-size 2 --global-batch-size {BATCH} --seq-length {SEQUENCE} --lr 1e-3".split()
+
+Resolve = Callable[..., tuple[int | None, str, list[str]]]
+
+
+def write_corpus(prefix: Path, tokens: int) -> str:
+    with CorpusWriter(prefix, vocab_size=100) as writer:
+        for start in range(0, tokens, 7):
+            writer.add_document(np.arange(min(7, tokens - start)), True)
+        writer.finalize()
+        writer.commit()
+    return str(prefix)
+
+
+def write_manifest(prefix: Path, tokens: int) -> str:
+    """A corpus of which only the manifest can be read."""
+    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "hf", 500, 0, True, "f", "v")
+    files = {name: FileRecord(1, "0", "") for name in ("bin", "idx", "lang")}
+    Manifest(tokenizer, True, [], {}, documents=1, tokens=tokens, skipped_lines=0, files=files).write(prefix)
+    for suffix in ("bin", "idx"):
+        Path(f"{prefix}.{suffix}").touch()
+    return str(prefix)
+
+
+@pytest.fixture
+def resolved(upcycled: str) -> Resolve:
+    """The steps of a run, what it prints about them, and its problems."""
+
+    def resolve(*argv: str) -> tuple[int | None, str, list[str]]:
+        from moelpr.arguments.flags import all_arguments
+        from moelpr.arguments.length import set_train_iters
+        from moelpr.arguments.requested import RequestedRun
+
+        run = RequestedRun.gather(["--pretrained-checkpoint", upcycled, *STEP, *argv], all_arguments())
+        line = set_train_iters(run)
+        return run.args.train_iters, line, run.problems
+
+    return resolve
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [("64", 1), ("65", 2), ("640", 10), ("1.5K", 24), ("6.4e3", 100), ("1_280", 20)]
+)
+def test_tokens_are_rounded_up_to_whole_steps_of_64(resolved: Resolve, tokens: str, steps: int) -> None:
+    assert resolved("--train-tokens", tokens)[0] == steps
+
+
+def test_the_papers_budget_in_the_papers_steps(resolved: Resolve) -> None:
+    found = resolved("--global-batch-size", "512", "--seq-length", "1024", "--train-tokens", "24B")
+    assert found == (45_777, "24,000,000,000 tokens: 45,777 steps of 512 sequences of 1,024 tokens", [])
+
+
+def test_an_epoch_counts_every_corpus_once_whatever_its_weight(resolved: Resolve, tmp_path: Path) -> None:
+    """The numbers come from manifests, which are read at once, or from the .idx of a corpus without one."""
+    large, small = write_manifest(tmp_path / "large", 64_000_002), write_corpus(tmp_path / "small", 6401)
+    for data in (["--data-path", "1", large, "9", small], ["--data-path", "5", small, "5", large]):
+        steps, line, problems = resolved(*data, "--train-epochs", "0.5")
+        assert (steps, problems) == ((32_000_000 // SEQUENCE + 3199 // SEQUENCE) // BATCH, [])
+        assert line.startswith("0.5 epochs of 64,006,403 tokens: 500,0")
+    assert resolved("--data-path", large, "--train-epochs", "3", "--split", "50,50,0")[0] == 3 * 500_000
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    tokens=st.lists(st.integers(70, 400), min_size=1, max_size=3),
+    epochs=st.floats(0.5, 1) | st.sampled_from([1.0]),
+    data=st.data(),
+)
+def test_megatron_reads_no_text_twice_in_one_epoch(resolved, tmp_path_factory, tokens, epochs, data) -> None:
+    """Corpora without weights are read once, and Megatron has no more samples of them."""
+    folder = tmp_path_factory.mktemp("corpora")
+    prefixes = [write_corpus(folder / str(number), length) for number, length in enumerate(tokens)]
+    steps, _, problems = resolved("--data-path", *prefixes, "--train-epochs", str(epochs))
+    if steps is None:
+        assert len(problems) == 1 and epochs * sum(tokens) < SEQUENCE * (BATCH + len(tokens))
+        return
+    available = len(training_set(BATCH * steps, gpt_config(prefixes)))
+    assert BATCH * steps <= available
+    if epochs == 1:
+        assert available - BATCH * steps < BATCH  # nothing more than what fills no step is left out
+
+
+@pytest.mark.parametrize("epochs", [2, 2.5])
+def test_more_epochs_of_one_corpus_are_as_many_samples_as_megatron_makes_of_them(resolved, tmp_path, epochs) -> None:
+    prefix = write_corpus(tmp_path / "corpus", 1001)
+    steps, _, _ = resolved("--data-path", prefix, "--train-epochs", str(epochs))
+    assert steps == int(epochs * 1001 - 1) // SEQUENCE // BATCH
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train-tokens 63", "63 tokens fill no step of 4 sequences of 16 tokens; raise --train-tokens, or lower"),
+        ("--train-epochs 0 --data-path CORPUS", "0 epochs of 100 tokens fill no step"),
+        ("--train-epochs 0.1 --data-path CORPUS", "0.1 epochs of 100 tokens fill no step"),
+        ("--train-epochs 2 --data-path CORPUS CORPUS", "--train-epochs 2 reads text again, and several corpora"),
+        ("--train-tokens 12X", "--train-tokens: expected a whole number such as 24B"),
+    ],
+)
+def test_a_budget_that_cannot_be_spent_is_one_sentence(resolved: Resolve, tmp_path: Path, argv, message) -> None:
+    corpus = write_corpus(tmp_path / "corpus", 100)
+    steps, line, problems = resolved(*argv.replace("CORPUS", corpus).split())
+    assert [problem[: len(message)] for problem in problems] == [message]
+
+
+def test_the_command_lines_length_takes_the_place_of_the_recipes(resolved: Resolve, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for of_recipe in (
+        "train-iters: 7",
+        "train-tokens: 5B",
+        "train-epochs: 2",
+        "train-samples: 9",
+        "train-tokens: 1.0e+9",
+    ):
+        recipe.write_text(f"{of_recipe}\nlr: 0.1\n")
+        for words, steps in ((["--train-tokens", "640"], 10), (["--train-iters=3"], 3)):
+            assert resolved("--recipe", str(recipe), *words)[0] == steps
+    recipe.write_text("train-tokens: 6.4e+2\n")
+    assert resolved("--recipe", str(recipe))[0] == 10
+
+
+def test_two_lengths_are_refused(upcycled: str, problems) -> None:
+    (found,) = problems("stage1", upcycled, "--train-tokens", "64K", "--train-epochs", "1")  # and --train-iters
+    assert found.startswith("--train-iters and --train-tokens and --train-epochs are mutually exclusive")
+
+
+@pytest.mark.parametrize("epochs", ["nan", "inf", "-1"])
+def test_epochs_are_a_positive_number(upcycled: str, problems, epochs: str) -> None:
+    (found,) = problems("stage1", upcycled, *STEP[2:], "--train-epochs", epochs, steps=False)
+    assert found.startswith("--train-epochs must be at least 0")
+
+
+def test_a_run_resumes_with_its_budget_and_not_with_another(make_checkpoint, problems, accepted, capsys) -> None:
+    """The learning rate's schedule follows from the steps, which are recorded."""
+    run = make_checkpoint("run", stage="stage1", min_lr=0.0, train_iters=10, train_tokens=640, global_batch_size=BATCH)
+    final = accepted("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "640", steps=False)
+    assert (final["train_iters"], final["train_tokens"]) == (10, 640)
+    assert "moelpr: 640 tokens: 10 steps of 4 sequences of 16 tokens\n" in capsys.readouterr().err
+    (found,) = problems("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "641", steps=False)
+    assert "was trained with --train-iters 10," in found and "not --train-iters 11;" in found

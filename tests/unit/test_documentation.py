@@ -7,12 +7,14 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moelpr.__main__ import STAGES, TOOLS
 from moelpr.arguments.flags import all_arguments
 from moelpr.data.language_bits import LanguageBitsWriter
 
@@ -24,6 +26,9 @@ CURRENT = [path for path in DOCUMENTS if path != LOG]
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
 SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live")
 LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "dense.sh")
+# The subcommands of `moelpr` that can be asked for help.
+OURS = {name for name, tool in TOOLS.items() if tool.module and find_spec(tool.module.removesuffix(".__main__"))}
+OURS |= {*STAGES}
 FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 
 
@@ -109,6 +114,10 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
                 started = word
             elif script in SCRIPTS or (script in LAUNCHERS and word.startswith("launch/")):
                 started = script
+            elif words[position - 1 : position] == ["moelpr"] and word in OURS:
+                started = named_itself(word)
+            elif words[position - 1 : position] == ["train"] and word in STAGES:
+                started = f"{word}.sh"
             elif f"{name} {word}" in SUBCOMMANDS:
                 started = f"{name} {word}"
             else:
@@ -120,6 +129,16 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             name, flags = started, []
         if flags:
             yield name, flags
+
+
+def named_itself(subcommand: str) -> str:
+    """The name under which a subcommand of `moelpr` is found here."""
+    if subcommand in STAGES:
+        return f"{subcommand}.sh"
+    module = TOOLS[subcommand].module.removesuffix(".__main__")
+    if module == "moelpr.project":
+        return f"{module} {subcommand}"
+    return module if module.startswith("moelpr.") else f"{module.rpartition('.')[2]}.py"
 
 
 @functools.cache

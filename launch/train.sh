@@ -12,7 +12,10 @@
 #   --join-timeout    JOIN_TIMEOUT    timeout for nodes to join, in seconds (default: 45)
 #   --dry-run                         print the command and the variables set here instead of running it
 #
-# Options override environment variables. All other arguments go to the trainer. Examples are in docs/running.md.
+# Options override environment variables. What neither gives is taken from torchrun's variables, which Kubeflow sets
+# (PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR, PET_MASTER_PORT), from JOB_COMPLETION_INDEX (the node
+# rank in an Indexed Job or JobSet), and from Slurm's, if srun has started this script on several nodes.
+# All other arguments go to the trainer. Examples are in docs/running.md.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -63,31 +66,48 @@ while (($#)); do
     shift
 done
 
-# The GPUs visible to this process. Asking the driver would slow down every start.
+# The GPUs visible to this process. Asking the driver would slow down every start, but WSL2 has no devices.
 shopt -s nullglob
 devices=(/dev/nvidia[0-9]*)
+if ((${#devices[@]} == 0)) && [[ -e /dev/dxg ]]; then mapfile -t devices < <(nvidia-smi -L 2>/dev/null); fi
 [[ -z ${CUDA_VISIBLE_DEVICES+set} ]] || IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
 gpus=${#devices[@]}
 [[ ${devices[0]:-} != -1 && ${devices[0]:-} != NoDevFiles ]] || gpus=0
 
-nnodes=${NNODES:-1}
-nproc_per_node=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+if [[ -z ${NNODES:-}${PET_NNODES:-} ]] && ((${SLURM_STEP_NUM_NODES:-1} > 1)); then
+    ((SLURM_STEP_NUM_TASKS == SLURM_STEP_NUM_NODES)) ||
+        fail "srun has started $SLURM_STEP_NUM_TASKS tasks on $SLURM_STEP_NUM_NODES nodes, and one per node starts all ranks; pass srun --ntasks-per-node 1"
+    PET_NNODES=$SLURM_STEP_NUM_NODES PET_NODE_RANK=${PET_NODE_RANK:-$SLURM_NODEID}
+    PET_MASTER_ADDR=${PET_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" 2>/dev/null | head -n 1 || true)}
+    PET_MASTER_PORT=${PET_MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+fi
+nnodes=${NNODES:-${PET_NNODES:-1}}
+[[ $nnodes != "${nnodes#*:}:${nnodes#*:}" ]] || nnodes=${nnodes#*:} # torchrun's MIN:MAX
+node_rank=${NODE_RANK:-${PET_NODE_RANK:-}}
+[[ $nnodes == 1 ]] || node_rank=${node_rank:-${JOB_COMPLETION_INDEX:-}}
+MASTER_ADDR=${MASTER_ADDR:-${PET_MASTER_ADDR:-}}
+MASTER_PORT=${MASTER_PORT:-${PET_MASTER_PORT:-}}
+nproc_per_node=${NPROC_PER_NODE:-${PET_NPROC_PER_NODE:-auto}}
+case $nproc_per_node in
+auto) nproc_per_node=$((gpus > 0 ? gpus : 1)) ;;
+gpu) nproc_per_node=$gpus ;;
+cpu) nproc_per_node=$(nproc) ;;
+esac
 for setting in "--nnodes $nnodes" "--nproc-per-node $nproc_per_node" "--master-port ${MASTER_PORT:-29500}" \
     "--join-timeout ${JOIN_TIMEOUT:-45}"; do
     [[ ${setting#* } =~ ^[1-9][0-9]*$ ]] || fail "${setting% *} must be a positive integer, got ${setting#* }"
 done
 if [[ $nnodes == 1 && -z ${MASTER_PORT:-} ]]; then
-    where=(--standalone) # any free port, so that two runs on one machine never collide
+    where=(--standalone --nnodes 1) # any free port, so that two runs on one machine never collide
 else
-    node_rank=${NODE_RANK:-$([[ $nnodes != 1 ]] || echo 0)}
-    master_addr=${MASTER_ADDR:-$([[ $nnodes != 1 ]] || echo 127.0.0.1)}
+    if [[ $nnodes == 1 ]]; then node_rank=${node_rank:-0} MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}; fi
     [[ -n $node_rank ]] || fail "--nnodes $nnodes requires --node-rank; pass 0 to $((nnodes - 1))"
     if [[ ! $node_rank =~ ^[0-9]+$ ]] || ((10#$node_rank >= nnodes)); then
         fail "--node-rank must be an integer from 0 to $((nnodes - 1)), got $node_rank"
     fi
-    [[ -n $master_addr ]] || fail "--nnodes $nnodes requires --master-addr; pass the name or address of node 0"
+    [[ -n $MASTER_ADDR ]] || fail "--nnodes $nnodes requires --master-addr; pass the name or address of node 0"
     where=(--nnodes "$nnodes" --node-rank "$node_rank"
-        --master-addr "$master_addr" --master-port "${MASTER_PORT:-29500}"
+        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}"
         ${JOIN_TIMEOUT:+--rdzv-conf "timeout=$JOIN_TIMEOUT"})
 fi
 

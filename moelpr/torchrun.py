@@ -89,7 +89,7 @@ def wait_for_nodes(args: argparse.Namespace) -> None:
     settings = dict(pair.split("=", 1) for pair in args.rdzv_conf.split(",") if "=" in pair)
     address, port = parse_rendezvous_endpoint(endpoint, 29500)
     timeout_s = float(settings.get("timeout", JOIN_TIMEOUT_S))
-    node_preflight(int(args.nnodes), args.node_rank, address, port, timeout_s)
+    node_preflight(int(args.nnodes.split(":")[-1]), args.node_rank, address, port, timeout_s)
 
 
 def forward_signal(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@
 import math
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -80,7 +81,8 @@ def peak_memory(pid: int) -> int:
 def has_gpus() -> bool:
     """Whether the machine has NVIDIA GPUs that CUDA_VISIBLE_DEVICES does not hide, even if PyTorch cannot use them."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return first not in ("", "-1", "NoDevFiles") and any(_DEVICES.glob("nvidia[0-9]*"))
+    is_wsl = (_DEVICES / "dxg").exists() and shutil.which("nvidia-smi") is not None  # it has no device of each GPU
+    return first not in ("", "-1", "NoDevFiles") and (is_wsl or any(_DEVICES.glob("nvidia[0-9]*")))
 
 
 def format_bytes(number: float) -> str:

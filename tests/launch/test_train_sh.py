@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = "NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT JOIN_TIMEOUT".split()
-SET_HERE = (*OPTIONS, "CUDA_VISIBLE_DEVICES")
+SET_HERE = (*OPTIONS, "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX")
 DEFAULTS = ("PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
 
 
@@ -27,7 +27,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def launch(root: Path, *arguments: str, script: str = "stage1", **variables: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in (*SET_HERE, *DEFAULTS)}
+    unset = (*SET_HERE, *DEFAULTS)
+    kept = {name for name in os.environ if name not in unset and not name.startswith(("PET_", "SLURM_"))}
+    environment = {name: os.environ[name] for name in kept}
     command = [root / "launch" / f"{script}.sh", *arguments]
     return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=20)
 
@@ -51,13 +53,13 @@ def error_of(root: Path, *arguments: str, **variables: str) -> str:
 
 def test_one_node_uses_every_gpu_and_a_free_port(root: Path) -> None:
     _, torchrun, trainer = started(root, "--lr", "1", CUDA_VISIBLE_DEVICES="4,5,7")
-    assert torchrun == ["--standalone", "--nproc-per-node", "3"]
+    assert torchrun == ["--standalone", "--nnodes", "1", "--nproc-per-node", "3"]
     assert trainer == ["--stage", "stage1", "--lr", "1"]
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
 def test_without_a_gpu_there_is_one_process(root: Path, visible: str) -> None:
-    assert started(root, CUDA_VISIBLE_DEVICES=visible)[1] == ["--standalone", "--nproc-per-node", "1"]
+    assert started(root, CUDA_VISIBLE_DEVICES=visible)[1] == ["--standalone", "--nnodes", "1", "--nproc-per-node", "1"]
 
 
 def test_options_and_variables_are_equivalent(root: Path) -> None:
@@ -72,7 +74,60 @@ def test_options_and_variables_are_equivalent(root: Path) -> None:
 
 
 def test_options_override_variables(root: Path) -> None:
-    assert started(root, "--nproc-per-node", "2", NPROC_PER_NODE="5")[1] == ["--standalone", "--nproc-per-node", "2"]
+    assert started(root, "--nproc-per-node", "2", NPROC_PER_NODE="5")[1][-2:] == ["--nproc-per-node", "2"]
+
+
+KUBEFLOW = "PET_NNODES=2 PET_NODE_RANK=1 PET_NPROC_PER_NODE=3 PET_MASTER_ADDR=node-a PET_MASTER_PORT=4321"
+ON_NODE_1 = "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 4321 --nproc-per-node 3"
+SRUN = "SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=1 SLURM_STEP_NODELIST=node-[a-b] SLURM_JOB_ID=24321"
+
+
+@pytest.mark.parametrize(
+    ("variables", "changes"),
+    [
+        (KUBEFLOW, {}),
+        (KUBEFLOW.replace("=2 ", "=2:2 "), {}),
+        (KUBEFLOW.replace("PET_NODE_RANK", "JOB_COMPLETION_INDEX"), {}),
+        (f"{KUBEFLOW} JOB_COMPLETION_INDEX=0 {SRUN}", {}),  # the first of them
+        (KUBEFLOW.replace("PET_MASTER", "MASTER"), {}),
+        (f"{KUBEFLOW} NODE_RANK=0 MASTER_ADDR=node-b", {"--node-rank 1": "--node-rank 0", "node-a": "node-b"}),
+        (f"{KUBEFLOW} NPROC_PER_NODE=gpu", {"node 3": "node 2"}),
+        (KUBEFLOW.replace("PER_NODE=3", "PER_NODE=auto"), {"node 3": "node 2"}),
+        (f"{SRUN} PET_NPROC_PER_NODE=3", {"4321": "24321"}),
+        (f"{SRUN} NPROC_PER_NODE=3 MASTER_PORT=4321 MASTER_ADDR=node-b", {"node-a": "node-b"}),
+    ],
+)
+def test_a_pod_and_a_task_of_srun_know_their_node(root: Path, tmp_path: Path, variables: str, changes: dict) -> None:
+    """torchrun's own variables, a Job's and Slurm's; the more specific ones first."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames node-[a-b]" ] && echo "node-a\nnode-b"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    found = dict(pair.split("=") for pair in variables.split())
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    expected = ON_NODE_1
+    for before, after in changes.items():
+        expected = expected.replace(before, after)
+    assert shlex.join(started(root, CUDA_VISIBLE_DEVICES="0,1", PATH=path, **found)[1]) == expected
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        "JOB_COMPLETION_INDEX=3",  # jobs of their own
+        "SLURM_NNODES=2 SLURM_JOB_NODELIST=node-[a-b] SLURM_NODEID=0",  # a batch script, or salloc
+        "SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=1 SLURM_NODEID=0",
+        "PET_NNODES=2 NNODES=1",
+    ],
+)
+def test_one_node_stays_one(root: Path, variables: str) -> None:
+    """Also for torchrun, which reads PET_NNODES too."""
+    found = dict(pair.split("=") for pair in variables.split())
+    assert started(root, CUDA_VISIBLE_DEVICES="", **found)[1][:3] == ["--standalone", "--nnodes", "1"]
+
+
+def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused(root: Path) -> None:
+    tasks = dict(pair.split("=") for pair in SRUN.replace("TASKS=2", "TASKS=16").split())
+    assert "--ntasks-per-node 1" in error_of(root, **tasks)
+    assert "--nnodes must be a positive integer, got 1:4" in error_of(root, PET_NNODES="1:4")
 
 
 def test_a_given_port_is_used_on_a_single_node_too(root: Path) -> None:

@@ -70,12 +70,15 @@ def test_the_tightest_memory_limit_counts_and_cached_files_are_free(cgroups: Pat
         ("0", [], False),
         ("", ["nvidia0"], False),
         ("-1", ["nvidia0"], False),
+        (None, ["dxg"], True),  # WSL2, whose nvidia-smi exists only with NVIDIA's driver
+        ("-1", ["dxg"], False),
     ],
 )
 def test_gpus_are_device_files_that_are_not_hidden(tmp_path, monkeypatch, visible, devices, expected) -> None:
     for name in devices:
         (tmp_path / name).touch()
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/lib/wsl/lib/{name}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

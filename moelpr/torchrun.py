@@ -27,10 +27,10 @@ from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
 
 from moelpr.process import machine
-from moelpr.process.command import STOPPED, run_command
+from moelpr.process.command import run_command, stopped_code
 from moelpr.process.errors import taken_port
 from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
-from moelpr.process.stop import LAUNCHER_VARIABLE, STOPPED_IS_SUCCESS, STOPPED_SIGNAL
+from moelpr.process.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
             fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
         sys.exit(first.exitcode)
     if has_stopped.is_set():
-        sys.exit(0 if os.environ.get(STOPPED_IS_SUCCESS) == "1" else STOPPED)
+        sys.exit(stopped_code())
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -24,9 +24,20 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from moelpr.process import ranks
-from moelpr.process.errors import DISK_FULL, MachineError, UserError, is_lost_connection, reports_panics, taken_port
+from moelpr.process.errors import (
+    DISK_FULL,
+    MachineError,
+    StoppedError,
+    UserError,
+    is_lost_connection,
+    reports_panics,
+    taken_port,
+)
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the training
+# The environment variable with which, if it is 1, the code is 0, for a scheduler to which every other code of a node is
+# a failure that ends the other nodes.
+STOPPED_IS_SUCCESS = "MOELPR_STOPPED_IS_SUCCESS"
 
 
 _NO_MEGATRON = (
@@ -72,6 +83,11 @@ class CommandParser(argparse.ArgumentParser):
 def program_name(own: str) -> str:
     """The name of this command in its usage: as a subcommand (`moelpr layouts`), else its own (`python -m …`)."""
     return sys.argv[0] if sys.argv[0].startswith("moelpr ") else own
+
+
+def stopped_code() -> int:
+    """The exit code for a training that was asked to stop before its last step."""
+    return 0 if os.environ.get(STOPPED_IS_SUCCESS) == "1" else STOPPED
 
 
 def prepare_process() -> None:
@@ -238,6 +254,8 @@ def _fail(message: str, error: BaseException) -> NoReturn:
         time.sleep(10 if ranks.local_rank() == 0 else 20)
     _discard_unwritable()
     _print_error(message)
+    if isinstance(error, StoppedError):
+        sys.exit(stopped_code())
     is_wrong_input = (
         isinstance(error, UserError | ModuleNotFoundError) or getattr(error, "errno", None) == errno.ENAMETOOLONG
     )

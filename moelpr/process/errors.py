@@ -16,6 +16,10 @@ class MachineError(RuntimeError):
     """A failing machine, such as a disk that can't be written. Only the message is shown; exit code 1."""
 
 
+class StoppedError(MachineError):
+    """A command that was asked to stop before its end, and resumes when it is run again; exit code `STOPPED`."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, without a full stop, to be part of one of our sentences."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

@@ -24,9 +24,6 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
 # A rank sends this to moelpr.torchrun to say that the training ends before its last step.
 STOPPED_SIGNAL = signal.SIGUSR2
-# The environment variable with which, if it is 1, moelpr.torchrun then exits with 0, for a scheduler to which every
-# other code of a node is a failure that ends the other nodes.
-STOPPED_IS_SUCCESS = "MOELPR_STOPPED_IS_SUCCESS"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -19,6 +19,8 @@ from moelpr.process.errors import UserError
 from moelpr.store.files import write_text
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+# For files that users write: the docstrings of fields become descriptions in the JSON schema.
+DOCUMENTED = STRICT | ConfigDict(use_attribute_docstrings=True)
 # For files of other programs, of which we read some fields.
 FOREIGN = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 _SHOWN_CHARACTERS = 60

@@ -34,6 +34,8 @@ class Task:
         disk_gib: Disk space that its output needs.
         nodes: Number of nodes, on each of which the command is started.
         gpus_per_node: Number of GPUs that it uses on each node.
+        cpus: Number of CPUs that it can use.
+        corpora: Prefixes of corpora that it writes; jobs of a cluster can write them in shards (`--num-shards`).
     """
 
     name: str
@@ -52,6 +54,8 @@ class Task:
     disk_gib: float = 0.0
     nodes: int = 1
     gpus_per_node: int = 0
+    cpus: int = 1
+    corpora: tuple[Path, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -10,15 +10,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moelpr.process.command import STOPPED
-from moelpr.process.errors import MachineError, UserError
+from moelpr.process.command import STOPPED, stopped_code
+from moelpr.process.errors import MachineError, StoppedError, UserError
 from moelpr.store.files import make_folder, remove
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.workflow.mark import Mark, mark_of, relative, shown
@@ -36,12 +36,14 @@ class Outlook:
         state: Whether it is done, has never succeeded, has started and continues, or is done again.
         reason: Why it is done again.
         refusal: Why it cannot be done, although another command's output would have to be replaced.
+        id: The ID that its output will have; None if results that are to be made again decide its command.
     """
 
     task: Task
     state: Literal["done", "to do", "unfinished", "again"]
     reason: str = ""
     refusal: str = ""
+    id: str | None = None
 
 
 class Workflow:
@@ -99,7 +101,7 @@ class Workflow:
                     try:
                         future.result()
                         if stops and waiting:
-                            raise MachineError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
+                            raise StoppedError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
                     except (UserError, MachineError) as error:
                         if not keep_going or stops:
                             raise
@@ -121,11 +123,27 @@ class Workflow:
         for other in task.inputs:
             if other in self.tasks and not self.is_done(other):
                 raise UserError(f"task {name} requires {other}, which is not done; run the whole chain")
-        with passes_on_stops():
+        with passes_on_stops() as stops, _stopped_if(stops):
             if is_leader:
                 self._perform(task, needs_output=True, on_cluster=True)
-            elif self._change(task, task.words())[1] is not None or not self.is_done(name):
-                self._run_command(task, task.words(), self.logs / f"{name}.node-{os.getpid()}.log", echo=True)
+            elif self._change(task, task.words())[1] is not None or not self.is_done(name) or not task.has_output():
+                log = self.logs / f"{name}.node-{os.uname().nodename}.log"
+                self._run_command(task, task.words(), log, echo=True, checks_output=False)
+
+    def adopt(self, name: str, made_as: str) -> None:
+        """Record that jobs of a cluster have made a task's output in shards.
+
+        Args:
+            made_as: The ID of the output when they were submitted.
+
+        Raises:
+            UserError: The task would be another one now, or its output is not there.
+        """
+        task = self.tasks[name]
+        now, _ = self._change(task, task.words())
+        if now.id != made_as or not task.has_output():
+            raise UserError(f"task {name} has changed since its shards were submitted, or one is missing; run it again")
+        replace(now, wall_s=0.0).write_file(self.mark_path(name))
 
     def outlook(self, tasks: Iterable[Task] | None = None) -> list[Outlook]:
         """What `run` would do with each task, and why. It starts nothing."""
@@ -142,14 +160,31 @@ class Workflow:
                 now, reason = None, f"{' and '.join(undone) or 'what decides its command'} will be made again"
             ids[task.name] = now.id if now else None
             if before is None:
-                found.append(Outlook(task, "to do"))
+                outlook = Outlook(task, "to do")
             elif reason is None and before.wall_s is None:
-                found.append(Outlook(task, "unfinished"))
+                outlook = Outlook(task, "unfinished")
             elif reason is None and (task.name in read or task.has_output()):
-                found.append(Outlook(task, "done"))
+                outlook = Outlook(task, "done")
             else:
-                found.append(Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason)))
+                reason_shown = reason or "its output was removed"
+                outlook = Outlook(task, "again", reason_shown, self._refusal(task, reason))
+            found.append(replace(outlook, id=ids[task.name]))
         return found
+
+    def outlook_of_jobs(self) -> list[Outlook]:
+        """What jobs of a cluster must do: as `outlook`, but what was removed and is read by them is made again.
+
+        Raises:
+            UserError: A task cannot be done.
+        """
+        found = {one.task.name: one for one in self.outlook()}
+        for one in reversed(list(found.values())):
+            if found[one.task.name].refusal:
+                raise UserError(found[one.task.name].refusal)
+            for name in one.task.inputs if found[one.task.name].state != "done" else ():
+                if found[name].state == "done" and not found[name].task.has_output():
+                    found[name] = replace(found[name], state="again", reason="its output was removed")
+        return list(found.values())
 
     def is_done(self, name: str) -> bool:
         """Whether a task has succeeded once, whatever has changed since."""
@@ -190,7 +225,7 @@ class Workflow:
             if change:
                 self._set_aside(task)
             make_folder(self.logs)
-            path = self._path(task.name)
+            path = self.mark_path(task.name)
             now.write_file(path)  # if this command fails, another one's output is no longer there
             self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {self.command_line(task)}")
             start = time.monotonic()
@@ -230,19 +265,20 @@ class Workflow:
         python = [] if words[0] == "moelpr" else map(relative, interpreter(words))
         return " ".join([*settings, *python, shown(words)])
 
-    def _run_command(self, task: Task, words: list[str], log: Path, echo: bool) -> None:
+    def _run_command(self, task: Task, words: list[str], log: Path, *, echo: bool, checks_output: bool = True) -> None:
         with open(log, "a") as file:
             file.write(f"$ {self.command_line(task)}\n")
         words = [*words, *map(str, task.settings)]
         sys.stdout.flush()
         code = execute(words, log, _QUIET | dict(task.environment), **({"echo": True} if echo else {}))
-        if code not in (0, STOPPED):
-            kind = MachineError if code == 1 else UserError
-            raise kind(f"task {task.name} exited with code {code} and the message above; its output is in {log}")
-        if code == STOPPED or not task.is_complete():
-            raise UserError(
-                f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
-            )
+        if code == STOPPED or (code == 0 and checks_output and not task.is_complete()):
+            # A training that was asked to stop may have exited with 0, because a scheduler's script asks for that.
+            is_asked = code == STOPPED or stopped_code() == 0
+            message = f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
+            raise StoppedError(message) if is_asked else MachineError(message)
+        if code != 0:
+            message = f"task {task.name} exited with code {code} and the message above; its output is in {log}"
+            raise UserError(message) if code == 2 else MachineError(message)
 
     def _change(self, task: Task, words: list[str]) -> tuple[Mark, str | None]:
         """The mark that a task would have now, and what has changed since it ran; None if nothing has."""
@@ -258,16 +294,25 @@ class Workflow:
     def _mark(self, name: str) -> Mark | None:
         """The mark of a task; None if it has none, or a damaged one."""
         with suppress(UserError):
-            return Mark.read_file(self._path(name))
+            return Mark.read_file(self.mark_path(name))
         return None
 
-    def _path(self, name: str) -> Path:
+    def mark_path(self, name: str) -> Path:
         return self.logs / f"{name}.json"
 
     def _print(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         with self._printing:
             print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+
+@contextmanager
+def _stopped_if(stops: list[int]) -> Iterator[None]:
+    """A command that fails after it was asked to stop has stopped; it resumes when it is run again."""
+    try:
+        yield
+    except MachineError as error:
+        raise (StoppedError(str(error)) if stops else error) from error.__cause__
 
 
 def _change(before: Mark | None, now: Mark) -> str | None:

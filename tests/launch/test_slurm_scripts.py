@@ -245,7 +245,7 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
     assert done.returncode == 0, done.stderr
     made = "\n".join(calls.made)
     assert made.startswith("srun [--export=ALL] [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
-    assert f"[stage] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
+    assert f"[.] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
     assert "NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}" in made
     assert "JOIN_TIMEOUT=300" in made
     found = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
@@ -270,7 +270,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
     assert stage(calls, tmp_path, *flags, *STAGE).returncode == 0
     made = "\n".join(calls.made)
     assert expected.replace("HERE", str(ROOT)) in made
-    assert "[stage] [/opt/moelpr/launch/stage1.sh] [--save]" in made
+    assert "[/opt/moelpr] [/opt/moelpr/launch/stage1.sh] [--save]" in made
     assert "JOIN_TIMEOUT=900" in made
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.process.command import STOPPED
-from moelpr.process.errors import MachineError, UserError
+from moelpr.process.errors import MachineError, StoppedError, UserError
 from moelpr.workflow.mark import sha256
 from moelpr.workflow.outlay import check_machine, listing
 from moelpr.workflow.task import Task
@@ -28,8 +28,8 @@ def test_a_task_runs_until_it_has_succeeded_and_again_if_its_command_changes(tmp
     def run(code: int) -> None:
         Workflow(tmp_path, [Task(name="s", command=count(runs, code))]).run()
 
-    with pytest.raises(UserError, match="task s exited with code 3"):
-        run(3)
+    with pytest.raises(UserError, match="task s exited with code 2"):
+        run(2)
     run(0)
     run(0)
     assert runs.read_text() == "xx"
@@ -108,7 +108,8 @@ def test_a_stopped_command_is_not_continued_by_another_one(tmp_path: Path, code:
         Workflow(tmp_path, [task]).run()
 
     for _ in range(2):
-        with pytest.raises(UserError, match="train was stopped before its end"):
+        kind = StoppedError if code == STOPPED else MachineError
+        with pytest.raises(kind, match="train was stopped before its end"):
             run("1")
     assert not Workflow(tmp_path, []).is_done("train")
     with pytest.raises(UserError, match="its command has changed"):
@@ -254,6 +255,6 @@ def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path) -> None
         os.kill(os.getpid(), 15)
 
     threading.Thread(target=stop).start()
-    with pytest.raises(UserError, match="task a exited with code 3"):
+    with pytest.raises(MachineError, match="task a exited with code 3"):
         Workflow(tmp_path, tasks).run(keep_going=True)
     assert not (tmp_path / "b").exists()

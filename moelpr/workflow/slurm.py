@@ -1,0 +1,270 @@
+"""Submit the tasks of a workflow that are not done as a chain of Slurm jobs, each after those that it depends on.
+
+For each there is a script, `slurm/TASK.sbatch` in the workflow's folder. Its job runs `moelpr run FILE --task TASK` on
+each of its nodes, so it is decided again when it starts whether the task is done. No process stays on the login node.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moelpr.process.errors import MachineError, UserError
+from moelpr.process.program_files import launch_folder
+from moelpr.store.files import LOCK_FILE, locked, make_folder, remove, write_text
+from moelpr.store.records import DOCUMENTED, STRICT, Record
+from moelpr.workflow.mark import shown
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Outlook, Workflow
+
+Options = dict[str, bool | int | str]
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class SlurmSettings:
+    """Settings of jobs on a Slurm cluster."""
+
+    options: Options = field(default_factory=dict)
+    """Options of sbatch for all jobs, without dashes, such as partition, account, time."""
+    training: Options = field(default_factory=dict)
+    """Options for trainings only, such as signal: "B:USR1@1800" if a checkpoint takes longer than five minutes."""
+    steps: dict[str, Options] = field(default_factory=dict)
+    """Options for single tasks: task → option → value."""
+    container_image: str | None = None
+    """Image for enroot with pyxis."""
+    apptainer: str | None = None
+    """Image for Apptainer, instead."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Folders that the container has, FROM:TO, besides the current one."""
+    shards: Annotated[int, Field(ge=1)] = 1
+    """Number of jobs among which the preprocessing of a language is divided."""
+
+    def __post_init__(self) -> None:
+        for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
+            if isinstance(options.get("time"), int):
+                raise UserError(f'time of {place} is a number, as which YAML reads 24:00:00; write it as "24:00:00"')
+        if self.container_image and self.apptainer:
+            raise UserError("container_image and apptainer are both given; keep one")
+        if self.container_mounts and not (self.container_image or self.apptainer):
+            raise UserError("container_mounts requires container_image or apptainer; add one")
+
+    def options_of(self, task: Task) -> Options:
+        """The options of a task's job, those of the user last."""
+        found: Options = {"nodes": task.nodes, "ntasks-per-node": 1, "requeue": True, "open-mode": "append"}
+        if task.gpus_per_node:
+            found["gpus-per-node"] = task.gpus_per_node
+        if task.continues:
+            found |= {"exclusive": True, "mem": 0, "signal": "B:USR1@300"}
+        else:
+            found |= {"cpus-per-task": task.cpus, "mem": f"{max(1, round(task.memory_gib))}G"}
+        return found | self.options | (self.training if task.continues else {}) | self.steps.get(task.name, {})
+
+    def container(self) -> list[str]:
+        """The container options of Slurm's scripts (launch/slurm/lib.sh)."""
+        words = ["--container-image", self.container_image] if self.container_image else []
+        words += ["--apptainer", self.apptainer] if self.apptainer else []
+        return words + [word for mount in self.container_mounts for word in ("--container-mounts", mount)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlurmJob:
+    """A job that was submitted.
+
+    Attributes:
+        id: Its number.
+        made_as: ID that the task's output will have; null if results of other tasks decide its command.
+    """
+
+    id: str
+    made_as: str | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class SlurmJobs(Record):
+    """The last job of each task of a workflow, `slurm/jobs.json` in its folder.
+
+    Attributes:
+        jobs: Task, or TASK-shards, → job.
+    """
+
+    FILE_NAME: ClassVar[str] = "slurm/jobs.json"
+    REMEDY: ClassVar[str] = "cancel the jobs that are left, and remove it"
+
+    jobs: dict[str, SlurmJob] = field(default_factory=dict)
+
+
+class Chain:
+    """The jobs of a workflow on a cluster."""
+
+    def __init__(self, workflow: Workflow, settings: SlurmSettings, file: Path) -> None:
+        """`file`: What `moelpr run` takes."""
+        self._workflow, self._settings, self._file = workflow, settings, file
+        self._folder = workflow.folder.resolve() / "slurm"
+        self._name = re.sub(r"[^\w.-]", "-", self._folder.parent.name)
+        self._jobs = dict((SlurmJobs.read_if_there(workflow.folder) or SlurmJobs()).jobs)
+        self._active: dict[str, str] = {}  # task → its job that starts or ends later
+
+    def submit(self, *, render_only: bool = False) -> None:
+        """Submit what is not done, or only write the scripts.
+
+        Raises:
+            UserError: sbatch is missing or refuses a job, or a task's job of an earlier call would do another command.
+        """
+        if not render_only and not shutil.which("sbatch"):
+            raise UserError("sbatch is not installed; run this on a login node of the cluster, or pass --render-only")
+        make_folder(self._folder)
+        with locked(self._folder / LOCK_FILE, self._folder):
+            outlooks = self._workflow.outlook_of_jobs()
+            if not render_only:
+                self._check([one for one in outlooks if one.state != "done"], _queue())
+            for outlook in outlooks:
+                name = outlook.task.name
+                if outlook.state == "done":
+                    print(f"{name}: done")
+                elif name in self._active:
+                    print(f"{name}: job {self._active[name]} is pending or running")
+                else:
+                    if outlook.reason:
+                        print(f"{name}: again, because {outlook.reason}")
+                    self._submit_task(outlook, render_only)
+
+    def _submit_task(self, outlook: Outlook, render_only: bool) -> None:
+        task, name = outlook.task, outlook.task.name
+        shards = self._settings.shards if task.corpora and outlook.id else 1
+        if shards > 1:
+            self._submit_shards(outlook, shards, render_only)
+        run = ["run", str(self._file), "--task", name]
+        run += ["--made-as", str(outlook.id)] if shards > 1 else []
+        lines = [f"run_tool -m moelpr {shlex.join(run)}"]
+        if task.continues:
+            save = shlex.quote(str(task.continues))
+            lines = [f'run_training "$(path_outside {save})" -m moelpr {shlex.join(run)}']
+        elif shards > 1:
+            mark = shlex.quote(str(self._workflow.mark_path(name).resolve()))  # of what is replaced
+            lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
+        self._submit(name, outlook, lines, render_only=render_only)
+
+    def _check(self, to_do: list[Outlook], queued: Mapping[str, str]) -> None:
+        """Set what is active, and raise a UserError for what cannot be submitted, before anything is."""
+        for outlook in to_do:
+            name = outlook.task.name
+            job, shards = self._jobs.get(name), self._jobs.get(f"{name}-shards")
+            if job and queued.get(job.id) == f"{self._name}-{name}":
+                if job.made_as and outlook.id and job.made_as != outlook.id:
+                    raise UserError(
+                        f"job {job.id} of {name} is pending or running, but the task has changed since; cancel it "
+                        f"(scancel {job.id}) or wait for its end"
+                    )
+                self._active[name] = job.id
+            elif shards and queued.get(shards.id) == f"{self._name}-{name}-shards":
+                raise UserError(
+                    f"shards of {name} of an earlier call are still running; wait for them, or cancel them with "
+                    f"scancel {shards.id}"
+                )
+
+    def _submit_shards(self, outlook: Outlook, shards: int, render_only: bool) -> None:
+        """Submit an array for the shards that are missing: all, if what there is is another command's."""
+        task, name = outlook.task, f"{outlook.task.name}-shards"
+        before = self._jobs.get(name)
+        missing = [*range(shards)]
+        if before and before.made_as == outlook.id:
+            missing = [number for number in missing if not _shard(task.corpora[0], number, shards).exists()]
+        elif not render_only:
+            for corpus in task.corpora:
+                for path in corpus.parent.glob(f"{corpus.name}.shard-*"):
+                    remove(path)
+            for folder in task.unfinished:
+                for path in folder.parent.glob(f"{folder.stem}.shard-*{folder.suffix}"):
+                    remove(path)
+        if missing:
+            words = [*task.words(), *map(str, task.settings), "--num-shards", str(shards)]
+            line = f'run_tool -m {shlex.join(words)} --shard "$SLURM_ARRAY_TASK_ID"'
+            array: Options = {"array": ",".join(map(str, missing))}
+            self._submit(name, outlook, [line], array, render_only=render_only)
+
+    def _submit(
+        self,
+        name: str,
+        outlook: Outlook,
+        lines: list[str],
+        options: Mapping[str, bool | int | str] = {},
+        *,
+        render_only: bool,
+    ) -> None:
+        """Write a job's script, submit it, and record and print its number."""
+        task = outlook.task
+        path = self._folder / f"{name}.sbatch"
+        write_text(path, self._script(name, task, lines, self._settings.options_of(task) | dict(options)))
+        if render_only:
+            print(f"{name}: {path}")
+            return
+        needs = dict.fromkeys((*task.inputs, f"{task.name}-shards"))
+        ids = [self._active[need] for need in needs if need in self._active]
+        words = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
+        words += [f"--dependency=afterok:{':'.join(ids)}"] if ids else []
+        done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = done.stderr.strip().removeprefix("sbatch: error: ").splitlines()[0:1]
+            raise UserError(
+                f"Slurm refuses {path} ({''.join(reason)}); correct the settings under slurm and run it again"
+            )
+        number = done.stdout.strip().split(";")[0]  # "id;cluster" on a federation
+        self._active[name] = number
+        self._jobs[name] = SlurmJob(number, outlook.id)
+        SlurmJobs(self._jobs).write(self._workflow.folder)
+        print(f"{name}: job {number}" + (f", after {':'.join(ids)}" if ids else ""))
+
+    def _script(self, name: str, task: Task, lines: list[str], options: Options) -> str:
+        values = {"job-name": f"{self._name}-{name}", "output": f"{self._folder}/%x-%j.log"} | options
+        directives = [
+            f"#SBATCH --{key}" + ("" if value is True else f"={shlex.quote(str(value))}")
+            for key, value in values.items()
+            if value is not False
+        ]
+        try:
+            command = shown([*task.words(), *map(str, task.settings)])
+        except UserError:
+            command = "a command that results of other tasks decide"
+        container = self._settings.container()
+        return "\n".join(
+            [
+                "#!/usr/bin/env bash",
+                f"# {name} of {self._file}: {command}",
+                *directives,
+                "set -euo pipefail",
+                f"cd {shlex.quote(str(Path.cwd()))}",
+                f". {shlex.quote(str(launch_folder() / 'slurm' / 'lib.sh'))}",
+                *([] if container else [f"export MOELPR_PYTHON={shlex.quote(sys.executable)}"]),
+                f"read_container_options {shlex.join(container)}".rstrip(),
+                *lines,
+                "",
+            ]
+        )
+
+
+def _queue() -> dict[str, str]:
+    """This user's jobs that are pending or running: number → name."""
+    words = ["squeue", "--noheader", "--me", "--format", "%F %j"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise MachineError(f"squeue fails ({done.stderr.strip()}); try again when Slurm answers")
+    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line.strip())
+
+
+def _shard(corpus: Path, number: int, shards: int) -> Path:
+    return corpus.with_name(f"{corpus.name}.shard-{number:05d}-of-{shards:05d}.idx")
+
+
+def _joining(corpus: Path, shards: int) -> str:
+    """A line that joins shards, unless an interrupted job has."""
+    words = ["moelpr", "merge", "--output-prefix", str(corpus), "--num-shards", str(shards)]
+    first = shlex.quote(str(_shard(corpus, 0, shards)))
+    return f"[[ ! -e {first} ]] || (run_tool -m {shlex.join(words)} --remove-input --overwrite)"

@@ -1,0 +1,239 @@
+"""A chain is submitted as jobs that wait for one another. sbatch and squeue are stubs; tests/slurm has a real Slurm."""
+
+import os
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.store import records
+from moelpr.workflow.slurm import Chain, SlurmJobs, SlurmSettings
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
+
+# sbatch numbers its calls, and refuses what $REFUSED names; the queue is a file.
+STUBS = {
+    "sbatch": '[[ "$*" != *"${REFUSED:-nothing}"* ]] || { echo "sbatch: error: invalid partition" >&2; exit 1; }\n'
+    'echo "$@" >>"$STUBS/calls"; wc -l <"$STUBS/calls"; grep -oP "(?<=job-name=).*" "${@: -1}" >>"$STUBS/names"',
+    "squeue": 'cat "$STUBS/queue" 2>/dev/null; true',
+}
+LANGUAGES = ("el", "hu")
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, body in STUBS.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUBS", str(folder))
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def tasks(run: Path, rate: str = "1") -> list[Task]:
+    """Text of two languages, upcycling, a training on four nodes, and its export."""
+
+    def task(name: str, output: str, **options: object) -> Task:
+        return Task(name=name, command=["moelpr", name], is_complete=(run / output).exists, **options)
+
+    corpora = {code: (run / "data" / f"{code}_text_document",) for code in LANGUAGES}
+    made_from = tuple(f"preprocess-{code}" for code in LANGUAGES)
+    found = [task(f"preprocess-{code}", f"data/{code}_text_document.idx", corpora=corpora[code]) for code in LANGUAGES]
+    found += [task("convert", "upcycled", memory_gib=16)]
+    save = run / "stage1"
+    train = ["moelpr", "train", "stage1", "--lr", rate]
+    stage = Task(name="stage1", command=train, made_from=("convert", *made_from), continues=save, nodes=4)
+    stage = replace(stage, gpus_per_node=8, is_complete=(save / "FINISHED").exists)
+    return [*found, stage, task("export", "hf", made_from=("stage1",))]
+
+
+def submit(run: Path, *, render_only: bool = False, rate: str = "1", **settings: object) -> None:
+    parsed = records.validate(SlurmSettings, settings, "slurm", "correct it")
+    Chain(Workflow(run, tasks(run, rate)), parsed, Path("languages.yaml")).submit(render_only=render_only)
+
+
+def finish(run: Path, *names: str) -> None:
+    """Do what the jobs of these tasks do."""
+    for task in tasks(run):
+        if task.name in names:
+            output = {"convert": "upcycled", "stage1": "stage1/FINISHED", "export": "hf"}.get(task.name)
+            path = run / (output or f"data/{task.name[-2:]}_text_document.idx")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            workflow = Workflow(run, tasks(run))
+            workflow.logs.mkdir(exist_ok=True)
+            workflow.adopt(task.name, str(next(x.id for x in workflow.outlook() if x.task.name == task.name)))
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_chain_is_submitted_with_common_options_and_those_of_each_task(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "runs" / "greek"
+    steps = {"convert": {"partition": "big"}, "stage1": {"exclusive": False}}
+    submit(run, options={"account": "lab"}, training={"time": "24:00:00"}, steps=steps)
+    assert lines(capsys) == [
+        "preprocess-el: job 1",
+        "preprocess-hu: job 2",
+        "convert: job 3",
+        "stage1: job 4, after 3:1:2",
+        "export: job 5, after 4",
+    ]
+    made = (stubs / "calls").read_text().splitlines()
+    assert made[3] == (f"--parsable --kill-on-invalid-dep=yes --dependency=afterok:3:1:2 {run}/slurm/stage1.sbatch")
+    scripts = {path.stem: path.read_text() for path in (run / "slurm").glob("*.sbatch")}
+    assert all("#SBATCH --account=lab\n" in script for script in scripts.values())
+    for line in ("nodes=4", "gpus-per-node=8", "ntasks-per-node=1", "mem=0", "signal=B:USR1@300", "time=24:00:00"):
+        assert f"#SBATCH --{line}\n" in scripts["stage1"]
+    assert "--exclusive" not in scripts["stage1"] and "--requeue\n" in scripts["stage1"]
+    assert f"#SBATCH --output={run}/slurm/%x-%j.log\n" in scripts["stage1"]
+    assert "#SBATCH --job-name=greek-stage1\n" in scripts["stage1"]
+    assert (
+        f'run_training "$(path_outside {run}/stage1)" -m moelpr run languages.yaml --task stage1\n' in scripts["stage1"]
+    )
+    assert "# stage1 of languages.yaml: moelpr train stage1 --lr 1\n" in scripts["stage1"]
+    assert "#SBATCH --mem=16G\n" in scripts["convert"] and "--partition=big" in scripts["convert"]
+    assert "run_tool -m moelpr run languages.yaml --task convert\n" in scripts["convert"]
+    for script in scripts.values():
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_a_second_call_submits_only_tasks_that_are_neither_done_nor_active(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "greek"
+    submit(run)
+    finish(run, "preprocess-el")
+    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n")
+    lines(capsys)
+    submit(run)
+    assert lines(capsys) == [
+        "preprocess-el: done",
+        "preprocess-hu: job 6",
+        "convert: job 3 is pending or running",
+        "stage1: job 7, after 3:6",
+        "export: job 8, after 7",
+    ]
+    assert SlurmJobs.read(run).jobs["stage1"].id == "7"
+
+
+def test_a_job_of_another_command_is_not_taken_for_the_tasks(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    submit(run)
+    (stubs / "queue").write_text("4 greek-stage1\n")
+    with pytest.raises(UserError, match=r"job 4 of stage1 .* has changed since; cancel it \(scancel 4\)"):
+        submit(run, rate="2")
+    assert len((stubs / "calls").read_text().splitlines()) == 5
+
+
+def test_a_training_that_has_changed_is_refused_before_anything_is_submitted(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "greek"
+    submit(run)
+    finish(run, "preprocess-el", "preprocess-hu", "convert", "stage1", "export")
+    lines(capsys)
+    submit(run)
+    assert {line.split(": ")[1] for line in lines(capsys)} == {"done"}
+    (run / "hf").unlink()
+    with pytest.raises(UserError, match="would continue .*stage1, but its command has changed"):
+        submit(run, rate="2")
+    submit(run)
+    assert lines(capsys)[-2:] == ["export: again, because its output was removed", "export: job 6"]
+
+
+def test_a_removed_output_is_made_again_when_a_job_reads_it(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "greek"
+    submit(run)
+    finish(run, "preprocess-el", "preprocess-hu", "convert", "stage1")
+    (run / "stage1" / "FINISHED").unlink()
+    lines(capsys)
+    submit(run)
+    made = lines(capsys)
+    assert "stage1: again, because its output was removed" in made and made[-1] == "export: job 7, after 6"
+    assert made[:3] == ["preprocess-el: done", "preprocess-hu: done", "convert: done"]
+
+
+def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "greek"
+    submit(run, shards=3)
+    assert lines(capsys)[:4] == [
+        "preprocess-el-shards: job 1",
+        "preprocess-el: job 2, after 1",
+        "preprocess-hu-shards: job 3",
+        "preprocess-hu: job 4, after 3",
+    ]
+    array = (run / "slurm" / "preprocess-el-shards.sbatch").read_text()
+    assert "#SBATCH --array=0,1,2\n" in array
+    assert 'moelpr preprocess-el --num-shards 3 --shard "$SLURM_ARRAY_TASK_ID"\n' in array
+    joins = (run / "slurm" / "preprocess-el.sbatch").read_text()
+    corpus = run / "data" / "el_text_document"
+    assert f"moelpr merge --output-prefix {corpus} --num-shards 3 --remove-input --overwrite" in joins
+    made_as = re.search(r"--task preprocess-el --made-as (\w+)", joins)
+    assert made_as
+
+    # A shard failed: only that runs again, unless it is another command's.
+    corpus.parent.mkdir()
+    for number in (0, 2):
+        corpus.with_name(f"{corpus.name}.shard-0000{number}-of-00003.idx").touch()
+    (stubs / "queue").write_text("1 greek-preprocess-el-shards\n")
+    with pytest.raises(UserError, match="scancel 1"):
+        submit(run, shards=3)
+    (stubs / "queue").unlink()
+    submit(run, shards=3)
+    assert "#SBATCH --array=1\n" in (run / "slurm" / "preprocess-el-shards.sbatch").read_text()
+    SlurmJobs({}).write(run)
+    submit(run, shards=3)
+    assert "#SBATCH --array=0,1,2\n" in (run / "slurm" / "preprocess-el-shards.sbatch").read_text()
+    assert not list(corpus.parent.iterdir())
+
+    # What the last line of the joining job does.
+    workflow = Workflow(run, tasks(run))
+    workflow.logs.mkdir()
+    with pytest.raises(UserError, match="has changed since its shards were submitted"):
+        workflow.adopt("preprocess-el", made_as[1])
+    corpus.with_suffix(".idx").touch()
+    workflow.adopt("preprocess-el", made_as[1])
+    assert workflow.outlook()[0].state == "done"
+
+
+def test_scripts_can_be_read_before_anything_is_submitted(stubs, tmp_path, capsys) -> None:
+    run = tmp_path / "greek"
+    submit(run, render_only=True)
+    assert lines(capsys)[0] == f"preprocess-el: {run}/slurm/preprocess-el.sbatch"
+    assert not (stubs / "calls").exists() and not (run / "slurm" / "jobs.json").exists()
+
+
+def test_in_a_container_the_images_python_runs(stubs, tmp_path) -> None:
+    submit(tmp_path / "greek", apptainer="image.sif", container_mounts=["/data:/data"])
+    script = (tmp_path / "greek" / "slurm" / "convert.sbatch").read_text()
+    assert "read_container_options --apptainer image.sif --container-mounts /data:/data\n" in script
+    assert "MOELPR_PYTHON" not in script
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
+        ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),
+        ({"container_image": "a", "apptainer": "b"}, "keep one"),
+        ({"container_mounts": ["/a:/a"]}, "requires container_image or apptainer"),
+        ({"partition": "gpu"}, "partition is unknown"),
+        ({"shards": 0}, "shards"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(tmp_path: Path, settings: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        submit(tmp_path / "greek", **settings)
+
+
+def test_what_slurm_refuses_is_said_with_the_script(stubs, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("REFUSED", "stage1.sbatch")
+    with pytest.raises(UserError, match=r"Slurm refuses .*stage1.sbatch \(invalid partition\)"):
+        submit(tmp_path / "greek")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="login node"):
+        submit(tmp_path / "greek")

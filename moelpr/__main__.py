@@ -23,7 +23,7 @@ class Tool(NamedTuple):
     help: str
 
 
-# Of these the module is one, which reads the subcommand itself.
+# These have one module, which reads the subcommand itself.
 PROJECT = "moelpr.project.__main__"
 TRAIN = "train"
 GROUPS: dict[str, dict[str, Tool]] = {

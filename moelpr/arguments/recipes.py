@@ -14,10 +14,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is not a recipe.
     """
-    ours = launch_folder() / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
-    if not path.exists() and path.parent == Path() and ours.exists():
-        path = ours
-    elif not path.exists():
+    path = find_recipe(path)
+    if not path.exists():
         raise UserError(f"there is no recipe {path}; pass an existing file, or the name of a recipe, like paper-stage1")
     recipe = read_mapping(path, "recipe")
     if "model_source" in recipe:
@@ -26,6 +24,12 @@ def read_recipe(path: Path) -> dict[str, Any]:
             "started with"
         )
     return {f"--{str(key).replace('_', '-')}": value for key, value in recipe.items()}
+
+
+def find_recipe(path: Path) -> Path:
+    """The file of a recipe, which may be named like one that comes with moelpr."""
+    ours = launch_folder() / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
+    return ours if not path.exists() and path.parent == Path() and ours.exists() else path
 
 
 def recipe_argv(recipe: dict[str, Any]) -> list[str]:

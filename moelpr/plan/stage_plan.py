@@ -78,7 +78,7 @@ class StagePlan:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the rank that needs the most."""
+        """The memory of the rank that needs the most."""
         return self.best.peak.total_bytes
 
     @property

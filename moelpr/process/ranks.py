@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+# Variables of launch/train.sh, torchrun, Kubernetes' indexed jobs, SkyPilot and Slurm.
+_NODE_RANKS = ("NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SKYPILOT_NODE_RANK", "SLURM_NODEID")
+
 
 def rank() -> int:
     """The number of this process, also before torch.distributed is initialized."""
@@ -27,6 +30,11 @@ def world_size() -> int:
 def local_world_size() -> int:
     """The number of ranks of this node."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def node_rank() -> int:
+    """The number of this node among those that a launcher or a scheduler has started together."""
+    return int(next((os.environ[name] for name in _NODE_RANKS if os.environ.get(name)), "0"))
 
 
 def is_first_rank() -> bool:

@@ -48,6 +48,25 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
     return content
 
 
+def key_lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """The line of each key and list item of a YAML text that `parse_mapping` accepts: path to it → line, from 1."""
+    lines: dict[tuple[str | int, ...], int] = {}
+
+    def visit(node: yaml.Node | None, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            children = [(key.value, key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            children = [(number, item, item) for number, item in enumerate(node.value)]
+        else:
+            return
+        for name, place, child in children:
+            lines[*path, name] = place.start_mark.line + 1
+            visit(child, (*path, name))
+
+    visit(yaml.compose(text, Loader=_Loader), ())
+    return lines
+
+
 def _check_size(content: Any) -> None:
     """ValueError for what would take long or fail to be printed: aliases that multiply or recur, and huge numbers."""
     sizes: dict[int, int] = {}  # id of a list or mapping -> its values with all of theirs; 0 while it is counted

@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from moelpr.store.records import STRICT, Record
 
+_SHOWN, _MOST_SHOWN = 80, 3  # characters of a change, and changes
 # Text may have terabytes; a chain must start in a second.
-_READ_WHOLE, _SAMPLES, _SAMPLE_BYTES = 1 << 26, 64, 1 << 16
+_READ_WHOLE, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 32, 1 << 15
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,6 +54,32 @@ def mark_of(words: Iterable[str], made_from: Mapping[str, str | None], files: It
 def shown(words: Iterable[str]) -> str:
     """A command line, with paths relative to the current folder."""
     return shlex.join(map(relative, words))
+
+
+def difference(before: str, now: str) -> str:
+    """The flags in which two command lines differ, for people: " (--lr 1e-3, not 1e-4)"; empty if none does."""
+    old, new = _by_flag(before), _by_flag(now)
+    found = []
+    for flag in dict.fromkeys([*new, *old]):
+        if flag and old.get(flag) != new.get(flag):
+            value = " ".join([flag, *new[flag]]) if flag in new else f"no {flag}"
+            found.append(value + (f", not {' '.join(old[flag])}" if old.get(flag) else ""))
+    listed = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}…" for one in found[:_MOST_SHOWN]]
+    listed += [f"and {len(found) - _MOST_SHOWN} more"] if len(found) > _MOST_SHOWN else []
+    return f" ({'; '.join(listed)})" if listed else ""
+
+
+def _by_flag(command: str) -> dict[str, list[str]]:
+    """The words after each flag; those before the first one are after ""."""
+    found: dict[str, list[str]] = {"": []}
+    flag = ""
+    for word in shlex.split(command):
+        if word.startswith("--"):
+            flag = word
+            found.setdefault(flag, [])
+        else:
+            found[flag].append(word)
+    return found
 
 
 def relative(word: str) -> str:

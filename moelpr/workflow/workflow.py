@@ -21,7 +21,7 @@ from moelpr.process.command import STOPPED, stopped_code
 from moelpr.process.errors import MachineError, StoppedError, UserError
 from moelpr.store.files import make_folder, remove
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
-from moelpr.workflow.mark import Mark, mark_of, relative, shown
+from moelpr.workflow.mark import Mark, difference, mark_of, relative, shown
 from moelpr.workflow.task import Task
 
 Failure = UserError | MachineError
@@ -320,7 +320,7 @@ def _change(before: Mark | None, now: Mark) -> str | None:
     if before is None:
         return None
     if before.command != now.command:
-        return "its command has changed"
+        return f"its command has changed{difference(before.command, now.command)}"
     for name, made in now.made_from.items():
         if before.made_from.get(name) != made:
             return f"{name} was made again"

@@ -1,0 +1,72 @@
+"""From text to a Hugging Face model that speaks more languages, from one file: init, plan, run and status.
+
+    moelpr init --model Qwen/Qwen3-8B-Base --expanded el=el.jsonl --original en=en.jsonl >languages.yaml
+    moelpr plan languages.yaml
+    moelpr run languages.yaml
+
+Rerun `moelpr run` to resume after anything; after an edit of the file, it says what it does again, and why.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from moelpr.process.command import CommandParser, run_command
+from moelpr.project import tables
+from moelpr.project.chain import workflow_of
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project, schema
+from moelpr.project.running import run_here, run_task
+from moelpr.project.template import template
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    if args.command == "init":
+        print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
+        return
+    file = read_project(args.file)
+    if args.command == "plan":
+        print(tables.plan(Places(file)))
+    elif args.command == "status":
+        print(tables.status(Places(file)))
+    elif args.task:
+        run_task(workflow_of(file), args.task)
+    else:
+        run_here(file, args.redo, args.dry_run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(prog="moelpr", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    init = commands.add_parser("init", help="print a commented languages.yaml")
+    add = init.add_argument
+    add("--model", default="Qwen/Qwen3-0.6B-Base", metavar="DIR", help="the base: directory or Hub name")
+    pair = "language code and its text; repeat for several"
+    add("--expanded", action="append", type=_language, metavar="LANG=FILE", help=f"language to add: {pair}")
+    add("--original", action="append", type=_language, metavar="LANG=FILE", help=f"language to keep: {pair}")
+    add("--schema", action="store_true", help="print the JSON schema of the file instead, for editors")
+    for name, text in (
+        ("plan", "show the steps with time, GPU hours, memory and disk; start nothing"),
+        ("status", "show what is done, and when the rest will be"),
+        ("run", "run all steps that are not done"),
+    ):
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.add_argument("file", type=Path, metavar="languages.yaml")
+    add = command.add_argument
+    redo = "trainings to start again after an edit; what they had is kept in FOLDER.before-1"
+    add("--redo", nargs="+", default=[], choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
+    add("--dry-run", action="store_true", help="print what would be done, and the commands; start nothing")
+    add("--task", metavar="NAME", help="do only this step, on this node of a cluster")
+    return parser
+
+
+def _language(text: str) -> tuple[str, str]:
+    code, _, path = text.partition("=")
+    if not code or not path:
+        raise argparse.ArgumentTypeError(f"expected LANG=FILE, such as el=el.jsonl, got {text!r}")
+    return code, path
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,28 @@
+"""A project as a chain of tasks, from text to an evaluated Hugging Face model."""
+
+from collections.abc import Iterable
+
+from moelpr.project.places import Places
+from moelpr.project.reading import ProjectFile
+from moelpr.project.results import result_tasks
+from moelpr.project.text import text_tasks
+from moelpr.project.training import training_tasks
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
+
+
+def tasks_of(places: Places) -> list[Task]:
+    """All tasks, in an order in which they can run."""
+    return [*text_tasks(places), *training_tasks(places), *result_tasks(places)]
+
+
+def workflow_of(file: ProjectFile, redo: Iterable[str] = ()) -> Workflow:
+    """The tasks in the project's folder; none starts after the file was edited.
+
+    Args:
+        redo: Stages to train again if they have changed, with those after them.
+    """
+    places = Places(file)
+    first = min((places.stages.index(stage) for stage in redo if stage in places.stages), default=len(places.stages))
+    redo = places.stages[first:]
+    return Workflow(places.folder, tasks_of(places), redo=redo, check=file.check_unchanged)

@@ -1,0 +1,134 @@
+"""The layout of each stage on the project's hardware, with its time, memory and disk, by the planner."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.candidates import most_experts
+from moelpr.plan.gpus import GIB, GPUS, Cluster
+from moelpr.plan.memory import PlannedStage, Workload
+from moelpr.plan.stage_plan import StagePlan, plan_stage
+from moelpr.process import machine
+from moelpr.process.errors import UserError
+from moelpr.project.reading import ProjectFile
+
+_CPU_EXPERTS, _MOST_EXPERTS = 4, 8
+_BATCH_FLAGS = ("--global-batch-size", "--seq-length")
+_DEFAULT_MINUTES = 60.0
+
+
+@dataclass(frozen=True)
+class StageLayout:
+    """How a stage is started, and what it needs.
+
+    Attributes:
+        flags: Arguments of its launcher that do not decide what it learns.
+        tokens_per_s: Of all GPUs; None if it is not predicted.
+        memory_gib: Memory of a node.
+        plan: The planner's result; None on a CPU.
+    """
+
+    flags: list[str] = field(default_factory=list)
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tokens_per_s: float | None = None
+    memory_gib: float = 4.0
+    plan: StagePlan | None = None
+
+    def minutes(self, tokens: float | None) -> float:
+        return _DEFAULT_MINUTES if not tokens or not self.tokens_per_s else tokens / self.tokens_per_s / 60
+
+    def disk_gib(self, tokens: float | None) -> float:
+        return self.plan.cost(int(tokens or 1)).checkpoints_bytes / GIB if self.plan else 0.0
+
+
+class Layouts:
+    """The layouts of a project's stages.
+
+    Args:
+        model: Hugging Face directory, or name on the Hub.
+        settings: Returns the flags of a stage by name, of its recipe and of the project.
+    """
+
+    def __init__(self, file: ProjectFile, model: Path, settings: Callable[[str], dict[str, Any]]) -> None:
+        self._file, self._project, self._model, self._settings = file, file.project, model, settings
+        self.of = cache(self._of)
+
+    @cached_property
+    def cluster(self) -> Cluster | None:
+        """The GPUs; None for a machine without any, whose CPU is used."""
+        hardware = self._project.hardware
+        if hardware.gpu == "auto":
+            if not machine.has_gpus():
+                return None
+            raise UserError("hardware.gpu: auto")  # TODO
+        if hardware.gpu not in GPUS:
+            place = self._file.at("hardware", "gpu")
+            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; use {', '.join(GPUS)}, or auto")
+        return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
+
+    @cached_property
+    def num_new_experts(self) -> int:
+        """N: what the project says, or the most that fit."""
+        if self._project.experts.new:
+            return self._project.experts.new
+        if self.cluster is None:
+            return _CPU_EXPERTS
+        moe = most_experts(self._spec_of(_MOST_EXPERTS), self._workload("stage1"), self.cluster).moe
+        assert moe is not None
+        return moe.num_new_experts
+
+    @property
+    def export_gib(self) -> float:
+        plan = self.of("stage2").plan
+        return plan.disk.bf16_export / GIB if plan else 0.0
+
+    @property
+    def evaluation_gpus(self) -> int:
+        """GPUs that hold the export in bf16, with room for logits."""
+        if self.cluster is None:
+            return 0
+        needed = math.ceil(1.3 * self.export_gib / self.cluster.gpu_memory_gib)
+        return min(self.cluster.gpus_per_node, self.cluster.gpus, needed)
+
+    def _of(self, stage: str) -> StageLayout:
+        if self.cluster is None:
+            return StageLayout()
+        cluster, workload = self.cluster, self._workload(stage)
+        is_free = "micro-batch-size" not in self._project.steps.get(stage, {})
+        try:
+            plan = plan_stage(self._spec, workload, cluster, enlarge=is_free)
+        except UserError as error:
+            raise UserError(f"{self._file.at('hardware')}{stage}: {error}") from None
+        nodes = max(1, cluster.gpus // cluster.gpus_per_node)
+        flags = plan.flags
+        for flag in _BATCH_FLAGS:
+            place = flags.index(flag)
+            del flags[place : place + 2]
+        speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
+        memory = 2 * plan.memory_bytes / GIB * cluster.gpus / nodes
+        return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)
+
+    def _workload(self, stage: str) -> Workload:
+        settings = self._settings(stage)
+        length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
+        return Workload(cast(PlannedStage, stage), length, int(settings.get("micro-batch-size", 1)), batch)
+
+    @cached_property
+    def _spec(self) -> ModelSpec:
+        return self._spec_of(self.num_new_experts)
+
+    def _spec_of(self, num_new_experts: int) -> ModelSpec:
+        experts = self._project.experts
+        family, base = read_base(self._model)
+        new = NewExperts(num_new_experts, experts.topk, experts.copies or experts.topk, None, experts.every_k_layers)
+        spec = with_new_experts(family, base, new)
+        if vocabulary := self._project.vocabulary:
+            spec = spec.with_new_tokens(spec.megatron_args["vocab_size"], vocabulary.new_tokens)
+        return spec

@@ -1,0 +1,74 @@
+"""Where a project's outputs are, and what of it several steps need."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moelpr.data.manifest import Manifest
+from moelpr.project.layout import Layouts
+from moelpr.project.project import Language
+from moelpr.project.reading import ProjectFile
+from moelpr.project.steps import stage_flags
+
+
+class Places:
+    """The files and folders of a project.
+
+    Attributes:
+        is_downloaded: Whether the base is a model of the Hub, which is downloaded into the project's folder.
+        expanded: Codes of the expanded languages; `original` likewise.
+        languages: All languages by code, expanded ones first.
+    """
+
+    def __init__(self, file: ProjectFile) -> None:
+        self.file, self.project = file, file.project
+        self.folder = Path(self.project.output)
+        self.model_name, _, self.revision = self.project.model.partition("@")
+        self.is_downloaded = not Path(self.model_name).exists()
+        self.base = self.folder / "base" if self.is_downloaded else Path(self.model_name)
+        self.expanded, self.original = (self.project.languages.codes(group) for group in ("expanded", "original"))
+        self.languages: dict[str, Language] = dict(self.project.languages)
+        self.tokenizer = self.folder / "tokenizer" if self.project.vocabulary else self.base
+        self.upcycled, self.export, self.chat = (self.folder / name for name in ("upcycled", "hf", "chat"))
+        self.evaluation = self.folder / "evaluation"
+        self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1", "stage2"]
+
+    @cached_property
+    def layouts(self) -> Layouts:
+        model = self.base if self.base.exists() else Path(self.model_name)
+        return Layouts(self.file, model, lambda stage: stage_flags(stage, self.own(stage)))
+
+    @property
+    def base_task(self) -> tuple[str, ...]:
+        """The task that makes the base, if there is one."""
+        return ("download",) if self.is_downloaded else ()
+
+    @property
+    def text_tasks(self) -> tuple[str, ...]:
+        """The tasks that make held-out text."""
+        made = [] if self.project.corpora else [code for code, one in self.languages.items() if not one.held_out]
+        return tuple(f"preprocess-{code}" for code in made)
+
+    def own(self, step: str) -> Mapping[str, Any]:
+        """The user's flags for a step."""
+        return self.project.steps.get(step, {})
+
+    def corpus(self, name: str) -> Path:
+        """The prefix of a corpus: of a language, or replay."""
+        return self.folder / "data" / f"{name}_text_document"
+
+    def manifest(self, name: str) -> Path:
+        return Path(f"{self.corpus(name)}.manifest.json")
+
+    def tokens(self, name: str) -> int:
+        """The tokens of a corpus.
+
+        Raises:
+            UserError: It is not there.
+        """
+        return Manifest.read_file(self.manifest(name)).tokens
+
+    def held_out(self, code: str) -> Path:
+        """The text of a language that is evaluated on."""
+        return Path(self.languages[code].held_out or self.folder / "data" / f"{code}_validation.jsonl")

@@ -1,0 +1,228 @@
+"""The content of languages.yaml, as types: what a user decides about a model and its new languages.
+
+Everything else has a default. `moelpr.project.reading` reads the file; the JSON schema that `moelpr init --schema`
+prints is made from these types and their descriptions.
+"""
+
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from moelpr.languages import canonical
+from moelpr.process.errors import UserError
+from moelpr.process.quantities import parse_count
+
+DOCUMENTED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _as_text(value: Any) -> Any:
+    """A language's text may stand for all of its settings."""
+    return {"text": value} if isinstance(value, str | list) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _or_auto(value: Any) -> Any:
+    return {} if value == "auto" or value is None else value
+
+
+def _as_count(value: Any) -> Any:
+    return parse_count(str(value)) if isinstance(value, str | float) else value
+
+
+def _without_auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+Count = Annotated[int, BeforeValidator(_as_count), Field(ge=1)]
+Number = Annotated[float, Field(gt=0)]
+OrAuto = BeforeValidator(_without_auto)
+Flags = dict[str, bool | int | float | str | list[str | int | float]]
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Language:
+    text: Annotated[list[str], BeforeValidator(_as_list)] = field(default_factory=list)
+    """Files, folders or glob patterns of text: JSON lines (also .gz, .zst, .bz2, .xz) or Parquet."""
+    held_out: str | None = None
+    """A file of text to evaluate on (default: held_out documents are taken out of the text)."""
+    weight: Number | None = None
+    """Share of stage 1's tokens, relative to the other languages' (default: mix.temperature decides)."""
+    max_epochs: Number = 4.0
+    """How often stage 1 may read the text; more often than 4 times teaches little more (arXiv 2305.16264)."""
+    json_key: str = "text"
+    """Key of the text in a document."""
+
+
+LanguageText = Annotated[Language, BeforeValidator(_as_text)]
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Languages:
+    expanded: dict[str, LanguageText] = field(default_factory=dict)
+    """The languages to add: code → text."""
+    original: dict[str, LanguageText] = field(default_factory=dict)
+    """What the model must keep: code → a little text. Code and mathematics too, under any name."""
+
+    def __post_init__(self) -> None:
+        names: dict[str, str] = {}
+        for group in ("expanded", "original"):
+            for name in getattr(self, group):
+                code = canonical(name)
+                if code in names:
+                    raise UserError(
+                        f"the language {code} is given twice ({names[code]} and {group}.{name}); remove one"
+                    )
+                names[code] = f"{group}.{name}"
+        if not self.expanded or not self.original:
+            missing = "original" if self.expanded else "expanded"
+            raise UserError(f"no {missing} language is given; add one under languages.{missing}, with its text")
+
+    def __iter__(self) -> Iterator[tuple[str, Language]]:
+        """Canonical code and settings, expanded languages first."""
+        for group in (self.expanded, self.original):
+            for name, language in group.items():
+                yield canonical(name), language
+
+    def codes(self, group: Literal["expanded", "original"]) -> list[str]:
+        return [canonical(name) for name in getattr(self, group)]
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Mix:
+    temperature: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """A language's share of stage 1 is proportional to its tokens to this power: 0 for equal shares, 1 for its size."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Budget:
+    """What stage 1 trains on; one of the three."""
+
+    tokens: Count | None = None
+    """Tokens, such as 24B."""
+    hours: Number | None = None
+    """Hours on the hardware, by the predicted speed."""
+    epochs: Number | None = None
+    """Passes over the text of the expanded languages."""
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.tokens, self.hours, self.epochs)) != 1:
+            raise UserError("budget needs one of tokens, hours and epochs, such as tokens: 24B")
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Replay:
+    """The text of stage 2; documents per language, or all that there are."""
+
+    original_documents: Count = 50_000
+    """Documents of each original language (the paper's number)."""
+    expanded_documents: Count = 100_000
+    """Documents of each expanded language (the paper's number)."""
+    epochs: Number = 1.0
+    """Passes over the replay text."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Experts:
+    new: Annotated[Count | None, OrAuto] = None
+    """New experts per layer, or auto: the most that fit, up to 8."""
+    topk: Count = 2
+    """Experts that a token chooses."""
+    copies: Count | None = None
+    """Places of the original expert among them (default: as many as a token chooses)."""
+    every_k_layers: Count | None = None
+    """Upcycle every k-th layer only (default: every layer)."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Hardware:
+    gpu: str = "auto"
+    """Kind of GPU, such as h100-80 (moelpr layouts --help lists them), or auto: this machine's, or its CPU."""
+    gpus: Annotated[Count | None, OrAuto] = None
+    """Number of GPUs (default: those of this machine)."""
+    gpus_per_node: Count = 8
+    """GPUs of each node."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Vocabulary:
+    new_tokens: Count
+    """Tokens to add for the expanded languages; stage 0 then trains their rows."""
+    stage0_tokens: Count | None = None
+    """Tokens of text on which stage 0 trains (default: a tenth of stage 1's)."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Benchmarks:
+    tasks: str | None = None
+    """YAML table of benchmarks (default: the paper's)."""
+    limit: Count | None = None
+    """Examples per task (default: all)."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Trackers:
+    wandb_project: str | None = None
+    """Project of Weights & Biases that both stages log to; TensorBoard files are always written."""
+    wandb_entity: str | None = None
+    """Its user or team."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Corpora:
+    """Tokenized corpora with language bits that exist already, as --data-path takes them; nothing is preprocessed."""
+
+    stage1: Annotated[list[str | int | float], BeforeValidator(_as_list)]
+    """Prefixes, or weights and prefixes."""
+    stage2: Annotated[list[str | int | float], BeforeValidator(_as_list)]
+    """Prefixes, or weights and prefixes."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Project:
+    model: str
+    """The dense base: a Hugging Face directory, or OWNER/NAME[@REVISION] on the Hub."""
+    output: str
+    """Folder for everything that is made."""
+    languages: Languages
+    """The languages to add and those to keep, with their text."""
+    budget: Budget
+    """What stage 1 trains on."""
+    mix: Mix = field(default_factory=Mix)
+    """How the expanded languages share stage 1."""
+    replay: Replay = field(default_factory=Replay)
+    """The text of stage 2."""
+    held_out: Count = 500
+    """Documents of each language to evaluate on, which nothing is trained on."""
+    experts: Annotated[Experts, BeforeValidator(_or_auto)] = field(default_factory=Experts)
+    """How the model grows, or auto."""
+    hardware: Annotated[Hardware, BeforeValidator(_or_auto)] = field(default_factory=Hardware)
+    """What it is trained on, or auto: this machine."""
+    vocabulary: Vocabulary | None = None
+    """New tokens for the expanded languages (default: none)."""
+    chat: str | None = None
+    """The base after its post-training, directory or Hub name, whose difference makes the result a chat model."""
+    benchmarks: Benchmarks | None = None
+    """Benchmarks of lm-evaluation-harness, for base and result (default: none; requires the extra eval)."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Where the stages log to."""
+    corpora: Corpora | None = None
+    """Corpora that exist already."""
+    steps: dict[str, Flags] = field(default_factory=dict)
+    """Flags of single steps, without dashes: step → flag → value."""
+    slurm: dict[str, Any] = field(default_factory=dict)
+    """Settings of --on slurm."""
+    kubernetes: dict[str, Any] = field(default_factory=dict)
+    """Settings of --on kubernetes."""
+    skypilot: dict[str, Any] = field(default_factory=dict)
+    """Settings of --on skypilot."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)

@@ -1,0 +1,161 @@
+"""Read languages.yaml: every error names the file, the line, the key, and what would work."""
+
+import difflib
+import glob
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from moelpr.process.errors import UserError
+from moelpr.project.project import Language, Project
+from moelpr.project.steps import OWN_FLAGS, STEPS
+from moelpr.store import records
+from moelpr.store.yaml_files import key_lines, parse_mapping
+
+
+@dataclass(frozen=True)
+class ProjectFile:
+    """A languages.yaml as it was read.
+
+    Attributes:
+        lines: The line of each key.
+        checksum: SHA-256 of the text.
+    """
+
+    path: Path
+    project: Project
+    lines: dict[tuple[str | int, ...], int]
+    checksum: str
+
+    def at(self, *key: str) -> str:
+        """The start of a message about a key: file and line."""
+        return _at(self.path, self.lines, key)
+
+    def check_unchanged(self) -> None:
+        """Check that the file has not been edited since.
+
+        Raises:
+            UserError: It has.
+        """
+        if hashlib.sha256(_text(self.path).encode()).hexdigest() != self.checksum:
+            raise UserError(
+                f"{self.path} was edited after this run started; run moelpr run {self.path} again, which redoes what "
+                "the edit changes"
+            )
+
+
+def read_project(path: Path) -> ProjectFile:
+    """Read and check a languages.yaml; paths in it are relative to the current folder."""
+    text = _text(path)
+    content = parse_mapping(text, f"file {path}")
+    lines = key_lines(text)
+    _check_keys(path, content)
+    try:
+        project = TypeAdapter(Project).validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = tuple(part for part in first["loc"] if isinstance(part, str | int))
+        message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first, schema())}"
+        raise UserError(message) from None
+    found = ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
+    _check(found)
+    return found
+
+
+def _check_keys(path: Path, content: Any) -> None:
+    """Check that keys are text: YAML reads the code of Norwegian as false."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(content, dict) and not isinstance(key, str):
+            raise UserError(f"{path}: a key is read as {key!r}; put it in quotes, such as 'no' for Norwegian")
+        if isinstance(value, dict | list):
+            _check_keys(path, value)
+
+
+def text_files(language: Language) -> list[Path]:
+    """What the text of a language names: files and folders."""
+    return [Path(found) for name in language.text for found in sorted(glob.glob(name)) or [name]]
+
+
+def _check(file: ProjectFile) -> None:
+    """Check what is known before anything runs: text, models and flags.
+
+    Raises:
+        UserError: Something is missing, or set twice.
+    """
+    project = file.project
+    for group in ("expanded", "original"):
+        for name, language in getattr(project.languages, group).items():
+            place = "languages", group, name
+            if not language.text and not project.corpora:
+                raise UserError(f"{file.at(*place)}{'.'.join(place)} has no text; add text: FILE")
+            if project.corpora and not language.held_out:
+                raise UserError(f"{file.at(*place)}{'.'.join(place)} requires held_out: FILE, as corpora are given")
+            for path in [*text_files(language), *([Path(language.held_out)] if language.held_out else [])]:
+                problem = "does not exist" if not path.exists() else "is empty" if not bytes_of(path) else ""
+                if problem:
+                    raise UserError(
+                        f"{file.at(*place)}the text of {'.'.join(place)}, {path}, {problem}; correct the path"
+                    )
+    for step, flags in project.steps.items():
+        if step not in STEPS:
+            nearest = difflib.get_close_matches(step, STEPS, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"the steps are {', '.join(STEPS)}"
+            raise UserError(f"{file.at('steps', step)}steps.{step} is unknown; {hint}")
+        for flag in OWN_FLAGS & flags.keys():
+            raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is set by moelpr run; remove it")
+
+
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files of a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}; moelpr init writes a file that works") from error
+
+
+def _at(path: Path, lines: dict[tuple[str | int, ...], int], key: tuple[str | int, ...]) -> str:
+    known = next((key[:length] for length in range(len(key), 0, -1) if key[:length] in lines), None)
+    return f"{path}, line {lines[known]}: " if known else f"{path}: "
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors."""
+    return TypeAdapter(Project).json_schema()
+
+
+def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:
+    """The keys that would work in the place of an unknown one."""
+    if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
+        return ""
+    *path, name = problem["loc"]
+    place = schema
+    for part in path:
+        place = _child(_resolve(place, schema), part)
+    keys = list(_resolve(place, schema).get("properties", {}))
+    nearest = difflib.get_close_matches(str(name), keys, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else f"; expected {', '.join(keys)}"
+
+
+def _child(place: dict[str, Any], part: str | int) -> dict[str, Any]:
+    found = place.get("properties", {}).get(part) or place.get("additionalProperties")
+    return found if isinstance(found, dict) else {}
+
+
+def _resolve(place: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a reference, or the one type that is not null of several, leads to."""
+    for kind in place.get("anyOf", ()):
+        if "$ref" in kind:
+            place = kind
+    reference = place.get("$ref", "").rpartition("/")[2]
+    return schema["$defs"][reference] if reference else place

@@ -1,0 +1,138 @@
+"""The last tasks of a project: export, chat model, evaluation against the base, model card and report."""
+
+from pathlib import Path
+from typing import Any
+
+from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.project.places import Places
+from moelpr.project.steps import settings, words
+from moelpr.workflow.task import Task
+
+NAME = "moe-lpr"  # the result's name in tables
+_CONTINUATION_TOKENS = 40
+
+
+def result_tasks(places: Places) -> list[Task]:
+    """The tasks after training, in order."""
+    found = [export(places), *([graft(places)] if places.project.chat else []), evaluate(places), routing(places)]
+    return [*found, *([benchmarks(places)] if places.project.benchmarks else []), card(places), report(places)]
+
+
+def export(places: Places) -> Task:
+    """Write the result as a Hugging Face model."""
+    fixed: dict[str, Any] = {
+        "load": places.folder / "stage2",
+        "save": places.export,
+        "base-model": places.model_name if places.is_downloaded else None,
+        "overwrite": True,
+    }
+    return _writes_model(places, "export", fixed, places.export, "stage2")
+
+
+def graft(places: Places) -> Task:
+    """Add the base's post-training, so that the result can chat."""
+    fixed: dict[str, Any] = {
+        "base": places.base,
+        "instruct": places.project.chat,
+        "model": places.export,
+        "save": places.chat,
+        "overwrite": True,
+    }
+    return _writes_model(places, "graft", fixed, places.chat, "export", *places.base_task)
+
+
+def _writes_model(places: Places, step: str, fixed: dict[str, Any], save: Path, *made_from: str) -> Task:
+    return Task(
+        name=step,
+        command=words(step, places.own(step), fixed),
+        made_from=made_from,
+        is_complete=(save / CONFIG_FILE).is_file,
+        disk_gib=places.layouts.export_gib,
+        memory_gib=8,
+    )
+
+
+def evaluate(places: Places) -> Task:
+    """Measure bits per byte of base and result on held-out text, and let them continue some."""
+    return _measure(places, "evaluate", _models(places), {"continuations": _CONTINUATION_TOKENS}, "results.json")
+
+
+def routing(places: Places) -> Task:
+    """Measure which experts the result chooses for each language."""
+    return _measure(places, "routing", _models(places)[1:], {}, "routing.json")
+
+
+def _measure(places: Places, step: str, models: list[str], more: dict[str, Any], output: str) -> Task:
+    data = {code: places.held_out(code) for code in places.languages}
+    fixed: dict[str, Any] = {
+        "model": models,
+        "data": [f"{code}={path}" for code, path in data.items()],
+        "original-languages": ",".join(places.original),
+        "max-documents": places.project.held_out,
+        "output": places.evaluation,
+    }
+    return Task(
+        name=step,
+        command=words(step, places.own(step), fixed | more, repeated=("model", "data")),
+        settings=settings(places.own(step)),
+        made_from=("export", *places.base_task, *places.text_tasks),
+        files=tuple(path for code, path in data.items() if places.languages[code].held_out),
+        is_complete=(places.evaluation / output).is_file,
+        memory_gib=1.2 * places.layouts.export_gib + 2,
+        gpus_per_node=places.layouts.evaluation_gpus,
+    )
+
+
+def benchmarks(places: Places) -> Task:
+    """Run lm-evaluation-harness on base and result."""
+    chosen = places.project.benchmarks
+    assert chosen is not None
+    fixed: dict[str, Any] = {
+        "model": _models(places),
+        "languages": ",".join(places.languages),
+        "original-languages": ",".join(places.original),
+        "tasks": chosen.tasks,
+        "limit": chosen.limit,
+        "output": places.evaluation,
+    }
+    return Task(
+        name="benchmarks",
+        command=words("benchmarks", places.own("benchmarks"), fixed, repeated=("model",)),
+        settings=settings(places.own("benchmarks")),
+        made_from=("export", *places.base_task),
+        files=(Path(chosen.tasks),) if chosen.tasks else (),
+        is_complete=(places.evaluation / "harness.json").is_file,
+        memory_gib=1.2 * places.layouts.export_gib + 2,
+        gpus_per_node=places.layouts.evaluation_gpus,
+    )
+
+
+def card(places: Places) -> Task:
+    """Complete the model card with languages and results."""
+    names = ["results", *(["harness"] if places.project.benchmarks else [])]
+    fixed: dict[str, Any] = {
+        "results": [places.evaluation / f"{name}.json" for name in names],
+        "evaluated": NAME,
+        "languages": ",".join(places.languages),
+    }
+    made_from = ("export", "evaluate", *(["benchmarks"] if places.project.benchmarks else []))
+    return Task(name="card", command=words("card", places.own("card"), fixed, str(places.export)), made_from=made_from)
+
+
+def report(places: Places) -> Task:
+    """Write the report of the stages and their evaluation."""
+    fixed: dict[str, Any] = {
+        "evaluation": [places.evaluation / name for name in ("results.json", "routing.json")],
+        "output": places.folder,
+    }
+    runs = [str(places.folder / stage) for stage in places.stages]
+    return Task(
+        name="report",
+        command=words("report", places.own("report"), fixed, *runs),
+        made_from=(*places.stages, "evaluate", "routing"),
+        is_complete=(places.folder / "report.html").is_file,
+    )
+
+
+def _models(places: Places) -> list[str]:
+    return [f"base={places.base}", f"{NAME}={places.export}"]

@@ -1,0 +1,64 @@
+"""Run a project: say what will be done again, then do it here; or do one step on a node of a cluster."""
+
+from collections.abc import Iterable, Sequence
+
+from moelpr.process import ranks
+from moelpr.process.errors import UserError
+from moelpr.project.chain import workflow_of
+from moelpr.project.flags import check_flags
+from moelpr.project.places import Places
+from moelpr.project.reading import ProjectFile
+from moelpr.store.files import LOCK_FILE, locked, make_folder
+from moelpr.workflow.outlay import check_machine
+from moelpr.workflow.workflow import Outlook, Workflow
+
+
+def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
+    """Run all steps that are not done on this machine, in order."""
+    workflow = workflow_of(file, redo)
+    outlooks = workflow.outlook()
+    print(changes(outlooks), end="")
+    if is_dry:
+        print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
+        return
+    check(file, outlooks)
+    make_folder(workflow.folder)
+    with locked(workflow.folder / LOCK_FILE, workflow.folder):
+        check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
+        workflow.run()
+    print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
+
+
+def run_task(workflow: Workflow, name: str) -> None:
+    """Do one step as a job of a cluster, on each of its nodes."""
+    if name not in workflow.tasks:
+        raise UserError(f"there is no step {name}; the steps are {', '.join(workflow.tasks)}")
+    workflow.perform(name, is_leader=ranks.node_rank() == 0)
+
+
+def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
+    """Check what can be known before anything runs.
+
+    Raises:
+        UserError: A training would be done again, or a flag of a step is unknown.
+    """
+    check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
+    for one in outlooks:
+        if one.refusal:
+            raise UserError(
+                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, or pass --redo {one.task.name} to "
+                "train again (what it has trained is kept)"
+            )
+
+
+def changes(outlooks: Iterable[Outlook]) -> str:
+    """What will be done again, and why; empty if nothing is."""
+    again = [f"  {one.task.name}: {one.reason}" for one in outlooks if one.state == "again"]
+    return "\n".join(["Done again:", *again, ""]) if again else ""
+
+
+def command(workflow: Workflow, outlook: Outlook) -> str:
+    try:
+        return workflow.command_line(outlook.task)
+    except UserError as error:
+        return f"decided when its turn comes ({error})"

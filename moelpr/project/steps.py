@@ -1,0 +1,73 @@
+"""The steps of a project by name, their flags, and the words of their commands."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moelpr.arguments.recipes import read_recipe, recipe_argv
+
+# Step → the subcommand that it runs.
+STEPS = {
+    "vocabulary": "extend-tokenizer",
+    "preprocess": "preprocess",
+    "replay": "sample",
+    "convert": "convert",
+    "stage0": "train stage0",
+    "stage1": "train stage1",
+    "stage2": "train stage2",
+    "export": "export",
+    "graft": "graft",
+    "evaluate": "evaluate text",
+    "routing": "evaluate routing",
+    "benchmarks": "evaluate harness",
+    "card": "card",
+    "report": "report",
+}
+# A project decides these by itself; every other flag of a step can be set under its name.
+OWN_FLAGS = frozenset(
+    "input output-prefix tokenizer-type tokenizer-model language original-languages hf-path save load base instruct "
+    "model data output extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite".split()
+)
+# They decide how fast a step is, not what it writes: nothing is done again when they change.
+SPEED_FLAGS = frozenset(
+    "nproc-per-node tensor-model-parallel-size pipeline-model-parallel-size expert-model-parallel-size "
+    "expert-tensor-parallel-size sequence-parallel recompute-granularity recompute-method recompute-num-layers "
+    "micro-batch-size log-interval save-interval save-retain-interval num-workers overlap-grad-reduce "
+    "overlap-param-gather eval-interval workers device batch-size".split()
+)
+RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2"}
+
+Flags = Mapping[str, Any]
+
+
+def words(step: str, own: Flags, fixed: Flags, *positional: str, repeated: tuple[str, ...] = ()) -> list[str]:
+    """The command of a step.
+
+    Args:
+        own: The user's flags for the step, which come before `fixed`.
+        fixed: Flags that the project decides, without dashes; those without a value are left out.
+        positional: Words before the flags.
+        repeated: Flags that are given once for each value.
+    """
+    flags = dict(fixed) | {flag: value for flag, value in own.items() if flag not in SPEED_FLAGS}
+    found = ["moelpr", *STEPS[step].split(), *positional]
+    for flag, value in flags.items():
+        values = value if flag in repeated else [value]
+        found += [word for one in values for word in recipe_argv({f"--{flag}": one})]
+    return found
+
+
+def settings(own: Flags) -> list[str]:
+    """The user's flags for a step that only decide how fast it is."""
+    return recipe_argv({f"--{flag}": value for flag, value in own.items() if flag in SPEED_FLAGS})
+
+
+def recipe_of(stage: str, own: Flags) -> Path:
+    """The recipe of a stage, which the user's flags may name."""
+    return Path(str(own.get("recipe", RECIPES[stage])))
+
+
+def stage_flags(stage: str, own: Flags) -> dict[str, Any]:
+    """All flags of a stage, without dashes: the user's, and those of its recipe."""
+    recipe = read_recipe(recipe_of(stage, own))
+    return {flag.removeprefix("--"): value for flag, value in recipe.items()} | dict(own)

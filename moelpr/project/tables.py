@@ -1,0 +1,122 @@
+"""What `moelpr plan` and `moelpr status` print."""
+
+from moelpr.layouts import PlannedLayout
+from moelpr.plan.gpus import GIB
+from moelpr.process.errors import UserError
+from moelpr.process.machine import format_bytes
+from moelpr.process.quantities import format_count
+from moelpr.process.text_tables import table_text
+from moelpr.project.chain import tasks_of
+from moelpr.project.places import Places
+from moelpr.project.training import estimated_tokens, expected_tokens, shares, total_tokens
+from moelpr.report.runs import read_run
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Outlook, Workflow
+
+
+def plan(places: Places) -> str:
+    """The steps with what they need, and the languages with how often their text is read."""
+    tasks = tasks_of(places)
+    outlooks = Workflow(places.folder, tasks).outlook()
+    rows = [[one.task.name, state(one), *_needs(places, one.task)] for one in outlooks]
+    head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
+    parts = [table_text(head, rows, text_columns=(0, 1, 6))]
+    if not places.project.corpora:
+        parts.append(_languages(places))
+    hours = sum(one.task.minutes for one in outlooks if one.state != "done") / 60
+    disk = sum(one.task.disk_gib for one in outlooks if one.state != "done") * GIB
+    parts.append(f"Left: about {duration(60 * hours)}, {format_bytes(disk)} of disk in {places.folder}.")
+    if places.layouts.cluster is None:
+        parts.append("This machine's CPU is used, whose speed is not predicted: trainings are not in the sum.")
+    return "\n\n".join(parts)
+
+
+def status(places: Places) -> str:
+    """What is done, what runs, and when the rest will be."""
+    workflow = Workflow(places.folder, tasks_of(places))
+    outlooks, took = workflow.outlook(), workflow.wall_times_s()
+    rows, left = [], 0.0
+    for one in outlooks:
+        minutes = took[one.task.name] / 60 if one.state == "done" else one.task.minutes
+        progress = ""
+        if one.state != "done" and (found := _progress(one.task)):
+            progress, minutes = found
+        left += 0 if one.state == "done" else minutes
+        rows.append([one.task.name, state(one), progress, duration(minutes)])
+    done = sum(one.state == "done" for one in outlooks)
+    table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
+    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}."
+
+
+def state(outlook: Outlook) -> str:
+    """The state of a step, and why it is done again."""
+    return f"again: {outlook.reason}" if outlook.state == "again" else outlook.state
+
+
+def duration(minutes: float) -> str:
+    """A time in its largest unit."""
+    for unit, size in (("days", 1440), ("hours", 60)):
+        if minutes >= 2 * size:
+            return f"{minutes / size:.3g} {unit}"
+    return f"{minutes:.0f} minutes" if minutes >= 1.5 else "1 minute"
+
+
+def _needs(places: Places, task: Task) -> list[str]:
+    gpus = task.nodes * task.gpus_per_node
+    layout = places.layouts.of(task.name) if task.name in places.stages else None
+    if layout is None or layout.plan is None:
+        time = "" if layout else duration(task.minutes)
+        memory = f"{task.memory_gib:.3g} GiB"
+        return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus else "", memory, _disk(task), ""]
+    known = layout.tokens_per_s and expected_tokens(places, task.name)
+    used = layout.plan.memory_bytes / GIB
+    return [
+        duration(task.minutes) if known else "by its text",
+        f"{task.minutes / 60 * gpus:,.0f}" if known else "",
+        f"{used:.1f} of {layout.plan.cluster.gpu_memory_gib:g} GiB",
+        _disk(task),
+        _layout(gpus, layout.plan.best.layout),
+    ]
+
+
+def _layout(gpus: int, layout: PlannedLayout) -> str:
+    sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "ETP": layout.etp, "DP": layout.dp}
+    parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
+    return f"{gpus} GPU{'s' if gpus > 1 else ''}: {' '.join(parts) or 'all on one'}"
+
+
+def _disk(task: Task) -> str:
+    return format_bytes(task.disk_gib * GIB) if task.disk_gib >= 0.01 else ""
+
+
+def _languages(places: Places) -> str:
+    tokens = {code: places.tokens(code) for code in places.expanded if places.manifest(code).is_file()}
+    note = ""
+    if len(tokens) < len(places.expanded):
+        tokens, note = estimated_tokens(places), " (tokens are estimated)"
+    parts = shares(places, tokens)
+    rows = [
+        [
+            code,
+            format_count(one.tokens),
+            f"{one.weight:.1%}",
+            f"{one.epochs:.2f}",
+            "max_epochs" if one.is_capped else "",
+        ]
+        for code, one in parts.items()
+    ]
+    total = total_tokens(places, tokens)
+    table = table_text(["language", "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
+    return f"Stage 1 reads {format_count(total)} tokens{note}:\n{table}"
+
+
+def _progress(task: Task) -> tuple[str, float] | None:
+    """Steps of a training that has started, and the minutes that are left."""
+    if task.continues is None:
+        return None
+    try:
+        run = read_run(task.continues)
+    except UserError:  # it has not made a step
+        return None
+    return f"step {run.progress} ({run.state})", run.time_left_s / 60

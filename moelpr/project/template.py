@@ -1,0 +1,68 @@
+"""A commented languages.yaml to start from."""
+
+from collections.abc import Sequence
+
+from moelpr.store.yaml_files import dump
+
+_TEXT = """\
+# From text to a Hugging Face model that speaks more languages:
+#   moelpr plan languages.yaml     what it takes, before anything starts
+#   moelpr run languages.yaml      do it; run it again to resume, and after an edit
+#   moelpr status languages.yaml   what is done, and when the rest will be
+# Editors check and complete this file with the schema that `moelpr init --schema` prints.
+
+# The dense base, not its chat model: a Hugging Face directory, or OWNER/NAME[@REVISION] on the Hub.
+model: {model}
+output: {output}
+
+# Text: files, folders or patterns of JSON lines ({{"text": …}}, also .gz, .zst, .bz2, .xz) or Parquet.
+languages:
+  expanded:  # to add
+{expanded}
+  # To keep: a little text of every language that the model must not lose, of code and mathematics too.
+  original:
+{original}
+# A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
+
+# What stage 1 trains on: tokens, hours (on GPUs whose speed is predicted) or epochs.
+budget: {{epochs: 1}}
+# How the new languages share it: by their size to this power (0: equally), or by a weight for each.
+mix: {{temperature: 0.3}}
+# Stage 2 trains only the routers, on so many documents of each language.
+replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
+
+# New experts per layer (auto: the most that fit, up to 8), and how many a token chooses.
+experts: {{new: auto, topk: 2}}
+# auto, or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
+hardware: auto
+
+# vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
+# chat: {model}-Instruct   # its difference from the base makes the result chat
+# benchmarks: {{limit: 200}}
+# trackers: {{wandb_project: moelpr}}
+
+# Any flag of a step, as its command takes it (moelpr train stage1 --help):
+# steps:
+#   preprocess: {{workers: 16}}
+#   stage1: {{lr: 5.0e-5, save-interval: 500}}
+"""
+
+
+def template(
+    model: str, expanded: Sequence[tuple[str, str]] | None = None, original: Sequence[tuple[str, str]] | None = None
+) -> str:
+    """The file for a model and languages: pairs of code and text."""
+
+    def lines(pairs: Sequence[tuple[str, str]]) -> str:
+        texts: dict[str, list[str]] = {}
+        for code, text in pairs:
+            texts.setdefault(code, []).append(text)
+        found = dump({code: text if len(text) > 1 else text[0] for code, text in texts.items()})
+        return "".join(f"    {line}\n" for line in found.splitlines()).rstrip("\n")
+
+    values = {"model": model, "output": f"runs/{model.rstrip('/').rpartition('/')[2]}-languages"}
+    return _TEXT.format(
+        **{key: dump(value).splitlines()[0] for key, value in values.items()},
+        expanded=lines(expanded or [("el", "text/el.jsonl")]),
+        original=lines(original or [("en", "text/en.jsonl")]),
+    )

@@ -1,0 +1,105 @@
+"""The first tasks of a project: the base, its tokenizer, and a corpus of each language."""
+
+from pathlib import Path
+from typing import Any
+
+from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.project.places import Places
+from moelpr.project.reading import bytes_of, text_files
+from moelpr.project.steps import settings, words
+from moelpr.workflow.task import Task
+
+# The aim is so many bytes of held-out text, but at most one document in twenty.
+_HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05
+_BYTES_PER_MINUTE = 6e8
+_DOWNLOADED = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+def text_tasks(places: Places) -> list[Task]:
+    """The tasks before the model, in order."""
+    project = places.project
+    found = [download(places)] if places.is_downloaded else []
+    found += [vocabulary(places)] if project.vocabulary else []
+    if not project.corpora:
+        found += [*(preprocess(places, code) for code in places.languages), replay(places)]
+    return found
+
+
+def download(places: Places) -> Task:
+    """Fetch the base from the Hub: weights, configuration and tokenizer, but no pickles and no code."""
+    command = ["-m", "huggingface_hub.cli.hf", "download", places.model_name, "--local-dir", str(places.base)]
+    command += [word for pattern in _DOWNLOADED for word in ("--include", pattern)]
+    command += ["--revision", places.revision] if places.revision else []
+    return Task(name="download", command=command, is_complete=(places.base / CONFIG_FILE).is_file)
+
+
+def vocabulary(places: Places) -> Task:
+    """Extend the base's tokenizer."""
+    assert places.project.vocabulary is not None
+    fixed: dict[str, Any] = {"tokenizer": places.base}
+    for flag, codes in (("input", places.expanded), ("original", places.original)):
+        fixed[flag] = [f"{code}={text}" for code in codes for text in places.languages[code].text]
+    fixed |= {"num-new-tokens": places.project.vocabulary.new_tokens, "save": places.tokenizer, "overwrite": True}
+    return Task(
+        name="vocabulary",
+        command=words("vocabulary", places.own("vocabulary"), fixed),
+        settings=settings(places.own("vocabulary")),
+        made_from=places.base_task,
+        files=tuple(path for language in places.languages.values() for path in text_files(language)),
+        is_complete=(places.tokenizer / "vocabulary_extension.json").is_file,
+    )
+
+
+def preprocess(places: Places, code: str) -> Task:
+    """Tokenize the text of a language, of which some is held out; of an original one, no more than replay can use."""
+    language, prefix, own = places.languages[code], places.folder / "data" / code, places.own("preprocess")
+    files = text_files(language)
+    size = sum(map(bytes_of, files))
+    fixed: dict[str, Any] = {
+        "input": language.text,
+        "output-prefix": prefix,
+        "language": code,
+        "original-languages": ",".join(places.original),
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": places.tokenizer,
+        "append-eod": True,
+        "json-keys": language.json_key,
+        "validation-share": None if language.held_out else held_out_share(size),
+        "max-samples": 2 * places.project.replay.original_documents if code in places.original else None,
+        "resume": True,
+        "overwrite": True,
+    }
+    return Task(
+        name=f"preprocess-{code}",
+        command=words("preprocess", own, fixed),
+        settings=settings(own),
+        made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
+        files=tuple(files),
+        unfinished=(prefix.with_name(f".{code}.unfinished"),),
+        is_complete=places.manifest(code).is_file,
+        minutes=0.1 + size / _BYTES_PER_MINUTE,
+        disk_gib=2 * size / 2**30,
+    )
+
+
+def replay(places: Places) -> Task:
+    """Sample the text of stage 2 from the corpora of all languages."""
+    sizes = places.project.replay
+    fixed: dict[str, Any] = {
+        "input": [places.corpus(code) for code in places.languages],
+        "output-prefix": places.corpus("replay"),
+        "original-documents": sizes.original_documents,
+        "expanded-documents": sizes.expanded_documents,
+        "overwrite": True,
+    }
+    return Task(
+        name="replay",
+        command=words("replay", places.own("replay"), fixed),
+        made_from=tuple(f"preprocess-{code}" for code in places.languages),
+        is_complete=Path(f"{places.corpus('replay')}.idx").is_file,
+    )
+
+
+def held_out_share(size: int) -> float:
+    """The fraction of the documents to hold out, to one digit: enough to evaluate on, at most one in twenty."""
+    return min(_MOST_HELD_OUT, float(f"{_HELD_OUT_BYTES / max(size, 1):.0e}"))

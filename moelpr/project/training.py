@@ -1,0 +1,185 @@
+"""The training tasks of a project: upcycling and the stages, with as many tokens as the budget and the text allow."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moelpr.arguments.recipes import find_recipe
+from moelpr.model_spec import FILE_NAME as SPEC_FILE
+from moelpr.process.errors import UserError
+from moelpr.project.mixing import Share, mix
+from moelpr.project.places import Places
+from moelpr.project.reading import bytes_of, text_files
+from moelpr.project.steps import recipe_of, settings, words
+from moelpr.store.run_folder import FINISHED_FILE
+from moelpr.workflow.task import Task
+
+# New rows also learn to be unlikely in the original languages: one part in five (docs/vocabulary.md).
+_STAGE0_SHARE, _STAGE0_ORIGINAL = 0.1, 0.25
+# docs/vocabulary.md; weights of experts and routers do not train there.
+_STAGE0_FLAGS = {"lr": 1e-3, "balance-loss-coeff": 0.0}
+_LENGTHS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
+
+
+def training_tasks(places: Places) -> list[Task]:
+    """Upcycling and the stages, in order."""
+    befores = ["convert", *places.stages]
+    return [convert(places), *(stage(places, name, befores[place]) for place, name in enumerate(places.stages))]
+
+
+def convert(places: Places) -> Task:
+    """Upcycle the base."""
+    experts, project = places.project.experts, places.project
+    fixed: dict[str, Any] = {
+        "hf-path": places.base,
+        "save": places.upcycled,
+        "extended-tokenizer": places.tokenizer if project.vocabulary else None,
+        "num-new-experts": places.layouts.num_new_experts,
+        "topk": experts.topk,
+        "original-copies": experts.copies or experts.topk,
+        "moe-every-k-layers": experts.every_k_layers,
+        "overwrite": True,
+    }
+    return Task(
+        name="convert",
+        command=words("convert", places.own("convert"), fixed),
+        made_from=("vocabulary",) if project.vocabulary else places.base_task,
+        files=() if places.is_downloaded else (places.base,),
+        is_complete=(places.upcycled / SPEC_FILE).is_file,
+        disk_gib=places.layouts.export_gib,
+        memory_gib=8,
+    )
+
+
+def stage(places: Places, name: str, before: str) -> Task:
+    """A stage, which starts from the output of the task `before`; its text decides its command."""
+    save, layout, own = places.folder / name, places.layouts.of(name), places.own(name)
+    codes = {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[name]
+    sources = ["replay"] if name == "stage2" else [f"preprocess-{code}" for code in codes]
+
+    def command() -> list[str]:
+        fixed: dict[str, Any] = {
+            "recipe": recipe_of(name, own),
+            "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
+            "data-path": data(places, name),
+            "save": save,
+            "train-new-embeddings": bool(places.project.vocabulary) and name == "stage1",
+            "validation-data": validation(places, name),
+            **(_STAGE0_FLAGS if name == "stage0" else {}),
+            **({} if _LENGTHS & own.keys() else length(places, name)),
+        }
+        return words(name, own, fixed)
+
+    tokens = expected_tokens(places, name)
+    return Task(
+        name=name,
+        command=command,
+        settings=[*layout.flags, *_trackers(places, name), *settings(own)],
+        made_from=(before, *([] if places.project.corpora else sources)),
+        files=(find_recipe(recipe_of(name, own)),),
+        is_complete=(save / FINISHED_FILE).is_file,
+        continues=save,
+        minutes=layout.minutes(tokens),
+        memory_gib=layout.memory_gib,
+        disk_gib=layout.disk_gib(tokens),
+        nodes=layout.nodes,
+        gpus_per_node=layout.gpus_per_node,
+    )
+
+
+def data(places: Places, stage: str) -> list[str]:
+    """The value of a stage's --data-path.
+
+    Raises:
+        UserError: The corpora that decide it are not there yet, or the mix does not work with them.
+    """
+    if corpora := places.project.corpora:
+        return [*map(str, corpora.stage2 if stage == "stage2" else corpora.stage1)]
+    if stage == "stage2":
+        return [str(places.corpus("replay"))]
+    weights = {code: share.weight for code, share in shares(places, tokens_of(places)).items()}
+    if stage == "stage0":
+        weights |= {code: _STAGE0_ORIGINAL / len(places.original) for code in places.original}
+    return [word for code, weight in weights.items() for word in (f"{weight:.6g}", str(places.corpus(code)))]
+
+
+def length(places: Places, stage: str) -> dict[str, Any]:
+    """The flag that says how long a stage trains."""
+    project = places.project
+    if stage == "stage2":
+        return {"train-epochs": project.replay.epochs}
+    if project.corpora and project.budget.epochs:
+        return {"train-epochs": project.budget.epochs}
+    total = total_tokens(places, {} if project.corpora else tokens_of(places))
+    if stage == "stage0":
+        assert project.vocabulary is not None
+        return {"train-tokens": project.vocabulary.stage0_tokens or round(_STAGE0_SHARE * total)}
+    return {"train-tokens": total}
+
+
+def tokens_of(places: Places) -> dict[str, int]:
+    """The tokens of the expanded languages' corpora.
+
+    Raises:
+        UserError: One is not there.
+    """
+    return {code: places.tokens(code) for code in places.expanded}
+
+
+def estimated_tokens(places: Places) -> dict[str, int]:
+    """The tokens of the expanded languages, estimated from their text."""
+    return {
+        code: max(1, sum(map(bytes_of, text_files(places.languages[code]))) // 4) for code in places.expanded
+    }  # TODO
+
+
+def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:
+    """The tokens of stage 1, given those of the languages."""
+    budget = places.project.budget
+    if budget.tokens:
+        return budget.tokens
+    if budget.epochs:
+        return round(budget.epochs * sum(tokens.values()))
+    assert budget.hours is not None
+    speed = places.layouts.of("stage1").tokens_per_s
+    if speed is None:
+        raise UserError(
+            f"{places.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
+            "budget.tokens or budget.epochs"
+        )
+    return round(3600 * budget.hours * speed)
+
+
+def shares(places: Places, tokens: Mapping[str, int]) -> dict[str, Share]:
+    """How the expanded languages share stage 1, given the tokens of each."""
+    languages = {code: places.languages[code] for code in places.expanded}
+    try:
+        return mix(languages, tokens, total_tokens(places, tokens), places.project.mix.temperature)
+    except UserError as error:
+        key = str(error).split(":")[0].split(".")
+        raise UserError(f"{places.file.at(*key)}{error}" if key[0] in ("languages", "budget") else str(error)) from None
+
+
+def expected_tokens(places: Places, stage: str) -> float | None:
+    """The tokens of a stage, if they are known."""
+    if _LENGTHS & places.own(stage).keys():
+        return None
+    try:
+        return length(places, stage).get("train-tokens")
+    except UserError:  # the text decides it
+        return places.project.budget.tokens if stage == "stage1" else None
+
+
+def validation(places: Places, stage: str) -> list[str] | None:
+    """The value of a stage's --validation-data."""
+    if places.project.corpora or stage == "stage0":
+        return None
+    codes = [code for code, language in places.languages.items() if not language.held_out]
+    return [f"{code}={places.folder / 'data' / code}_validation_text_document" for code in codes] or None
+
+
+def _trackers(places: Places, stage: str) -> list[str]:
+    trackers = places.project.trackers
+    if not trackers.wandb_project:
+        return []
+    found = ["--wandb-project", trackers.wandb_project, "--wandb-exp-name", f"{places.folder.name}-{stage}"]
+    return [*found, "--wandb-entity", trackers.wandb_entity] if trackers.wandb_entity else found

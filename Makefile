@@ -1,9 +1,9 @@
 # Needs git, make, a C++ compiler and Python 3.12 or 3.13 somewhere on PATH; .venv is made on the way.
 
-SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch')
+SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results test test-faults test-slurm test-browser test-mergekit test-readers test-real-model gpu-check check format venv clean
+.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-real-model gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -43,6 +43,10 @@ test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-m
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh
+
+docs: venv ## the documentation as a site in build/site, with the API; installs its tools into .venv-docs
+	@docs/install.sh
+	.venv-docs/bin/python docs/build_site.py
 
 check: venv ## format, lint, types, imports and style
 	.venv/bin/python -m ruff format --check .

@@ -71,6 +71,7 @@ setup(
         ],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         "gpu": ["transformer-engine[pytorch]"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         **EXTRAS,
         "all": [package for packages in EXTRAS.values() for package in packages],  # the image has them
     },

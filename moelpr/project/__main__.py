@@ -16,7 +16,7 @@ from moelpr.project import tables
 from moelpr.project.chain import workflow_of
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project, schema
-from moelpr.project.running import run_here, run_task
+from moelpr.project.running import SUBMIT, run_here, run_task, submit
 from moelpr.project.template import template
 
 
@@ -31,9 +31,11 @@ def main() -> None:
     elif args.command == "status":
         print(tables.status(Places(file)))
     elif args.task:
-        run_task(workflow_of(file), args.task)
-    else:
+        run_task(workflow_of(file), args.task, args.made_as)
+    elif args.on == "local":
         run_here(file, args.redo, args.dry_run)
+    else:
+        submit(file, args.redo, args.on, args.render_only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,8 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     redo = "trainings to start again after an edit; what they had is kept in FOLDER.before-1"
     add("--redo", nargs="+", default=[], choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
+    where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
+    add("--on", choices=("local", *SUBMIT), default="local", help=where)
+    add("--render-only", action="store_true", help="write the files for the cluster, but submit nothing")
     add("--dry-run", action="store_true", help="print what would be done, and the commands; start nothing")
     add("--task", metavar="NAME", help="do only this step, on this node of a cluster")
+    add("--made-as", metavar="ID", help=argparse.SUPPRESS)
     return parser
 
 

@@ -55,7 +55,7 @@ class Places:
         return self.project.steps.get(step, {})
 
     def corpus(self, name: str) -> Path:
-        """The prefix of a corpus: of a language, or replay."""
+        """The prefix of a corpus: of a language, of its held-out text (CODE_validation), or replay."""
         return self.folder / "data" / f"{name}_text_document"
 
     def manifest(self, name: str) -> Path:

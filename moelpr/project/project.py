@@ -9,14 +9,14 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import parse_count
-
-DOCUMENTED = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+from moelpr.store.records import DOCUMENTED
+from moelpr.workflow.slurm import SlurmSettings
 
 
 def _as_text(value: Any) -> Any:
@@ -216,7 +216,7 @@ class Project:
     """Corpora that exist already."""
     steps: dict[str, Flags] = field(default_factory=dict)
     """Flags of single steps, without dashes: step → flag → value."""
-    slurm: dict[str, Any] = field(default_factory=dict)
+    slurm: SlurmSettings = field(default_factory=SlurmSettings)
     """Settings of --on slurm."""
     kubernetes: dict[str, Any] = field(default_factory=dict)
     """Settings of --on kubernetes."""

@@ -1,6 +1,6 @@
 """Run a project: say what will be done again, then do it here; or do one step on a node of a cluster."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
@@ -10,6 +10,7 @@ from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.workflow.outlay import check_machine
+from moelpr.workflow.slurm import Chain
 from moelpr.workflow.workflow import Outlook, Workflow
 
 
@@ -29,10 +30,36 @@ def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
     print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
 
 
-def run_task(workflow: Workflow, name: str) -> None:
-    """Do one step as a job of a cluster, on each of its nodes."""
+def submit(file: ProjectFile, redo: Iterable[str], where: str, render_only: bool) -> None:
+    """Submit all steps that are not done to a cluster; a model of the Hub is downloaded first, here."""
+    workflow = workflow_of(file, redo)
+    outlooks = workflow.outlook()
+    print(changes(outlooks), end="")
+    check(file, outlooks)
+    make_folder(workflow.folder)
+    if not render_only:
+        workflow.run(task for task in workflow.tasks.values() if task.name == "download")
+        workflow.set_aside(outlooks)
+    SUBMIT[where](workflow, file, render_only)
+
+
+def _to_slurm(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
+    Chain(workflow, file.project.slurm, file.path).submit(render_only=render_only)
+
+
+SUBMIT: dict[str, Callable[[Workflow, ProjectFile, bool], None]] = {"slurm": _to_slurm}
+
+
+def run_task(workflow: Workflow, name: str, made_as: str | None = None) -> None:
+    """Do one step as a job of a cluster, on each of its nodes.
+
+    Args:
+        made_as: Jobs have made its output already, and this is the ID that it should have.
+    """
     if name not in workflow.tasks:
         raise UserError(f"there is no step {name}; the steps are {', '.join(workflow.tasks)}")
+    if made_as:
+        return workflow.adopt(name, made_as)
     workflow.perform(name, is_leader=ranks.node_rank() == 0)
 
 

@@ -11,7 +11,7 @@ from moelpr.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
 _HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05
-_BYTES_PER_MINUTE = 6e8
+_BYTES_PER_MINUTE, _WORKERS = 6e8, 8
 _DOWNLOADED = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -55,6 +55,8 @@ def preprocess(places: Places, code: str) -> Task:
     language, prefix, own = places.languages[code], places.folder / "data" / code, places.own("preprocess")
     files = text_files(language)
     size = sum(map(bytes_of, files))
+    share = None if language.held_out else held_out_share(size)
+    corpora = [places.corpus(code), *([places.corpus(f"{code}_validation")] if share else [])]
     fixed: dict[str, Any] = {
         "input": language.text,
         "output-prefix": prefix,
@@ -64,7 +66,7 @@ def preprocess(places: Places, code: str) -> Task:
         "tokenizer-model": places.tokenizer,
         "append-eod": True,
         "json-keys": language.json_key,
-        "validation-share": None if language.held_out else held_out_share(size),
+        "validation-share": share,
         "max-samples": 2 * places.project.replay.original_documents if code in places.original else None,
         "resume": True,
         "overwrite": True,
@@ -77,6 +79,8 @@ def preprocess(places: Places, code: str) -> Task:
         files=tuple(files),
         unfinished=(prefix.with_name(f".{code}.unfinished"),),
         is_complete=places.manifest(code).is_file,
+        corpora=tuple(corpora),
+        cpus=int(own.get("workers", _WORKERS)),
         minutes=0.1 + size / _BYTES_PER_MINUTE,
         disk_gib=2 * size / 2**30,
     )

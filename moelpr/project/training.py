@@ -174,7 +174,7 @@ def validation(places: Places, stage: str) -> list[str] | None:
     if places.project.corpora or stage == "stage0":
         return None
     codes = [code for code, language in places.languages.items() if not language.held_out]
-    return [f"{code}={places.folder / 'data' / code}_validation_text_document" for code in codes] or None
+    return [f"{code}={places.corpus(f'{code}_validation')}" for code in codes] or None
 
 
 def _trackers(places: Places, stage: str) -> list[str]:

@@ -186,6 +186,12 @@ class Workflow:
                     found[name] = replace(found[name], state="again", reason="its output was removed")
         return list(found.values())
 
+    def set_aside(self, outlooks: Iterable[Outlook]) -> None:
+        """Set the trainings aside that are done again, before jobs of a cluster start them."""
+        for one in outlooks:
+            if one.state == "again" and one.task.name in self._redo:
+                self._set_aside(one.task)
+
     def is_done(self, name: str) -> bool:
         """Whether a task has succeeded once, whatever has changed since."""
         mark = self._mark(name)

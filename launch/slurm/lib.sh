@@ -110,6 +110,8 @@ prepare_nodes() {
     # Nodes take minutes to load an image, or Python's packages from a shared file system, and not the same time.
     if [[ $root != . ]]; then JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}; fi
     export JOIN_TIMEOUT=${JOIN_TIMEOUT:-300}
+    # The time of #SBATCH --signal, which Slurm does not tell a job.
+    export MOELPR_GRACE_SECONDS=${MOELPR_GRACE_SECONDS:-300}
     # A node that stops cleanly exits with 0, because --kill-on-bad-exit ends the others after any other code.
     export MOELPR_STOPPED_IS_SUCCESS=1
 }

@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import functools
+import os
 import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
@@ -12,6 +13,8 @@ from moelpr.process.errors import UserError
 from moelpr.process.quantities import count_argument
 from moelpr.stages import STAGE_HELP
 
+# The environment variable with the default of --grace-seconds, which job scripts and manifests set.
+GRACE_VARIABLE = "MOELPR_GRACE_SECONDS"
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
 
@@ -39,6 +42,8 @@ _HELP = {
     "--warn-expert-share": "Warn if an expert gets a smaller share of tokens (default: %(default)s; 0: never).",
     "--warn-lpr-fall": "Warn if the LPR loss has fallen by less since the start (default: %(default)s; 0: never).",
     "--warn-window": "Number of steps averaged per warning check (default: %(default)s).",
+    "--grace-seconds": "Seconds from a scheduler's request to stop to its kill; warn if a step and a save take longer "
+    "(default: the variable MOELPR_GRACE_SECONDS).",
     "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
     "--allow-untested": "Flags of Megatron, without dashes, to accept although this trainer is not tested with them "
     "(default: none).",
@@ -74,6 +79,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT")
     add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT")
     add("--warn-window", type=int, default=50, metavar="STEPS")
+    add("--grace-seconds", type=float, default=os.environ.get(GRACE_VARIABLE), metavar="S")
     add("--fp32", action="store_true")
     add("--allow-untested", nargs="+", action="extend", metavar="FLAG")
     add("--debug", action="store_true")

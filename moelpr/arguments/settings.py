@@ -54,12 +54,14 @@ class Thresholds:
         expert_share: The smallest share of the tokens per expert, in percent.
         lpr_fall: The smallest fall of the LPR loss since the first block, in percent.
         window: The number of steps per block.
+        grace_s: The time in which a run that is asked to stop must make a step and save it; None if unknown.
     """
 
     original_rise: float = 10.0
     expert_share: float = 1.0
     lpr_fall: float = 1.0
     window: int = 50
+    grace_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class RunSettings:
             validation_data=dict(item.split("=", 1) for item in args.validation_data or ()),
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
             thresholds=Thresholds(
-                args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall, args.warn_window
+                args.warn_original_rise,
+                args.warn_expert_share,
+                args.warn_lpr_fall,
+                args.warn_window,
+                args.grace_seconds,
             ),
         )

@@ -5,6 +5,7 @@ names in Megatron's signatures; `tests/unit/megatron_patches/test_hooks.py` fail
 """
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
@@ -46,18 +47,24 @@ def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextMan
     return _replaced("save_checkpoint", save_checkpoint)
 
 
-def after_step_is_written(callback: Callable[[Path], None]) -> AbstractContextManager[None]:
-    """Call `callback(step_folder)` on every rank when a step's files are written, before the tracker file names it.
+def after_step_is_written(callback: Callable[[Path, float], None]) -> AbstractContextManager[None]:
+    """Call `callback(step_folder, seconds)` on every rank when a step's files are written, before the tracker names it.
 
-    With --async-save too: then in the trainer's process, when the helper has finished.
+    With --async-save too: then in the trainer's process, when the helper has finished. `seconds` is the time that this
+    took, with the callbacks of contexts that were opened earlier.
     """
 
     def save(call: Callable[[], Any], named: dict[str, Any]) -> Any:
-        request, step = call(), Path(named["checkpoint_dir"])
+        started = time.monotonic()
+        request = call()
+
+        def finalize() -> None:
+            callback(Path(named["checkpoint_dir"]), time.monotonic() - started)
+
         if request is None:
-            callback(step)
+            finalize()
         else:
-            request.add_finalize_fn(partial(callback, step))
+            request.add_finalize_fn(finalize)
         return request
 
     return _replaced("save", save, dist_checkpointing)

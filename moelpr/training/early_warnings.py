@@ -1,4 +1,4 @@
-"""Warnings about a run that is still training, derived from its metrics records only.
+"""Warnings about a run that is still training, derived from its metrics records and, about stops, measured times.
 
 Steps are judged in blocks of `window` steps, by their means, because single steps are too noisy. A warning is logged
 when its condition starts to hold, and again only after a block in which it did not hold.
@@ -17,7 +17,7 @@ from moelpr.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 class EarlyWarning(NamedTuple):
     """One warning: what was measured, and the flags that help."""
 
-    kind: str  # original_loss_rises, idle_expert, lpr_loss_stays or not_a_number
+    kind: str  # original_loss_rises, idle_expert, lpr_loss_stays, not_a_number or grace_too_short
     message: str
 
 
@@ -68,6 +68,19 @@ class EarlyWarnings:
             return []
         shown = ", ".join(f"{language} {rise:+.1%}" for language, rise in rises.items() if language in new)
         return self._original_rises(f"the loss on held-out {shown}")
+
+    def saved(self, step_s: float, save_s: float) -> list[EarlyWarning]:
+        """New warnings after a checkpoint is written, from its time and that of the longest step."""
+        grace_s = self.thresholds.grace_s
+        is_late = grace_s is not None and step_s + save_s > grace_s
+        if not self._onsets("grace_too_short", {"save"} if is_late else set()):
+            return []
+        message = (
+            f"a step takes up to {step_s:.3g} s and a checkpoint {save_s:.3g} s, together more than the {grace_s:g} s "
+            "(--grace-seconds) in which a run that is asked to stop must save; give it more time (sbatch --signal "
+            "B:USR1@SECONDS, GraceTime, terminationGracePeriodSeconds), or save less (--save-trained-only)"
+        )
+        return [EarlyWarning("grace_too_short", message)]
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
         """Judge the loss on original-language training text, if there is some and nothing is held out."""

@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
     stage = settings.stage
     run_log = RunLog(stage.name, EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0))
     log = StepLog(run_log, tracker)
-    with closing(run_log), hooks.after_training_log(log.step):
+    with closing(run_log), hooks.after_training_log(log.step), hooks.after_step_is_written(log.step_is_written):
         yield log
 
 
@@ -87,6 +88,8 @@ class StepLog:
     def __init__(self, run_log: RunLog, tracker: MetricsTracker) -> None:
         self.run_log, self.tracker = run_log, tracker
         self._last_time = time.monotonic()
+        self._longest_step_s = 0.0
+        self._is_delayed = True  # whether the step contains other work: the start, or a checkpoint
 
     def step(
         self, loss_dict: dict[str, Tensor], learning_rate: float | None, iteration: int, grad_norm: float | None
@@ -97,6 +100,9 @@ class StepLog:
             return
         now = time.monotonic()
         step_time_s, self._last_time = now - self._last_time, now
+        if not self._is_delayed:
+            self._longest_step_s = max(self._longest_step_s, step_time_s)
+        self._is_delayed = False
         args = get_args()
         step_tokens = args.micro_batch_size * args.data_parallel_size * get_num_microbatches() * args.seq_length
         record = {
@@ -121,6 +127,13 @@ class StepLog:
                 of_groups = getattr(routing, share)().unbind(dim=1)
                 record |= {f"{share}_{g}": _rounded(of) for g, of in zip(schema.GROUP_NAMES, of_groups, strict=True)}
         self.run_log.step(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
+
+    def step_is_written(self, _: Path, seconds: float) -> None:
+        """Warn on the last rank if a run that is asked to stop may be killed before this is done again."""
+        self._is_delayed = True
+        if ranks.is_last_rank():
+            warnings = self.run_log.early_warnings.saved(self._longest_step_s, seconds)
+            self.run_log.warn(get_args().curr_iteration + 1, warnings)
 
     def restart_clock(self) -> None:
         """Measure the next step's time from now on, because the time until now was not spent on training."""

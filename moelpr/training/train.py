@@ -53,7 +53,7 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
     load_weights, stage, args = starting_weights(settings), settings.stage, get_args()
     with (
         run_records(settings, argv),
-        hooks.after_step_is_written(write_checksums),
+        hooks.after_step_is_written(lambda step, _: write_checksums(step)),
         hooks.without_weight_decay(ROWS),
         logs_steps(settings) as step_log,
         report_nonfinite_exit(step_log.run_log),

@@ -234,6 +234,7 @@ class Chain:
         except UserError:
             command = "a command that results of other tasks decide"
         container = self._settings.container()
+        grace = str(options.get("signal", "")).partition("@")[2]
         return "\n".join(
             [
                 "#!/usr/bin/env bash",
@@ -243,6 +244,7 @@ class Chain:
                 f"cd {shlex.quote(str(Path.cwd()))}",
                 f". {shlex.quote(str(launch_folder() / 'slurm' / 'lib.sh'))}",
                 *([] if container else [f"export MOELPR_PYTHON={shlex.quote(sys.executable)}"]),
+                *([f"export MOELPR_GRACE_SECONDS={grace}"] if grace.isdecimal() else []),
                 f"read_container_options {shlex.join(container)}".rstrip(),
                 *lines,
                 "",

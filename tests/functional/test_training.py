@@ -216,7 +216,8 @@ def test_every_tensor_trains(material: Path, script: str, start: str, flags: lis
 
     save = material / f"everything-{script}"
     words = [*flags, "--pretrained-checkpoint", material / start, "--data-path", material / "expanded", "--save", save]
-    run_to_the_end(script, *words, "--train-iters", "3")
+    run_to_the_end(script, *words, "--train-iters", "3", "--grace-seconds", "1e-3")
+    assert [record["kind"] for record in records(save) if "kind" in record] == ["grace_too_short"]
     before, trained = TorchDistReader(material / start / "release"), model_tensors(tensors(save, 3))
     assert trained.keys() == set(before.keys)
     for key, value in trained.items():

@@ -87,7 +87,7 @@ def test_a_missing_recipe_hides_no_other_problem_and_causes_none(upcycled: str, 
         "stage1", upcycled, "--recipe", "nowhere.yaml", "--reset-attention-mask", steps=False, with_data=False
     )
     assert len(found) == 2
-    assert "recipe nowhere.yaml; pass" in found[0] and "launch/recipes/" in found[0]
+    assert "recipe nowhere.yaml; pass" in found[0] and "paper-stage1" in found[0]
     assert found[1].startswith("--reset-attention-mask ")
 
 

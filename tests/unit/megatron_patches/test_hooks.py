@@ -158,7 +158,7 @@ def test_a_written_step_is_followed_by_the_callback(megatron: None, tmp_path: Pa
     state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(3))}
     options = {"async_sharded_save": is_async, "async_strategy": "mcore"}
     original = dist_checkpointing.save
-    with hooks.after_step_is_written(lambda step: seen.append(sorted(path.name for path in step.iterdir()))):
+    with hooks.after_step_is_written(lambda step, _: seen.append(sorted(path.name for path in step.iterdir()))):
         request = dist_checkpointing.save(state, str(tmp_path), **options)
     assert dist_checkpointing.save is original
     if is_async:

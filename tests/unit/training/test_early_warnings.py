@@ -35,6 +35,15 @@ def test_an_idle_expert_is_named_once_until_it_recovers() -> None:
     assert block(warnings_of(expert_share=0), token_share=idle) == []
 
 
+def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
+    watch = warnings_of(grace_s=30)
+    assert watch.saved(10, 19) == []
+    (found,) = watch.saved(10.5, 20)
+    assert found.kind == "grace_too_short" and "up to 10.5 s and a checkpoint 20 s" in found.message
+    assert watch.saved(11, 20) == []
+    assert warnings_of().saved(1e6, 1e6) == []
+
+
 def test_one_idle_step_does_not_make_an_expert_idle() -> None:
     watch = warnings_of()
     records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]

@@ -48,6 +48,7 @@ setup(
         "sentencepiece",
         "pyarrow",  # Parquet and .zst
         "pyyaml",
+        "langcodes",
         "tqdm",
         "pydantic",
         "rich",

@@ -16,6 +16,7 @@ from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_so
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import Comparison, TextFiles, compare, count_words, find_uses
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
+from moelpr.languages import canonical
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
@@ -114,6 +115,7 @@ def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFil
             raise UserError(f"{flag} must be LANG=FILE, such as el=el.jsonl, got {item}")
         if path == STANDARD_INPUT:
             raise UserError(f"{flag} is read twice, so it can't be standard input; write it to a file first")
+        language = canonical(language)
         if language not in languages:
             languages.append(language)
         sources += [open_source(file, languages.index(language)) for file in find_files([path])]

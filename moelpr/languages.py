@@ -1,23 +1,62 @@
-"""English names of language codes, for reports."""
+"""One code per language, whatever its text or its user calls it, and the English names of codes for reports."""
 
-_NAMES = """
-af Afrikaans, am Amharic, ar Arabic, az Azerbaijani, bg Bulgarian, bn Bengali, ca Catalan, cs Czech, da Danish, de
-German, el Greek, en English, es Spanish, et Estonian, fa Persian, fi Finnish, fr French, gu Gujarati, ha Hausa, he
-Hebrew, hi Hindi, hr Croatian, hu Hungarian, hy Armenian, id Indonesian, ig Igbo, it Italian, ja Japanese, ka
-Georgian, kk Kazakh, km Khmer, kn Kannada, ko Korean, ky Kyrgyz, lo Lao, lt Lithuanian, lv Latvian, mg Malagasy, ml
-Malayalam, mr Marathi, ms Malay, my Burmese, ne Nepali, nl Dutch, no Norwegian, ny Chichewa, pa Punjabi, pl Polish, pt
-Portuguese, ro Romanian, ru Russian, si Sinhala, sk Slovak, sl Slovenian, sn Shona, so Somali, sr Serbian, sv Swedish,
-sw Swahili, ta Tamil, te Telugu, th Thai, tl Tagalog, tr Turkish, uk Ukrainian, ur Urdu, uz Uzbek, vi Vietnamese, xh
-Xhosa, yo Yoruba, zh Chinese, zu Zulu
-"""
-LANGUAGE_NAMES = dict(name.split(maxsplit=1) for name in _NAMES.strip().split(","))
+import re
+from functools import cache, lru_cache
+
+# Names that the registry gives otherwise, or second.
+_NAMES = {"el": "Greek", "ky": "Kyrgyz", "ny": "Chichewa", "pa": "Punjabi"}
+# Codes that CLDR replaces by those of other languages: Tagalog by Filipino, Serbo-Croatian by Serbian.
+_KEPT = {"tl": "tl", "tgl": "tl", "sh": "sh", "hbs": "sh"}
+# Scripts that another one contains.
+_PARTS = {("Hani", "Hans"), ("Hani", "Hant"), ("Hang", "Kore")}
+
+
+def is_code(name: str) -> bool:
+    """Whether a name is a registered code of a language, such as "el", "ell", "ell_Grek" or "zh-Hant"."""
+    from langcodes import tag_is_valid
+
+    return tag_is_valid(name)
+
+
+@lru_cache(1 << 12)
+def canonical(name: str) -> str:
+    """The one code of a language: that of ISO 639-1 if there is one, of ISO 639-3 otherwise.
+
+    As in BCP 47, a script is part of it only if the language is usually written in another: "ell_Grek" and "ell" are
+    "el", "srp_Cyrl" is "sr", "srp_Latn" is "sr-Latn", "zho_Hans" is "zh". An individual language whose macrolanguage
+    has a code of two letters gets that one: "arb" and "cmn" are "ar" and "zh". A name that is no code is returned
+    unchanged.
+    """
+    from langcodes import Language
+
+    if not is_code(name):
+        return name
+    found = Language.get(name)
+    language = _KEPT.get(re.split("[-_]", name)[0].lower()) or found.language
+    if language is None or found.extlangs:
+        return found.to_tag()
+    macrolanguage = found.prefer_macrolanguage().language
+    if len(language) > 2 and macrolanguage is not None and len(macrolanguage) == 2:
+        language = macrolanguage
+    script, usual = found.script, Language.get(language).maximize().script
+    if script == usual or (script, usual) in _PARTS:
+        script = None
+    return Language.make(language, None, script, found.territory, found.variants).to_tag()
 
 
 def language_name(language: str) -> str:
-    """The English name of a code, such as Greek for "el"; an unlisted code is returned unchanged."""
-    return LANGUAGE_NAMES.get(language, language)
+    """The English name of a code, such as Greek for "el"; what is no code is returned unchanged."""
+    base, _, rest = canonical(language).partition("-")
+    name = _NAMES.get(base) or _registered_names().get(base)
+    if name is None or not is_code(language):
+        return language
+    return f"{name} ({rest})" if rest else name
 
 
-def canonical(code: str) -> str:
-    """TEMPORARY"""
-    return code
+@cache
+def _registered_names() -> dict[str, str]:
+    """The names of languages in IANA's registry, without years and "(macrolanguage)"."""
+    from langcodes.registry_parser import parse_registry
+
+    entries = (entry for entry in parse_registry() if entry["Type"] == "language")
+    return {entry["Subtag"]: re.sub(r" \(.*\)$", "", entry["Description"][0]) for entry in entries}

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from checkpoint_convert.card.front_matter import read_card, texts
 from checkpoint_convert.hf.hub import is_hub_name
 from checkpoint_convert.hf.model_files import CARD_FILE
-from moelpr.languages import language_name
+from moelpr.languages import canonical, language_name
 from moelpr.process.errors import UserError
 from moelpr.store import records
 from moelpr.store.files import write_text
@@ -24,7 +24,7 @@ METRIC_NAMES = {
     "accuracy": "Next-token accuracy",
 }
 _TASK = "text-generation"
-_LANGUAGE = r"code|multilingual|[a-z]{2,3}(-[A-Za-z0-9]+)*"
+_LANGUAGE = r"code|multilingual|[a-z]{2,3}([-_][A-Za-z0-9]+)*"
 _REMEDY = (
     "pass results.json or harness.json of moelpr.evaluate --output, or what it printed with --json; that of routing "
     "has no scores"
@@ -124,7 +124,10 @@ def update_card(
         )
     found = [result for path in results for result in _read_results(path, folder, evaluated)]
     measured = [result.dataset_config or "" for result in found]
-    codes = [*(languages or []), *(code for code in measured if re.fullmatch("[a-z]{2,3}", code))]
+    codes = [
+        *map(canonical, languages or []),
+        *(code for code in measured if re.fullmatch("[a-z]{2,3}(-[A-Z][a-z]{3})?", code)),
+    ]
     data: Any = card.data
     data.base_model, data.license = base_model or data.base_model, license or data.license
     if codes:

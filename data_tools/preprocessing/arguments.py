@@ -8,6 +8,7 @@ from typing import Any
 
 from data_tools.preprocessing.sources import STANDARD_INPUT
 from moelpr.data.tokenizers.loading import TOKENIZER_TYPES
+from moelpr.languages import is_code as is_language
 from moelpr.process.command import CommandParser
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
@@ -149,6 +150,9 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         "--max-samples and --num-shards are mutually exclusive; sample in a single job": last and is_sampled,
         f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
             args.dataset and language_flag != "--dataset"
+        ),
+        f"--language must be original, expanded or a code such as eu or eus_Latn, got {args.language}": (
+            is_code and not is_language(args.language)
         ),
         f"--language {args.language} requires --original-languages or --expanded-languages, such as "
         f"--expanded-languages {args.language}": is_code and not named,

@@ -30,6 +30,7 @@ from data_tools.preprocessing.tagging import (
 )
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizers.gigatoken import choose_library
+from moelpr.languages import canonical
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.files import refuse_existing
@@ -126,6 +127,8 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     record = tokenizer.record
     settings["tokenizer"] = [record.fingerprint, record.eod_id, record.special_tokens]
     settings["input files"] = inputs.described()
+    if args.language_key or args.spans_key:
+        settings["language codes"] = "canonical"  # earlier versions took them as they are
     if outputs.texts:
         settings["held-out text"] = sorted(outputs.texts)
     if args.dataset:
@@ -186,12 +189,13 @@ def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[Langu
         return LanguageGroups(original, expanded), OneLanguage([name for name, _ in pairs])
     groups = LanguageGroups.from_names(args.original_languages, args.expanded_languages)
     if args.language:
-        if args.language not in groups.original | groups.expanded and (groups.expanded or not groups.original):
+        language = canonical(args.language)
+        if language not in groups.original | groups.expanded and (groups.expanded or not groups.original):
             raise UserError(
                 f"--language {args.language} is neither in --original-languages nor in --expanded-languages; add it "
                 "to one of them"
             )
-        return groups, OneLanguage([args.language])
+        return groups, OneLanguage([language])
     if args.language_key:
         return groups, LanguageKey(args.language_key, groups)
     if args.spans_key:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from moelpr.data.manifest import Bit
+from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.store.documents import BadLine, json_type, text_of
 
@@ -30,7 +31,7 @@ class LanguageGroups:
     def from_names(cls, original: str | None, expanded: str | None) -> Self:
         """Parse the values of --original-languages and --expanded-languages."""
         lists = [(names or "").split(",") for names in (original, expanded)]
-        sets = [frozenset(name.strip() for name in names if name.strip()) for names in lists]
+        sets = [frozenset(canonical(name.strip()) for name in names if name.strip()) for names in lists]
         if both := sets[0] & sets[1]:
             raise UserError(f"{', '.join(sorted(both))} can't be in both --original-languages and --expanded-languages")
         return cls(*sets)
@@ -39,10 +40,12 @@ class LanguageGroups:
         """Return the group of a language."""
         return "original" if name in self.original else "expanded"
 
-    def check(self, name: str) -> None:
-        """Raise `BadLine` if the language is neither original nor expanded."""
-        if self.expanded and name not in self.original and name not in self.expanded:
+    def checked(self, name: str) -> str:
+        """Return the canonical code of a language; raise `BadLine` if it is neither original nor expanded."""
+        code = canonical(name)
+        if self.expanded and code not in self.original and code not in self.expanded:
             raise BadLine(f'the language "{name[:40]}" is neither in --original-languages nor in --expanded-languages')
+        return code
 
 
 class TaggedText(NamedTuple):
@@ -91,8 +94,8 @@ class LanguageKey(Tagger):
             value = json.dumps(name, default=str)[:40]
             found = f"contains {value}, not a language" if self.key in document else "is missing"
             raise BadLine(f'the language key "{self.key}" {found}')
-        self.groups.check(text_of(document, self.key))
-        return [_one_span(text_of(document, key), name) for key in keys]
+        language = self.groups.checked(text_of(document, self.key))
+        return [_one_span(text_of(document, key), language) for key in keys]
 
 
 SPAN_KEYS = ("text", "lang")
@@ -117,7 +120,7 @@ class LanguageSpans(Tagger):
                 if not isinstance(span, dict):
                     raise BadLine(f'{json_type(span)}, not an object with "text" and "lang"')
                 text, name = (text_of(span, key) for key in SPAN_KEYS)
-                self.groups.check(name)
+                name = self.groups.checked(name)
             except BadLine as error:
                 raise BadLine(f"span {number}: {error}") from None
             texts.append(text)
@@ -145,12 +148,12 @@ class Detector:
                 "language detection needs py3langid, which is not installed; install the extra language-id"
             ) from None
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-        supported = self._identifier.labels
-        if unsupported := sorted(languages - set(supported)):
+        supported = {canonical(label): label for label in self._identifier.labels}
+        if unsupported := sorted(languages - supported.keys()):
             near = ", ".join(difflib.get_close_matches(unsupported[0], supported, 3, 0))
             raise UserError(f"py3langid does not support language {unsupported[0]}; use ISO 639-1 codes such as {near}")
         if languages:
-            self._identifier.set_languages(languages)
+            self._identifier.set_languages({supported[language] for language in languages})
         self._min_confidence = min_confidence
         # A text without letters is equally likely in every language: 1/2 for two, and more if one has two scripts.
         _, self._no_confidence = self._identifier.classify("")
@@ -159,7 +162,7 @@ class Detector:
         """Return the language of a text's first page, or `UNDETECTED` if it is uncertain."""
         name, confidence = self._identifier.classify(text[:_DETECTION_CHARACTERS])
         is_certain = confidence >= self._min_confidence and abs(confidence - self._no_confidence) > 1e-6
-        return str(name) if is_certain else UNDETECTED
+        return canonical(str(name)) if is_certain else UNDETECTED
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moelpr.arguments.requested import RequestedRun
+from moelpr.languages import canonical
 from moelpr.model_spec import ModelSpec
 from moelpr.stages import Stage
 from moelpr.store.checksums import Verify
@@ -103,7 +104,10 @@ class RunSettings:
             save_trained_only=args.save_trained_only,
             verify=Verify.NONE if args.no_verify else Verify.FULL,
             data_path=tuple(args.data_path or ()),
-            validation_data=dict(item.split("=", 1) for item in args.validation_data or ()),
+            validation_data={
+                canonical(language): prefix
+                for language, _, prefix in (item.partition("=") for item in args.validation_data or ())
+            },
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
             thresholds=Thresholds(
                 args.warn_original_rise,

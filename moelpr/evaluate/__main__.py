@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moelpr.languages import canonical
 from moelpr.process.command import CommandParser, check_is_utf8, program_name, run_command
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import NO_VERIFY
@@ -171,7 +172,7 @@ def common_arguments(models: str) -> CommandParser:
 
 
 def languages(value: str) -> list[str]:
-    return [language.strip() for language in value.split(",") if language.strip()]
+    return [canonical(language.strip()) for language in value.split(",") if language.strip()]
 
 
 def check_languages(original: list[str], languages: Collection[str], flag: str) -> None:
@@ -190,6 +191,7 @@ def named_paths(items: list[str], flag: str) -> dict[str, Path]:
         check_is_utf8(item, f"{flag} argument")
         if not name or not path:
             raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
+        name = name if flag == "--model" else canonical(name)
         if name in named:
             raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
         named[name] = Path(path)

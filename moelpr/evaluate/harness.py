@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
-from moelpr.languages import language_name
+from moelpr.languages import canonical, language_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
 from moelpr.report.page import Table
@@ -83,7 +83,7 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark
     benchmarks = {}
     for name, entry in table.items():
         # YAML reads the Norwegian code as a boolean.
-        names = {"no" if language == "false" else language: names for language, names in entry.tasks.items()}
+        names = {canonical("no" if code == "false" else code): names for code, names in entry.tasks.items()}
         if tasks := {language: names[language] for language in languages if language in names}:
             benchmarks[name] = replace(entry, tasks=tasks)
     if not benchmarks:

@@ -18,6 +18,7 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.languages import canonical
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
@@ -98,9 +99,9 @@ def check_validation_data(run: RequestedRun) -> Iterable[str]:
         language, _, prefix = item.partition("=")
         if not language or not prefix:
             yield f"--validation-data expects LANG=PREFIX, got {item}; for example el=data/el-test_text_document"
-        elif language in seen:
+        elif canonical(language) in seen:
             yield f"--validation-data expects one corpus per language, got several for {language}"
-        seen.add(language)
+        seen.add(canonical(language))
         if prefix and not IndexedDataset.exists(prefix):
             yield _missing(prefix)
         elif prefix and language_bits_path(prefix).exists():  # else the dataset reports it

@@ -405,7 +405,7 @@ def test_language_cannot_be_original_and_expanded(sp_tokenizer, corpus_lines, pr
     [
         ("el", ["--original-languages", "en,es"], "expanded"),
         ("el", ["--expanded-languages", "el,hu"], "expanded"),
-        ("en", ["--original-languages", "en", "--expanded-languages", "el"], "original"),
+        ("en", ["--original-languages", "eng_Latn", "--expanded-languages", "el"], "original"),
     ],
 )
 def test_one_language_by_its_code_is_its_group_with_a_name(
@@ -419,6 +419,21 @@ def test_one_language_by_its_code_is_its_group_with_a_name(
     assert ours.languages == {code: theirs.languages[bit]} and theirs.languages[bit].bit == bit
     with pytest.raises(UserError, match="--language hu is neither in"):
         preprocess(sp_tokenizer, "--input", lines, "--language", "hu", "--expanded-languages", "el", out="other/a")
+
+
+def test_documents_and_flags_may_name_a_language_by_any_of_its_codes(
+    sp_tokenizer, sentences, write_lines, preprocess, corpus_bytes
+) -> None:
+    """As in FineWeb-2, whose column says ell_Grek; the manifest has one code for all."""
+    rows = [{"text": f"{text} {i}", "lang": name} for i in range(5) for name, text in sentences.items()]
+    other = {"en": "eng_Latn", "es": "spa", "zh": "cmn_Hani", "el": "ell_Grek", "hu": "hu"}
+    flags = ("--language-key", "lang", "--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
+    one = preprocess(sp_tokenizer, "--input", write_lines("a.jsonl", rows), *flags)
+    lines = write_lines("b.jsonl", [row | {"lang": other[row["lang"]]} for row in rows])
+    flags = (*flags[:3], "eng,spa_Latn,zh-Hans", "--expanded-languages", "ell,hun")
+    two = preprocess(sp_tokenizer, "--input", lines, *flags, out="out/b")
+    assert corpus_bytes(f"{one}_text_document") == corpus_bytes(f"{two}_text_document")
+    assert Manifest.read(f"{one}_text_document").languages == Manifest.read(f"{two}_text_document").languages
 
 
 def test_existing_corpus_is_replaced_only_with_overwrite(sp_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:

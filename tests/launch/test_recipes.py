@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from moelpr.arguments.requested import RequestedRun
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.model_spec import ModelSpec
 from moelpr.plan.__main__ import main as plan
+from moelpr.plan.memory import PLANNED_STAGES
 from moelpr.process import ranks
 from moelpr.process.machine import format_bytes
 
@@ -70,7 +73,24 @@ def command_in(comment: str) -> list[str]:
     return shlex.split(found[1])
 
 
-@pytest.mark.parametrize("recipe", REAL)
+def value_of(flag: str, argv: list[str]) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def spec_of(planner_argv: list[str], original_copies: int | None = None) -> ModelSpec:
+    """The model that a planner command names."""
+    family, base = read_base(Path(value_of("--hf-path", planner_argv)))
+    if "--num-new-experts" not in planner_argv:
+        return base
+    number = int(value_of("--num-new-experts", planner_argv))
+    return with_new_experts(family, base, NewExperts(number, original_copies=original_copies))
+
+
+def stage_of(recipe: str) -> str:
+    return recipe.removesuffix(".yaml").rsplit("-", 1)[1]
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in REAL if stage_of(recipe) in PLANNED_STAGES])
 def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, models, monkeypatch, capsys) -> None:
     settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
     monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
@@ -98,10 +118,8 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, mod
 
 @pytest.mark.parametrize("recipe", REAL)
 def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
-    comment, stage = comment_of(recipe), recipe.removesuffix(".yaml").rsplit("-", 1)[1]
-    argv = command_in(comment)
-    family, base = read_base(Path(argv[1]))
-    spec = with_new_experts(family, base, NewExperts(int(argv[3]), original_copies=2))
+    comment, stage = comment_of(recipe), stage_of(recipe)
+    spec = spec_of(command_in(comment), original_copies=2)
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
     args.no_save_optim = None
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
@@ -112,17 +130,39 @@ def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> 
 @pytest.mark.parametrize("recipe", REAL)
 def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeypatch) -> None:
     planner_argv = command_in(comment_of(recipe))
+    spec_of(planner_argv).write(make_material())
+    command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
+    command += ["--stage", stage_of(recipe)]
+    monkeypatch.setattr(ranks, "world_size", lambda: int(value_of("--gpus", planner_argv)))
+    run = RequestedRun.gather(command, all_arguments())
+    assert [*run.problems, *find_problems(run)] == []
+
+
+def test_full_fine_tuning_is_what_the_page_on_the_method_types(models: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with replay text mixed in."""
+    text = (RECIPES.parents[1] / "docs" / "method.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^launch/dense.sh (.*paper-dense.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    spec_of(["--hf-path", "Qwen1.5-1.8B"]).write(make_material())
+    for command in commands:
+        words = [RECIPES.parent / "dense.sh", "--dry-run", "--nproc-per-node", "8", *command.split()]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        argv = shlex.split(said.split(" -m moelpr.pretrain ")[1])
+        argv = ["corpus" if word.startswith("data/") else word.replace("runs/dense", "upcycled") for word in argv]
+        argv = [word.replace("launch/", f"{RECIPES.parent}/") for word in argv]
+        monkeypatch.setattr(ranks, "world_size", lambda: 8)
+        run = RequestedRun.gather(argv, all_arguments())
+        assert [*run.problems, *find_problems(run)] == [] and run.args.stage == "dense"
+
+
+def make_material() -> Path:
+    """A checkpoint without model_spec.json in the folder `upcycled`, and `corpus`."""
     folder = Path("upcycled")
     (folder / "release").mkdir(parents=True)
-    with_new_experts(*read_base(Path(planner_argv[1])), NewExperts(int(planner_argv[3]))).write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
     for suffix in ("bin", "idx"):
         Path(f"corpus.{suffix}").touch()
     with LanguageBitsWriter(Path("corpus.lang")) as bits:
         bits.append_run(True, 1)
         bits.finalize()
-    command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
-    command += ["--stage", recipe.removesuffix(".yaml").rsplit("-", 1)[1]]
-    monkeypatch.setattr(ranks, "world_size", lambda: int(planner_argv[5]))
-    run = RequestedRun.gather(command, all_arguments())
-    assert [*run.problems, *find_problems(run)] == []
+    return folder

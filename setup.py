@@ -10,7 +10,7 @@ EXTRAS = {
     "language-id": ["py3langid"],
 }
 # What the extras add is tested too.
-TEST = ["gigatoken", "hypothesis", "py3langid", "pytest", "pytest-timeout"]
+TEST = ["gigatoken", "hypothesis", "kubeflow-trainer-api", "py3langid", "pytest", "pytest-timeout"]
 
 setup(
     name="moelpr",

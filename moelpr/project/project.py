@@ -16,6 +16,8 @@ from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import parse_count
 from moelpr.store.records import DOCUMENTED
+from moelpr.workflow.kubernetes import KubernetesSettings
+from moelpr.workflow.skypilot import SkyPilotSettings
 from moelpr.workflow.slurm import SlurmSettings
 
 
@@ -218,9 +220,9 @@ class Project:
     """Flags of single steps, without dashes: step → flag → value."""
     slurm: SlurmSettings = field(default_factory=SlurmSettings)
     """Settings of --on slurm."""
-    kubernetes: dict[str, Any] = field(default_factory=dict)
+    kubernetes: KubernetesSettings = field(default_factory=KubernetesSettings)
     """Settings of --on kubernetes."""
-    skypilot: dict[str, Any] = field(default_factory=dict)
+    skypilot: SkyPilotSettings = field(default_factory=SkyPilotSettings)
     """Settings of --on skypilot."""
 
     @property

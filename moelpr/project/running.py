@@ -9,8 +9,8 @@ from moelpr.project.flags import check_flags
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
 from moelpr.store.files import LOCK_FILE, locked, make_folder
+from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine
-from moelpr.workflow.slurm import Chain
 from moelpr.workflow.workflow import Outlook, Workflow
 
 
@@ -31,23 +31,36 @@ def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
 
 
 def submit(file: ProjectFile, redo: Iterable[str], where: str, render_only: bool) -> None:
-    """Submit all steps that are not done to a cluster; a model of the Hub is downloaded first, here."""
+    """Submit all steps that are not done to a cluster."""
     workflow = workflow_of(file, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
     check(file, outlooks)
     make_folder(workflow.folder)
     if not render_only:
-        workflow.run(task for task in workflow.tasks.values() if task.name == "download")
         workflow.set_aside(outlooks)
     SUBMIT[where](workflow, file, render_only)
 
 
 def _to_slurm(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
-    Chain(workflow, file.project.slurm, file.path).submit(render_only=render_only)
+    if not render_only:  # a model of the Hub here, because nodes often have no network
+        workflow.run(task for task in workflow.tasks.values() if task.name == "download")
+    slurm.Chain(workflow, file.project.slurm, file.path).submit(render_only=render_only)
 
 
-SUBMIT: dict[str, Callable[[Workflow, ProjectFile, bool], None]] = {"slurm": _to_slurm}
+def _to_kubernetes(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
+    kubernetes.launch(workflow, file.project.kubernetes, file.path, render_only=render_only)
+
+
+def _to_skypilot(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
+    skypilot.launch(workflow, file.project.skypilot, file.path, render_only=render_only)
+
+
+SUBMIT: dict[str, Callable[[Workflow, ProjectFile, bool], None]] = {
+    "slurm": _to_slurm,
+    "kubernetes": _to_kubernetes,
+    "skypilot": _to_skypilot,
+}
 
 
 def run_task(workflow: Workflow, name: str, made_as: str | None = None) -> None:

@@ -148,7 +148,7 @@ class Chain:
             save = shlex.quote(str(task.continues))
             lines = [f'run_training "$(path_outside {save})" -m moelpr {shlex.join(run)}']
         elif shards > 1:
-            mark = shlex.quote(str(self._workflow.mark_path(name).resolve()))  # of what is replaced
+            mark = shlex.quote(str(self._workflow.mark_path(name).resolve()))  # describes what is replaced
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
         self._submit(name, outlook, lines, render_only=render_only)
 

@@ -1,0 +1,229 @@
+"""Manifests are what the published models of JobSet and Kubeflow Trainer describe, and start tasks in their order."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from kubeflow_trainer_api import models
+
+from moelpr.process.errors import UserError
+from moelpr.store import records
+from moelpr.workflow.kubernetes import Chain, KubernetesSettings, launch
+from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
+
+MODELS = {
+    "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
+    "JobSet": models.JobsetV1alpha2JobSet,
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+}
+REQUIRED = {"image": "registry/moelpr:1", "claim": "work"}
+ALL = {
+    **REQUIRED,
+    "folder": "/data/our project",
+    "namespace": "team",
+    "training": {"memory": "1Ti", "rdma/ib": 8},
+    "env": {"HF_HOME": "/data/hf"},
+    "labels": {"kueue.x-k8s.io/queue-name": "team"},
+    "secrets": ["hub"],
+    "pod": {
+        "nodeSelector": {"gpu": "h100"},
+        "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "volumes": [{"name": "more", "emptyDir": {}}],
+        "terminationGracePeriodSeconds": 60,
+    },
+}
+
+
+def settings(**values: Any) -> KubernetesSettings:
+    return records.validate(KubernetesSettings, REQUIRED | values, "kubernetes", "correct it")
+
+
+def tasks(run: Path) -> list[Task]:
+    texts = [Task(name=f"preprocess-{code}", command=["moelpr", code], cpus=8) for code in ("el", "hu")]
+    convert = Task(name="convert", command=["moelpr", "convert"], memory_gib=16)
+    made_from = ("convert", "preprocess-el", "preprocess-hu")
+    stage1 = Task(name="stage1", command=["moelpr"], made_from=made_from, continues=run / "1", nodes=4, gpus_per_node=8)
+    stage2 = replace(stage1, name="stage2", made_from=("stage1", "preprocess-el"), continues=run / "2")
+    export = Task(name="export", command=["moelpr", "export"], made_from=("stage2",))
+    return [
+        *texts,
+        convert,
+        stage1,
+        stage2,
+        export,
+        Task(name="eval", command=["e"], made_from=("export",), gpus_per_node=1),
+    ]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "languages.yaml"
+    path.write_text("model: Qwen3-8B\n")
+    return path
+
+
+def manifests(path: Path) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+@pytest.mark.parametrize("values", [{}, ALL])
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_manifests_have_only_fields_that_the_published_models_have(tmp_path, file, values, kind) -> None:
+    if kind == "trainjob":  # a patch of a runtime's pods has fewer fields
+        values = {key: value for key, value in values.items() if key != "secrets"}
+    run = tmp_path / "Our_run"
+    launch(Workflow(run, tasks(run)), settings(**values, kind=kind), file, render_only=True)
+    found = [one for path in (run / "kubernetes").glob("*.yaml") for one in manifests(path)]
+    assert {one["kind"] for one in found} == {"ConfigMap", "JobSet", *(["TrainJob"] if kind == "trainjob" else [])}
+    for one in found:
+        model = MODELS[one["kind"]].from_dict(one)
+        assert model is not None
+        assert model.to_dict() == one  # unknown fields would be gone
+
+
+def job_set(run: Path, file: Path, **values: Any) -> dict[str, Any]:
+    launch(Workflow(run, tasks(run)), settings(**values), file, render_only=True)
+    config, found = manifests(run / "kubernetes" / "greek.yaml")
+    assert config["data"] == {"languages.yaml": "model: Qwen3-8B\n"}
+    return found
+
+
+def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_path, file) -> None:
+    found = job_set(tmp_path / "greek", file)
+    jobs = {job["name"]: job for job in found["spec"]["replicatedJobs"]}
+    assert [need["name"] for need in jobs["stage1"]["dependsOn"]] == ["preprocess-el", "preprocess-hu", "convert"]
+    assert jobs["stage2"]["dependsOn"] == [{"name": "stage1", "status": "Complete"}]  # the rest is behind it
+    assert "dependsOn" not in jobs["convert"]
+    spec = jobs["stage1"]["template"]["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["Ignore", "Ignore", "FailJob"]
+    assert [rule.get("onExitCodes", {}).get("values") for rule in spec["podFailurePolicy"]["rules"]] == [
+        None,
+        [75],
+        [2],
+    ]
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 1800
+    [container] = pod["containers"]
+    assert container["args"] == ["moelpr", "run", "/etc/moelpr/languages.yaml", "--task", "stage1"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    values = {one["name"]: one.get("value") for one in container["env"]}
+    assert values == {
+        "PET_NNODES": "4",
+        "PET_NPROC_PER_NODE": "8",
+        "PET_MASTER_ADDR": "greek-stage1-0-0.greek",
+        "PET_MASTER_PORT": "29500",
+        "JOIN_TIMEOUT": "900",
+        "PET_NODE_RANK": None,  # the pod's index
+    }
+    tool = jobs["preprocess-el"]["template"]["spec"]["template"]["spec"]["containers"][0]
+    assert tool["env"] == [] and tool["resources"]["requests"] == {"cpu": "8", "memory": "4Gi"}
+    assert jobs["eval"]["template"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+def test_what_the_user_sets_reaches_the_pods(tmp_path, file) -> None:
+    found = job_set(tmp_path / "greek", file, **{key: value for key, value in ALL.items() if key not in REQUIRED})
+    assert found["metadata"] == {"name": "greek", "namespace": "team", "labels": ALL["labels"]}
+    stage1 = next(job for job in found["spec"]["replicatedJobs"] if job["name"] == "stage1")
+    pod = stage1["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"gpu": "h100"} and pod["terminationGracePeriodSeconds"] == 60
+    assert [volume["name"] for volume in pod["volumes"]] == ["work", "file", "shm", "more"]
+    assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "1Ti", "rdma/ib": "8"}
+    assert {"name": "HF_HOME", "value": "/data/hf"} in pod["containers"][0]["env"]
+
+
+@example([*(set[int]() for _ in range(11)), {*range(11)}])
+@given(st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=12))
+def test_a_task_starts_after_all_that_it_reads_whatever_the_chain(inputs: list[set[int]]) -> None:
+    """JobSet takes at most five dependencies, on jobs further up."""
+    chain = [
+        Task(name=f"t{own}", command=["c"], made_from=tuple(f"t{name}" for name in sorted(names) if name < own))
+        for own, names in enumerate(inputs)
+    ]
+    [part] = Chain(chain, Path("run"), settings(), Path("file")).parts()
+    after: dict[str, set[str]] = {}
+    for job in part.manifest["spec"]["replicatedJobs"]:
+        needs = [one["name"] for one in job.get("dependsOn", ())]
+        assert len(needs) <= 5 and set(needs) <= after.keys()
+        after[job["name"]] = set(needs).union(*(after[need] for need in needs))
+    assert all(set(task.made_from) <= after[task.name] for task in chain)
+
+
+@pytest.mark.parametrize("name", ["greek", "Runs_of " + 80 * "x"])
+def test_names_of_pods_are_names_of_hosts(name: str) -> None:
+    task = Task(name="preprocess-zho_Hant", command=["c"], nodes=128)
+    [part] = Chain([task], Path(name), settings(), Path("file")).parts()
+    pod = f"{part.name}-{part.manifest['spec']['replicatedJobs'][0]['name']}-0-127"
+    assert len(pod) <= 63 and pod == pod.lower() and "_" not in pod and part.name[0].isalnum()
+
+
+# kubectl keeps objects as files, whose state the test writes.
+KUBECTL = """case "$*" in
+*get*) cat "$STUBS/$(grep -oP '(jobset|trainjob) \\K[\\w-]+' <<<"$*")" 2>/dev/null; true ;;
+*) echo "$@" >>"$STUBS/calls" ;;
+esac"""
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "kubectl").write_text(f"#!/usr/bin/env bash\n{KUBECTL}\n")
+    (folder / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUBS", str(folder))
+    return folder
+
+
+def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file, kubectl) -> None:
+    run = tmp_path / "greek"
+    launch(Workflow(run, tasks(run)), settings(), file)
+    assert (kubectl / "calls").read_text() == f"apply --filename {run}/kubernetes/greek.yaml\n"
+    (kubectl / "greek").write_text(json.dumps({"metadata": {"name": "greek"}, "status": {}}))
+    with pytest.raises(UserError, match=r"kubectl delete jobset greek"):
+        launch(Workflow(run, tasks(run)), settings(), file)
+    ended = {"conditions": [{"type": "Failed", "status": "True"}]}
+    (kubectl / "greek").write_text(json.dumps({"metadata": {"name": "greek"}, "status": ended}))
+    launch(Workflow(run, tasks(run)), settings(namespace="team"), file)
+    assert (kubectl / "calls").read_text().splitlines()[1:] == [
+        "--namespace team delete jobset greek --wait",
+        f"--namespace team apply --filename {run}/kubernetes/greek.yaml",
+    ]
+
+
+def test_train_jobs_are_applied_when_what_they_read_is_done(tmp_path, file, kubectl, capsys) -> None:
+    run = tmp_path / "greek"
+
+    def applied(*done: str) -> list[str]:
+        workflow = Workflow(run, [replace(task, is_complete=lambda: True) for task in tasks(run)])
+        workflow.logs.mkdir(parents=True, exist_ok=True)
+        for name in done:
+            workflow.adopt(name, str(next(one.id for one in workflow.outlook() if one.task.name == name)))
+        (kubectl / "calls").write_text("")
+        launch(workflow, settings(kind="trainjob"), file)
+        return [Path(line).stem for line in (kubectl / "calls").read_text().splitlines()]
+
+    assert applied() == ["greek"]  # the text and upcycling
+    assert "greek-stage1.yaml: cannot start yet" in capsys.readouterr().out
+    assert applied("preprocess-el", "preprocess-hu", "convert") == ["greek-stage1"]
+    assert applied("stage1") == ["greek-stage2"]
+    assert applied("stage2") == ["greek"]
+    names = [job["name"] for job in manifests(run / "kubernetes" / "greek.yaml")[1]["spec"]["replicatedJobs"]]
+    assert names == ["export", "eval"]
+    assert applied("export", "eval") == []
+
+
+def test_what_is_missing_is_one_sentence(tmp_path, file, monkeypatch) -> None:
+    run = tmp_path / "greek"
+    with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):
+        launch(Workflow(run, tasks(run)), KubernetesSettings(image="i"), file)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="kubectl is not installed.*--render-only"):
+        launch(Workflow(run, tasks(run)), settings(), file)

@@ -1,0 +1,96 @@
+"""A wrong languages.yaml is one sentence with the file, the line, the key, and what would work."""
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.project.reading import read_project, schema
+from moelpr.project.template import template
+from tests.unit.project.conftest import Write
+
+ORIGINAL = {"en": "en.jsonl"}
+
+
+def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
+    project = read_project(write()).project
+    assert (project.mix.temperature, project.experts.topk, project.replay.original_documents) == (0.3, 2, 50_000)
+    assert project.languages.expanded["el"].text == ["el.jsonl"] and project.languages.expanded["el"].max_epochs == 4
+    assert read_project(write(budget={"tokens": "24B"})).project.budget.tokens == 24_000_000_000
+    auto = read_project(write(experts="auto", hardware="auto")).project
+    assert (auto.experts.new, auto.hardware.gpu) == (None, "auto")
+    assert read_project(write(experts={"new": "auto"})).project.experts.new is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
+        ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
+        ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
+        ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
+        ({"budget": {}}, "budget needs one of"),
+        ({"budget": None}, "languages.yaml: budget is missing"),
+        ({"mix": {"temperature": 2}}, r"line \d+: mix.temperature should be less than or equal to 1, got 2"),
+        ({"languages": {"expanded": {"el": "no.jsonl"}, "original": ORIGINAL}}, "languages.expanded.el, no.jsonl, does not"),
+        ({"languages": {"expanded": {"el": {}}, "original": ORIGINAL}}, "languages.expanded.el has no text; add text: FILE"),
+        ({"languages": {"expanded": {"en": "el.jsonl"}, "original": ORIGINAL}}, "the language en is given twice"),
+        ({"languages": {"expanded": {"el": "el.jsonl"}}}, "no original language is given; add one under"),
+        ({"languages": {"expanded": {False: "el.jsonl"}, "original": ORIGINAL}}, "a key is read as False; put it in quotes"),
+        ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
+        ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
+        ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el requires held_out: FILE"),
+        ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
+    ],
+)
+def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_project(write(**changes))
+
+
+def test_a_language_without_text_in_its_file_is_an_error(write: Write) -> None:
+    path = write()
+    (path.parent / "hu.jsonl").write_text("")
+    with pytest.raises(UserError, match="languages.yaml, line 6: the text of languages.expanded.hu, hu.jsonl, is empty"):
+        read_project(path)
+
+
+def test_a_file_that_cannot_be_read_is_an_error(write: Write, tmp_path) -> None:
+    for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(UserError, match=message):
+            read_project(path)
+    path = write()
+    path.write_text(path.read_text() + "model: other\n")
+    with pytest.raises(UserError, match="line .*the key model is there twice"):
+        read_project(path)
+
+
+def test_an_edit_is_noticed(write: Write) -> None:
+    file = read_project(write())
+    file.check_unchanged()
+    write(held_out=7)
+    with pytest.raises(UserError, match="languages.yaml was edited after this run started"):
+        file.check_unchanged()
+
+
+def test_the_template_is_a_file_that_works(write: Write) -> None:
+    path = write()
+    path.write_text(template("base", [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")], [("en", "en.jsonl")]))
+    languages = read_project(path).project.languages
+    assert languages.expanded["el"].text == ["el.jsonl", "hu.jsonl"] and "no" in languages.expanded
+    uncommented = path.read_text().replace("# vocabulary", "vocabulary").replace("# chat", "chat")
+    uncommented = uncommented.replace("# benchmarks", "benchmarks").replace("# trackers", "trackers")
+    uncommented = uncommented.replace("# steps:\n#   pre", "steps:\n  pre").replace("#   stage1", "  stage1")
+    path.write_text(uncommented)
+    project = read_project(path).project
+    assert project.vocabulary and project.chat and project.benchmarks and project.trackers.wandb_project
+    assert project.steps["stage1"]["save-interval"] == 500
+
+
+def test_the_schema_describes_every_key() -> None:
+    found = schema()
+    undescribed = [
+        f"{kind}.{name}"
+        for kind, content in [*found["$defs"].items(), ("Project", found)]
+        for name, field in content.get("properties", {}).items()
+        if not field.get("description")
+    ]
+    assert not undescribed

@@ -9,16 +9,30 @@ Every task is a command that you could paste into a shell; it is printed before 
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from examples import tasks
-from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, REVIEW_BLEND, TOPK, evaluate, expert_options, train
+from examples.demo_tasks import (
+    COPIES,
+    NUM_NEW_EXPERTS,
+    REVIEW_BLEND,
+    TOPK,
+    evaluate,
+    expert_options,
+    gpus_of_pytorch,
+    num_ranks,
+    train,
+)
 from examples.frontier_results import Frontier, value_range
 from examples.languages import GROUPS, LANGUAGES, held_out_files
-from examples.tasks import ROOT, Words, convert
+from examples.tasks import ROOT, Words, convert, export
 from moelpr.languages import language_name
 from moelpr.process.command import CommandParser, run_command
+from moelpr.project.places import Places
+from moelpr.project.reading import ProjectFile, parse_project
+from moelpr.project.training import training_tasks
 from moelpr.report.page import Table, terminal_table
 from moelpr.store import records
 from moelpr.store.files import write_text
@@ -28,6 +42,7 @@ from moelpr.workflow.workflow import Workflow
 
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
+PROJECT = Path("examples/demo.yaml")
 VOCABULARY = 4096
 BASE_SHAPE = "--hidden-size 256 --num-layers 6 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2"
 # The base saw a little text of the expanded languages, as real bases have.
@@ -49,11 +64,11 @@ def main() -> None:
     os.chdir(ROOT)
     if args.overwrite:
         shutil.rmtree(args.run, ignore_errors=True)
-    run, seeded = args.run, ("--seed", str(args.seed))
+    run = args.run
     *measured, report = [
         *data(run, args.cache),
         *base(run),
-        *two_stages(run, seeded),
+        *two_stages(run, args.seed),
         *evaluations(run),
         report_task(run),
     ]
@@ -100,12 +115,14 @@ def base(run: Path) -> list[Task]:
     ]
 
 
-def two_stages(run: Path, seeded: tuple[str, ...]) -> list[Task]:
-    """Upcycle, post-pretrain and review; export each stage as a stock Hugging Face model; verify three conversions."""
+def two_stages(run: Path, seed: int) -> list[Task]:
+    """Upcycle, post-pretrain and review, as examples/demo.yaml says; export both stages; verify three conversions."""
     hf, experts = run / "base-hf", expert_options(COPIES)
+    convert, stage1, stage2 = training_tasks(Places(project_file(run, seed)))
+    expanded, original = (f"preprocess-{group}" for group in ("expanded", "original"))
     memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
     plan: Words = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
-    upcycled, stage2 = run / "upcycled", run / "stage2"
+    upcycled = run / "upcycled"
     texts: Words = ["--text", *held_out_files(run / "corpus").values()]
 
     def check(what: str, *words: str | Path, made_from: tuple[str, ...]) -> Task:
@@ -115,13 +132,21 @@ def two_stages(run: Path, seeded: tuple[str, ...]) -> list[Task]:
 
     return [
         Task(name="plan", command=plan, made_from=("export-base",)),
-        convert(upcycled, hf, *experts, *seeded, made_from=("export-base",), name="upcycle"),
-        check("upcycled", "--frozen", hf, upcycled, *texts, made_from=("export-base", "upcycle", "corpus")),
-        *stage(run, "stage1", "upcycle", upcycled, {"expanded": 1}, *seeded),
-        *stage(run, "stage2", "stage1", run / "stage1", REVIEW_BLEND, *seeded),
+        replace(convert, made_from=("export-base",)),
+        check("upcycled", "--frozen", hf, upcycled, *texts, made_from=("export-base", "convert", "corpus")),
+        replace(stage1, made_from=("convert", expanded), environment=gpus_of_pytorch()),
+        export(run / "stage1"),
+        replace(stage2, made_from=("stage1", original, expanded), environment=gpus_of_pytorch()),
+        export(run / "stage2"),
         check("frozen", "--frozen", hf, run / "stage2-hf", made_from=("export-base", "export-stage2")),
-        check("export", stage2, run / "stage2-hf", *texts, made_from=("stage2", "export-stage2", "corpus")),
+        check("export", run / "stage2", run / "stage2-hf", *texts, made_from=("stage2", "export-stage2", "corpus")),
     ]
+
+
+def project_file(run: Path, seed: int) -> ProjectFile:
+    """The content of examples/demo.yaml for this folder, seed and machine."""
+    text = PROJECT.read_text(encoding="utf-8").replace("runs/demo", str(run)).replace("seed: 1", f"seed: {seed}")
+    return parse_project(text.replace("nproc-per-node: 2", f"nproc-per-node: {num_ranks()}"), PROJECT)
 
 
 def stage(run: Path, name: str, made_from: str, start: Path, blend: Mapping[str, float], *options: str) -> list[Task]:

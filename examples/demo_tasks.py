@@ -35,14 +35,9 @@ def train(
         data: Folder of the demo's corpora.
         blend: Language group -> parts of its text.
         options: More flags of the trainer.
-        ranks: By default one if the machine has one GPU, otherwise two: on two GPUs or two CPU cores.
+        ranks: By default `num_ranks`.
     """
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
-    environment = {"NPROC_PER_NODE": str(ranks or min(gpus, 2) or 2)}
-    if not gpus and machine.has_gpus():  # PyTorch cannot use them, which would be an error
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = {"NPROC_PER_NODE": str(ranks or num_ranks())} | gpus_of_pytorch()
     settings = RECIPES / f"demo-{recipe}.yaml"
     stage = recipe if recipe.startswith("stage") else "dense"
     corpora = [word for group, parts in blend.items() for word in (str(parts), data / f"{group}_text_document")]
@@ -56,6 +51,22 @@ def train(
         continues=save,
     )
     return [training, tasks.export(save)]
+
+
+def num_ranks() -> int:
+    """One if the machine has one GPU, otherwise two: on two GPUs or two CPU cores."""
+    return min(_num_gpus(), 2) or 2
+
+
+def gpus_of_pytorch() -> dict[str, str]:
+    """Environment variables that hide GPUs which PyTorch cannot use; that would be an error."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if not _num_gpus() and machine.has_gpus() else {}
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
 
 
 def evaluate(

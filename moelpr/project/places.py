@@ -8,7 +8,7 @@ from typing import Any
 from moelpr.data.manifest import Manifest
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language
-from moelpr.project.reading import ProjectFile
+from moelpr.project.reading import HUB_NAME, ProjectFile
 from moelpr.project.steps import stage_flags
 
 
@@ -24,9 +24,10 @@ class Places:
     def __init__(self, file: ProjectFile) -> None:
         self.file, self.project = file, file.project
         self.folder = Path(self.project.output)
-        self.model_name, _, self.revision = self.project.model.partition("@")
-        self.is_downloaded = not Path(self.model_name).exists()
-        self.base = self.folder / "base" if self.is_downloaded else Path(self.model_name)
+        model = self.project.model
+        self.is_downloaded = not Path(model).exists() and HUB_NAME.fullmatch(model) is not None
+        self.model_name, _, self.revision = model.partition("@") if self.is_downloaded else (model, "", "")
+        self.base = self.folder / "base" if self.is_downloaded else Path(model)
         self.expanded, self.original = (self.project.languages.codes(group) for group in ("expanded", "original"))
         self.languages: dict[str, Language] = dict(self.project.languages)
         self.tokenizer = self.folder / "tokenizer" if self.project.vocabulary else self.base

@@ -42,15 +42,17 @@ def _without_auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
-Count = Annotated[int, BeforeValidator(_as_count), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(_as_count, json_schema_input_type=int | str), Field(ge=1)]
 Number = Annotated[float, Field(gt=0)]
-OrAuto = BeforeValidator(_without_auto)
+OrAuto = BeforeValidator(_without_auto, json_schema_input_type=int | str | None)
 Flags = dict[str, bool | int | float | str | list[str | int | float]]
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Language:
-    text: Annotated[list[str], BeforeValidator(_as_list)] = field(default_factory=list)
+    text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
+        default_factory=list
+    )
     """Files, folders or glob patterns of text: JSON lines (also .gz, .zst, .bz2, .xz) or Parquet."""
     held_out: str | None = None
     """A file of text to evaluate on (default: held_out documents are taken out of the text)."""
@@ -62,7 +64,7 @@ class Language:
     """Key of the text in a document."""
 
 
-LanguageText = Annotated[Language, BeforeValidator(_as_text)]
+LanguageText = Annotated[Language, BeforeValidator(_as_text, json_schema_input_type=Language | list[str] | str)]
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -202,9 +204,13 @@ class Project:
     """The text of stage 2."""
     held_out: Count = 500
     """Documents of each language to evaluate on, which nothing is trained on."""
-    experts: Annotated[Experts, BeforeValidator(_or_auto)] = field(default_factory=Experts)
+    experts: Annotated[Experts, BeforeValidator(_or_auto, json_schema_input_type=Experts | Literal["auto"])] = field(
+        default_factory=Experts
+    )
     """How the model grows, or auto."""
-    hardware: Annotated[Hardware, BeforeValidator(_or_auto)] = field(default_factory=Hardware)
+    hardware: Annotated[Hardware, BeforeValidator(_or_auto, json_schema_input_type=Hardware | Literal["auto"])] = field(
+        default_factory=Hardware
+    )
     """What it is trained on, or auto: this machine."""
     vocabulary: Vocabulary | None = None
     """New tokens for the expanded languages (default: none)."""

@@ -4,6 +4,7 @@ import difflib
 import glob
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from moelpr.project.project import Language, Project
 from moelpr.project.steps import OWN_FLAGS, STEPS
 from moelpr.store import records
 from moelpr.store.yaml_files import key_lines, parse_mapping
+
+# OWNER/NAME, and a revision.
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,13 @@ class ProjectFile:
 
 def read_project(path: Path) -> ProjectFile:
     """Read and check a languages.yaml; paths in it are relative to the current folder."""
-    text = _text(path)
+    found = parse_project(_text(path), path)
+    _check(found)
+    return found
+
+
+def parse_project(text: str, path: Path) -> ProjectFile:
+    """Read the text of a languages.yaml, without looking at the files that it names; messages call it `path`."""
     content = parse_mapping(text, f"file {path}")
     lines = key_lines(text)
     _check_keys(path, content)
@@ -61,9 +71,7 @@ def read_project(path: Path) -> ProjectFile:
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first, schema())}"
         raise UserError(message) from None
-    found = ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
-    _check(found)
-    return found
+    return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 
 
 def _check_keys(path: Path, content: Any) -> None:
@@ -87,6 +95,13 @@ def _check(file: ProjectFile) -> None:
         UserError: Something is missing, or set twice.
     """
     project = file.project
+    for key in ("model", "chat"):
+        name = getattr(project, key)
+        if name and not Path(name).exists() and not HUB_NAME.fullmatch(name):
+            raise UserError(
+                f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
+                "OWNER/NAME@REVISION); correct it"
+            )
     for group in ("expanded", "original"):
         for name, language in getattr(project.languages, group).items():
             place = "languages", group, name

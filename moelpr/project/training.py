@@ -1,6 +1,7 @@
 """The training tasks of a project: upcycling and the stages, with as many tokens as the budget and the text allow."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.recipes import find_recipe
@@ -75,7 +76,7 @@ def stage(places: Places, name: str, before: str) -> Task:
         command=command,
         settings=[*layout.flags, *_trackers(places, name), *settings(own)],
         made_from=(before, *([] if places.project.corpora else sources)),
-        files=(find_recipe(recipe_of(name, own)),),
+        files=(find_recipe(recipe_of(name, own)), *corpus_files(places, name)),
         is_complete=(save / FINISHED_FILE).is_file,
         continues=save,
         minutes=layout.minutes(tokens),
@@ -100,6 +101,14 @@ def data(places: Places, stage: str) -> list[str]:
     if stage == "stage0":
         weights |= {code: _STAGE0_ORIGINAL / len(places.original) for code in places.original}
     return [word for code, weight in weights.items() for word in (f"{weight:.6g}", str(places.corpus(code)))]
+
+
+def corpus_files(places: Places, stage: str) -> list[Path]:
+    """The files of corpora that the user has made."""
+    corpora = places.project.corpora
+    words = (corpora.stage2 if stage == "stage2" else corpora.stage1) if corpora else []
+    prefixes = [word for word in words if isinstance(word, str) and not word.replace(".", "").isdigit()]
+    return [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx", "lang")]
 
 
 def length(places: Places, stage: str) -> dict[str, Any]:

@@ -59,12 +59,12 @@ def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(tmp_path, starte
             starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
         shutil.rmtree(tmp_path / stage)
     starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
-    assert started == everything[everything.index("upcycle") :]
+    assert started == everything[everything.index("convert") :]
 
 
 def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(tmp_path, started, monkeypatch) -> None:
     recipes = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes")
-    monkeypatch.setattr("examples.demo_tasks.RECIPES", recipes)
+    monkeypatch.setattr("moelpr.arguments.recipes.launch_folder", lambda: tmp_path)
     run = tmp_path / "run"
     starts(monkeypatch, demo.main, "--run", run)
     everything = [*started]

@@ -30,7 +30,9 @@ def test_shares_sum_to_the_budget_and_keep_the_caps(tokens, temperature, part) -
 
 def test_the_temperature_goes_from_equal_shares_to_sizes() -> None:
     tokens = {"el": 9_000, "hu": 1_000}
-    assert [mix(languages(tokens), tokens, 2_000, t)["el"].weight for t in (0, 0.5, 1)] == pytest.approx([0.5, 0.75, 0.9])
+    assert [mix(languages(tokens), tokens, 2_000, t)["el"].weight for t in (0, 0.5, 1)] == pytest.approx(
+        [0.5, 0.75, 0.9]
+    )
 
 
 def test_a_capped_language_gives_the_rest_to_the_others() -> None:
@@ -44,7 +46,9 @@ def test_weights_decide_unless_they_break_a_cap() -> None:
     tokens = {"el": 1_000, "hu": 1_000}
     chosen = {"el": Language(text=["x"], weight=3.0), "hu": Language(text=["x"], weight=1.0)}
     assert mix(chosen, tokens, 4_000, 0.3)["el"].weight == 0.75
-    with pytest.raises(UserError, match="languages.expanded.el.weight: its 1K tokens would be read 4.5 times, more than"):
+    with pytest.raises(
+        UserError, match="languages.expanded.el.weight: its 1K tokens would be read 4.5 times, more than"
+    ):
         mix(chosen, tokens, 6_000, 0.3)
     with pytest.raises(UserError, match="languages.expanded.hu: it has no weight, but el has one"):
         mix(chosen | {"hu": Language(text=["x"])}, tokens, 4_000, 0.3)

@@ -30,11 +30,20 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
         ({"budget": {}}, "budget needs one of"),
         ({"budget": None}, "languages.yaml: budget is missing"),
         ({"mix": {"temperature": 2}}, r"line \d+: mix.temperature should be less than or equal to 1, got 2"),
-        ({"languages": {"expanded": {"el": "no.jsonl"}, "original": ORIGINAL}}, "languages.expanded.el, no.jsonl, does not"),
-        ({"languages": {"expanded": {"el": {}}, "original": ORIGINAL}}, "languages.expanded.el has no text; add text: FILE"),
+        (
+            {"languages": {"expanded": {"el": "no.jsonl"}, "original": ORIGINAL}},
+            "languages.expanded.el, no.jsonl, does not",
+        ),
+        (
+            {"languages": {"expanded": {"el": {}}, "original": ORIGINAL}},
+            "languages.expanded.el has no text; add text: FILE",
+        ),
         ({"languages": {"expanded": {"en": "el.jsonl"}, "original": ORIGINAL}}, "the language en is given twice"),
         ({"languages": {"expanded": {"el": "el.jsonl"}}}, "no original language is given; add one under"),
-        ({"languages": {"expanded": {False: "el.jsonl"}, "original": ORIGINAL}}, "a key is read as False; put it in quotes"),
+        (
+            {"languages": {"expanded": {False: "el.jsonl"}, "original": ORIGINAL}},
+            "a key is read as False; put it in quotes",
+        ),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el requires held_out: FILE"),
@@ -49,7 +58,9 @@ def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, messa
 def test_a_language_without_text_in_its_file_is_an_error(write: Write) -> None:
     path = write()
     (path.parent / "hu.jsonl").write_text("")
-    with pytest.raises(UserError, match="languages.yaml, line 6: the text of languages.expanded.hu, hu.jsonl, is empty"):
+    with pytest.raises(
+        UserError, match="languages.yaml, line 6: the text of languages.expanded.hu, hu.jsonl, is empty"
+    ):
         read_project(path)
 
 
@@ -73,13 +84,15 @@ def test_an_edit_is_noticed(write: Write) -> None:
 
 def test_the_template_is_a_file_that_works(write: Write) -> None:
     path = write()
-    path.write_text(template("base", [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")], [("en", "en.jsonl")]))
+    path.write_text(
+        template("base", [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")], [("en", "en.jsonl")])
+    )
     languages = read_project(path).project.languages
     assert languages.expanded["el"].text == ["el.jsonl", "hu.jsonl"] and "no" in languages.expanded
     uncommented = path.read_text().replace("# vocabulary", "vocabulary").replace("# chat", "chat")
     uncommented = uncommented.replace("# benchmarks", "benchmarks").replace("# trackers", "trackers")
     uncommented = uncommented.replace("# steps:\n#   pre", "steps:\n  pre").replace("#   stage1", "  stage1")
-    path.write_text(uncommented)
+    path.write_text(uncommented.replace("base-Instruct", "owner/name"))
     project = read_project(path).project
     assert project.vocabulary and project.chat and project.benchmarks and project.trackers.wandb_project
     assert project.steps["stage1"]["save-interval"] == 500

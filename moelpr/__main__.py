@@ -87,13 +87,7 @@ def run(words: list[str]) -> None:
     else:
         module = TOOLS[name].module
         sys.argv = ["moelpr", name, *arguments] if module == PROJECT else [f"moelpr {name}", *arguments]
-        try:
-            tool = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not module.startswith(f"{error.name}"):
-                raise
-            raise UserError(f"this installation lacks {error.name}; install moelpr again") from None
-        tool.main()
+        importlib.import_module(module).main()
 
 
 def find(name: str) -> str:

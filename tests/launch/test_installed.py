@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.__main__ import PROJECT, TOOLS
+from moelpr.__main__ import TOOLS
+from moelpr.project.template import template
 from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: F401
 from tests.support.run_folders import make_run
 
@@ -113,6 +114,8 @@ def test_all_but_training_works_without_megatron(
     tmp_path: Path,
 ) -> None:
     model = make_qwen2(tokenizer=True)
+    languages = template(str(model), [("el", "text.jsonl")], [("en", "text.jsonl")])
+    (tmp_path / "languages.yaml").write_text(languages)
     make_run(tmp_path / "run", "stage1", steps=3)
     (tmp_path / "text.jsonl").write_text(3 * '{"text": "abba ab"}\n')
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --append-eod --tokenizer-model"
@@ -136,9 +139,12 @@ def test_all_but_training_works_without_megatron(
         f"import-adapter --adapter adapter --hf-path {model} --save imported",
         f"evaluate --model base={model} --model export=export --data el=text.jsonl --output evaluation",
         "report run --evaluation evaluation/results.json",
+        "init --schema",
+        "plan languages.yaml",
+        "run languages.yaml --dry-run",
+        "status languages.yaml",
     ]
-    is_there = {name: tool.module != PROJECT or (ROOT / "moelpr/project").is_dir() for name, tool in TOOLS.items()}
-    words = [[name, "--help"] for name in TOOLS if is_there[name]] + [line.split() for line in lines]
+    words = [[name, "--help"] for name in TOOLS] + [line.split() for line in lines]
     run(environment / "bin" / "python", "-c", WITHOUT_MEGATRON + RUN_COMMANDS, json.dumps(words), cwd=tmp_path)
     before, after = tensors_of(model), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()

@@ -73,9 +73,9 @@ class PlannedLayout(Layout):
         """Whether the optimizer's state is really divided: there is more than one rank to divide it over."""
         return self.distributed_optimizer and max(self.dp, self.expert_dp) > 1
 
-    def flags(self) -> list[str]:
-        """The layout as arguments of launch/stage1.sh or stage2.sh; sizes of 1 too, to override a recipe's."""
-        sizes = {_TP: self.tp, _PP: self.pp, _EP: self.ep, _ETP: self.etp}
+    def flags(self, has_experts: bool = True) -> list[str]:
+        """The layout as arguments of a stage's launcher; sizes of 1 too, to override a recipe's."""
+        sizes = {_TP: self.tp, _PP: self.pp} | ({_EP: self.ep, _ETP: self.etp} if has_experts else {})
         argv = [item for flag, size in sizes.items() for item in (flag, str(size))]
         if self.tp > 1:
             argv.append("--sequence-parallel")

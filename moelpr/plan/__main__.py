@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
@@ -21,7 +21,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
-from moelpr.plan.memory import PLANNED_STAGES, RankMemory, Workload
+from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_ERROR, bubble
 from moelpr.process.command import CommandParser, program_name, run_command
@@ -29,6 +29,7 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import count_argument
 from moelpr.process.text_tables import table_text
+from moelpr.stages import Stage
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
@@ -213,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)
     new_tokens = "number of new tokens of a tokenizer that does not exist yet; each gets a further row"
     add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)
-    add("--stage", choices=PLANNED_STAGES, default="stage1", help="training stage (default: %(default)s)")
+    add("--stage", choices=get_args(Stage), default="stage1", help="training stage (default: %(default)s)")
     add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     seq_length = f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)"

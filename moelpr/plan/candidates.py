@@ -35,9 +35,14 @@ class Candidate:
 
     def flags(self, workload: Workload) -> list[str]:
         """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
-        argv = [*self.layout.flags(), "--micro-batch-size", str(workload.micro_batch_size)]
+        argv = [
+            *self.layout.flags(has_experts=workload.stage != "dense"),
+            "--micro-batch-size",
+            str(workload.micro_batch_size),
+        ]
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []
+        argv += ["--train-everything"] if workload.train_everything else []
         return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
 
@@ -141,13 +146,13 @@ def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iter
 
     Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
     """
-    assert spec.moe is not None
+    new_experts, recomputes = (spec.moe.num_new_experts, RECOMPUTES) if spec.moe else (1, ("none", "full"))
     for tp in (tp for tp in divisors(cluster.gpus) if not cluster.leaves_node(tp)):
         for pp in divisors(cluster.gpus // tp):
-            for ep, etp in itertools.product(divisors(spec.moe.num_new_experts), sorted({1, tp})):
+            for ep, etp in itertools.product(divisors(new_experts), sorted({1, tp}) if spec.moe else [tp]):
                 layout = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
-                if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths)):
-                    yield from (replace(layout, recompute=each) for each in RECOMPUTES)
+                if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths, sequence_parallel=True)):
+                    yield from (replace(layout, recompute=each) for each in recomputes)
 
 
 def preference(layout: PlannedLayout, time: float, cluster: Cluster, traffic_bytes: float) -> tuple[float, ...]:

@@ -8,13 +8,13 @@ new expert the expert-data-parallel ranks. `tests/distributed/memory_plan.py` co
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from moelpr.families.families import family_named
 from moelpr.families.tables import pieces
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import VOCABULARY_PARTS, Part, part_of, trained_parts
+from moelpr.stages import VOCABULARY_PARTS, Part, Stage, part_of, trained_parts
 
 # Bytes per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -26,10 +26,9 @@ MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
 VOCABULARY_MULTIPLE = 128
 
 _FP32, _INT64, _BOOL = 4, 8, 1
+_EXPERT_PARTS = Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS
 
 Dtype = Literal["bf16", "fp32"]
-PlannedStage = Literal["stage0", "stage1", "stage2"]
-PLANNED_STAGES: tuple[PlannedStage, ...] = get_args(PlannedStage)
 # Layer (0-based; None for embedding, final norm and output layer) and part → number of parameters in the full model.
 Parts = Mapping[tuple[int | None, Part], int]
 
@@ -38,7 +37,7 @@ Parts = Mapping[tuple[int | None, Part], int]
 class Kernels:
     """What implementations keep for the backward pass. The default describes a GPU; `CPU` is what the tests run on."""
 
-    fp32_norm_input: bool = False  # a norm keeps an fp32 copy of its input
+    fp32_norm_input: bool = False  # a norm keeps an fp32 copy of its input, and if it trains, of what its weight scales
     # The norm before attention or a dense FFN keeps its output too, as Transformer Engine's fused norm and linear layer
     # has done even if the linear is frozen; counted, to be on the safe side.
     norm_output: bool = True
@@ -68,18 +67,19 @@ class Routing:
 class Workload:
     """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences."""
 
-    stage: PlannedStage
+    stage: Stage
     seq_length: int
     micro_batch_size: int
     global_batch_size: int
     dtype: Dtype = "bf16"
     kernels: Kernels = Kernels()
     new_embeddings: bool = False  # stage 1 also trains rows of new tokens
+    train_everything: bool = False  # as stage "dense" does
 
     @property
     def trained(self) -> frozenset[Part]:
         """The parts with gradients and optimizer state, in embedding and output layer for all rows."""
-        return trained_parts(self.stage, train_new_embeddings=self.new_embeddings)
+        return trained_parts(self.stage, self.train_everything, self.new_embeddings)
 
     @property
     def lengths(self) -> tuple[int, int, int]:
@@ -222,9 +222,9 @@ def needs_input_gradient(
     It ends at the first MoE layer unless the embedding trains, except that an input from another pipeline stage, and
     with recompute the embedding's output, always require a gradient.
     """
-    assert spec.moe is not None
-    is_above = pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
-    return is_above or Part.EMBEDDING in trained
+    if spec.moe is None or Part.EMBEDDING in trained:
+        return True
+    return pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
 
 
 def trains_output(spec: ModelSpec, trained: frozenset[Part]) -> bool:
@@ -237,12 +237,14 @@ class Activations:
     """Bytes that autograd keeps on a rank (docs/design/planner.md); attributes are sizes on one rank."""
 
     def __init__(self, spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None) -> None:
-        assert spec.moe is not None
         shape = spec.megatron_args
-        self.spec, self.moe, self.layout, self.workload = spec, spec.moe, layout, workload
-        self.routing = routing or Routing.uniform(self.moe)
+        self.spec, self.layout, self.workload = spec, layout, workload
+        self.trained = workload.trained
+        self.routing = routing or (Routing.uniform(spec.moe) if spec.moe else Routing(0, 0))
         self.element = WEIGHT_BYTES[workload.dtype]
         self.norm_element = _FP32 if workload.kernels.fp32_norm_input else self.element
+        trains_norms = workload.kernels.fp32_norm_input and Part.NORM in self.trained
+        self.norm_bytes = self.norm_element * (2 if trains_norms else 1)  # per element of a norm's input
         self.all_tokens = workload.seq_length * workload.micro_batch_size
         self.tokens = self.all_tokens / layout.tp
         self.hidden, self.head = shape["hidden_size"], shape["kv_channels"]
@@ -259,8 +261,8 @@ class Activations:
     def layers(self, pp_rank: int) -> list[tuple[float, float]]:
         """The bytes kept from each layer's forward pass, and those allocated only while the layer is recomputed."""
         layers = layers_of_stage(self.spec, self.layout, pp_rank)
-        trained = self.workload.trained
-        return [self._layer(one, needs_input_gradient(self.spec, self.layout, one, pp_rank, trained)) for one in layers]
+        needs = (needs_input_gradient(self.spec, self.layout, one, pp_rank, self.trained) for one in layers)
+        return [self._layer(one, needed) for one, needed in zip(layers, needs, strict=True)]
 
     def peak(self, pp_rank: int) -> float:
         kept, inside = zip(*self.layers(pp_rank), strict=True)
@@ -270,22 +272,27 @@ class Activations:
     def working(self, pp_rank: int) -> float:
         new = self.new_rows * (3 * self.expert_ffn + self.hidden)
         original = self.original_rows * (2 * self.expert_ffn + self.hidden)
+        dense = self.all_tokens * 3 * self.ffn if self.spec.moe is None else 0
         is_last = pp_rank == self.layout.pp - 1
         logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
-        trained = self.workload.trained
-        has_gradient = (pp_rank == 0 and Part.EMBEDDING in trained) or (is_last and trains_output(self.spec, trained))
-        return max(new + original, logits, self.vocabulary * self.hidden * has_gradient) * self.element
+        trains_last = is_last and trains_output(self.spec, self.trained)
+        has_gradient = (pp_rank == 0 and Part.EMBEDDING in self.trained) or trains_last
+        return max(new + original, dense, logits, self.vocabulary * self.hidden * has_gradient) * self.element
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         hidden = self.tokens * self.hidden * self.element
         outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
-        if needs_gradient and self.workload.kernels.norm_output:
-            outside += hidden if self.spec.is_moe_layer(layer) else 2 * hidden
-        if self.spec.is_moe_layer(layer):
+        keeps_output = self.workload.kernels.norm_output  # of a norm; a linear layer that trains keeps its input
+        if needs_gradient and (keeps_output or Part.ATTENTION in self.trained):
+            outside += hidden
+        if self.spec.moe is not None and self.spec.is_moe_layer(layer):
             outside += hidden  # the router's input, which Megatron keeps even if the router is frozen
-            inside = self._experts()
+            inside = self._experts(self.spec.moe)
         else:
-            values = 2 if self.workload.kernels.fused_swiglu else 3  # gate, up and silu(gate)
+            trains = Part.DENSE_FFN in self.trained
+            outside += hidden if needs_gradient and (keeps_output or trains) else 0
+            # Gate, up and silu(gate), and what the down projection reads.
+            values = (2 if self.workload.kernels.fused_swiglu else 3) + trains
             inside = self.all_tokens * values * self.ffn * self.element if needs_gradient else 0.0
         if self.layout.recompute == "full":
             # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
@@ -296,31 +303,33 @@ class Activations:
         return outside + inside, 0.0
 
     def _norm(self) -> float:
-        return self.tokens * (self.hidden * self.norm_element + _FP32)
+        return self.tokens * (self.hidden * self.norm_bytes + _FP32)
 
     def _attention(self) -> float:
         query, key = self.heads * self.head, self.groups * self.head
         projected, rotated, output = query + 2 * key, query + key, query
         elements = self.all_tokens * (projected + rotated + output) + 4 * self.workload.seq_length * self.head
         log_sums = self.all_tokens * self.heads * _FP32
-        qk_norm = self.all_tokens * (query + key) * self.norm_element if self.has_qk_norm else 0
+        qk_norm = self.all_tokens * (query + key) * self.norm_bytes if self.has_qk_norm else 0
         return elements * self.element + log_sums + qk_norm
 
-    def _experts(self) -> float:
-        stage = self.workload.stage
+    def _experts(self, moe: MoeSpec) -> float:
         # Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns.
-        choices = self.moe.topk * (_INT64 + _FP32) + self.moe.num_experts * _FP32 + self.moe.num_new_experts * _INT64
+        choices = moe.topk * (_INT64 + _FP32) + moe.num_experts * _FP32 + moe.num_new_experts * _INT64
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
-        choices += {"stage0": 0, "stage1": self.moe.topk * _INT64, "stage2": 2 * _FP32 + _BOOL}[stage]
-        original = (2 * self.expert_ffn + self.hidden) * self.element + _INT64 + _FP32
-        inputs = self.hidden + self.expert_ffn if stage == "stage1" else 0  # they give the gradients of weights
-        new = (2 * self.expert_ffn + inputs) * self.element + _INT64 + _FP32
-        return self.tokens * choices + self.original_rows * original + self.new_rows * new
+        stage_losses = {"stage1": moe.topk * _INT64, "stage2": 2 * _FP32 + _BOOL}
+        choices += stage_losses.get(self.workload.stage, 0)
+        inputs = self.hidden + self.expert_ffn  # they give the gradients of weights
+        original, new = (2 * self.expert_ffn + inputs * (part in self.trained) for part in _EXPERT_PARTS)
+        original += self.hidden
+        rows = self.original_rows * original + self.new_rows * new
+        numbers = (self.original_rows + self.new_rows) * (_INT64 + _FP32)
+        return self.tokens * choices + rows * self.element + numbers
 
     def loss(self, pp_rank: int) -> float:
         """Bytes kept after the last layer, on the last pipeline stage."""
         if pp_rank < self.layout.pp - 1:
             return 0.0
         # The input of an output layer that trains; softmax, target mask, targets, and the loss masks used for logging.
-        inputs = self.tokens * self.hidden * self.element if trains_output(self.spec, self.workload.trained) else 0.0
+        inputs = self.tokens * self.hidden * self.element if trains_output(self.spec, self.trained) else 0.0
         return self._norm() + inputs + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import Cluster
-from moelpr.plan.memory import PlannedStage, Workload, checkpoint_bytes, export_parameters, model_parts
+from moelpr.plan.memory import Workload, checkpoint_bytes, export_parameters, model_parts
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import format_count
+from moelpr.stages import Stage
 
 # The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
-PAPER_SEQ_LENGTH: dict[PlannedStage, int] = {"stage1": 1024, "stage2": 512}
+PAPER_SEQ_LENGTH: dict[Stage, int] = {"stage1": 1024, "stage2": 512}
 PAPER_GLOBAL_BATCH_SIZE = 512
 # The recipes save every 1,000 steps and keep every tenth checkpoint.
 RETAIN_INTERVAL = 10_000
@@ -108,7 +109,7 @@ class StagePlan:
         return RunCost(tokens, steps, seconds, gpu_hours, checkpoints, checkpoints * self.disk.checkpoint)
 
 
-def paper_workload(stage: PlannedStage, micro_batch_size: int = 1) -> Workload:
+def paper_workload(stage: Stage, micro_batch_size: int = 1) -> Workload:
     """The paper's lengths and batch size for a stage; stages that it does not have get those of stage 1."""
     seq_length = PAPER_SEQ_LENGTH.get(stage, PAPER_SEQ_LENGTH["stage1"])
     return Workload(stage, seq_length, micro_batch_size, PAPER_GLOBAL_BATCH_SIZE)

@@ -24,7 +24,7 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     trains_output,
 )
-from moelpr.stages import VOCABULARY_PARTS, Part
+from moelpr.stages import Part
 
 # Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
 MATMUL_EFFICIENCY = 0.5
@@ -80,26 +80,23 @@ def stage_flops(
     workload: Workload,
     pp_rank: int,
     routing: Routing | None = None,
-    trained: frozenset[Part] | None = None,
 ) -> Flops:
     """Count the matrix products of a micro-batch on a rank of a pipeline stage; norms and softmax are excluded.
 
     Forward, each weight is multiplied once per token or row, and attention computes the causal half of its scores and
     values. Backward, a product costs as much again for the gradient of its weight if that trains, and for the gradient
     of its input (attention: of both) if something trained is below. In the first MoE layer nothing is, and its new
-    experts need only the gradient of their hidden rows, a third. `trained` is what the stage trains by default.
+    experts need only the gradient of their hidden rows, a third.
     """
-    assert spec.moe is not None
-    trained = workload.trained if trained is None else trained
-    routing = routing or Routing.uniform(spec.moe)
+    trained = workload.trained
     shape = spec.megatron_args
     tokens = workload.seq_length * workload.micro_batch_size / layout.tp
     core = 2 * tokens * workload.seq_length * shape["num_attention_heads"] * shape["kv_channels"]
-    rows = {  # per token and expert
-        Part.ORIGINAL_EXPERTS: routing.original_rows / spec.moe.num_original_experts,
-        Part.NEW_EXPERTS: routing.new_rows / spec.moe.num_new_experts,
-        Part.NORM: 0,
-    }
+    rows: dict[Part, float] = {Part.NORM: 0}  # per token, and per expert
+    if spec.moe is not None:
+        routing = routing or Routing.uniform(spec.moe)
+        rows[Part.ORIGINAL_EXPERTS] = routing.original_rows / spec.moe.num_original_experts
+        rows[Part.NEW_EXPERTS] = routing.new_rows / spec.moe.num_new_experts
     once = again = 0.0
     for layer in layers_of_stage(spec, layout, pp_rank):
         products = {part: 2 * tokens * rows.get(part, 1) * parts.get((layer, part), 0) for part in Part}
@@ -115,8 +112,9 @@ def stage_flops(
             again += forward - core - products[Part.ATTENTION]
     if pp_rank == layout.pp - 1:
         num_rows = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
-        # If there are new tokens, only their rows get a gradient, and they may all be on one rank.
-        trained_rows = min(spec.new_tokens.number, num_rows) if spec.new_tokens else num_rows
+        trained_rows = num_rows
+        if spec.new_tokens and trained != frozenset(Part):  # only their rows get a gradient; one rank may have all
+            trained_rows = min(spec.new_tokens.number, num_rows)
         rows_per_token = 2 * num_rows + (trained_rows if trains_output(spec, trained) else 0)
         once += 2 * tokens * layout.tp * shape["hidden_size"] * rows_per_token
     return Flops(once, again)
@@ -144,7 +142,8 @@ def expert_traffic(
     layer repeats the forward pass. With ETP > 1 each rank gathers the rows of ETP ranks (for the original experts each
     token once, with its m gate weights) and scatters the sums. `routing` is `Routing.uniform` by default.
     """
-    assert spec.moe is not None
+    if spec.moe is None:
+        return Traffic(0, 0)
     routing = routing or Routing.uniform(spec.moe)
     row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
     stages = (layers_of_stage(spec, layout, stage) for stage in range(layout.pp))
@@ -168,7 +167,6 @@ def step_time(
     cluster: Cluster,
     memories: list[RankMemory],
     routing: Routing | None = None,
-    trained: frozenset[Part] | None = None,
 ) -> StepTime:
     """The predicted time of a step on GPUs that the planner knows.
 
@@ -184,7 +182,7 @@ def step_time(
 
     def of_stage(pp_rank: int) -> StepTime:
         memory = memories[pp_rank]
-        flops = stage_flops(spec, parts, layout, workload, pp_rank, routing, trained)
+        flops = stage_flops(spec, parts, layout, workload, pp_rank, routing)
         products_s = sum(flops) / (links.gpu.flops * MATMUL_EFFICIENCY)
         # Weights are read forward and backward; each micro-batch adds to the gradients.
         accessed = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes + _ACCESSES * activations.loss(pp_rank)
@@ -194,14 +192,15 @@ def step_time(
         # Sequence parallelism gathers and scatters around attention and dense FFNs, forward and backward.
         layers = layers_of_stage(spec, layout, pp_rank)
         exchanges = len(layers) + sum(not spec.is_moe_layer(layer) for layer in layers)
-        collectives = exchanges * (6 if layout.recompute == "full" else 4)
+        # A layer that trains gathers its input a second time, for the gradient of its weights.
+        collectives = exchanges * ((6 if layout.recompute == "full" else 4) + (Part.ATTENTION in workload.trained))
         layers_s = links.node_s(collectives * hidden_bytes * (layout.tp - 1))
         layers_s += links.pipeline_s(2 * hidden_bytes) if layout.pp > 1 else 0
         memory_s = links.memory_s(accessed)
         held = held_on_stage(spec, parts, layout, pp_rank)
         gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
         reduce_s = 0.0
-        for part in workload.trained & {Part.NEW_EXPERTS, *VOCABULARY_PARTS}:
+        for part in workload.trained:
             reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,

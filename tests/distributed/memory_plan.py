@@ -5,11 +5,11 @@
 Every run is one step of the real trainer on one or two CPU ranks (measured_memory.py). Parameters, gradient
 buffers and optimizer state must be predicted to the byte, except padding. What autograd keeps is compared as a ratio,
 with the plan's assumption that every expert is chosen equally often, and with the rows that were routed. The peer of
-the summary is the same model with everything trained (--train-everything).
+the summary is the same model with everything trained (--train-everything); full training of a dense one is there too.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.memory import CPU, Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import expert_traffic
-from moelpr.stages import MoeStage
+from moelpr.stages import Stage
 
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 256, 2, 8
 VOCABULARY = 1000
@@ -34,10 +34,10 @@ EXACT = ("frozen", "trainable", "parameter_bytes", "gradient_bytes", "optimizer_
 class Case:
     name: str
     layout: PlannedLayout
-    stage: MoeStage
+    stage: Stage
     dtype: Literal["bf16", "fp32"]
     model: str = "upcycled"
-    is_peer: bool = False
+    train_everything: bool = False
 
 
 def cases() -> list[Case]:
@@ -57,7 +57,11 @@ def cases() -> list[Case]:
     for stage in common.STAGES:
         found.append(Case("1 rank, K = E", plain["1 rank"], stage, "bf16", "k-is-e"))
         found.append(Case("EP2, two original experts", plain["EP2"], stage, "bf16", "second"))
-    found.append(Case("everything trained", plain["1 rank"], "stage1", "bf16", is_peer=True))
+    for name in ("1 rank", "EP2", "TP2+SP", "DP2, distributed optimizer"):
+        found.append(Case(f"{name}, everything trained", plain[name], "stage1", "bf16", train_everything=True))
+        if name != "EP2":
+            layout = replace(plain[name], etp=plain[name].tp)
+            found.append(Case(f"{name}, dense", layout, "dense", "bf16", "dense"))
     return found
 
 
@@ -90,9 +94,12 @@ def make_material(folder: Path) -> None:
     """
     import numpy as np
 
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+
     config = common.qwen2_config(4, 256, 704, VOCABULARY, length=512, tie_word_embeddings=True)
     hf = common.save_random_model(config, folder / "hf")
     common.upcycle(hf, folder / "upcycled", 4, moe_layers=[0, 1, 3])
+    hf_to_mcore(hf, folder / "dense", None)
     common.upcycle(hf, folder / "k-is-e", 1, moe_layers=[0, 1, 3])
     common.upcycle(common.export(folder / "k-is-e", folder / "exported"), folder / "second", 4)
     random = np.random.default_rng(0)
@@ -108,9 +115,9 @@ def measure(case: Case, material: Path, out: Path) -> list[dict[str, Any]]:
         f"{GLOBAL_BATCH_SIZE} --seq-length {SEQ_LENGTH} --lr 1e-4 --train-iters 1 "
         "--no-save-optim"  # nothing is saved, but torch's Adam requires it with the distributed optimizer
     ).split()
-    settings += ["--train-everything"] if case.is_peer else []
+    settings += ["--train-everything"] if case.train_everything else []
     paths = ["--pretrained-checkpoint", material / case.model, "--data-path", material / "text"]
-    ranks, words = case.layout.world_size, (out, *settings, *paths, *case.layout.flags())
+    ranks, words = case.layout.world_size, (out, *settings, *paths, *case.layout.flags(case.stage != "dense"))
     log = out / f"{case.name}, {case.stage}, {case.dtype}.log"
     common.run_ranks(ranks, "tests.distributed.measured_memory", *words, log=log, timeout_s=300)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
@@ -124,9 +131,8 @@ def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) ->
     row["state_bytes_per_trainable"] = state / measured["trainable"]
     if measured["frozen"]:
         row["bytes_per_frozen"] = (measured["frozen_bytes"] + measured["frozen_state_bytes"]) / measured["frozen"]
-    if case.is_peer:
-        return row
-    run = Workload(case.stage, SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE, case.dtype, CPU)
+    sizes = SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE
+    run = Workload(case.stage, *sizes, case.dtype, CPU, train_everything=case.train_everything)
     tokens = SEQ_LENGTH * MICRO_BATCH_SIZE / case.layout.tp
     routed = Routing(measured["original_rows"] / tokens, measured["new_rows"] / tokens)
     parts, pp_rank = model_parts(spec), rank if case.layout.pp > 1 else 0
@@ -141,15 +147,15 @@ def compare(case: Case, spec: ModelSpec, rank: int, measured: dict[str, Any]) ->
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    planned = [row for row in rows if "predicted" in row]
-    frozen = sorted({round(row["bytes_per_frozen"], 6) for row in planned if row["dtype"] == "bf16"})
-    peers = [row["state_bytes_per_trainable"] for row in rows if "predicted" not in row]
+    bf16 = [row for row in rows if row["dtype"] == "bf16"]
+    frozen = sorted({round(row["bytes_per_frozen"], 6) for row in bf16 if "bytes_per_frozen" in row})
+    peers = [row["state_bytes_per_trainable"] for row in bf16 if "bytes_per_frozen" not in row]
 
     def worst_error(ratio: str) -> float | None:
-        return max((abs(row[ratio] - 1) for row in planned), default=None)
+        return max((abs(row[ratio] - 1) for row in rows), default=None)
 
     return {
-        "state_is_exact": all(row["is_exact"] for row in planned),
+        "state_is_exact": all(row["is_exact"] for row in rows),
         "worst_activation_error": worst_error("activation_ratio"),
         "worst_activation_error_as_routed": worst_error("activation_ratio_as_routed"),
         "bf16_bytes_per_frozen_parameter": frozen,

@@ -8,7 +8,7 @@ from moelpr.arguments.requested import RequestedRun
 from moelpr.layouts import PlannedLayout, Recompute, divisors, layout_problems
 from moelpr.megatron_patches import cpu
 from moelpr.plan.gpus import RESERVED_FRACTION
-from moelpr.plan.memory import CPU, PLANNED_STAGES, Dtype, Kernels, Workload, model_parts, stage_memories
+from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
 from moelpr.process import machine, ranks
 
 # What torch, Megatron and Python occupy in a rank without a GPU, in addition to the code that all ranks share.
@@ -47,21 +47,18 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
 def expected_memory(run: RequestedRun) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
     args, layout, spec = run.args, run.layout, run.spec
-    if spec is None or args.stage not in PLANNED_STAGES or args.train_everything or layout.cp * layout.vpp > 1:
+    if spec is None or (args.stage == "dense") != (spec.moe is None) or layout.cp * layout.vpp > 1:
         return None
     sizes = args.seq_length, args.micro_batch_size, run.global_batch_size
-    if (
-        spec.moe is None
-        or not all(size and size > 0 for size in sizes)
-        or any(layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False))
-    ):
+    problems = layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False)
+    if not all(size and size > 0 for size in sizes) or any(problems):
         return None
     sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
     is_distributed = bool(args.use_distributed_optimizer)
     planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
-    workload = Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings)
+    workload = Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings, args.train_everything)
     ranks = stage_memories(spec, model_parts(spec), planned, workload)
     return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
 

@@ -15,7 +15,6 @@ from moelpr.model.router import LPRLossNormalizer
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.memory import (
     CPU,
-    PLANNED_STAGES,
     Activations,
     Dtype,
     Kernels,
@@ -27,12 +26,14 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     stage_memories,
 )
-from moelpr.stages import Part
+from moelpr.stages import Part, Stage
 from tests.distributed.measured_memory import SavedTensors
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
 
-TRAININGS = [*((stage, False) for stage in PLANNED_STAGES), ("stage1", True)]
+# Stage, new_embeddings, train_everything.
+TRAININGS = [*((stage, False, False) for stage in get_args(Stage)), ("stage1", True, False), ("stage1", False, True)]
+TRAININGS += [("stage2", False, True)]
 PARTS = model_parts(SPEC)
 ALONE = PlannedLayout(distributed_optimizer=False)
 
@@ -186,19 +187,21 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
+@pytest.mark.parametrize(("stage", "new_embeddings", "everything"), TRAININGS)
 @pytest.mark.parametrize("recompute", get_args(Recompute))
-def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage, new_embeddings, recompute) -> None:
+def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
+    stage, new_embeddings, everything, recompute
+) -> None:
     """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
-    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe, new_tokens)
-    losses = {"stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
+    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage != "dense" else None, new_tokens)
+    losses = {"dense": {}, "stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
     settings: dict[str, object] = losses[stage]
     if recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     elif recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    (model,) = freeze([build_model(spec, **settings)], stage, False, new_embeddings, new_tokens)
+    (model,) = freeze([build_model(spec, **settings)], stage, everything, new_embeddings, new_tokens)
     LPRLossNormalizer.weight = torch.tensor(1.0)
     tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
     saved = SavedTensors()
@@ -212,7 +215,8 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(stage, new_em
             padding_mask=torch.ones_like(tokens, dtype=torch.uint8),
         )
         loss.sum().backward()
-    workload = Workload(stage, SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE, "fp32", CPU, new_embeddings)
+    sizes = SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE
+    workload = Workload(stage, *sizes, "fp32", CPU, new_embeddings, everything)
     layout = PlannedLayout(recompute=recompute, distributed_optimizer=False)
     planned = stage_memories(spec, model_parts(spec), layout, workload)[0].activation_bytes
     assert saved.peak == pytest.approx(planned, rel=0.02)
@@ -231,11 +235,12 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize("is_untied", [False, True])
 @pytest.mark.parametrize("layers", [(0, 1, 2, 3), (1, 3)])
 @pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize(("stage", "new_embeddings"), TRAININGS)
-def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_embeddings) -> None:
+@pytest.mark.parametrize(("stage", "new_embeddings", "everything"), TRAININGS)
+def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_embeddings, everything) -> None:
     spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
-    (model,) = freeze([build_model(spec)], stage, False, new_embeddings, NewTokens(100, 28, 110))
-    workload = Workload(stage, 64, 1, 1, new_embeddings=new_embeddings)
+    spec = spec.as_dense() if stage == "dense" else spec
+    (model,) = freeze([build_model(spec)], stage, everything, new_embeddings, NewTokens(100, 28, 110))
+    workload = Workload(stage, 64, 1, 1, new_embeddings=new_embeddings, train_everything=everything)
     rank = stage_memories(spec, model_parts(spec), PlannedLayout(), workload)[0]
     assert rank.trainable == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert rank.frozen == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)

@@ -10,11 +10,9 @@ from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import PREDICTION_ERROR, step_time
-from moelpr.stages import Part
 from tests.unit.conftest import SHAPE
 
 PAGE = Path(__file__).parents[3] / "docs/design/planner.md"
-EVERYTHING = frozenset(Part)
 DENSE = Routing(1, 0)  # one row per token through the original expert
 
 
@@ -41,16 +39,17 @@ class Published:
     batch: tuple[int, int, int]
     tokens_per_s: float
     routing: Routing | None = None
-    trained: frozenset[Part] | None = None
     stage: str = "stage1"
+    train_everything: bool = False
 
     @property
     def predicted(self) -> float:
-        workload, parts = Workload(self.stage, *self.batch), model_parts(self.spec)  # type: ignore[arg-type]
+        workload = Workload(self.stage, *self.batch, train_everything=self.train_everything)  # type: ignore[arg-type]
+        parts = model_parts(self.spec)
         gpu = GPUS[self.gpu]
         cluster = Cluster(self.layout.world_size, 8, gpu.memory_gib, 0, gpu)
         memories = stage_memories(self.spec, parts, self.layout, workload, self.routing)
-        time = step_time(self.spec, parts, self.layout, workload, cluster, memories, self.routing, self.trained)
+        time = step_time(self.spec, parts, self.layout, workload, cluster, memories, self.routing)
         return time.tokens_per_s(workload, cluster)
 
     @property
@@ -73,7 +72,7 @@ H100, B200 = "h100-80", "b200-192"
 def moe(name: str, spec: ModelSpec, gpu: str, layout: PlannedLayout, batch: tuple[int, int], rate: float) -> Published:
     """All experts are new and everything trains, on sequences of 4,096 tokens."""
     assert spec.moe is not None
-    return Published(name, spec, gpu, layout, (4096, *batch), rate, Routing(0, spec.moe.topk), EVERYTHING)
+    return Published(name, spec, gpu, layout, (4096, *batch), rate, Routing(0, spec.moe.topk), train_everything=True)
 
 
 def lora(name: str, spec: ModelSpec, layout: PlannedLayout, rate: float) -> Published:

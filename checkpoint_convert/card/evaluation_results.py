@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from pydantic.dataclasses import dataclass
 
 from checkpoint_convert.card.front_matter import read_card, texts
-from checkpoint_convert.hf.hub import is_hub_name
 from checkpoint_convert.hf.model_files import CARD_FILE
+from moelpr.families.hub import is_hub_name
 from moelpr.languages import canonical, language_name
 from moelpr.process.errors import UserError
 from moelpr.store import records

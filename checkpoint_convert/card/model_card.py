@@ -10,10 +10,10 @@ from checkpoint_convert.card.front_matter import front_matter, inherited
 from checkpoint_convert.card.history import History
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
-from checkpoint_convert.hf.hub import is_hub_name
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
 from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.families.hub import is_hub_name
 from moelpr.metrics import schema
 from moelpr.process.versions import installed_versions
 from moelpr.stages import Part

@@ -16,13 +16,14 @@ from checkpoint_convert.conversions.graft_record import Graft, Only
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.checks import check_same_tokenizer
 from checkpoint_convert.hf.companions import copy_companion, copy_companions
-from checkpoint_convert.hf.hub import Model, is_hub_name
+from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer, read_tokenizer_config, write_tokenizer_config
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.hf_config import CONFIG_FILE, read_config
+from moelpr.families.hub import is_hub_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.store.checksums import Verify
 

@@ -1,11 +1,11 @@
 """Models named as on the Hugging Face Hub: downloads weights, config and tokenizer, but no pickles and no code."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_convert.hf.model_files import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
-from moelpr.process.errors import DISK_FULL, UserError
+from moelpr.families.hub import download, is_hub_name
+from moelpr.process.errors import UserError
 from moelpr.store import checksums
 
 # Not *.safetensors: repositories also keep weights of other formats, such as consolidated.safetensors.
@@ -33,11 +33,6 @@ class Model:
     revision: str | None = None
 
 
-def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
 def find_model(path: Path, revision: str | None = None) -> Model:
     """The folder `path`, or the model of the Hub that it names, in the Hub's cache.
 
@@ -51,19 +46,5 @@ def find_model(path: Path, revision: str | None = None) -> Model:
         if revision is not None:
             raise UserError(f"--revision names a revision on the Hub, but {path} is a local path; remove --revision")
         return Model(path, path.resolve().name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # the Hub, the network and its libraries have many kinds
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise
-        reason = " ".join((str(error) or type(error).__name__).split())
-        if isinstance(error, LocalEntryNotFoundError):  # its message is about the library's arguments
-            reason = "the Hub can't be reached, or HF_HUB_OFFLINE is set, and the cache doesn't contain it"
-        raise UserError(
-            f"there is no folder {path}, and the model of this name can't be downloaded ({reason}); where there is a "
-            f"network, run hf download {path} --local-dir DIR, and pass DIR"
-        ) from error
+    folder = download(str(path), revision, DOWNLOADED)
     return Model(folder, str(path), folder.name)

@@ -9,27 +9,28 @@ import argparse
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
+from moelpr.families.hub import config_folder
 from moelpr.families.new_experts import with_new_experts
 from moelpr.layouts import neighbors
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.arguments import add_expert_flags, new_experts
-from moelpr.plan.candidates import Candidate
-from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster
+from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
+from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
-from moelpr.plan.step_time import PREDICTION_ERROR, bubble
+from moelpr.plan.step_time import PREDICTION_NOTE, bubble
 from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import count_argument
 from moelpr.process.text_tables import table_text
-from moelpr.stages import Stage
+from moelpr.stages import Part, Stage
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
@@ -40,11 +41,9 @@ def main() -> None:
     args = _parser().parse_args()
     seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
-    workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings)
-    cluster = _cluster(args)
-    family, base = read_base(args.hf_path)
-    experts = new_experts(args, base)
-    spec = _with_new_tokens(with_new_experts(family, base, experts), args)
+    trains = {"new_embeddings": args.train_new_embeddings, "train_everything": args.train_everything}
+    workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
+    spec = _model(args, workload, cluster)
     plan = plan_stage(spec, workload, cluster, enlarge=False)
     cost = plan.cost(args.train_tokens) if args.train_tokens else None
     if args.json:
@@ -53,10 +52,30 @@ def main() -> None:
         print(_table(plan, cost, len(plan.candidates) if args.all else args.rows))
 
 
+def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> ModelSpec:
+    family, base = read_base(config_folder(args.hf_path))
+    if args.stage == "dense":
+        flags = "num_new_experts topk original_copies moe_layers moe_every_k_layers train_everything".split()
+        if given := [name for name in flags if getattr(args, name)]:
+            raise UserError(f"--stage dense trains a dense model; remove --{given[0].replace('_', '-')}")
+        if base.moe is not None:
+            raise UserError(f"--stage dense requires a dense model, but {args.hf_path} has experts; use --stage stage1")
+        return _with_new_tokens(base, args)
+    if args.num_new_experts is None:
+        raise UserError(f"--stage {args.stage} requires new experts; pass --num-new-experts N, or auto")
+    is_auto = args.num_new_experts == "auto"
+    experts = replace(new_experts(args, base), num_new_experts=MOST_EXPERTS if is_auto else args.num_new_experts)
+    spec = _with_new_tokens(with_new_experts(family, base, experts), args)
+    return most_experts(spec, workload, cluster) if is_auto else spec
+
+
 def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
     """The model with the rows of new tokens, which stage 0 and --train-new-embeddings require."""
-    if args.train_new_embeddings and args.stage != "stage1":
-        raise UserError(f"--train-new-embeddings applies to --stage stage1, got {args.stage}; remove it")
+    if args.train_everything and args.stage == "stage0":
+        raise UserError("stage0 trains only rows of new tokens; remove --train-everything, or use another --stage")
+    if args.train_new_embeddings and (args.stage != "stage1" or args.train_everything):
+        other = "--train-everything" if args.train_everything else args.stage
+        raise UserError(f"--train-new-embeddings applies to --stage stage1, got {other}; remove it")
     rows = spec.megatron_args["vocab_size"]
     if args.extended_tokenizer is not None:
         extension = VocabularyExtension.read(args.extended_tokenizer)
@@ -77,15 +96,20 @@ def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
-    if args.gpus > args.gpus_per_node and args.gpus % args.gpus_per_node:
+    here = cluster_here() if args.gpu == "auto" else None
+    gpus = args.gpus or (here.gpus if here else None)
+    per_node = args.gpus_per_node or (here.gpus if here else 8)
+    if gpus is None:
+        raise UserError("the number of GPUs is unknown; pass --gpus, or --gpu auto for those of this machine")
+    if gpus > per_node and gpus % per_node:
         raise UserError(
-            f"--gpus must be a multiple of --gpus-per-node {args.gpus_per_node}, got {args.gpus}; use --gpus "
-            f"{neighbors(args.gpus, args.gpus_per_node)}, or change --gpus-per-node"
+            f"--gpus must be a multiple of --gpus-per-node {per_node}, got {gpus}; use --gpus "
+            f"{neighbors(gpus, per_node)}, or change --gpus-per-node"
         )
-    gpu = GPUS.get(args.gpu)
+    gpu = here.gpu if here else GPUS.get(args.gpu)
     if gpu is not None and args.dtype != "bf16":
         raise UserError(f"--gpu predicts the time of bf16, got --dtype {args.dtype}; use --gpu-memory-gib instead")
-    memory_gib = args.gpu_memory_gib or (gpu.memory_gib if gpu else None)
+    memory_gib = args.gpu_memory_gib or (here.gpu_memory_gib if here else gpu.memory_gib if gpu else None)
     if memory_gib is None:
         raise UserError(f"the GPUs are unknown; pass --gpu {'|'.join(GPUS)}, or --gpu-memory-gib for others")
     reserve_gib = memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
@@ -94,7 +118,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
             f"--reserve-gib must be less than the memory per GPU, {memory_gib:g} GiB, got {reserve_gib:g}; use "
             f"--reserve-gib {memory_gib * RESERVED_FRACTION:g}"
         )
-    return Cluster(args.gpus, args.gpus_per_node, memory_gib, reserve_gib, gpu)
+    return Cluster(gpus, per_node, memory_gib, reserve_gib, gpu)
 
 
 def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
@@ -104,11 +128,12 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         if cluster.gpu
         else "time: compute time of a step with recompute and bubble, relative to one without; excludes communication."
     )
-    tokens = spec.new_tokens
+    tokens, moe, s = spec.new_tokens, spec.moe, "s" if cluster.gpus > 1 else ""
     lines = [
         f"{workload.stage}, {workload.dtype}: {workload.global_batch_size} sequences of {workload.seq_length} tokens "
-        f"per step, {workload.micro_batch_size} per micro-batch; {cluster.gpus} GPUs of {cluster.gpu_memory_gib:g} "
+        f"per step, {workload.micro_batch_size} per micro-batch; {cluster.gpus} GPU{s} of {cluster.gpu_memory_gib:g} "
         f"GiB, {cluster.reserve_gib:g} GiB of them reserved.",
+        *([f"New experts: {moe.num_new_experts} in each of {len(moe.layers)} layers."] if moe else []),
         *([f"{tokens.number:,} new tokens: {tokens.vocab_size:,} rows of the vocabulary."] if tokens else []),
         "Memory: GiB on the highest-memory rank. all-to-all, gathers: GiB that experts exchange per rank and step over",
         "EP and over ETP, if all experts are chosen equally often; rows of original experts need no all-to-all.",
@@ -133,17 +158,16 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         lines.append(f"… and {len(found) - rows} more (--all)")
     if step := found[0].step_time:
         shares = (f"{name.removesuffix('_s')} {seconds / step.total_s:.0%}" for name, seconds in asdict(step).items())
-        least, most = PREDICTION_ERROR
         lines += [
             "",
             f"The first layout's step: {', '.join(shares)}.",
-            f"Predictions of published runs of similar models are {least:+.0%} to {most:+.0%} off in tokens/s; none",
-            "has been compared with a run of moelpr (docs/design/planner.md).",
+            PREDICTION_NOTE,
         ]
     checkpoint, trained_only, export = map(format_bytes, asdict(plan.disk).values())
+    trained_only = "" if workload.trained == frozenset(Part) else f"{trained_only} with --save-trained-only, "
     lines += [
         "",
-        f"Disk: {checkpoint} for each checkpoint, {trained_only} with --save-trained-only, {export} for the export.",
+        f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export.",
         *([f"{cost}."] if cost else []),
     ]
     larger = plan_stage(spec, workload, cluster)
@@ -200,12 +224,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog=program_name("python -m moelpr.plan"), description=(__doc__ or "").splitlines()[0])
     count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
     add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR", help="directory with the model's config.json (required)")
-    add("--num-new-experts", type=int, required=True, metavar="N", help="new experts per MoE layer (required)")
-    add("--gpus", type=count, required=True, metavar="G", help="total number of GPUs (required)")
-    add("--gpu", choices=tuple(GPUS), help="the GPUs, whose step time is predicted")
+    path = "directory with the model's config.json, or the model's name on the Hub (required)"
+    add("--hf-path", type=Path, required=True, metavar="DIR", help=path)
+    experts = f"new experts per MoE layer, or auto: the most that fit, up to {MOST_EXPERTS} (none for --stage dense)"
+    add("--num-new-experts", type=_number_or_auto, metavar="N", help=experts)
+    add("--gpus", type=count, metavar="G", help="total number of GPUs (default with --gpu auto: this machine's)")
+    add("--gpu", choices=(*GPUS, "auto"), help="the GPUs, whose step time is predicted; auto: this machine's")
     add("--gpu-memory-gib", type=gib, metavar="GIB", help="memory per GPU, in GiB (default: that of --gpu)")
-    add("--gpus-per-node", type=count, default=8, metavar="PER_NODE", help="GPUs per node (default: %(default)s)")
+    add("--gpus-per-node", type=count, metavar="PER_NODE", help="GPUs per node (default: 8, or this machine's)")
     reserve = "memory per GPU, in GiB, left free for CUDA context, NCCL buffers and fragmentation (default: 10%% of it)"
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
     add_expert_flags(parser)
@@ -216,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)
     add("--stage", choices=get_args(Stage), default="stage1", help="training stage (default: %(default)s)")
     add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
+    add("--train-everything", action="store_true", help="in stage1 and stage2, train all parameters")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     seq_length = f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)"
     add("--seq-length", type=count, metavar="TOKENS", help=seq_length)
@@ -229,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="list all layouts that fit")
     add("--json", action="store_true", help="print JSON with all layouts that fit, in bytes and per pipeline stage")
     return parser
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:

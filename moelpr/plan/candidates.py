@@ -128,17 +128,17 @@ def with_num_experts(spec: ModelSpec, number: int) -> ModelSpec:
 
 
 def most_experts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> ModelSpec:
-    """The model with the largest of `numbers_of_experts` that fits.
+    """The model with the largest of `numbers_of_experts` that fits, if possible without recomputing all layers.
 
     Raises:
         DoesNotFitError: none fits; its remedies are those of the smallest number.
     """
     models = [with_num_experts(spec, number) for number in numbers_of_experts(spec, cluster)]
-    for model in models:
-        if _best_first(_candidates(model, workload, cluster), cluster):
-            return model
-    fitting(models[-1], workload, cluster)
-    raise AssertionError("it fits")
+    best = [_best_first(_candidates(model, workload, cluster), cluster)[:1] for model in models]
+    fits = [(model, one.layout.recompute) for model, found in zip(models, best, strict=True) for one in found]
+    if not fits:
+        fitting(models[-1], workload, cluster)
+    return next((model for model, recompute in fits if recompute != "full"), fits[0][0])
 
 
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:

@@ -1,8 +1,13 @@
 """The GPUs that the planner knows, and clusters of them. The numbers' sources are in docs/design/planner.md."""
 
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from typing import Self
+
+from moelpr.process.errors import UserError
 
 GIB = 1 << 30
 RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless the user chooses
@@ -12,19 +17,31 @@ RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless t
 class Gpu:
     """A GPU by its data sheet, in a node where each GPU has its own network adapter."""
 
-    memory_gib: float  # data sheets say GB, but mean GiB within 1%
-    flops: float  # operations per second of bf16 matrix products, without sparsity
+    memory_gib: float  # as nvidia-smi shows it; data sheets say GB
+    flops: float  # operations per second of bf16 matrix products with sums in fp32, without sparsity
     memory_bandwidth: float  # bytes per second
     node_bandwidth: float  # bytes per second to the GPUs of the same node, in one direction (data sheets add up both)
     network_bandwidth: float  # bytes per second to other nodes, in one direction
 
 
+_PCIE4, _PCIE5 = 32e9, 64e9  # 16 lanes
 GPUS = {
     "a800-80": Gpu(80, 312e12, 2.039e12, 200e9, 25e9),
+    "a100-40": Gpu(40, 312e12, 1.555e12, 300e9, 25e9),
     "a100-80": Gpu(80, 312e12, 2.039e12, 300e9, 25e9),
+    "a100-pcie-40": Gpu(40, 312e12, 1.555e12, _PCIE4, 12.5e9),
+    "a100-pcie-80": Gpu(80, 312e12, 1.935e12, _PCIE4, 12.5e9),
     "h100-80": Gpu(80, 989e12, 3.35e12, 450e9, 50e9),
+    "h100-pcie-80": Gpu(80, 756e12, 2e12, _PCIE5, 12.5e9),
+    "h100-nvl-94": Gpu(94, 835e12, 3.9e12, _PCIE5, 12.5e9),
     "h200-141": Gpu(141, 989e12, 4.8e12, 450e9, 50e9),
+    "gh200-96": Gpu(96, 990e12, 4e12, 450e9, 50e9),
+    "gh200-144": Gpu(144, 990e12, 4.9e12, 450e9, 50e9),
     "b200-192": Gpu(180, 2250e12, 8e12, 900e9, 50e9),  # a DGX B200 exposes 180 of its 192 GB
+    "l40s-48": Gpu(45, 362e12, 0.864e12, _PCIE4, 12.5e9),  # error correction takes a sixteenth of the 48 GB
+    "rtx6000ada-48": Gpu(48, 364e12, 0.96e12, _PCIE4, 1.25e9),
+    "rtx4090-24": Gpu(24, 165e12, 1.008e12, _PCIE4, 1.25e9),
+    "rtx5090-32": Gpu(32, 209e12, 1.792e12, _PCIE5, 1.25e9),
 }
 
 
@@ -53,10 +70,43 @@ class Cluster:
 
 
 def gpu_named(name: str, memory_gib: float) -> Gpu | None:
-    """The GPU by the name and the memory that torch reports; None if it is unknown, as PCIe cards are."""
-    if re.search("PCIe|NVL", name):
-        return None
+    """The GPU by the name and the memory that torch or nvidia-smi reports; None if the planner does not know it."""
+    words = re.sub(r"(?<=rtx) (?=\d)|(?<=\d) (?=ada)", "", name.lower())
+    variants = set(re.findall(r"pcie|nvl|laptop|mig|\bd\b", words))
     for key, gpu in GPUS.items():
-        if re.search(rf"\b{key.split('-')[0]}\b", name, re.IGNORECASE) and abs(memory_gib / gpu.memory_gib - 1) < 0.1:
+        model, *variant, _ = key.split("-")
+        is_model = re.search(rf"(?<![a-z0-9]){model}(?![a-z0-9])", words) and variants == set(variant)
+        if is_model and abs(memory_gib / gpu.memory_gib - 1) < 0.1:
             return gpu
     return None
+
+
+def gpus_here() -> list[tuple[str, float]]:
+    """Name and GiB of memory of each GPU of this machine, as torch sees them, or nvidia-smi if torch sees none."""
+    try:
+        import torch
+
+        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+        found = [(one.name, one.total_memory / GIB) for one in properties]
+    except (ImportError, RuntimeError):  # torch is not installed, or the driver does not fit it
+        found = []
+    if found or "CUDA_VISIBLE_DEVICES" in os.environ or not (program := shutil.which("nvidia-smi")):
+        return found
+    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    lines = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if answer.returncode == 0]
+    return [(name, int(mib) / 1024) for name, mib in lines]
+
+
+def cluster_here(gpus: int | None = None, reserve_gib: float | None = None) -> Cluster:
+    """The GPUs of this machine, or so many in machines like this one; UserError if there are none."""
+    found = gpus_here()
+    if not found:
+        raise UserError(
+            "this machine has no NVIDIA GPU; name the GPUs that will train, one of "
+            f"{', '.join(GPUS)}, and their number, or their memory"
+        )
+    name, memory_gib = min(found, key=lambda one: one[1])
+    gpu = gpu_named(name, memory_gib) if len({name for name, _ in found}) == 1 else None
+    reserve_gib = memory_gib * RESERVED_FRACTION if reserve_gib is None else reserve_gib
+    return Cluster(gpus or len(found), len(found), memory_gib, reserve_gib, gpu)

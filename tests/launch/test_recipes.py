@@ -16,10 +16,11 @@ from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.requested import RequestedRun
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.families.families import read_base
-from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.families.new_experts import with_new_experts
 from moelpr.model_spec import ModelSpec
+from moelpr.plan.__main__ import _parser as planner_flags
 from moelpr.plan.__main__ import main as plan
-from moelpr.plan.memory import PLANNED_STAGES
+from moelpr.plan.arguments import new_experts
 from moelpr.process import ranks
 from moelpr.process.machine import format_bytes
 
@@ -30,9 +31,12 @@ SHAPES = {
     "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
     "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
+    "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 151936),
+    "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 151936),
     "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
 }
+TIED = "Qwen3-0.6B-Base", "Qwen3-1.7B-Base"
 LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 FAMILIES = {
     "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
@@ -53,7 +57,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             **next(family for start, family in FAMILIES.items() if name.startswith(start)),
             **{"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary},
             **{"num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072},
-            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
+            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": name in TIED},
             "torch_dtype": "bfloat16",
         }
         (tmp_path / name).mkdir()
@@ -77,20 +81,18 @@ def value_of(flag: str, argv: list[str]) -> str:
     return argv[argv.index(flag) + 1]
 
 
-def spec_of(planner_argv: list[str], original_copies: int | None = None) -> ModelSpec:
+def spec_of(planner_argv: list[str]) -> ModelSpec:
     """The model that a planner command names."""
-    family, base = read_base(Path(value_of("--hf-path", planner_argv)))
-    if "--num-new-experts" not in planner_argv:
-        return base
-    number = int(value_of("--num-new-experts", planner_argv))
-    return with_new_experts(family, base, NewExperts(number, original_copies=original_copies))
+    args = planner_flags().parse_args(planner_argv)
+    family, base = read_base(args.hf_path)
+    return with_new_experts(family, base, new_experts(args, base)) if args.num_new_experts else base
 
 
 def stage_of(recipe: str) -> str:
     return recipe.removesuffix(".yaml").rsplit("-", 1)[1]
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in REAL if stage_of(recipe) in PLANNED_STAGES])
+@pytest.mark.parametrize("recipe", REAL)
 def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, models, monkeypatch, capsys) -> None:
     settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
     monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
@@ -102,7 +104,6 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, mod
         "ep": settings.get("expert-model-parallel-size", 1),
         "etp": settings.get("expert-tensor-parallel-size", settings.get("tensor-model-parallel-size", 1)),
         "recompute": settings.get("recompute-granularity", "none"),
-        "distributed_optimizer": settings.get("use-distributed-optimizer", False),
     }
     assert (
         planned["run"].items()
@@ -111,6 +112,7 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, mod
         }.items()
     )
     (layout,) = [one for one in planned["layouts"] if one.items() >= expected.items()]
+    assert ("--use-distributed-optimizer" in layout["flags"]) == settings.get("use-distributed-optimizer", False)
     assert f"{layout['fullest_rank']['total_bytes'] / 2**30:.2f} GiB" in comment
     if "the recommended one" in comment:
         assert layout == planned["recommended"]
@@ -119,7 +121,7 @@ def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, mod
 @pytest.mark.parametrize("recipe", REAL)
 def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
     comment, stage = comment_of(recipe), stage_of(recipe)
-    spec = spec_of(command_in(comment), original_copies=2)
+    spec = spec_of(command_in(comment))
     args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
     args.no_save_optim = None
     args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)

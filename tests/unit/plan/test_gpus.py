@@ -1,8 +1,13 @@
 """GPUs by the names that torch reports, and groups of ranks that span nodes."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from moelpr.plan.gpus import GPUS, Cluster, gpu_named
+from moelpr.plan import gpus
+from moelpr.plan.gpus import GPUS, Cluster, cluster_here, gpu_named, gpus_here
+from moelpr.process.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -12,10 +17,24 @@ from moelpr.plan.gpus import GPUS, Cluster, gpu_named
         ("NVIDIA H100 80GB HBM3", 79.2, "h100-80"),
         ("NVIDIA H200", 139.8, "h200-141"),
         ("NVIDIA B200", 178.4, "b200-192"),
-        ("NVIDIA A100-SXM4-40GB", 39.4, None),
-        ("NVIDIA H100 PCIe", 79.6, None),
-        ("NVIDIA H100 NVL", 93.1, None),
-        ("NVIDIA GeForce RTX 4090", 23.6, None),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-pcie-40"),
+        ("NVIDIA A100 80GB PCIe", 79.3, "a100-pcie-80"),
+        ("NVIDIA H100 PCIe", 79.6, "h100-pcie-80"),
+        ("NVIDIA H100 NVL", 93.1, "h100-nvl-94"),
+        ("NVIDIA GH200 480GB", 94.5, "gh200-96"),
+        ("NVIDIA GH200 144G HBM3e", 139.8, "gh200-144"),
+        ("NVIDIA L40S", 44.5, "l40s-48"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, "rtx6000ada-48"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090-24"),
+        ("NVIDIA GeForce RTX 5090", 31.4, "rtx5090-32"),
+        ("NVIDIA H200 NVL", 139.8, None),
+        ("NVIDIA GB200", 184, None),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
+        ("Quadro RTX 6000", 47.5, None),
+        ("NVIDIA L40", 44.5, None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 39.4, None),
     ],
 )
 def test_gpus_are_known_by_name_and_memory(name: str, memory_gib: float, key: str | None) -> None:
@@ -26,3 +45,28 @@ def test_a_group_leaves_a_node_unless_nodes_are_multiples_of_it() -> None:
     cluster = Cluster(gpus=16, gpus_per_node=8, gpu_memory_gib=80, reserve_gib=8)
     assert [cluster.leaves_node(group) for group in (1, 4, 8, 16, 6)] == [False, False, False, True, True]
     assert not Cluster(gpus=6, gpus_per_node=8, gpu_memory_gib=80, reserve_gib=8).leaves_node(6)
+
+
+def test_nvidia_smi_is_asked_if_torch_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564'\necho 'NVIDIA GeForce RTX 4090, 24564'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus_here() == [("NVIDIA GeForce RTX 4090", 24564 / 1024)] * 2
+    found = cluster_here()
+    assert (found.gpus, found.gpus_per_node, found.gpu) == (2, 2, GPUS["rtx4090-24"])
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    assert gpus_here() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpus_here() == []
+
+
+def test_a_machine_with_different_gpus_counts_as_so_many_of_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "gpus_here", lambda: [("NVIDIA L40S", 44.5), ("NVIDIA GeForce RTX 4090", 24)])
+    assert cluster_here() == Cluster(2, 2, 24, 2.4000000000000004)
+    assert cluster_here(gpus=4, reserve_gib=1) == Cluster(4, 2, 24, 1)
+    monkeypatch.setattr(gpus, "gpus_here", lambda: [])
+    with pytest.raises(UserError, match="no NVIDIA GPU; name the GPUs"):
+        cluster_here()

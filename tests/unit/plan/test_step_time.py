@@ -89,6 +89,17 @@ def test_a_pipeline_divides_the_layers_and_a_tensor_parallel_rank_the_products()
     assert half.once == pytest.approx(whole.once / 2)
 
 
+def test_training_everything_costs_three_forward_passes() -> None:
+    """One for the gradients of inputs, and one for those of weights; attention has no weights, but two inputs."""
+    everything = replace(WORKLOAD, train_everything=True)
+    assert flops(workload=everything).once == pytest.approx(3 * (2 * FORWARD + OUTPUT))
+    dense, workload = SPEC.as_dense(), replace(WORKLOAD, stage="dense")
+    forward = ATTENTION + CORE + 2 * 4 * EXPERT
+    counted = stage_flops(dense, model_parts(dense), PlannedLayout(), workload, 0)
+    assert counted == (pytest.approx(3 * (2 * forward + OUTPUT)), 0)
+    assert expert_traffic(dense, PlannedLayout(dp=2), workload) == (0, 0)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_the_step_benchmark_counts_the_same_operations(stage: str) -> None:
     shape = SHAPE | {"add_qkv_bias": False, "max_position_embeddings": 32, "vocab_size": 256}

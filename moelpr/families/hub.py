@@ -1,0 +1,49 @@
+"""Files of models that are named as on the Hugging Face Hub."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.process.errors import DISK_FULL, UserError
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form owner/name."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def download(name: str, revision: str | None, patterns: Sequence[str], what: str = "model") -> Path:
+    """The folder in the Hub's cache with the files of a model that match `patterns`; its name is the commit.
+
+    Raises:
+        UserError: the Hub does not have it, does not give it to this user, or can't be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the Hub, the network and its libraries have many kinds
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        if isinstance(error, GatedRepoError):
+            raise UserError(
+                f"{name} is gated; accept its conditions on its page on the Hub, and log in with hf auth login or "
+                "HF_TOKEN"
+            ) from error
+        reason = " ".join((str(error) or type(error).__name__).split())
+        if isinstance(error, LocalEntryNotFoundError):  # its message is about the library's arguments
+            reason = "the Hub can't be reached, or HF_HUB_OFFLINE is set, and the cache doesn't contain it"
+        files = f"{name} {CONFIG_FILE}" if list(patterns) == [CONFIG_FILE] else name
+        raise UserError(
+            f"there is no folder {name}, and the {what} of this name can't be downloaded ({reason}); where there is a "
+            f"network, run hf download {files} --local-dir DIR, and pass DIR"
+        ) from error
+
+
+def config_folder(path: Path, revision: str | None = None) -> Path:
+    """The folder with a model's config.json: `path`, or that of the model on the Hub that it names."""
+    if path.exists() or not is_hub_name(str(path)):
+        return path
+    return download(str(path), revision, [CONFIG_FILE], CONFIG_FILE)

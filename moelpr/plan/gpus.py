@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Self
 
@@ -81,21 +82,27 @@ def gpu_named(name: str, memory_gib: float) -> Gpu | None:
     return None
 
 
+# In a process of its own, as CUDA occupies memory of a GPU until its process ends.
+_ASK_TORCH = """
+import torch
+for index in range(torch.cuda.device_count()):
+    gpu = torch.cuda.get_device_properties(index)
+    print(f"{gpu.name}, {gpu.total_memory >> 20}")
+"""
+
+
 def gpus_here() -> list[tuple[str, float]]:
     """Name and GiB of memory of each GPU of this machine, as torch sees them, or nvidia-smi if torch sees none."""
-    try:
-        import torch
+    found = _answer(sys.executable, "-c", _ASK_TORCH)
+    if not found and "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
+        found = _answer(program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    return [(name, int(mib) / 1024) for name, mib in found]
 
-        properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        found = [(one.name, one.total_memory / GIB) for one in properties]
-    except (ImportError, RuntimeError):  # torch is not installed, or the driver does not fit it
-        found = []
-    if found or "CUDA_VISIBLE_DEVICES" in os.environ or not (program := shutil.which("nvidia-smi")):
-        return found
-    query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True)
-    lines = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if answer.returncode == 0]
-    return [(name, int(mib) / 1024) for name, mib in lines]
+
+def _answer(*command: str) -> list[list[str]]:
+    """The two fields of each line of a command's output; none if it fails, as without torch or without a driver."""
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return [line.rsplit(",", 1) for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
 
 
 def cluster_here(gpus: int | None = None, reserve_gib: float | None = None) -> Cluster:

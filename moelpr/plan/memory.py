@@ -282,7 +282,8 @@ class Activations:
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         hidden = self.tokens * self.hidden * self.element
         outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
-        keeps_output = self.workload.kernels.norm_output  # of a norm; a linear layer that trains keeps its input
+        # A norm may keep its output, which a linear layer that trains keeps as its input.
+        keeps_output = self.workload.kernels.norm_output
         if needs_gradient and (keeps_output or Part.ATTENTION in self.trained):
             outside += hidden
         if self.spec.moe is not None and self.spec.is_moe_layer(layer):

@@ -205,7 +205,7 @@ def step_time(
         held = held_on_stage(spec, parts, layout, pp_rank)
         gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
         reduce_s = 0.0
-        for part in workload.trained - {Part.ROUTER, Part.NORM}:  # which are small
+        for part in workload.trained - {Part.ROUTER, Part.NORM}:  # these are small
             reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,

@@ -52,7 +52,7 @@ def test_nvidia_smi_is_asked_if_torch_sees_no_gpu(tmp_path: Path, monkeypatch: p
     program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564'\necho 'NVIDIA GeForce RTX 4090, 24564'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(gpus, "_ASK_TORCH", "raise ImportError")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus_here() == [("NVIDIA GeForce RTX 4090", 24564 / 1024)] * 2
     found = cluster_here()

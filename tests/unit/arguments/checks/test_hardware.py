@@ -66,23 +66,32 @@ def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, nee
         ("stage1", "--recompute-granularity selective --recompute-modules moe", 2, {"dp": 2, "recompute": "selective"}),
         ("stage1", "--train-new-embeddings", 1, {}),
         ("stage0", "", 1, {}),
+        ("stage2", "--train-everything", 1, {}),
+        ("dense", "", 2, {"dp": 2}),
     ],
 )
-def test_the_expected_memory_is_the_planners_plus_the_process(gathered, upcycled, stage, flags, ranks, layout) -> None:
+def test_the_expected_memory_is_the_planners_plus_the_process(
+    gathered, upcycled, dense, stage, flags, ranks, layout
+) -> None:
     from moelpr.arguments.checks.hardware import PROCESS_BYTES, expected_memory
     from moelpr.layouts import PlannedLayout
 
-    spec = ModelSpec.read(Path(upcycled))
+    start = dense if stage == "dense" else upcycled
+    spec = ModelSpec.read(Path(start))
     planned = PlannedLayout(**layout, distributed_optimizer="--use-distributed-optimizer" in flags)
-    workload = Workload(stage, 32, 6, 12, "fp32", CPU, new_embeddings="--train-new-embeddings" in flags)
+    trains = "--train-new-embeddings" in flags, "--train-everything" in flags
+    workload = Workload(stage, 32, 6, 12, "fp32", CPU, *trains)
     (rank,) = stage_memories(spec, model_parts(spec), planned, workload)
-    assert expected_memory(gathered(*flags.split(), ranks=ranks, stage=stage)) == rank.total_bytes + PROCESS_BYTES
+    assert (
+        expected_memory(gathered(*flags.split(), start=start, ranks=ranks, stage=stage))
+        == rank.total_bytes + PROCESS_BYTES
+    )
 
 
 def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dense: str) -> None:
     from moelpr.arguments.checks.hardware import expected_memory
 
-    assert expected_memory(gathered(start=dense, stage="dense")) is None
+    assert expected_memory(gathered(start=dense, stage="stage1")) is None
     assert expected_memory(gathered("--micro-batch-size", "0")) is None
 
 

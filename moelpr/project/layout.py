@@ -12,11 +12,12 @@ from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import most_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster
-from moelpr.plan.memory import PlannedStage, Workload
+from moelpr.plan.memory import Workload
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.process import machine
 from moelpr.process.errors import UserError
 from moelpr.project.reading import ProjectFile
+from moelpr.stages import Stage
 
 _CPU_EXPERTS, _MOST_EXPERTS = 4, 8
 _BATCH_FLAGS = ("--global-batch-size", "--seq-length")
@@ -118,7 +119,7 @@ class Layouts:
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
         length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
-        return Workload(cast(PlannedStage, stage), length, int(settings.get("micro-batch-size", 1)), batch)
+        return Workload(cast(Stage, stage), length, int(settings.get("micro-batch-size", 1)), batch)
 
     @cached_property
     def _spec(self) -> ModelSpec:

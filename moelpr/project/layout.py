@@ -11,7 +11,7 @@ from moelpr.families.families import read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import most_experts
-from moelpr.plan.gpus import GIB, GPUS, Cluster
+from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.memory import Workload
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.process import machine
@@ -21,6 +21,13 @@ from moelpr.stages import Stage
 
 _CPU_EXPERTS, _MOST_EXPERTS = 4, 8
 _BATCH_FLAGS = ("--global-batch-size", "--seq-length")
+# The planner's flags, and the keys that a user would change instead.
+_KEYS = {
+    "--num-new-experts": "experts.new",
+    "--moe-every-k-layers": "experts.every_k_layers",
+    "--gpus": "hardware.gpus",
+    "--gpu-memory-gib": "GPUs with GiB of",
+}
 _DEFAULT_MINUTES = 60.0
 
 
@@ -65,13 +72,13 @@ class Layouts:
     def cluster(self) -> Cluster | None:
         """The GPUs; None for a machine without any, whose CPU is used."""
         hardware = self._project.hardware
+        if hardware.gpu == "none" or (hardware.gpu == "auto" and not machine.has_gpus()):
+            return None
         if hardware.gpu == "auto":
-            if not machine.has_gpus():
-                return None
-            raise UserError("hardware.gpu: auto")  # TODO
+            return cluster_here(hardware.gpus)
         if hardware.gpu not in GPUS:
             place = self._file.at("hardware", "gpu")
-            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; use {', '.join(GPUS)}, or auto")
+            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; use {', '.join(GPUS)}, auto, or none")
         return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
 
     @cached_property
@@ -106,7 +113,10 @@ class Layouts:
         try:
             plan = plan_stage(self._spec, workload, cluster, enlarge=is_free)
         except UserError as error:
-            raise UserError(f"{self._file.at('hardware')}{stage}: {error}") from None
+            message = str(error)
+            for flag, key in _KEYS.items():
+                message = message.replace(flag, key)
+            raise UserError(f"{self._file.at('hardware')}{stage}: {message}") from None
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
         flags = plan.flags
         for flag in _BATCH_FLAGS:

@@ -147,7 +147,7 @@ class Experts:
 @dataclass(frozen=True, config=DOCUMENTED)
 class Hardware:
     gpu: str = "auto"
-    """Kind of GPU, such as h100-80 (moelpr layouts --help lists them), or auto: this machine's, or its CPU."""
+    """Kind of GPU, such as h100-80 (moelpr layouts --help lists them), auto: this machine's, if any, or none: CPUs."""
     gpus: Annotated[Count | None, OrAuto] = None
     """Number of GPUs (default: those of this machine)."""
     gpus_per_node: Count = 8

@@ -32,6 +32,11 @@ def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
 
 def submit(file: ProjectFile, redo: Iterable[str], where: str, render_only: bool) -> None:
     """Submit all steps that are not done to a cluster."""
+    if file.project.hardware.gpu == "auto":
+        raise UserError(
+            f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
+            "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
+        )
     workflow = workflow_of(file, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
@@ -86,9 +91,8 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
     for one in outlooks:
         if one.refusal:
             raise UserError(
-                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {one.task.name} to train "
-                "again (what it has trained is kept), or remove "
-                f"{file.project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
+                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, or pass --redo {one.task.name} to "
+                "train again (what it has trained is kept)"
             )
 
 

@@ -62,12 +62,14 @@ def settings(own: Flags) -> list[str]:
     return recipe_argv({f"--{flag}": value for flag, value in own.items() if flag in SPEED_FLAGS})
 
 
-def recipe_of(stage: str, own: Flags) -> Path:
-    """The recipe of a stage, which the user's flags may name."""
-    return Path(str(own.get("recipe", RECIPES[stage])))
+def recipe_of(stage: str, own: Flags) -> Path | None:
+    """The recipe of a stage, which the user's flags may name; `recipe: false` is none."""
+    name = own.get("recipe", RECIPES[stage])
+    return Path(str(name)) if name else None
 
 
 def stage_flags(stage: str, own: Flags) -> dict[str, Any]:
     """All flags of a stage, without dashes: the user's, and those of its recipe."""
-    recipe = read_recipe(recipe_of(stage, own))
+    path = recipe_of(stage, own)
+    recipe = read_recipe(path) if path else {}
     return {flag.removeprefix("--"): value for flag, value in recipe.items()} | dict(own)

@@ -33,7 +33,7 @@ replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
 
 # New experts per layer (auto: the most that fit, up to 8), and how many a token chooses.
 experts: {{new: auto, topk: 2}}
-# auto, or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
+# auto: this machine; or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
 hardware: auto
 
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces

@@ -54,12 +54,13 @@ def convert(places: Places) -> Task:
 def stage(places: Places, name: str, before: str) -> Task:
     """A stage, which starts from the output of the task `before`; its text decides its command."""
     save, layout, own = places.folder / name, places.layouts.of(name), places.own(name)
+    recipe = recipe_of(name, own)
     codes = {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[name]
     sources = ["replay"] if name == "stage2" else [f"preprocess-{code}" for code in codes]
 
     def command() -> list[str]:
         fixed: dict[str, Any] = {
-            "recipe": recipe_of(name, own),
+            "recipe": recipe,
             "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
             "data-path": data(places, name),
             "save": save,
@@ -76,9 +77,7 @@ def stage(places: Places, name: str, before: str) -> Task:
         command=command,
         settings=[*layout.flags, *_trackers(places, name), *settings(own)],
         made_from=(before, *([] if places.project.corpora else sources)),
-        # It only measures on held-out text.
-        decided_by=places.text_tasks if validation(places, name) else (),
-        files=(find_recipe(recipe_of(name, own)), *corpus_files(places, name)),
+        files=(*([find_recipe(recipe)] if recipe else []), *corpus_files(places, name)),
         is_complete=(save / FINISHED_FILE).is_file,
         continues=save,
         minutes=layout.minutes(tokens),

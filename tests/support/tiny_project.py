@@ -1,0 +1,88 @@
+"""A project that a CPU finishes in a minute: a tiny Qwen2, and text in FineWeb-2's layout."""
+
+import random
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+from moelpr.store.yaml_files import dump
+from tests.support.small_tokenizers import documents_in, save_qwen
+
+# Language → its folder, of which `train` is to be read.
+FINEWEB_2 = {"el": "ell_Grek", "hu": "hun_Latn", "en": "eng_Latn", "es": "spa_Latn"}
+HELD_BACK = "this document is in no training text"
+
+
+def write_project(folder: Path, steps: int = 12) -> Path:
+    """Write base, text and languages.yaml; paths in it are relative to `folder`. Returns the file."""
+    _save_base(folder / "base")
+    text = folder / "fineweb-2" / "data"
+    for language, name in FINEWEB_2.items():
+        documents = documents_in(language, 240)
+        for part, chosen in (
+            (f"{name}/train", documents),
+            (f"{name}/test", [f"{HELD_BACK} {language}"]),
+            (f"{name}_removed/train", [f"{HELD_BACK} {language}"]),
+        ):
+            _write_fineweb(text / part / "000_00000.parquet", chosen, name)
+    batch = {"seq-length": 64, "global-batch-size": 8, "micro-batch-size": 4, "log-interval": 4, "save-interval": 4}
+    content = {
+        "model": "base",
+        "output": "out",
+        "languages": {
+            group: {language: f"fineweb-2/data/{FINEWEB_2[language]}" for language in languages}
+            for group, languages in (("expanded", ("el", "hu")), ("original", ("en", "es")))
+        },
+        "budget": {"tokens": steps * 64 * 8},
+        "replay": {"original_documents": 100, "expanded_documents": 100},
+        "held_out": 5,
+        "experts": {"new": 2},
+        "hardware": {"gpu": "none"},
+        "steps": {
+            "preprocess": {"workers": 1},
+            "stage1": batch,
+            "stage2": batch | {"train-iters": steps},
+            "evaluate": {"sequence-length": 64, "continuations": 0},
+            "routing": {"sequence-length": 64},
+        },
+    }
+    path = folder / "languages.yaml"
+    path.write_text(dump(content))
+    return path
+
+
+def _save_base(folder: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    save_qwen(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=512, max_position_embeddings=128)
+    config.eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def _write_fineweb(path: Path, documents: list[str], name: str) -> None:
+    """A table with the columns of FineWeb-2, in several row groups."""
+    draw = random.Random(name)
+    language, script = name.split("_")
+    rows = [
+        {
+            "text": text,
+            "id": f"<urn:uuid:{draw.getrandbits(64):016x}>",
+            "dump": "CC-MAIN-2024-10",
+            "url": f"https://example.org/{number}",
+            "date": "2024-02-21T00:00:00Z",
+            "file_path": "s3://commoncrawl/crawl-data/x.warc.gz",
+            "language": language,
+            "language_score": draw.random(),
+            "language_script": script,
+            "minhash_cluster_size": 1,
+            "top_langs": f'{{"{name}_score": 1.0}}',
+        }
+        for number, text in enumerate(documents)
+    ]
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=50)

@@ -1,0 +1,206 @@
+"""The steps of a project: their commands, what they are made from, and what an edit of the file redoes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.real_model.queue import Queue
+from examples.tasks import ROOT
+from moelpr.process.errors import UserError
+from moelpr.project.chain import tasks_of, workflow_of
+from moelpr.project.places import Places
+from moelpr.project.reading import ProjectFile, parse_project, read_project
+from moelpr.project.text import held_out_share
+from moelpr.project.training import corpus_files
+from moelpr.workflow.task import Task
+from tests.unit.project.conftest import Write
+
+STEPS = (
+    "preprocess-el preprocess-hu preprocess-en replay convert stage1 stage2 export evaluate routing card report".split()
+)
+
+
+def tasks(path: Path) -> dict[str, Task]:
+    return {task.name: task for task in tasks_of(Places(read_project(path)))}
+
+
+def flags(task: Task) -> dict[str, list[str]]:
+    """The values of each flag of a task's command."""
+    found: dict[str, list[str]] = {}
+    for word in task.words():
+        if word.startswith("--"):
+            found[word] = []
+        elif found:
+            found[next(reversed(found))].append(word)
+    return found
+
+
+def write_manifest(folder: Path, code: str, tokens: int) -> None:
+    content: dict[str, Any] = {
+        "tokenizer": {
+            "type": "HuggingFaceTokenizer",
+            "model": "base",
+            "vocab_size": 9,
+            "eod_id": 0,
+            "special_tokens": True,
+            "fingerprint": "x",
+            "vocabulary_sha256": "0" * 64,
+        },
+        "append_eod": True,
+        "sources": [],
+        "languages": {code: {"bit": "expanded", "documents": 1, "tokens": tokens, "bytes": 1}},
+        "documents": 1,
+        "tokens": tokens,
+        "skipped_lines": 0,
+        "files": {},
+        "shard_of": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{code}_text_document.manifest.json").write_text(json.dumps(content))
+
+
+def test_every_step_is_there_and_reads_only_steps_before_it(write: Write) -> None:
+    found = tasks(write())
+    assert [*found] == STEPS
+    for place, task in enumerate(found.values()):
+        assert {*task.inputs} <= {*STEPS[:place]}
+    optional = tasks(write(vocabulary={"new_tokens": 9}, chat="a/b", benchmarks={}, model="owner/name"))
+    assert {*optional} - {*STEPS} == {"download", "vocabulary", "stage0", "graft", "benchmarks"}
+    assert optional["stage1"].made_from[0] == "stage0" and optional["preprocess-el"].made_from == ("vocabulary",)
+
+
+def test_stage_1_has_the_budget_and_the_shares_of_the_corpora_when_its_turn_comes(write: Write) -> None:
+    path = write(budget={"tokens": "2M"}, mix={"temperature": 1}, steps={"stage1": {"lr": 0.001, "workers": 3}})
+    with pytest.raises(UserError, match="el_text_document.manifest.json"):
+        tasks(path)["stage1"].words()
+    for code, tokens in (("el", 3_000_000), ("hu", 1_000_000)):
+        write_manifest(Path("out/data"), code, tokens)
+    found = flags(tasks(path)["stage1"])
+    assert found["--train-tokens"] == ["2000000"] and found["--lr"] == ["0.001"]
+    assert found["--data-path"] == ["0.75", "out/data/el_text_document", "0.25", "out/data/hu_text_document"]
+    assert "--workers" not in found and tasks(path)["stage1"].settings == ["--workers", "3"]
+    assert flags(tasks(write(budget={"epochs": 2}))["stage1"])["--train-tokens"] == ["8000000"]
+    assert "--train-tokens" not in flags(tasks(write(steps={"stage1": {"train-iters": 7}}))["stage1"])
+    with pytest.raises(UserError, match=r"languages.yaml, line \d+: budget: 1B tokens would read the text more often"):
+        tasks(write(budget={"tokens": "1B"}))["stage1"].words()
+    with pytest.raises(UserError, match="budget.hours requires GPUs whose speed is predicted"):
+        tasks(write(budget={"hours": 3}))["stage1"].words()
+
+
+def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> None:
+    path = write(hardware={"gpu": "h100-80", "gpus": 16}, experts="auto", budget={"hours": 1})
+    for code in ("el", "hu"):
+        write_manifest(Path("out/data"), code, 10**9)
+    found = tasks(path)
+    stage1 = found["stage1"]
+    assert (stage1.nodes, stage1.gpus_per_node) == (2, 8)
+    assert "--micro-batch-size" in stage1.settings and "--micro-batch-size" not in stage1.words()
+    assert flags(found["convert"])["--num-new-experts"] == ["8"]
+    speed = Places(read_project(path)).layouts.of("stage1").tokens_per_s
+    assert flags(stage1)["--train-tokens"] == [str(round(3600 * speed))]
+    assert stage1.minutes == pytest.approx(60, rel=1e-6)
+    small = write(hardware={"gpu": "h100-80", "gpus": 1}, experts={"new": 64})
+    with pytest.raises(
+        UserError, match=r"languages.yaml, line \d+: stage.: no layout fits on 1 GPU: .* use experts.new 8"
+    ):
+        tasks(small)
+    with pytest.raises(UserError, match=r"line \d+: hardware.gpu h100 is unknown; use .*h100-80"):
+        tasks(write(hardware={"gpu": "h100"}))
+
+
+def test_layouts_and_logs_redo_nothing_but_text_and_rates_do(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def execute(words: list[str], log: Path, environment: Any) -> int:
+        return 0
+
+    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    for code in ("el", "hu"):
+        write_manifest(Path("out/data"), code, 10**6)
+
+    def states(path: Path, run: bool = False) -> list[str]:
+        file = read_project(path)
+        flow = workflow_of(file)
+        if run:
+            for task in flow.tasks.values():
+                object.__setattr__(task, "is_complete", lambda: True)
+            flow.run()
+        return [one.task.name for one in flow.outlook() if one.reason and "was removed" not in one.reason]
+
+    assert states(write(), run=True) == []
+    assert states(write(steps={"stage1": {"save-interval": 7}, "preprocess": {"workers": 2}})) == []
+    assert states(write(steps={"stage2": {"lr": 1e-3}})) == STEPS[STEPS.index("stage2") :]
+    assert states(write(held_out=7)) == ["evaluate", "routing", "card", "report"]
+    with open("hu.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    assert states(write()) == ["preprocess-hu", *STEPS[STEPS.index("replay") : STEPS.index("convert")], *STEPS[5:]]
+
+
+def test_corpora_that_exist_take_the_place_of_text(write: Write) -> None:
+    languages = {"expanded": {"el": {"held_out": "el.jsonl"}}, "original": {"en": {"held_out": "en.jsonl"}}}
+    path = write(languages=languages, corpora={"stage1": "a/el", "stage2": [2, "a/el", "0.5", "a/en"]})
+    places = Places(read_project(path))
+    found = {task.name: task for task in tasks_of(places)}
+    assert [*found][:3] == ["convert", "stage1", "stage2"]
+    assert flags(found["stage2"])["--data-path"] == ["2", "a/el", "0.5", "a/en"]
+    assert flags(found["stage1"])["--train-epochs"] == ["1.0"]
+    assert [str(file) for file in corpus_files(places, "stage1")] == ["a/el.bin", "a/el.idx", "a/el.lang"]
+
+
+def test_a_project_of_the_hub_is_downloaded_to_its_folder(write: Write) -> None:
+    found = tasks(write(model="Qwen/Qwen3-8B-Base@main"))
+    words = found["download"].words()
+    assert words[2:] == [
+        "download",
+        "Qwen/Qwen3-8B-Base",
+        "--local-dir",
+        "out/base",
+        *words[6:-2],
+        "--revision",
+        "main",
+    ]
+    assert "*.bin" not in words and "*.py" not in words
+    assert flags(found["convert"])["--hf-path"] == ["out/base"] and found["convert"].made_from == ("download",)
+    with pytest.raises(
+        UserError, match=r"line 1: model: there is no folder no/such/folder, and it is no name on the Hub"
+    ):
+        tasks(write(model="no/such/folder"))
+
+
+def test_no_more_text_is_held_out_than_is_needed() -> None:
+    assert held_out_share(10**12) == 2e-5 and held_out_share(10**6) == held_out_share(0) == 0.05
+
+
+def test_a_stage_that_changes_is_refused_unless_it_is_redone_with_those_after_it(write: Write) -> None:
+    file = read_project(write())
+    assert workflow_of(file, ["stage1"])._redo == {"stage1", "stage2"}
+    assert workflow_of(file)._redo == frozenset()
+
+
+def test_the_real_models_file_has_the_commands_of_its_queue() -> None:
+    path = ROOT / "examples" / "real-model.yaml"
+    found = {task.name: task for task in tasks_of(Places(parse_project(path.read_text(), path)))}
+    queue = {task.name: task for task in Queue(Path("runs/real-model")).tasks()}
+    for name, other in (("convert", "upcycled-copies"), ("stage1", "copies-stage1"), ("stage2", "copies-seed-1")):
+        ours, theirs = ({**flags(task)} for task in (found[name], queue[other]))
+        settings = [*found[name].settings]
+        ours |= {flag: [value] for flag, value in zip(settings[::2], settings[1::2], strict=True)}
+        for flag in ("--save", "--pretrained-checkpoint", "--nproc-per-node"):  # folders, and a variable of the queue
+            ours.pop(flag, None), theirs.pop(flag, None)
+        assert {flag: [*map(number, values)] for flag, values in ours.items()} == {
+            flag: [*map(number, values)] for flag, values in theirs.items()
+        }
+
+
+def number(word: str) -> float | str:
+    """0.0003 and 3e-4 are one value."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def test_the_demos_file_is_a_project() -> None:
+    path = ROOT / "examples" / "demo.yaml"
+    file: ProjectFile = parse_project(path.read_text(), path)
+    assert file.project.experts.new == 4 and [*file.project.languages.expanded] == ["el", "hu", "tr"]

@@ -22,7 +22,7 @@ __help | _h)
     ;;
 first_contact) exec "${prepare[@]}" "$root/launch/first_contact.sh" "$@" ;;
 pretrain | torchrun) exec "${prepare[@]}" "$python" -m "moelpr.$command" "$@" ;;
-train | stage? | dense | run) exec "${prepare[@]}" "$python" -m moelpr "$command" "$@" ;;
+train | stage[012] | dense | run) exec "${prepare[@]}" "$python" -m moelpr "$command" "$@" ;;
 esac
 if "$python" -c 'import sys; from moelpr.__main__ import find; find(sys.argv[1])' "$command" 2>/dev/null; then
     exec "$python" -m moelpr "$command" "$@"

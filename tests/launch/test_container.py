@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.__main__ import usage
+from tests.support.run_folders import make_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +47,16 @@ def test_a_stage_runs_its_launcher(words: list[str]) -> None:
 
 def test_any_other_command_runs_unchanged() -> None:
     assert entrypoint("echo", "a b").stdout == "a b\n"
+
+
+def test_a_tool_takes_the_place_of_the_entry_point_whose_signals_it_gets(tmp_path: Path) -> None:
+    command = [ROOT / "launch" / "container" / "entrypoint.sh", "report", "live"]
+    run = make_run(tmp_path / "run", "stage1", steps=3, is_finished=False)
+    with subprocess.Popen([*command, run], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE) as tool:
+        assert tool.stdout is not None and tool.stdout.readline()
+        assert "-m\0moelpr\0report\0live" in Path(f"/proc/{tool.pid}/cmdline").read_text()
+        tool.terminate()
+    assert tool.returncode in (0, 128 + 15)
 
 
 def test_an_unknown_name_exits_with_code_2() -> None:

@@ -13,7 +13,7 @@ from examples.languages import EXPANDED, held_out_files
 from moelpr.evaluate.models import load_model
 from moelpr.process.errors import UserError
 from moelpr.stages import MoeStage
-from moelpr.store.documents import read_documents
+from moelpr.text.reading import read_documents
 
 LENGTH, WINDOWS = 128, 16  # tokens that the demo trains on at a time; such windows of each language
 MARGIN = 20.0  # far above the differences between the logits of a router that has just been initialized

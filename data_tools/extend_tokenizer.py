@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
-from data_tools.preprocessing.sources import STANDARD_INPUT, find_files, open_source
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import Comparison, TextFiles, compare, count_words, find_uses
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
@@ -22,6 +21,7 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
 from moelpr.process.text_tables import table_text
 from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.text.sources import STANDARD_INPUT, find_files, open_source
 
 
 def main(argv: list[str] | None = None) -> None:

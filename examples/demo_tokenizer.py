@@ -5,8 +5,8 @@ from pathlib import Path
 
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
-from moelpr.store.documents import read_documents
 from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.text.reading import read_documents
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 

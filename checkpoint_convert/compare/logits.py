@@ -22,7 +22,7 @@ from moelpr.families.hf_config import read_config
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
-from moelpr.store.documents import read_documents
+from moelpr.text.reading import read_documents
 
 # Upper bound, to limit how much of a plain text is read.
 CHARACTERS_PER_TOKEN = 32

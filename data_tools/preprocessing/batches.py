@@ -9,17 +9,17 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.preprocessing.sources import Form, Share
-from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.process.errors import UserError
-from moelpr.store.documents import is_blank
+from data_tools.preprocessing.shares import Share
+from moelpr.text.documents import is_blank
+from moelpr.text.sources import Form
+from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.text.tables import open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24
 _SKIP_BYTES = 1 << 20
-_ROWS_AT_ONCE = 64
 
 
 class ReadCursor(NamedTuple):
@@ -200,15 +200,8 @@ class Reader:
             return FileRange(file.name, 0, file.tell(), is_temporary=True)
 
     def _table_rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
-        from pyarrow import parquet
-
         source, columns = share.source, self._columns[share.source.dataset]
-        with parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            if repeated := [name for name in columns if names.count(name) > 1]:
-                raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")
-            if missing := [name for name in columns if name not in names]:
-                raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
+        with open_table(source, columns) as file:
             bytes_per_row = source.bytes / max(file.metadata.num_rows, 1)
             rows = self._rows(file, columns, cursor)
             yield from _batches(share, cursor, rows, lambda place: int(place.offset * bytes_per_row))
@@ -217,44 +210,12 @@ class Reader:
         number = 0
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
-            if number + num_rows <= cursor.offset:
-                number += num_rows
-                continue
-            for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
-                skipped = max(cursor.offset - number, 0)
-                for place, row in enumerate(_python_rows(table[skipped:]), number + skipped):
+            if number + num_rows > cursor.offset:
+                start = max(cursor.offset - number, 0)
+                for place, (row, size) in enumerate(rows_of(file, group, columns, start), number + start):
                     if self._is_chosen(cursor.share, place):
-                        yield row, table.nbytes // len(table), place + 1, place + 1, place + 1
-                number += len(table)
-
-
-def _python_rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of a Parquet table; text that is not UTF-8 becomes bytes, which are a malformed value of that row."""
-    import pyarrow
-
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        text = (pyarrow.string(), pyarrow.large_string())
-        columns = [column.cast(pyarrow.binary()) if column.type in text else column for column in table.columns]
-        binary = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names)
-        rows = [_python_row(binary.slice(number, 1)) for number in range(len(binary))]
-        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
-
-
-def _python_row(table: Any) -> dict[str, Any]:
-    """The only row of a table, with bytes in place of its values if they are not UTF-8."""
-    try:
-        return table.to_pylist()[0]
-    except UnicodeDecodeError:  # within a list
-        return dict.fromkeys(table.schema.names, b"\xff")
-
-
-def _decoded(value: Any) -> Any:
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return value
+                        yield row, size, place + 1, place + 1, place + 1
+            number += num_rows
 
 
 def _batches(

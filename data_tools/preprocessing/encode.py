@@ -20,7 +20,7 @@ from data_tools.preprocessing.tagging import UNDETECTED, Detector, LanguageGroup
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
 from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
 from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine
+from moelpr.text.documents import BadLine
 
 VALIDATION = "validation"
 # The first document of a batch up to this length is encoded by both libraries, to check that they still agree.

@@ -12,9 +12,10 @@ from data_tools.preprocessing.batches import ReadCursor, Reader
 from data_tools.preprocessing.parsing import DocumentParser
 from data_tools.preprocessing.registry import Dataset
 from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.sources import Form, Share, Source, shares_of
+from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine
+from moelpr.text.documents import BadLine
+from moelpr.text.sources import Form, Source
 
 _SAMPLE_PLACES = 16
 _SAMPLE_CHARACTERS = 1 << 15  # per place

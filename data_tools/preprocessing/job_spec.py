@@ -10,14 +10,12 @@ from typing import Any
 
 from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
-from data_tools.corpus.held_out_text import text_paths
 from data_tools.preprocessing.arguments import GROUPS
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare
 from data_tools.preprocessing.registry import Dataset, read_registry
-from data_tools.preprocessing.sources import Source, find_files, open_source
 from data_tools.preprocessing.tagging import (
     UNDETECTED,
     DetectedLanguages,
@@ -34,6 +32,8 @@ from moelpr.languages import canonical
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.files import refuse_existing
+from moelpr.text.held_out_text import text_paths
+from moelpr.text.sources import Source, find_files, open_source
 
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (

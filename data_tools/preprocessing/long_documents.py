@@ -19,7 +19,7 @@ import numpy as np
 
 from data_tools.preprocessing.batches import LONG_LINE_BYTES, FileRange
 from moelpr.data.tokenizers.base import Piece, Tokenizer
-from moelpr.store.documents import BadLine
+from moelpr.text.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
 _WINDOW_CHARACTERS = 1 << 13  # on which two pieces must agree

@@ -12,7 +12,7 @@ from data_tools.preprocessing.batches import FileRange
 from data_tools.preprocessing.long_documents import LongString, without_long_strings
 from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
 from moelpr.data.tokenizers.base import Piece
-from moelpr.store.documents import BadLine, is_blank, parse
+from moelpr.text.documents import BadLine, is_blank, parse
 
 
 class Text(NamedTuple):

@@ -5,9 +5,10 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.preprocessing.sources import Form, Share
-from data_tools.preprocessing.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.store.documents import is_blank
+from data_tools.preprocessing.shares import Share
+from moelpr.text.documents import is_blank
+from moelpr.text.sources import Form
+from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
 
 
 def sample_documents(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 from moelpr.data.manifest import Bit
 from moelpr.languages import canonical
 from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine, json_type, text_of
+from moelpr.text.documents import BadLine, json_type, text_of
 
 UNDETECTED = "und"  # ISO 639-2's code for undetermined
 # py3langid processes about 5 MB/s in Python; a page of text is enough to detect its language.

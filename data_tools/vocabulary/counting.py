@@ -20,13 +20,14 @@ from tqdm import tqdm
 from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
 from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
-from data_tools.preprocessing.sources import Source, shares_of
+from data_tools.preprocessing.shares import shares_of
 from data_tools.preprocessing.tagging import OneLanguage
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine
+from moelpr.text.documents import BadLine
+from moelpr.text.sources import Source
 
 # Distinct words of a language beyond this number are forgotten, the rarest first.
 MAX_WORDS = 1_000_000

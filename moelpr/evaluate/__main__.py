@@ -55,7 +55,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
     from moelpr.evaluate.routing_results import RoutingResults
     from moelpr.evaluate.scoring import Settings
     from moelpr.evaluate.text_results import TextResults
-    from moelpr.store.documents import read_documents  # after the arguments: torch and matplotlib are slow to import
+    from moelpr.text.reading import read_documents  # after the arguments: torch and matplotlib are slow to import
 
     check_device(args.device)
     cache = ResultCache(args.output)
@@ -140,7 +140,8 @@ def text_arguments() -> CommandParser:
     models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
     parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
-    what = "held-out text of a language as JSON lines; repeat for several"
+    what = "held-out text of a language: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or "
+    what += "pattern; repeat for several"
     add("--data", action="append", required=True, metavar="LANG=FILE", help=what)
     what = "languages of --data that the base supports; all others are expanded languages (default: unknown)"
     add("--original-languages", type=languages, default=[], metavar="en,es,...", help=what)

@@ -11,7 +11,7 @@ def zstd(data: bytes) -> bytes:
     return pyarrow.compress(data, "zstd", asbytes=True)
 
 
-def parquet_table(rows: list[dict[str, Any]]) -> bytes:
+def parquet_table(rows: list[dict[str, Any]], rows_per_group: int = 7) -> bytes:
     file = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=7)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=rows_per_group)
     return file.getvalue()

@@ -25,7 +25,7 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
 from moelpr.store import journal
-from moelpr.store.documents import read_documents
+from moelpr.text.reading import read_documents
 
 ONE = ("--language", "original", "--append-eod")
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title")

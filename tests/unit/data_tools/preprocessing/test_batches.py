@@ -17,8 +17,9 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches
 from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.sources import Share, open_source
+from data_tools.preprocessing.shares import Share
 from moelpr.process.errors import UserError
+from moelpr.text.sources import open_source
 from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")

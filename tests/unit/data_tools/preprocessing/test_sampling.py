@@ -3,7 +3,8 @@
 from collections import Counter
 
 from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.sources import Share, open_source
+from data_tools.preprocessing.shares import Share
+from moelpr.text.sources import open_source
 
 
 def test_each_document_has_the_same_chance(write_lines) -> None:

@@ -1,4 +1,4 @@
-"""Files are found by name, folder and pattern, in one order everywhere, and shards share them."""
+"""Files are found by name, folder and pattern, in one order everywhere."""
 
 import gzip
 import os
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_tools.preprocessing.sources import Form, Share, Source, find_files, open_source, shares_of
 from moelpr.process.errors import UserError
+from moelpr.text.sources import Form, find_files, open_source
 
 
 def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:
@@ -62,24 +62,8 @@ def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch:
         "a[1].jsonl",
     ]
     assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
-    with pytest.raises(UserError, match=r"no file matches --input nothing-\*; check the pattern"):
+    with pytest.raises(UserError, match=r"no file matches nothing-\*; check the pattern"):
         find_files(["nothing-*"])
-
-
-@pytest.mark.parametrize("num_shards", [1, 2, 5, 40])
-def test_shards_cover_all_lines_and_every_archive_once(num_shards: int) -> None:
-    forms = [Form.LINES, Form.GZIP, Form.LINES, Form.PARQUET, Form.ZSTD]
-    sources = [
-        Source(f"{index}", form, size) for index, (form, size) in enumerate(zip(forms, (50, 9, 0, 31, 10), strict=True))
-    ]
-    shares = [share for shard in range(num_shards) for share in shares_of(sources, shard, num_shards)]
-    assert [share for share in shares if share.source.form is not Form.LINES] == [
-        Share(source, 0, source.bytes) for source in sources if source.form is not Form.LINES
-    ]
-    plain = [(share.start, share.stop) for share in shares if share.source.path == "0"]
-    assert plain[0][0] == 0 and plain[-1][1] == 50
-    assert all(stop == start for (_, stop), (start, _) in zip(plain[:-1], plain[1:], strict=True))
-    assert [share.source.path for share in shares] == sorted(share.source.path for share in shares)
 
 
 def test_form_is_detected_by_content(tmp_path: Path) -> None:
@@ -123,3 +107,47 @@ def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path: Path) -> 
     Path(path).touch()
     with pytest.raises(UserError, match=r"input .*\\xe5\\xeb\.jsonl is not UTF-8; rename the file"):
         open_source(path)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_of_a_language_of_fineweb_2_only_the_training_text_is_read(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Its layout: data/LANGUAGE/train, data/LANGUAGE/test, and data/LANGUAGE_removed with what was filtered out."""
+    monkeypatch.chdir(tmp_path)
+    languages, splits = ("eus_Latn", "glg_Latn"), ("test", "train")
+    files = [f"data/{language}/{split}/000_00000.parquet" for language in languages for split in splits]
+    touch(tmp_path, *files, "data/eus_Latn_removed/train/000_00000.parquet", "data/glg_Latn_removed/test/1.parquet")
+    assert find_files(["data/eus_Latn"]) == [files[1]]
+    assert capsys.readouterr().err == (
+        "note: not text to train on, so not read unless it is named: data/eus_Latn/test/\n"
+    )
+    assert find_files(["data"]) == [files[1], files[3]]
+    left_out = "data/eus_Latn/test/, data/eus_Latn_removed/, data/glg_Latn/test/ and 1 more\n"
+    assert capsys.readouterr().err.endswith(left_out)
+    # What is named is read.
+    assert find_files(["data/eus_Latn/test"]) == [files[0]]
+    assert find_files(["data/eus_Latn_removed"]) == ["data/eus_Latn_removed/train/000_00000.parquet"]
+    assert find_files(["data/eus_Latn/*/*.parquet"]) == files[:2]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "read, others",
+    [
+        ("train-00000-of-00002.parquet train-00001-of-00002.parquet", "test-00000-of-00001.parquet"),
+        ("train-00000-of-00001-b2f1c0.parquet", "validation-00000-of-00001-8c1f03.parquet"),
+        ("Train.jsonl more.jsonl", "test.jsonl dev.jsonl valid_1.jsonl.gz"),
+        ("el-train.jsonl el.jsonl hu-test.jsonl", "el-test.jsonl"),  # of Hungarian, this is all
+        ("train/a.jsonl train/test.jsonl", "test/a.jsonl val/b.jsonl"),
+        ("test/a.jsonl validation/a.jsonl", ""),  # there is nothing to mix them with
+        ("latest.jsonl train.jsonl contest-1.jsonl test-flights.jsonl", ""),
+    ],
+)
+def test_splits_are_told_apart_by_their_names(read: str, others: str, tmp_path: Path, capsys) -> None:
+    touch(tmp_path, *read.split(), *others.split())
+    assert find_files([str(tmp_path)]) == sorted(f"{tmp_path}/{name}" for name in read.split())
+    assert bool(capsys.readouterr().err) == bool(others)

@@ -1,11 +1,8 @@
 """Lines as real crawls contain them: valid ones are read, and every other one gets a message with its place."""
 
-from pathlib import Path
-
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.store.documents import BadLine, parse, read_documents, text_of
+from moelpr.text.documents import BadLine, parse, text_of
 
 
 @pytest.mark.parametrize(
@@ -58,37 +55,3 @@ def test_a_document_without_a_text_has_a_message(document: dict, message: str) -
 def test_an_array_around_the_documents_gets_a_hint() -> None:
     with pytest.raises(BadLine, match="one object per line"):
         parse(b'[{"text": "a"}]', ["text"])
-
-
-def test_read_documents_returns_texts_in_order_up_to_the_limit(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": "two", "x": 1}\n{"text": "three"}')
-    assert read_documents(path) == ["one", "two", "three"]
-    assert read_documents(path, max_documents=2) == ["one", "two"]
-    with pytest.raises(UserError, match='line 1 has no key "x" .keys: text.; .*--json-key'):
-        read_documents(path, json_key="x")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "half', "not JSON"),
-        (b'{"txt": "no"}', 'no key "text" .keys: txt.*--json-key'),
-        (b'{"text": 5}', "a number"),
-        (b'{"text": ""}', "empty"),
-    ],
-)
-def test_read_documents_names_the_malformed_line(tmp_path: Path, line: bytes, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(UserError, match=f"{path}, line 2.*{message}"):
-        read_documents(path)
-
-
-def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing.jsonl", tmp_path):
-        with pytest.raises(UserError, match=f"cannot read {path}"):
-            read_documents(path)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(UserError, match="empty.jsonl contains no documents"):
-        read_documents(tmp_path / "empty.jsonl")

@@ -2,10 +2,7 @@
 
 import functools
 import json
-from pathlib import Path
 from typing import Any
-
-from moelpr.process.errors import UserError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -70,41 +67,6 @@ def json_type(value: object) -> str:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "a value of another type")  # tables can contain bytes and dates
-
-
-def read_documents(path: Path, json_key: str = "text", max_documents: int | None = None) -> list[str]:
-    """The texts under `json_key` in a file of JSON lines, at most `max_documents`; blank lines are skipped.
-
-    Raises:
-        UserError: the file is missing or has no documents, or a line is unusable; the message names the line.
-    """
-    documents: list[str] = []
-    try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if len(documents) == max_documents:
-                    break
-                if line.strip():
-                    documents.append(_nonempty_text(line, json_key, f"{path}, line {number}"))
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); pass a file of JSON lines") from error
-    if not documents:
-        raise UserError(f"{path} contains no documents; pass a file with one JSON object per line")
-    return documents
-
-
-def _nonempty_text(line: bytes, json_key: str, place: str) -> str:
-    try:
-        document = parse(line, [json_key])
-        if json_key not in document:
-            found = ", ".join(document) or "none"
-            raise UserError(f'{place} has no key "{json_key}" (keys: {found}); pass the key of the text as --json-key')
-        text = text_of(document, json_key)
-    except BadLine as error:
-        raise UserError(f"{place}: {error}; fix or remove the line") from error
-    if not text:
-        raise UserError(f'{place}: "{json_key}" is empty; remove the line')
-    return text
 
 
 @functools.cache

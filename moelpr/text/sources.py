@@ -1,22 +1,30 @@
-"""Input files: which ones to read, and which part of them belongs to this job."""
+"""Files of text: which ones a name, a folder or a pattern means, and their form."""
 
 import glob
 import os
+import re
 import stat
+import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from data_tools.corpus.held_out_text import is_held_out_text
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
+from moelpr.text.held_out_text import is_held_out_text
 
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
+# A folder or file of a split, such as train, test-00000-of-00002-8c1f.parquet or el-test.jsonl.
+_SPLIT = re.compile(
+    r"(?P<of>(?:.*[-_.])?)(?P<split>train|test|validation|valid|val|dev|eval)"
+    r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f]+)?)?(?:\.[a-z][a-z0-9]*)*"
+)
+_SHOWN_NAMES = 3
 _MANIFEST_SUFFIX = ".manifest.json"  # a corpus may have been written into the folder
 
 
@@ -58,47 +66,63 @@ class Source(NamedTuple):
     sha1: str | None = None
 
 
-class Share(NamedTuple):
-    """A part of a source: the JSON lines that begin in bytes [start, stop), or all of a file of any other form."""
-
-    source: Source
-    start: int
-    stop: int
-
-
 def find_files(names: list[str]) -> list[str]:
     """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
+
+    Of a folder with several splits, as data sets on hubs have them (train, test), only what is to be trained on is
+    read; so a note on standard error says.
 
     Raises:
         UserError: A folder or pattern matches no file.
     """
     found: list[str] = []
+    left_out: list[str] = []
     for name in names:
         if name == STANDARD_INPUT or os.path.isfile(name):
             found.append(name)
         elif os.path.isdir(name):
-            if not (files := sorted(_files_below(name))):
+            if not (files := sorted(_files_below(name, left_out))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             found += files
         elif glob.has_magic(name) and not os.path.lexists(name):
             _check_folders_of(name)
             if not (files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))):
-                raise UserError(f"no file matches --input {name}; check the pattern and the current folder")
+                raise UserError(f"no file matches {name}; check the pattern and the current folder")
             found += files
         else:
             found.append(name)  # opening it reports what is wrong
+    if left_out:
+        more = f" and {len(left_out) - _SHOWN_NAMES:,} more" if len(left_out) > _SHOWN_NAMES else ""
+        shown = ", ".join(sorted(left_out)[:_SHOWN_NAMES]) + more
+        print(f"note: not text to train on, so not read unless it is named: {shown}", file=sys.stderr)
     return found
 
 
-def _files_below(folder: str) -> Iterator[str]:
-    """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests."""
-    for path, names in _walk(folder):
-        for name in names:
+def _files_below(folder: str, left_out: list[str]) -> Iterator[str]:
+    """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests.
+
+    Adds to `left_out` what is not to be trained on.
+    """
+    for path, names in _walk(folder, left_out):
+        texts = [name for name in names if name.endswith(_SUFFIXES) and not name.startswith(".")]
+        others = _not_to_train_on(texts)
+        for name in texts:
             file = str(Path(path) / name)
-            is_hidden = name.startswith(".") or name.endswith(_MANIFEST_SUFFIX) or is_held_out_text(Path(file))
-            if name.endswith(_SUFFIXES) and not is_hidden and os.path.isfile(file):
-                yield file
+            is_of_corpus = name.endswith(_MANIFEST_SUFFIX) or is_held_out_text(Path(file))
+            if not is_of_corpus and os.path.isfile(file):
+                if name in others:
+                    left_out.append(file)
+                else:
+                    yield file
+
+
+def _not_to_train_on(names: list[str]) -> set[str]:
+    """Return the names of other splits, if that of the training split is there too, and those of removed text."""
+    splits = {name: match for name in names if (match := _SPLIT.fullmatch(name.lower()))}
+    with_training = {match["of"] for match in splits.values() if match["split"] == "train"}
+    others = {name for name, match in splits.items() if match["split"] != "train" and match["of"] in with_training}
+    return others | {name for name in names if name.lower().endswith("_removed")}
 
 
 def _check_folders_of(pattern: str) -> None:
@@ -131,12 +155,18 @@ def _listed(folder: str) -> list[str]:
         _refuse_folder(error)
 
 
-def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Each folder with the names in it, links included; hidden folders and second names of a folder are left out."""
+def _walk(top: str, left_out: list[str] | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with the names in it, links included; hidden folders and second names of a folder are left out.
+
+    So are folders with text that is not to be trained on, which are added to `left_out`; None: they are not.
+    """
     seen = set()
     for path, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(path)
         folders[:] = [] if real in seen else sorted(name for name in folders if not _is_passed_over(name))
+        if left_out is not None and (others := _not_to_train_on(folders)):
+            left_out += [os.path.join(path, name, "") for name in others]
+            folders[:] = [name for name in folders if name not in others]
         if real not in seen:  # otherwise a link to a folder around it, or a second one
             seen.add(real)
             yield path, names
@@ -170,20 +200,3 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
         form = Form.ZSTD
     return Source(path, form, size, dataset, sha1)
-
-
-def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:
-    """Yield the shares of a shard, in order: an equal slice of the concatenated files' bytes.
-
-    JSON lines are split anywhere; a file of another form belongs to the shard that contains its first byte.
-    """
-    total = sum(source.bytes for source in sources)
-    first, last = (total * index // num_shards for index in (shard, shard + 1))
-    begin = 0
-    for source in sources:
-        start, stop = max(first - begin, 0), min(last - begin, source.bytes)
-        if source.form is Form.STREAM or (source.form is not Form.LINES and first <= begin < last):
-            yield Share(source, 0, source.bytes)
-        elif source.form is Form.LINES and start < stop:
-            yield Share(source, start, stop)
-        begin += source.bytes

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
-from data_tools.preprocessing.sources import Form, Source
 from moelpr.process.errors import DISK_FULL, UserError
+from moelpr.text.sources import Form, Source
 
 BLOCK_BYTES = 1 << 16
 

@@ -1,0 +1,116 @@
+"""Estimates are near the truth for every form of file, and cost as little for much text as for little."""
+
+import bz2
+import gzip
+import json
+import lzma
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from moelpr.process.errors import UserError
+from moelpr.text import estimate as estimates
+from moelpr.text.estimate import estimate
+from tests.support.packed_files import parquet_table, zstd
+
+TOKENS = 90  # of a document, on average
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer whose tokens are words."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def documents(count: int) -> list[dict[str, str]]:
+    """Documents of very different lengths, in words of different lengths."""
+    choice = random.Random(0)
+
+    def text() -> str:
+        number = min(int(choice.expovariate(1 / TOKENS)) + 1, 2000)
+        return " ".join(format(choice.getrandbits(choice.choice((12, 30, 60))), "x") for _ in range(number))
+
+    return [{"id": f"{number}", "text": text()} for number in range(count)]
+
+
+def lines(rows: list[dict[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.bz2", bz2.compress),
+        ("a.jsonl.xz", lambda data: lzma.compress(data, preset=0)),
+        ("a.jsonl.zst", zstd),
+        ("a.parquet", lambda data: parquet_table([json.loads(line) for line in data.splitlines()], 1000)),
+    ],
+)
+@pytest.mark.parametrize("count", [40, 10_000])
+def test_documents_and_tokens_are_near_the_truth(
+    name: str, pack: Callable[[bytes], bytes], count: int, tokenizer: Path, tmp_path: Path
+) -> None:
+    rows = documents(count)
+    size = 0
+    for part in range(2):
+        (tmp_path / f"{part}{name}").write_bytes(pack(lines(rows[part::2])))
+        size += (tmp_path / f"{part}{name}").stat().st_size
+    found = estimate([tmp_path], "text", tokenizer)
+    tokens = sum(len(row["text"].split()) + 1 for row in rows)
+    assert (found.files, found.bytes) == (2, size)
+    assert found.documents == pytest.approx(count, rel=0.15)
+    assert found.tokens == pytest.approx(tokens, rel=0.15)
+
+
+def test_much_text_takes_no_longer_than_little(tokenizer: Path, tmp_path: Path) -> None:
+    """Sparse files of 100 GB: one line without an end each."""
+    for number in range(20):
+        with open(tmp_path / f"{number}.jsonl", "wb") as file:
+            file.truncate(5 << 30)
+    (tmp_path / "a.jsonl").write_bytes(lines(documents(1000)))
+    started = time.process_time()
+    with pytest.raises(UserError, match="contains no documents"):
+        estimate([tmp_path], "text", tokenizer)
+    assert time.process_time() - started < 4
+
+
+def test_text_that_is_missing_empty_or_unreadable_is_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(documents(3)))[:-9])
+    (tmp_path / "other.parquet").write_bytes(parquet_table([{"body": "a"}]))
+    (tmp_path / "folder").mkdir()
+    for name, message in {
+        "missing.jsonl": "missing.jsonl can't be read",
+        "empty.jsonl": 'empty.jsonl contains no documents with text under "text"',
+        "blank.jsonl": "blank.jsonl contains no documents",
+        "cut.jsonl.gz": "cut.jsonl.gz .gzip. is damaged",
+        "other.parquet": "other.parquet has no column text; its columns are body",
+        "folder": "the folder .*folder contains no",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            estimate([tmp_path / name], "text", tokenizer)
+    with pytest.raises(UserError, match="folder has neither tokenizer.json nor tokenizer.model"):
+        estimate([tmp_path / "blank.jsonl"], "text", tmp_path / "folder")
+
+
+def test_the_first_places_are_spread_over_all_files(tmp_path: Path) -> None:
+    """Time may end before the last place."""
+    (tmp_path / "a").write_bytes(bytes(100))
+    (tmp_path / "b").write_bytes(bytes(300))
+    sources = [estimates.open_source(str(tmp_path / name)) for name in "ab"]
+    found = [start + 100 * source.path.endswith("b") for source, start in estimates._spread(sources, 400)]
+    assert sorted(found) == [400 * (2 * index + 1) // 48 for index in range(24)]
+    for first in (6, 12):
+        borders = [0, *sorted(found[:first]), 400]
+        assert max(b - a for a, b in zip(borders[:-1], borders[1:], strict=True)) < 150

@@ -1,0 +1,76 @@
+"""Documents are read from every form of file in one order, and a message names the line of an unusable one."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.text.reading import read_documents
+from tests.support.packed_files import parquet_table, zstd
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("a.jsonl", bytes),
+        ("a.jsonl.gz", gzip.compress),
+        ("a.jsonl.bz2", bz2.compress),
+        ("a.jsonl.xz", lzma.compress),
+        ("a.jsonl.zst", zstd),
+        ("a.parquet", lambda lines: parquet_table([json.loads(line) for line in lines.splitlines()])),
+    ],
+)
+def test_every_form_of_a_file_and_its_folder_have_the_same_documents(
+    name: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    texts = [f"text\u2028 {number}" for number in range(300)]
+    path = tmp_path / "folder" / name
+    path.parent.mkdir()
+    path.write_bytes(pack("".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts).encode()))
+    assert read_documents(path) == read_documents(path.parent) == read_documents(f"{path.parent}/*") == texts
+    assert read_documents(path, max_documents=7) == texts[:7]
+    with pytest.raises(UserError, match=f'{name}.*"?body'):
+        read_documents(path, "body")
+    if name != "a.jsonl":
+        path.write_bytes(path.read_bytes()[:-30])
+        with pytest.raises(UserError, match=f"{name} .* is damaged or truncated"):
+            read_documents(path)
+
+
+def test_read_documents_returns_texts_in_order_up_to_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two", "x": 1}\n{"text": "three"}')
+    assert read_documents(path) == ["one", "two", "three"]
+    assert read_documents(path, max_documents=2) == ["one", "two"]
+    with pytest.raises(UserError, match='line 1 has no key "x" .keys: text.; .*--json-key'):
+        read_documents(path, json_key="x")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "half', "not JSON"),
+        (b'{"txt": "no"}', 'no key "text" .keys: txt.*--json-key'),
+        (b'{"text": 5}', "a number"),
+        (b'{"text": ""}', "empty"),
+    ],
+)
+def test_read_documents_names_the_malformed_line(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"{path}, line 2.*{message}"):
+        read_documents(path)
+
+
+def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.jsonl", tmp_path / "missing"):
+        with pytest.raises(UserError, match=f"{path}.* can't be read"):
+            read_documents(path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="empty.jsonl contains no documents"):
+        read_documents(tmp_path / "empty.jsonl")

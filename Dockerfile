@@ -36,7 +36,8 @@ RUN useradd --no-log-init --create-home --uid 10001 moelpr \
     && PIP_CONSTRAINT=/opt/moelpr/constraints_here.txt python3 -m pip --python .venv/bin/python install \
         --no-cache-dir --requirement requirements.txt pytest
 COPY --from=wheel /build/dist dist
-RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps dist/*.whl
+RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps dist/*.whl \
+    && ln -s /opt/moelpr/.venv/bin/moelpr /usr/local/bin/moelpr
 COPY LICENSE ./
 # What launch/first_contact.sh runs.
 COPY benchmarks benchmarks

@@ -229,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     experts = f"new experts per MoE layer, or auto: the most that fit, up to {MOST_EXPERTS} (none for --stage dense)"
     add("--num-new-experts", type=_number_or_auto, metavar="N", help=experts)
     add("--gpus", type=count, metavar="G", help="total number of GPUs (default with --gpu auto: this machine's)")
-    add("--gpu", choices=(*GPUS, "auto"), help="the GPUs, whose step time is predicted; auto: this machine's")
+    kinds = f"the GPUs, whose step time is predicted: {', '.join(GPUS)}, or auto, this machine's"
+    add("--gpu", choices=(*GPUS, "auto"), metavar="GPU", help=kinds)
     add("--gpu-memory-gib", type=gib, metavar="GIB", help="memory per GPU, in GiB (default: that of --gpu)")
     add("--gpus-per-node", type=count, metavar="PER_NODE", help="GPUs per node (default: 8, or this machine's)")
     reserve = "memory per GPU, in GiB, left free for CUDA context, NCCL buffers and fragmentation (default: 10%% of it)"
@@ -244,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
     add("--train-everything", action="store_true", help="in stage1 and stage2, train all parameters")
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
-    seq_length = f"tokens per sequence (default: the paper's, {lengths}; in stage0 that of stage1)"
+    seq_length = f"tokens per sequence (default: the paper's, {lengths}; elsewhere that of stage1)"
     add("--seq-length", type=count, metavar="TOKENS", help=seq_length)
     add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
     batch = "sequences per step (default: the paper's, %(default)s)"

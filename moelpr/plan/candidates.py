@@ -35,11 +35,8 @@ class Candidate:
 
     def flags(self, workload: Workload) -> list[str]:
         """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
-        argv = [
-            *self.layout.flags(has_experts=workload.stage != "dense"),
-            "--micro-batch-size",
-            str(workload.micro_batch_size),
-        ]
+        argv = self.layout.flags(has_experts=workload.stage != "dense")
+        argv += ["--micro-batch-size", str(workload.micro_batch_size)]
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []
         argv += ["--train-everything"] if workload.train_everything else []
@@ -119,7 +116,8 @@ def numbers_of_experts(spec: ModelSpec, cluster: Cluster) -> list[int]:
     """The N to choose from, largest first: up to 8, where N divides the GPUs of a node or they divide N."""
     assert spec.moe is not None
     node, least = min(cluster.gpus, cluster.gpus_per_node), spec.moe.topk - spec.moe.num_original_places
-    return [n for n in range(MOST_EXPERTS, max(least, 1) - 1, -1) if n % node == 0 or node % n == 0]
+    numbers = range(MOST_EXPERTS, max(least, 1) - 1, -1)
+    return [n for n in numbers if n % node == 0 or node % n == 0] or [MOST_EXPERTS]
 
 
 def with_num_experts(spec: ModelSpec, number: int) -> ModelSpec:

@@ -91,8 +91,9 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
     for one in outlooks:
         if one.refusal:
             raise UserError(
-                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, or pass --redo {one.task.name} to "
-                "train again (what it has trained is kept)"
+                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {one.task.name} to train "
+                "again (what it has trained is kept), or remove "
+                f"{file.project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
             )
 
 

@@ -63,7 +63,7 @@ def settings(own: Flags) -> list[str]:
 
 
 def recipe_of(stage: str, own: Flags) -> Path | None:
-    """The recipe of a stage, which the user's flags may name; `recipe: false` is none."""
+    """The recipe of a stage, which the user's flags may name; with `recipe: false` it has no recipe."""
     name = own.get("recipe", RECIPES[stage])
     return Path(str(name)) if name else None
 

@@ -79,7 +79,7 @@ def preprocess(places: Places, code: str) -> Task:
         files=tuple(files),
         unfinished=(prefix.with_name(f".{code}.unfinished"),),
         is_complete=places.manifest(code).is_file,
-        corpora=tuple(corpora),
+        corpora=() if code in places.original else tuple(corpora),  # a sample is made by one job
         cpus=int(own.get("workers", _WORKERS)),
         minutes=0.1 + size / _BYTES_PER_MINUTE,
         disk_gib=2 * size / 2**30,

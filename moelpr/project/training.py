@@ -77,6 +77,8 @@ def stage(places: Places, name: str, before: str) -> Task:
         command=command,
         settings=[*layout.flags, *_trackers(places, name), *settings(own)],
         made_from=(before, *([] if places.project.corpora else sources)),
+        # It only measures on held-out text.
+        decided_by=places.text_tasks if validation(places, name) else (),
         files=(*([find_recipe(recipe)] if recipe else []), *corpus_files(places, name)),
         is_complete=(save / FINISHED_FILE).is_file,
         continues=save,

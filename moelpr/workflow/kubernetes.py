@@ -254,6 +254,7 @@ class Chain:
             "PET_NPROC_PER_NODE": str(max(1, task.gpus_per_node)),
             "PET_MASTER_ADDR": f"{job_set}-{_label(task.name)}-0-0.{job_set}",
             "PET_MASTER_PORT": str(_PORT),
+            "MOELPR_GRACE_SECONDS": str(self._settings.grace_s),
             "JOIN_TIMEOUT": "900",  # nodes load an image, which takes minutes
         }
         place = "metadata.annotations['batch.kubernetes.io/job-completion-index']"

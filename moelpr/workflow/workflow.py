@@ -20,6 +20,7 @@ from typing import Literal
 from moelpr.process.command import STOPPED, stopped_code
 from moelpr.process.errors import MachineError, StoppedError, UserError
 from moelpr.store.files import make_folder, remove
+from moelpr.store.run_folder import TRACKER_FILE
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.workflow.mark import Mark, difference, mark_of, relative, shown
 from moelpr.workflow.task import Task
@@ -246,7 +247,7 @@ class Workflow:
                 self._perform(other, needs_output=True)
 
     def _refusal(self, task: Task, change: str | None) -> str:
-        if not change or not task.continues or not task.continues.exists() or task.name in self._redo:
+        if not change or not task.continues or not _has_trained(task.continues) or task.name in self._redo:
             return ""
         return (
             f"task {task.name} would continue {task.continues}, but {change} since that was made; remove it to make it "
@@ -257,7 +258,7 @@ class Workflow:
         """Take the unfinished work of another command out of the way, and a training that is to be done again."""
         for folder in task.unfinished:
             remove(folder)
-        if task.continues and task.continues.exists():
+        if task.continues and _has_trained(task.continues):
             number = 1
             while (aside := task.continues.with_name(f"{task.continues.name}.before-{number}")).exists():
                 number += 1
@@ -310,6 +311,11 @@ class Workflow:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
         with self._printing:
             print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+
+def _has_trained(path: Path) -> bool:
+    """Whether there is work to lose: a folder in which a training has saved no step has only its settings."""
+    return (path / TRACKER_FILE if path.is_dir() else path).exists()
 
 
 @contextmanager

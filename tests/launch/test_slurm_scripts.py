@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -12,8 +11,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = 'printf "%s" "${0##*/}" >>"$CALLS"; printf " [%s]" "$@" >>"$CALLS"; echo >>"$CALLS"\n'
 PROGRAMS = {
-    "sbatch": RECORD + 'wc -l <"$CALLS"',
-    "squeue": 'for word in "$@"; do [[ " ${IN_QUEUE:-} " == *" $word "* ]] && echo "$word"; done; true',
     "srun": RECORD + 'echo "JOIN_TIMEOUT=$JOIN_TIMEOUT" >>"$CALLS"; '
     'echo "$NNODES nodes at $MASTER_ADDR:$MASTER_PORT for $PET_RDZV_ID" >>"$CALLS"; '
     '[[ -z ${SAVED:-} ]] || echo 20 >"$SAVED/latest_checkpointed_iteration.txt"; exit "${SRUN_CODE:-0}"',
@@ -51,179 +48,6 @@ class Calls:
 @pytest.fixture
 def calls(tmp_path: Path) -> Calls:
     return Calls(tmp_path)
-
-
-def chain(run: Path) -> list[object]:
-    return [
-        *("launch/slurm/submit.sh", "--run", run, "--account", "lab", "--apptainer", "image.sif"),
-        *("@expanded", "--shards", "2", "--partition", "cpu", "--", "--input", "a b.jsonl"),
-        *("@replay", "--", "--input", "r.jsonl"),
-        *("@convert", "--", "--hf-path", "hf", "--num-new-experts", "5"),
-        *("@stage1", "--nodes", "4", "--", "--recipe", "r1.yaml"),
-        *("@stage2", "--", "--recipe", "r2.yaml", "--train-iters", "500"),
-        *("@export", "@evaluate", "--", "--model", "base=hf", "--data", "en=e.jsonl"),
-    ]
-
-
-def test_a_chain_is_submitted_with_common_options_and_those_of_each_step(calls: Calls, tmp_path: Path) -> None:
-    run = tmp_path / "greek"
-    done = calls(*chain(run))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "expanded-shards: job 1",
-        "expanded: job 2, after 1",
-        "replay: job 3",
-        "convert: job 4",
-        "stage1: job 5, after 4:2",
-        "stage2: job 6, after 5:3",
-        "export: job 7, after 6",
-        "evaluate: job 8, after 7",
-    ]
-    assert all(f"[--output] [{run}/slurm/%x-%j.log] [--kill-on-invalid-dep=yes]" in call for call in calls.made)
-    assert all("[--account] [lab]" in call and "[--apptainer] [image.sif]" in call for call in calls.made)
-    array, merge = calls.made[:2]
-    assert "[--partition] [cpu] [--array] [0,1] [launch/slurm/tool.sbatch]" in array
-    assert f"[--input] [a b.jsonl] [--resume] [--output-prefix] [{run}/data/expanded] [--num-shards] [2]" in array
-    assert f"[--output-prefix] [{run}/data/expanded_text_document] [--num-shards] [2] [--remove-input]" in merge
-    stage2 = calls.made[5]
-    assert "[--job-name] [greek-stage2]" in stage2
-    assert "[--dependency] [afterok:5:3]" in stage2
-    assert stage2.endswith(
-        f"[stage2] [--save] [{run}/stage2] [--pretrained-checkpoint] [{run}/stage1] "
-        f"[--data-path] [{run}/data/replay_text_document] [--recipe] [r2.yaml] [--train-iters] [500]"
-    )
-    assert "[--nodes] [4]" in calls.made[4]
-    assert "[--nodes]" not in stage2
-    # Changes are relative to the first model.
-    assert calls.made[7].endswith(f"[--model] [base=hf] [--data] [en=e.jsonl] [--model] [stage2={run}/hf]")
-
-
-def test_a_second_call_submits_only_steps_that_are_neither_done_nor_active(calls: Calls, tmp_path: Path) -> None:
-    run = tmp_path / "greek"
-    assert calls(*chain(run)).returncode == 0
-    for name in ("data/replay_text_document.idx", "data/expanded_text_document.shard-00001-of-00002.idx"):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).touch()
-    again = calls(*chain(run), IN_QUEUE="4")
-    assert again.stdout.splitlines() == [
-        "expanded-shards: job 9",
-        "expanded: job 10, after 9",
-        "replay: done",
-        "convert: job 4 is pending or running",
-        "stage1: job 11, after 4:10",
-        "stage2: job 12, after 11",
-        "export: job 13, after 12",
-        "evaluate: job 14, after 13",
-    ]
-    assert "[--array] [0] [" in calls.made[8]
-    busy = calls(*chain(run), IN_QUEUE="9")
-    assert busy.returncode == 2
-    assert "scancel 9" in busy.stderr
-
-
-OUTPUTS = {
-    **{step: f"data/{step}_text_document.idx" for step in ("expanded", "replay")},
-    "convert": "upcycled/latest_checkpointed_iteration.txt",
-    **{stage: f"{stage}/FINISHED" for stage in ("stage1", "stage2")},
-    "export": "hf/config.json",
-    "evaluate": "evaluation/results.json",
-}
-
-
-@pytest.fixture
-def finished(calls: Calls, tmp_path: Path) -> list[object]:
-    """A chain of which all steps are done; its stages have recipes of their own."""
-    run = tmp_path / "greek"
-    (tmp_path / "r1.yaml").write_text("1")
-    words = [str(tmp_path / word) if word in ("r1.yaml", "r2.yaml") else word for word in chain(run)]
-    assert calls(*words).returncode == 0
-    for path in (*OUTPUTS.values(), *(f"stage{x}/latest_checkpointed_iteration.txt" for x in (1, 2))):
-        (run / path).parent.mkdir(exist_ok=True, parents=True)
-        (run / path).touch()
-    assert calls(*words).stdout.splitlines() == [f"{step}: done" for step in OUTPUTS]
-    return words
-
-
-def test_what_was_made_from_a_step_that_is_made_again_is_made_again(calls, tmp_path, finished) -> None:
-    run = tmp_path / "greek"
-    num_calls = len(calls.made)
-    (run / "stage1" / "FINISHED").unlink()  # as for training on from an earlier step
-    stale = calls(*finished)
-    assert stale.returncode == 2 and len(calls.made) == num_calls
-    assert f"(stage1 is made again); remove {run}/stage2 to make it again, or " in stale.stderr
-    shutil.rmtree(run / "stage2")
-    assert calls(*finished).stdout.splitlines() == [
-        *(f"{step}: done" for step in ("expanded", "replay", "convert")),
-        "stage1: job 9",
-        "stage2: job 10, after 9",
-        "export is not what it would be now (stage2 is made again)",
-        "export: job 11, after 10",
-        "evaluate is not what it would be now (export is made again)",
-        "evaluate: job 12, after 11",
-    ]
-    assert calls.made[10].endswith("[--overwrite]")
-
-
-def test_a_step_is_not_done_if_another_call_has_made_its_source_again(calls, tmp_path, finished) -> None:
-    run = tmp_path / "greek"
-    shutil.rmtree(run / "stage1")
-    until_stage1, rest = finished[: finished.index("@stage2")], finished[finished.index("@stage2") :]
-    assert calls(*until_stage1).stdout.splitlines()[-1] == "stage1: job 9"
-    running = calls(*finished, IN_QUEUE="9 6")
-    assert "job 6 of @stage2 is pending or running, but stage1 has been made again since, by job 9" in running.stderr
-    (run / "stage1").mkdir()
-    (run / OUTPUTS["stage1"]).touch()
-    stale = calls(*finished)
-    assert f"(stage1 has been made again since, by job 9); remove {run}/stage2" in stale.stderr
-    only_export = calls(*finished[:7], *rest[rest.index("@export") :])
-    assert only_export.stdout.splitlines() == [
-        "export: done",
-        "evaluate: done",
-    ]  # they were made from the stage 2 that is there
-    (run / "slurm" / "stage2.made_from").unlink()  # keep it
-    assert calls(*finished).stdout.splitlines() == [f"{step}: done" for step in OUTPUTS]
-
-
-def test_a_finished_stage_is_bound_to_its_recipe(calls: Calls, tmp_path: Path, finished: list[object]) -> None:
-    (tmp_path / "r1.yaml").write_text("2")
-    changed = calls(*finished)
-    assert changed.returncode == 2 and "(its recipe has changed); remove" in changed.stderr
-    (tmp_path / "greek" / "stage1" / "FINISHED").unlink()  # settings of an unfinished one may change
-    shutil.rmtree(tmp_path / "greek" / "stage2")
-    assert "stage1: job 9" in calls(*finished).stdout.splitlines()
-
-
-def test_stage_1_starts_from_stage_0_if_the_chain_has_one(calls: Calls, tmp_path: Path) -> None:
-    run = tmp_path / "greek"
-    words = chain(run)
-    before = words.index("@stage1")
-    assert calls(*words[:before], "@stage0", "--", "--recipe", "r0.yaml").returncode == 0
-    assert "[--job-name] [greek-stage0]" in calls.made[-1]
-    assert f"[--pretrained-checkpoint] [{run}/upcycled] [--data-path] [{run}/data/expanded_text" in calls.made[-1]
-    forgotten = calls(*words, IN_QUEUE="2 4 5")
-    assert forgotten.returncode == 2 and "@stage1 requires @stage0" in forgotten.stderr
-    done = calls(*words[:before], "@stage0", *words[before:], IN_QUEUE="2 4 5")
-    assert "stage1: job 8, after 5:2" in done.stdout.splitlines(), done.stdout
-    assert f"[--pretrained-checkpoint] [{run}/stage0] [--data-path] [{run}/data/expanded_text" in calls.made[7]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], ["--run DIR"]),
-        (["--run", "RUN"], ["no step", "@convert"]),
-        (["--run", "RUN", "@convert", "@stage3"], ["@stage3", "@expanded, @replay,"]),
-        (["--run", "RUN", "@stage1"], ["@stage1", "@convert", "RUN"]),
-        (["--run", "RUN", "@expanded", "--shards", "many", "--"], ["--shards", "integer", "many"]),
-    ],
-)
-def test_a_wrong_chain_is_a_single_error(calls: Calls, tmp_path: Path, arguments: list, expected: list[str]) -> None:
-    run = str(tmp_path / "run")
-    done = calls("launch/slurm/submit.sh", *[argument.replace("RUN", run) for argument in arguments])
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith("submit.sh: error: ")
-    assert all(text.replace("RUN", run) in done.stderr for text in expected), done.stderr
-    assert calls.made == []
 
 
 STAGE = ["stage1", "--save", "SAVE", "--lr", "1"]

@@ -70,10 +70,14 @@ def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
     assert {layout.dp for layout in layouts_of(8, global_batch_size=2)} == {1, 2}
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "stage", "everything"),
+    [(1, "stage1", False), (2, "stage1", False), (8, "stage1", False), (2, "stage1", True), (4, "dense", False)],
+)
+def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, stage, everything, tmp_path, monkeypatch) -> None:
     """All checks of a GPU machine before a model is built: ours, Megatron's, and those of its model config."""
-    SIX_LAYERS.write(tmp_path)
+    spec = SIX_LAYERS.as_dense() if stage == "dense" else SIX_LAYERS
+    spec.write(tmp_path)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
     (tmp_path / "release").mkdir()
     for suffix in (".bin", ".idx"):
@@ -85,18 +89,23 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, tmp_path, m
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setattr(cpu, "is_needed", lambda: False)
     monkeypatch.setattr(parse, "set_global_variables", lambda *args, **kwargs: None)
-    argv = ["--stage", "stage1", "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
+    argv = ["--stage", stage, "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
     argv += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
     argv += ["--data-path", str(tmp_path / "corpus"), "--verify-corpus", "none"]
     recipe = ["--sequence-parallel"]
-    for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor"):
+    for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")[: 4 if spec.moe else 2]:
         recipe += [f"--{size}-parallel-size", "2"]
-    for layout in layouts_of(gpus)[:: 1 if gpus < 8 else 7]:
-        run = parse.check_arguments([*argv, *recipe, *layout.flags()])
+    workload = Workload(stage, 32, 1, 8, train_everything=everything)
+    found = fitting(spec, workload, Cluster(gpus, 8, 80, 8))
+    assert {one.layout for one in found} == set(legal_layouts(spec, workload, Cluster(gpus, 8, 80, 8)))
+    for one in found[:: 1 if gpus < 8 else 7]:
+        layout = one.layout
+        run = parse.check_arguments([*argv, *recipe, *one.flags(workload)])
+        assert run.args.train_everything == everything
         args = parse.register_arguments(run, RunSettings.of(run))
         sizes = "tensor_model pipeline_model expert_model expert_tensor data"
-        found = tuple(getattr(args, f"{size}_parallel_size") for size in sizes.split())
-        assert found == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp)
+        sizes_there = tuple(getattr(args, f"{size}_parallel_size") for size in sizes.split())
+        assert sizes_there == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp)
         assert args.recompute_granularity == (None if layout.recompute == "none" else layout.recompute)
         assert args.sequence_parallel == (layout.tp > 1)
 

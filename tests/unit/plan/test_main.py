@@ -4,12 +4,14 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
 from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.plan import gpus
 from moelpr.plan.__main__ import main
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
 from moelpr.process.command import run_command
@@ -200,6 +202,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(plan, capsys, argv, named) ->
 def test_a_tokenizer_that_extends_a_larger_one_is_rejected(plan, capsys, tmp_path) -> None:
     VocabularyExtension(1001, [[1, 2]], "", "").write(tmp_path)
     assert "1,001 tokens, but" in failure(plan, capsys, "--extended-tokenizer", str(tmp_path))
+
+
+def test_the_gpus_of_this_machine_are_planned_for(plan: Plan, capsys, monkeypatch, config_folder) -> None:
+    monkeypatch.setattr(gpus, "gpus_here", lambda: [("NVIDIA GeForce RTX 4090", 24.0)] * 2)
+    argv = ["--hf-path", str(config_folder()), "--num-new-experts", "4", "--gpu", "auto", "--json"]
+    found = json.loads(plan(*argv, defaults=False))
+    assert found["cluster"]["gpu"] == asdict(gpus.GPUS["rtx4090-24"])
+    assert (found["cluster"]["gpus"], found["cluster"]["gpus_per_node"]) == (2, 2)
+    assert json.loads(plan(*argv, "--gpus", "8", defaults=False))["cluster"]["gpus"] == 8, "four such machines"
+    monkeypatch.setattr(gpus, "gpus_here", list)
+    assert "has no NVIDIA GPU; name the GPUs that will train" in failure(plan, capsys, "--gpu", "auto")
 
 
 @pytest.mark.parametrize("reserve", [["--reserve-gib", "0"], []])

@@ -120,6 +120,7 @@ def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_pat
         "PET_NPROC_PER_NODE": "8",
         "PET_MASTER_ADDR": "greek-stage1-0-0.greek",
         "PET_MASTER_PORT": "29500",
+        "MOELPR_GRACE_SECONDS": "1800",
         "JOIN_TIMEOUT": "900",
         "PET_NODE_RANK": None,  # the pod's index
     }

@@ -10,6 +10,7 @@ import pytest
 
 from moelpr.process.errors import UserError
 from moelpr.store import records
+from moelpr.store.run_folder import TRACKER_FILE
 from moelpr.workflow.slurm import Chain, SlurmJobs, SlurmSettings
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
@@ -66,6 +67,7 @@ def finish(run: Path, *names: str) -> None:
             path = run / (output or f"data/{task.name[-2:]}_text_document.idx")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+            (path.parent / TRACKER_FILE).touch()
             workflow = Workflow(run, tasks(run))
             workflow.logs.mkdir(exist_ok=True)
             workflow.adopt(task.name, str(next(x.id for x in workflow.outlook() if x.task.name == task.name)))

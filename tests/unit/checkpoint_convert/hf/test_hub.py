@@ -32,6 +32,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
+        if path.startswith("/api/models/o/Gated/"):
+            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if not path.startswith(("/api/models/o/Tiny/", "/o/Tiny/")):
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if path == "/api/models/o/Tiny/revision/main":
@@ -132,6 +134,7 @@ def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_
     assert re.search(
         r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone", error_of("--hf-path", "o/Gone")
     )
+    assert "o/Gated is gated; accept its conditions" in error_of("--hf-path", "o/Gated")
     assert "can't be downloaded" in error_of("--hf-path", "o/Tiny", "--revision", "never")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     assert "the Hub can't be reached" in error_of("--hf-path", "o/Tiny")

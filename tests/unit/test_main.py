@@ -1,6 +1,5 @@
 """The command `moelpr`: it knows every tool, runs it under its name, and costs nothing by itself."""
 
-import importlib
 import os
 import re
 import resource
@@ -30,11 +29,12 @@ def test_every_tool_is_a_subcommand_and_has_a_main() -> None:
     tools = {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if ends_as_tool(file)}
     named = {tool.module for name, tool in command.TOOLS.items() if name != "train"}
     assert tools - NOT_FOR_USERS == named
-    assert all(callable(importlib.import_module(module).main) for module in named)
 
 
 def ends_as_tool(file: Path) -> bool:
-    return '\nif __name__ == "__main__":\n' in file.read_text()
+    """Whether a file is run, and so has a `main`."""
+    text = file.read_text()
+    return '\nif __name__ == "__main__":\n' in text and "\ndef main(" in text
 
 
 def test_stages_are_those_that_have_a_launcher() -> None:

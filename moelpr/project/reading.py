@@ -1,11 +1,11 @@
 """Read languages.yaml: every error names the file, the line, the key, and what would work."""
 
 import difflib
-import glob
 import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moelpr.project.project import Language, Project
 from moelpr.project.steps import OWN_FLAGS, STEPS
 from moelpr.store import records
 from moelpr.store.yaml_files import key_lines, parse_mapping
+from moelpr.text.sources import find_files
 
 # OWNER/NAME, and a revision.
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -84,15 +85,24 @@ def _check_keys(path: Path, content: Any) -> None:
 
 
 def text_files(language: Language) -> list[Path]:
-    """What the text of a language names: files and folders."""
-    return [Path(found) for name in language.text for found in sorted(glob.glob(name)) or [name]]
+    """The files that preprocessing reads of a language's text.
+
+    Raises:
+        UserError: A folder or pattern matches no file.
+    """
+    return _text_files(*language.text)
+
+
+@cache
+def _text_files(*names: str) -> list[Path]:
+    return [Path(file) for file in find_files([*names])]
 
 
 def _check(file: ProjectFile) -> None:
-    """Check what is known before anything runs: text, models and flags.
+    """Check what is known before anything runs: models, text and steps.
 
     Raises:
-        UserError: Something is missing, or set twice.
+        UserError: Something is missing or unknown.
     """
     project = file.project
     for key in ("model", "chat"):
@@ -104,17 +114,11 @@ def _check(file: ProjectFile) -> None:
             )
     for group in ("expanded", "original"):
         for name, language in getattr(project.languages, group).items():
-            place = "languages", group, name
-            if not language.text and not project.corpora:
-                raise UserError(f"{file.at(*place)}{'.'.join(place)} has no text; add text: FILE")
-            if project.corpora and not language.held_out:
-                raise UserError(f"{file.at(*place)}{'.'.join(place)} requires held_out: FILE, as corpora are given")
-            for path in [*text_files(language), *([Path(language.held_out)] if language.held_out else [])]:
-                problem = "does not exist" if not path.exists() else "is empty" if not bytes_of(path) else ""
-                if problem:
-                    raise UserError(
-                        f"{file.at(*place)}the text of {'.'.join(place)}, {path}, {problem}; correct the path"
-                    )
+            try:
+                _check_text(language, has_corpora=project.corpora is not None)
+            except UserError as error:
+                place = "languages", group, name
+                raise UserError(f"{file.at(*place)}{'.'.join(place)}: {error}") from None
     for step, flags in project.steps.items():
         if step not in STEPS:
             nearest = difflib.get_close_matches(step, STEPS, n=1)
@@ -124,11 +128,16 @@ def _check(file: ProjectFile) -> None:
             raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is set by moelpr run; remove it")
 
 
-def bytes_of(path: Path) -> int:
-    """Size of a file, or of all files of a folder."""
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size
+def _check_text(language: Language, has_corpora: bool) -> None:
+    if not language.text and not has_corpora:
+        raise UserError("it has no text; add text: FILE")
+    if has_corpora and not language.held_out:
+        raise UserError("it requires held_out: FILE, because corpora are given")
+    for path in [*text_files(language), *([Path(language.held_out)] if language.held_out else [])]:
+        if not path.exists():
+            raise UserError(f"there is no file {path}; correct the path")
+        if not path.stat().st_size and len(text_files(language)) < 2:
+            raise UserError(f"{path} is empty; add text, or remove the language")
 
 
 def _text(path: Path) -> str:

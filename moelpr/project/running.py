@@ -8,6 +8,7 @@ from moelpr.project.chain import workflow_of
 from moelpr.project.flags import check_flags
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
+from moelpr.project.tables import changes
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine
@@ -95,12 +96,6 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
                 "again (what it has trained is kept), or remove "
                 f"{file.project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
             )
-
-
-def changes(outlooks: Iterable[Outlook]) -> str:
-    """What will be done again, and why; empty if nothing is."""
-    again = [f"  {one.task.name}: {one.reason}" for one in outlooks if one.state == "again"]
-    return "\n".join(["Done again:", *again, ""]) if again else ""
 
 
 def command(workflow: Workflow, outlook: Outlook) -> str:

@@ -1,5 +1,7 @@
 """What `moelpr plan` and `moelpr status` print."""
 
+from collections.abc import Iterable
+
 from moelpr.layouts import PlannedLayout
 from moelpr.plan.gpus import GIB
 from moelpr.process.errors import UserError
@@ -18,9 +20,9 @@ def plan(places: Places) -> str:
     """The steps with what they need, and the languages with how often their text is read."""
     tasks = tasks_of(places)
     outlooks = Workflow(places.folder, tasks).outlook()
-    rows = [[one.task.name, state(one), *_needs(places, one.task)] for one in outlooks]
+    rows = [[one.task.name, one.state, *_needs(places, one.task)] for one in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
-    parts = [table_text(head, rows, text_columns=(0, 1, 6))]
+    parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
     if not places.project.corpora:
         parts.append(_languages(places))
     hours = sum(one.task.minutes for one in outlooks if one.state != "done") / 60
@@ -42,15 +44,16 @@ def status(places: Places) -> str:
         if one.state != "done" and (found := _progress(one.task)):
             progress, minutes = found
         left += 0 if one.state == "done" else minutes
-        rows.append([one.task.name, state(one), progress, duration(minutes)])
+        rows.append([one.task.name, one.state, progress, duration(minutes)])
     done = sum(one.state == "done" for one in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
     return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}."
 
 
-def state(outlook: Outlook) -> str:
-    """The state of a step, and why it is done again."""
-    return f"again: {outlook.reason}" if outlook.state == "again" else outlook.state
+def changes(outlooks: Iterable[Outlook]) -> str:
+    """What will be done again, and why; empty if nothing is."""
+    again = [f"  {one.task.name}: {one.reason}" for one in outlooks if one.state == "again"]
+    return "\n".join(["Done again:", *again, ""]) if again else ""
 
 
 def duration(minutes: float) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
-from moelpr.project.reading import bytes_of, text_files
+from moelpr.project.reading import text_files
 from moelpr.project.steps import settings, words
 from moelpr.workflow.task import Task
 
@@ -54,7 +54,7 @@ def preprocess(places: Places, code: str) -> Task:
     """Tokenize the text of a language, of which some is held out; of an original one, no more than replay can use."""
     language, prefix, own = places.languages[code], places.folder / "data" / code, places.own("preprocess")
     files = text_files(language)
-    size = sum(map(bytes_of, files))
+    size = sum(path.stat().st_size for path in files)
     share = None if language.held_out else held_out_share(size)
     corpora = [places.corpus(code), *([places.corpus(f"{code}_validation")] if share else [])]
     fixed: dict[str, Any] = {

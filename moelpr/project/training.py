@@ -9,9 +9,10 @@ from moelpr.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.process.errors import UserError
 from moelpr.project.mixing import Share, mix
 from moelpr.project.places import Places
-from moelpr.project.reading import bytes_of, text_files
+from moelpr.project.reading import text_files
 from moelpr.project.steps import recipe_of, settings, words
 from moelpr.store.run_folder import FINISHED_FILE
+from moelpr.text.estimate import estimate
 from moelpr.workflow.task import Task
 
 # New rows also learn to be unlikely in the original languages: one part in five (docs/vocabulary.md).
@@ -138,10 +139,18 @@ def tokens_of(places: Places) -> dict[str, int]:
 
 
 def estimated_tokens(places: Places) -> dict[str, int]:
-    """The tokens of the expanded languages, estimated from their text."""
-    return {
-        code: max(1, sum(map(bytes_of, text_files(places.languages[code]))) // 4) for code in places.expanded
-    }  # TODO
+    """The tokens of the expanded languages, estimated from samples of their text.
+
+    Without a tokenizer, because the base is yet to be downloaded, a token counts as four bytes of the files.
+    """
+    found = {}
+    for code in places.expanded:
+        language = places.languages[code]
+        if places.base.exists():
+            found[code] = estimate(text_files(language), language.json_key, places.base).tokens
+        else:
+            found[code] = sum(path.stat().st_size for path in text_files(language)) // 4
+    return found
 
 
 def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:

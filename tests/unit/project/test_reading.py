@@ -32,11 +32,11 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
         ({"mix": {"temperature": 2}}, r"line \d+: mix.temperature should be less than or equal to 1, got 2"),
         (
             {"languages": {"expanded": {"el": "no.jsonl"}, "original": ORIGINAL}},
-            "languages.expanded.el, no.jsonl, does not",
+            "languages.expanded.el: there is no file no.jsonl",
         ),
         (
             {"languages": {"expanded": {"el": {}}, "original": ORIGINAL}},
-            "languages.expanded.el has no text; add text: FILE",
+            "languages.expanded.el: it has no text; add text: FILE",
         ),
         ({"languages": {"expanded": {"en": "el.jsonl"}, "original": ORIGINAL}}, "the language en is given twice"),
         ({"languages": {"expanded": {"el": "el.jsonl"}}}, "no original language is given; add one under"),
@@ -46,7 +46,7 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
         ),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
-        ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el requires held_out: FILE"),
+        ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: it requires held_out: FILE"),
         ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
     ],
 )
@@ -58,9 +58,7 @@ def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, messa
 def test_a_language_without_text_in_its_file_is_an_error(write: Write) -> None:
     path = write()
     (path.parent / "hu.jsonl").write_text("")
-    with pytest.raises(
-        UserError, match="languages.yaml, line 6: the text of languages.expanded.hu, hu.jsonl, is empty"
-    ):
+    with pytest.raises(UserError, match="languages.yaml, line 6: languages.expanded.hu: hu.jsonl is empty"):
         read_project(path)
 
 

@@ -57,7 +57,8 @@ class Places:
 
     def corpus(self, name: str) -> Path:
         """The prefix of a corpus: of a language, of its held-out text (CODE_validation), or replay."""
-        return self.folder / "data" / f"{name}_text_document"
+        language = self.languages.get(name.removesuffix("_validation"))
+        return self.folder / "data" / f"{name}_{language.json_key if language else 'text'}_document"
 
     def manifest(self, name: str) -> Path:
         return Path(f"{self.corpus(name)}.manifest.json")

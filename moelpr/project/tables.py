@@ -25,11 +25,13 @@ def plan(places: Places) -> str:
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
     if not places.project.corpora:
         parts.append(_languages(places))
-    hours = sum(one.task.minutes for one in outlooks if one.state != "done") / 60
-    disk = sum(one.task.disk_gib for one in outlooks if one.state != "done") * GIB
-    parts.append(f"Left: about {duration(60 * hours)}, {format_bytes(disk)} of disk in {places.folder}.")
+    left = [one.task for one in outlooks if one.state != "done"]
+    unknown = [task.name for task in left if not _has_time(places, task)]
+    minutes, disk = sum(task.minutes for task in left if task.name not in unknown), sum(task.disk_gib for task in left)
+    without = f" without {' and '.join(unknown)}" if unknown else ""
+    parts.append(f"Left: about {duration(minutes)}{without}, {format_bytes(disk * GIB)} of disk in {places.folder}.")
     if places.layouts.cluster is None:
-        parts.append("This machine's CPU is used, whose speed is not predicted: trainings are not in the sum.")
+        parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
 
 
@@ -61,7 +63,9 @@ def duration(minutes: float) -> str:
     for unit, size in (("days", 1440), ("hours", 60)):
         if minutes >= 2 * size:
             return f"{minutes / size:.3g} {unit}"
-    return f"{minutes:.0f} minutes" if minutes >= 1.5 else "1 minute"
+    if minutes >= 1.5:
+        return f"{minutes:.0f} minutes"
+    return "1 minute" if minutes >= 0.9 else f"{60 * minutes:.0f} s"
 
 
 def _needs(places: Places, task: Task) -> list[str]:
@@ -71,7 +75,7 @@ def _needs(places: Places, task: Task) -> list[str]:
         time = "" if layout else duration(task.minutes)
         memory = f"{task.memory_gib:.3g} GiB"
         return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus else "", memory, _disk(task), ""]
-    known = layout.tokens_per_s and expected_tokens(places, task.name)
+    known = _has_time(places, task)
     used = layout.plan.memory_bytes / GIB
     return [
         duration(task.minutes) if known else "by its text",
@@ -80,6 +84,13 @@ def _needs(places: Places, task: Task) -> list[str]:
         _disk(task),
         _layout(gpus, layout.plan.best.layout),
     ]
+
+
+def _has_time(places: Places, task: Task) -> bool:
+    """Whether the time of a task is expected; that of a training depends on its tokens and on a known GPU."""
+    if task.name not in places.stages:
+        return True
+    return bool(places.layouts.of(task.name).tokens_per_s and expected_tokens(places, task.name))
 
 
 def _layout(gpus: int, layout: PlannedLayout) -> str:

@@ -37,7 +37,7 @@ experts: {{new: auto, topk: 2}}
 hardware: auto
 
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
-# chat: {model}-Instruct   # its difference from the base makes the result chat
+# chat: {chat}   # its difference from the base makes the result chat
 # benchmarks: {{limit: 200}}
 # trackers: {{wandb_project: moelpr}}
 
@@ -60,7 +60,8 @@ def template(
         found = dump({code: text if len(text) > 1 else text[0] for code, text in texts.items()})
         return "".join(f"    {line}\n" for line in found.splitlines()).rstrip("\n")
 
-    values = {"model": model, "output": f"runs/{model.rstrip('/').rpartition('/')[2]}-languages"}
+    chat = model.removesuffix("-Base") if model.endswith("-Base") else f"{model}-Instruct"
+    values = {"model": model, "chat": chat, "output": f"runs/{model.rstrip('/').rpartition('/')[2]}-languages"}
     return _TEXT.format(
         **{key: dump(value).splitlines()[0] for key, value in values.items()},
         expanded=lines(expanded or [("el", "text/el.jsonl")]),

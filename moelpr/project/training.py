@@ -186,8 +186,8 @@ def expected_tokens(places: Places, stage: str) -> float | None:
         return None
     try:
         return length(places, stage).get("train-tokens")
-    except UserError:  # the text decides it
-        return places.project.budget.tokens if stage == "stage1" else None
+    except UserError:  # the text decides it, which is not tokenized yet
+        return total_tokens(places, estimated_tokens(places)) if stage == "stage1" else None
 
 
 def validation(places: Places, stage: str) -> list[str] | None:

@@ -1,0 +1,42 @@
+"""What `moelpr plan` and `moelpr status` say, and the places that steps agree on."""
+
+import pytest
+
+from moelpr.project import tables
+from moelpr.project.chain import tasks_of
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project
+from moelpr.project.template import template
+from tests.unit.project.conftest import Write
+
+
+def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
+    on_a_cpu = tables.plan(Places(read_project(write()))).split("Left: ")[1]
+    assert " without stage1 and stage2, " in on_a_cpu and "hours" not in on_a_cpu
+    hardware = {"gpu": "h100-80", "gpus": 8}
+    for budget in ({"tokens": "6K"}, {"epochs": 1}, {"hours": 1e-5}):
+        known = tables.plan(Places(read_project(write(hardware=hardware, budget=budget))))
+        assert " without stage2, " in known.split("Left: ")[1], budget
+
+
+@pytest.mark.parametrize(
+    ("minutes", "text"),
+    [(0, "0 s"), (0.2, "12 s"), (1, "1 minute"), (90, "90 minutes"), (150, "2.5 hours"), (2880, "2 days")],
+)
+def test_a_time_is_in_its_largest_unit(minutes: float, text: str) -> None:
+    assert tables.duration(minutes) == text
+
+
+def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
+    """`moelpr preprocess --json-keys content` writes PREFIX_content_document."""
+    languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": {"text": "en.jsonl", "json_key": "content"}}}
+    places = Places(read_project(write(languages=languages)))
+    assert places.corpus("en").name == "en_content_document" and places.corpus("el").name == "el_text_document"
+    assert places.corpus("en_validation").name == "en_validation_content_document"
+    (replay,) = [task for task in tasks_of(places) if task.name == "replay"]
+    assert "out/data/en_content_document" in replay.words()
+
+
+def test_a_template_names_a_chat_model_as_the_publisher_does() -> None:
+    assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")
+    assert "# chat: Qwen/Qwen2.5-7B-Instruct " in template("Qwen/Qwen2.5-7B")

@@ -24,13 +24,17 @@ def main() -> None:
     for folder in (SOURCE, SITE):
         shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(ROOT / "docs", SOURCE / "docs", ignore=shutil.ignore_patterns("*.py", "*.sh", "__pycache__"))
+    for file in [*ROOT.glob("examples/*.yaml"), *ROOT.glob("examples/users/*.yaml")]:
+        (SOURCE / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, SOURCE / file.relative_to(ROOT))
     for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE"):
         shutil.copyfile(ROOT / page, SOURCE / page)
     index = (SOURCE / "docs" / "README.md").read_text("utf-8")
     guide, _, design = index.partition("For developers:")
     nav = [
         {"Overview": "README.md"},
-        {"Guide": ["docs/README.md", *linked_pages(guide)]},
+        {"Guide": "docs/README.md"},
+        *({title: linked_pages(pages)} for title, pages in re.findall(r"^## (.+)\n([^#]*)", guide, re.MULTILINE)),
         {"Design": linked_pages(design)},
         {"API": api_pages()},
         {"Development": ["CONTRIBUTING.md", "CHANGELOG.md"]},

@@ -23,45 +23,17 @@ from moelpr.plan.__main__ import main as plan
 from moelpr.plan.arguments import new_experts
 from moelpr.process import ranks
 from moelpr.process.machine import format_bytes
+from tests.support.model_shapes import SHAPES, save_config
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.yaml") for path in RECIPES.glob(pattern))
-# The shapes in the models' config.json: hidden size, FFN, layers, heads, query groups, vocabulary.
-SHAPES = {
-    "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
-    "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
-    "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 151936),
-    "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 151936),
-    "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
-    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
-}
-TIED = "Qwen3-0.6B-Base", "Qwen3-1.7B-Base"
-LLAMA_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-FAMILIES = {
-    "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
-    "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
-    "Llama": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "rope_scaling": LLAMA_ROPE | {"original_max_position_embeddings": 8192},
-    },
-}
 
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The working directory contains a folder per model, with its config.json."""
-    for name, (hidden, ffn, layers, heads, groups, vocabulary) in SHAPES.items():
-        config = {
-            **next(family for start, family in FAMILIES.items() if name.startswith(start)),
-            **{"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary},
-            **{"num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 131072},
-            **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": name in TIED},
-            "torch_dtype": "bfloat16",
-        }
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for name in SHAPES:
+        save_config(name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
 
 

@@ -1,9 +1,9 @@
-"""The section "Records" of docs/data-format.md, made from the types.
+"""The section "Records" of docs/data-format.md and the keys of docs/languages-file.md, made from the types.
 
     python -m tests.support.records_page
 
-It writes the section between two markers. Each type's text and the meaning of its fields are its docstring. A new
-record is found; another type of file needs a line in `_OTHER_FILES`.
+It writes the sections between two markers. Each type's text and the meaning of its fields are its docstring, or those
+of its fields. A new record is found; another type of file needs a line in `_OTHER_FILES`.
 """
 
 import dataclasses
@@ -12,17 +12,18 @@ import inspect
 import re
 import types
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from textwrap import fill
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from moelpr.metrics.schema import METRICS
+from moelpr.project.project import Project
 from moelpr.store.files import write_text
 from moelpr.store.records import Record
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "data-format.md"
 START, END = "<!-- records: made by python -m tests.support.records_page -->", "<!-- end of records -->"
 _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
 # Files that are not records: what is described, and its type.
@@ -97,10 +98,27 @@ def section() -> str:
     return "\n\n".join([*parts, f"| other file | contents |\n|---|---|\n{untyped}", END])
 
 
-def current_page() -> str:
-    """The page with the section as it should be."""
-    before, _, rest = PAGE.read_text().partition(START)
-    return before + section() + rest.partition(END)[2]
+def keys() -> str:
+    """The keys of languages.yaml in Markdown, with markers."""
+    places: dict[Any, list[str]] = {}
+    for place, kind in _places(Project):
+        places.setdefault(kind, []).append(place)
+    parts = [START, "## Keys", _keys_table(Project)]
+    for kind, names in places.items():
+        parts += [f"### {', '.join(names)}", *([describe(kind).text] if describe(kind).text else []), _keys_table(kind)]
+    return "\n\n".join([*parts, END])
+
+
+PAGES: dict[Path, Callable[[], str]] = {
+    ROOT / "docs" / "data-format.md": section,
+    ROOT / "docs" / "languages-file.md": keys,
+}
+
+
+def current(page: Path) -> str:
+    """A page with its section as it should be."""
+    before, _, rest = page.read_text().partition(START)
+    return before + PAGES[page]() + rest.partition(END)[2]
 
 
 def _described(title: str, kind: Any, shown: set[Any], version: int = 1) -> str:
@@ -134,6 +152,49 @@ def _table(kind: Any) -> str:
     return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 
+def _places(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys below which there are keys of another type, and this type."""
+    for name, hint in get_type_hints(kind).items():
+        below = next(iter(part for part in _parts(hint) if dataclasses.is_dataclass(part)), None)
+        if below:
+            is_mapping = any(get_origin(part) is dict for part in _parts(hint))
+            place = f"{prefix}{name}.CODE" if is_mapping else f"{prefix}{name}"
+            yield place, below
+            yield from _places(below, f"{place}.")
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """A type, and the types that it is composed of."""
+    yield hint
+    for argument in get_args(hint):
+        yield from _parts(argument)
+
+
+def _keys_table(kind: Any) -> str:
+    meanings, hints = describe(kind).attributes, get_type_hints(kind)
+    rows = [
+        f"| `{field.name}` | {_value(hints[field.name])} | {_default(field)} | {meanings[field.name]} |"
+        for field in dataclasses.fields(kind)
+    ]
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _value(hint: Any) -> str:
+    """What a key of YAML takes; one that may be left out need not be null."""
+    if any(dataclasses.is_dataclass(part) for part in _parts(hint)):
+        return "mapping"
+    return type_name(hint).replace(" or null", "").replace("object of", "mapping of")
+
+
+def _default(field: Any) -> str:
+    """The default of a key; empty if it is null or has keys of its own, about which other lines inform."""
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return "required"
+    value = field.default if field.default is not dataclasses.MISSING else None
+    value = getattr(value, "default", value)  # pydantic's own description of a field
+    return "" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
 def type_name(hint: Any) -> str:
     """A type in the words of JSON."""
     origin, arguments = get_origin(hint), get_args(hint)
@@ -150,7 +211,7 @@ def type_name(hint: Any) -> str:
         return f"list of ({part})" if " or " in part else f"list of {part}"
     if origin is Counter:
         return "object of integer"
-    if origin is not None and issubclass(origin, dict):
+    if isinstance(origin, type) and issubclass(origin, dict):
         return f"object of {type_name(arguments[-1])}"
     return getattr(hint, "__name__", str(hint)).lstrip("_")
 
@@ -173,7 +234,12 @@ def _nested(kind: Any) -> list[Any]:
 
 
 def describe(kind: Any) -> Description:
-    """Read the docstring of a type with fields."""
+    """Read the docstring of a type with fields, or the docstrings of its fields."""
+    if described := {name: one.description for name, one in getattr(kind, "__pydantic_fields__", {}).items()}:
+        if any(described.values()):
+            text = _line(inspect.getdoc(kind) or "")
+            meanings = {name: _line(meaning or "") for name, meaning in described.items()}
+            return Description("" if text.startswith(f"{kind.__name__}(") else text, meanings)
     text, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:\n")
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", attributes, flags=re.MULTILINE)
     return Description(_line(text), {name: _line(meaning) for name, meaning in found})
@@ -184,4 +250,5 @@ def _line(text: str) -> str:
 
 
 if __name__ == "__main__":
-    write_text(PAGE, current_page())
+    for page in PAGES:
+        write_text(page, current(page))

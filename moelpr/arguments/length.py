@@ -1,7 +1,5 @@
 """How long a run is: --train-tokens and --train-epochs become --train-iters when a stage starts."""
 
-import math
-
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from moelpr.arguments.checks.data import training_blend, training_share
@@ -29,7 +27,7 @@ def set_train_iters(run: RequestedRun) -> str:
     if given == ["--train-tokens"] and args.train_tokens:
         budget, tokens = f"{args.train_tokens:,} tokens", args.train_tokens
         steps = -(-tokens // (batch * length)) if tokens >= batch * length else 0
-    elif given == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < math.inf:
+    elif given == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < 10**6:  # else reported by the checks
         prefixes, weights = training_blend(run)
         if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
             return ""

@@ -33,8 +33,9 @@ _RANGES: dict[tuple[int, float], str] = {
     (1, 2**31): "seed",
     (0, math.inf): (
         "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad start_weight_decay "
-        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters train_epochs grace_seconds"
+        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters grace_seconds"
     ),
+    (0, 10**6): "train_epochs",
     (0, 1): "adam_beta1 adam_beta2 lr_warmup_fraction",
 }
 

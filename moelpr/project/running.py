@@ -9,6 +9,7 @@ from moelpr.project.flags import check_flags
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
 from moelpr.project.tables import changes
+from moelpr.project.training import check_budget
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine
@@ -86,9 +87,10 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
     """Check what can be known before anything runs.
 
     Raises:
-        UserError: A training would be done again, or a flag of a step is unknown.
+        UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
     """
     check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
+    check_budget(Places(file))
     for one in outlooks:
         if one.refusal:
             raise UserError(

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.recipes import find_recipe
+from moelpr.families.hub import config_folder
 from moelpr.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.process.errors import UserError
 from moelpr.project.mixing import Share, mix
 from moelpr.project.places import Places
 from moelpr.project.reading import text_files
-from moelpr.project.steps import recipe_of, settings, words
+from moelpr.project.steps import recipe_of, settings, stage_flags, words
 from moelpr.store.run_folder import FINISHED_FILE
 from moelpr.text.estimate import estimate
 from moelpr.workflow.task import Task
@@ -19,6 +20,8 @@ from moelpr.workflow.task import Task
 _STAGE0_SHARE, _STAGE0_ORIGINAL = 0.1, 0.25
 # docs/vocabulary.md; weights of experts and routers do not train there.
 _STAGE0_FLAGS = {"lr": 1e-3, "balance-loss-coeff": 0.0}
+# Estimates of tokens may be so much too low.
+_MARGIN = 1.2
 _LENGTHS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
 
 
@@ -136,6 +139,32 @@ def tokens_of(places: Places) -> dict[str, int]:
         UserError: One is not there.
     """
     return {code: places.tokens(code) for code in places.expanded}
+
+
+def check_budget(places: Places) -> None:
+    """Check the budget against a step, and against the text as far as its tokens are known.
+
+    Raises:
+        UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
+    """
+    if places.is_downloaded and not places.base.exists():
+        config_folder(Path(places.model_name), places.revision or None)  # the Hub has it, and can be reached
+    budget, flags = places.project.budget, stage_flags("stage1", places.own("stage1"))
+    try:
+        step = int(flags["global-batch-size"]) * int(flags["seq-length"])
+    except (KeyError, ValueError):  # the trainer will say what is wrong
+        step = 0
+    if budget.tokens and budget.tokens < step and not _LENGTHS & places.own("stage1").keys():
+        raise UserError(
+            f"{places.file.at('budget', 'tokens')}budget.tokens {budget.tokens:,} is less than one step of stage 1, "
+            f"{step:,} tokens; raise it, or lower steps.stage1.global-batch-size"
+        )
+    if places.project.corpora:
+        return
+    if all(places.manifest(code).is_file() for code in places.expanded):
+        shares(places, tokens_of(places))
+    else:
+        shares(places, {code: round(_MARGIN * tokens) for code, tokens in estimated_tokens(places).items()})
 
 
 def estimated_tokens(places: Places) -> dict[str, int]:

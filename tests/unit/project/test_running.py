@@ -1,0 +1,94 @@
+"""What can be known to be wrong before anything runs is an error then, with the key; nothing is computed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelpr.process.errors import UserError
+from moelpr.project.reading import read_project
+from moelpr.project.running import run_here, submit
+from moelpr.store.files import locked
+from tests.unit.project.conftest import Write
+
+WEIGHTS = {"el": {"text": "el.jsonl", "weight": 9, "max_epochs": 2}, "hu": {"text": "hu.jsonl", "weight": 1}}
+
+
+@pytest.fixture(autouse=True)
+def tokenizer_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file has 10,000 tokens."""
+
+    def estimate(files: list[Path], *_: Any) -> Any:
+        return type("Estimate", (), {"tokens": 10_000 * len(files)})
+
+    monkeypatch.setattr("moelpr.project.training.estimate", estimate)
+
+
+def run(path: Path, *redo: str) -> None:
+    run_here(read_project(path), redo, is_dry=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": {"tokens": 100}}, r"line \d+: budget.tokens 100 is less than one step of stage 1, 524,288 tokens"),
+        ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
+        (
+            {"budget": {"epochs": 2}, "languages": {"expanded": WEIGHTS, "original": {"en": "en.jsonl"}}},
+            r"line \d+: languages.expanded.el.weight: its 12K tokens would be read 3.6 times, more than",
+        ),
+        ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
+        ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
+        (
+            {"steps": {"preprocess": {"worker": 1}}},
+            r"steps.preprocess.worker is no flag of this step; did you mean workers",
+        ),
+        (
+            {"model": "owner/name"},
+            "there is no folder owner/name, and the config.json of this name can't be downloaded",
+        ),
+        (
+            {"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}},
+            r"line \d+: stage.: no layout fits on 1 GPU",
+        ),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(write(**changes))
+    assert not Path("out").exists()
+
+
+def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write()
+    Path("out").mkdir()
+    with locked(Path("out/.lock"), "out"), pytest.raises(UserError, match="another process is writing out"):
+        run(path)
+
+    def execute(words: list[str], *_: Any) -> int:
+        prefix = words[words.index("--output-prefix") + 1]
+        Path(prefix).parent.mkdir(exist_ok=True)
+        Path(f"{prefix}_text_document.manifest.json").touch()
+        write(held_out=7)
+        return 0
+
+    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} was edited after this run started"):
+        run(path)
+    assert [mark.name for mark in Path("out/logs").glob("*.json")] == ["preprocess-el.json"]
+
+
+def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
+    with pytest.raises(
+        UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
+    ):
+        submit(read_project(write()), (), "slurm", render_only=True)
+
+
+def test_a_dry_run_prints_the_commands_and_writes_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(read_project(write()), (), is_dry=True)
+    assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
+    assert not Path("out").exists()

@@ -43,6 +43,7 @@ COPY LICENSE ./
 COPY benchmarks benchmarks
 COPY examples/demo_tasks.py examples/languages.py examples/tasks.py examples/
 COPY tests/gpu tests/gpu
+COPY tests/unit/conftest.py tests/unit/
 COPY launch launch
 # Files have the modes of the clone, whose owner may have kept them from others.
 RUN chmod --recursive a+rX LICENSE benchmarks examples tests launch

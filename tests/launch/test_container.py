@@ -96,12 +96,26 @@ def test_torchs_dependencies_keep_the_images_versions_and_others_get_ours(tmp_pa
     ]
 
 
+def copied() -> set[str]:
+    """What the build copies of the repository."""
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    return {source for line in lines for source in line.split()}
+
+
+def test_what_first_contact_imports_of_the_repository_is_copied() -> None:
+    files = [file for source in copied() for file in [ROOT / source, *(ROOT / source).rglob("*.py")]]
+    imports = re.compile(r"^ *from ((?:benchmarks|examples|tests)[\w.]*) import (\w+)", re.MULTILINE)
+    lines = {line for file in files if file.suffix == ".py" for line in imports.findall(file.read_text())}
+    names = {name.replace(".", "/") + ".py" for module, member in lines for name in (module, f"{module}.{member}")}
+    needed = {Path(name) for name in names if (ROOT / name).exists()}
+    assert needed
+    assert not [path for path in needed if not {str(path), *map(str, path.parents)} & copied()]
+
+
 def test_everything_the_build_copies_exists_and_is_not_ignored() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
-    copies = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    sources = {source for line in copies for source in line.split()}
-    assert "moelpr" in sources
-    for source in sources:
+    assert "moelpr" in copied()
+    for source in copied():
         assert (ROOT / source).exists(), source
         assert f"!{source.split('/')[0]}" in ignored
 

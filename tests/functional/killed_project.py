@@ -99,9 +99,9 @@ def kill(engine: int, draw: random.Random) -> int:
     return 0
 
 
-def results(folder: Path) -> dict[str, str]:
+def results(folder: Path, output: str = "out") -> dict[str, str]:
     """Path → SHA-256 of everything that must be equal."""
-    paths = sorted(path for pattern in RESULTS for path in (folder / "out").glob(pattern) if path.is_file())
+    paths = sorted(path for pattern in RESULTS for path in (folder / output).glob(pattern) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

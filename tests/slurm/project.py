@@ -45,6 +45,7 @@ class ProjectChain:
             "languages": {"expanded": {"el": "el.jsonl", "hu": "hu.jsonl"}, "original": {"en": "en.jsonl"}},
             "budget": {"epochs": 1},
             "experts": {"new": 4, "topk": 2},
+            "hardware": {"gpu": "none"},
             "steps": {
                 "preprocess": {"workers": 1},
                 "stage1": self._training,

@@ -2,7 +2,7 @@
 
     python -m tests.slurm.killed_chain --kills 20
 
-Starts a throw-away Slurm of two nodes (tests/slurm/cluster.py). While a chain of jobs runs, a random process of a job is
+Starts a throw-away Slurm of two nodes (tests/slurm/cluster.py). While a chain of jobs runs, a random process of one is
 killed, or a running job canceled; when no job is left, the chain is submitted again, until all is done. Exported model,
 corpora and evaluation must be the same bytes. Requires what `python -m tests.slurm.preemption` requires.
 """

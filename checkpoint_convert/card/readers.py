@@ -69,8 +69,9 @@ def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) ->
                 else f"no class will do, as {reason}"
             )
             others.setdefault(remedy, []).append(name)
-    running = [name for reader, name in READERS.items() if obstacle(reader, config) is None]
-    sentences = [f"Runs in {_listed(running)}."]
+    running = [name for reader, name in READERS.items() if reader != "vllm" and obstacle(reader, config) is None]
+    loads = "; vLLM should run it, but only its loader was tested" if obstacle("vllm", config) is None else ""
+    sentences = [f"Runs in {_listed(running)}{loads}."]
     sentences += [f"For {_listed(names)}, {remedy}." for remedy, names in others.items()]
     return " ".join(sentences)
 

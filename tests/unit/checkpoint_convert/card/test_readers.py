@@ -92,43 +92,44 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
 LLAMA = {"add_qkv_bias": False}
 SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
 EXPORT = "export with mcore_to_hf.py"
+VLLM = "; vLLM should run it, but only its loader was tested"
 WIDE = "it assumes that heads are not 16 wide"
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "moe_class", "sentence"),
     [
-        ("llama", LLAMA, "mixtral", "Runs in transformers, vLLM, llama.cpp (Ollama, LM Studio) and MLX."),
+        ("llama", LLAMA, "mixtral", f"Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX{VLLM}."),
         (
             "llama",
             SCALED,
             "mixtral",
-            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, {EXPORT} --as granitemoe.",
+            f"Runs in transformers and llama.cpp (Ollama, LM Studio){VLLM}. For MLX, {EXPORT} --as granitemoe.",
         ),
         (
             "llama",
             SCALED,
             "granitemoe",
-            f"Runs in transformers, vLLM and MLX. For llama.cpp (Ollama, LM Studio), {EXPORT} --as mixtral.",
+            f"Runs in transformers and MLX{VLLM}. For llama.cpp (Ollama, LM Studio), {EXPORT} --as mixtral.",
         ),
         (
             "mistral",
             LLAMA | {"window_size": [30, 0]},
             "mixtral",
-            "Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, no class will do, as it ignores "
+            f"Runs in transformers{VLLM}. For llama.cpp (Ollama, LM Studio) and MLX, no class will do, as it ignores "
             "the sliding window of 31 tokens.",
         ),
         (
             "mistral",
             LLAMA | {"kv_channels": 16},
             "mixtral",
-            f"Runs in transformers, vLLM and llama.cpp (Ollama, LM Studio). For MLX, no class will do, as {WIDE}.",
+            f"Runs in transformers and llama.cpp (Ollama, LM Studio){VLLM}. For MLX, no class will do, as {WIDE}.",
         ),
         (
             "qwen2",
             {},
             "qwen2_moe",
-            f"Runs in transformers and vLLM. For llama.cpp (Ollama, LM Studio) and MLX, {EXPORT} --as granitemoe.",
+            f"Runs in transformers{VLLM}. For llama.cpp (Ollama, LM Studio) and MLX, {EXPORT} --as granitemoe.",
         ),
         (
             "qwen2",

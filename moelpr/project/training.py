@@ -1,6 +1,7 @@
 """The training tasks of a project: upcycling and the stages, with as many tokens as the budget and the text allow."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,17 @@ def check_budget(places: Places) -> None:
         shares(places, {code: round(_MARGIN * tokens) for code, tokens in estimated_tokens(places).items()})
 
 
+@cache
 def estimated_tokens(places: Places) -> dict[str, int]:
     """The tokens of the expanded languages, estimated from samples of their text.
 
-    Without a tokenizer, because the base is yet to be downloaded, a token counts as four bytes of the files.
+    Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
     """
     found = {}
+    has_tokenizer = any((places.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     for code in places.expanded:
         language = places.languages[code]
-        if places.base.exists():
+        if has_tokenizer:
             found[code] = estimate(text_files(language), language.json_key, places.base).tokens
         else:
             found[code] = sum(path.stat().st_size for path in text_files(language)) // 4

@@ -16,8 +16,9 @@ WEIGHTS = {"el": {"text": "el.jsonl", "weight": 9, "max_epochs": 2}, "hu": {"tex
 
 
 @pytest.fixture(autouse=True)
-def tokenizer_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file has 10,000 tokens."""
+    Path("base/tokenizer.json").touch()
 
     def estimate(files: list[Path], *_: Any) -> Any:
         return type("Estimate", (), {"tokens": 10_000 * len(files)})

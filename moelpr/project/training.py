@@ -150,22 +150,33 @@ def check_budget(places: Places) -> None:
     """
     if places.is_downloaded and not places.base.exists():
         config_folder(Path(places.model_name), places.revision or None)  # the Hub has it, and can be reached
-    budget, flags = places.project.budget, stage_flags("stage1", places.own("stage1"))
-    try:
-        step = int(flags["global-batch-size"]) * int(flags["seq-length"])
-    except (KeyError, ValueError):  # the trainer will say what is wrong
-        step = 0
-    if budget.tokens and budget.tokens < step and not _LENGTHS & places.own("stage1").keys():
-        raise UserError(
-            f"{places.file.at('budget', 'tokens')}budget.tokens {budget.tokens:,} is less than one step of stage 1, "
-            f"{step:,} tokens; raise it, or lower steps.stage1.global-batch-size"
-        )
-    if places.project.corpora:
+    is_made = all(places.manifest(code).is_file() for code in places.expanded)
+    tokens = {} if places.project.corpora else tokens_of(places) if is_made else _at_most(estimated_tokens(places))
+    if not places.project.corpora:
+        shares(places, tokens)
+    elif places.project.budget.epochs:  # the trainer counts the tokens
         return
-    if all(places.manifest(code).is_file() for code in places.expanded):
-        shares(places, tokens_of(places))
-    else:
-        shares(places, {code: round(_MARGIN * tokens) for code, tokens in estimated_tokens(places).items()})
+    total, step = total_tokens(places, tokens), _step_tokens(places)
+    if total < step:
+        raise UserError(
+            f"{places.file.at('budget')}budget: {total:,} tokens are less than one step of stage 1, {step:,} tokens; "
+            "raise it, add text, or lower steps.stage1.global-batch-size"
+        )
+
+
+def _at_most(tokens: Mapping[str, int]) -> dict[str, int]:
+    """Estimates of tokens, as high as they may really be."""
+    return {code: round(_MARGIN * number) for code, number in tokens.items()}
+
+
+def _step_tokens(places: Places) -> int:
+    """The tokens of a step of stage 1; 0 if its flags do not say, or state its length."""
+    own = places.own("stage1")
+    flags = stage_flags("stage1", own)
+    try:
+        return 0 if _LENGTHS & own.keys() else int(flags["global-batch-size"]) * int(flags["seq-length"])
+    except (KeyError, ValueError):  # the trainer says what is wrong
+        return 0
 
 
 @cache

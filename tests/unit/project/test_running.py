@@ -33,12 +33,13 @@ def run(path: Path, *redo: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {"tokens": 100}}, r"line \d+: budget.tokens 100 is less than one step of stage 1, 524,288 tokens"),
+        ({"budget": {"tokens": 100}}, r"line \d+: budget: 100 tokens are less than one step of stage 1, 524,288"),
         ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
         (
             {"budget": {"epochs": 2}, "languages": {"expanded": WEIGHTS, "original": {"en": "en.jsonl"}}},
             r"line \d+: languages.expanded.el.weight: its 12K tokens would be read 3.6 times, more than",
         ),
+        ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage 1, 524,288"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
         (
@@ -64,7 +65,8 @@ def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: di
 def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write()
+    batch = {"stage1": {"global-batch-size": 2}}
+    path = write(steps=batch)
     Path("out").mkdir()
     with locked(Path("out/.lock"), "out"), pytest.raises(UserError, match="another process is writing out"):
         run(path)
@@ -73,7 +75,7 @@ def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
         prefix = words[words.index("--output-prefix") + 1]
         Path(prefix).parent.mkdir(exist_ok=True)
         Path(f"{prefix}_text_document.manifest.json").touch()
-        write(held_out=7)
+        write(steps=batch, held_out=7)
         return 0
 
     monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)

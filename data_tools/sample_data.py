@@ -5,9 +5,9 @@ r"""Sample random documents of tokenized corpora into a new corpus, for example 
         --original-documents 50000 --expanded-documents 100000
 
 Each input is one language (or one original and one expanded language, distinguished by the language bits) and gives as
-many documents as the flags say. The sample depends only on the input's name and --seed, not on the other inputs.
-Documents keep their order; training shuffles them. A document of both groups counts by its first token; empty documents
-are never sampled.
+many documents as the flags say, or all that it has; a note says so. The sample depends only on the input's name and
+--seed, not on the other inputs. Documents keep their order; training shuffles them. A document of both groups counts by
+its first token; empty documents are never sampled.
 """
 
 import argparse
@@ -83,8 +83,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for bit in BITS:
         amount = parser.add_mutually_exclusive_group()
         add, what = amount.add_argument, f"per {bit} language"
-        add(f"--{bit}-documents", type=int, metavar="N", help=f"documents {what} (default: none)")
-        tokens = f"tokens {what}: sample documents until they contain N tokens or more (default: none)"
+        add(f"--{bit}-documents", type=int, metavar="N", help=f"at most N documents {what} (default: none)")
+        tokens = f"tokens {what}: sample documents until they contain N tokens or more, or all (default: none)"
         add(f"--{bit}-tokens", type=int, metavar="N", help=tokens)
     seed = "random seed (default: 1234, as in Megatron)"
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help=seed)

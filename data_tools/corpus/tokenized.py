@@ -57,6 +57,12 @@ class Documents(NamedTuple):
     json_lines: bytes | Path = b""
 
 
+def joined(groups: list[Documents]) -> Documents:
+    """Concatenate documents, none of which is in a file."""
+    tokens, lengths, runs, json_lines = zip(*groups, strict=True)
+    return Documents(np.concatenate(tokens), np.concatenate(lengths), np.concatenate(runs), b"".join(json_lines))
+
+
 def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:
     """Return where runs of equal bits start, and the number of bits: [runs + 1]."""
     if not len(bits):

@@ -1,8 +1,8 @@
 """The lines or rows of a job's shares, in batches."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -13,12 +13,14 @@ from data_tools.preprocessing.shares import Share
 from moelpr.text.documents import is_blank
 from moelpr.text.sources import Form
 from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.text.tables import open_table, rows_of
+from moelpr.text.tables import num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24
+# A larger row group is read by the main process, in batches of its rows, as no worker can begin in its midst.
+ROW_GROUP_BYTES = 1 << 24
 _SKIP_BYTES = 1 << 20
 
 
@@ -51,19 +53,28 @@ class FileRange(NamedTuple):
         return self.stop - self.start
 
 
+class RowGroups(NamedTuple):
+    """Row groups of a Parquet file, to be read where they are needed; `first` is the number of rows before them."""
+
+    groups: range
+    columns: list[str]
+    first: int
+
+
 class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
         content: Lines, the range of a file that contains them, or rows of a table.
-        numbers: Line or row numbers within the share, from 1; None if they are consecutive from 1.
+        numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
+            consecutive.
         after: Where reading resumes after this batch.
         num_bytes: Decompressed size.
         file_bytes: Size in the file, for the progress bar.
     """
 
     share: Share
-    content: list[bytes] | FileRange | list[dict[str, Any]]
+    content: list[bytes] | FileRange | list[dict[str, Any]] | RowGroups
     numbers: list[int] | None
     after: ReadCursor
     num_bytes: int
@@ -79,8 +90,26 @@ class Batch(NamedTuple):
         """Whether this is a single line that is too long for memory."""
         return isinstance(self.content, FileRange) and self.content.num_bytes > LONG_LINE_BYTES
 
-    def items(self) -> Sequence[bytes | dict[str, Any] | FileRange]:
+    def pieces(self) -> Iterator["Batch"]:
+        """Yield the rows of row groups in batches of the usual size, and any other batch as it is."""
+        if isinstance(self.content, RowGroups):
+            items = ((row, size, number, number, number) for number, (row, size) in enumerate(self._rows(), 1))
+            for batch in _batches(self.share, ReadCursor(), items, lambda _: 0):
+                yield batch._replace(numbers=[self.content.first + number for number in batch.numbers or ()])
+        else:
+            yield self
+
+    def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
+        assert isinstance(self.content, RowGroups)
+        groups, columns, _ = self.content
+        with name_damaged(self.share.source), open_table(self.share.source, columns) as file:
+            for group in groups:
+                yield from rows_of(file, group, columns)
+
+    def items(self) -> Iterable[bytes | dict[str, Any] | FileRange]:
         """Return the lines without line ends, the rows, or the range of the one line that is too long for memory."""
+        if isinstance(self.content, RowGroups):
+            return (row for row, _ in self._rows())
         if not isinstance(self.content, FileRange):
             return self.content
         if self.is_long_line:
@@ -92,7 +121,8 @@ class Batch(NamedTuple):
     def where(self, index: int) -> str:
         """Return file and line number of item `index` for a message; counts the lines before the share to do so."""
         source, start, _ = self.share
-        number = index + 1 if self.numbers is None else self.numbers[index]
+        first = self.content.first if isinstance(self.content, RowGroups) else 0
+        number = first + index + 1 if self.numbers is None else self.numbers[index]
         if source.form is Form.PARQUET:
             return f"{source.path}, row {number}"
         path = "standard input" if source.form is Form.STREAM else source.path
@@ -200,22 +230,43 @@ class Reader:
             return FileRange(file.name, 0, file.tell(), is_temporary=True)
 
     def _table_rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+        """Name row groups for the workers to read; read those that are large, or of which only some rows are wanted."""
         source, columns = share.source, self._columns[share.source.dataset]
         with open_table(source, columns) as file:
-            bytes_per_row = source.bytes / max(file.metadata.num_rows, 1)
-            rows = self._rows(file, columns, cursor)
-            yield from _batches(share, cursor, rows, lambda place: int(place.offset * bytes_per_row))
+            num_groups, row_group = file.num_row_groups, file.metadata.row_group
+            starts = [0, *accumulate(row_group(group).num_rows for group in range(num_groups))]
+            groups = [
+                group
+                for group in range(num_groups)
+                if share.start <= source.bytes * group // num_groups < share.stop
+                and starts[group + 1] > max(starts[group], cursor.offset)
+            ]
+            bytes_per_row = source.bytes / max(starts[-1], 1)
+            named: list[int] = []
+            size = 0
+            for group in groups:
+                here = cursor._replace(offset=max(cursor.offset, starts[group]))
+                group_bytes = num_bytes(file, group, columns)
+                is_named = self._chosen is None and group_bytes <= ROW_GROUP_BYTES and here.offset == starts[group]
+                if is_named:
+                    named.append(group)
+                    size += group_bytes
+                if named and (not is_named or size >= BATCH_BYTES or group == groups[-1]):
+                    first, stop = starts[named[0]], starts[named[-1] + 1]
+                    content = RowGroups(range(named[0], named[-1] + 1), columns, first)
+                    after = ReadCursor(cursor.share, stop, stop, stop)
+                    file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
+                    yield Batch(share, content, None, after, size, file_bytes)
+                    named, size = [], 0
+                if not is_named:
+                    rows = self._rows(file, group, columns, here, starts[group])
+                    yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))
 
-    def _rows(self, file: Any, columns: list[str], cursor: ReadCursor) -> Iterator[_Item]:
-        number = 0
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            if number + num_rows > cursor.offset:
-                start = max(cursor.offset - number, 0)
-                for place, (row, size) in enumerate(rows_of(file, group, columns, start), number + start):
-                    if self._is_chosen(cursor.share, place):
-                        yield row, size, place + 1, place + 1, place + 1
-            number += num_rows
+    def _rows(self, file: Any, group: int, columns: list[str], cursor: ReadCursor, first: int) -> Iterator[_Item]:
+        rows = rows_of(file, group, columns, cursor.offset - first)
+        for place, (row, size) in enumerate(rows, cursor.offset):
+            if self._is_chosen(cursor.share, place):
+                yield row, size, place + 1, place + 1, place + 1
 
 
 def _batches(

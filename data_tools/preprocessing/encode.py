@@ -10,7 +10,7 @@ from tempfile import mkstemp
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined_runs, run_edges
+from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined, joined_runs, run_edges
 from data_tools.preprocessing import long_documents
 from data_tools.preprocessing.batches import Batch
 from data_tools.preprocessing.long_documents import encode_long_text
@@ -58,7 +58,7 @@ class Encoder:
     auditor: Detector | None = None
 
     def encode(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
-        """Encode a batch. Memory does not depend on the length of its documents.
+        """Encode a batch, a piece at a time. Memory does not depend on the length of its documents.
 
         Args:
             spool: Folder for the tokens of documents that are too long for memory.
@@ -69,6 +69,16 @@ class Encoder:
         Raises:
             UserError: A line is malformed and bad lines are not skipped.
         """
+        encoded = [self._encode_piece(piece, spool) for piece in batch.pieces()]
+        if len(encoded) == 1:
+            return encoded[0]
+        tally = Tally()
+        for _, counts in encoded:
+            tally.add(counts)
+        tally.problems = [problem for _, counts in encoded for problem in counts.problems]
+        return {name: joined([documents[name] for documents, _ in encoded]) for name in encoded[0][0]}, tally
+
+    def _encode_piece(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
         source = batch.share.source
         tally = Tally()
         groups: dict[str, list[Text]] = {name: [] for name in self.corpora}

@@ -33,7 +33,7 @@ from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.files import refuse_existing
 from moelpr.text.held_out_text import text_paths
-from moelpr.text.sources import Source, find_files, open_source
+from moelpr.text.sources import Form, Source, find_files, open_source
 
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (
@@ -129,6 +129,8 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     settings["input files"] = inputs.described()
     if args.language_key or args.spans_key:
         settings["language codes"] = "canonical"  # earlier versions took them as they are
+    if any(source.form is Form.PARQUET for source in inputs.sources):
+        settings["Parquet"] = "by row groups"  # in earlier versions a file belonged to one shard
     if outputs.texts:
         settings["held-out text"] = sorted(outputs.texts)
     if args.dataset:

@@ -28,6 +28,13 @@ def open_table(source: Source, columns: list[str]) -> Iterator[Any]:
         yield file
 
 
+def num_bytes(file: Any, group: int, columns: list[str]) -> int:
+    """Return the unpacked size of columns, which may be nested, in a row group."""
+    metadata = file.metadata.row_group(group)
+    leaves = [metadata.column(index) for index in range(metadata.num_columns)]
+    return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns)
+
+
 def rows_of(file: Any, group: int, columns: list[str], start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield the rows of a row group from `start` on, each with its size in memory.
 

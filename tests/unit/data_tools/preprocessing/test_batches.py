@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches
 from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.shares import Share
+from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.process.errors import UserError
 from moelpr.text.sources import open_source
 from tests.support.packed_files import parquet_table, zstd
@@ -224,3 +225,54 @@ def test_a_changed_page_of_a_table_is_noticed(preprocess, hf_tokenizer, tmp_path
     path.write_bytes(content.replace(b"Turn on the", b"Turn in the", 1))
     with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged .*CRC"):
         preprocess(hf_tokenizer, "--input", path, *FLAGS)
+
+
+@pytest.mark.parametrize("largest", [0, 2000, 1 << 24], ids=["none", "some", "all"])
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 30])
+def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
+    largest: int, num_shards: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether workers read them, as named by the main process, or the latter because they are large."""
+    monkeypatch.setattr(batches, "ROW_GROUP_BYTES", largest)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 900)
+    sizes = [1, 40, 0, 7, 7, 90, 3, 1, 1, 30, 64, 65]
+    texts = [f"{number} " * (number % 17) for number in range(sum(sizes))]
+    schema = pyarrow.schema([("n", pyarrow.int64()), ("text", pyarrow.string())])
+    with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as writer:
+        for size, stop in zip(sizes, accumulate(sizes), strict=True):
+            numbers = range(stop - size, stop)
+            rows = [{"n": number, "text": texts[number]} for number in numbers]
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema), row_group_size=max(size, 1))
+    source = open_source(str(tmp_path / "a.parquet"))
+    found, num_read, file_bytes = [], 0, 0
+    for shard in range(num_shards):
+        reader = Reader(list(shares_of([source], shard, num_shards)), [["text"]], None, None)
+        whole = list(reader.batches(ReadCursor()))
+        for index, batch in enumerate(whole):
+            rows = [row["text"] for piece in batch.pieces() for row in piece.items()]
+            assert rows == [row["text"] for row in batch.items()]
+            places = [piece.where(i) for piece in batch.pieces() for i, _ in enumerate(piece.items())]
+            assert places == [f"{source.path}, row {len(found) + 1 + i}" for i in range(len(rows))]
+            assert places == [batch.where(i) for i in range(len(rows))]
+            found += rows
+            num_read += sum(1 for _ in batch.pieces())
+            assert [other.after for other in reader.batches(batch.after)] == [b.after for b in whole[index + 1 :]]
+        file_bytes += sum(batch.file_bytes for batch in whole)
+    assert found == texts
+    assert num_read >= 8
+    assert abs(file_bytes - source.bytes) <= num_shards * len(sizes)
+    # A cursor in the midst of a row group, as a job has left it that had read it by rows.
+    reader = Reader([Share(source, 0, source.bytes)], [["text"]], None, None)
+    rest = [row["text"] for batch in reader.batches(ReadCursor(0, 20, 20, 20)) for row in batch.items()]
+    assert rest == texts[20:]
+
+
+def test_a_damaged_row_group_is_named_by_the_worker(preprocess, hf_tokenizer, tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"text {number}" * 20 for number in range(3000)]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000, write_page_checksum=True)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged or truncated"):
+        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded", workers=2)
+    assert list((tmp_path / "out").iterdir()) == []

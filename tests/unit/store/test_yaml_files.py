@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moelpr.process.errors import UserError
-from moelpr.store.yaml_files import dump, parse_mapping, read_mapping
+from moelpr.store.yaml_files import dump, key_lines, parse_mapping, read_mapping
 
 
 def test_what_is_dumped_is_read(tmp_path: Path) -> None:
@@ -61,3 +63,28 @@ def test_a_key_that_is_there_twice_is_named_with_its_line(text: str, key: str, l
 def test_keys_of_other_mappings_and_merged_keys_may_be_equal() -> None:
     content = parse_mapping("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {b: 3}", "recipe r.yaml")
     assert content == {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 3}}
+
+
+keys = st.text("abcdefgh-_", min_size=1, max_size=8)
+contents = st.dictionaries(
+    keys,
+    st.recursive(
+        st.integers(0, 9), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+    ),
+    min_size=1,
+)
+
+
+@given(contents)
+def test_the_line_of_a_key_is_where_it_stands(content: dict) -> None:
+    text = dump(content)
+    lines, found = text.splitlines(), key_lines(text)
+
+    def visit(value: object, path: tuple) -> None:
+        for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+            line = lines[found[*path, name] - 1]
+            assert f"{name}" in line.replace("'", "") if isinstance(value, dict) else "- " in line or "[" in line
+            if isinstance(child, dict | list):
+                visit(child, (*path, name))
+
+    visit(content, ())

@@ -11,7 +11,7 @@ import pytest
 
 from moelpr.process.command import STOPPED
 from moelpr.process.errors import MachineError, StoppedError, UserError
-from moelpr.workflow.mark import sha256
+from moelpr.workflow.mark import difference, sha256
 from moelpr.workflow.outlay import check_machine, listing
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
@@ -258,3 +258,15 @@ def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path) -> None
     with pytest.raises(MachineError, match="task a exited with code 3"):
         Workflow(tmp_path, tasks).run(keep_going=True)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_changed_command_is_shown_by_its_flags() -> None:
+    before = "moelpr train stage1 --lr 1e-3 --data-path 1 a 2 b --bf16 --seed 1"
+    assert difference(before, before) == ""
+    assert difference(before, before.replace("1e-3", "2e-3")) == " (--lr 2e-3, not 1e-3)"
+    assert difference(before, before.replace(" --bf16", "")) == " (no --bf16)"
+    assert difference(before, before + " --fp32") == " (--fp32)"
+    assert (
+        difference(before, "moelpr export")
+        == " (no --lr, not 1e-3; no --data-path, not 1 a 2 b; no --bf16; and 1 more)"
+    )

@@ -1,6 +1,6 @@
 """Complete the model card of an export with evaluation results and metadata, so that it can be uploaded as it is.
 
-    python -m checkpoint_convert.update_card DIR --results runs/evaluation/results.json
+    moelpr card DIR --results runs/evaluation/results.json
 
 The results become the card's model-index, and their languages the model's. `hf upload OWNER/NAME DIR` uploads it.
 """
@@ -15,7 +15,7 @@ from moelpr.process.errors import UserError
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder written by mcore_to_hf.py, apply_delta.py or graft.py")
+    add("folder", type=Path, metavar="DIR", help="folder written by moelpr export, moelpr apply-delta or moelpr graft")
     results = "JSON of moelpr.evaluate, of held-out text or of the harness"
     add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)
     add("--evaluated", metavar="NAME", help="the model's name in the results (default: the one evaluated from DIR)")

@@ -2,8 +2,8 @@
 
 The old tokens keep their IDs. Original-language text is tokenized as before: a merge that would change a document of
 --original is refused. Byte-level BPE (Qwen, Llama 3) and SentencePiece BPE with byte fallback (Llama 2, Mistral) are
-supported; the result is a Hugging Face fast tokenizer with vocabulary_extension.json, for checkpoint_convert/
-hf_to_mcore.py --extended-tokenizer. docs/vocabulary.md has examples.
+supported; the result is a Hugging Face fast tokenizer with vocabulary_extension.json, for `moelpr convert
+--extended-tokenizer`. docs/vocabulary.md has examples.
 """
 
 import argparse

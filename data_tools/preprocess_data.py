@@ -4,7 +4,7 @@ The flags are those of Megatron-LM's tool of the same name, plus the language bi
 (--language el --original-languages en,es,zh), per document (--language-key lang --original-languages en,es,zh), per
 span of a document (--spans-key spans), by a registry (--dataset), or detected by py3langid (--detect-language).
 
-Several jobs share the work with --num-shards N, each with its own --shard; data_tools/merge_data.py joins their outputs
+Several jobs share the work with --num-shards N, each with its own --shard; moelpr merge joins their outputs
 into the bytes that a single job would have written. docs/corpora.md has examples of everything.
 """
 

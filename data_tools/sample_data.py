@@ -1,6 +1,6 @@
 r"""Sample random documents of tokenized corpora into a new corpus, for example the replay text of stage 2.
 
-    python data_tools/sample_data.py --output-prefix data/replay \
+    moelpr sample --output-prefix data/replay \
         --input data/en_text_document data/zh_text_document data/el_text_document data/hu_text_document \
         --original-documents 50000 --expanded-documents 100000
 

@@ -232,7 +232,7 @@ def mcore_to_adapter(
         UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (AdapterConfig.FILE_NAME,))
-    instead = "export it with mcore_to_hf.py"
+    instead = "export it with moelpr export"
     spec = ModelSpec.read(load)
     moe, tokens = spec.moe, spec.new_tokens
 

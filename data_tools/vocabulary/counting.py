@@ -67,7 +67,7 @@ class TextFiles:
 
 
 class DocumentReader:
-    """Reads the documents of batches as `preprocess_data.py` does."""
+    """Reads the documents of batches as `moelpr preprocess` does."""
 
     def __init__(self, files: TextFiles) -> None:
         self._parser = DocumentParser(OneLanguage(files.languages), [[files.key]] * len(files.languages))

@@ -207,12 +207,10 @@ def _checkpoint_folder(own: str | None, pretrained: str | None) -> Path:
         if folder and (Path(folder) / TRACKER_FILE).exists():
             return Path(folder)
     if pretrained is None:
-        raise UserError(
-            "a checkpoint is required; pass --pretrained-checkpoint DIR (checkpoint_convert/hf_to_mcore.py makes one)"
-        )
+        raise UserError("a checkpoint is required; pass --pretrained-checkpoint DIR (moelpr convert makes one)")
     raise UserError(
         f"--pretrained-checkpoint {pretrained} is not a Megatron checkpoint: {TRACKER_FILE} is missing; make one with "
-        "checkpoint_convert/hf_to_mcore.py, or pass the --save folder of an earlier stage"
+        "moelpr convert, or pass the --save folder of an earlier stage"
     )
 
 

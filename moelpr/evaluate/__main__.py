@@ -1,8 +1,8 @@
 """Measure what a model has learned: bits per byte, routing, and scores on benchmarks.
 
-python -m moelpr.evaluate --model base=DIR --model stage2=DIR --data en=en.jsonl --data el=el.jsonl
-python -m moelpr.evaluate routing --model stage2=DIR --data en=en.jsonl --data el=el.jsonl --original-languages en
-python -m moelpr.evaluate harness --model base=DIR --model stage2=DIR --languages en,el --original-languages en
+moelpr evaluate --model base=DIR --model stage2=DIR --data en=en.jsonl --data el=el.jsonl
+moelpr evaluate routing --model stage2=DIR --data en=en.jsonl --data el=el.jsonl --original-languages en
+moelpr evaluate harness --model base=DIR --model stage2=DIR --languages en,el --original-languages en
 """
 
 import argparse
@@ -24,8 +24,8 @@ _TEXT = """Bits per byte (lower is better), perplexity and next-token accuracy p
 confidence intervals, and the changes from the first model."""
 _ROUTING = """Routing of MoE models per layer, expert and language, from their forward pass on held-out text: first
 choices, mean scores, entropy, load imbalance, and how often an original expert is among the top K. With
---original-languages, the layers that break the language prior are listed. In the output folder of `python -m
-moelpr.evaluate`, nothing is measured twice."""
+--original-languages, the layers that break the language prior are listed. In the output folder of `moelpr
+evaluate`, nothing is measured twice."""
 _HARNESS = """Run lm-evaluation-harness with the paper's tasks (ARC, MMLU, HellaSwag, Belebele, FLORES) and shot counts,
 and average original and expanded languages as in its Table 1. Requires the extra `eval`. Data sets come from the
 Hugging Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks."""

@@ -1,6 +1,6 @@
 """List the layouts of an upcycled model that fit on a cluster, with memory per rank and step time, and recommend one.
 
-    python -m moelpr.plan --hf-path DIR --num-new-experts 5 --gpus 8 --gpu h100-80
+    moelpr layouts --hf-path DIR --num-new-experts 5 --gpus 8 --gpu h100-80
 
 It reads only config.json. docs/design/planner.md explains how memory and time are computed.
 """
@@ -237,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
     add_expert_flags(parser)
     add_either = parser.add_mutually_exclusive_group().add_argument
-    extended = "tokenizer with new tokens, as in hf_to_mcore.py (default: the model's)"
+    extended = "tokenizer with new tokens, as in moelpr convert (default: the model's)"
     add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)
     new_tokens = "number of new tokens of a tokenizer that does not exist yet; each gets a further row"
     add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)

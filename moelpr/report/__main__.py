@@ -1,7 +1,7 @@
 """A report of runs, while they train or afterwards; `live` follows a run on a terminal.
 
-python -m moelpr.report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
-python -m moelpr.report live runs/stage1
+moelpr report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
+moelpr report live runs/stage1
 """
 
 import argparse
@@ -57,8 +57,8 @@ def report_parser() -> argparse.ArgumentParser:
     add(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
     )
-    add("--evaluation", **files, help="JSON files of `python -m moelpr.evaluate`: results and routing per language")
-    add("--verification", **files, help="outputs of `checkpoint_convert/verify.py --json`")
+    add("--evaluation", **files, help="JSON files of `moelpr evaluate`: results and routing per language")
+    add("--verification", **files, help="outputs of `moelpr verify --json`")
     add("--claims", type=Path, metavar="FILE", help="claims to judge by the evaluation, like examples/demo-claims.yaml")
     add("--facts", type=Path, metavar="FILE", help="facts to add: YAML or JSON mapping of title to {name: value}")
     add("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")

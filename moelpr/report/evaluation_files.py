@@ -1,4 +1,4 @@
-"""The files of `python -m moelpr.evaluate`, as far as reports read them: results.json and routing.json."""
+"""The files of `moelpr evaluate`, as far as reports read them: results.json and routing.json."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -112,7 +112,7 @@ class EvaluationFile:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a file of --evaluation."""
-        return records.read(cls, path, "pass files that `python -m moelpr.evaluate` wrote as --evaluation")
+        return records.read(cls, path, "pass files that `moelpr evaluate` wrote as --evaluation")
 
 
 def continuation_samples(continuations: Mapping[str, Continuation], note: str) -> list[page.Block]:

@@ -37,8 +37,8 @@ class Report:
     """The inputs of a report."""
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
-    evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `python -m moelpr.evaluate`
-    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of verify.py
+    evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
+    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr verify
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
 
@@ -165,7 +165,7 @@ def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> 
     if not evaluation.bits and not held_out.bits:
         yield Text(
             "There are no results per language: train with --validation-data LANG=PREFIX, or evaluate the exports "
-            "(python -m moelpr.evaluate) and pass the results to this report with --evaluation FILE."
+            "(moelpr evaluate) and pass the results to this report with --evaluation FILE."
         )
 
 
@@ -208,8 +208,7 @@ def _checks_table(report: Report) -> list[Block]:
         title = Cell(meanings[name], name) if name in meanings else name
         rows.append(Row([title, found, f"{check.get('num_tensors', 0):,}", same]))
     note = (
-        "Measured by checkpoint_convert/verify.py. Shown: equal within its tolerances, by default 0 for a tensor and "
-        "1e-4 for a logit."
+        "Measured by moelpr verify. Shown: equal within its tolerances, by default 0 for a tensor and 1e-4 for a logit."
     )
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
 

@@ -125,9 +125,7 @@ def read_run(folder: Path) -> Run:
     if not metrics_file.exists():
         runs = " ".join(sorted(str(path.parent) for path in folder.glob(f"*/{METRICS_FILE}")))
         if runs:
-            raise UserError(
-                f"{folder} is a folder of runs, without {METRICS_FILE}; use `python -m moelpr.report {runs}`"
-            )
+            raise UserError(f"{folder} is a folder of runs, without {METRICS_FILE}; use `moelpr report {runs}`")
         raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_command(folder)
     return Run(

@@ -141,7 +141,7 @@ def report_end(settings: "RunSettings", scored_step: int | None) -> bool:
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {settings.stage.name} is finished, step {saved} of {last} is in {save}")
         if scored_step is None or scored_step < last:
-            print("moelpr: its last step was not validated; python -m moelpr.evaluate scores it")
+            print("moelpr: its last step was not validated; moelpr evaluate scores it")
     else:
         print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; rerun the same command to resume")
     sys.stdout.flush()

@@ -301,7 +301,7 @@ def check_validation_flags(run: RequestedRun) -> Iterable[str]:
 
 
 def _missing(prefix: str) -> str:
-    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with data_tools/preprocess_data.py"
+    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr preprocess"
 
 
 def _blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:

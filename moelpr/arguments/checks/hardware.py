@@ -31,7 +31,7 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
             yield (
                 f"warning: a rank may need {machine.format_bytes(expected)}, and a GPU here has "
                 f"{machine.format_bytes(total)}, of which {RESERVED_FRACTION:.0%} are left for what is not counted; if "
-                f"it runs out of memory, use {smaller_settings(run)}, or a layout of python -m moelpr.plan"
+                f"it runs out of memory, use {smaller_settings(run)}, or a layout of moelpr layouts"
             )
         return
     # The kernel would kill a rank, where a GPU reports an error.

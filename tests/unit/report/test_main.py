@@ -45,6 +45,6 @@ def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple
 def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, command) -> None:
     for name in ("stage1", "stage2"):
         make_run(tmp_path / name, name, 5)
-    with pytest.raises(UserError, match=f"python -m moelpr.report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
+    with pytest.raises(UserError, match=f"moelpr report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
         call(monkeypatch, *command, tmp_path)
     assert "\n" not in str(error.value)

@@ -76,7 +76,7 @@ def test_the_end_of_a_run_is_printed_and_recorded(tmp_path, capsys, monkeypatch)
     stopped, *finished_unscored, finished = capsys.readouterr().out.splitlines()
     assert finished_unscored == [
         finished,
-        "moelpr: its last step was not validated; python -m moelpr.evaluate scores it",
+        "moelpr: its last step was not validated; moelpr evaluate scores it",
     ]
     assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
     assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"

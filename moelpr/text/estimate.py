@@ -17,7 +17,7 @@ _PLACES = 24
 _DOCUMENTS = 24  # per place
 _TOKENIZED_CHARACTERS = 1024  # per document
 _PLAIN_BYTES = 1 << 19  # to read at a place
-_UNPACKED_BYTES = 1 << 22  # of an archive, which is read from its start
+_UNPACKED_BYTES = 1 << 22  # to read of an archive, from its start
 _LONGEST_S = 1.5
 
 
@@ -53,7 +53,7 @@ def estimate(paths: Sequence[Path | str], json_key: str, tokenizer_folder: Path 
     sources = [open_source(file) for file in find_files([str(path) for path in paths])]
     count_tokens = _token_counter(Path(tokenizer_folder))
     total, started = sum(source.bytes for source in sources), time.monotonic()
-    found: dict[tuple[Source, int], _Density] = {}  # of an archive, at 0
+    found: dict[tuple[Source, int], _Density] = {}  # an archive counts at 0
     places = []
     for source, start in _spread(sources, total):
         place = source, start if source.form in (Form.LINES, Form.PARQUET) else 0

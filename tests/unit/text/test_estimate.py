@@ -17,7 +17,7 @@ from moelpr.text import estimate as estimates
 from moelpr.text.estimate import estimate
 from tests.support.packed_files import parquet_table, zstd
 
-TOKENS = 90  # of a document, on average
+TOKENS = 90  # the average of a document
 
 
 @pytest.fixture(scope="module")

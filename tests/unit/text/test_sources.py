@@ -141,7 +141,7 @@ def test_of_a_language_of_fineweb_2_only_the_training_text_is_read(tmp_path: Pat
         ("train-00000-of-00002.parquet train-00001-of-00002.parquet", "test-00000-of-00001.parquet"),
         ("train-00000-of-00001-b2f1c0.parquet", "validation-00000-of-00001-8c1f03.parquet"),
         ("Train.jsonl more.jsonl", "test.jsonl dev.jsonl valid_1.jsonl.gz"),
-        ("el-train.jsonl el.jsonl hu-test.jsonl", "el-test.jsonl"),  # of Hungarian, this is all
+        ("el-train.jsonl el.jsonl hu-test.jsonl", "el-test.jsonl"),  # all that there is in Hungarian
         ("train/a.jsonl train/test.jsonl", "test/a.jsonl val/b.jsonl"),
         ("test/a.jsonl validation/a.jsonl", ""),  # there is nothing to mix them with
         ("latest.jsonl train.jsonl contest-1.jsonl test-flights.jsonl", ""),

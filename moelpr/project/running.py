@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
+from moelpr.project.budget import check_budget
 from moelpr.project.chain import workflow_of
 from moelpr.project.flags import check_flags
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
 from moelpr.project.tables import changes
-from moelpr.project.training import check_budget
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine

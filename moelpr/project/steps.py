@@ -35,6 +35,8 @@ SPEED_FLAGS = frozenset(
     "micro-batch-size log-interval save-interval save-retain-interval num-workers overlap-grad-reduce "
     "overlap-param-gather eval-interval workers device batch-size".split()
 )
+# A user who sets one of these for a stage decides how long it trains.
+LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
 RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2"}
 
 Flags = Mapping[str, Any]

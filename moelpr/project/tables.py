@@ -8,9 +8,10 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import format_count
 from moelpr.process.text_tables import table_text
+from moelpr.project.budget import estimated_tokens, shares, total_tokens
 from moelpr.project.chain import tasks_of
 from moelpr.project.places import Places
-from moelpr.project.training import estimated_tokens, expected_tokens, shares, total_tokens
+from moelpr.project.training import expected_tokens
 from moelpr.report.runs import read_run
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Outlook, Workflow

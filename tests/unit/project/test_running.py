@@ -23,7 +23,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
     def estimate(files: list[Path], *_: Any) -> Any:
         return type("Estimate", (), {"tokens": 10_000 * len(files)})
 
-    monkeypatch.setattr("moelpr.project.training.estimate", estimate)
+    monkeypatch.setattr("moelpr.project.budget.estimate", estimate)
 
 
 def run(path: Path, *redo: str) -> None:

@@ -1,0 +1,106 @@
+"""The tokens of stage 1: what the budget allows and the text gives, and how the languages share it."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from moelpr.families.hub import config_folder
+from moelpr.process.errors import UserError
+from moelpr.project.mixing import Share, mix
+from moelpr.project.places import Places
+from moelpr.project.reading import text_files
+from moelpr.project.steps import LENGTH_FLAGS, stage_flags
+from moelpr.text.estimate import estimate
+
+# Estimates of tokens may be so much too low.
+_MARGIN = 1.2
+
+
+def check_budget(places: Places) -> None:
+    """Check the budget against a step, and against the text as far as its tokens are known.
+
+    Raises:
+        UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
+    """
+    if places.is_downloaded and not places.base.exists():
+        config_folder(Path(places.model_name), places.revision or None)  # the Hub has it, and can be reached
+    is_made = all(places.manifest(code).is_file() for code in places.expanded)
+    tokens = {} if places.project.corpora else tokens_of(places) if is_made else _at_most(estimated_tokens(places))
+    if not places.project.corpora:
+        shares(places, tokens)
+    elif places.project.budget.epochs:  # the trainer counts the tokens
+        return
+    total, step = total_tokens(places, tokens), _step_tokens(places)
+    if total < step:
+        raise UserError(
+            f"{places.file.at('budget')}budget: {total:,} tokens are less than one step of stage 1, {step:,} tokens; "
+            "raise it, add text, or lower steps.stage1.global-batch-size"
+        )
+
+
+def _at_most(tokens: Mapping[str, int]) -> dict[str, int]:
+    """Estimates of tokens, as high as they may really be."""
+    return {code: round(_MARGIN * number) for code, number in tokens.items()}
+
+
+def _step_tokens(places: Places) -> int:
+    """The tokens of a step of stage 1; 0 if its flags do not say, or state its length."""
+    own = places.own("stage1")
+    flags = stage_flags("stage1", own)
+    try:
+        return 0 if LENGTH_FLAGS & own.keys() else int(flags["global-batch-size"]) * int(flags["seq-length"])
+    except (KeyError, ValueError):  # the trainer says what is wrong
+        return 0
+
+
+def tokens_of(places: Places) -> dict[str, int]:
+    """The tokens of the expanded languages' corpora.
+
+    Raises:
+        UserError: One is not there.
+    """
+    return {code: places.tokens(code) for code in places.expanded}
+
+
+@cache
+def estimated_tokens(places: Places) -> dict[str, int]:
+    """The tokens of the expanded languages, estimated from samples of their text.
+
+    Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
+    """
+    found = {}
+    has_tokenizer = any((places.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    for code in places.expanded:
+        language = places.languages[code]
+        if has_tokenizer:
+            found[code] = estimate(text_files(language), language.json_key, places.base).tokens
+        else:
+            found[code] = sum(path.stat().st_size for path in text_files(language)) // 4
+    return found
+
+
+def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:
+    """The tokens of stage 1, given those of the languages."""
+    budget = places.project.budget
+    if budget.tokens:
+        return budget.tokens
+    if budget.epochs:
+        return round(budget.epochs * sum(tokens.values()))
+    assert budget.hours is not None
+    speed = places.layouts.of("stage1").tokens_per_s
+    if speed is None:
+        raise UserError(
+            f"{places.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
+            "budget.tokens or budget.epochs"
+        )
+    return round(3600 * budget.hours * speed)
+
+
+def shares(places: Places, tokens: Mapping[str, int]) -> dict[str, Share]:
+    """How the expanded languages share stage 1, given the tokens of each."""
+    languages = {code: places.languages[code] for code in places.expanded}
+    try:
+        return mix(languages, tokens, total_tokens(places, tokens), places.project.mix.temperature)
+    except UserError as error:
+        key = str(error).split(":")[0].split(".")
+        raise UserError(f"{places.file.at(*key)}{error}" if key[0] in ("languages", "budget") else str(error)) from None

@@ -29,8 +29,9 @@ def plan(places: Places) -> str:
     left = [one.task for one in outlooks if one.state != "done"]
     unknown = [task.name for task in left if not _has_time(places, task)]
     minutes, disk = sum(task.minutes for task in left if task.name not in unknown), sum(task.disk_gib for task in left)
-    without = f" without {' and '.join(unknown)}" if unknown else ""
-    parts.append(f"Left: about {duration(minutes)}{without}, {format_bytes(disk * GIB)} of disk in {places.folder}.")
+    parts.append(
+        f"Left: about {duration(minutes)}{_without(unknown)}, {format_bytes(disk * GIB)} of disk in {places.folder}."
+    )
     if places.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
@@ -40,17 +41,18 @@ def status(places: Places) -> str:
     """What is done, what runs, and when the rest will be."""
     workflow = Workflow(places.folder, tasks_of(places))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
-    rows, left = [], 0.0
+    rows, left, unknown = [], 0.0, []
     for one in outlooks:
-        minutes = took[one.task.name] / 60 if one.state == "done" else one.task.minutes
-        progress = ""
-        if one.state != "done" and (found := _progress(one.task)):
-            progress, minutes = found
-        left += 0 if one.state == "done" else minutes
-        rows.append([one.task.name, one.state, progress, duration(minutes)])
+        if one.state == "done":
+            rows.append([one.task.name, one.state, "", duration(took[one.task.name] / 60)])
+            continue
+        progress, minutes = _progress(one.task) or ("", one.task.minutes if _has_time(places, one.task) else None)
+        unknown += [] if minutes is not None else [one.task.name]
+        left += minutes or 0
+        rows.append([one.task.name, one.state, progress, "" if minutes is None else duration(minutes)])
     done = sum(one.state == "done" for one in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
-    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}."
+    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}{_without(unknown)}."
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:
@@ -67,6 +69,10 @@ def duration(minutes: float) -> str:
     if minutes >= 1.5:
         return f"{minutes:.0f} minutes"
     return "1 minute" if minutes >= 0.9 else f"{60 * minutes:.0f} s"
+
+
+def _without(unknown: list[str]) -> str:
+    return f" without {' and '.join(unknown)}" if unknown else ""
 
 
 def _needs(places: Places, task: Task) -> list[str]:

@@ -13,6 +13,7 @@ from tests.unit.project.conftest import Write
 def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
     on_a_cpu = tables.plan(Places(read_project(write()))).split("Left: ")[1]
     assert " without stage1 and stage2, " in on_a_cpu and "hours" not in on_a_cpu
+    assert tables.status(Places(read_project(write()))).endswith(" minutes without stage1 and stage2.")
     hardware = {"gpu": "h100-80", "gpus": 8}
     for budget in ({"tokens": "6K"}, {"epochs": 1}, {"hours": 1e-5}):
         known = tables.plan(Places(read_project(write(hardware=hardware, budget=budget))))

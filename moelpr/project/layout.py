@@ -138,8 +138,8 @@ class Layouts:
     def _spec_of(self, num_new_experts: int) -> ModelSpec:
         experts = self._project.experts
         family, base = read_base(self._model)
-        new = NewExperts(num_new_experts, experts.topk, experts.copies or experts.topk, None, experts.every_k_layers)
-        spec = with_new_experts(family, base, new)
+        new = NewExperts(num_new_experts, experts.topk, experts.copies, moe_every_k_layers=experts.every_k_layers)
+        spec = with_new_experts(family, base, new.with_default_copies(base))
         if vocabulary := self._project.vocabulary:
             spec = spec.with_new_tokens(spec.megatron_args["vocab_size"], vocabulary.new_tokens)
         return spec

@@ -33,7 +33,7 @@ def convert(places: Places) -> Task:
         "extended-tokenizer": places.tokenizer if project.vocabulary else None,
         "num-new-experts": places.layouts.num_new_experts,
         "topk": experts.topk,
-        "original-copies": experts.copies or experts.topk,
+        "original-copies": experts.copies,
         "moe-every-k-layers": experts.every_k_layers,
         "overwrite": True,
     }

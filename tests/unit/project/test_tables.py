@@ -1,5 +1,8 @@
 """What `moelpr plan` and `moelpr status` say, and the places that steps agree on."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from moelpr.project import tables
@@ -7,7 +10,7 @@ from moelpr.project.chain import tasks_of
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
 from moelpr.project.template import template
-from tests.unit.project.conftest import Write
+from tests.unit.project.conftest import QWEN2, Write
 
 
 def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
@@ -41,3 +44,16 @@ def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
 def test_a_template_names_a_chat_model_as_the_publisher_does() -> None:
     assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")
     assert "# chat: Qwen/Qwen2.5-7B-Instruct " in template("Qwen/Qwen2.5-7B")
+
+
+def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
+    """All experts of an MoE are original, so it has no copies to choose: in the plan, and in the command of convert."""
+    path = write(hardware={"gpu": "h100-80", "gpus": 8}, experts={"new": 2})
+    moe = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 4}
+    moe |= {"num_experts_per_tok": 2, "moe_intermediate_size": 5504, "shared_expert_intermediate_size": 0}
+    moe |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 4}
+    Path("base/config.json").write_text(json.dumps(QWEN2 | moe))
+    places = Places(read_project(path))
+    assert places.layouts.of("stage1").plan is not None
+    (convert,) = [task for task in tasks_of(places) if task.name == "convert"]
+    assert "--original-copies" not in convert.words()

@@ -27,6 +27,7 @@ def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
     check(file, outlooks)
     make_folder(workflow.folder)
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
+        _slurm(workflow, file).refuse_active()
         check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
         workflow.run()
     print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
@@ -44,15 +45,20 @@ def submit(file: ProjectFile, redo: Iterable[str], where: str, render_only: bool
     print(changes(outlooks), end="")
     check(file, outlooks)
     make_folder(workflow.folder)
-    if not render_only:
-        workflow.set_aside(outlooks)
-    SUBMIT[where](workflow, file, render_only)
+    with locked(workflow.folder / LOCK_FILE, workflow.folder):
+        if not render_only:
+            workflow.set_aside(outlooks)
+        SUBMIT[where](workflow, file, render_only)
+
+
+def _slurm(workflow: Workflow, file: ProjectFile) -> slurm.Chain:
+    return slurm.Chain(workflow, file.project.slurm, file.path)
 
 
 def _to_slurm(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
     if not render_only:  # a model of the Hub here, because nodes often have no network
         workflow.run(task for task in workflow.tasks.values() if task.name == "download")
-    slurm.Chain(workflow, file.project.slurm, file.path).submit(render_only=render_only)
+    _slurm(workflow, file).submit(render_only=render_only)
 
 
 def _to_kubernetes(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 
 from moelpr.process.errors import MachineError, UserError
 from moelpr.process.program_files import launch_folder
-from moelpr.store.files import LOCK_FILE, locked, make_folder, remove, write_text
+from moelpr.store.files import remove, write_text
 from moelpr.store.records import DOCUMENTED, STRICT, Record
 from moelpr.workflow.mark import shown
 from moelpr.workflow.task import Task
@@ -112,6 +112,16 @@ class Chain:
         self._jobs = dict((SlurmJobs.read_if_there(workflow.folder) or SlurmJobs()).jobs)
         self._active: dict[str, str] = {}  # task → its job that starts or ends later
 
+    def refuse_active(self) -> None:
+        """Raise a UserError if jobs of an earlier call are pending or running."""
+        queued = _queue() if self._jobs and shutil.which("squeue") else {}
+        active = [job.id for name, job in self._jobs.items() if queued.get(job.id) == f"{self._name}-{name}"]
+        if active:
+            raise UserError(
+                f"jobs {', '.join(active)} of {self._folder.parent} are pending or running on Slurm; wait for them, or "
+                f"cancel them (scancel {' '.join(active)})"
+            )
+
     def submit(self, *, render_only: bool = False) -> None:
         """Submit what is not done, or only write the scripts.
 
@@ -120,21 +130,19 @@ class Chain:
         """
         if not render_only and not shutil.which("sbatch"):
             raise UserError("sbatch is not installed; run this on a login node of the cluster, or pass --render-only")
-        make_folder(self._folder)
-        with locked(self._folder / LOCK_FILE, self._folder):
-            outlooks = self._workflow.outlook_of_jobs()
-            if not render_only:
-                self._check([one for one in outlooks if one.state != "done"], _queue())
-            for outlook in outlooks:
-                name = outlook.task.name
-                if outlook.state == "done":
-                    print(f"{name}: done")
-                elif name in self._active:
-                    print(f"{name}: job {self._active[name]} is pending or running")
-                else:
-                    if outlook.reason:
-                        print(f"{name}: again, because {outlook.reason}")
-                    self._submit_task(outlook, render_only)
+        outlooks = self._workflow.outlook_of_jobs()
+        if not render_only:
+            self._check([one for one in outlooks if one.state != "done"], _queue())
+        for outlook in outlooks:
+            name = outlook.task.name
+            if outlook.state == "done":
+                print(f"{name}: done")
+            elif name in self._active:
+                print(f"{name}: job {self._active[name]} is pending or running")
+            else:
+                if outlook.reason:
+                    print(f"{name}: again, because {outlook.reason}")
+                self._submit_task(outlook, render_only)
 
     def _submit_task(self, outlook: Outlook, render_only: bool) -> None:
         task, name = outlook.task, outlook.task.name

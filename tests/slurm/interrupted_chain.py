@@ -3,7 +3,7 @@
     python -m tests.slurm.interrupted_chain --chains 3 --interruptions 7 --output interrupted.json
 
 Starts a throw-away Slurm of two nodes and runs `moelpr run languages.yaml --on slurm` of a tiny model to its end, once
-undisturbed and then `--chains` times with something that happens to a running job every few seconds: it is requeued,
+undisturbed and then `--chains` times with something that happens to a running job every now and then: it is requeued,
 asked to end near its time limit, preempted, canceled, or one of its processes is killed (the engine, a launcher, a rank
 or another). After a job has failed, the same command submits the rest again. Corpora, losses, checkpoints, export and
 evaluation are compared; exits with code 1 if a chain differs. Requires what tests.slurm.preemption requires.
@@ -73,7 +73,7 @@ def finish(chain: ProjectChain, interruptions: int, chooses: random.Random) -> l
         if not jobs:
             return happened
         while active := chain.cluster("squeue", "-h", "-o", "%F %T").splitlines():
-            time.sleep(chooses.uniform(1, 6) if interruptions > len(happened) else 1)
+            time.sleep(chooses.uniform(1, 30) if interruptions > len(happened) else 1)
             running = [line.split()[0] for line in active if line.endswith(" RUNNING")]
             if running and len(happened) < interruptions:
                 job, way = chooses.choice(running), chooses.choice(WAYS)

@@ -124,6 +124,16 @@ def test_a_second_call_submits_only_tasks_that_are_neither_done_nor_active(stubs
     assert SlurmJobs.read(run).jobs["stage1"].id == "7"
 
 
+def test_no_run_starts_here_while_jobs_are_queued(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
+    chain.refuse_active()
+    chain.submit()
+    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n5 greek-export\n")
+    with pytest.raises(UserError, match=r"cancel them \(scancel 3 5\)"):
+        chain.refuse_active()
+
+
 def test_a_job_of_another_command_is_not_taken_for_the_tasks(stubs, tmp_path) -> None:
     run = tmp_path / "greek"
     submit(run)

@@ -30,7 +30,7 @@ Manifest = dict[str, Any]
 _JOBSET, _TRAINJOB = ("jobset.x-k8s.io/v1alpha2", "JobSet"), ("trainer.kubeflow.org/v1alpha1", "TrainJob")
 _FILES, _PORT = "/etc/moelpr", 29500
 _MOST_NEEDS = 5  # JobSet's limit of dependsOn
-_MOST_LETTERS = 63  # a pod's name is its host's
+_MOST_LETTERS = 63 - len("-abcde")  # a pod's name is its host's, and ends with letters of its own
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -123,7 +123,8 @@ class Chain:
         self._tasks = {task.name: task for task in tasks}
         self._settings, self._file = settings, file
         longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
-        self._name = _label(folder.resolve().name)[: _MOST_LETTERS - longest].rstrip("-")
+        name = _label(folder.resolve().name)
+        self._name = (name if name[:1].isalpha() else f"run-{name}")[: _MOST_LETTERS - longest].rstrip("-")
         self._phases: dict[str, int] = {}  # task → how often something else must end before it is applied
         for task in tasks:
             needs = [self._tasks[name] for name in self._needs(task)]

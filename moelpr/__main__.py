@@ -92,8 +92,11 @@ def run(words: list[str]) -> None:
 
 def find(name: str) -> str:
     """The subcommand that is meant: by its name, or by that of its file (`preprocess_data`)."""
-    of_files = {tool.module.removesuffix(".__main__").rpartition(".")[2]: own for own, tool in TOOLS.items()}
-    known = {file.replace("_", "-"): own for file, own in of_files.items()} | {own: own for own in [*STAGES, *TOOLS]}
+    modules = {
+        tool.module.removesuffix(".__main__"): own for own, tool in TOOLS.items() if tool.module not in ("", PROJECT)
+    }
+    known = {module.rpartition(".")[2].replace("_", "-"): own for module, own in modules.items()}
+    known |= {own: own for own in [*STAGES, *TOOLS]}
     if (found := known.get(name.replace("_", "-"))) is None:
         raise UserError(f"there is no subcommand {name}{nearest(name, known)} moelpr --help lists them")
     return found

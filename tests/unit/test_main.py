@@ -74,7 +74,13 @@ def test_the_name_of_a_tools_file_is_understood(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["preproces"], "preprocess"), (["stage3"], "--help"), (["train", "stage3"], "stage1"), (["--no-flag"], "--help")],
+    [
+        (["preproces"], "preprocess"),
+        (["stage3"], "--help"),
+        (["train", "stage3"], "stage1"),
+        (["--no-flag"], "--help"),
+        ([""], "--help"),
+    ],
 )
 def test_an_unknown_name_is_one_sentence_with_the_nearest(words: list[str], named: str) -> None:
     done = moelpr(*words)

@@ -54,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
         ("run", "run all steps that are not done"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        command.add_argument("file", type=Path, metavar="languages.yaml")
+        command.add_argument("file", type=Path, metavar="languages.yaml", help="the file; moelpr init prints one")
     add = command.add_argument
-    redo = "trainings to start again after an edit; what they had is kept in FOLDER.before-1"
-    add("--redo", nargs="+", default=[], choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
+    redo = "training to start again after an edit, with those after it; what they had is kept in STAGE.before-1"
+    add("--redo", choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
     where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
     add("--on", choices=("local", *SUBMIT), default="local", help=where)
     add("--render-only", action="store_true", help="write the files for the cluster, but submit nothing")

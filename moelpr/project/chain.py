@@ -1,7 +1,5 @@
 """A project as a chain of tasks, from text to an evaluated Hugging Face model."""
 
-from collections.abc import Iterable
-
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile
 from moelpr.project.results import result_tasks
@@ -16,13 +14,12 @@ def tasks_of(places: Places) -> list[Task]:
     return [*text_tasks(places), *training_tasks(places), *result_tasks(places)]
 
 
-def workflow_of(file: ProjectFile, redo: Iterable[str] = ()) -> Workflow:
+def workflow_of(file: ProjectFile, redo: str | None = None) -> Workflow:
     """The tasks in the project's folder; none starts after the file was edited.
 
     Args:
-        redo: Stages to train again if they have changed, with those after them.
+        redo: Stage to train again if it has changed, with those after it.
     """
     places = Places(file)
-    first = min((places.stages.index(stage) for stage in redo if stage in places.stages), default=len(places.stages))
-    redo = places.stages[first:]
-    return Workflow(places.folder, tasks_of(places), redo=redo, check=file.check_unchanged)
+    again = places.stages[places.stages.index(redo) :] if redo in places.stages else []
+    return Workflow(places.folder, tasks_of(places), redo=again, check=file.check_unchanged)

@@ -1,6 +1,6 @@
 """Run a project: say what will be done again, then do it here; or do one step on a node of a cluster."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
@@ -16,7 +16,7 @@ from moelpr.workflow.outlay import check_machine
 from moelpr.workflow.workflow import Outlook, Workflow
 
 
-def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
+def run_here(file: ProjectFile, redo: str | None, is_dry: bool) -> None:
     """Run all steps that are not done on this machine, in order."""
     workflow = workflow_of(file, redo)
     outlooks = workflow.outlook()
@@ -33,7 +33,7 @@ def run_here(file: ProjectFile, redo: Iterable[str], is_dry: bool) -> None:
     print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
 
 
-def submit(file: ProjectFile, redo: Iterable[str], where: str, render_only: bool) -> None:
+def submit(file: ProjectFile, redo: str | None, where: str, render_only: bool) -> None:
     """Submit all steps that are not done to a cluster."""
     if file.project.hardware.gpu == "auto":
         raise UserError(

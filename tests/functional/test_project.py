@@ -23,7 +23,7 @@ def moelpr(folder: Path, command: str) -> str:
 
 
 def test_a_project_runs_from_text_to_model_over_a_stop(tmp_path: Path) -> None:
-    write_project(tmp_path)
+    write_project(tmp_path, is_for_chat=True)
     plan = moelpr(tmp_path, "plan")
     assert "stage1" in plan and "Stage 1 reads 6.14K tokens (tokens are estimated)" in plan
     metrics = tmp_path / "out" / "stage1" / "metrics.jsonl"
@@ -46,5 +46,7 @@ def test_a_project_runs_from_text_to_model_over_a_stop(tmp_path: Path) -> None:
     assert manifest["languages"].keys() == {"el"}
     results = json.loads((tmp_path / "out/evaluation/results.json").read_text())
     assert {*json.dumps(results).split('"')} >= {"base", "moe-lpr", "el", "en"}
+    chat = load_stock(tmp_path / "out" / "chat", "Qwen2MoeForCausalLM")
+    assert chat.config.vocab_size == 541 and "user" in (tmp_path / "out/chat/chat_template.jinja").read_text()
     model = load_stock(tmp_path / "out" / "hf", "Qwen2MoeForCausalLM")
     assert model.config.num_experts == 4 and "model-index" in (tmp_path / "out/hf/README.md").read_text()

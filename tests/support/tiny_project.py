@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 from pyarrow import parquet
@@ -14,9 +15,14 @@ FINEWEB_2 = {"el": "ell_Grek", "hu": "hun_Latn", "en": "eng_Latn", "es": "spa_La
 HELD_BACK = "this document is in no training text"
 
 
-def write_project(folder: Path, steps: int = 12) -> Path:
-    """Write base, text and languages.yaml; paths in it are relative to `folder`. Returns the file."""
-    _save_base(folder / "base")
+def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> Path:
+    """Write base, text and languages.yaml; paths in it are relative to `folder`. Returns the file.
+
+    Args:
+        steps: Steps of each stage.
+        is_for_chat: Also extend the vocabulary, and add the post-training of another model.
+    """
+    _save_models(folder / "base", folder / "chat" if is_for_chat else None)
     text = folder / "fineweb-2" / "data"
     for language, name in FINEWEB_2.items():
         documents = documents_in(language, 240)
@@ -27,7 +33,7 @@ def write_project(folder: Path, steps: int = 12) -> Path:
         ):
             _write_fineweb(text / part / "000_00000.parquet", chosen, name)
     batch = {"seq-length": 64, "global-batch-size": 8, "micro-batch-size": 4, "log-interval": 4, "save-interval": 4}
-    content = {
+    content: dict[str, Any] = {
         "model": "base",
         "output": "out",
         "languages": {
@@ -47,12 +53,15 @@ def write_project(folder: Path, steps: int = 12) -> Path:
             "routing": {"sequence-length": 64},
         },
     }
+    if is_for_chat:
+        content |= {"vocabulary": {"new_tokens": 40}, "chat": "chat"}
+        content["steps"]["stage0"] = batch
     path = folder / "languages.yaml"
     path.write_text(dump(content))
     return path
 
 
-def _save_base(folder: Path) -> None:
+def _save_models(folder: Path, chat: Path | None) -> None:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -61,7 +70,14 @@ def _save_base(folder: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=512, max_position_embeddings=128)
     config.eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    if chat:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter) * parameter.std())
+        save_qwen(chat)
+        model.save_pretrained(chat)
 
 
 def _write_fineweb(path: Path, documents: list[str], name: str) -> None:

@@ -173,7 +173,7 @@ def test_no_more_text_is_held_out_than_is_needed() -> None:
 
 def test_a_stage_that_changes_is_refused_unless_it_is_redone_with_those_after_it(write: Write) -> None:
     file = read_project(write())
-    assert workflow_of(file, ["stage1"])._redo == {"stage1", "stage2"}
+    assert workflow_of(file, "stage1")._redo == {"stage1", "stage2"}
     assert workflow_of(file)._redo == frozenset()
 
 

@@ -26,8 +26,8 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("moelpr.project.budget.estimate", estimate)
 
 
-def run(path: Path, *redo: str) -> None:
-    run_here(read_project(path), redo, is_dry=False)
+def run(path: Path) -> None:
+    run_here(read_project(path), None, is_dry=False)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
     with pytest.raises(
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
-        submit(read_project(write()), (), "slurm", render_only=True)
+        submit(read_project(write()), None, "slurm", render_only=True)
 
 
 def test_a_dry_run_prints_the_commands_and_writes_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    run_here(read_project(write()), (), is_dry=True)
+    run_here(read_project(write()), None, is_dry=True)
     assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
     assert not Path("out").exists()

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.hf_models import load_stock
 from tests.support.tiny_project import write_project
 
@@ -22,6 +24,7 @@ def moelpr(folder: Path, command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(900)  # on a free machine it takes a tenth of that
 def test_a_project_runs_from_text_to_model_over_a_stop(tmp_path: Path) -> None:
     write_project(tmp_path, is_for_chat=True)
     plan = moelpr(tmp_path, "plan")

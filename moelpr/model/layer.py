@@ -9,6 +9,8 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import unpermute
+from megatron.core.transformer.moe.shared_experts import set_tensor_grad_fn_sequence_sr
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
@@ -30,6 +32,8 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     so this uses Megatron's code path for token dropping, which expects a variable number.
     """
 
+    shared_experts: "OverlappedOriginalExperts | None"
+
     def __init__(self, *args: Any, config: MoELPRConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=copy.copy(config), **kwargs)  # its own: see _maybe_dtoh_and_synchronize
         self._fuses_permutation = config.moe_permute_fusion
@@ -48,6 +52,12 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
             self.config.moe_permute_fusion = False
         return tokens_per_expert
 
+    def token_dispatch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        rows, weights = super().token_dispatch(rows, weights)
+        assert self.shared_experts is not None
+        self.shared_experts.follow_in_backward(rows, weights)
+        return rows, weights
+
     def dispatch_postprocess(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not self._rows_come_sorted:
             return super().dispatch_postprocess(rows, weights)
@@ -55,6 +65,19 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_preprocess(self, rows: Tensor) -> Tensor:
         return rows if self._rows_come_sorted else super().combine_preprocess(rows)
+
+    def combine_postprocess(self, rows: Tensor) -> Tensor:
+        """Megatron's adds in place to a view, which costs the backward pass three copies of the layer's output."""
+        output_TH = unpermute(
+            rows,
+            self.reversed_local_input_permutation_mapping,
+            restore_shape=self.hidden_shape_before_permute,
+            routing_map=self.routing_map,
+            fused=self.config.moe_permute_fusion,
+        )
+        assert self.shared_experts is not None
+        self.shared_experts.add_to(output_TH)
+        return output_TH.view(self.hidden_shape)
 
     @property
     def _rows_come_sorted(self) -> bool:
@@ -67,7 +90,8 @@ class OverlappedOriginalExperts:
 
     Megatron calls these methods between the steps of the dispatch, through the dispatcher's shared-expert overlap
     hooks. Launch order matters: with CUDA_DEVICE_MAX_CONNECTIONS=1, a GPU starts kernels in the order of their
-    launches. The pass is launched between the exchange of rows and that of weights, so that it overlaps with the first.
+    launches. The pass is launched between the exchange of rows and that of weights, so that it overlaps with the first;
+    its backward pass follows both (`follow_in_backward`).
     """
 
     side_stream: torch.cuda.Stream | None = None  # one for all layers
@@ -99,19 +123,38 @@ class OverlappedOriginalExperts:
                     self._gate_weights_TM.unbind(1), self._num_chosen_M.tolist(), strict=True
                 )
             ]
-            self._output = self._experts(self._hidden_SBH, self._gate_weights_TM, chosen)
+            self._parts = self._experts(self._hidden_SBH, self._gate_weights_TM, chosen)
         for tensor in (self._hidden_SBH, self._gate_weights_TM):
             tensor.record_stream(self._stream)
+
+    def follow_in_backward(self, rows: Tensor, weights: Tensor) -> None:
+        """Have the backward pass launch the exchange of weights, then that of rows, then the original experts.
+
+        Autograd launches what is ready in descending order of sequence numbers, which count operations of the forward
+        pass. By them, the original experts would come first, and the exchanges would wait for them.
+        """
+        if self._experts.are_split or rows.grad_fn is None or weights.grad_fn is None:
+            return
+        number = rows.grad_fn._sequence_nr()  # above that of the permutation, which waits for the exchange
+        set_tensor_grad_fn_sequence_sr(rows, weights.grad_fn._sequence_nr() - 1)
+        for _, output in self._parts:
+            set_tensor_grad_fn_sequence_sr(output, number)
 
     def linear_fc2_forward(self, rows_under_way: Tensor) -> None:
         pass
 
     def post_forward_comm(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
-        self._output.record_stream(torch.cuda.current_stream())
+        for tensor in (tensor for part in self._parts for tensor in part if tensor is not None):
+            tensor.record_stream(torch.cuda.current_stream())
 
-    def get_output(self) -> Tensor:
-        return self._output
+    def add_to(self, output_TH: Tensor) -> None:
+        """Add the pass's output in place to that of the new experts."""
+        for tokens, output in self._parts:
+            if tokens is None:
+                output_TH.add_(output)
+            else:
+                output_TH.index_add_(0, tokens, output)
 
 
 class LPRMoELayer(MoELayer):

@@ -46,8 +46,10 @@ class OriginalExperts(torch.nn.ModuleList):
         """Gather a tensor of this rank's tokens to one of the T tokens, along its first dimension."""
         return gather_from_sequence_parallel_region(per_token, group=self.etp_group) if self.are_split else per_token
 
-    def forward(self, hidden_SBH: Tensor, gate_weights_TM: Tensor, chosen: Sequence[Tensor]) -> Tensor:
-        """Sum the experts' outputs times their gate weights.
+    def forward(
+        self, hidden_SBH: Tensor, gate_weights_TM: Tensor, chosen: Sequence[Tensor]
+    ) -> list[tuple[Tensor | None, Tensor]]:
+        """Compute the experts' outputs times their gate weights.
 
         Args:
             hidden_SBH: this rank's tokens.
@@ -55,18 +57,22 @@ class OriginalExperts(torch.nn.ModuleList):
             chosen: for each expert, the indices of the tokens among T that chose it.
 
         Returns:
-            [S, B, H]; zero for a token that chose none of these experts.
+            Parts of the sum over these experts: tokens and their rows [tokens, H], or None and a row of each of this
+            rank's tokens.
         """
         hidden_TH = self.gathered(hidden_SBH.flatten(0, 1))
-        output_TH = torch.zeros_like(hidden_TH)
+        parts = []
         for expert, gate_weight_T, tokens in zip(self, gate_weights_TM.unbind(1), chosen, strict=True):
             # Not hidden_TH[tokens], whose backward pass sorts the tokens on a GPU.
             scale_T = gate_weight_T.index_select(0, tokens)
             rows, _ = expert(hidden_TH.index_select(0, tokens), per_token_scale=scale_T)
-            output_TH.index_add_(0, tokens, rows.to(hidden_TH.dtype))
-        if self.are_split:
-            output_TH = reduce_scatter_to_sequence_parallel_region(output_TH, group=self.etp_group)
-        return output_TH.view_as(hidden_SBH)
+            parts.append((tokens, rows.to(hidden_TH.dtype)))
+        if not self.are_split:
+            return [*parts]
+        output_TH = torch.zeros_like(hidden_TH)
+        for tokens, rows in parts:
+            output_TH.index_add_(0, tokens, rows)
+        return [(None, reduce_scatter_to_sequence_parallel_region(output_TH, group=self.etp_group))]
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -126,9 +126,9 @@ def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(monkey
         def __init__(self) -> None:
             self.are_split = are_split
 
-        def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, chosen: list[torch.Tensor]) -> torch.Tensor:
+        def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, chosen: list[torch.Tensor]) -> list[tuple]:
             log.append(f"{streams[-1].name} computes {[rows.tolist() for rows in chosen]}")
-            return torch.zeros(1).as_subclass(Noted)
+            return [(None if are_split else torch.zeros(2).as_subclass(Noted), torch.zeros(1).as_subclass(Noted))]
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "stream", stream)
@@ -146,5 +146,6 @@ def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(monkey
         f"{own} uses (3, 1, 4)",
         f"{own} uses (3, 2)",
         f"main waits for {own}",
+        *([] if are_split else ["main uses (2,)"]),
         "main uses (1,)",
     ]

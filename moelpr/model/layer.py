@@ -64,6 +64,9 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
         return rows, self._maybe_dtoh_and_synchronize("before_finish", self.tokens_per_expert), weights
 
     def combine_preprocess(self, rows: Tensor) -> Tensor:
+        # Megatron adds the results of split experts in the dtype of `probs`, the fp32 gate weights, twice the bytes;
+        # and keeps `probs`, and with them the layer's graph, until the next micro-batch.
+        self.probs = rows.new_empty(0)
         return rows if self._rows_come_sorted else super().combine_preprocess(rows)
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:

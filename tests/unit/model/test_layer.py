@@ -1,5 +1,6 @@
 """LPRMoELayer equals a plain loop over experts, and an upcycled model equals its dense model."""
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -282,6 +284,30 @@ def test_the_backward_pass_copies_no_output(layer) -> None:
             found.add(node)
             nodes += [following for following, _ in node.next_functions]
     assert "CopySlices" not in {type(node).__name__ for node in found}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_of_a_micro_batch_stays_after_it(layer, recompute: bool) -> None:
+    """Neither its graph nor its hidden state, which a recomputed layer holds with its gradient."""
+    layer.moe_layer_recompute = recompute
+    seen = []
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    layer.router.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
+    layer(torch.randn(9, 2, 32, requires_grad=True) * 1)[0].sum().backward()
+    assert len(seen) >= 2 and not any(reference() is not None for reference in seen)
+
+
+def test_split_experts_add_their_results_in_the_dtype_of_the_rows(layer, monkeypatch) -> None:
+    """Not in that of the gate weights, which are fp32 and twice as many bytes."""
+    dispatcher, dtypes = layer.token_dispatcher, []
+    monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", lambda rows, *_, **__: (rows, None))
+    monkeypatch.setattr(
+        token_dispatcher, "reduce_scatter_to_sequence_parallel_region", lambda x, **_: (dtypes.append(x.dtype), x)[1]
+    )
+    dispatcher.tp_size, dispatcher.output_splits_tp, dispatcher.probs = 2, None, torch.ones(4, 4)
+    dispatcher.num_global_tokens_per_local_expert = torch.ones(2, 4)
+    assert dispatcher.combine_preprocess(torch.ones(4, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16]
 
 
 def test_every_module_with_a_weight_is_called(layer) -> None:

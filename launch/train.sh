@@ -130,6 +130,8 @@ if ((gpus > 0)); then
     # dumps each rank's last collectives. These are PyTorch's defaults, set here because we depend on them.
     default TORCH_NCCL_ASYNC_ERROR_HANDLING 3
     default TORCH_NCCL_DUMP_ON_TIMEOUT 1
+    # The number of rows of an expert changes in every layer and step, which leaves gaps in blocks of fixed size.
+    [[ -n ${PYTORCH_ALLOC_CONF:-} ]] || default PYTORCH_CUDA_ALLOC_CONF expandable_segments:True
 else
     # Otherwise glibc returns every large tensor to the system, whose pages are zeroed again in the next step.
     default MALLOC_MMAP_MAX_ 0

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OPTIONS = "NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT JOIN_TIMEOUT".split()
 SET_HERE = (*OPTIONS, "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX")
-DEFAULTS = ("PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH")
+DEFAULTS = ("PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "launch", tmp_path / "a root" / "launch")
     python = tmp_path / "a root" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nenv | grep -E "^(CUDA|OMP|NCCL|TORCH|MALLOC|PYTHON)" | sort\nprintf "%s\\n" "$@"\n')
+    python.write_text('#!/bin/bash\nenv | grep -E "^(CUDA|OMP|NCCL|TORCH|MALLOC|PYTHON|PYTORCH)" | sort\nprintf "%s\\n" "$@"\n')
     python.chmod(0o755)
     return python.parents[2]
 
@@ -176,6 +176,9 @@ def test_nccl_is_configured_with_gpus_and_the_allocator_without(root: Path) -> N
     on_cpu, _, _ = started(root, CUDA_VISIBLE_DEVICES="")
     assert on_gpu["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     assert (on_gpu["NCCL_DEBUG"], on_gpu["TORCH_NCCL_DUMP_ON_TIMEOUT"]) == ("WARN", "1")
+    assert on_gpu["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True" and "PYTORCH_CUDA_ALLOC_CONF" not in on_cpu
+    own, _, _ = started(root, CUDA_VISIBLE_DEVICES="0", PYTORCH_ALLOC_CONF="max_split_size_mb:512")
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in own
     assert on_cpu["MALLOC_TRIM_THRESHOLD_"] == str(16 * 2**30) and on_cpu["MALLOC_MMAP_MAX_"] == "0"
     assert not any(name.startswith("MALLOC") for name in on_gpu)
     assert "TORCH_NCCL_ASYNC_ERROR_HANDLING" not in on_cpu

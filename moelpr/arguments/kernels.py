@@ -65,7 +65,7 @@ def describe_kernels(args: argparse.Namespace) -> str:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a Python module can be imported."""
+    """Whether a Python module is there; of Transformer Engine, the start has tried to import it (bootstrap.py)."""
     return importlib.util.find_spec(module) is not None
 
 

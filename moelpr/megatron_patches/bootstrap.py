@@ -1,5 +1,7 @@
 """The start of Megatron: patches, torch.distributed and parallel groups, for the trainer and for single processes."""
 
+import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,12 +10,37 @@ from torch.distributed import HashStore, Store
 
 from moelpr.megatron_patches import cpu, megatron_fixes
 from moelpr.process import ranks
+from moelpr.process.errors import UserError, first_line
+from moelpr.process.versions import install_command
 
 
 def install_patches() -> None:
     """Patch torch and Megatron, once per process. Call this before anything else imports Megatron."""
+    _import_transformer_engine()
     cpu.install()  # does nothing if there is a GPU
     megatron_fixes.install()
+
+
+def _import_transformer_engine() -> None:
+    """Megatron imports it too, but expects no error other than that it is not there."""
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except ModuleNotFoundError as error:
+        if error.name != "transformer_engine":
+            _without_transformer_engine(error)
+    except Exception as error:  # it raises errors of several kinds if a library is missing
+        _without_transformer_engine(error)
+
+
+def _without_transformer_engine(error: Exception) -> None:
+    if not cpu.is_needed():
+        raise UserError(
+            f"Transformer Engine is installed but cannot be imported ({first_line(error)}); install it with what it "
+            f"needs ({install_command('gpu')}), or remove it ({sys.executable} -m pip uninstall transformer-engine)"
+        ) from error
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
+        del sys.modules[name]
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # for Megatron: it is not there
 
 
 def rank_store() -> Store | None:

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def run_rank_0(world_size: int, port: int, code: str) -> subprocess.CompletedProcess[str]:
@@ -23,3 +26,27 @@ def test_a_port_that_is_taken_before_several_ranks_meet_is_one_sentence(taken_po
     code = "from moelpr.process.command import run_command; run_command(bootstrap.connect_ranks)"
     done = run_rank_0(2, taken_port, code)
     assert done.returncode == 1 and done.stderr.startswith(f"-c: error: port {taken_port} is taken"), done.stderr
+
+
+@pytest.mark.parametrize("content", ["raise RuntimeError('curand shared object not found')\nmore", "import no_such"])
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_transformer_engine_that_cannot_be_imported(tmp_path: Path, content: str, has_gpu: bool) -> None:
+    """It is one sentence with a GPU, and not there without, where Megatron would end with its error."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text(content)
+    code = "import sys, torch; from moelpr.megatron_patches import bootstrap; "
+    code += f"torch.cuda.is_available = lambda: {has_gpu}; from moelpr.process.command import run_command; "
+    code += "run_command(bootstrap.install_patches); import megatron.core.extensions.transformer_engine as m; "
+    code += "from moelpr.arguments.kernels import is_installed; print(m.HAVE_TE, is_installed('transformer_engine'))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    if has_gpu:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "Transformer Engine is installed but cannot be imported (" in done.stderr and ".[gpu]" in done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (0, "False False\n"), done.stderr

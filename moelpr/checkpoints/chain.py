@@ -8,6 +8,7 @@ first: stage 2's routers, stage 1's new experts, the upcycled model. A tensor is
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -17,7 +18,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store import checksums
-from moelpr.store.checksums import Verify
+from moelpr.store.checksums import FileSum, Verify
 from moelpr.store.records import STRICT, Record
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
 
@@ -160,21 +161,25 @@ def verify_files(links: list[Path], verify: Verify = Verify.FULL) -> None:
         checksums.verify_folder(link, fix, is_expected=True)
 
 
-def write_checksums(step_folder: Path) -> None:
+def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = None) -> None:
     """Write checksums.json of a step that all ranks have saved. Every rank must call this.
 
-    Each rank reads the files that it wrote, which its machine still has in memory.
+    Each rank reads the files that it wrote, which its machine still has in memory, and whose sums are not `known`.
 
     Raises:
-        OSError: a file can't be read.
+        OSError: a file can't be read, or has not the known size.
     """
+    known = known or {}
     rank, world = ranks.rank(), ranks.world_size()
     names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
-    writers = {name: int(found[1]) for name in names if (found := re.match(r"__(\d+)_", name))}
+    writers = {name: int(rank_of[1]) for name in names if (rank_of := re.match(r"__(\d+)_", name))}
     own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
-    parts = ranks.gather(checksums.sums_of(step_folder, own))
-    sums = {name: found for part in parts for name, found in part.items()}
-    complete = {name: found for name, found in sums.items() if found is not None}
+    found = checksums.sums_of(step_folder, [name for name in own if name not in known])
+    for name in known.keys() & set(own):
+        found[name] = known[name] if (step_folder / name).stat().st_size == known[name].num_bytes else None
+    parts = ranks.gather(found)
+    sums = {name: of_file for part in parts for name, of_file in part.items()}
+    complete = {name: of_file for name, of_file in sums.items() if of_file is not None}
     if unread := sums.keys() - complete.keys():
         raise OSError(f"{step_folder / min(unread)} can't be read although it was just saved; check the disk")
     if rank == 0:

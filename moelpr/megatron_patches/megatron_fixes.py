@@ -43,6 +43,7 @@ def install() -> None:
     _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
+    _sum_files_while_they_are_written()
 
 
 def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
@@ -269,6 +270,12 @@ def _collect_write_results_in_this_process() -> None:
     def results_queue(through_process: Callable[[str], Any], mp_mode: str = "spawn") -> Any:
         is_async = getattr(global_vars._GLOBAL_ARGS, "async_save", False)
         return through_process(mp_mode) if is_async else in_this_process
+
+
+def _sum_files_while_they_are_written() -> None:
+    from moelpr.megatron_patches import checkpoint_sums
+
+    checkpoint_sums.install()
 
 
 class GroupStepAdam(torch.optim.Adam):

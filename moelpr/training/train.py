@@ -13,7 +13,7 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.megatron_patches import bootstrap, hooks, megatron_fixes
+from moelpr.megatron_patches import bootstrap, checkpoint_sums, hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
@@ -53,7 +53,7 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
     load_weights, stage, args = starting_weights(settings), settings.stage, get_args()
     with (
         run_records(settings, argv),
-        hooks.after_step_is_written(lambda step, _: write_checksums(step)),
+        hooks.after_step_is_written(lambda step, _: write_checksums(step, checkpoint_sums.taken(step))),
         hooks.without_weight_decay(ROWS),
         logs_steps(settings) as step_log,
         report_nonfinite_exit(step_log.run_log),

@@ -21,7 +21,9 @@ def root(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "launch", tmp_path / "a root" / "launch")
     python = tmp_path / "a root" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/bash\nenv | grep -E "^(CUDA|OMP|NCCL|TORCH|MALLOC|PYTHON|PYTORCH)" | sort\nprintf "%s\\n" "$@"\n')
+    python.write_text(
+        '#!/bin/bash\nenv | grep -E "^(CUDA|OMP|NCCL|TORCH|MALLOC|PYTHON|PYTORCH)" | sort\nprintf "%s\\n" "$@"\n'
+    )
     python.chmod(0o755)
     return python.parents[2]
 

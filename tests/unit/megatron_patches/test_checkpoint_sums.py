@@ -1,0 +1,81 @@
+"""The checksums of a saved step are computed while it is written, in whatever process writes it."""
+
+import multiprocessing
+import pickle
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+from moelpr.checkpoints.chain import write_checksums
+from moelpr.megatron_patches import checkpoint_sums
+from moelpr.store import checksums
+from moelpr.store.checksums import FileSum
+from moelpr.store.run_folder import TABLE_FILES
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def save(folder: Path) -> None:
+    """Save a tensor and an object as the trainer does without --async-save."""
+    folder.mkdir()
+    state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.randn(300, 40)), "step": 3}
+    dist_checkpointing.save(state, folder, TorchDistSaveShardedStrategy(thread_count=2))
+
+
+def test_no_file_with_tensors_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, read, of = tmp_path / "iter_0000001", [], FileSum.of
+    save(step)
+    monkeypatch.setattr(FileSum, "of", lambda path, bar=None: (read.append(path.name), of(path, bar))[1])
+    write_checksums(step, checkpoint_sums.taken(step))
+    assert {*read} <= {*TABLE_FILES}
+    found = checksums.read(step)
+    assert found is not None and any(name.endswith(".distcp") for name in found)
+    assert found == {name: of(step / name) for name in found}
+    assert checkpoint_sums.taken(step) == {}
+
+
+def test_a_file_that_lost_its_end_after_it_was_written_is_noticed(tmp_path: Path) -> None:
+    step = tmp_path / "iter_0000001"
+    save(step)
+    (sum_of,) = sums = checkpoint_sums.taken(step)
+    with open(step / sum_of, "ab") as file:
+        file.truncate(sums[sum_of].num_bytes - 1)
+    with pytest.raises(OSError, match=sum_of):
+        write_checksums(step, sums)
+
+
+def write_in_helper(task: bytes, results: Any) -> None:
+    save, arguments = pickle.loads(task)
+    save(*arguments, results)
+
+
+def test_a_helper_process_sends_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which imports nothing of ours but what it is told to call."""
+    manager, sent = multiprocessing.get_context("spawn").Manager(), []
+    get = FileSystemWriterAsync.get_save_function_and_args
+
+    def in_helper(save: Any, rank: int, buckets: list, results: Any) -> None:
+        sums = manager.Queue()
+        task = pickle.dumps((save, (rank, buckets)))
+        helper = multiprocessing.get_context("spawn").Process(target=write_in_helper, args=(task, sums))
+        helper.start()
+        helper.join(60)
+        sent.append(sums.get_nowait())
+        results.put(sent[-1])
+
+    def get_for_helper(self: Any) -> tuple:
+        save, preload, args = get(self)
+        return partial(in_helper, save), preload, args
+
+    monkeypatch.setattr(FileSystemWriterAsync, "get_save_function_and_args", get_for_helper)
+    step = tmp_path / "iter_0000001"
+    save(step)
+    manager.shutdown()
+    assert sent and checkpoint_sums.taken(step) == {Path(path).name: FileSum.of(Path(path)) for path in sent[0][1]}

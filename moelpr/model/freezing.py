@@ -28,7 +28,8 @@ def freeze(
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(part_of(name) in trained)
         embedding = getattr(chunk, "embedding", None)
-        if embedding is not None and chunk.config.recompute_granularity is not None:
+        recomputes = chunk.config.recompute_granularity is not None
+        if embedding is not None and recomputes and any(weight.requires_grad for weight in chunk.parameters()):
             # Reentrant recompute computes no gradient unless an input of the checkpointed layers requires one.
             embedding.register_forward_hook(
                 lambda module, inputs, output: output.requires_grad_(torch.is_grad_enabled())

@@ -36,6 +36,16 @@ def test_train_everything_reaches_the_original_experts(model) -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_a_pipeline_stage_that_trains_nothing_has_no_backward_pass(dense_spec: ModelSpec) -> None:
+    """With full recompute too, which would repeat its forward pass first."""
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    model = build_model(dense_spec, **recompute).train()
+    freeze([model], "stage1")
+    tokens = torch.randint(0, 128, (2, 16))
+    output = model(tokens, torch.arange(16).expand(2, 16), attention_mask=None, labels=tokens)
+    assert not output.requires_grad
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 @pytest.mark.parametrize(
     "recompute",

@@ -47,7 +47,8 @@ def describe_kernels(args: argparse.Namespace) -> str:
     """One line: which kernels the run uses, and what faster ones would need."""
     is_cpu, has_experts, uses_te = cpu.is_needed(), bool(args.num_experts), args.transformer_impl != "local"
     is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not grouped_mm_is_fast(args)
-    uses_varlen = args.dataloader_inter_document_masking and args.bf16 and not is_cpu
+    has_window = args.window_size is not None and args.seq_length > args.window_size[0] + 1
+    uses_varlen = (args.dataloader_inter_document_masking or has_window) and args.bf16 and not is_cpu
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
     parts = {
         "experts": te_experts if args.moe_grouped_gemm else torch_experts + " in a loop" * is_slow,

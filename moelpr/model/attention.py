@@ -77,16 +77,29 @@ class SDPACoreAttention(MegatronModule):
             [sequence, batch, heads * head_dim].
         """
         assert packed_seq_params is None and attention_bias is None
+        if attention_mask is None and self._limits(len(query)) and self._varlen_attention_for(query) is not None:
+            # torch's other attention would need a mask for the window, which few of its kernels support.
+            length, batch = query.shape[:2]
+            attention_mask = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=query.device)
         if attention_mask is not None:
             return self._within_documents(query, key, value, attention_mask)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         return self._causal(query, key, value).permute(2, 0, 1, 3).flatten(start_dim=2)
 
+    def _limits(self, length: int) -> bool:
+        """Whether the window is shorter than a sequence of this length."""
+        return self.config.window_size is not None and length > self.config.window_size[0] + 1
+
+    @staticmethod
+    def _varlen_attention_for(query: Tensor) -> Callable[..., Any] | None:
+        is_half = query.dtype in (torch.bfloat16, torch.float16)
+        return _varlen_attention() if query.is_cuda and is_half else None
+
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[batch, heads, sequence, head_dim] in and out."""
         window: Tensor | None = None
         length, size = query.shape[2], self.config.window_size
-        if size is not None and length > size[0] + 1:
+        if size is not None and self._limits(length):
             # [sequence, sequence], True where a token attends to another
             window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(-size[0])
         is_grouped = query.shape[1] != key.shape[1]
@@ -99,8 +112,7 @@ class SDPACoreAttention(MegatronModule):
         length, batch = query.shape[:2]
         # [batch x sequence, heads, head_dim]
         query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-        is_half = query.dtype in (torch.bfloat16, torch.float16)
-        varlen_attention = _varlen_attention() if query.is_cuda and is_half else None
+        varlen_attention = self._varlen_attention_for(query)
         if varlen_attention is not None:
             window = -1 if self.config.window_size is None else self.config.window_size[0]
             options = {"window_size": (window, 0), "enable_gqa": query.shape[1] != key.shape[1]}

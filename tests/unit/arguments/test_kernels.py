@@ -25,6 +25,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         defaults |= dict.fromkeys(
             "moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking".split(), False
         )
+        defaults |= {"window_size": None, "seq_length": 64}
         args = Namespace(**defaults | changed)
         kernels.choose_kernels(args, record)
         return args, kernels.describe_kernels(args)
@@ -66,6 +67,8 @@ def test_what_is_slow_without_transformer_engine_is_named(machine) -> None:
     _, line = machine(9, TE, transformer_impl="local", dataloader_inter_document_masking=True)
     assert "attention: torch varlen; optimizer: Transformer Engine's fused Adam; " in line
     assert line.endswith("; faster: Transformer Engine (remove --transformer-impl local)")
+    _, line = machine(9, TE, transformer_impl="local", window_size=(16, 0))
+    assert "attention: torch varlen; " in line
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -99,6 +99,11 @@ def without_weight_decay(attribute: str) -> AbstractContextManager[None]:
     return _replaced("get_megatron_optimizer_config", get_megatron_optimizer_config)
 
 
+def operations_per_sequence(number: float) -> AbstractContextManager[None]:
+    """Have Megatron's throughput (--log-throughput) count these operations; its own count is of full training."""
+    return _replaced("num_floating_point_operations", lambda _, named: number * named["batch_size"])
+
+
 def set_signal_handler(handler: Any) -> None:
     """Have Megatron ask `handler.signals_received()` after each step; its own handler supports only one signal."""
     get_args().exit_signal_handler = True

@@ -13,12 +13,15 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
+from moelpr.layouts import PlannedLayout
 from moelpr.megatron_patches import bootstrap, checkpoint_sums, hooks, megatron_fixes
 from moelpr.model.builder import block_spec
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.new_rows import ROWS
 from moelpr.model.vocabulary import mask_padding
+from moelpr.plan.memory import Workload, model_parts
+from moelpr.plan.step_time import stage_flops
 from moelpr.process.ranks import is_first_rank
 from moelpr.training import clean_stop
 from moelpr.training.clean_stop import StopRequest
@@ -55,6 +58,7 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
         run_records(settings, argv),
         hooks.after_step_is_written(lambda step, _: write_checksums(step, checkpoint_sums.taken(step))),
         hooks.without_weight_decay(ROWS),
+        hooks.operations_per_sequence(operations_per_sequence(settings, args.seq_length)),
         logs_steps(settings) as step_log,
         report_nonfinite_exit(step_log.run_log),
         validates(settings, step_log) as validation,
@@ -78,6 +82,20 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
     answer = torch.tensor([is_complete], dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.broadcast(answer, src=0)
     return bool(answer.item())
+
+
+def operations_per_sequence(settings: RunSettings, seq_length: int) -> float:
+    """The operations of matrix products for one sequence, forward and backward, without what is recomputed."""
+    spec, stage = settings.spec, settings.stage
+    workload = Workload(
+        stage.name,
+        seq_length,
+        micro_batch_size=1,
+        global_batch_size=1,
+        new_embeddings=stage.train_new_embeddings,
+        train_everything=stage.train_everything,
+    )
+    return stage_flops(spec, model_parts(spec), PlannedLayout(tp=1, pp=1, ep=1, etp=1, dp=1), workload, 0).once
 
 
 def model_config(args: argparse.Namespace) -> GPTModelConfig:

@@ -25,6 +25,7 @@ READ_ARGUMENTS = {
     "train": {"forward_step_func", "model", "config"},
     "evaluate_and_print_results": {"forward_step_func", "model", "config", "iteration"},
     "get_megatron_optimizer_config": set(),
+    "num_floating_point_operations": {"batch_size"},
 }
 
 
@@ -46,6 +47,11 @@ def test_megatron_still_calls_the_function_with_these_arguments(training: Module
 def test_megatron_still_offers_no_callbacks_of_its_own(training: ModuleType) -> None:
     names = set(inspect.signature(training.pretrain).parameters)
     assert not {name for name in names if "callback" in name or "hook" in name}, "use these instead of our hooks"
+
+
+def test_the_throughput_counts_the_given_operations(training: ModuleType) -> None:
+    with hooks.operations_per_sequence(7.0):
+        assert training.num_floating_point_operations(argparse.Namespace(), 3, total_real_tokens_in_batch=None) == 21
 
 
 def test_the_training_log_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

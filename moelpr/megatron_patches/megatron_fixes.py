@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
-from moelpr.megatron_patches import checkpoint_reading
+from moelpr.megatron_patches import checkpoint_reading, cpu
 from moelpr.megatron_patches.replacing import replaces
 from moelpr.process.errors import MachineError
 from moelpr.store.files import atomic_file
@@ -44,6 +44,9 @@ def install() -> None:
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
     _sum_files_while_they_are_written()
+    _check_gradients_after_the_backward_pass()
+    _compute_the_gradient_norm_on_its_device()
+    _let_compiled_functions_have_more_variants()
 
 
 def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
@@ -276,6 +279,56 @@ def _sum_files_while_they_are_written() -> None:
     from moelpr.megatron_patches import checkpoint_sums
 
     checkpoint_sums.install()
+
+
+def _check_gradients_after_the_backward_pass() -> None:
+    """Megatron waits for the GPU twice per bucket of gradients, to see in the middle of the backward pass if it is NaN.
+
+    The norms are those of this moment, before gradients are added up, but read when the pass is over.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
+    from megatron.core.rerun_state_machine import RerunMode, get_rerun_state_machine
+
+    @replaces(BucketGroup, "check_grads")
+    def note_norms(check: Callable[..., None], self: Any, check_for_nan_or_inf: bool, check_for_large: bool) -> None:
+        if check_for_large or get_rerun_state_machine().mode != RerunMode.DISABLED:
+            check(self, check_for_nan_or_inf, check_for_large)
+        else:
+            self.unread_norms = [bucket.grad_data.norm(p=2) for bucket in self.buckets]
+
+    @replaces(DistributedDataParallel, "finish_grad_sync")
+    def finish_and_check(finish: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)
+        groups = (*self.bucket_groups, *self.expert_parallel_bucket_groups)
+        if norms := [norm for group in groups for norm in vars(group).pop("unread_norms", ())]:
+            get_rerun_state_machine().validate_result(
+                torch.stack(norms).sum(), lambda total: not total.isfinite(), "found NaN or Inf in local grad norm"
+            )
+
+
+def _compute_the_gradient_norm_on_its_device() -> None:
+    """Without Transformer Engine and Apex, Megatron copies the norm of each gradient to the host, one by one."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    def l2_norm(chunk_size: int, noop_flag: Any, lists: list[list[torch.Tensor]], *_: Any) -> tuple[Any, None]:
+        norms = [torch.norm(tensor) for tensors in lists for tensor in tensors]
+        return torch.norm(torch.stack(norms)).float().reshape(1), None
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = l2_norm
+
+
+def _let_compiled_functions_have_more_variants() -> None:
+    """Numbers of rows of 0, 1 and more, dtypes and gradients make up to nine variants of Megatron's SwiGLU.
+
+    torch compiles eight and then calls the function as it is, in many kernels.
+    """
+    if not cpu.is_needed():  # else nothing is compiled
+        import torch._dynamo.config as compiler
+
+        compiler.recompile_limit = max(32, compiler.recompile_limit)
 
 
 class GroupStepAdam(torch.optim.Adam):

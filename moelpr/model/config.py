@@ -47,6 +47,9 @@ class MoELPRConfig(TransformerConfig):
     # Megatron's flag: attention stays within a document (SDPACoreAttention).
     dataloader_inter_document_masking: bool = False
 
+    # A wait for the GPU after each exchange of pipeline stages, which Megatron has for PyTorch before 2.
+    batch_p2p_sync: bool = False
+
     @property
     def num_original_places(self) -> int:
         """P = C + m - 1, the router's rows of original experts: the first ones."""

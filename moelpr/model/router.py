@@ -56,7 +56,8 @@ class LPRRouter(TopKRouter):
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
             p, variant = self.config.num_original_places, self.config.lpr_loss
-            lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
+            with torch.set_grad_enabled(self.lpr_coeff > 0):
+                lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
             vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, p)
             self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
             if self.lpr_coeff > 0:

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import queue
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -21,18 +23,25 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import get_tensor_and_context_parallel_group
+from megatron.core.rerun_state_machine import (
+    RerunMode,
+    destroy_rerun_state_machine,
+    initialize_rerun_state_machine,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
+from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.training import argument_utils, checkpointing, global_vars, training
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import maybe_msc
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelpr.megatron_patches import megatron_fixes
 from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
@@ -310,3 +319,54 @@ def test_groups_without_parameters_count_the_steps_of_a_fused_optimizer() -> Non
     megatron_fixes._count_steps_of_empty_groups(FusedAdam)
     assert [adam.step(), adam.step(closure=None)] == ["result"] * 2
     assert [group["step"] for group in adam.param_groups] == [2, 2]
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads; on a GPU it waits for each."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
+def test_gradients_are_checked_without_waiting_in_the_backward_pass(value: float, overlap: bool) -> None:
+    megatron_fixes.install()
+    config = DistributedDataParallelConfig(overlap_grad_reduce=overlap, check_for_nan_in_grad=True, bucket_size=1)
+    settings = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+    model = DistributedDataParallel(settings, config, torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))))
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    try:
+        for first in (True, False):  # the first pass finds out in which order gradients come
+            with Reads() as reads:
+                model(torch.full((2, 4), 1.0 if first else value)).sum().backward()
+                assert reads.number == 0
+                if first or value == 1.0:
+                    model.finish_grad_sync()
+                else:
+                    with pytest.raises(RuntimeError, match="Unexpected result"):
+                        model.finish_grad_sync()
+                assert reads.number <= 1 + (value != 1.0) * 2  # the message has the value
+            model.zero_grad_buffer()
+    finally:
+        destroy_rerun_state_machine()
+
+
+def test_the_gradient_norm_is_megatrons_and_is_read_once() -> None:
+    megatron_fixes.install()
+    tensors = [torch.randn(size) for size in (7, 1, 300)]
+    with Reads() as reads:
+        found, _ = clip_grads.l2_norm_impl(2048, None, [tensors], False)
+    assert reads.number == 0
+    assert torch.equal(found, local_multi_tensor_l2_norm(2048, None, [tensors], False)[0])
+
+
+def test_torch_compiles_more_variants_with_a_gpu() -> None:
+    code = "import torch; torch.cuda.is_available = lambda: True; from moelpr.megatron_patches import megatron_fixes; "
+    code += "megatron_fixes._let_compiled_functions_have_more_variants(); "
+    code += "import torch._dynamo.config as config; print(config.recompile_limit)"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) >= 9

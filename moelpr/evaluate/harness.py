@@ -84,6 +84,8 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark
     for name, entry in table.items():
         # YAML reads the Norwegian code as a boolean.
         names = {canonical("no" if code == "false" else code): names for code, names in entry.tasks.items()}
+        if "nb" in names:
+            names.setdefault("no", names["nb"])  # Norwegian, which is mostly written as Bokmål
         if tasks := {language: names[language] for language in languages if language in names}:
             benchmarks[name] = replace(entry, tasks=tasks)
     if not benchmarks:

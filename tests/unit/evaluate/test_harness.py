@@ -14,6 +14,7 @@ import yaml
 
 from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, read_benchmarks
 from moelpr.evaluate.models import load_model
+from moelpr.languages import canonical
 
 needs_lm_eval = pytest.mark.skipif(
     not (find_spec("lm_eval") and find_spec("accelerate")), reason="needs lm-evaluation-harness (the extra `eval`)"
@@ -182,6 +183,16 @@ def test_the_harness_has_every_task_of_the_papers_table():
     benchmarks = read_benchmarks(PAPER_TASKS, sorted(languages))
     named = {task for benchmark in benchmarks.values() for tasks in benchmark.tasks.values() for task in tasks}
     assert named - known == set()
+    # And every translation that the harness has, by the forms of their names.
+    for benchmark, forms in {
+        "ARC": ("arc_([a-z]{2,3})", "arc_([a-z]{2,3})_challenge", "arc_challenge_mt_([a-z]{2,3})"),
+        "MMLU": ("m_mmlu_([a-z]{2,3})", "global_mmlu_full_([a-z]{2,3})"),
+        "HellaSwag": ("hellaswag_([a-z]{2,3})",),
+        "Belebele": ("belebele_([a-z]{3}_[A-Z][a-z]{3})",),
+        "FLORES": ("[a-z]+_bench_flores_en-([a-z]{2})",),
+    }.items():
+        found = {canonical(match[1]) for form in forms for task in known if (match := re.fullmatch(form, task))}
+        assert found - benchmarks[benchmark].tasks.keys() == set()
 
 
 @needs_lm_eval
@@ -200,6 +211,17 @@ def test_the_papers_languages_have_tasks_with_the_papers_shots():
     shots = {"ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8}
     assert {name: benchmark.num_fewshot for name, benchmark in benchmarks.items()} == shots
     assert len(benchmarks["Belebele"].tasks) == len(benchmarks["MMLU"].tasks) == 6
+
+
+def test_languages_of_fineweb_2_have_their_benchmarks_under_any_code(tmp_path):
+    benchmarks = read_benchmarks(PAPER_TASKS, [canonical(code) for code in ("eus_Latn", "glg", "isl_Latn", "no", "nb")])
+    assert benchmarks["Belebele"].tasks["eu"] == ["belebele_eus_Latn"]
+    assert benchmarks["FLORES"].tasks["gl"] == ["galician_bench_flores_en-gl", "galician_bench_flores_gl-en"]
+    assert benchmarks["ARC"].tasks["is"] == ["arc_challenge_mt_is"]
+    assert benchmarks["MMLU"].tasks["no"] == benchmarks["MMLU"].tasks["nb"] == ["m_mmlu_nb"]
+    table = tmp_path / "table.yaml"  # also in a table that names languages as its tasks do
+    table.write_text("Doors: {num_fewshot: 0, metric: acc, tasks: {ell_Grek: door}}")
+    assert read_benchmarks(table, ["el"])["Doors"].tasks == {"el": ["door"]}
 
 
 def test_averages_are_over_languages_first_and_then_over_benchmarks():

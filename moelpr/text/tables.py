@@ -8,6 +8,7 @@ from moelpr.process.errors import UserError
 from moelpr.text.sources import Source
 
 _ROWS_AT_ONCE = 64
+_BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
@@ -19,7 +20,9 @@ def open_table(source: Source, columns: list[str]) -> Iterator[Any]:
     """
     from pyarrow import parquet
 
-    with parquet.ParquetFile(source.path, page_checksum_verification=True) as file:
+    # So a page of a row group is in memory at a time, not all of it.
+    buffered: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+    with parquet.ParquetFile(source.path, page_checksum_verification=True, **buffered) as file:
         names = file.schema_arrow.names
         if repeated := [name for name in columns if names.count(name) > 1]:
             raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")

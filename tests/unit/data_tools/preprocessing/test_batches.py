@@ -276,3 +276,18 @@ def test_a_damaged_row_group_is_named_by_the_worker(preprocess, hf_tokenizer, tm
     with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged or truncated"):
         preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded", workers=2)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
+    """pandas writes a million rows into one; without a buffer, all of its text was in memory."""
+    content = os.urandom(12_000_000).hex()
+    texts = [content[start : start + 2400] for start in range(0, len(content), 2400)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    del content, texts
+    before = pyarrow.total_allocated_bytes()
+    largest = 0
+    source = open_source(str(tmp_path / "a.parquet"))
+    for batch in Reader([Share(source, 0, source.bytes)], [["text"]], None, None).batches(ReadCursor()):
+        assert not isinstance(batch.content, batches.RowGroups)
+        largest = max(largest, pyarrow.total_allocated_bytes() - before)
+    assert 0 < largest < 8_000_000

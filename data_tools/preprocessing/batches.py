@@ -30,7 +30,7 @@ class ReadCursor(NamedTuple):
     Attributes:
         share: Index of the share.
         offset: Byte of the (decompressed) JSON lines, or row of the Parquet file.
-        line: Number of lines or rows before it in the share; not counted in plain files.
+        line: Number of lines before it in the share, or of rows in the file; not counted in plain files.
         documents: Number of these that are not blank.
     """
 

@@ -55,7 +55,7 @@ def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, nee
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu]))
     notes = list(hardware.note_memory(run))
     assert len(notes) == is_warned
-    assert not notes or ("73 GiB" in notes[0] and "80 GiB" in notes[0] and "moelpr.plan" in notes[0])
+    assert not notes or ("73 GiB" in notes[0] and "80 GiB" in notes[0] and "moelpr layouts" in notes[0])
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ setup(
         "checkpoint_convert.card": ["templates/*"],
         "moelpr.launch": ["dense.sh", "stage?.sh", "train.sh", "recipes/*.yaml", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
+        "moelpr.dry_run": ["*.cpp"],
         "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
     },

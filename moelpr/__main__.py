@@ -53,6 +53,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),
+        "check": Tool("moelpr.dry_run.__main__", "run a stage's command line without a GPU: errors, memory, time"),
         TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2 or dense"),
     },
     "Results": {

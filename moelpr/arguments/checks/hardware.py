@@ -46,6 +46,14 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
 
 def expected_memory(run: RequestedRun) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
+    if run.spec is None or (planned := as_planned(run)) is None:
+        return None
+    ranks = stage_memories(run.spec, model_parts(run.spec), *planned)
+    return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
+
+
+def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
+    """The run for the planner's formulas; None for invalid settings and for what they do not support."""
     args, layout, spec = run.args, run.layout, run.spec
     if spec is None or (args.stage == "dense") != (spec.moe is None) or layout.cp * layout.vpp > 1:
         return None
@@ -58,9 +66,7 @@ def expected_memory(run: RequestedRun) -> int | None:
     planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
-    workload = Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings, args.train_everything)
-    ranks = stage_memories(spec, model_parts(spec), planned, workload)
-    return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
+    return planned, Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings, args.train_everything)
 
 
 def smaller_settings(run: RequestedRun) -> str:

@@ -1,0 +1,142 @@
+"""What a rank's launches cost on a GPU, and whether ranks launch the same collectives."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, zip_longest
+
+from moelpr.dry_run.meter import Collective, Counts, Kernel
+from moelpr.dry_run.one_rank import DryRun
+from moelpr.plan.gpus import Gpu
+from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY
+
+# The kinds of kernels, by what their operators start with; the first that fits counts.
+_KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
+    "products of experts": ("_grouped_mm",),
+    "attention": ("_scaled_dot", "_flash_attention", "_efficient_attention"),
+    "compiled": ("compiled",),
+    "copies": ("copy_", "_to_copy", "clone", "cat", "constant_pad"),
+    "rows": ("index", "gather", "scatter", "embedding", "nonzero", "sort", "masked_select"),
+    "optimizer": ("_fused_adam", "_foreach"),
+}
+OTHERS = "others"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """The predicted time of a step, of which nothing but the gradients' collectives overlaps with kernels."""
+
+    products: float
+    memory: float
+    exchanges: float
+    gradients: float
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        return self.products + self.memory + self.exchanges + self.gradients + self.bubble
+
+
+def kind_of(kernel: Kernel) -> str:
+    return next((kind for kind, starts in _KINDS.items() if kernel.operator.startswith(starts)), OTHERS)
+
+
+def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
+    """Predict a step's time by the data sheet and the planner's fractions of its rates."""
+    flops, memory = gpu.flops * MATMUL_EFFICIENCY, gpu.memory_bandwidth * MEMORY_EFFICIENCY
+    products = other = exchanges = gradients = 0.0
+    for kernel, number in run.counts.kernels.items():
+        if kernel.flops:
+            products += number * max(kernel.flops / flops, kernel.num_bytes / memory)
+        else:
+            other += number * kernel.num_bytes / memory
+    for one, number in run.counts.collectives.items():
+        time_s = number * _collective_s(one, run.rank, gpu, per_node)
+        if _is_of_data(one):
+            gradients += time_s
+        else:
+            exchanges += time_s
+    each = (products + other + exchanges) / run.num_microbatches
+    waits = (run.layout.pp - 1) / run.layout.vpp * each
+    return Seconds(products, other, exchanges, max(0.0, gradients - each), waits)
+
+
+def _is_of_data(one: Collective) -> bool:
+    """Whether it reduces gradients or gathers weights, which overlaps with a micro-batch's work."""
+    return "DATA_PARALLEL" in one.group.name and "TENSOR_AND" not in one.group.name
+
+
+def _collective_s(one: Collective, rank: int, gpu: Gpu, per_node: int) -> float:
+    members = one.group.members
+    inside = sum(member // per_node == rank // per_node for member in members)
+    node, network = gpu.node_bandwidth * LINK_EFFICIENCY, gpu.network_bandwidth * LINK_EFFICIENCY
+    if len(members) == 1:
+        return 0.0
+    if one.operator.startswith("alltoall"):  # both networks work at the same time
+        outside = (len(members) - inside) / (len(members) - 1)
+        return max(one.moved * (1 - outside) / node, one.moved * outside / network)
+    if inside == len(members):
+        return one.moved / node
+    # A ring leaves the node through the adapters of all its ranks.
+    return max(one.moved / node, one.moved / inside / network)
+
+
+def totals(counts: Counts) -> Iterator[tuple[str, int, float, float]]:
+    """Each kind of kernel with its launches, FLOPs and bytes."""
+    for kind in (*_KINDS, OTHERS):
+        chosen = {kernel: number for kernel, number in counts.kernels.items() if kind_of(kernel) == kind}
+        if launches := sum(chosen.values()):
+            flops = sum(number * kernel.flops for kernel, number in chosen.items())
+            yield kind, launches, flops, sum(number * kernel.num_bytes for kernel, number in chosen.items())
+
+
+def moved_by_group(counts: Counts) -> dict[tuple[str, int, str], tuple[int, float]]:
+    """Group, its size and operator → number of collectives, and bytes that a rank sends in them."""
+    found: dict[tuple[str, int, str], tuple[int, float]] = {}
+    for one, number in counts.collectives.items():
+        key = one.group.name, len(one.group.members), one.operator
+        before = found.get(key, (0, 0.0))
+        found[key] = before[0] + number, before[1] + number * one.moved
+    return dict(sorted(found.items()))
+
+
+def disagreements(runs: list[DryRun]) -> Iterator[str]:
+    """A message for each group in which two ranks that must launch the same collectives launch different ones.
+
+    Ranks of one pipeline stage must agree in all groups; those of others in the groups that both belong to.
+    """
+    for first, second in combinations(runs, 2):
+        ours, theirs = _by_group(first), _by_group(second)
+        if first.stage == second.stage:
+            ours, theirs = _by_name(ours), _by_name(theirs)
+            shared = ours.keys() | theirs.keys()
+        else:
+            members = {key for key in ours.keys() | theirs.keys() if {first.rank, second.rank} <= {*key[1]}}
+            shared = {key for key in members if key[0] != "PIPELINE_MODEL_PARALLEL_GROUP"}
+        for key in sorted(shared):
+            for place, pair in enumerate(zip_longest(ours.get(key, []), theirs.get(key, []))):
+                if pair[0] != pair[1]:
+                    one, other = (f"{item[0]} of {item[1]:,} bytes" if item else "nothing" for item in pair)
+                    yield (
+                        f"rank {first.rank} launches {one} as collective {place + 1} of group {key[0]}, where rank "
+                        f"{second.rank} launches {other}: a run would hang"
+                    )
+                    break
+
+
+type _Order = dict[tuple[str, tuple[int, ...]], list[tuple[str, int]]]
+
+
+def _by_group(run: DryRun) -> _Order:
+    found: _Order = {}
+    for one in run.order:
+        found.setdefault((one.group.name, one.group.members), []).append((one.operator, one.num_bytes))
+    return found
+
+
+def _by_name(order: _Order) -> _Order:
+    """The same for groups of the same name: ranks of a stage are in different ones."""
+    found: _Order = {}
+    for (name, members), launched in order.items():
+        found.setdefault((name, (len(members),)), []).extend(launched)
+    return found

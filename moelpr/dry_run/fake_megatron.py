@@ -1,0 +1,102 @@
+"""Megatron's functions that would ask a GPU, and the numbers of rows that a router would choose."""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from moelpr.dry_run.fake_cuda import DEVICE
+from moelpr.dry_run.meter import Meter
+
+# What torch.compile makes one kernel of on a GPU, by module.
+_COMPILED = {
+    "fused_bias_swiglu": "swiglu swiglu_back weighted_swiglu weighted_swiglu_back",
+    "fused_bias_dropout": "bias_dropout_add_fused_train",
+}
+
+
+def install(meter: Meter) -> None:
+    """Replace them for good. Import Megatron before."""
+    import megatron.core.fusions.fused_bias_dropout as fused_bias_dropout
+    import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.optimizer as optimizer
+    import megatron.core.pipeline_parallel.schedules as schedules
+    import megatron.core.tensor_parallel.random as random
+    import megatron.training.training as training
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    random._set_cuda_rng_state = lambda *args, **kwargs: None  # it writes the generator's state directly
+    training.set_jit_fusion_options = lambda *args, **kwargs: None
+    training.report_memory = lambda *args, **kwargs: None
+    # Steps without a line in the log are counted; hooks read its signature.
+    training.training_log = functools.wraps(training.training_log)(lambda *args, **kwargs: False)
+    build = GPTModelBuilder.build_model
+
+    def build_on_device(*args: Any, **kwargs: Any) -> Any:
+        with DEVICE:
+            return build(*args, **kwargs)
+
+    GPTModelBuilder.build_model = build_on_device
+    # A module cannot be moved to a fake GPU, but it is there already, in the dtype of its configuration.
+    for name in ("cuda", "bfloat16", "half"):
+        setattr(torch.nn.Module, name, lambda self, device=None: self)
+    for module in (fused_bias_swiglu, fused_bias_dropout):
+        for name in _COMPILED[module.__name__.rpartition(".")[2]].split():
+            setattr(module, name, meter.as_one_kernel(name, getattr(module, name)))
+
+    def l2_norm(chunk_size: int, overflow: Any, lists: Any, per_tensor: bool = False, *_: Any) -> Any:
+        """Megatron's own without Transformer Engine and Apex, which reads the norm of each tensor from the GPU."""
+        norms = [torch.norm(tensor) for of_dtype in lists for tensor in of_dtype]
+        for _norm in norms:
+            meter.note_wait("item in local_multi_tensor_l2_norm")
+        return torch.stack(norms).norm().reshape(1), None
+
+    clip_grads.l2_norm_impl = l2_norm
+    for name, phase in (("forward_step", "forward"), ("backward_step", "backward")):
+        setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
+    for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):
+        kind.step = meter.as_phase("optimizer", kind.step)
+
+
+def route_uniformly(rows: int) -> None:
+    """Give the dispatcher's numbers on the host their values: each rank sends each new expert `rows` rows."""
+    import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
+
+    from moelpr.model.layer import NewExpertsDispatcher as Dispatcher
+
+    initialize, preprocess = Dispatcher.__init__, Dispatcher.preprocess
+    copy_to_host, sort = megatron_dispatcher.maybe_move_tensor_to_cpu, megatron_dispatcher.sort_chunks_by_idxs
+    values: dict[int, int] = {}
+
+    def initialize_with_values(self: Any, *args: Any, **kwargs: Any) -> None:
+        with unset_fake_temporarily():  # it has indices on the host
+            initialize(self, *args, **kwargs)
+
+    def preprocess_and_note_values(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        tokens_per_expert = preprocess(self, routing_map)
+        sent = rows * self.num_experts
+        numbers = dict(num_out_tokens=sent, output_splits_tp=sent, input_splits=sent // self.ep_size)
+        numbers |= dict(output_splits=sent // self.ep_size, num_global_tokens_per_local_expert=rows)
+        values.clear()
+        values.update({id(getattr(self, name, None)): value for name, value in numbers.items()})
+        values[id(tokens_per_expert)] = rows * self.ep_size * self.tp_size
+        return tokens_per_expert
+
+    def copy_with_values(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not torch.is_tensor(tensor) or tensor.device.type != "cuda":
+            return tensor
+        copy_to_host(tensor)
+        with unset_fake_temporarily():
+            value = torch.full(tensor.shape, values[id(tensor)])
+            return value.numpy() if as_numpy else value
+
+    def sort_known(tensor: torch.Tensor, split_sizes: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        known = types.SimpleNamespace(tolist=lambda: [rows] * split_sizes.numel())
+        return sort(tensor, known, *args, **kwargs)
+
+    megatron_dispatcher.maybe_move_tensor_to_cpu = copy_with_values
+    megatron_dispatcher.sort_chunks_by_idxs = sort_known
+    Dispatcher.__init__, Dispatcher.preprocess = initialize_with_values, preprocess_and_note_values  # type: ignore[method-assign]

@@ -1,0 +1,249 @@
+"""The trainer as one rank of a cluster: some steps of it, in this process, which can't be used for anything else."""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moelpr.arguments import kernels
+from moelpr.arguments.checks import folders
+from moelpr.arguments.checks.hardware import as_planned
+from moelpr.arguments.parse import check_arguments, register_arguments
+from moelpr.arguments.requested import RequestedRun
+from moelpr.arguments.settings import RunSettings
+from moelpr.dry_run import fake_cuda, fake_megatron
+from moelpr.dry_run.fake_cuda import DEVICE
+from moelpr.dry_run.meter import Collective, Counts, Meter
+from moelpr.layouts import Layout, PlannedLayout
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.memory import RankMemory, Routing, Workload, model_parts, stage_memories
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner's formulas take and give for the same run."""
+
+    layout: PlannedLayout
+    workload: Workload
+    memories: list[RankMemory]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank does in a step.
+
+    Attributes:
+        stage: its pipeline stage.
+        memory: bytes of its parts; their sum is the peak.
+        live_bytes: those that remain after each step.
+        counts: those of a step with all its micro-batches.
+        of_one_micro_batch: what a further micro-batch adds, if there is one.
+        order: the collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
+        planned: None for what the planner does not support.
+    """
+
+    rank: int
+    stage: int
+    layout: Layout
+    spec: ModelSpec
+    num_microbatches: int
+    tokens_per_step: int
+    memory: dict[str, int]
+    live_bytes: list[int]
+    counts: Counts
+    order: list[Collective]
+    planned: Planned | None
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+class _Enough(BaseException):
+    """Ends the trainer before the first step that is not counted."""
+
+
+def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: bool = False) -> DryRun:
+    """Train four steps as this rank: two of one micro-batch, one of those that fill the pipeline, and one of more.
+
+    Counts grow by as much with each further micro-batch, so the last two steps tell those of the whole step. A witness
+    makes only the first two, to be compared with other ranks.
+
+    Raises:
+        UserError: The trainer refuses the command line.
+    """
+    started = time.monotonic()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
+    os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    kernels.is_installed = lambda module: False  # theirs can't run without values
+    # This machine's disk is not the cluster's; a size of 0 is unknown.
+    setattr(folders, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0, total=0)))  # noqa: B010
+    fake_cuda.connect(rank, ranks)
+    run = check_arguments(argv)
+    planned = as_planned(run)
+    settings = _without_files(run)
+    args = register_arguments(run, settings)
+    meter = Meter(number=_route(run))
+    fake_megatron.install(meter)
+    steps = _steps(run)[: 2 if is_witness else None]
+    live_bytes: list[int] = []
+    counts: list[Counts] = []
+    memory: dict[str, int] = {}
+    order: list[Collective] = []
+
+    from megatron.core import num_microbatches_calculator as calculator
+    from megatron.core import parallel_state
+    from megatron.training import training as megatron_training
+
+    from moelpr.data.batch import BatchReader
+    from moelpr.training import train
+    from moelpr.training.step_log import StepLog
+
+    train_step = megatron_training.train_step
+
+    def counted_step(
+        forward: Any, iterator: Any, model: Any, optimizer: Any, scheduler: Any, *others: Any, **named: Any
+    ) -> Any:
+        if counts:
+            live_bytes.append(meter.live)  # with what the training loop does after a step
+        if len(counts) == len(steps):
+            memory.update(_parts(model, optimizer, meter.peak))
+            raise _Enough
+        if len(counts) == 2:
+            order.extend(meter.order)
+        number = calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
+        counts.append(meter.start_step())
+        with patch.object(number, "num_micro_batches", steps[len(counts) - 1]):
+            return train_step(forward, iterator, model, optimizer, scheduler, *others, **named)
+
+    def no_weights(_: RunSettings) -> Any:
+        def load(chunks: list[torch.nn.Module]) -> None:
+            args.load = args.pretrained_checkpoint = None
+
+        return load
+
+    def no_data(*_: Any) -> tuple[Iterator[dict], None, None]:
+        args.do_train, args.do_valid, args.do_test = True, False, False
+        return iter(dict, None), None, None
+
+    megatron_training.train_step = counted_step
+    megatron_training.build_train_valid_test_data_iterators = no_data
+    for owner, name, value in (
+        (train, "starting_weights", no_weights),
+        (StepLog, "step", lambda *_: None),
+        (BatchReader, "_read_step", _fake_batches),
+    ):
+        setattr(owner, name, value)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), meter:
+            train._train(settings, argv, None)
+    except _Enough:
+        pass
+    is_extrapolated = steps[-1] > steps[-2]
+    times = (_num_microbatches(run) - steps[-2]) / (steps[-1] - steps[-2]) if is_extrapolated else 0
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    of_planner = None
+    if planned is not None and run.spec is not None:
+        of_planner = Planned(*planned, stage_memories(run.spec, model_parts(run.spec), *planned))
+    return DryRun(
+        rank,
+        stage,
+        run.layout,
+        settings.spec,
+        _num_microbatches(run),
+        run.global_batch_size * args.seq_length,
+        memory,
+        live_bytes,
+        counts[-2].extrapolated(counts[-1], times),
+        order or meter.order,
+        of_planner,
+        time.monotonic() - started,
+    )
+
+
+def _without_files(run: RequestedRun) -> RunSettings:
+    """Settings of a run that reads and writes no files."""
+    args = run.args
+    settings = replace(RunSettings.of(run), save=None, save_trained_only=False, validation_data={})
+    args.save = args.tensorboard_dir = args.validation_data = args.wandb_project = None
+    args.save_trained_only, args.eval_iters, args.num_workers = False, 0, 0
+    # A shorter run would end before the last step that is counted.
+    args.train_iters = args.train_iters and max(args.train_iters, len(_steps(run)) + 1)
+    args.train_samples = args.train_samples and max(args.train_samples, run.global_batch_size * (len(_steps(run)) + 1))
+    return settings
+
+
+def _num_microbatches(run: RequestedRun) -> int:
+    return int(run.global_batch_size // (run.args.micro_batch_size * run.layout.dp))
+
+
+def _steps(run: RequestedRun) -> list[int]:
+    """Micro-batches of the steps; virtual stages need a multiple of the pipeline's."""
+    layout, number = run.layout, _num_microbatches(run)
+    unit = layout.pp if layout.vpp > 1 else 1
+    full = min(number, 2 * layout.pp if layout.vpp > 1 else layout.pp)
+    return [*2 * [min(unit, number)], full, min(full + unit, number)]
+
+
+def _route(run: RequestedRun) -> int:
+    """Let every expert be chosen equally often; returns the tokens of a rank that choose the original experts."""
+    args, layout = run.args, run.layout
+    if run.spec is None or run.spec.moe is None:
+        return 1
+    moe, tokens = run.spec.moe, args.seq_length * args.micro_batch_size // (layout.tp * layout.cp)
+    routing = Routing.uniform(moe)
+    fake_megatron.route_uniformly(max(1, round(tokens * routing.new_rows / moe.num_new_experts)))
+    return max(1, round(tokens * layout.etp * routing.original_rows / moe.num_original_experts))
+
+
+def _fake_batches(reader: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
+    """What `BatchReader._read_step` returns, of tensors without values."""
+    from megatron.core import parallel_state
+    from megatron.training import get_args
+
+    from moelpr.data import batch
+
+    shape = get_args().micro_batch_size, get_args().seq_length
+    raw = [
+        {key: torch.empty(*shape, dtype=torch.int64, device=DEVICE) for key in batch._KEYS}
+        for _ in range(num_microbatches)
+    ]
+    counts = torch.empty(2, device=DEVICE)
+    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    global_counts = batch.GlobalCounts(*counts.unbind())
+    return [batch._to_batch(batch.slice_for_context_parallel(tensors), global_counts) for tensors in raw]
+
+
+def _parts(model: list[Any], optimizer: Any, peak: int) -> dict[str, int]:
+    """Bytes of what stays from step to step, by what it is, and of what a step adds at its peak."""
+    named = [(name, parameter) for chunk in model for name, parameter in chunk.named_parameters()]
+    buffers = [one for chunk in model for one in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    seen: set[int] = set()
+
+    def size(tensors: list[Any]) -> int:
+        found = 0
+        for tensor in tensors:
+            if torch.is_tensor(tensor) and tensor.device.type == "cuda":
+                storage = tensor.untyped_storage()
+                found += 0 if storage._cdata in seen else storage.nbytes()
+                seen.add(storage._cdata)
+        return found
+
+    parts = {
+        "original experts": size([one for name, one in named if ".original_experts." in name]),
+        "other weights": size([one for _, one in named]) + size([buffer.param_data for buffer in buffers]),
+        "gradients": size([buffer.grad_data for buffer in buffers]),
+    }
+    owners = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer]) if one.optimizer]
+    state = [one for owner in owners for values in owner.state.values() for one in values.values()]
+    masters = [one for owner in owners for group in owner.param_groups for one in group["params"]]
+    parts["optimizer"] = size([*state, *masters])
+    parts["activations and others"] = peak - sum(parts.values())
+    return parts

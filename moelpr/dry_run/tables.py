@@ -1,0 +1,125 @@
+"""What a dry run prints."""
+
+from collections import Counter
+
+from moelpr.dry_run.cost import disagreements, moved_by_group, seconds, totals
+from moelpr.dry_run.one_rank import DryRun
+from moelpr.dry_run.whole_run import Outcome
+from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, Gpu
+from moelpr.plan.memory import model_parts
+from moelpr.plan.step_time import expert_traffic, step_time
+from moelpr.process.machine import format_bytes
+from moelpr.process.text_tables import table_text
+
+NOTE = (
+    "Not checked: values, contents of checkpoints and corpora, disks, races, kernels' real times, fragmentation, what\n"
+    "NCCL and CUDA occupy, and Transformer Engine's kernels, in whose place PyTorch's are counted. Experts are chosen\n"
+    "equally often. Times are predicted as the planner's are, and have not been compared with a run."
+)
+
+
+def report(outcome: Outcome, gpu: Gpu, per_node: int) -> str:
+    """The tables of all ranks."""
+    runs, missing = outcome.runs, outcome.missing
+    compared = [*runs, *outcome.witnesses]
+    names = ", ".join(str(run.rank) for run in sorted(compared, key=lambda run: run.rank))
+    fullest = max(runs, key=lambda run: run.peak_bytes)
+    parts = [
+        _memory(runs),
+        _kernels(runs),
+        _waits(runs),
+        _collectives(fullest),
+        _times(runs, per_node),
+        "\n".join(disagreements(compared))
+        or f"Ranks {names} launch the collectives that they share in the same order.",
+    ]
+    if any(len(set(run.live_bytes[1:])) > 1 for run in runs):
+        parts.append("warning: memory grows from step to step")
+    usable = gpu.memory_gib * (1 - RESERVED_FRACTION) * GIB
+    if fullest.peak_bytes > usable:
+        parts.append(
+            f"warning: rank {fullest.rank} needs {fullest.peak_bytes / GIB:.2f} GiB of the GPU's {gpu.memory_gib:g}, "
+            f"of which {RESERVED_FRACTION:.0%} are left for what is not counted"
+        )
+    if missing:
+        parts.append(f"Not here, so not checked: {'; '.join(missing)}.")
+    return "\n\n".join([*parts, NOTE])
+
+
+def _memory(runs: list[DryRun]) -> str:
+    """GiB of each rank by part, with the planner's sums in the next row."""
+    names = list(runs[0].memory)
+    rows = []
+    for run in runs:
+        sizes = [*run.memory.values(), run.peak_bytes]
+        rows.append([f"rank {run.rank}", str(run.stage), *(f"{size / GIB:.2f}" for size in sizes)])
+        if run.planned:
+            plan = run.planned.memories[run.stage]
+            weights = ["", f"{plan.parameter_bytes / GIB:.2f}"] if names[0] == "original experts" else []
+            others = plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes + plan.working_bytes
+            rest = [f"{size / GIB:.2f}" for size in (*others, plan.total_bytes)]
+            rows.append(["  planner (all weights)", "", *weights, *rest])
+    return f"GiB at the peak of a step:\n{table_text(['', 'stage', *names, 'total'], rows, [0])}"
+
+
+def _kernels(runs: list[DryRun]) -> str:
+    rows = []
+    for run in runs:
+        phases = Counter[str]()
+        for kernel, number in run.counts.kernels.items():
+            phases[kernel.phase] += number
+        shares = ", ".join(f"{phase} {number:,}" for phase, number in sorted(phases.items()))
+        rows.append([f"rank {run.rank}", "all", f"{phases.total():,}", "", "", shares])
+        for kind, launches, flops, num_bytes in totals(run.counts):
+            rows.append(["", kind, f"{launches:,}", f"{flops / 1e12:,.2f}", f"{num_bytes / 1e9:,.1f}", ""])
+    head = ["", "kernels", "launches", "TFLOP", "GB", ""]
+    number = runs[0].num_microbatches
+    return f"A step of {number} micro-batch{'es' * (number > 1)}:\n{table_text(head, rows, [0, 1, 5])}"
+
+
+def _waits(runs: list[DryRun]) -> str:
+    places = dict.fromkeys(place for run in runs for place in run.counts.waits if run.counts.waits[place] > 0)
+    rows = [[place, *(f"{run.counts.waits[place]:,}" for run in runs)] for place in places]
+    return "Waits of the host for the GPU:\n" + table_text(["", *(f"rank {run.rank}" for run in runs)], rows, [0])
+
+
+def _collectives(run: DryRun) -> str:
+    rows = [
+        [group, str(size), operator.strip("_"), f"{number:,}", format_bytes(moved)]
+        for (group, size, operator), (number, moved) in moved_by_group(run.counts).items()
+        if number > 0
+    ]
+    lines = [f"Collectives of rank {run.rank}, and what it sends in them:"]
+    lines.append(table_text(["group", "ranks", "operation", "launches", "bytes"], rows, [0, 2]))
+    if run.planned and run.spec.moe:
+        plan = expert_traffic(run.spec, run.planned.layout, run.planned.workload)
+        lines.append(
+            f"Planner: experts exchange {format_bytes(plan.all_to_all)} over EP and {format_bytes(plan.expert_tensor)} "
+            "over ETP."
+        )
+    return "\n".join(lines)
+
+
+def _times(runs: list[DryRun], per_node: int) -> str:
+    rows = []
+    ranks = runs[0].layout.world_size
+    for name, gpu in GPUS.items():
+        slowest = max((seconds(run, gpu, per_node) for run in runs), key=lambda one: one.total)
+        planner = ""
+        if run := next((run for run in runs if run.planned), None):
+            assert run.planned is not None
+            cluster = Cluster.of(gpu, ranks, per_node)
+            of_formulas = step_time(
+                run.spec,
+                model_parts(run.spec),
+                run.planned.layout,
+                run.planned.workload,
+                cluster,
+                run.planned.memories,
+            )
+            planner = f"{of_formulas.total_s:.2f}"
+        parts = slowest.products, slowest.memory, slowest.exchanges, slowest.gradients, slowest.bubble, slowest.total
+        speed = f"{runs[0].tokens_per_step / slowest.total / ranks:,.0f}"
+        rows.append([name, *(f"{part:.2f}" for part in parts), planner, speed])
+    head = ["", "products", "memory", "exchanges", "gradients", "bubble", "step", "planner", "tokens/s per GPU"]
+    return "Predicted seconds of a step, on the slowest of these ranks:\n" + table_text(head, rows, [0])

@@ -1,0 +1,92 @@
+"""The dry run of a stage's command line, as several of its ranks."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from moelpr.dry_run.forked import Answer, FailedError, in_a_fork
+from moelpr.model_spec import ModelSpec
+from moelpr.plan.gpus import GPUS
+from moelpr.process.errors import UserError
+
+if TYPE_CHECKING:
+    from moelpr.dry_run.one_rank import DryRun
+
+# Compute capabilities, on which the choice of kernels depends; those of the others are Hopper's.
+_CAPABILITIES = {"a100": (8, 0), "a800": (8, 0), "l40s": (8, 9), "rtx4090": (8, 9), "rtx6000ada": (8, 9)}
+_CAPABILITIES |= {"b200": (10, 0), "rtx5090": (12, 0)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the ranks did, what the trainer noted, and what was not there.
+
+    Attributes:
+        witnesses: ranks that were only compared with the others.
+    """
+
+    runs: "list[DryRun]"
+    witnesses: "list[DryRun]"
+    notes: list[str]
+    missing: list[str]
+
+
+def prepare(gpu: str, per_node: int) -> None:
+    """Import the trainer on fake GPUs, once per process."""
+    import logging
+    import warnings
+
+    from moelpr.dry_run import fake_cuda
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    warnings.simplefilter("ignore")  # imports warn about optional packages
+    fake_cuda.install(GPUS[gpu], _CAPABILITIES.get(gpu.partition("-")[0], (9, 0)), per_node)
+    from moelpr.megatron_patches import bootstrap
+
+    bootstrap.install_patches()
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    import moelpr.dry_run.one_rank
+    import moelpr.training.train  # noqa: F401  # here, so that forks need not
+
+
+def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSpec | None] = lambda: None) -> Outcome:
+    """Run the trainer's command line as some ranks of a cluster; call `prepare` before.
+
+    Args:
+        spec: the model, if the checkpoint is not here.
+
+    Raises:
+        UserError: The trainer refuses the command line.
+    """
+    from moelpr.arguments.flags import all_arguments
+    from moelpr.dry_run.one_rank import DryRun, dry_run
+    from moelpr.dry_run.stand_ins import StandIns
+
+    ranks = nodes * per_node
+    with TemporaryDirectory(prefix="moelpr-check-") as folder:
+        stand_ins = StandIns.of(argv, Path(folder), spec)
+        all_arguments()  # kept for the forks
+
+        def run(rank: int, is_witness: bool = False) -> Answer[DryRun]:
+            try:
+                return in_a_fork(partial(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness))
+            except UserError as error:
+                raise UserError(stand_ins.as_given(str(error))) from None
+            except FailedError as error:
+                raise RuntimeError(f"rank {rank} fails: {stand_ins.as_given(str(error))}") from None
+
+        first = run(0)
+        stages = first.result.layout.pp
+        per_stage = ranks // stages
+        # A rank of the first, a middle and the last stage, and witnesses at the other end of the first and the last.
+        others = sorted({stages // 2 * per_stage, ranks - 1} if stages > 2 else {ranks - 1} - {per_stage - 1})
+        witnesses = sorted({per_stage - 1, ranks - per_stage} - {0, *others})
+        runs = [first.result, *(run(rank).result for rank in others)]
+        compared = [run(rank, is_witness=True).result for rank in witnesses]
+        lines = stand_ins.as_given(first.printed).splitlines()
+        notes = [line for line in lines if line.startswith("moelpr: ")]
+        return Outcome(runs, compared, notes, stand_ins.missing)

@@ -1,0 +1,127 @@
+"""Dry runs of recipes and of layouts of tests/distributed, in forks of one process.
+
+    python -m tests.dry_run.cases [REGEX]
+
+prints a line of JSON for each case: what its ranks did.
+"""
+
+import json
+import os
+import re
+import sys
+import traceback
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from moelpr.dry_run import whole_run
+from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.process.errors import UserError
+from tests.distributed.layout_runs import BOTH_LOSSES, LAYOUTS, NEW_ROWS_TOO, SETTINGS
+from tests.launch import test_recipes as recipes
+from tests.support.model_shapes import SHAPES, save_config
+from tests.unit.conftest import SHAPE as TINY_SHAPE
+
+DATA = ["--pretrained-checkpoint", "upcycled", "--data-path", "corpus"]
+PER_NODE = 8
+
+RECIPES = ("paper-dense qwen3-1.7b-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1").split()
+# Those with every pair of features, and a model whose second pipeline stage trains nothing, or trains rows.
+LAYOUT_NAMES = (
+    "TP2+SP ETP2 EP2 distributed optimizer, selective recompute",
+    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute",
+    "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss",
+    "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss",
+    "1 documents apart",
+    "edges PP2 EP2 distributed optimizer",
+    "rows untied TP2+SP PP2",
+)
+SHAPE = TINY_SHAPE | dict(num_layers=4, hidden_size=256, ffn_hidden_size=512, kv_channels=64, vocab_size=512)
+_UNTIED = SHAPE | dict(untie_embeddings_and_output_weights=True)
+MODELS = {
+    "all-moe": ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, (0, 1, 2, 3), 2, 2)),
+    "edges": ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(8, 2, (0, 1))),
+    "rows-untied": replace(
+        ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, (0, 1, 2, 3))), new_tokens=NewTokens(400, 60, 512)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    ranks: int
+    spec: ModelSpec
+    argv: list[str]
+
+
+def cases() -> dict[str, Case]:
+    """All cases; call this in a folder with recipes' models."""
+    found = {}
+    for name in RECIPES:
+        planner = recipes.command_in(recipes.comment_of(f"{name}.yaml"))
+        ranks = int(recipes.value_of("--gpus", planner))
+        argv = ["--stage", recipes.stage_of(f"{name}.yaml"), "--recipe", str(recipes.RECIPES / f"{name}.yaml")]
+        stages = recipes.yaml.safe_load((recipes.RECIPES / f"{name}.yaml").read_text()).get(
+            "pipeline-model-parallel-size", 1
+        )
+        found[name] = Case(ranks, _shortened(recipes.spec_of(planner), 2 * stages), [*argv, *DATA])
+    for name in LAYOUT_NAMES:
+        layout = LAYOUTS[name]
+        for stage in layout.stages:
+            losses = {"stage0": "", "stage1": NEW_ROWS_TOO if layout.model.startswith("rows") else BOTH_LOSSES}
+            flags = f"--stage {stage} {SETTINGS} {losses.get(stage, BOTH_LOSSES)} {layout.flags}"
+            found[f"{name}, {stage}"] = Case(layout.ranks, MODELS[layout.model], [*flags.split(), *DATA])
+    return found
+
+
+def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
+    """The model with fewer layers, which does not change what one of them does."""
+    shape = spec.megatron_args | {"num_layers": layers}
+    moe = spec.moe and replace(spec.moe, layers=tuple(layer for layer in spec.moe.layers if layer < layers))
+    return replace(spec, megatron_args=shape, moe=moe)
+
+
+def outcome(case: Case) -> dict[str, Any]:
+    """What the ranks of a case did, as JSON."""
+    from moelpr.dry_run.cost import disagreements, moved_by_group
+    from moelpr.plan.step_time import expert_traffic
+
+    try:
+        found = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
+    except (UserError, RuntimeError):
+        return {"error": traceback.format_exc()}
+    first, last, planned = found.runs[0], found.runs[-1], found.runs[0].planned
+    moved = {"EXPERT_MODEL": 0.0, "EXPERT_TENSOR": 0.0}
+    for (group, _, _), (_, num_bytes) in moved_by_group(last.counts).items():
+        if (name := group.removesuffix("_PARALLEL_GROUP")) in moved:
+            moved[name] += num_bytes
+    return {
+        "live": [run.live_bytes for run in found.runs],
+        "peaks": [run.peak_bytes for run in found.runs],
+        "planned": [planned and planned.memories[run.stage].total_bytes for run in found.runs],
+        "moved": list(moved.values()),
+        "traffic": planned and list(expert_traffic(first.spec, planned.layout, planned.workload)),
+        "waits": dict(first.counts.waits),
+        "operators": sorted({kernel.operator for run in found.runs for kernel in run.counts.kernels}),
+        "disagreements": [*disagreements([*found.runs, *found.witnesses])],
+        "moe_layers": sum(map(first.spec.is_moe_layer, range(first.spec.megatron_args["num_layers"]))),
+        "micro_batches": first.num_microbatches,
+        "seconds": [run.seconds for run in (*found.runs, *found.witnesses)],
+    }
+
+
+def main() -> None:
+    whole_run.prepare("h100-80", PER_NODE)
+    with TemporaryDirectory() as folder:
+        for model in SHAPES:
+            save_config(model, Path(folder) / model)
+        os.chdir(folder)
+        pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+        for name, case in cases().items():
+            if re.search(pattern, name):
+                print(json.dumps({name: outcome(case)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,49 +1,50 @@
-"""Ranks as forks of a process that has imported everything, one after another."""
+"""Ranks as forks of a process that has imported everything."""
 
 import os
 import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from moelpr.process.errors import UserError
-
-
-class Answer[T](NamedTuple):
-    """What a fork returned, and what it printed."""
-
-    result: T
-    printed: str
 
 
 class FailedError(Exception):
     """A fork failed as it should not; the message ends with its traceback."""
 
 
-def in_a_fork[T](function: Callable[[], T]) -> Answer[T]:
-    """Call a function in a fork, whose patches and memory end with it.
+class Fork[T]:
+    """Calls a function in a fork of this process, whose patches and memory end with it."""
 
-    Raises:
-        UserError: The function raised one.
-        FailedError: It raised anything else.
-    """
-    with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as answer:
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._log, self._result = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         if (child := os.fork()) == 0:
-            _be_the_fork(function, log.fileno(), answer.fileno())
-        _, status = os.waitpid(child, 0)
-        log.seek(0)
-        printed = log.read().decode(errors="replace")
-        answer.seek(0)
-        if status or not (content := answer.read()):
-            raise FailedError(printed[-4000:])
-        result = pickle.loads(content)
+            _call(function, self._log.fileno(), self._result.fileno())
+        self._child = child
+        self.printed = ""
+
+    def result(self) -> T:
+        """Wait for what the function returns; what it has printed is then in `printed`.
+
+        Raises:
+            UserError: The function raised one.
+            FailedError: It raised anything else.
+        """
+        _, status = os.waitpid(self._child, 0)
+        with self._log, self._result:
+            self._log.seek(0)
+            self.printed = self._log.read().decode(errors="replace")
+            if status:
+                raise FailedError(self.printed[-4000:])
+            self._result.seek(0)
+            result: T | UserError = pickle.load(self._result)
         if isinstance(result, UserError):
             raise result
-        return Answer(result, printed)
+        return result
 
 
-def _be_the_fork(function: Callable[[], object], log: int, answer: int) -> NoReturn:
+def _call(function: Callable[[], object], log: int, answer: int) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 1
@@ -52,7 +53,6 @@ def _be_the_fork(function: Callable[[], object], log: int, answer: int) -> NoRet
             result = function()
         except UserError as error:
             result = error
-        os.write(answer, b"")
         with os.fdopen(os.dup(answer), "wb") as file:
             pickle.dump(result, file)
         code = 0

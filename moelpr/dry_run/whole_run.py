@@ -8,10 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moelpr.dry_run.forked import Answer, FailedError, in_a_fork
+from moelpr.dry_run.forked import FailedError, Fork
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.gpus import GPUS
 from moelpr.process.errors import UserError
+from moelpr.process.machine import available_cpus
 
 if TYPE_CHECKING:
     from moelpr.dry_run.one_rank import DryRun
@@ -71,22 +72,29 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         stand_ins = StandIns.of(argv, Path(folder), spec)
         all_arguments()  # kept for the forks
 
-        def run(rank: int, is_witness: bool = False) -> Answer[DryRun]:
+        def start(rank: int, is_witness: bool = False) -> Fork[DryRun]:
+            return Fork(partial(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness))
+
+        def result(rank: int, fork: Fork[DryRun]) -> DryRun:
             try:
-                return in_a_fork(partial(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness))
+                return fork.result()
             except UserError as error:
                 raise UserError(stand_ins.as_given(str(error))) from None
             except FailedError as error:
                 raise RuntimeError(f"rank {rank} fails: {stand_ins.as_given(str(error))}") from None
 
-        first = run(0)
-        stages = first.result.layout.pp
+        fork = start(0)
+        first = result(0, fork)  # alone, to be refused once
+        stages = first.layout.pp
         per_stage = ranks // stages
         # A rank of the first, a middle and the last stage, and witnesses at the other end of the first and the last.
         others = sorted({stages // 2 * per_stage, ranks - 1} if stages > 2 else {ranks - 1} - {per_stage - 1})
         witnesses = sorted({per_stage - 1, ranks - per_stage} - {0, *others})
-        runs = [first.result, *(run(rank).result for rank in others)]
-        compared = [run(rank, is_witness=True).result for rank in witnesses]
-        lines = stand_ins.as_given(first.printed).splitlines()
-        notes = [line for line in lines if line.startswith("moelpr: ")]
+        started = [*((rank, False) for rank in others), *((rank, True) for rank in witnesses)]
+        results = []
+        for place in range(0, len(started), width := min(2, available_cpus())):
+            forks = {rank: start(rank, is_witness) for rank, is_witness in started[place : place + width]}
+            results += [result(*one) for one in forks.items()]
+        notes = [line for line in stand_ins.as_given(fork.printed).splitlines() if line.startswith("moelpr: ")]
+        runs, compared = [first, *results[: len(others)]], results[len(others) :]
         return Outcome(runs, compared, notes, stand_ins.missing)

@@ -57,3 +57,11 @@ def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
     assert places.layouts.of("stage1").plan is not None
     (convert,) = [task for task in tasks_of(places) if task.name == "convert"]
     assert "--original-copies" not in convert.words()
+
+
+def test_stages_are_runs_of_their_own_in_weights_and_biases(write: Write) -> None:
+    """W&B ignores a step that is not higher than the last one, and each stage starts at 1."""
+    places = Places(read_project(write(trackers={"wandb_project": "p"})))
+    tasks = {task.name: [*task.settings] for task in tasks_of(places)}
+    names = [tasks[stage][tasks[stage].index("--wandb-exp-name") + 1] for stage in places.stages]
+    assert names == ["out-stage1", "out-stage2"]

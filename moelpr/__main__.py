@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     },
     "Text": {
         "preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),
+        "tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
         "merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),
         "sample": Tool("data_tools.sample_data", "sample documents of corpora, for example for replay"),
         "inspect": Tool("data_tools.inspect_data", "show and verify a corpus"),

@@ -53,11 +53,11 @@ def check_output(prefix: str, overwrite: bool) -> None:
         excess = len(longest) - _LONGEST_NAME_BYTES
         raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
     if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # it is False for a name that is too long
-        _remove_leftover(prefix)
+        remove_leftover(prefix)
     refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
 
 
-def _remove_leftover(prefix: str) -> None:
+def remove_leftover(prefix: str) -> None:
     """Remove the folder of a writer that was killed after it had renamed its files: the corpus is complete."""
     folder = partial_name(Path(prefix))
     if folder.is_dir():
@@ -249,13 +249,18 @@ class CorpusWriter:
     def _write_bits(self) -> None:
         with LanguageBitsWriter(self._unfinished.lang) as writer, open(self._parts[3], "rb") as runs:
             while len(chunk := np.fromfile(runs, "<i8", _CHUNK)):
-                bits, counts = (chunk & 1).astype(np.uint8), chunk >> 1
-                if counts.sum() <= _BITS_AT_ONCE:
-                    writer.append(np.repeat(bits, counts))
-                else:
-                    for bit, count in zip(bits.tolist(), counts.tolist(), strict=True):
-                        writer.append_run(bool(bit), count)
+                append_runs(writer, chunk)
             writer.finalize()
+
+
+def append_runs(writer: LanguageBitsWriter, runs: NDArray[np.int64]) -> None:
+    """Append runs of language bits, as `Documents` has them."""
+    bits, counts = (runs & 1).astype(np.uint8), runs >> 1
+    if counts.sum() <= _BITS_AT_ONCE:
+        writer.append(np.repeat(bits, counts))
+        return
+    for bit, count in zip(bits.tolist(), counts.tolist(), strict=True):
+        writer.append_run(bool(bit), count)
 
 
 def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:

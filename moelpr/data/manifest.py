@@ -4,8 +4,9 @@ import hashlib
 import os
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -20,9 +21,10 @@ from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.records import STRICT, Record
 
-_BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 22
 SAMPLED_BLOCKS = 64
 
+_Blocks = Iterable[bytes]  # FileRecord has a field of that name
 Count = Annotated[int, Field(ge=0)]
 # The two values of a language bit, by name.
 Bit = Literal["original", "expanded"]
@@ -84,13 +86,19 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
         """Read a file; `progress` is called with the bytes of each block."""
-        checksum, blocks = hashlib.sha256(), []
         with open(path, "rb") as file:
-            while block := file.read(_BLOCK_BYTES):
-                checksum.update(block)
-                blocks.append(_block_checksum(block))
-                progress(len(block))
-        return cls(path.stat().st_size, checksum.hexdigest(), "".join(blocks))
+            return cls.of_blocks(iter(partial(file.read, BLOCK_BYTES), b""), progress)
+
+    @classmethod
+    def of_blocks(cls, blocks: _Blocks, progress: Callable[[int], object] = lambda _: None) -> Self:
+        """Take the content of a file in blocks of `BLOCK_BYTES`, the last of which may be shorter."""
+        checksum, found, size = hashlib.sha256(), [], 0
+        for block in blocks:
+            checksum.update(block)
+            found.append(_block_checksum(block))
+            size += len(block)
+            progress(len(block))
+        return cls(size, checksum.hexdigest(), "".join(found))
 
     def matches(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> bool:
         """Read all of a file and compare it with the checksums."""
@@ -101,15 +109,15 @@ class FileRecord:
 
         A short file is read completely.
         """
-        if self.bytes <= SAMPLED_BLOCKS * _BLOCK_BYTES:
+        if self.bytes <= SAMPLED_BLOCKS * BLOCK_BYTES:
             return self.matches(path)
         if path.stat().st_size != self.bytes:
             return False
-        num_blocks = -(-self.bytes // _BLOCK_BYTES)
+        num_blocks = -(-self.bytes // BLOCK_BYTES)
         with open(path, "rb") as file:
             for block in random.SystemRandom().sample(range(num_blocks), SAMPLED_BLOCKS):
-                file.seek(block * _BLOCK_BYTES)
-                if _block_checksum(file.read(_BLOCK_BYTES)) != self.block_crc32[8 * block : 8 * block + 8]:
+                file.seek(block * BLOCK_BYTES)
+                if _block_checksum(file.read(BLOCK_BYTES)) != self.block_crc32[8 * block : 8 * block + 8]:
                     return False
         return True
 

@@ -16,10 +16,10 @@ from typing import Any
 from benchmarks.common import ROOT
 from tests.faults.processes import Ended, Running
 
+_TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
 _PREPROCESS = (
     "--input {} --language-key lang --original-languages en --output-prefix out/a --append-eod --workers 1 "
-    "--tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
-)
+) + _TOKENIZER
 _TRAIN = (
     "--stage stage1 --recipe recipe.yaml --pretrained-checkpoint checkpoint "
     "--data-path 2 corpus/el_text_document 1 corpus/en_text_document --save out/run"
@@ -73,6 +73,17 @@ COMMANDS = {
         "data_tools.sample_data",
         "--output-prefix out/replay --input large/a_text_document --original-documents 3000 --expanded-documents 3000",
         "large",
+    ),
+    "tag": Command(
+        "data_tools.tag_data",
+        f"corpus/el_text_document --document-languages text/languages.txt --original-languages en "
+        f"--expanded-languages el --output-prefix out/el {_TOKENIZER}",
+        "corpus hf text/languages.txt:text/languages.txt",
+    ),
+    "tag a large corpus": Command(
+        "data_tools.tag_data",
+        f"large/a_text_document --language el --expanded-languages el --output-prefix out/a {_TOKENIZER}",
+        "large hf",
     ),
     "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
     "extend": Command(

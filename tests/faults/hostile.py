@@ -15,7 +15,13 @@ from tests.faults.commands import COMMANDS
 from tests.support.hf_models import RunsCode, replace_object
 
 # Others read the same files with the same code, or more of them.
-_LEFT_OUT = ("preprocess a large file", "merge large corpora", "sample a large corpus", "train on two ranks")
+_LEFT_OUT = (
+    "preprocess a large file",
+    "merge large corpora",
+    "sample a large corpus",
+    "tag a large corpus",
+    "train on two ranks",
+)
 _LEFT_OUT += ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "new tokens", "delta", "mcore_to_adapter")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from moelpr.__main__ import STAGES, TOOLS
 from moelpr.arguments.flags import all_arguments
-from moelpr.data.language_bits import LanguageBitsWriter, open_language_bits
+from moelpr.data.language_bits import LanguageBitsWriter
 
 ROOT = Path(__file__).parents[2]
 LOG = ROOT / "docs/LOG.md"  # a record of the past: it names what existed then
@@ -183,21 +183,6 @@ def test_flags_of_documented_commands_exist() -> None:
 def test_the_generated_results_have_their_place() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1
-
-
-def test_the_documented_language_bits_complete_a_corpus_of_megatron(tmp_path, monkeypatch) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/corpora.md").read_text("utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    prefix = Path("data/el_text_document")
-    prefix.parent.mkdir()
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
-    for length in (5, 3):
-        builder.add_document(np.arange(length), [length])
-    builder.finalize(f"{prefix}.idx")
-    exec(code, {})
-    assert not open_language_bits(prefix, 8).slice(0, 8).any()
 
 
 def test_a_program_is_said_to_run_no_class_that_only_its_loader_has_seen() -> None:

@@ -48,7 +48,7 @@ def test_damaged_manifest_is_reported(change: dict[str, Any], tmp_path: Path) ->
 @pytest.fixture
 def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """200 blocks, the last one partial; 4 of them are a sample."""
-    monkeypatch.setattr(manifest, "_BLOCK_BYTES", 16)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 16)
     monkeypatch.setattr(manifest, "SAMPLED_BLOCKS", 4)
     (tmp_path / "a.bin").write_bytes(bytes(range(256)) * 12 + bytes(range(120)))
     return tmp_path / "a.bin"

@@ -246,7 +246,7 @@ class Chain:
         return "\n".join(
             [
                 "#!/usr/bin/env bash",
-                f"# {name} of {self._file}: {command}",
+                f"# {name} of {self._file}: {' '.join(command.splitlines())}",
                 *directives,
                 "set -euo pipefail",
                 f"cd {shlex.quote(str(Path.cwd()))}",

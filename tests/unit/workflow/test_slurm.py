@@ -219,6 +219,13 @@ def test_scripts_can_be_read_before_anything_is_submitted(stubs, tmp_path, capsy
     assert not (stubs / "calls").exists() and not (run / "slurm" / "jobs.json").exists()
 
 
+def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    task = Task(name="report", command=["moelpr", "report", "--title", "a\nrm -rf here"])
+    Chain(Workflow(run, [task]), SlurmSettings(), Path("languages.yaml")).submit(render_only=True)
+    assert not re.search("^rm", (run / "slurm" / "report.sbatch").read_text(), re.MULTILINE)
+
+
 def test_in_a_container_the_images_python_runs(stubs, tmp_path) -> None:
     submit(tmp_path / "greek", apptainer="image.sif", container_mounts=["/data:/data"])
     script = (tmp_path / "greek" / "slurm" / "convert.sbatch").read_text()

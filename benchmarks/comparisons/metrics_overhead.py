@@ -107,7 +107,7 @@ def timed_counting(stage: str, clock: Clock) -> Iterator[None]:
     """Add the time of the routers' counting to the clock."""
     from moelpr.model import router
 
-    names = ["routing_vector", "lpr_loss"] if stage == "stage1" else ["routing_vector"]
+    names = ["routing_vectors", "lpr_sums"] if stage == "stage1" else ["routing_vectors"]
     with ExitStack() as patches:
         for name in names:
             patches.enter_context(patch.object(router, name, partial(clock.run, getattr(router, name))))

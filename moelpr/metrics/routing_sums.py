@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 
-def is_all_original(is_chosen_TE: Tensor, num_original_places: int) -> Tensor:
-    """Whether all of a token's choices are original experts [T]."""
-    return ~is_chosen_TE[:, num_original_places:].any(dim=-1)
+def is_all_original(is_chosen: Tensor, num_original_places: int) -> Tensor:
+    """Whether all of a token's choices [..., E] are original experts [...]."""
+    return ~is_chosen[..., num_original_places:].any(dim=-1)
 
 
 class RoutingSums(NamedTuple):
@@ -26,7 +26,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def from_vectors(cls, vectors_LV: Tensor) -> "RoutingSums":
-        """Read vectors of `routing_vector`, one per layer, summed over micro-batches and ranks."""
+        """Read vectors of `routing_vectors`, one per layer, summed over micro-batches and ranks."""
         num_experts = (vectors_LV.shape[1] - 7) // 2
         lpr_loss, *others = vectors_LV.split([1, 2, 2, 2, num_experts, num_experts], dim=1)
         return cls(lpr_loss.squeeze(1), *others)
@@ -71,16 +71,18 @@ class RoutingSums(NamedTuple):
 
 
 @torch.no_grad()
-def routing_vector(
-    logits_TE: Tensor, is_chosen_TE: Tensor, lpr_sum: Tensor, is_original_T: Tensor, num_original_places: int
+def routing_vectors(
+    logits_LTE: Tensor, is_chosen_LTE: Tensor, lpr_sum_L: Tensor, is_original_LT: Tensor, num_original_places: int
 ) -> Tensor:
-    """The `RoutingSums` of one layer and micro-batch as one fp32 vector."""
-    is_original_first_T = logits_TE.argmax(dim=-1) < num_original_places
-    masks = torch.ones_like(is_original_T), is_original_first_T, is_all_original(is_chosen_TE, num_original_places)
-    counts = torch.stack([(mask & group).sum() for mask in masks for group in (is_original_T, ~is_original_T)])
-    scores_E = torch.softmax(logits_TE.float(), dim=-1).sum(dim=0)
-    choices_E = is_chosen_TE.sum(dim=0)
-    return torch.cat([lpr_sum.detach().float().reshape(1), counts.float(), scores_E, choices_E.float()])
+    """The `RoutingSums` of layers in one micro-batch, as one fp32 vector per layer."""
+    is_original_first_LT = logits_LTE.argmax(dim=-1) < num_original_places
+    is_all_original_LT = is_all_original(is_chosen_LTE, num_original_places)
+    masks_LT3 = torch.stack([torch.ones_like(is_original_LT), is_original_first_LT, is_all_original_LT], dim=-1)
+    groups_LT2 = torch.stack([is_original_LT, ~is_original_LT], dim=-1)
+    counts_L6 = (masks_LT3.unsqueeze(-1) & groups_LT2.unsqueeze(-2)).sum(dim=1).flatten(1)
+    scores_LE = torch.softmax(logits_LTE.float(), dim=-1).sum(dim=1)
+    choices_LE = is_chosen_LTE.sum(dim=1)
+    return torch.cat([lpr_sum_L.float().unsqueeze(1), counts_L6.float(), scores_LE, choices_LE.float()], dim=1)
 
 
 def text_vector(logits_TE: Tensor, topk: int, num_original_places: int, weight_T: Tensor) -> Tensor:

@@ -37,18 +37,22 @@ def lpr_loss(
     Returns:
         A scalar; exactly 0, with zero gradient, if no token is original-language text.
     """
-    if logits_TE.dtype != torch.float64:
-        logits_TE = logits_TE.float()
-    if variant == "reference":
-        logits_TE = torch.softmax(logits_TE, dim=-1)
-    originals_T = torch.logsumexp(logits_TE[:, :num_original_places], dim=-1)
-    negative_log_score_T = torch.logsumexp(logits_TE, dim=-1) - originals_T
-    total = torch.where(is_original_T, negative_log_score_T, 0.0).sum()
+    total = lpr_sums(logits_TE, is_original_T, num_original_places, variant)
     if isinstance(num_original_tokens, int):
         return total / max(1, num_original_tokens)  # as a tensor it would have to wait for the GPU
     if num_original_tokens is None:
         num_original_tokens = is_original_T.sum()
     return total / num_original_tokens.clamp(min=1)
+
+
+def lpr_sums(logits: Tensor, is_original: Tensor, num_original_places: int, variant: LPRVariant) -> Tensor:
+    """The sum of -F(t) log sum_{i<P} G_i(t) over the tokens, for logits [..., T, E] and bits [..., T]."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if variant == "reference":
+        logits = torch.softmax(logits, dim=-1)
+    negative_log_score = torch.logsumexp(logits, dim=-1) - torch.logsumexp(logits[..., :num_original_places], dim=-1)
+    return torch.where(is_original, negative_log_score, 0.0).sum(dim=-1)
 
 
 def megatron_balance_coeff(alpha: float, topk: int, num_moe_layers: int) -> float:

@@ -1,6 +1,7 @@
 """LPRRouter: Megatron's top-k router over the original and the new experts, plus the LPR loss."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -8,9 +9,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from moelpr.metrics.routing_sums import routing_vector
+from moelpr.metrics.routing_sums import routing_vectors
 from moelpr.model.config import MoELPRConfig
-from moelpr.model.losses import lpr_loss
+from moelpr.model.losses import lpr_loss, lpr_sums
 
 
 class LPRLossNormalizer:
@@ -22,6 +23,47 @@ class LPRLossNormalizer:
     """
 
     weight: Tensor | None = None
+
+
+class Decisions:
+    """What the routers of a rank decided in a micro-batch, summed for all of them at once.
+
+    On a GPU the sums of one router are about 35 tiny kernels, during which its layer waits.
+    """
+
+    def __init__(self, num_routers: int) -> None:
+        self.num_routers = num_routers
+        self._kept: list[tuple[LPRRouter, Tensor, Tensor, Tensor]] = []
+
+    def keep(self, router: "LPRRouter", logits_SBE: Tensor, is_chosen_TE: Tensor, language_bits_SB: Tensor) -> None:
+        """Keep a router's decisions until those of all routers are there, or this router's of another micro-batch."""
+        if any(router is other for other, *_ in self._kept):
+            self.add_up()
+        self._kept.append((router, logits_SBE, is_chosen_TE, language_bits_SB))
+        if len(self._kept) == self.num_routers:
+            self.add_up()
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Add what is kept to the routers' `routing_sums`."""
+        if not self._kept:
+            return
+        routers, *tensors = zip(*self._kept, strict=True)
+        self._kept = []
+        logits, is_chosen_LTE, bits = (torch.stack(of_routers) for of_routers in tensors)
+        logits_LTE, is_original_LT = logits.flatten(1, 2), bits.flatten(1).bool()
+        p, variant = routers[0].config.num_original_places, routers[0].config.lpr_loss
+        lpr_sum_L = lpr_sums(logits_LTE, is_original_LT, p, variant)
+        vectors = routing_vectors(logits_LTE, is_chosen_LTE, lpr_sum_L, is_original_LT, p).unbind()
+        sums = [router.routing_sums for router in routers]
+        if any(tensor is None for tensor in sums):  # the first micro-batch of a step
+            added: Sequence[Tensor] = [
+                new if old is None else old + new for old, new in zip(sums, vectors, strict=True)
+            ]
+        else:
+            added = torch._foreach_add(sums, vectors)
+        for router, tensor in zip(routers, added, strict=True):
+            router.routing_sums = tensor
 
 
 class LPRRouter(TopKRouter):
@@ -36,7 +78,8 @@ class LPRRouter(TopKRouter):
         router_config.num_moe_experts = config.num_original_places + config.num_moe_experts
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.lpr_coeff = config.lpr_loss_coeff / sum(config.is_moe_layer)  # the loss is a mean over layers
-        self.routing_sums: Tensor | None = None  # routing_vector summed over the micro-batches of a step
+        self.routing_sums: Tensor | None = None  # routing_vectors summed over the micro-batches of a step
+        self.decisions = Decisions(num_routers=1)
 
     def forward(self, hidden_SBH: Tensor, language_bits_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route this rank's T = sequence x batch tokens.
@@ -54,14 +97,12 @@ class LPRRouter(TopKRouter):
         gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
-            logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
-            p, variant = self.config.num_original_places, self.config.lpr_loss
-            with torch.set_grad_enabled(self.lpr_coeff > 0):
-                lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
-            vector = routing_vector(logits_TE, is_chosen_TE, lpr_sum, is_original_T, p)
-            self.routing_sums = vector if self.routing_sums is None else self.routing_sums + vector
+            self.decisions.keep(self, logits_SBE.detach(), is_chosen_TE, language_bits_SB)
             if self.lpr_coeff > 0:
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"
+                logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
+                p, variant = self.config.num_original_places, self.config.lpr_loss
+                lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
                 gate_weights_TE = MoEAuxLossAutoScaler.apply(
                     gate_weights_TE, lpr_sum * self.lpr_coeff * LPRLossNormalizer.weight
                 )

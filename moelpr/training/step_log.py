@@ -23,7 +23,7 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import hooks
 from moelpr.metrics import schema
 from moelpr.metrics.routing_sums import RoutingSums
-from moelpr.model.router import LPRRouter
+from moelpr.model.router import Decisions, LPRRouter
 from moelpr.process import ranks
 from moelpr.training.early_warnings import EarlyWarnings
 from moelpr.training.run_log import RunLog, finite
@@ -47,12 +47,16 @@ class MetricsTracker(MoEMetricsTracker):
     def __init__(self) -> None:
         super().__init__()
         self.routers: list[LPRRouter] = []  # this rank's, set by `watch`
+        self.decisions = Decisions(0)  # theirs, of one micro-batch
         self.num_places = 0  # E, the router's rows, set by `watch`
         self.routing: RoutingSums | None = None  # the last step's, over all ranks and micro-batches
         self.balance_loss: float | None = None  # the last step's
 
     def watch(self, model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
         self.routers = [module for chunk in model_chunks for module in chunk.modules() if isinstance(module, LPRRouter)]
+        self.decisions = Decisions(len(self.routers))
+        for router in self.routers:
+            router.decisions = self.decisions
         config = get_model_config(model_chunks[0])
         if config.num_moe_experts is not None:
             self.num_places = config.num_original_places + config.num_moe_experts
@@ -72,6 +76,7 @@ class MetricsTracker(MoEMetricsTracker):
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
         size = RoutingSums.vector_size(self.num_places)
         sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
+        self.decisions.add_up()
         for router in self.routers:
             if router.routing_sums is not None:
                 sums[router.layer_number - 1] += router.routing_sums

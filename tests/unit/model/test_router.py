@@ -1,11 +1,15 @@
 """The router trains with the LPR loss only if it knows the tokens' languages."""
 
+from typing import Any
+
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelpr.model import router as module
 from moelpr.model.loading import build_model, transformer_config
+from moelpr.model.router import Decisions
 from moelpr.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -23,13 +27,44 @@ def test_losing_the_language_bits_is_an_error_if_they_are_needed(moe_spec: Model
 
 def test_a_run_without_the_lpr_loss_has_no_graph_of_it(moe_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its value is logged all the same."""
-    sums, loss = [], module.lpr_loss
-    monkeypatch.setattr(module, "lpr_loss", lambda *args, **options: sums.append(loss(*args, **options)) or sums[-1])
+    calls, loss = [], module.lpr_loss
+    monkeypatch.setattr(module, "lpr_loss", lambda *args, **options: calls.append(loss(*args, **options)) or calls[-1])
     for coeff in (0.0, 0.1):
         module.LPRLossNormalizer.weight = torch.tensor(1.0)
         router = build_model(moe_spec, lpr_loss_coeff=coeff).decoder.layers[0].mlp.router.train()
         router(torch.randn(4, 2, 32), torch.ones(4, 2, dtype=torch.bool))
-        assert sums[-1].requires_grad == (coeff > 0) and router.routing_sums[0] == sums[-1] > 0
+        assert len(calls) == (coeff > 0) and router.routing_sums[0] > 0
+    assert calls[0].requires_grad and router.routing_sums[0] == pytest.approx(calls[0].item(), rel=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["paper", "reference"])
+def test_statistics_of_all_routers_are_summed_at_once(moe_spec: ModelSpec, variant: str) -> None:
+    """With the sums of each alone, in no more operations for more layers; also if a micro-batch was incomplete."""
+    routers = [layer.mlp.router.train() for layer in build_model(moe_spec, lpr_loss=variant).decoder.layers]
+    batches = [(torch.randn(6, 2, 32), torch.rand(6, 2) < 0.5) for _ in range(3)]
+    passes = [[0, 1, 2], [2, 0], [0, 1, 2]]
+    found, launches = [], []
+    for shares in (False, True):
+        shared = Decisions(len(routers))
+        for router in routers:
+            router.routing_sums, router.decisions = None, shared if shares else Decisions(1)
+        with Launches() as counted:
+            for (hidden, bits), order in zip(batches, passes, strict=True):
+                for number in order:
+                    routers[number](hidden, bits.to(torch.uint8))
+            shared.add_up()
+        found.append([router.routing_sums for router in routers])
+        launches.append(counted.number)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+    assert launches[0] - launches[1] > 20 * (8 - 4)  # eight passes, summed in four groups
 
 
 def test_pipeline_stages_do_not_wait_for_the_gpu_after_an_exchange(moe_spec: ModelSpec) -> None:

@@ -21,9 +21,9 @@ def install(meter: Meter) -> None:
     """Replace them for good. Import Megatron before."""
     import megatron.core.fusions.fused_bias_dropout as fused_bias_dropout
     import megatron.core.fusions.fused_bias_swiglu as fused_bias_swiglu
-    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.optimizer as optimizer
     import megatron.core.pipeline_parallel.schedules as schedules
+    import megatron.core.rerun_state_machine as rerun_state_machine
     import megatron.core.tensor_parallel.random as random
     import megatron.training.training as training
     from megatron.training.models.gpt import GPTModelBuilder
@@ -47,14 +47,8 @@ def install(meter: Meter) -> None:
         for name in _COMPILED[module.__name__.rpartition(".")[2]].split():
             setattr(module, name, meter.as_one_kernel(name, getattr(module, name)))
 
-    def l2_norm(chunk_size: int, overflow: Any, lists: Any, per_tensor: bool = False, *_: Any) -> Any:
-        """Megatron's own without Transformer Engine and Apex, which reads the norm of each tensor from the GPU."""
-        norms = [torch.norm(tensor) for of_dtype in lists for tensor in of_dtype]
-        for _norm in norms:
-            meter.note_wait("item in local_multi_tensor_l2_norm")
-        return torch.stack(norms).norm().reshape(1), None
-
-    clip_grads.l2_norm_impl = l2_norm
+    # What it finds out of values that there are none of does not count, but that it waits for them does.
+    rerun_state_machine.RerunStateMachine.validate_result = lambda self, result, is_wrong, *_, **__: is_wrong(result)
     for name, phase in (("forward_step", "forward"), ("backward_step", "backward")):
         setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
     for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):

@@ -163,7 +163,8 @@ def help_of(name: str) -> str:
             assert not end.code
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)
-    return "".join(output)
+    trainer = all_arguments().flags() if name == "moelpr.dry_run" else ()  # it takes a stage's command line too
+    return f"{''.join(output)} {' '.join(trainer)}"
 
 
 def test_flags_of_documented_commands_exist() -> None:

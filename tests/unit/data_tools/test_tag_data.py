@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from data_tools import inspect_data, merge_data, sample_data, tag_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
+from data_tools.tagging.tokens import read_tokens
+from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.process.errors import UserError
@@ -163,12 +166,14 @@ def test_stock_megatron_reads_our_corpora(hf_tokenizer, rows, write_lines, prepr
     at_once=st.integers(1, 8),
 )
 def test_any_documents_get_their_bits(documents, originals, at_once, hf_tokenizer, tmp_path_factory) -> None:
-    """Documents are lists of sequence lengths; some are empty, and the files are read in pieces of any size."""
+    """Documents are lists of sequence lengths, some of them empty; files are read in pieces of any size, to find
+    first and last tokens too."""
     folder = tmp_path_factory.mktemp("tag")
     builder = IndexedDatasetBuilder(str(folder / "a.bin"), dtype=np.uint16)
+    random, texts = np.random.default_rng(len(documents)), []
     for lengths in documents:
-        ids = [0] + [1] * (sum(lengths) - 1) if sum(lengths) else []
-        builder.add_document(ids, lengths)
+        texts.append(random.integers(0, 400, sum(lengths)).tolist())
+        builder.add_document(texts[-1], lengths)
     builder.finalize(str(folder / "a.idx"))
     languages = write_languages(folder / "languages", ["en" if originals[i] else "el" for i in range(len(documents))])
     flags = ("--document-languages", languages, "--original-languages", "en", "--expanded-languages", "el")
@@ -176,7 +181,11 @@ def test_any_documents_get_their_bits(documents, originals, at_once, hf_tokenize
         patch.setattr("data_tools.tagging.tokens._DOCUMENTS_AT_ONCE", at_once)
         patch.setattr("data_tools.tagging.tokens.BLOCK_BYTES", 2 * at_once)
         patch.setattr("moelpr.data.corpus_index._AT_ONCE", at_once)
-        tag(folder / "a", hf_tokenizer, *flags, "--no-append-eod")
+        tag(folder / "a", hf_tokenizer, *flags, "--no-append-eod", "--tokenizer-hf-no-include-special-tokens")
+        tokenizer = SimpleNamespace(record=SimpleNamespace(vocab_size=400, model="hf"))
+        found = read_tokens(str(folder / "a"), CorpusIndex.open(folder / "a"), tokenizer)
+    for position, counts in ((0, found.firsts), (-1, found.lasts)):
+        assert counts.tolist() == np.bincount([ids[position] for ids in texts if ids], minlength=400).tolist()
     corpus = Corpus(folder / "a")
     bits = corpus.bits.slice(0, len(corpus.bits))
     of_all = zip(documents, originals, strict=False)

@@ -201,10 +201,12 @@ class LPRMoELayer(MoELayer):
 
     def _mixture(self, hidden_SBH: Tensor, bits_SB: Tensor | None) -> Tensor:
         gate_weights_TE, is_chosen_TE = self.route(hidden_SBH, bits_SB)
+        # Unlike slices, a split has one operation as its backward pass.
         p = self.config.num_original_places
-        original_weights = self.original_experts.gathered(self._original_weights(gate_weights_TE, is_chosen_TE))
+        original_TP, new_TN = gate_weights_TE.split_with_sizes([p, gate_weights_TE.shape[1] - p], dim=1)
+        original_weights = self.original_experts.gathered(self._original_weights(original_TP, is_chosen_TE))
         self.token_dispatcher.shared_experts = OverlappedOriginalExperts(self.original_experts, original_weights)
-        new_weights, new_choices = gate_weights_TE[:, p:].contiguous(), is_chosen_TE[:, p:].contiguous()
+        new_weights, new_choices = new_TN.contiguous(), is_chosen_TE[:, p:].contiguous()
         rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
         output, _ = self.routed_experts_compute(rows, row_weights)
@@ -212,12 +214,13 @@ class LPRMoELayer(MoELayer):
         self.token_dispatcher.shared_experts = None  # or it would keep this micro-batch alive
         return output
 
-    def _original_weights(self, gate_weights_TE: Tensor, is_chosen_TE: Tensor) -> Tensor:
+    def _original_weights(self, weights_TP: Tensor, is_chosen_TE: Tensor) -> Tensor:
         """Gate weights [T, m] of the original experts; the dense FFN's is the sum over its C copies."""
         c, p = self.config.original_copies, self.config.num_original_places
         if c == 1:
-            return gate_weights_TE[:, :p]
-        dense_T1 = gate_weights_TE[:, :c].sum(dim=1, keepdim=True)
+            return weights_TP
+        copies_TC, others = weights_TP.split_with_sizes([c, p - c], dim=1)
+        dense_T1 = copies_TC.sum(dim=1, keepdim=True)
         # A token's gate weights sum to 1 only up to rounding; exactly 1 gives exactly the dense model's output.
         has_only_copies_T1 = ~is_chosen_TE[:, c:].any(dim=1, keepdim=True)
-        return torch.cat([dense_T1.masked_fill(has_only_copies_T1, 1.0), gate_weights_TE[:, c:p]], dim=1)
+        return torch.cat([dense_T1.masked_fill(has_only_copies_T1, 1.0), others], dim=1)

@@ -103,16 +103,17 @@ def moved_by_group(counts: Counts) -> dict[tuple[str, int, str], tuple[int, floa
 def disagreements(runs: list[DryRun]) -> Iterator[str]:
     """A message for each group in which two ranks that must launch the same collectives launch different ones.
 
-    Ranks of one pipeline stage must agree in all groups; those of others in the groups that both belong to.
+    Ranks of one pipeline stage must agree in all groups; those of others in the groups that both belong to, but for
+    what one stage sends to the next.
     """
     for first, second in combinations(runs, 2):
-        ours, theirs = _by_group(first), _by_group(second)
-        if first.stage == second.stage:
+        is_one_stage = first.stage == second.stage
+        ours, theirs = _by_group(first, is_one_stage), _by_group(second, is_one_stage)
+        if is_one_stage:
             ours, theirs = _by_name(ours), _by_name(theirs)
             shared = ours.keys() | theirs.keys()
         else:
-            members = {key for key in ours.keys() | theirs.keys() if {first.rank, second.rank} <= {*key[1]}}
-            shared = {key for key in members if key[0] != "PIPELINE_MODEL_PARALLEL_GROUP"}
+            shared = {key for key in ours.keys() | theirs.keys() if {first.rank, second.rank} <= {*key[1]}}
         for key in sorted(shared):
             for place, pair in enumerate(zip_longest(ours.get(key, []), theirs.get(key, []))):
                 if pair[0] != pair[1]:
@@ -127,9 +128,11 @@ def disagreements(runs: list[DryRun]) -> Iterator[str]:
 type _Order = dict[tuple[str, tuple[int, ...]], list[tuple[str, int]]]
 
 
-def _by_group(run: DryRun) -> _Order:
+def _by_group(run: DryRun, with_sends: bool) -> _Order:
     found: _Order = {}
     for one in run.order:
+        if one.operator in ("send", "recv_") and not with_sends:
+            continue
         found.setdefault((one.group.name, one.group.members), []).append((one.operator, one.num_bytes))
     return found
 

@@ -49,6 +49,14 @@ def install(meter: Meter) -> None:
 
     # What it finds out of values that there are none of does not count, but that it waits for them does.
     rerun_state_machine.RerunStateMachine.validate_result = lambda self, result, is_wrong, *_, **__: is_wrong(result)
+    has_group = optimizer.MegatronOptimizer.has_grad_norm_group
+
+    def has_no_group(self: Any, group: str) -> bool:
+        """What ranks answer together, which is no in all models here."""
+        has_group(self, group)
+        return False
+
+    optimizer.MegatronOptimizer.has_grad_norm_group = has_no_group
     for name, phase in (("forward_step", "forward"), ("backward_step", "backward")):
         setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
     for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):

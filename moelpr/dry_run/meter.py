@@ -162,7 +162,7 @@ class Meter(TorchDispatchMode):
                 return torch._C._distributed_c10d.FakeWork().boxed()
         result = func(*args, **kwargs)
         self._track(result)
-        if name.startswith("aten::") and not self._fused:
+        if not name.startswith(("c10d::", "prim::", "profiler::")) and not self._fused:
             self._note_kernel(func, args, kwargs, result)
         return result
 

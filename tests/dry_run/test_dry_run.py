@@ -1,0 +1,89 @@
+"""The trainer as ranks of clusters, on fake tensors: it starts, steps and agrees with the planner in every case."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dry_run.cases import LAYOUT_NAMES, RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+OF_A_LAYER = "Event.synchronize in moe/token_dispatcher.py _maybe_dtoh_and_synchronize"
+OF_A_MICRO_BATCH = "nonzero in model/attention.py document_edges"
+MOST_WAITS_OF_A_STEP = 14
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, Any]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.dry_run.cases"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr
+    return {name: one for line in done.stdout.splitlines() for name, one in json.loads(line).items()}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *LAYOUT_NAMES])
+def test_ranks_start_and_step_without_growing(outcomes: dict, name: str) -> None:
+    one = outcomes[name]
+    assert "error" not in one, one["error"]
+    assert all(len(set(live[1:])) == 1 for live in one["live"])
+    assert "_scaled_dot_product_efficient_attention" not in one["operators"], "attention has a mask"
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *LAYOUT_NAMES])
+def test_the_host_waits_once_per_layer_and_micro_batch(outcomes: dict, name: str) -> None:
+    """And once more where a layer is recomputed; other waits do not grow with the micro-batches."""
+    one = outcomes[name]
+    layers, micro_batches, waits = one["moe_layers_of_first"], one["micro_batches"], dict(one["waits"])
+    recomputed = 2 if "recompute" in name else 1
+    assert waits.pop(OF_A_LAYER, 0) == layers * micro_batches * recomputed
+    assert waits.pop(OF_A_MICRO_BATCH, 0) == ("documents apart" in name) * micro_batches
+    exchanges = sum(number for place, number in waits.items() if "p2p_communication" in place)
+    assert exchanges <= 3 * micro_batches * (one["stages"] > 1)
+    assert sum(waits.values()) - exchanges <= MOST_WAITS_OF_A_STEP
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *LAYOUT_NAMES])
+def test_ranks_launch_the_same_collectives(outcomes: dict, name: str) -> None:
+    found = outcomes[name]["disagreements"]
+    if name.startswith("edges"):
+        # Only ranks that train something ask the others, once, whether there are separate gradient norms.
+        found = [message for message in found if "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP" not in message]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_memory_is_the_planners(outcomes: dict, name: str) -> None:
+    assert outcomes[name]["peaks"] == pytest.approx(outcomes[name]["planned"], rel=0.03)
+
+
+def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:
+    """On the last pipeline stage: in the first MoE layer of a model, rows of new experts need no gradient."""
+    one = outcomes["qwen2.5-72b-stage1"]
+    assert one["moved"] == pytest.approx(one["traffic"], rel=0.02)
+    one = outcomes["qwen3-8b-stage2"]
+    assert one["moved"][0] == pytest.approx(one["traffic"][0] * 7 / 8, rel=0.02)
+
+
+def check(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moelpr", "check", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path) -> None:
+    """On the checkpoint that the command names, not on what takes its place."""
+    from tests.dry_run.cases import MODELS
+
+    MODELS["all-moe"].write(tmp_path)
+    flags = (
+        "--lr 1e-4 --train-iters 9 --micro-batch-size 1 --global-batch-size 8 --seq-length 64 --data-path nowhere/el"
+    )
+    layout = ("--expert-model-parallel-size", "3", "--pretrained-checkpoint", str(tmp_path))
+    done = check("stage1", "--nproc_per_node", "6", *flags.split(), *layout)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "--expert-model-parallel-size 3 does not divide the model's 4 new experts" in done.stderr
+    assert done.stdout == ""

@@ -1,6 +1,7 @@
 """The layout of each stage on the project's hardware, with its time, memory and disk, by the planner."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -26,7 +27,7 @@ _KEYS = {
     "--num-new-experts": "experts.new",
     "--moe-every-k-layers": "experts.every_k_layers",
     "--gpus": "hardware.gpus",
-    "--gpu-memory-gib": "GPUs with GiB of",
+    r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
 }
 _DEFAULT_MINUTES = 60.0
 
@@ -115,7 +116,7 @@ class Layouts:
         except UserError as error:
             message = str(error)
             for flag, key in _KEYS.items():
-                message = message.replace(flag, key)
+                message = re.sub(flag, key, message)
             raise UserError(f"{self._file.at('hardware')}{stage}: {message}") from None
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
         flags = plan.flags

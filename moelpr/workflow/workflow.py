@@ -20,7 +20,7 @@ from typing import Literal
 from moelpr.process.command import STOPPED, stopped_code
 from moelpr.process.errors import MachineError, StoppedError, UserError
 from moelpr.store.files import make_folder, remove
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.store.run_folder import COMMAND_FILE, TRACKER_FILE
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.workflow.mark import Mark, difference, mark_of, relative, shown
 from moelpr.workflow.task import Task
@@ -278,7 +278,10 @@ class Workflow:
         words = [*words, *map(str, task.settings)]
         sys.stdout.flush()
         code = execute(words, log, _QUIET | dict(task.environment), **({"echo": True} if echo else {}))
-        if code == STOPPED or (code == 0 and checks_output and not task.is_complete()):
+        is_incomplete = code == 0 and checks_output and not task.is_complete()
+        if is_incomplete and not task.continues:
+            raise MachineError(f"task {task.name} ended without its output; what it printed is in {log}")
+        if code == STOPPED or is_incomplete:
             # A training that was asked to stop may have exited with 0, because a scheduler's script asks for that.
             is_asked = code == STOPPED or stopped_code() == 0
             message = f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
@@ -314,8 +317,8 @@ class Workflow:
 
 
 def _has_trained(path: Path) -> bool:
-    """Whether there is work to lose: a folder in which a training has saved no step has only its settings."""
-    return (path / TRACKER_FILE if path.is_dir() else path).exists()
+    """Whether there is work to lose: not if the trainer has only written its settings there, and saved no step."""
+    return path.exists() and ((path / TRACKER_FILE).exists() or not (path / COMMAND_FILE).exists())
 
 
 @contextmanager

@@ -66,6 +66,9 @@ class DryRun:
         return sum(self.memory.values())
 
 
+_STEPS = 4
+
+
 class _Enough(BaseException):
     """Ends the trainer before the first step that is not counted."""
 
@@ -92,7 +95,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     args = register_arguments(run, settings)
     meter = Meter(number=_route(run))
     fake_megatron.install(meter)
-    steps = _steps(run)[: 2 if is_witness else None]
+    steps = _steps(run, rank)[: 2 if is_witness else None]
     live_bytes: list[int] = []
     counts: list[Counts] = []
     memory: dict[str, int] = {}
@@ -175,8 +178,8 @@ def _without_files(run: RequestedRun) -> RunSettings:
     args.save = args.tensorboard_dir = args.validation_data = args.wandb_project = None
     args.save_trained_only, args.eval_iters, args.num_workers = False, 0, 0
     # A shorter run would end before the last step that is counted.
-    args.train_iters = args.train_iters and max(args.train_iters, len(_steps(run)) + 1)
-    args.train_samples = args.train_samples and max(args.train_samples, run.global_batch_size * (len(_steps(run)) + 1))
+    args.train_iters = args.train_iters and max(args.train_iters, _STEPS + 1)
+    args.train_samples = args.train_samples and max(args.train_samples, run.global_batch_size * (_STEPS + 1))
     return settings
 
 
@@ -184,12 +187,13 @@ def _num_microbatches(run: RequestedRun) -> int:
     return int(run.global_batch_size // (run.args.micro_batch_size * run.layout.dp))
 
 
-def _steps(run: RequestedRun) -> list[int]:
-    """Micro-batches of the steps; virtual stages need a multiple of the pipeline's."""
+def _steps(run: RequestedRun, rank: int) -> list[int]:
+    """Micro-batches of the steps: the third fills what this stage holds; virtual stages need whole pipelines."""
     layout, number = run.layout, _num_microbatches(run)
-    unit = layout.pp if layout.vpp > 1 else 1
-    full = min(number, 2 * layout.pp if layout.vpp > 1 else layout.pp)
-    return [*2 * [min(unit, number)], full, min(full + unit, number)]
+    unit, full = 1, layout.pp - rank // (run.world_size // layout.pp)
+    if layout.vpp > 1:
+        unit, full = layout.pp, 2 * layout.pp
+    return [min(size, number) for size in (unit, unit, full, full + unit)]
 
 
 def _route(run: RequestedRun) -> int:

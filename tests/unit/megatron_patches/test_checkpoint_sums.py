@@ -57,7 +57,7 @@ def write_in_helper(task: bytes, results: Any) -> None:
 
 
 def test_a_helper_process_sends_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The writes for which imports nothing of ours but what it is told to call."""
+    """It imports nothing of ours but what it is told to call."""
     manager, sent = multiprocessing.get_context("spawn").Manager(), []
     get = FileSystemWriterAsync.get_save_function_and_args
 

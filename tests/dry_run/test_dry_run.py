@@ -51,7 +51,8 @@ def test_the_host_waits_once_per_layer_and_micro_batch(outcomes: dict, name: str
 def test_ranks_launch_the_same_collectives(outcomes: dict, name: str) -> None:
     found = outcomes[name]["disagreements"]
     if name.startswith("edges"):
-        # Only ranks that train something ask the others, once, whether there are separate gradient norms.
+        # The stand-in of all_gather_object knows the parameter groups of its own rank only, so a rank that trains
+        # nothing has no optimizer here. A real one has an empty one, and asks the others too (tried in bf16, gloo).
         found = [message for message in found if "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP" not in message]
     assert found == []
 

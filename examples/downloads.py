@@ -5,6 +5,7 @@ sources.yaml pins. Debian's archive replaces a package by a newer revision and r
 version is taken, and the checksum is of the folder that is read: what a revision does not change.
 """
 
+import hashlib
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,6 @@ from moelpr.process.machine import format_bytes
 from moelpr.store import records
 from moelpr.store.files import LOCK_FILE, locked, make_folder
 from moelpr.store.yaml_files import read_mapping
-from moelpr.workflow.mark import sha256
 
 SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over
@@ -105,6 +105,12 @@ def require_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs {format_bytes(needed)} of disk, but {folder} has {format_bytes(free)} free; free space or "
             "choose another folder"
         )
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(source: Source, cache: Path) -> None:

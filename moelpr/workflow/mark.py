@@ -46,7 +46,7 @@ class Mark(Record):
 def mark_of(words: Iterable[str], made_from: Mapping[str, str | None], files: Iterable[Path]) -> Mark:
     """The mark of a task that is about to run."""
     command = shown(words)
-    checksums = {relative(str(path)): sha256(path) for path in files}
+    checksums = {relative(str(path)): fingerprint(path) for path in files}
     of = json.dumps([command, sorted(made_from.items()), sorted(checksums.items())])
     return Mark(command, hashlib.sha256(of.encode()).hexdigest()[:16], dict(made_from), checksums)
 
@@ -86,16 +86,16 @@ def relative(word: str) -> str:
     return word.removeprefix(f"{os.getcwd()}/")
 
 
-def sha256(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """The checksum of a file, or of the names and contents of all files in a folder; "" if it is missing."""
     if path.is_file():
-        return _sha256_of_file(path, path.stat().st_mtime_ns)
-    found = [(str(file.relative_to(path)), sha256(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+        return _fingerprint_of_file(path, path.stat().st_mtime_ns)
+    found = [(str(file.relative_to(path)), fingerprint(file)) for file in sorted(path.rglob("*")) if file.is_file()]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
 
 
 @cache
-def _sha256_of_file(path: Path, _: int) -> str:
+def _fingerprint_of_file(path: Path, _: int) -> str:
     """Several tasks may read a file; the second argument is its time of modification."""
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) <= _READ_WHOLE:

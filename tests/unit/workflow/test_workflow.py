@@ -11,7 +11,7 @@ import pytest
 
 from moelpr.process.command import STOPPED
 from moelpr.process.errors import MachineError, StoppedError, UserError
-from moelpr.workflow.mark import difference, sha256
+from moelpr.workflow.mark import difference, fingerprint
 from moelpr.workflow.outlay import check_machine, listing
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
@@ -218,11 +218,11 @@ def test_a_changed_sample_of_a_large_file_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr("moelpr.workflow.mark._READ_WHOLE", 1 << 20)
     path = tmp_path / "text"
     path.write_bytes(bytes(1 << 23))
-    before = sha256(path)
+    before = fingerprint(path)
     with open(path, "r+b") as file:
         file.seek((1 << 23) - 1)
         file.write(b"x")
-    assert sha256(path) != before
+    assert fingerprint(path) != before
 
 
 def test_a_node_of_a_cluster_does_one_task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

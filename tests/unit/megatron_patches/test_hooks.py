@@ -154,7 +154,9 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
     patched = {path.relative_to(ROOT).as_posix(): patches_in(path.read_text()) for path in files}
     found = {path: names for path, names in patched.items() if names}
     assert "moelpr/megatron_patches/cpu.py" in found
-    assert {path: names for path, names in found.items() if not path.startswith("moelpr/megatron_patches/")} == {}
+    # A process of a dry run trains nothing: there, torch and Megatron are stand-ins from its start to its end.
+    allowed = ("moelpr/megatron_patches/", "moelpr/dry_run/")
+    assert {path: names for path, names in found.items() if not path.startswith(allowed)} == {}
 
 
 @pytest.mark.parametrize("is_async", [False, True])

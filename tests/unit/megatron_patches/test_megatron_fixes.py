@@ -339,6 +339,7 @@ def test_gradients_are_checked_without_waiting_in_the_backward_pass(value: float
     config = DistributedDataParallelConfig(overlap_grad_reduce=overlap, check_for_nan_in_grad=True, bucket_size=1)
     settings = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
     model = DistributedDataParallel(settings, config, torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))))
+    destroy_rerun_state_machine()  # another test may have started Megatron in this process
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     try:
         for first in (True, False):  # the first pass finds out in which order gradients come

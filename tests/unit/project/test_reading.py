@@ -1,10 +1,14 @@
 """A wrong languages.yaml is one sentence with the file, the line, the key, and what would work."""
 
+from pathlib import Path
+
 import pytest
+from hypothesis import given
 
 from moelpr.process.errors import UserError
-from moelpr.project.reading import read_project, schema
+from moelpr.project.reading import parse_project, read_project, schema
 from moelpr.project.template import template
+from tests.support.mutations import mutated
 from tests.unit.project.conftest import Write
 
 ORIGINAL = {"en": "en.jsonl"}
@@ -105,3 +109,11 @@ def test_the_schema_describes_every_key() -> None:
         if not field.get("description")
     ]
     assert not undescribed
+
+
+@given(mutated(template("base", [("el", "el.jsonl")], [("en", "en.jsonl")]).encode()))
+def test_a_damaged_file_is_read_or_one_sentence(content: bytes) -> None:
+    try:
+        parse_project(content.decode(errors="replace"), Path("languages.yaml"))
+    except UserError as error:
+        assert str(error).count("languages.yaml") >= 1 and "\n" not in str(error)

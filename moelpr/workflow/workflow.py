@@ -146,13 +146,12 @@ class Workflow:
             raise UserError(f"task {name} has changed since its shards were submitted, or one is missing; run it again")
         replace(now, wall_s=0.0).write_file(self.mark_path(name))
 
-    def outlook(self, tasks: Iterable[Task] | None = None) -> list[Outlook]:
+    def outlook(self) -> list[Outlook]:
         """What `run` would do with each task, and why. It starts nothing."""
         ids: dict[str, str | None] = {}
         found = []
-        wanted = [*(self.tasks.values() if tasks is None else tasks)]
-        read = {name for task in wanted for name in task.inputs}
-        for task in wanted:
+        read = {name for task in self.tasks.values() for name in task.inputs}
+        for task in self.tasks.values():
             before, undone = self._mark(task.name), [name for name in task.inputs if ids.get(name, "") is None]
             try:
                 now = self._mark_of(task, task.words(), ids)
@@ -167,8 +166,7 @@ class Workflow:
             elif reason is None and (task.name in read or task.has_output()):
                 outlook = Outlook(task, "done")
             else:
-                reason_shown = reason or "its output was removed"
-                outlook = Outlook(task, "again", reason_shown, self._refusal(task, reason))
+                outlook = Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason))
             found.append(replace(outlook, id=ids[task.name]))
         return found
 

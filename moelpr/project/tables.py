@@ -117,16 +117,10 @@ def _languages(places: Places) -> str:
     if len(tokens) < len(places.expanded):
         tokens, note = estimated_tokens(places), " (tokens are estimated)"
     parts = shares(places, tokens)
-    rows = [
-        [
-            code,
-            format_count(one.tokens),
-            f"{one.weight:.1%}",
-            f"{one.epochs:.2f}",
-            "max_epochs" if one.is_capped else "",
-        ]
-        for code, one in parts.items()
-    ]
+    rows = []
+    for code, one in parts.items():
+        limit = "max_epochs" if one.is_capped else ""
+        rows.append([code, format_count(one.tokens), f"{one.weight:.1%}", f"{one.epochs:.2f}", limit])
     total = total_tokens(places, tokens)
     table = table_text(["language", "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
     return f"Stage 1 reads {format_count(total)} tokens{note}:\n{table}"

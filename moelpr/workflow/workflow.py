@@ -36,7 +36,7 @@ class Outlook:
     Attributes:
         state: Whether it is done, has never succeeded, has started and continues, or is done again.
         reason: Why it is done again.
-        refusal: Why it cannot be done, although another command's output would have to be replaced.
+        refusal: Why it is not done again: a training would go on from what another command has trained.
         id: The ID that its output will have; None if results that are to be made again decide its command.
     """
 
@@ -53,10 +53,12 @@ class Workflow:
     def __init__(
         self, folder: Path, tasks: Iterable[Task], *, redo: Iterable[str] = (), check: Callable[[], None] = lambda: None
     ) -> None:
-        """Args:
-        tasks: All tasks in an order in which they can run, also those that `run` is not asked for.
-        redo: Names of trainings whose folder is set aside if they have changed, instead of an error.
-        check: Called before each task starts; it may raise a UserError.
+        """Nothing runs yet.
+
+        Args:
+            tasks: All tasks in an order in which they can run, also those that `run` is not asked for.
+            redo: Names of trainings whose folder is set aside if they have changed, instead of an error.
+            check: Called before each task starts; it may raise a UserError.
         """
         self.folder, self.logs = folder, folder / "logs"
         self.tasks = {task.name: task for task in tasks}

@@ -56,10 +56,11 @@ CASES = {
 
 def main() -> None:
     warnings.simplefilter("ignore")
+    from moelpr.dry_run import fake_megatron
     from tests.fake_gpu import fake_cuda
 
     fake_cuda.install(DEVICES)
-    fake_cuda.route_uniformly(ROWS)
+    fake_megatron.route_uniformly(ROWS)
     print(json.dumps({name: _outcome(case) for name, case in CASES.items()} | {"optimizer": optimizer_step()}))
 
 

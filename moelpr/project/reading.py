@@ -66,7 +66,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     lines = key_lines(text)
     _check_keys(path, content)
     try:
-        project = TypeAdapter(Project).validate_json(json.dumps(content, default=str))
+        project = _adapter().validate_json(json.dumps(content, default=str))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
@@ -155,7 +155,12 @@ def _at(path: Path, lines: dict[tuple[str | int, ...], int], key: tuple[str | in
 
 def schema() -> dict[str, Any]:
     """The JSON schema of the file, for editors."""
-    return TypeAdapter(Project).json_schema()
+    return _adapter().json_schema()
+
+
+@cache
+def _adapter() -> TypeAdapter[Project]:
+    return TypeAdapter(Project)
 
 
 def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:

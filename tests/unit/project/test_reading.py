@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from moelpr.process.errors import UserError
 from moelpr.project.reading import parse_project, read_project, schema
@@ -111,6 +111,7 @@ def test_the_schema_describes_every_key() -> None:
     assert not undescribed
 
 
+@settings(deadline=None)  # the first example builds the validator
 @given(mutated(template("base", [("el", "el.jsonl")], [("en", "en.jsonl")]).encode()))
 def test_a_damaged_file_is_read_or_one_sentence(content: bytes) -> None:
     try:

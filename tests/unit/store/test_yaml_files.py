@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.process.errors import UserError
@@ -75,6 +75,7 @@ contents = st.dictionaries(
 )
 
 
+@settings(deadline=None)  # other work may keep the machine busy
 @given(contents)
 def test_the_line_of_a_key_is_where_it_stands(content: dict) -> None:
     text = dump(content)

@@ -16,6 +16,7 @@ from examples.frontier_results import Frontier, frontier_chart, read_evaluation,
 from examples.tasks import ROOT, convert
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
+from moelpr.stages import Stage1Experts
 from moelpr.store.files import write_text
 from moelpr.workflow.task import Task
 from moelpr.workflow.workflow import Workflow
@@ -23,21 +24,42 @@ from moelpr.workflow.workflow import Workflow
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. Settings with the same number of copies share stage 1 of a seed."""
+    """One way to train. Settings with the same `Chain` share stage 1 of a seed."""
 
-    copies: int  # C, --original-copies
+    chain: "Chain"
     gamma: float  # --lpr-loss-coeff
+    steps: int | None = None  # of stage 2; the recipe's by default
 
     @property
     def name(self) -> str:
-        return f"{self.copies}-{'copy' if self.copies == 1 else 'copies'}-gamma-{self.gamma:g}"
+        return f"{self.chain.name}-gamma-{self.gamma:g}" + (f"-steps-{self.steps}" if self.steps else "")
 
     @property
     def label(self) -> str:
-        return f"{copies_label(self.copies)}, \u03b3 {self.gamma:g}"
+        return f"{self.chain.label}, \u03b3 {self.gamma:g}" + (f", {self.steps} steps" if self.steps else "")
 
 
-SETTINGS = [Setting(copies, gamma) for copies in (1, TOPK) for gamma in (0.03, 0.1, 0.3)]
+@dataclass(frozen=True)
+class Chain:
+    """What stage 1 depends on, apart from the seed."""
+
+    copies: int  # C, --original-copies
+    stage1_experts: Stage1Experts = "all"
+
+    @property
+    def name(self) -> str:
+        new = "-new" if self.stage1_experts == "new" else ""
+        return f"{self.copies}-{'copy' if self.copies == 1 else 'copies'}{new}"
+
+    @property
+    def label(self) -> str:
+        copies = "1 copy (the paper)" if self.copies == 1 else f"{self.copies} copies"
+        return copies + (", stage 1 with new experts only" if self.stage1_experts == "new" else "")
+
+
+NEW = Chain(TOPK, "new")
+SETTINGS = [Setting(Chain(copies), gamma) for copies in (1, TOPK) for gamma in (0.03, 0.1, 0.3)]
+SETTINGS += [Setting(NEW, gamma) for gamma in (0.1, 0.3, 0.6)] + [Setting(NEW, 0.3, 600)]
 
 
 def main() -> None:
@@ -55,7 +77,7 @@ def main() -> None:
     if not (args.demo / "logs" / "export-base.json").is_file():
         raise UserError(f"--demo {args.demo} contains no finished base; run make demo first")
     settings = [setting for setting in SETTINGS if not args.settings or setting.name in args.settings]
-    chains = [(copies, seed) for seed in args.seeds for copies in dict.fromkeys(s.copies for s in settings)]
+    chains = [(chain, seed) for seed in args.seeds for chain in dict.fromkeys(s.chain for s in settings)]
     trainings = [task for chain in chains for task in training_tasks(args.run, args.demo, settings, *chain)]
     evaluations = evaluation_tasks(args.run, args.demo, model_names(settings, args.seeds))
     run = Workflow(args.run, [*trainings, *evaluations])
@@ -64,7 +86,7 @@ def main() -> None:
     write_results(args.run, settings, args.seeds)
 
 
-def training_tasks(run: Path, demo: Path, settings: Sequence[Setting], copies: int, seed: int) -> list[Task]:
+def training_tasks(run: Path, demo: Path, settings: Sequence[Setting], chain: Chain, seed: int) -> list[Task]:
     """Upcycling, stage 1, and every stage 2 that starts from it."""
     seeded = ("--seed", str(seed))
 
@@ -75,13 +97,15 @@ def training_tasks(run: Path, demo: Path, settings: Sequence[Setting], copies: i
             save, recipe, start, demo / "data", blend, *seeded, *options, made_from=made_from, files=corpora, ranks=1
         )
 
-    base, start, stage1 = demo / "base-hf", run / f"upcycled-{copies}-seed-{seed}", run / stage1_name(copies, seed)
-    found = [replace(convert(start, base, *expert_options(copies), *seeded), files=(base,))]
-    found += stage(stage1, "stage1", start, {"expanded": 1})
+    base, start, stage1 = demo / "base-hf", run / f"upcycled-{chain.name}-seed-{seed}", run / stage1_name(chain, seed)
+    found = [replace(convert(start, base, *expert_options(chain.copies), *seeded), files=(base,))]
+    experts = ("--stage1-experts", "new") if chain.stage1_experts == "new" else ()
+    found += stage(stage1, "stage1", start, {"expanded": 1}, *experts)
     for setting in settings:
-        if setting.copies == copies:
-            gamma = ("--lpr-loss-coeff", f"{setting.gamma:g}")
-            found += stage(run / stage2_name(setting, seed), "stage2", stage1, REVIEW_BLEND, *gamma)
+        if setting.chain == chain:
+            options = ["--lpr-loss-coeff", f"{setting.gamma:g}"]
+            options += ["--train-iters", str(setting.steps)] if setting.steps else []
+            found += stage(run / stage2_name(setting, seed), "stage2", stage1, REVIEW_BLEND, *options)
     return found
 
 
@@ -94,12 +118,8 @@ def evaluation_tasks(run: Path, demo: Path, names: Sequence[str]) -> list[Task]:
     return [replace(text, files=(*text.files, base)), routing]
 
 
-def copies_label(copies: int) -> str:
-    return "1 copy (the paper)" if copies == 1 else f"{copies} copies"
-
-
-def stage1_name(copies: int, seed: int) -> str:
-    return f"stage1-{copies}-seed-{seed}"
+def stage1_name(chain: Chain, seed: int) -> str:
+    return f"stage1-{chain.name}-seed-{seed}"
 
 
 def stage2_name(setting: Setting, seed: int) -> str:
@@ -108,16 +128,16 @@ def stage2_name(setting: Setting, seed: int) -> str:
 
 def model_names(settings: Sequence[Setting], seeds: Iterable[int]) -> list[str]:
     """Names of the trained models, stage 1 before the stages 2 that started from it."""
-    names = [name for seed in seeds for s in settings for name in (stage1_name(s.copies, seed), stage2_name(s, seed))]
+    names = [name for seed in seeds for s in settings for name in (stage1_name(s.chain, seed), stage2_name(s, seed))]
     return list(dict.fromkeys(names))
 
 
 def write_results(run: Path, settings: Sequence[Setting], seeds: Sequence[int]) -> None:
     """Write frontier.json, frontier.md and frontier.svg."""
     names_of = {}
-    for copies in dict.fromkeys(setting.copies for setting in settings):
-        label = f"{copies_label(copies)}, after stage 1"
-        names_of[f"stage1-{copies}"] = label, [stage1_name(copies, seed) for seed in seeds]
+    for chain in dict.fromkeys(setting.chain for setting in settings):
+        label = f"{chain.label}, after stage 1"
+        names_of[f"stage1-{chain.name}"] = label, [stage1_name(chain, seed) for seed in seeds]
     for setting in settings:
         names_of[setting.name] = setting.label, [stage2_name(setting, seed) for seed in seeds]
     results = Frontier([*seeds], read_evaluation(run / "evaluation", names_of))

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 Stage = Literal["dense", "stage0", "stage1", "stage2"]
 MoeStage = Literal["stage1", "stage2"]
+# The experts that tokens can choose in stage 1: all (the paper), or only those that it trains.
+Stage1Experts = Literal["all", "new"]
 MOE_STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
 
 STAGE_HELP: dict[Stage, str] = {

@@ -7,11 +7,11 @@ import functools
 import os
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import count_argument
-from moelpr.stages import STAGE_HELP
+from moelpr.stages import STAGE_HELP, Stage1Experts
 
 # The environment variable with the default of --grace-seconds, which job scripts and manifests set.
 GRACE_VARIABLE = "MOELPR_GRACE_SECONDS"
@@ -30,6 +30,8 @@ _HELP = {
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
     "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2).",
     "--lpr-loss": "LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).",
+    "--stage1-experts": "Experts that tokens can choose in stage1: all, as in the paper, or new: those that it trains, so "
+    "that all K choices of a token are trained; stage2 routes over all (default: %(default)s).",
     "--train-everything": "Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.",
     "--train-new-embeddings": "In stage1, train the embedding and output rows of new tokens too.",
     "--save-trained-only": "Omit frozen tensors from checkpoints; record where to find them (docs/checkpoints.md).",
@@ -69,6 +71,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--balance-loss-coeff", type=float, metavar="ALPHA")
     add("--lpr-loss-coeff", type=float, metavar="GAMMA")
     add("--lpr-loss", choices=("paper", "reference"), default="paper")
+    add("--stage1-experts", choices=get_args(Stage1Experts), default="all")
     add("--train-everything", action="store_true")
     add("--train-new-embeddings", action="store_true")
     add("--save-trained-only", action="store_true")

@@ -6,7 +6,7 @@ from pathlib import Path
 from moelpr.arguments.requested import RequestedRun
 from moelpr.languages import canonical
 from moelpr.model_spec import ModelSpec
-from moelpr.stages import Stage
+from moelpr.stages import Stage, Stage1Experts
 from moelpr.store.checksums import Verify
 
 
@@ -35,6 +35,7 @@ class StageSettings:
     """What a stage trains.
 
     Attributes:
+        stage1_experts: The experts that tokens can choose in training.
         balance_loss_coeff: The weight of the balance loss, on the published code's scale; None without experts.
         lpr_loss_coeff: The weight of the LPR loss; 0 disables it.
     """
@@ -42,6 +43,7 @@ class StageSettings:
     name: Stage
     train_everything: bool
     train_new_embeddings: bool
+    stage1_experts: Stage1Experts
     balance_loss_coeff: float | None
     lpr_loss_coeff: float
 
@@ -96,7 +98,12 @@ class RunSettings:
         pretrained = Path(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
         return cls(
             StageSettings(
-                args.stage, args.train_everything, args.train_new_embeddings, run.balance_loss_coeff, run.lpr_loss_coeff
+                args.stage,
+                args.train_everything,
+                args.train_new_embeddings,
+                args.stage1_experts,
+                run.balance_loss_coeff,
+                run.lpr_loss_coeff,
             ),
             Start(run.checkpoint, run.step_folder, run.step, run.is_resumed, pretrained, run.saved_step),
             run.spec,

@@ -202,7 +202,7 @@ def _route(run: RequestedRun) -> int:
     if run.spec is None or run.spec.moe is None:
         return 1
     moe, tokens = run.spec.moe, args.seq_length * args.micro_batch_size // (layout.tp * layout.cp)
-    routing = Routing.uniform(moe)
+    routing = Routing.uniform(moe, args.stage1_experts)
     fake_megatron.route_uniformly(max(1, round(tokens * routing.new_rows / moe.num_new_experts)))
     return max(1, round(tokens * layout.etp * routing.original_rows / moe.num_original_experts))
 

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from moelpr.model.losses import LPRVariant
 from moelpr.model_spec import ModelSpec
+from moelpr.stages import Stage1Experts
 
 # What the method fixes in a model with experts: arguments and fields of Megatron that would change it or be ignored by
 # our layer, with the only value that works.
@@ -41,6 +42,7 @@ class MoELPRConfig(TransformerConfig):
     original_copies: int = 1  # C, the router rows of the dense FFN, which a rank holds and computes once
     lpr_loss_coeff: float = 0.0  # the paper's gamma; 0 disables the loss
     lpr_loss: LPRVariant = "paper"
+    stage1_experts: Stage1Experts = "all"  # with "new", tokens cannot choose original experts in training
     train_everything: bool = False  # the paper's plain-MoE ablation: nothing is frozen, including the original experts
     # Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself.
     fuse_expert_gradients: bool = False

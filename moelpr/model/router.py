@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -54,7 +55,8 @@ class Decisions:
         logits_LTE, is_original_LT = logits.flatten(1, 2), bits.flatten(1).bool()
         p, variant = routers[0].config.num_original_places, routers[0].config.lpr_loss
         lpr_sum_L = lpr_sums(logits_LTE, is_original_LT, p, variant)
-        vectors = routing_vectors(logits_LTE, is_chosen_LTE, lpr_sum_L, is_original_LT, p).unbind()
+        routed_LTE = routers[0].masked(logits_LTE)
+        vectors = routing_vectors(routed_LTE, is_chosen_LTE, lpr_sum_L, is_original_LT, p).unbind()
         sums = [router.routing_sums for router in routers]
         if any(tensor is None for tensor in sums):  # the first micro-batch of a step
             added: Sequence[Tensor] = [
@@ -81,6 +83,22 @@ class LPRRouter(TopKRouter):
         self.routing_sums: Tensor | None = None  # routing_vectors summed over the micro-batches of a step
         self.decisions = Decisions(num_routers=1)
 
+    def masked(self, logits: Tensor) -> Tensor:
+        """The logits [..., E] that tokens are routed by in training: those of places that are left out are lowest.
+
+        The lowest finite number: Infinity would give NaN in the router's z-loss and in fused kernels.
+        """
+        if self.config.stage1_experts == "all":
+            return logits
+        is_original_E = torch.arange(self.num_experts, device=logits.device) < self.config.num_original_places
+        return logits.masked_fill(is_original_E, torch.finfo(logits.dtype).min)
+
+    def _apply_aux_loss(self, probs: Tensor, scores_for_aux_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron's balance loss, over the experts that tokens can choose: 1 where they are chosen equally often."""
+        if self.config.stage1_experts == "new":
+            scores_for_aux_loss = scores_for_aux_loss * (1 - self.config.num_original_places / self.num_experts)
+        return super()._apply_aux_loss(probs, scores_for_aux_loss, *args, **kwargs)
+
     def forward(self, hidden_SBH: Tensor, language_bits_SB: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route this rank's T = sequence x batch tokens.
 
@@ -94,7 +112,7 @@ class LPRRouter(TopKRouter):
         """
         assert language_bits_SB is not None or not self.training or self.lpr_coeff == 0, "lost the language bits"
         logits_SBE = self.gating(self.apply_input_jitter(hidden_SBH) if self.training else hidden_SBH)
-        gate_weights_TE, is_chosen_TE = self.routing(logits_SBE)
+        gate_weights_TE, is_chosen_TE = self.routing(self.masked(logits_SBE) if self.training else logits_SBE)
         # Recomputed layers run forward twice, first without gradients; count and attach the loss only once.
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             self.decisions.keep(self, logits_SBE.detach(), is_chosen_TE, language_bits_SB)

@@ -30,7 +30,7 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import count_argument
 from moelpr.process.text_tables import table_text
-from moelpr.stages import Part, Stage
+from moelpr.stages import Part, Stage, Stage1Experts
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
@@ -41,7 +41,10 @@ def main() -> None:
     args = _parser().parse_args()
     seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
+    if args.stage1_experts == "new" and args.stage != "stage1":
+        raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
     trains = {"new_embeddings": args.train_new_embeddings, "train_everything": args.train_everything}
+    trains["stage1_experts"] = args.stage1_experts
     workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
     spec = _model(args, workload, cluster)
     plan = plan_stage(spec, workload, cluster, enlarge=False)
@@ -244,6 +247,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=get_args(Stage), default="stage1", help="training stage (default: %(default)s)")
     add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
     add("--train-everything", action="store_true", help="in stage1 and stage2, train all parameters")
+    chosen = "experts that tokens can choose in stage1 (default: %(default)s)"
+    add("--stage1-experts", choices=get_args(Stage1Experts), default="all", help=chosen)
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     seq_length = f"tokens per sequence (default: the paper's, {lengths}; elsewhere that of stage1)"
     add("--seq-length", type=count, metavar="TOKENS", help=seq_length)

@@ -40,6 +40,7 @@ class Candidate:
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []
         argv += ["--train-everything"] if workload.train_everything else []
+        argv += ["--stage1-experts", "new"] if workload.stage1_experts == "new" else []
         return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
 
 

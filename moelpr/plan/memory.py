@@ -14,7 +14,7 @@ from moelpr.families.families import family_named
 from moelpr.families.tables import pieces
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import VOCABULARY_PARTS, Part, Stage, part_of, trained_parts
+from moelpr.stages import VOCABULARY_PARTS, Part, Stage, Stage1Experts, part_of, trained_parts
 
 # Bytes per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
@@ -55,8 +55,10 @@ class Routing:
     new_rows: float
 
     @classmethod
-    def uniform(cls, moe: MoeSpec) -> "Routing":
-        """All experts are chosen equally often, on every rank."""
+    def uniform(cls, moe: MoeSpec, stage1_experts: Stage1Experts = "all") -> "Routing":
+        """All experts that tokens can choose are chosen equally often, on every rank."""
+        if stage1_experts == "new":
+            return cls(original_rows=0, new_rows=moe.topk)
         rows, experts = moe.topk, moe.num_experts
         # A token that chose several copies of the dense FFN is one row of it.
         dense = 1 - math.comb(experts - moe.original_copies, rows) / math.comb(experts, rows)
@@ -75,6 +77,7 @@ class Workload:
     kernels: Kernels = Kernels()
     new_embeddings: bool = False  # stage 1 also trains rows of new tokens
     train_everything: bool = False  # as stage "dense" does
+    stage1_experts: Stage1Experts = "all"
 
     @property
     def trained(self) -> frozenset[Part]:
@@ -240,7 +243,7 @@ class Activations:
         shape = spec.megatron_args
         self.spec, self.layout, self.workload = spec, layout, workload
         self.trained = workload.trained
-        self.routing = routing or (Routing.uniform(spec.moe) if spec.moe else Routing(0, 0))
+        self.routing = routing or (Routing.uniform(spec.moe, workload.stage1_experts) if spec.moe else Routing(0, 0))
         self.element = WEIGHT_BYTES[workload.dtype]
         self.norm_element = _FP32 if workload.kernels.fp32_norm_input else self.element
         trains_norms = workload.kernels.fp32_norm_input and Part.NORM in self.trained

@@ -99,7 +99,7 @@ def stage_flops(
     core = 2 * tokens * workload.seq_length * shape["num_attention_heads"] * shape["kv_channels"]
     rows: dict[Part, float] = {Part.NORM: 0}  # per token, and per expert
     if spec.moe is not None:
-        routing = routing or Routing.uniform(spec.moe)
+        routing = routing or Routing.uniform(spec.moe, workload.stage1_experts)
         rows[Part.ORIGINAL_EXPERTS] = routing.original_rows / spec.moe.num_original_experts
         rows[Part.NEW_EXPERTS] = routing.new_rows / spec.moe.num_new_experts
     once = again = 0.0
@@ -149,7 +149,7 @@ def expert_traffic(
     """
     if spec.moe is None:
         return Traffic(0, 0)
-    routing = routing or Routing.uniform(spec.moe)
+    routing = routing or Routing.uniform(spec.moe, workload.stage1_experts)
     row = spec.megatron_args["hidden_size"] * WEIGHT_BYTES[workload.dtype]
     stages = (layers_of_stage(spec, layout, stage) for stage in range(layout.pp))
     moe_layers = max(sum(map(spec.is_moe_layer, layers)) for layers in stages)

@@ -21,7 +21,7 @@ from moelpr.project.reading import ProjectFile
 from moelpr.stages import Stage
 
 _CPU_EXPERTS, _MOST_EXPERTS = 4, 8
-_BATCH_FLAGS = ("--global-batch-size", "--seq-length")
+_STEP_FLAGS = ("--global-batch-size", "--seq-length", "--stage1-experts")  # these are in the step already
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
     "--num-new-experts": "experts.new",
@@ -120,7 +120,7 @@ class Layouts:
             raise UserError(f"{self._file.at('hardware')}{stage}: {message}") from None
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
         flags = plan.flags
-        for flag in _BATCH_FLAGS:
+        for flag in [flag for flag in _STEP_FLAGS if flag in flags]:
             place = flags.index(flag)
             del flags[place : place + 2]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
@@ -130,7 +130,10 @@ class Layouts:
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
         length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
-        return Workload(cast(Stage, stage), length, int(settings.get("micro-batch-size", 1)), batch)
+        experts = settings.get("stage1-experts", "all")
+        return Workload(
+            cast(Stage, stage), length, int(settings.get("micro-batch-size", 1)), batch, stage1_experts=experts
+        )
 
     @cached_property
     def _spec(self) -> ModelSpec:

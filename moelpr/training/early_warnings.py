@@ -24,8 +24,10 @@ class EarlyWarning(NamedTuple):
 class EarlyWarnings:
     """Gets every record in order; in a resumed run those of the interrupted run first (`remember`)."""
 
-    def __init__(self, stage: str, thresholds: Thresholds, lpr_loss_is_on: bool) -> None:
+    def __init__(self, stage: str, thresholds: Thresholds, lpr_loss_is_on: bool, first_expert: int = 0) -> None:
+        """`first_expert` is the first place of the routers that tokens can choose."""
         self.stage, self.thresholds, self.lpr_loss_is_on = stage, thresholds, lpr_loss_is_on
+        self.first_expert = first_expert
         self._block: list[Step] = []  # records since the last judgment
         self._first_lpr_loss = self._first_original_loss = math.nan  # means of the first block that has them
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
@@ -112,7 +114,8 @@ class EarlyWarnings:
             return []
         share_LE = np.array(shares, dtype=float).mean(axis=0)
         idle = np.argwhere(share_LE < self.thresholds.expert_share / 100).tolist()
-        new = sorted(self._onsets("idle_expert", {(layer, expert) for layer, expert in idle}))
+        can_be_chosen = {(layer, expert) for layer, expert in idle if expert >= self.first_expert}
+        new = sorted(self._onsets("idle_expert", can_be_chosen))
         if not new:
             return []
         shown = [f"expert {expert} of MoE layer {layer} ({share_LE[layer, expert]:.2%})" for layer, expert in new[:4]]

@@ -35,7 +35,9 @@ def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
     tracker = MetricsTracker()
     set_moe_metrics_tracker(tracker)
     stage = settings.stage
-    run_log = RunLog(stage.name, EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0))
+    masked = settings.spec.moe.num_original_places if settings.spec.moe and stage.stage1_experts == "new" else 0
+    warnings = EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0, first_expert=masked)
+    run_log = RunLog(stage.name, warnings)
     log = StepLog(run_log, tracker)
     with closing(run_log), hooks.after_training_log(log.step), hooks.after_step_is_written(log.step_is_written):
         yield log

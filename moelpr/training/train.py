@@ -94,6 +94,7 @@ def operations_per_sequence(settings: RunSettings, seq_length: int) -> float:
         global_batch_size=1,
         new_embeddings=stage.train_new_embeddings,
         train_everything=stage.train_everything,
+        stage1_experts=stage.stage1_experts,
     )
     return stage_flops(spec, model_parts(spec), PlannedLayout(tp=1, pp=1, ep=1, etp=1, dp=1), workload, 0).once
 

@@ -66,7 +66,8 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
-    return planned, Workload(args.stage, *sizes, dtype, kernels, args.train_new_embeddings, args.train_everything)
+    trains = args.train_new_embeddings, args.train_everything, args.stage1_experts
+    return planned, Workload(args.stage, *sizes, dtype, kernels, *trains)
 
 
 def smaller_settings(run: RequestedRun) -> str:

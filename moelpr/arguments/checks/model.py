@@ -18,7 +18,7 @@ _ABSENT = {"window_size": None, "use_rope_scaling": False}
 # Flags that a dense model or its stage would ignore.
 _EXPERT_FLAGS = (
     "num_experts num_original_experts original_copies moe_router_topk moe_ffn_hidden_size moe_layer_freq "
-    "balance_loss_coeff lpr_loss_coeff train_everything save_trained_only expert_model_parallel_size "
+    "balance_loss_coeff lpr_loss_coeff stage1_experts train_everything save_trained_only expert_model_parallel_size "
     "expert_tensor_parallel_size"
 ).split()
 
@@ -111,6 +111,29 @@ def check_method(run: RequestedRun) -> Iterable[str]:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
 
 
+def check_stage1_experts(run: RequestedRun) -> Iterable[str]:
+    """Where tokens cannot choose original experts: only in stage 1, and nothing may need those places."""
+    args = run.args
+    if args.stage1_experts == "all":
+        return
+    if args.stage not in ("stage1", None):
+        yield f"--stage1-experts new applies to --stage stage1, not to {args.stage}, which routes over all; remove it"
+        return
+    if args.train_everything:
+        yield "--stage1-experts new keeps tokens from the original experts, which --train-everything trains; remove one"
+    if run.lpr_loss_coeff:
+        yield (
+            f"--lpr-loss-coeff {run.lpr_loss_coeff:g} sends tokens to the original experts, which --stage1-experts new "
+            "keeps them from; remove one of them"
+        )
+    moe = run.spec.moe if run.spec else None
+    if moe is not None and moe.num_new_experts < moe.topk:
+        yield (
+            f"--stage1-experts new requires at least as many new experts as a token chooses, but {run.checkpoint} has "
+            f"{moe.num_new_experts} and top-k {moe.topk}; remove it, or convert with a smaller --topk"
+        )
+
+
 def check_new_tokens(run: RequestedRun) -> Iterable[str]:
     """Rows of new tokens train where there are some, and in a stage that can train them."""
     args = run.args
@@ -186,3 +209,5 @@ def note_second_round(run: RequestedRun) -> Iterable[str]:
             f"{run.checkpoint} has {m} original experts, so languages were added to it before: their text is now "
             "original-language text, language bit 1; preprocess corpora of an earlier round again"
         )
+        if run.args.stage1_experts == "new":
+            yield "with --stage1-experts new, tokens cannot choose the experts of earlier rounds either until stage 2"

@@ -33,10 +33,10 @@ def layer(spec: ModelSpec):
     return first_layer(spec)
 
 
-def first_layer(spec: ModelSpec):
+def first_layer(spec: ModelSpec, **settings: Any):
     """The first MoE layer of a random model whose experts all differ."""
     torch.manual_seed(0)
-    model = build_model(spec)
+    model = build_model(spec, **settings)
     layer = model.decoder.layers[0].mlp
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -44,8 +44,11 @@ def first_layer(spec: ModelSpec):
     return layer.train()
 
 
-def plain_loop(layer, hidden_TH: torch.Tensor) -> torch.Tensor:
-    """sum over the two best places of softmax over their two logits times the expert's output, token by token."""
+def plain_loop(layer, hidden_TH: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """sum over the two best places of softmax over their two logits times the expert's output, token by token.
+
+    `first` is the first place that a token can choose.
+    """
     dense, *others = layer.original_experts
     original = [*[dense] * layer.config.original_copies, *others]
     fc1, fc2 = (
@@ -54,9 +57,9 @@ def plain_loop(layer, hidden_TH: torch.Tensor) -> torch.Tensor:
     )
     outputs = []
     for hidden in hidden_TH:
-        best = torch.topk(layer.router.weight @ hidden, 2)
+        best = torch.topk((layer.router.weight @ hidden)[first:], 2)
         output = torch.zeros_like(hidden)
-        for weight, expert in zip(torch.softmax(best.values, dim=0), best.indices, strict=True):
+        for weight, expert in zip(torch.softmax(best.values, dim=0), best.indices + first, strict=True):
             gate, up = (fc1[expert] @ hidden).chunk(2)
             output = output + weight * (fc2[expert] @ (torch.nn.functional.silu(gate) * up))
         outputs.append(output)
@@ -78,6 +81,25 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
     torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
     for ours_grad, loop_grad in zip(ours_grads, loop_grads, strict=True):
         torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_1_may_keep_tokens_from_the_original_experts(spec: ModelSpec) -> None:
+    """In training, tokens choose among the new experts as if there were no others; otherwise among all."""
+    layer, hidden, target = first_layer(spec, stage1_experts="new"), torch.randn(7, 3, 32), torch.randn(21, 32)
+    p, weights = layer.config.num_original_places, dict(layer.named_parameters())
+    outputs, gradients = [], []
+    for output in (lambda: layer(hidden)[0].flatten(0, 1), lambda: plain_loop(layer, hidden.flatten(0, 1), first=p)):
+        outputs.append(output())
+        (outputs[-1] * target).sum().backward()
+        gradients.append([weights[name].grad for name in ("router.weight", "experts.linear_fc1.weight")])
+        layer.zero_grad()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    for ours, loop in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, loop, rtol=1e-4, atol=1e-5)
+    assert not gradients[0][0][:p].any() and gradients[0][0][p:].all()
+    in_use = layer.eval()(hidden)[0].flatten(0, 1)
+    torch.testing.assert_close(in_use, plain_loop(layer, hidden.flatten(0, 1)), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(in_use, outputs[0])
 
 
 @pytest.mark.parametrize("favorite", [0, 3])
@@ -155,8 +177,14 @@ def balance_loss(scores_TE: torch.Tensor, is_chosen_TE: torch.Tensor, topk: int)
     return (fraction_E * scores_TE.mean(dim=0)).sum()
 
 
-def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
-    """Megatron's auxiliary loss, attached with our coefficient, has the gradient of balance_loss."""
+@pytest.mark.parametrize("stage1_experts", ["all", "new"])
+def test_the_balance_loss_in_training_is_the_papers(spec: ModelSpec, stage1_experts: str) -> None:
+    """Megatron's auxiliary loss, attached with our coefficient, has the gradient of balance_loss.
+
+    It is over the experts that tokens can choose.
+    """
+    layer = first_layer(spec, stage1_experts=stage1_experts)
+    first = layer.config.num_original_places if stage1_experts == "new" else 0
     layer.router.config.moe_aux_loss_coeff = 0.5
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     hidden = torch.randn(9, 2, 32)
@@ -164,8 +192,8 @@ def test_the_balance_loss_in_training_is_the_papers(layer) -> None:
     (weights * 0).sum().backward()
     found = layer.router.weight.grad.clone()
     layer.zero_grad()
-    scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight.T, dim=-1)
-    (0.5 * balance_loss(scores, chosen, topk=2)).backward()
+    scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight[first:].T, dim=-1)
+    (0.5 * balance_loss(scores, chosen[:, first:], topk=2)).backward()
     torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moelpr.metrics.routing_sums import RoutingSums
 from moelpr.model import router as module
 from moelpr.model.loading import build_model, transformer_config
 from moelpr.model.router import Decisions
@@ -65,6 +66,18 @@ def test_statistics_of_all_routers_are_summed_at_once(moe_spec: ModelSpec, varia
         launches.append(counted.number)
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
     assert launches[0] - launches[1] > 20 * (8 - 4)  # eight passes, summed in four groups
+
+
+def test_statistics_count_what_tokens_could_choose(moe_spec: ModelSpec) -> None:
+    """With original experts left out, their scores and first choices are 0; the LPR loss is that of the scores."""
+    router = build_model(moe_spec, stage1_experts="new").decoder.layers[0].mlp.router.train()
+    hidden, bits = torch.randn(6, 2, 32), torch.ones(6, 2, dtype=torch.bool)
+    router(hidden, bits)
+    sums = RoutingSums.from_vectors(router.routing_sums.unsqueeze(0))
+    assert sums.original_first.sum() == sums.choices[0, 0] == sums.scores[0, 0] == 0
+    assert sums.scores.sum() == pytest.approx(12) and sums.choices.sum() == 24
+    scores = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1)
+    assert sums.lpr_loss.item() == pytest.approx(-scores[:, 0].log().sum().item(), rel=1e-5)
 
 
 def test_pipeline_stages_do_not_wait_for_the_gpu_after_an_exchange(moe_spec: ModelSpec) -> None:

@@ -106,6 +106,7 @@ def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> N
     uniform = Routing.uniform(MoeSpec(num_new_experts=4, topk=2, layers=(0,), original_copies=2))
     assert uniform.original_rows == pytest.approx(0.6)
     assert uniform.new_rows == pytest.approx(2 * 4 / 6)
+    assert Routing.uniform(later_round, "new") == Routing(original_rows=0, new_rows=2)
 
 
 def test_activations_worked_out_by_hand() -> None:

@@ -44,6 +44,12 @@ def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
     assert warnings_of().saved(1e6, 1e6) == []
 
 
+def test_experts_that_tokens_cannot_choose_are_not_idle() -> None:
+    watch = EarlyWarnings("stage1", Thresholds(window=WINDOW), lpr_loss_is_on=False, first_expert=1)
+    assert block(watch, token_share=[[0.0, 1.0, 1.0]]) == []
+    assert block(watch, token_share=[[0.0, 2.0, 0.0]]) == ["idle_expert"]
+
+
 def test_one_idle_step_does_not_make_an_expert_idle() -> None:
     watch = warnings_of()
     records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]

@@ -159,6 +159,28 @@ def test_a_value_that_the_trainer_uses_anyway_can_be_given(upcycled: str, accept
     assert accepted("stage1", upcycled, *argv.split())["moe_token_dispatcher_type"] == "alltoall"
 
 
+@pytest.mark.parametrize(
+    ("stage", "argv", "words"),
+    [
+        ("stage2", [], ["--stage stage1", "stage2", "remove"]),
+        ("stage1", ["--train-everything"], ["--train-everything", "remove"]),
+        ("stage1", ["--lpr-loss-coeff", "0.1"], ["--lpr-loss-coeff 0.1", "remove"]),
+    ],
+)
+def test_new_experts_only_is_for_stage_1_alone(upcycled: str, problems, stage, argv, words) -> None:
+    (found,) = problems(stage, upcycled, "--stage1-experts", "new", *argv)
+    assert all(word in found for word in words), found
+
+
+def test_a_token_needs_as_many_new_experts_as_it_chooses(make_checkpoint, moe_spec, problems, accepted, capsys) -> None:
+    few = replace(moe_spec, moe=replace(moe_spec.moe, num_new_experts=1))
+    (found,) = problems("stage1", make_checkpoint("few", few), "--stage1-experts", "new")
+    assert "has 1 and top-k 2" in found and "--topk" in found
+    later = make_checkpoint("later", replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=2)))
+    assert accepted("stage1", later, "--stage1-experts", "new")["stage1_experts"] == "new"
+    assert "cannot choose the experts of earlier rounds" in capsys.readouterr().err
+
+
 def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:
     flags = ["--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything", "--save-trained-only"]
     found = problems("dense", dense, "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])

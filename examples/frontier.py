@@ -32,7 +32,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        return f"{self.chain.name}-gamma-{self.gamma:g}" + (f"-steps-{self.steps}" if self.steps else "")
+        places = "copy" if self.chain.copies == 1 else "copies"
+        return f"{self.chain.name}-{places}-gamma-{self.gamma:g}" + (f"-steps-{self.steps}" if self.steps else "")
 
     @property
     def label(self) -> str:
@@ -48,8 +49,7 @@ class Chain:
 
     @property
     def name(self) -> str:
-        new = "-new" if self.stage1_experts == "new" else ""
-        return f"{self.copies}-{'copy' if self.copies == 1 else 'copies'}{new}"
+        return f"{self.copies}-new" if self.stage1_experts == "new" else str(self.copies)
 
     @property
     def label(self) -> str:

@@ -30,8 +30,8 @@ _HELP = {
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
     "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2).",
     "--lpr-loss": "LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).",
-    "--stage1-experts": "Experts that tokens can choose in stage1: all, as in the paper, or new, so that all choices of "
-    "a token are trained; stage2 routes over all (default: %(default)s).",
+    "--stage1-experts": "Experts that tokens can choose in stage1: all, as in the paper, or new, so that all choices "
+    "of a token are trained; stage2 routes over all (default: %(default)s).",
     "--train-everything": "Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.",
     "--train-new-embeddings": "In stage1, train the embedding and output rows of new tokens too.",
     "--save-trained-only": "Omit frozen tensors from checkpoints; record where to find them (docs/checkpoints.md).",

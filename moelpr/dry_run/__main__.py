@@ -8,6 +8,7 @@ cluster would refuse is refused with the same message. A checkpoint that is not 
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -40,7 +41,10 @@ def main() -> None:
 
     for note in outcome.notes:
         print(note, file=sys.stderr)
-    print(tables.report(outcome, GPUS[args.gpu], args.nproc_per_node))
+    if args.json:
+        print(json.dumps(tables.numbers(outcome, args.nproc_per_node), indent=2))
+    else:
+        print(tables.report(outcome, GPUS[args.gpu], args.nproc_per_node))
 
 
 def _split(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
@@ -78,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag in _IGNORED:
         add(flag, help=argparse.SUPPRESS)
     add("--gpu", choices=GPUS, default="h100-80", metavar="GPU", help=f"of {', '.join(GPUS)} (default: %(default)s)")
+    add("--json", action="store_true", help="print JSON (bytes, launches, FLOPs, seconds) instead of tables")
     path = "the base of a checkpoint that is not here: directory with config.json, or its name on the Hub"
     add("--hf-path", type=Path, metavar="DIR", help=path)
     add("--num-new-experts", type=_count, metavar="EXPERTS", help="with --hf-path: new experts per MoE layer")

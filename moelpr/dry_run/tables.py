@@ -1,6 +1,7 @@
 """What a dry run prints."""
 
 from collections import Counter
+from typing import Any
 
 from moelpr.dry_run.cost import disagreements, moved_by_group, seconds, totals
 from moelpr.dry_run.one_rank import DryRun
@@ -44,6 +45,51 @@ def report(outcome: Outcome, gpu: Gpu, per_node: int) -> str:
     if missing:
         parts.append(f"Not here, so not checked: {'; '.join(missing)}.")
     return "\n\n".join([*parts, NOTE])
+
+
+def numbers(outcome: Outcome, per_node: int) -> dict[str, Any]:
+    """The same for programs: bytes, launches, FLOPs and seconds."""
+    return {
+        "ranks": [_numbers_of(run) for run in outcome.runs],
+        "step_seconds": {
+            name: {"dry_run": max(seconds(run, gpu, per_node).total for run in outcome.runs), "planner": planned_s}
+            for name, gpu in GPUS.items()
+            for planned_s in [_planned_seconds(outcome.runs, gpu, per_node)]
+        },
+        "tokens_per_step": outcome.runs[0].tokens_per_step,
+        "disagreements": [*disagreements([*outcome.runs, *outcome.witnesses])],
+        "not_here": outcome.missing,
+        "notes": outcome.notes,
+    }
+
+
+def _numbers_of(run: DryRun) -> dict[str, Any]:
+    planned = run.planned and run.planned.memories[run.stage].total_bytes
+    kernels = totals(run.counts)
+    return {
+        "rank": run.rank,
+        "pipeline_stage": run.stage,
+        "memory_bytes": run.memory,
+        "peak_bytes": run.peak_bytes,
+        "planned_bytes": planned,
+        "live_bytes_after_steps": run.live_bytes,
+        "kernels": {kind: {"launches": n, "flops": flops, "bytes": size} for kind, n, flops, size in kernels},
+        "waits": dict(run.counts.waits),
+        "collectives": [
+            {"group": group, "ranks": size, "operation": operator.strip("_"), "launches": number, "bytes": moved}
+            for (group, size, operator), (number, moved) in moved_by_group(run.counts).items()
+        ],
+    }
+
+
+def _planned_seconds(runs: list[DryRun], gpu: Gpu, per_node: int) -> float | None:
+    """The planner's step, if it supports the layout."""
+    if (run := next((run for run in runs if run.planned), None)) is None:
+        return None
+    assert run.planned is not None
+    cluster = Cluster.of(gpu, run.layout.world_size, per_node)
+    plan = run.planned
+    return step_time(run.spec, model_parts(run.spec), plan.layout, plan.workload, cluster, plan.memories).total_s
 
 
 def _memory(runs: list[DryRun]) -> str:
@@ -105,19 +151,8 @@ def _times(runs: list[DryRun], per_node: int) -> str:
     ranks = runs[0].layout.world_size
     for name, gpu in GPUS.items():
         slowest = max((seconds(run, gpu, per_node) for run in runs), key=lambda one: one.total)
-        planner = ""
-        if run := next((run for run in runs if run.planned), None):
-            assert run.planned is not None
-            cluster = Cluster.of(gpu, ranks, per_node)
-            of_formulas = step_time(
-                run.spec,
-                model_parts(run.spec),
-                run.planned.layout,
-                run.planned.workload,
-                cluster,
-                run.planned.memories,
-            )
-            planner = f"{of_formulas.total_s:.2f}"
+        planned_s = _planned_seconds(runs, gpu, per_node)
+        planner = "" if planned_s is None else f"{planned_s:.2f}"
         parts = slowest.products, slowest.memory, slowest.exchanges, slowest.gradients, slowest.bubble, slowest.total
         speed = f"{runs[0].tokens_per_step / slowest.total / ranks:,.0f}"
         rows.append([name, *(f"{part:.2f}" for part in parts), planner, speed])

@@ -9,6 +9,9 @@ Rerun `moelpr run` to resume after anything; after an edit of the file, it says 
 
 import argparse
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from moelpr.process.command import CommandParser, run_command
@@ -18,6 +21,7 @@ from moelpr.project.places import Places
 from moelpr.project.reading import read_project, schema
 from moelpr.project.running import SUBMIT, run_here, run_task, submit
 from moelpr.project.template import template
+from moelpr.project.training import check_words
 
 
 def main() -> None:
@@ -27,7 +31,10 @@ def main() -> None:
         return
     file = read_project(args.file)
     if args.command == "plan":
-        print(tables.plan(Places(file)))
+        places = Places(file)
+        print(tables.plan(places))
+        for stage in places.stages if args.check else ():
+            _check(places, stage)
     elif args.command == "status":
         print(tables.status(Places(file)))
     elif args.task:
@@ -55,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         command.add_argument("file", type=Path, metavar="languages.yaml", help="the file; moelpr init prints one")
+        if name == "plan":
+            check = "also run each stage without a GPU, as some ranks of the cluster (moelpr check; half a minute each)"
+            command.add_argument("--check", action="store_true", help=check)
     add = command.add_argument
     redo = "training to start again after an edit, with those after it; what they had is kept in STAGE.before-1"
     add("--redo", choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
@@ -65,6 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", metavar="NAME", help="do only this step, on this node of a cluster")
     add("--made-as", metavar="ID", help=argparse.SUPPRESS)
     return parser
+
+
+def _check(places: Places, stage: str) -> None:
+    """Run `moelpr check` of a stage.
+
+    Raises:
+        SystemExit: It failed; the code is its own.
+    """
+    words = check_words(places, stage)
+    print(f"\n{stage}: {shlex.join(words)}\n", flush=True)
+    if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+        sys.exit(code)
 
 
 def _language(text: str) -> tuple[str, str]:

@@ -1,10 +1,12 @@
 """The training tasks of a project: upcycling and the stages, with as many tokens as the budget and the text allow."""
 
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.recipes import find_recipe
 from moelpr.model_spec import FILE_NAME as SPEC_FILE
+from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.process.errors import UserError
 from moelpr.project.budget import estimated_tokens, shares, tokens_of, total_tokens
 from moelpr.project.places import Places
@@ -52,21 +54,10 @@ def stage(places: Places, name: str, before: str) -> Task:
     """A stage, which starts from the output of the task `before`; its text decides its command."""
     save, layout, own = places.folder / name, places.layouts.of(name), places.own(name)
     recipe = recipe_of(name, own)
-    codes = {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[name]
-    sources = ["replay"] if name == "stage2" else [f"preprocess-{code}" for code in codes]
+    sources = ["replay"] if name == "stage2" else [f"preprocess-{code}" for code in _codes(places, name)]
 
     def command() -> list[str]:
-        fixed: dict[str, Any] = {
-            "recipe": recipe,
-            "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
-            "data-path": data(places, name),
-            "save": save,
-            "train-new-embeddings": bool(places.project.vocabulary) and name == "stage1",
-            "validation-data": validation(places, name),
-            **(_STAGE0_FLAGS if name == "stage0" else {}),
-            **({} if LENGTH_FLAGS & own.keys() else length(places, name)),
-        }
-        return words(name, own, fixed)
+        return words(name, own, _fixed(places, name, before, data(places, name), length(places, name)))
 
     tokens = expected_tokens(places, name)
     return Task(
@@ -85,6 +76,63 @@ def stage(places: Places, name: str, before: str) -> Task:
         nodes=layout.nodes,
         gpus_per_node=layout.gpus_per_node,
     )
+
+
+def check_words(places: Places, name: str) -> list[str]:
+    """The command `moelpr check` of a stage on the GPUs of the project; its text and model need not be there yet.
+
+    Raises:
+        UserError: The project has no GPUs, or some that are unknown.
+    """
+    experts, layout, own, cluster = places.project.experts, places.layouts.of(name), places.own(name), _gpus(places)
+    before = ["convert", *places.stages][places.stages.index(name)]
+    try:
+        text = data(places, name), length(places, name)
+    except UserError:
+        corpora = ["replay"] if name == "stage2" else _codes(places, name)
+        text = [str(places.corpus(corpus)) for corpus in corpora], {"train-iters": 1000}
+    model = {
+        "nnodes": layout.nodes,
+        "nproc-per-node": layout.gpus_per_node,
+        "gpu": next(name for name, gpu in GPUS.items() if gpu == cluster.gpu),
+        "hf-path": places.base if places.base.exists() else places.model_name,
+        "num-new-experts": places.layouts.num_new_experts,
+        "topk": experts.topk,
+        "original-copies": experts.copies,
+        "moe-every-k-layers": experts.every_k_layers,
+        "num-new-tokens": places.project.vocabulary and places.project.vocabulary.new_tokens,
+    }
+    _, _, *flags = words(name, own, model | _fixed(places, name, before, *text))
+    return ["moelpr", "check", *flags, *layout.flags, *settings(own)]
+
+
+def _fixed(places: Places, stage: str, before: str, data: Sequence[str], length: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a stage that the project decides, without dashes."""
+    own = places.own(stage)
+    return {
+        "recipe": recipe_of(stage, own),
+        "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
+        "data-path": data,
+        "save": places.folder / stage,
+        "train-new-embeddings": bool(places.project.vocabulary) and stage == "stage1",
+        "validation-data": validation(places, stage),
+        **(_STAGE0_FLAGS if stage == "stage0" else {}),
+        **length,
+    }
+
+
+def _gpus(places: Places) -> Cluster:
+    if (cluster := places.layouts.cluster) is None or cluster.gpu not in GPUS.values():
+        place, found = places.file.at("hardware", "gpu"), "an unknown one" if cluster else "none"
+        raise UserError(
+            f"{place}--check runs stages as on GPUs, got {found}; set hardware.gpu to one of {', '.join(GPUS)}"
+        )
+    return cluster
+
+
+def _codes(places: Places, stage: str) -> Collection[str]:
+    """The languages whose corpora a stage reads; stage 2 has one of its own."""
+    return {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[stage]
 
 
 def data(places: Places, stage: str) -> list[str]:
@@ -112,8 +160,10 @@ def corpus_files(places: Places, stage: str) -> list[Path]:
 
 
 def length(places: Places, stage: str) -> dict[str, Any]:
-    """The flag that says how long a stage trains."""
+    """The flag that says how long a stage trains, unless the user's do."""
     project = places.project
+    if LENGTH_FLAGS & places.own(stage).keys():
+        return {}
     if stage == "stage2":
         return {"train-epochs": project.replay.epochs}
     if project.corpora and project.budget.epochs:
@@ -127,8 +177,6 @@ def length(places: Places, stage: str) -> dict[str, Any]:
 
 def expected_tokens(places: Places, stage: str) -> float | None:
     """The tokens of a stage, if they are known."""
-    if LENGTH_FLAGS & places.own(stage).keys():
-        return None
     try:
         return length(places, stage).get("train-tokens")
     except UserError:  # the text decides it, which is not tokenized yet

@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project
+from moelpr.project.training import check_words
 from tests.dry_run.cases import LAYOUT_NAMES, RECIPES
+from tests.support.tiny_project import write_project
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_A_LAYER = "Event.synchronize in moe/token_dispatcher.py _maybe_dtoh_and_synchronize"
@@ -70,9 +74,26 @@ def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:
     assert one["moved"][0] == pytest.approx(one["traffic"][0] * 7 / 8, rel=0.02)
 
 
-def check(*words: str) -> subprocess.CompletedProcess:
+def check(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "moelpr", "check", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tmp_path: Path, monkeypatch) -> None:
+    """The command is that of `moelpr plan --check`: neither text nor checkpoint is there."""
+    path = write_project(tmp_path)
+    path.write_text(path.read_text().replace("gpu: none", "gpu: h100-80\n  gpus: 2\n  gpus_per_node: 2"))
+    monkeypatch.chdir(tmp_path)
+    _, _, *words = check_words(Places(read_project(path)), "stage2")
+    done = check(*words, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [rank["rank"] for rank in found["ranks"]] == [0] and found["disagreements"] == []
+    for rank in found["ranks"]:
+        assert rank["peak_bytes"] == sum(rank["memory_bytes"].values()) > 0
+        assert sum(one["launches"] for one in rank["kernels"].values()) > 100
+    assert any("replay" in missing for missing in found["not_here"])
+    assert found["step_seconds"]["h100-80"]["dry_run"] > 0
 
 
 def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path) -> None:

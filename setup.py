@@ -8,9 +8,11 @@ EXTRAS = {
     "wandb": ["wandb"],
     "fast-tokenizer": ["gigatoken"],
     "language-id": ["py3langid"],
+    # datatrove's own extra has packages that wheels for Python 3.13 do not exist of, or that we do not use.
+    "clean": ["datatrove>=0.10", "fasttext-predict", "orjson", "py3langid", "xxhash<4", "zstandard"],
 }
 # What the extras add is tested too.
-TEST = ["gigatoken", "hypothesis", "kubeflow-trainer-api", "py3langid", "pytest", "pytest-timeout"]
+TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout"]
 
 setup(
     name="moelpr",

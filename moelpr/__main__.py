@@ -34,6 +34,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "status": Tool(PROJECT, "show what is done, and when the rest will be"),
     },
     "Text": {
+        "clean": Tool("data_tools.clean_text", "remove other languages, near duplicates and evaluation text"),
         "preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),
         "tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
         "merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),

@@ -14,21 +14,18 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from data_tools.preprocessing.batches import Batch
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, reports_panics
 
 _CHECK_EVERY_S = 5.0
 
 # Set in each worker, which inherits the function with its loaded tokenizer when it is forked.
-_work: Callable[[Batch], Any]
+_work: Callable[[Any], Any]
 
 
 @contextmanager
-def worker_pool[T](
-    work: Callable[[Batch], T], workers: int
-) -> Iterator[Callable[[Iterator[Batch]], Iterator[tuple[Batch, T]]]]:
-    """Start worker processes that call `work`, and stop them in the end.
+def worker_pool[B, T](work: Callable[[B], T], workers: int) -> Iterator[Callable[[Iterator[B]], Iterator[tuple[B, T]]]]:
+    """Start worker processes that call `work` with batches, and stop them in the end.
 
     Yields:
         A function that yields batches with the results of `work`, in order, whatever the number of workers, and raises
@@ -36,7 +33,7 @@ def worker_pool[T](
     """
     others = set(multiprocessing.active_children())
 
-    def run(batches: Iterator[Batch]) -> Iterator[tuple[Batch, T]]:
+    def run(batches: Iterator[B]) -> Iterator[tuple[B, T]]:
         assert pool is not None
         submitted = ((batch, pool.submit(_run, batch)) for batch in batches)
         try:
@@ -81,7 +78,7 @@ def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
                     worker.kill()
 
 
-def started_pool(workers: int, work: Callable[[Batch], Any] | None = None) -> Any:
+def started_pool(workers: int, work: Callable[[Any], Any] | None = None) -> Any:
     """An executor whose worker processes are forked now, and end if this process is killed.
 
     A worker may be killed while it sends a result. The executor would wait for the rest of it indefinitely, because
@@ -112,7 +109,7 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(work: Callable[[Batch], Any] | None) -> None:
+def _start_worker(work: Callable[[Any], Any] | None) -> None:
     global _work
     if work is not None:
         _work = work
@@ -133,5 +130,5 @@ def _start_worker(work: Callable[[Batch], Any] | None) -> None:
 
 
 @reports_panics()
-def _run(batch: Batch) -> Any:
+def _run(batch: Any) -> Any:
     return _work(batch)

@@ -146,7 +146,7 @@ def run_tasks(
         for task in shots
         if any(cache.read(name, _CACHED + task, by_task[_CACHED + task]) is None for name, by_task in keys.items())
     ]
-    manager, tasks = _load_tasks(missing, settings["include_path"]) if missing else (None, {})
+    manager, tasks = load_tasks(missing, settings["include_path"]) if missing else (None, {})
     for name in tasks:
         # The harness would use 0 with a message that is easily missed.
         if shots[name] and any(_fixes_no_shots(task) for task in tasks[name]):
@@ -169,7 +169,7 @@ def _fixes_no_shots(task: Any) -> bool:
     return hasattr(task, "get_config") and task.get_config("num_fewshot") == 0  # a group has no settings
 
 
-def _load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, list[Any]]]:
+def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, list[Any]]]:
     """The harness's index of tasks, and each of `names` (tasks or groups) with its data, as the harness's objects."""
     from lm_eval.tasks import TaskManager
 

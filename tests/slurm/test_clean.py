@@ -35,4 +35,4 @@ def test_cleaning_on_slurm_equals_this_machine(cluster: Cluster, tmp_path: Path)
     found, expected = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.zst")} for name in ("there", "here")
     )
-    assert found == expected and len(found) == 3
+    assert found == expected and found

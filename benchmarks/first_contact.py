@@ -9,6 +9,7 @@ limit and in processes of its own, so that one that fails or hangs costs only it
 - the trainer, with random weights and text, on all GPUs: a model of Qwen1.5-1.8B's shape with 8 new experts and as
   many of its 24 layers as fit, in stage 1 with data parallelism alone and with expert parallelism, and in stage 2.
   Memory and tokens/s are compared with the planner's, the work that a step needs with the rate of a large product;
+- the same runs without the GPU (`moelpr check`), whose memory, kernels and waits are compared with the measured ones;
 - benchmarks.train_step on one GPU, with random routing;
 - benchmarks.expert_traffic on all GPUs, with random routing.
 
@@ -40,7 +41,7 @@ from benchmarks import common
 from moelpr.checkpoints.chain import RELEASE
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
-from moelpr.plan.gpus import GIB, Cluster, gpu_named
+from moelpr.plan.gpus import GIB, GPUS, Cluster, gpu_named
 from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import stage_flops, step_time
 from moelpr.process.command import CommandParser, run_command
@@ -51,7 +52,7 @@ from moelpr.store.run_folder import TRACKER_FILE
 from moelpr.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
-LIMITS_S = {"tests/gpu": 130, "trainer": 240, "train_step": 110, "expert_traffic": 110}
+LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 100, "train_step": 110, "expert_traffic": 110}
 USABLE = 0.9  # the share of a GPU's memory that a run may take
 
 
@@ -128,10 +129,12 @@ def main() -> None:
     spec, runs = trainer_runs(machine)
     run: dict[str, Callable[[], Part]] = {
         "tests/gpu": lambda: run_tests(folder),
-        "trainer": lambda: run_trainer(machine, spec, runs, folder),
+        "trainer": lambda: run_trainer(machine, runs, folder),
+        "dry_steps": lambda: run_dry_steps(machine, folder),
         "train_step": lambda: run_benchmark("train_step", machine.sizes.train_step, folder),
         "expert_traffic": lambda: run_expert_traffic(machine, folder),
     }
+    write_runs(machine, spec, runs, folder / "trainer")
     parts = [run[name]() if name in args.parts else Part(name, "not chosen", 0, {}) for name in run]
     text = as_markdown(machine, spec, runs, parts)
     write_text(folder / "log.md", text)
@@ -232,9 +235,8 @@ def run_tests(folder: Path) -> Part:
     return run_part("tests/gpu", words, folder, read)
 
 
-def run_trainer(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], folder: Path) -> Part:
-    """`results`: name → tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and matmul_flops of each GPU."""
-    work = folder / "trainer"
+def write_runs(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], work: Path) -> None:
+    """Write what the trainer's runs need: a checkpoint without weights, text, and their arguments."""
     shutil.rmtree(work, ignore_errors=True)  # an earlier check may have left it
     (work / "checkpoint" / RELEASE).mkdir(parents=True, exist_ok=True)
     (work / "checkpoint" / TRACKER_FILE).write_text(RELEASE)
@@ -244,6 +246,11 @@ def run_trainer(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], folde
     documents = ((random.integers(0, vocabulary, length), number % 2 == 0) for number in range(256))
     common.write_corpus(work / "text", vocabulary, documents)
     write_text(work / "runs.json", json.dumps({run.name: _arguments(run, work) for run in runs}))
+
+
+def run_trainer(machine: Machine, runs: list[TrainerRun], folder: Path) -> Part:
+    """`results`: name → `_measured`, and matmul_flops of each GPU."""
+    work = folder / "trainer"
     words = f"moelpr.torchrun --standalone --nproc-per-node {machine.ranks} -m benchmarks.trainer_steps".split()
 
     def read() -> dict[str, Any]:
@@ -268,6 +275,7 @@ def _arguments(run: TrainerRun, work: Path) -> list[str]:
 
 
 def _measured(run: TrainerRun, last_rank: dict[str, Any], matmul_flops: float) -> dict[str, float]:
+    """tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and on a GPU kernels and waits of the last step."""
     found = last_rank["runs"][run.name]
     tokens_per_s = statistics.median(step["tokens_per_s"] for step in found["steps"][WARMUP_STEPS:])
     tokens_per_s /= run.layout.world_size
@@ -275,7 +283,16 @@ def _measured(run: TrainerRun, last_rank: dict[str, Any], matmul_flops: float) -
         "tokens_per_s": tokens_per_s,
         "memory_gib": found["steps"][-1]["peak_memory_gib"] - found["held_gib"],
         "share_of_matmul_rate": tokens_per_s * run.flops_per_token / matmul_flops,
+        **{name: found["steps"][-1][name] for name in ("kernels", "waits") if name in found["steps"][-1]},
     }
+
+
+def run_dry_steps(machine: Machine, folder: Path) -> Part:
+    """`results`: name → memory_gib, kernels and waits."""
+    work = folder / "trainer"
+    gpu = next((name for name, gpu in GPUS.items() if gpu == machine.cluster.gpu), "h100-80")
+    words = ["benchmarks.dry_steps", str(work), gpu, str(machine.ranks)]
+    return run_part("dry_steps", words, folder, lambda: json.loads((work / "dry.json").read_text()))
 
 
 def run_benchmark(name: str, options: str, folder: Path) -> Part:
@@ -308,7 +325,7 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
     """A section of docs/LOG.md."""
-    tests, trainer, steps, traffic = parts
+    tests, trainer, dry, steps, traffic = parts
     shape, sizes = spec.megatron_args, machine.sizes
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     kind = " (dry run: the numbers mean nothing)" if machine.is_dry_run else ""
@@ -319,16 +336,18 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
         f"{shape['hidden_size']}, {sizes.new_experts} new experts, top-2, micro-batches of {sizes.micro_batch_size} × "
         f"{sizes.seq_length} tokens, random weights and text; medians of {STEPS} steps.",
         "",
-        f"| {machine.name} | tokens/s per GPU | predicted | share of matmul rate | memory, GiB | planned |",
-        "|---|---|---|---|---|---|",
+        f"| {machine.name} | tokens/s per GPU | predicted | share of matmul rate | memory, GiB | planned | dry run | "
+        "kernels of a step | dry run | waits of a step | dry run |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
-        found = (trainer.results or {}).get(run.name)
+        found, expected = ((part.results or {}).get(run.name) for part in (trainer, dry))
         lines.append(
             f"| trainer, {run.name} | {_number(found, 'tokens_per_s', ',.0f')} | "
             f"{'–' if run.predicted_tokens_per_s is None else f'{run.predicted_tokens_per_s:,.0f}'} | "
             f"{_number(found, 'share_of_matmul_rate', '.0%')} | {_number(found, 'memory_gib', '.2f')} | "
-            f"{run.planned_bytes / GIB:.2f} |"
+            f"{run.planned_bytes / GIB:.2f} | {_number(expected, 'memory_gib', '.2f')} | "
+            + "".join(f"{_number(one, key, ',')} | " for key in ("kernels", "waits") for one in (found, expected))
         )
     for name, found in (steps.results or {}).get("contenders", {}).items():
         lines.append(

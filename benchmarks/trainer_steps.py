@@ -10,13 +10,16 @@ and how much memory was still occupied by the run before.
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from benchmarks.common import install_megatron
 
+# Calls of CUDA in which the host waits for the GPU.
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize")
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -40,14 +43,42 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         report["runs"][name] = {"held_gib": torch.cuda.memory_allocated() / 2**30, "steps": steps}
-        with (
-            patch.object(training, "starting_weights", random_weights),
-            patch("moelpr.training.run_log.RunLog.step", lambda log, record: steps.append(record)),  # noqa: B023
-        ):
+        with patch.object(training, "starting_weights", random_weights), profiles_the_last_of(steps, arguments):
             training.train(arguments)
         (folder / f"rank{rank()}.json").write_text(json.dumps(report))
         destroy_global_state()
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def profiles_the_last_of(steps: list[dict[str, Any]], arguments: list[str]) -> Iterator[None]:
+    """Add each step's record to `steps`, and the kernels and waits of the last one to its record, if there is a GPU."""
+    import torch
+
+    profiler = torch.profiler.profile() if torch.cuda.is_available() else None
+    last = int(arguments[arguments.index("--train-iters") + 1])
+
+    def step(_: Any, record: dict[str, Any]) -> None:
+        steps.append(record)
+        if profiler and len(steps) == last - 1:
+            profiler.start()
+        elif profiler and len(steps) == last:
+            profiler.stop()
+            record |= kernels_and_waits(profiler.events())
+
+    with patch("moelpr.training.run_log.RunLog.step", step):
+        yield
+
+
+def kernels_and_waits(events: Iterable[Any]) -> dict[str, int]:
+    """The numbers of kernels and copies on the GPU, without NCCL's, and of waits of the host, among profiled events."""
+    import torch
+
+    names = [(event.device_type == torch.autograd.DeviceType.CUDA, event.name) for event in events]
+    return {
+        "kernels": sum(on_gpu and not name.startswith("nccl") for on_gpu, name in names),
+        "waits": sum(not on_gpu and name in WAITS for on_gpu, name in names),
+    }
 
 
 def random_weights(_: Any) -> Callable[[list[Any]], None]:

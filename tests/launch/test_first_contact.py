@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-ALL = ("tests/gpu", "trainer", "train_step", "expert_traffic")
+ALL = ("tests/gpu", "trainer", "dry_steps", "train_step", "expert_traffic")
 
 
 @pytest.mark.parametrize(
-    ("ranks", "parts"), [(1, ("tests/gpu", "trainer")), pytest.param(2, ALL, marks=pytest.mark.slow)]
+    ("ranks", "parts"), [(1, ("tests/gpu", "trainer", "dry_steps")), pytest.param(2, ALL, marks=pytest.mark.slow)]
 )
 def test_a_dry_run_measures_the_parts_and_writes_the_table(ranks: int, parts: tuple[str, ...], tmp_path: Path) -> None:
     command = [ROOT / "launch/first_contact.sh", "--dry-run", "--ranks", str(ranks), "--output", str(tmp_path)]
@@ -25,10 +25,11 @@ def test_a_dry_run_measures_the_parts_and_writes_the_table(ranks: int, parts: tu
     results = json.loads((tmp_path / "results.json").read_text())
     outcomes = {part["name"]: part["outcome"] for part in results["parts"]}
     assert outcomes == {name: "ran" if name in parts else "not chosen" for name in ALL}
-    tests, trainer, steps, traffic = (part["results"] for part in results["parts"])
+    tests, trainer, dry, steps, traffic = (part["results"] for part in results["parts"])
     assert tests["skipped"] > 0
     assert len(trainer["matmul_flops"]) == ranks and min(trainer["matmul_flops"]) > 0
     for run in results["runs"]:
+        assert dry[run["name"]]["kernels"] > 100 and dry[run["name"]]["waits"] > 0
         found = trainer[run["name"]]
         assert found["tokens_per_s"] > 0 and 0 < found["share_of_matmul_rate"] < 1 and found["memory_gib"] > 0
     if parts == ALL:

@@ -5,12 +5,15 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from benchmarks import first_contact
 from benchmarks.first_contact import USABLE, Machine, Part, as_markdown, find_machine, run_part, trainer_runs
+from benchmarks.trainer_steps import kernels_and_waits
 from moelpr.plan.gpus import GIB
 from moelpr.process.errors import UserError
 
@@ -65,17 +68,22 @@ def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmu
     machine = Machine(H100, 8, 79.2)
     spec, runs = trainer_runs(machine)
     steps = [{"tokens_per_s": tokens, "peak_memory_gib": 41.5} for tokens in (1.0, 1.0, 80_000.0, 88_000.0, 96_000.0)]
+    steps[-1] |= {"kernels": 31_000, "waits": 97}
     last_rank = {"runs": {run.name: {"held_gib": 0.5, "steps": steps} for run in runs}}
     rates = [600e12, 650e12]
     found = {run.name: first_contact._measured(run, last_rank, min(rates)) for run in runs}
     share = pytest.approx(11_000 * runs[0].flops_per_token / 600e12)
-    assert found[runs[0].name] == {"tokens_per_s": 11_000, "memory_gib": 41.0, "share_of_matmul_rate": share}
+    assert found[runs[0].name] == {"tokens_per_s": 11_000, "memory_gib": 41.0, "share_of_matmul_rate": share} | {
+        "kernels": 31_000,
+        "waits": 97,
+    }
     contenders = {"ours, stage1": {"tokens_per_s": 9e3, "share_of_matmul_rate": 0.4}, "peer": {"tokens_per_s": 7e3}}
     traffic = dict(expert_parallel=8, ratio_mean_sent=0.8, wanted_ratio=0.82, ratio_step_time_stage1=0.7)
     traffic["ratio_step_time_stage2"] = 0.5
     parts = [
         Part("tests/gpu", "ran", 60, {"passed": 14, "skipped": 2}),
         Part("trainer", "ran", 200, {"matmul_flops": rates, **found}),
+        Part("dry_steps", "ran", 50, {runs[0].name: {"memory_gib": 40.25, "kernels": 29_000, "waits": 96}}),
         Part("train_step", "ran", 50, {"contenders": contenders}),
         Part("expert_traffic", "ran", 40, [traffic]),
     ]
@@ -83,11 +91,25 @@ def test_the_table_has_measured_and_predicted_numbers_and_the_share_of_the_matmu
     (row,) = (line for line in text.splitlines() if line.startswith("| trainer, stage 1, DP 8 |"))
     predicted, share = runs[0].predicted_tokens_per_s, found[runs[0].name]["share_of_matmul_rate"]
     cells = ["11,000", f"{predicted:,.0f}", f"{share:.0%}", "41.00", f"{runs[0].planned_bytes / GIB:.2f}"]
+    cells += ["40.25", "31,000", "29,000", "97", "96"]
     assert row.strip("| ").split(" | ") == ["trainer, stage 1, DP 8", *cells]
     assert "first contact with 8 × NVIDIA H100 80GB HBM3" in text.splitlines()[0]
     assert "| train_step, one GPU: ours, stage1 | 9,000 | – | 40% |" in text
     assert "Matmul rate: 600 to 650 TFLOP/s, data sheet 989" in text
     assert "bytes 0.80 (wanted 0.82)" in text and "14 passed, 2 skipped" in text
+
+
+def test_kernels_and_waits_are_counted_among_profiled_events() -> None:
+    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    names = [
+        (gpu, "gemm"),
+        (gpu, "Memcpy DtoH (Device -> Pinned)"),
+        (gpu, "ncclDevKernel_AllReduce_Sum"),
+        (gpu, "silu"),
+    ]
+    names += [(host, "aten::mm"), (host, "cudaLaunchKernel"), (host, "cudaStreamSynchronize")]
+    events = [SimpleNamespace(device_type=device, name=name) for device, name in names]
+    assert kernels_and_waits(events) == {"kernels": 3, "waits": 1}
 
 
 def test_the_table_of_parts_that_failed_has_no_numbers_but_says_so() -> None:

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-real-model gpu-check check format venv clean
+.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-real-model gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -36,6 +36,10 @@ test-mergekit: venv ## upcycling against mergekit, which is installed into .venv
 test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 	@tests/readers/install.sh
 	.venv-readers/bin/python -m pytest -m readers tests/readers
+
+test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-trackers (200 MB)
+	@tests/trackers/install.sh
+	.venv-trackers/bin/python -m pytest -m trackers tests/trackers
 
 test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-model
 	@examples/real_model/install.sh

@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "eval": ["lm-eval[hf]"],
     "wandb": ["wandb"],
+    "mlflow": ["mlflow-skinny"],
+    "trackio": ["trackio"],
     "fast-tokenizer": ["gigatoken"],
     "language-id": ["py3langid"],
     # datatrove's own extra has packages that wheels for Python 3.13 do not exist of, or that we do not use.
@@ -78,6 +80,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "cuda-toolkit[curand]; sys_platform == 'linux'"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         **EXTRAS,
-        "all": [package for packages in EXTRAS.values() for package in packages],  # the image has them
+        "all": [package for name, packages in EXTRAS.items() for package in packages if name != "trackio"],
     },
 )

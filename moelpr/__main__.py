@@ -61,6 +61,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     "Results": {
         "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
         "report": Tool("moelpr.report.__main__", "make the report of runs, or follow one (report live)"),
+        "track": Tool("moelpr.metrics.__main__", "send runs and results to W&B, MLflow or trackio"),
     },
 }
 TOOLS = {name: tool for group in GROUPS.values() for name, tool in group.items()}

@@ -46,6 +46,10 @@ _HELP = {
     "--warn-window": "Number of steps averaged per warning check (default: %(default)s).",
     "--grace-seconds": "Seconds from a scheduler's request to stop to its kill; warn if a step and a save take longer "
     "(default: the variable MOELPR_GRACE_SECONDS).",
+    "--mlflow-experiment": "Log to this experiment of MLflow, at the server that MLFLOW_TRACKING_URI names.",
+    "--trackio-project": "Log to this project of trackio.",
+    "--tracker-run": "Record of the run in trackers; several stages that share one are one run there, and the first "
+    "makes it (default: tracker.json in --save, a run per stage).",
     "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
     "--allow-untested": "Flags of Megatron, without dashes, to accept although this trainer is not tested with them "
     "(default: none).",
@@ -83,6 +87,9 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT")
     add("--warn-window", type=int, default=50, metavar="STEPS")
     add("--grace-seconds", type=float, default=os.environ.get(GRACE_VARIABLE), metavar="S")
+    add("--mlflow-experiment", metavar="NAME")
+    add("--trackio-project", metavar="NAME")
+    add("--tracker-run", metavar="FILE")
     add("--fp32", action="store_true")
     add("--allow-untested", nargs="+", action="extend", metavar="FLAG")
     add("--debug", action="store_true")

@@ -17,6 +17,7 @@ from moelpr.arguments.length import set_train_iters
 from moelpr.arguments.requested import RequestedRun
 from moelpr.arguments.requirements import apply_machine, apply_method
 from moelpr.arguments.settings import RunSettings
+from moelpr.megatron_patches import hooks
 from moelpr.model.config import MoELPRConfig
 from moelpr.process.errors import UserError
 from moelpr.process.ranks import is_first_rank
@@ -56,7 +57,8 @@ def register_arguments(run: RequestedRun, settings: RunSettings) -> argparse.Nam
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
         )
-        set_global_variables(args, build_tokenizer=False)
+        with hooks.without_wandb():  # moelpr.metrics.tracking does
+            set_global_variables(args, build_tokenizer=False)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise refused_by_megatron(error) from error
     return args

@@ -104,6 +104,11 @@ def operations_per_sequence(number: float) -> AbstractContextManager[None]:
     return _replaced("num_floating_point_operations", lambda _, named: number * named["batch_size"])
 
 
+def without_wandb() -> AbstractContextManager[None]:
+    """Have Megatron not log to Weights & Biases: its steps restart in every stage, and it logs all settings."""
+    return _replaced("_set_wandb_writer", lambda call, named: None, global_vars)
+
+
 def set_signal_handler(handler: Any) -> None:
     """Have Megatron ask `handler.signals_received()` after each step; its own handler supports only one signal."""
     get_args().exit_signal_handler = True

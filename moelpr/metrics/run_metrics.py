@@ -75,6 +75,26 @@ class WarningEvent(TypedDict):
     message: NotRequired[str]
 
 
+class ProbeEvent(TypedDict):
+    """Scores on benchmarks of a step that was saved.
+
+    Attributes:
+        iteration: The number of steps before it.
+        event: "probe".
+        stage: The stage that trains.
+        scores: Benchmark/language -> score, from 0 to 100.
+        seconds: How long the probe took.
+        waited_s: How long training waited for it.
+    """
+
+    iteration: int
+    event: Literal["probe"]
+    stage: NotRequired[str]
+    scores: dict[str, Number]
+    seconds: NotRequired[Number]
+    waited_s: NotRequired[Number]
+
+
 class OtherEvent(TypedDict):
     """An event of another version."""
 
@@ -88,7 +108,12 @@ _Step = TypedDict(  # type: ignore[misc]  # its keys are those of the table
 )
 _EVENTS = {
     event: TypeAdapter[Any](kind)
-    for event, kind in ((None, _Step), ("validation", ValidationEvent), ("warning", WarningEvent))
+    for event, kind in (
+        (None, _Step),
+        ("validation", ValidationEvent),
+        ("warning", WarningEvent),
+        ("probe", ProbeEvent),
+    )
 }
 _OTHER = TypeAdapter[Any](OtherEvent)
 
@@ -100,6 +125,7 @@ class RunMetrics:
     steps: list[Step] = field(default_factory=list)
     validations: list[ValidationEvent] = field(default_factory=list)
     warnings: list[WarningEvent] = field(default_factory=list)
+    probes: list[ProbeEvent] = field(default_factory=list)
 
 
 class LineParser:
@@ -147,23 +173,31 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
     steps: dict[int, Step] = {}
     passes: dict[int, ValidationEvent] = {}
     warnings: list[WarningEvent] = []
+    probes: dict[int, ProbeEvent] = {}
     with_layers: list[int] = []  # steps after the first ones that still have their values per layer
-    for record in _records(path):
+    for record in read_records(path):
         iteration, event = record["iteration"], record.get("event")
         if event == "warning":
             warnings.append(record)
         elif event == "validation":
             passes[iteration] = record
+        elif event == "probe":
+            probes[iteration] = record
         elif event is None:
             steps[iteration] = record
             if layers_at_ends is not None and len(steps) > layers_at_ends:
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
                     _keep_means(steps[with_layers.pop(0)])
-    return RunMetrics([steps[key] for key in sorted(steps)], [passes[key] for key in sorted(passes)], warnings)
+    return RunMetrics(_in_order(steps), _in_order(passes), warnings, _in_order(probes))
 
 
-def _records(path: Path) -> Iterator[Any]:
+def _in_order[T](by_iteration: dict[int, T]) -> list[T]:
+    return [by_iteration[key] for key in sorted(by_iteration)]
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a file in its order; the same UserErrors as `read_run_metrics`."""
     parser = LineParser()
     try:
         with path.open("rb") as file:

@@ -29,7 +29,7 @@ class Metric(str):
     tag: str = ""  # the TensorBoard tag, with a place for each axis; "" if it is Megatron's, or there is none
     in_chart: bool = True  # whether the report draws it
     in_progress: bool = False  # whether the trainer's progress line and the report's table of curves show it
-    in_wandb: bool = False  # whether Weights & Biases gets it, as a mean over MoE layers
+    tracked: str = ""  # its name in trackers, Megatron's if there is one; they get means over MoE layers; "": not there
     is_fraction: bool = False  # whether charts show it as a percentage
     is_noisy: bool = True  # whether charts show its running mean
 
@@ -44,10 +44,15 @@ class Metric(str):
 
 # Readers show metrics in this order.
 METRICS = (
-    LM_LOSS := Metric("lm_loss", "next-token loss", "nats per token", "loss", in_progress=True),
-    *(Metric(f"lm_loss_{g}", "next-token loss", "nats per token", f"loss, {g}", group=g) for g in GROUP_NAMES),
-    BALANCE_LOSS := Metric("balance_loss", "balance loss", label="balance", in_progress=True),
-    LPR_LOSS := Metric("lpr_loss", "LPR loss", "nats", "LPR", tag="lpr loss", in_progress=True, in_wandb=True),
+    LM_LOSS := Metric("lm_loss", "next-token loss", "nats per token", "loss", tracked="lm loss", in_progress=True),
+    *(
+        Metric(f"lm_loss_{g}", "next-token loss", "nats per token", f"loss, {g}", group=g, tracked=f"lm loss {g}")
+        for g in GROUP_NAMES
+    ),
+    BALANCE_LOSS := Metric(
+        "balance_loss", "balance loss", label="balance", tracked="load_balancing_loss", in_progress=True
+    ),
+    LPR_LOSS := Metric("lpr_loss", "LPR loss", "nats", "LPR", tag="lpr loss", tracked="lpr loss", in_progress=True),
     *(
         Metric(
             f"{share}_{group}",
@@ -56,17 +61,21 @@ METRICS = (
             axes="L",
             tag=f"{share}_{group}/moe layer {{}}",
             is_fraction=True,
-            in_wandb=share == "original_first_share",
+            tracked=f"{share}_{group}" if share == "original_first_share" else "",
         )
         for share, title in ROUTING_SHARES.items()
         for group in GROUP_NAMES
     ),
-    GRAD_NORM := Metric("grad_norm", "gradient norm", label="grad norm"),
-    LEARNING_RATE := Metric("learning_rate", "learning rate", is_noisy=False),
-    TOKENS_PER_S := Metric("tokens_per_s", "tokens per second", label="tokens/s", in_progress=True),
-    PEAK_MEMORY_GIB := Metric("peak_memory_gib", "memory", "GiB", "memory, GiB", in_chart=False),
+    GRAD_NORM := Metric("grad_norm", "gradient norm", label="grad norm", tracked="grad-norm"),
+    LEARNING_RATE := Metric("learning_rate", "learning rate", tracked="learning-rate", is_noisy=False),
+    TOKENS_PER_S := Metric(
+        "tokens_per_s", "tokens per second", label="tokens/s", tracked="tokens_per_s", in_progress=True
+    ),
+    PEAK_MEMORY_GIB := Metric(
+        "peak_memory_gib", "memory", "GiB", "memory, GiB", tracked="peak_memory_gib", in_chart=False
+    ),
     STEP_TIME_S := Metric("step_time_s", "time of a step", "s", in_chart=False),
-    CONSUMED_TOKENS := Metric("consumed_tokens", "trained tokens", in_chart=False),
+    CONSUMED_TOKENS := Metric("consumed_tokens", "trained tokens", tracked="consumed_tokens", in_chart=False),
     ROUTER_SCORE := Metric(
         "router_score", "router score", axes="LE", tag="router score, moe layer {}/expert {}", in_chart=False
     ),

@@ -1,15 +1,20 @@
 """Where a project's outputs are, and what of it several steps need."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moelpr.arguments.recipes import recipe_argv
 from moelpr.data.manifest import Manifest
+from moelpr.metrics.tracking import TrackedRun
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language
 from moelpr.project.reading import HUB_NAME, ProjectFile
 from moelpr.project.steps import stage_flags
+
+PLAN_FILE = "plan.txt"  # what a project with trackers was expected to take
 
 
 class Places:
@@ -39,6 +44,12 @@ class Places:
     def layouts(self) -> Layouts:
         model = self.base if self.base.exists() else Path(self.model_name)
         return Layouts(self.file, model, lambda stage: stage_flags(stage, self.own(stage)))
+
+    @property
+    def trackers(self) -> list[str]:
+        """The flags about trackers; the steps share one run there. Empty without trackers."""
+        flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(self.project.trackers).items() if value}
+        return recipe_argv(flags | {"--tracker-run": str(self.folder / TrackedRun.FILE_NAME)}) if flags else []
 
     @property
     def base_task(self) -> tuple[str, ...]:

@@ -172,10 +172,16 @@ class Benchmarks:
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Trackers:
+    """All steps log to one run, whose steps go on from stage to stage; TensorBoard files are always written."""
+
     wandb_project: str | None = None
-    """Project of Weights & Biases that both stages log to; TensorBoard files are always written."""
+    """Project of Weights & Biases."""
     wandb_entity: str | None = None
     """Its user or team."""
+    mlflow_experiment: str | None = None
+    """Experiment of MLflow, at the server that MLFLOW_TRACKING_URI names."""
+    trackio_project: str | None = None
+    """Project of trackio."""
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -219,7 +225,7 @@ class Project:
     benchmarks: Benchmarks | None = None
     """Benchmarks of lm-evaluation-harness, for base and result (default: none; requires the extra eval)."""
     trackers: Trackers = field(default_factory=Trackers)
-    """Where the stages log to."""
+    """Where metrics, settings, plan, evaluation and the report's pictures are logged."""
     corpora: Corpora | None = None
     """Corpora that exist already."""
     steps: dict[str, Flags] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.project.places import Places
+from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.steps import settings, words
 from moelpr.workflow.task import Task
 
@@ -15,7 +15,8 @@ _CONTINUATION_TOKENS = 40
 def result_tasks(places: Places) -> list[Task]:
     """The tasks after training, in order."""
     found = [export(places), *([graft(places)] if places.project.chat else []), evaluate(places), routing(places)]
-    return [*found, *([benchmarks(places)] if places.project.benchmarks else []), card(places), report(places)]
+    found += [*([benchmarks(places)] if places.project.benchmarks else []), card(places), report(places)]
+    return [*found, *([track(places)] if places.trackers else [])]
 
 
 def export(places: Places) -> Task:
@@ -132,6 +133,19 @@ def report(places: Places) -> Task:
         made_from=(*places.stages, "evaluate", "routing"),
         is_complete=(places.folder / "report.html").is_file,
     )
+
+
+def track(places: Places) -> Task:
+    """Send results, report and plan to the trackers, and what they lack of the stages."""
+    names = ["results", "routing", *(["harness"] if places.project.benchmarks else [])]
+    fixed: dict[str, Any] = {
+        "results": [places.evaluation / f"{name}.json" for name in names],
+        "files": [places.evaluation, places.folder / "report.html", places.folder / PLAN_FILE, places.file.path],
+    }
+    runs = [str(places.folder / stage) for stage in places.stages]
+    made_from = ("report", *(["benchmarks"] if places.project.benchmarks else []))
+    command = [*words("track", places.own("track"), fixed, *runs), *places.trackers]
+    return Task(name="track", command=command, made_from=made_from)
 
 
 def _models(places: Places) -> list[str]:

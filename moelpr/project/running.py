@@ -7,10 +7,10 @@ from moelpr.process.errors import UserError
 from moelpr.project.budget import check_budget
 from moelpr.project.chain import workflow_of
 from moelpr.project.flags import check_flags
-from moelpr.project.places import Places
+from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.reading import ProjectFile
-from moelpr.project.tables import changes
-from moelpr.store.files import LOCK_FILE, locked, make_folder
+from moelpr.project.tables import changes, plan
+from moelpr.store.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine
 from moelpr.workflow.workflow import Outlook, Workflow
@@ -26,6 +26,7 @@ def run_here(file: ProjectFile, redo: str | None, is_dry: bool) -> None:
         return
     check(file, outlooks)
     make_folder(workflow.folder)
+    _keep_plan(Places(file))
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
         _slurm(workflow, file).refuse_active()
         check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
@@ -45,10 +46,17 @@ def submit(file: ProjectFile, redo: str | None, where: str, render_only: bool) -
     print(changes(outlooks), end="")
     check(file, outlooks)
     make_folder(workflow.folder)
+    _keep_plan(Places(file))
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
         if not render_only:
             workflow.set_aside(outlooks)
         SUBMIT[where](workflow, file, render_only)
+
+
+def _keep_plan(places: Places) -> None:
+    """Write the first plan for the trackers: later ones have only what is left."""
+    if places.trackers and not (path := places.folder / PLAN_FILE).exists():
+        write_text(path, plan(places) + "\n")
 
 
 def _slurm(workflow: Workflow, file: ProjectFile) -> slurm.Chain:

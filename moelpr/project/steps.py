@@ -22,6 +22,7 @@ STEPS = {
     "benchmarks": "evaluate harness",
     "card": "card",
     "report": "report",
+    "track": "track",
 }
 # A project decides these by itself; every other flag of a step can be set under its name.
 OWN_FLAGS = frozenset(

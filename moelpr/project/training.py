@@ -63,7 +63,7 @@ def stage(places: Places, name: str, before: str) -> Task:
     return Task(
         name=name,
         command=command,
-        settings=[*layout.flags, *_trackers(places, name), *settings(own)],
+        settings=[*layout.flags, *places.trackers, *settings(own)],
         made_from=(before, *([] if places.project.corpora else sources)),
         # It only measures on held-out text.
         decided_by=places.text_tasks if validation(places, name) else (),
@@ -189,11 +189,3 @@ def validation(places: Places, stage: str) -> list[str] | None:
         return None
     codes = [code for code, language in places.languages.items() if not language.held_out]
     return [f"{code}={places.corpus(f'{code}_validation')}" for code in codes] or None
-
-
-def _trackers(places: Places, stage: str) -> list[str]:
-    trackers = places.project.trackers
-    if not trackers.wandb_project:
-        return []
-    found = ["--wandb-project", trackers.wandb_project, "--wandb-exp-name", f"{places.folder.name}-{stage}"]
-    return [*found, "--wandb-entity", trackers.wandb_entity] if trackers.wandb_entity else found

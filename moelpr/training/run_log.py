@@ -1,4 +1,4 @@
-"""The destinations of a run's records: metrics.jsonl, TensorBoard, Weights & Biases, and stderr (a bar or lines).
+"""The destinations of a run's records: metrics.jsonl, TensorBoard, trackers, and stderr (a bar or lines).
 
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
@@ -14,11 +14,11 @@ from typing import Any, TextIO
 
 import numpy as np
 from megatron.training import get_args, get_tensorboard_writer
-from megatron.training.global_vars import get_wandb_writer
 from tqdm import tqdm
 
-from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of, mean_of
+from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
 from moelpr.metrics.schema import METRICS, STEP_TIME_S
+from moelpr.metrics.tracking import Tracking, values_of
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.files import write_text
@@ -29,8 +29,12 @@ from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
 class RunLog:
     """Opened by the first record, which removes what an interrupted run wrote after its last checkpoint."""
 
-    def __init__(self, stage: str, early_warnings: EarlyWarnings) -> None:
-        self.stage, self.early_warnings = stage, early_warnings
+    def __init__(
+        self, stage: str, early_warnings: EarlyWarnings, track: Callable[[bool], Tracking | None] = lambda is_new: None
+    ) -> None:
+        """`track(is_new)` starts to send to trackers, if there are any; it is told whether metrics.jsonl is new."""
+        self.stage, self.early_warnings, self._track = stage, early_warnings, track
+        self._tracking: Tracking | None = None
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
         self._first_time = time.monotonic()
@@ -40,7 +44,6 @@ class RunLog:
         """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
         _write_to_tensorboard(record, with_layers=record["iteration"] % get_args().log_interval == 0)
-        _write_to_wandb(record)
         self._show_progress(record, get_args().train_iters, get_args().log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
@@ -56,8 +59,6 @@ class RunLog:
                 tag = f"validation {unit}/{language}"
                 if (writer := get_tensorboard_writer()) is not None:
                     writer.add_scalar(tag, value, iteration)
-                if (wandb := get_wandb_writer()) is not None:
-                    wandb.log({tag: value}, iteration)
         self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
         self.warn(iteration, self.early_warnings.validation(event))
 
@@ -78,7 +79,7 @@ class RunLog:
     def close(self) -> None:
         if (writer := get_tensorboard_writer()) is not None:
             writer.flush()  # Megatron does before the last validation, and a thread of the writer may not get to it
-        for output in (self._file, self._bar):
+        for output in (self._file, self._bar, self._tracking):
             if output is not None:
                 output.close()
 
@@ -86,10 +87,17 @@ class RunLog:
         save = get_args().save
         if save and self._file is None:
             Path(save).mkdir(parents=True, exist_ok=True)
+            is_new = not (Path(save) / METRICS_FILE).exists()
             self._file = open_metrics(Path(save) / METRICS_FILE, before_iteration, self.early_warnings.remember)
+            if (tracking := self._track(is_new)) is not None:
+                self._tracking = tracking
+                _share_scalars(tracking)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+        if self._tracking is not None:
+            self._tracking.add(record["iteration"], values_of(record))
+            self._tracking.flush()
 
     def _show_progress(self, record: Step, total: int, log_interval: int) -> None:
         """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
@@ -172,13 +180,19 @@ def _write_to_tensorboard(record: Step, with_layers: bool) -> None:
                     writer.add_scalar(metric.tag.format(*index), value, record["iteration"])
 
 
-def _write_to_wandb(record: Step) -> None:
-    """Write what Megatron does not, where one chart for each layer would be too many: means over the layers."""
-    if (wandb := get_wandb_writer()) is None:
+def _share_scalars(tracking: Tracking) -> None:
+    """Have trackers get what Megatron writes to TensorBoard, such as --log-params-norm, without layers and samples."""
+    writer = get_tensorboard_writer()
+    if writer is None:
         return
-    means = {m.key if m.axes else m.tag: mean_of(record.get(m)) for m in METRICS if m.in_wandb}
-    if found := {tag: float(value) for tag, value in means.items() if value is not None}:
-        wandb.log(found, record["iteration"])
+    write, ours = writer.add_scalar, {metric.tracked for metric in METRICS}
+
+    def add_scalar(tag: str, value: Any, step: int, *more: Any, **options: Any) -> None:
+        write(tag, value, step, *more, **options)
+        if not (tag in ours or "layer" in tag or " vs " in tag or tag.startswith("validation ")):
+            tracking.add(step, {tag: float(value)})
+
+    writer.add_scalar = add_scalar
 
 
 def finite(value: Any) -> float | None:

@@ -23,8 +23,11 @@ from moelpr.arguments.settings import RunSettings
 from moelpr.megatron_patches import hooks
 from moelpr.metrics import schema
 from moelpr.metrics.routing_sums import RoutingSums
+from moelpr.metrics.trackers import TRACKERS
+from moelpr.metrics.tracking import Tracking
 from moelpr.model.router import Decisions, LPRRouter
 from moelpr.process import ranks
+from moelpr.store.run_folder import as_step
 from moelpr.training.early_warnings import EarlyWarnings
 from moelpr.training.run_log import RunLog, finite
 
@@ -37,10 +40,19 @@ def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
     stage = settings.stage
     masked = settings.spec.moe.num_original_places if settings.spec.moe and stage.stage1_experts == "new" else 0
     warnings = EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0, first_expert=masked)
-    run_log = RunLog(stage.name, warnings)
+    run_log = RunLog(stage.name, warnings, lambda is_new: _tracking(settings, is_new))
     log = StepLog(run_log, tracker)
     with closing(run_log), hooks.after_training_log(log.step), hooks.after_step_is_written(log.step_is_written):
         yield log
+
+
+def _tracking(settings: RunSettings, is_new: bool) -> Tracking | None:
+    """What sends the metrics to the trackers that the flags ask for, as those of the steps after the stage before."""
+    args, start = get_args(), settings.start
+    if settings.save is None or not any(getattr(args, flag) for flag in TRACKERS):
+        return None
+    steps = 0 if start.is_resumed else as_step(start.step_folder.name.removeprefix("iter_")) or 0
+    return Tracking(args, settings.save, start.pretrained, steps, is_new=is_new)
 
 
 class MetricsTracker(MoEMetricsTracker):

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 from moelpr.arguments.checks.data import DATA_FLAGS
 from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.metrics.trackers import TRACKERS, missing_packages
 
 _LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 
@@ -111,3 +112,11 @@ def check_decay(run: RequestedRun) -> Iterable[str]:
         yield f"--weight-decay-incr-style {style} requires --start-weight-decay and --end-weight-decay; add them"
     elif end < start:
         yield f"--end-weight-decay must be at least --start-weight-decay {start}, got {end}"
+
+
+def check_trackers(run: RequestedRun) -> Iterable[str]:
+    """A tracker that is asked for is installed, and there are metrics that it can get after a kill."""
+    yield from missing_packages(run.args)
+    for flag in TRACKERS:
+        if getattr(run.args, flag, None) and not run.args.save:
+            yield f"{run.flag(flag)} requires --save, whose metrics a tracker gets; add it"

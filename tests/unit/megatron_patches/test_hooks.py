@@ -49,6 +49,17 @@ def test_megatron_still_offers_no_callbacks_of_its_own(training: ModuleType) -> 
     assert not {name for name in names if "callback" in name or "hook" in name}, "use these instead of our hooks"
 
 
+def test_megatron_logs_to_no_tracker_by_itself(megatron: None) -> None:
+    calls = [
+        node.func.id
+        for node in ast.walk(ast.parse(inspect.getsource(global_vars.set_global_variables)))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    ]
+    assert "_set_wandb_writer" in calls
+    with hooks.without_wandb():
+        global_vars._set_wandb_writer(argparse.Namespace(wandb_project="p", rank=0, world_size=1, wandb_exp_name=""))
+
+
 def test_the_throughput_counts_the_given_operations(training: ModuleType) -> None:
     with hooks.operations_per_sequence(7.0):
         assert training.num_floating_point_operations(argparse.Namespace(), 3, total_real_tokens_in_batch=None) == 21

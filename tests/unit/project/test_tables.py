@@ -59,9 +59,14 @@ def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
     assert "--original-copies" not in convert.words()
 
 
-def test_stages_are_runs_of_their_own_in_weights_and_biases(write: Write) -> None:
-    """W&B ignores a step that is not higher than the last one, and each stage starts at 1."""
-    places = Places(read_project(write(trackers={"wandb_project": "p"})))
-    tasks = {task.name: [*task.settings] for task in tasks_of(places)}
-    names = [tasks[stage][tasks[stage].index("--wandb-exp-name") + 1] for stage in places.stages]
-    assert names == ["out-stage1", "out-stage2"]
+def test_all_steps_share_one_run_in_trackers(write: Write) -> None:
+    places = Places(read_project(write(trackers={"wandb_project": "p", "mlflow_experiment": "e"})))
+    tasks = {task.name: [*task.settings] if task.name in places.stages else task.words() for task in tasks_of(places)}
+    for step in (*places.stages, "track"):
+        words = tasks[step]
+        flags = {
+            flag: words[words.index(flag) + 1] for flag in ("--tracker-run", "--wandb-project", "--mlflow-experiment")
+        }
+        assert flags == {"--tracker-run": "out/tracker.json", "--wandb-project": "p", "--mlflow-experiment": "e"}
+    without = tasks_of(Places(read_project(write())))
+    assert "track" not in [task.name for task in without]

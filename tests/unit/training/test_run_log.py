@@ -16,7 +16,7 @@ from moelpr.training.run_log import RunLog, open_metrics, report_nonfinite_exit
 
 
 class Writer:
-    """Replaces the writers of TensorBoard and Weights & Biases."""
+    """Replaces the writer of TensorBoard, and what sends to trackers."""
 
     def __init__(self) -> None:
         self.written: dict[str, tuple[float, int]] = {}
@@ -27,17 +27,20 @@ class Writer:
     def flush(self) -> None:
         self.num_flushed = len(self.written)
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def add(self, step: int, values: dict[str, float]) -> None:
         self.written |= {tag: (value, step) for tag, value in values.items()}
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 def make_log(monkeypatch: pytest.MonkeyPatch, save: Path) -> tuple[RunLog, Writer, Writer]:
-    board, wandb = Writer(), Writer()
+    board, tracking = Writer(), Writer()
     settings = argparse.Namespace(save=str(save), log_interval=1, train_iters=3)
     monkeypatch.setattr(run_log, "get_args", lambda: settings)
     monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: board)
-    monkeypatch.setattr(run_log, "get_wandb_writer", lambda: wandb)
-    return RunLog("stage1", EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)), board, wandb
+    warnings = EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)
+    return RunLog("stage1", warnings, lambda is_new: tracking), board, tracking
 
 
 def held_out(bits: float) -> dict:
@@ -45,7 +48,7 @@ def held_out(bits: float) -> dict:
 
 
 def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(monkeypatch, tmp_path, capsys) -> None:
-    log, board, wandb = make_log(monkeypatch, tmp_path)
+    log, board, tracking = make_log(monkeypatch, tmp_path)
     log.validation(0, held_out(2.0))
     log.step({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
     log.validation(1, held_out(2.5))
@@ -54,20 +57,25 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(monkey
     assert [record["iteration"] for record in found.validations] == [0, 1]
     assert [record["kind"] for record in found.warnings] == ["original_loss_rises"]
     assert board.written["validation bits per byte/en"] == (2.5, 1) and board.num_flushed == len(board.written)
-    assert wandb.written == {"validation bits per byte/en": (2.5, 1)}
+    step = {"lm loss": (3.0, 1), "run/step": (1.0, 1)}
+    assert tracking.written == step | {"validation bits per byte/en": (2.5, 1)} and tracking.is_closed
     printed = capsys.readouterr().err
     assert "stage1 step 0, validation: en 2.0000 bits per byte" in printed
     assert "moelpr: warning: stage1 step 1: the loss on held-out en +25.0%" in printed
 
 
-def test_weights_and_biases_gets_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch, tmp_path) -> None:
-    log, _, wandb = make_log(monkeypatch, tmp_path)
+def test_trackers_get_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch, tmp_path) -> None:
+    log, _, tracking = make_log(monkeypatch, tmp_path)
     step = {"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0}
     shares = {"original_first_share_original": [0.5, 1.0], "original_first_share_expanded": [None, None]}
     log.step(step | shares | {"lpr_loss": None})
-    assert wandb.written == {"original_first_share_original": (0.75, 1)}
+    own = {"lm loss": (3.0, 1), "run/step": (1.0, 1)}
+    assert tracking.written == own | {"original_first_share_original": (0.75, 1)}
     log.step(step | {"iteration": 2, "lpr_loss": 0.25})
-    assert wandb.written["lpr loss"] == (0.25, 2)
+    assert tracking.written["lpr loss"] == (0.25, 2)
+    run_log.get_tensorboard_writer().add_scalar("params-norm", 7.0, 3)  # Megatron's with --log-params-norm
+    run_log.get_tensorboard_writer().add_scalar("params-norm vs samples", 7.0, 64)
+    assert tracking.written["params-norm"] == (7.0, 3) and "params-norm vs samples" not in tracking.written
     log.close()
 
 

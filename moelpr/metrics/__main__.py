@@ -42,7 +42,7 @@ def main() -> None:
                 tracker.results(results, max(sent.values(), default=0) + 1)
                 tracker.files(copies)
                 tracker.finish()
-            except Exception as error:  # of the tracker's client, which has many
+            except Exception as error:  # a client has errors of many kinds
                 raise UserError(
                     f"{tracker.name} does not take run {run.run} ({redact(first_line(error))}); run this command again "
                     "when it does"

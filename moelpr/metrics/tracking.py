@@ -154,7 +154,7 @@ class Sender(threading.Thread):
                 for step, values in iter(self.items.get, None):
                     _send(self._tracker, sent, step, values)
                 return self._tracker.finish()
-            except Exception as error:  # of the tracker's client, which has many
+            except Exception as error:  # a client has errors of many kinds
                 self._warn(redact(first_line(error)))
             if self._is_closing.wait(_RETRY_S):
                 return

@@ -33,8 +33,8 @@ FOR_MEGATRON = ("einops",)
 FOR_TRANSFORMER_ENGINE = ("cuda-toolkit",)
 # Those parts of datatrove that we use need these.
 FOR_DATATROVE = ("orjson", "xxhash", "zstandard")
-# Packages of type stubs, read by mypy instead of being imported.
-STUBS = {"types-pyyaml": "yaml"}
+# Packages whose module has another name, and which need not be installed or, as stubs, are only read by mypy.
+MODULES = {"mlflow-skinny": "mlflow", "types-pyyaml": "yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_megatron_imports_what_is_installed_for_it(name: str, modules_of) -> Non
     "name", [x for x in dependencies(extras=True) if x not in (*FOR_TRANSFORMER_ENGINE, *FOR_DATATROVE)]
 )
 def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
-    modules = modules_of.get(name, {name.replace("-", "_")}) | {STUBS.get(name, name)}  # extras need not be installed
+    modules = modules_of.get(name, {name.replace("-", "_")}) | {MODULES.get(name, name)}  # extras need not be installed
     tools = "\n".join((ROOT / file).read_text() for file in TOOL_FILES)
     commands = {name, *modules, name.removesuffix("-bin").removesuffix("-py")}
     if name == "import-linter":

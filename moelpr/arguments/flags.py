@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn, get_args
 
+from moelpr.data.mixing import Mix
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import count_argument
 from moelpr.stages import STAGE_HELP, Stage1Experts
@@ -25,6 +26,8 @@ _HELP = {
     "--train-tokens": "Tokens to train on, such as 24B or 1.5e9, rounded up to whole steps (default: --train-iters).",
     "--train-epochs": "The same in epochs: an epoch has as many tokens as all corpora of --data-path together, "
     "whatever their weights (the log lists each corpus); rounded down to whole steps (default: --train-iters).",
+    "--mix": "Weights for the corpora of --data-path, from their sizes: temperature=T is the exponent, max-epochs=E "
+    "how often a corpus is read at most (default: 4); what it cannot give, the others do (default: no --mix).",
     "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
     "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
@@ -70,6 +73,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--recipe", metavar="FILE")
     add("--train-tokens", type=count_argument, metavar="N")
     add("--train-epochs", type=float, metavar="E")
+    add("--mix", type=Mix.argument, metavar="temperature=T,max-epochs=E")
     add("--num-original-experts", type=int, default=1, metavar="M")
     add("--original-copies", type=int, default=1, metavar="C")
     add("--balance-loss-coeff", type=float, metavar="ALPHA")

@@ -1,4 +1,4 @@
-"""How long a run is: --train-tokens and --train-epochs become --train-iters when a stage starts."""
+"""How long a run is and how corpora share it: --train-tokens, --train-epochs and --mix when a stage starts."""
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -6,6 +6,7 @@ from moelpr.arguments.checks.data import training_blend, training_share
 from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import Manifest
+from moelpr.data.mixing import divide, share_table
 from moelpr.process.errors import UserError
 
 
@@ -36,7 +37,7 @@ def set_train_iters(run: RequestedRun) -> str:
         except UserError as error:
             run.problems.append(str(error))
             return ""
-        if weights is None and len(prefixes) > 1 and epochs > 1:
+        if weights is None and len(prefixes) > 1 and epochs > 1 and not args.mix:
             run.problems.append(
                 f"--train-epochs {epochs:g} reads text again, and several corpora without weights are read once; give "
                 "each corpus a weight (--data-path 1 A 1 B)"
@@ -51,6 +52,38 @@ def set_train_iters(run: RequestedRun) -> str:
         return ""
     args.train_iters = steps
     return f"{budget}: {steps:,} steps of {step}"
+
+
+def set_weights(run: RequestedRun) -> str:
+    """Compute the weights that --mix asks for, once the run's length is known; wrong values go to `run.problems`.
+
+    Returns:
+        The table of the corpora, to be printed; "" if there is no --mix, or something is wrong.
+    """
+    args = run.args
+    if not args.mix:
+        return ""
+    total = (args.train_samples or (args.train_iters or 0) * run.global_batch_size) * (args.seq_length or 0)
+    prefixes, weights = training_blend(run)
+    if not args.data_path or len(prefixes) < 2 or weights is not None:
+        run.problems.append(
+            "--mix computes the weights of --data-path, which must have several prefixes and no weights"
+        )
+        return ""
+    if not total or not all(map(IndexedDataset.exists, prefixes)):
+        return ""
+    try:
+        tokens = {prefix: int(_num_tokens(prefix) * training_share(args.split)) for prefix in prefixes}
+        if empty := [prefix for prefix in prefixes if not tokens[prefix]]:
+            raise UserError(f"{empty[0]} has no tokens to train on; omit it")
+        sizes = {prefix: number**args.mix.temperature for prefix, number in tokens.items()}
+        parts = divide(tokens, total, sizes, dict.fromkeys(tokens, args.mix.max_epochs))
+    except UserError as error:
+        run.problems.append(f"--mix: {error}")
+        return ""
+    args.data_path = [word for prefix, one in parts.items() for word in (f"{one.weight:.6g}", prefix)]
+    args.mix = None  # the weights are what is recorded
+    return f"the corpora share {total:,} tokens:\n{share_table(parts, 'corpus')}"
 
 
 def _num_tokens(prefix: str) -> int:

@@ -13,7 +13,7 @@ from moelpr.arguments.checks import find_notes, find_problems
 from moelpr.arguments.checks.data import damaged_corpora
 from moelpr.arguments.flags import all_arguments
 from moelpr.arguments.kernels import describe_kernels
-from moelpr.arguments.length import set_train_iters
+from moelpr.arguments.length import set_train_iters, set_weights
 from moelpr.arguments.requested import RequestedRun
 from moelpr.arguments.requirements import apply_machine, apply_method
 from moelpr.arguments.settings import RunSettings
@@ -31,13 +31,13 @@ def check_arguments(argv: list[str]) -> RequestedRun:
     """
     run = RequestedRun.gather(argv, all_arguments())
     apply_machine(run)
-    length = set_train_iters(run)
+    length, weights = set_train_iters(run), set_weights(run)
     problems = list(dict.fromkeys([*run.problems, *find_problems(run)])) or [*damaged_corpora(run)]
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
         raise UserError("\n- ".join([*several, *problems]))
     if is_first_rank():
-        for note in [*([length] if length else []), *find_notes(run), describe_kernels(run.args)]:
+        for note in [*filter(None, (length, weights)), *find_notes(run), describe_kernels(run.args)]:
             print(f"moelpr: {note}", file=sys.stderr)
     return run
 

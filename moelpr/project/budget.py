@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from moelpr.data.mixing import Share
 from moelpr.families.hub import config_folder
 from moelpr.process.errors import UserError
-from moelpr.project.mixing import Share, mix
+from moelpr.project.mixing import mix
 from moelpr.project.places import Places
 from moelpr.project.reading import text_files
 from moelpr.project.steps import LENGTH_FLAGS, stage_flags

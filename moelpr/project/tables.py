@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from moelpr.data.mixing import share_table
 from moelpr.layouts import PlannedLayout
 from moelpr.plan.gpus import GIB
 from moelpr.process.errors import UserError
@@ -116,13 +117,7 @@ def _languages(places: Places) -> str:
     note = ""
     if len(tokens) < len(places.expanded):
         tokens, note = estimated_tokens(places), " (tokens are estimated)"
-    parts = shares(places, tokens)
-    rows = []
-    for code, one in parts.items():
-        limit = "max_epochs" if one.is_capped else ""
-        rows.append([code, format_count(one.tokens), f"{one.weight:.1%}", f"{one.epochs:.2f}", limit])
-    total = total_tokens(places, tokens)
-    table = table_text(["language", "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
+    total, table = total_tokens(places, tokens), share_table(shares(places, tokens), "language")
     return f"Stage 1 reads {format_count(total)} tokens{note}:\n{table}"
 
 

@@ -153,3 +153,42 @@ def test_a_run_resumes_with_its_budget_and_not_with_another(make_checkpoint, pro
     assert "moelpr: 640 tokens: 10 steps of 4 sequences of 16 tokens\n" in capsys.readouterr().err
     (found,) = problems("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "641", steps=False)
     assert "was trained with --train-iters 10," in found and "not --train-iters 11;" in found
+
+
+def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
+    upcycled: str, tmp_path: Path, problems: Callable[..., list[str]]
+) -> None:
+    from moelpr.arguments.flags import all_arguments
+    from moelpr.arguments.length import set_train_iters, set_weights
+    from moelpr.arguments.requested import RequestedRun
+
+    large, small = write_manifest(tmp_path / "large", 64_000), write_manifest(tmp_path / "small", 1_000)
+
+    def mixed(*words: str) -> tuple[list[str], str, list[str]]:
+        run = RequestedRun.gather(["--pretrained-checkpoint", upcycled, *STEP, *words], all_arguments())
+        set_train_iters(run)
+        table = set_weights(run)
+        return run.args.data_path, table, run.problems
+
+    data = ["--data-path", large, small, "--train-tokens", "32000"]
+    assert mixed(*data, "--mix", "temperature=0.5,max-epochs=20")[0] == ["0.888889", large, "0.111111", small]
+    weights, table, found = mixed(*data, "--mix", "temperature=0,max-epochs=2")
+    assert weights == ["0.9375", large, "0.0625", small] and not found
+    assert [line.split()[1:] for line in table.splitlines()[2:]] == [
+        ["64K", "93.8%", "0.47"],
+        ["1K", "6.2%", "2.00", "max_epochs"],
+    ]
+    assert mixed(*data)[:2] == ([large, small], "")
+    both = ["--data-path", large, small, "--train-epochs", "3"]
+    assert mixed(*both, "--mix", "temperature=1")[0][1::2] == [large, small]
+    for words, problem in (
+        (["--data-path", "1", large, "1", small], "must have several prefixes and no weights"),
+        (["--data-path", large], "must have several prefixes"),
+        (["--data-path", large, write_manifest(tmp_path / "empty", 0)], "empty has no tokens to train on"),
+    ):
+        (found,) = mixed(*words, "--train-tokens", "32000", "--mix", "temperature=1")[2]
+        assert problem in found
+    (found,) = mixed(*data[:3], "--train-tokens", "900K", "--mix", "temperature=1")[2]
+    assert "900K tokens would read the text more often than max_epochs allows" in found
+    for wrong in ("temperature=2", "temperature=x", "heat=1", "max-epochs=3", "temperature=0.3,max-epochs=0", "0.3"):
+        assert any("--mix: expected temperature=T" in found for found in problems("stage1", upcycled, "--mix", wrong))

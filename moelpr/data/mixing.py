@@ -1,0 +1,89 @@
+"""How texts share a number of tokens: in proportion to sizes, with a cap on how often each is read."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moelpr.process.errors import UserError
+from moelpr.process.quantities import format_count
+from moelpr.process.text_tables import table_text
+
+
+class Mix(NamedTuple):
+    """The value of --mix.
+
+    Attributes:
+        temperature: Exponent of the sizes.
+        max_epochs: How often a text is read at most.
+    """
+
+    temperature: float
+    max_epochs: float = 4.0
+
+    @classmethod
+    def argument(cls, text: str) -> "Mix":
+        """Parse "temperature=T,max-epochs=E" as the type of a flag."""
+        pairs = dict(part.partition("=")[::2] for part in text.split(","))
+        try:
+            mix = cls(**{name.strip().replace("-", "_"): float(value) for name, value in pairs.items()})
+        except (TypeError, ValueError):
+            mix = cls(-1)
+        if not 0 <= mix.temperature <= 1 or not 0 < mix.max_epochs < float("inf"):
+            raise argparse.ArgumentTypeError(
+                f"expected temperature=T, from 0 (equal shares) to 1 (by size), and perhaps max-epochs=E above 0, such "
+                f"as temperature=0.3,max-epochs=4, got {text[:60]!r}"
+            )
+        return mix
+
+
+@dataclass(frozen=True)
+class Share:
+    """A text's part of what is read.
+
+    Attributes:
+        tokens: What there is.
+        weight: Its fraction of the samples.
+        epochs: How often it is read.
+        is_capped: Whether its cap has lowered its weight.
+    """
+
+    tokens: int
+    weight: float
+    epochs: float
+    is_capped: bool = False
+
+
+def divide(
+    tokens: Mapping[str, int], total: float, sizes: Mapping[str, float], most: Mapping[str, float]
+) -> dict[str, Share]:
+    """Divide `total` tokens in proportion to `sizes`; what would be read more often than `most` gives the rest.
+
+    Raises:
+        UserError: All that may be read is less than `total`.
+    """
+    room = {name: most[name] * tokens[name] for name in tokens}
+    if total > sum(room.values()) * (1 + 1e-9):
+        raise UserError(
+            f"{format_count(total)} tokens would read the text more often than max_epochs allows "
+            f"({format_count(sum(room.values()))} tokens); lower the budget, add text, or raise max_epochs"
+        )
+    wanted: dict[str, float] = {}
+    capped: set[str] = set()
+    while len(wanted) < len(tokens) or any(wanted[name] > room[name] * (1 + 1e-9) for name in tokens):
+        capped |= {name for name in wanted if wanted[name] > room[name] * (1 + 1e-9)}
+        rest = total - sum(room[name] for name in capped)
+        free = sum(sizes[name] for name in tokens if name not in capped)
+        wanted = {name: room[name] if name in capped else rest * sizes[name] / free for name in tokens}
+    return {
+        name: Share(tokens[name], wanted[name] / total, wanted[name] / tokens[name], name in capped) for name in tokens
+    }
+
+
+def share_table(parts: Mapping[str, Share], head: str) -> str:
+    """A row per text, with what limits it."""
+    rows = [
+        [name, format_count(one.tokens), f"{one.weight:.1%}", f"{one.epochs:.2f}", "max_epochs" * one.is_capped]
+        for name, one in parts.items()
+    ]
+    return table_text([head, "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))

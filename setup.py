@@ -28,6 +28,7 @@ setup(
     package_dir={"moelpr.launch": "launch"},
     package_data={
         "checkpoint_convert.card": ["templates/*"],
+        "data_tools.generation": ["*.yaml"],
         "moelpr.launch": ["dense.sh", "stage?.sh", "train.sh", "recipes/*.yaml", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.dry_run": ["*.cpp"],

@@ -39,6 +39,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
         "merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),
         "sample": Tool("data_tools.sample_data", "sample documents of corpora, for example for replay"),
+        "generate": Tool("data_tools.generate_text", "let the base model write text, as replay for those without"),
         "inspect": Tool("data_tools.inspect_data", "show and verify a corpus"),
         "extend-tokenizer": Tool("data_tools.extend_tokenizer", "add tokens for new languages to a tokenizer"),
     },

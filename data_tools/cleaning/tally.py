@@ -11,7 +11,7 @@ from moelpr.process.quantities import format_count
 from moelpr.process.text_tables import table_text
 from moelpr.store.records import STRICT, Record
 
-EXAMPLES = 3  # of each step and language
+EXAMPLES = 3  # a step and language
 _SHOWN_CHARACTERS = 200
 _PRINTED_CHARACTERS = 60
 KEPT, ALL = "kept", "all"

@@ -92,11 +92,17 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
         raise UserError(f"the tokenizer in {tokenizer_model} is damaged ({error}); {_REMEDY}") from error
 
 
+_HAVE_VOCABULARY = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
 def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
     """Open the tokenizer in a folder, or of a cached model, with transformers."""
     for name, kind in _FILES.items():
         if (path := Path(source) / name).is_file():
             records.read(kind, path, _REMEDY)
+    # transformers makes an empty tokenizer of the class that config.json implies.
+    if Path(source).is_dir() and not any(path for name in _HAVE_VOCABULARY for path in Path(source).glob(name)):
+        raise UserError(f"{source} has no tokenizer; copy that of the model there, at least tokenizer.json")
     from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
     try:

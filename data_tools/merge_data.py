@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data_tools.corpus.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from data_tools.corpus.joining import check_same_job, merge_manifests, missing_manifests, open_corpora
+from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import manifest_path
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
         check_same_job(prefixes, manifests)
     if not any(len(corpus.tokens) for corpus in corpora):
         raise UserError(f"{', '.join(prefixes)} contain no tokens; nothing was written")
-    with CorpusWriter(output_prefix, smallest_vocab_size(corpora[0]), overwrite) as writer:
+    has_conversations = corpora[0].loss_bits is not None
+    vocab_size = smallest_vocab_size(corpora[0])
+    with CorpusWriter(output_prefix, vocab_size, overwrite, has_conversations=has_conversations) as writer:
         for corpus in tqdm(corpora, unit="corpus", delay=2, disable=None):
             writer.add_corpus(corpus)
         files = writer.finalize()
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         print(missing_manifests(corpora, output_prefix))
     if arguments.remove_input:
         for prefix in prefixes:
-            for path in (*CorpusPaths.of(prefix), manifest_path(prefix)):
+            for path in (*CorpusPaths.of(prefix), loss_bits_path(prefix), manifest_path(prefix)):
                 path.unlink(missing_ok=True)
         for path in text.parts if text is not None else ():
             path.unlink(missing_ok=True)

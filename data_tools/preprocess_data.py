@@ -3,6 +3,7 @@
 The flags are those of Megatron-LM's tool of the same name, plus the language bit, which is always stated: for all input
 (--language el --original-languages en,es,zh), per document (--language-key lang --original-languages en,es,zh), per
 span of a document (--spans-key spans), by a registry (--dataset), or detected by py3langid (--detect-language).
+With --conversations, documents are lists of messages, which the tokenizer's chat template turns into text.
 
 Several jobs share the work with --num-shards N, each with its own --shard; moelpr merge joins their outputs
 into the bytes that a single job would have written. docs/corpora.md has examples of everything.
@@ -15,6 +16,7 @@ from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.summary import print_summary
+from moelpr.data.language_bits import LanguageBits, loss_bits_path
 from moelpr.process.command import run_command
 
 
@@ -37,6 +39,10 @@ def main(argv: list[str] | None = None) -> None:
         shows_languages=not arguments.language,
         names_original=bool(arguments.original_languages),
     )
+    for prefix in spec.outputs.corpora.values() if arguments.conversations else ():
+        bits = LanguageBits(loss_bits_path(prefix))
+        share = bits.num_original / max(bits.num_tokens, 1)
+        print(f"{bits.path}: {bits.num_original:,} tokens ({share:.1%}) are the assistant's and count in the loss")
     for path in spec.outputs.texts.values():
         print(f"{path}: the held-out text as JSON lines")
     print(f"done in {time.monotonic() - started:.1f} s")

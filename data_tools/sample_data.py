@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     check_output(arguments.output_prefix, arguments.overwrite)
     corpora, manifests = open_corpora(arguments.input)
+    if corpora[0].loss_bits is not None:
+        raise UserError(f"{corpora[0].prefix} has conversations; sample them with moelpr preprocess --max-samples")
     samples: list[Sample] = []
     for number, corpus in enumerate(corpora):
         samples += sample_from(corpus, manifests[number] if manifests else None, arguments)

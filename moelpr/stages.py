@@ -3,17 +3,18 @@
 from enum import Enum
 from typing import Literal, get_args
 
-Stage = Literal["dense", "stage0", "stage1", "stage2"]
-MoeStage = Literal["stage1", "stage2"]
+Stage = Literal["dense", "stage0", "stage1", "stage2", "sft"]
+MoeStage = Literal["stage1", "stage2"]  # those of the paper
 # The experts that tokens can choose in stage 1: all (the paper), or only those that it trains.
 Stage1Experts = Literal["all", "new"]
-MOE_STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
+MOE_STAGES: tuple[Stage, ...] = (*get_args(MoeStage), "sft")
 
 STAGE_HELP: dict[Stage, str] = {
     "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
     "stage0": "(new tokens): train only the embedding and output rows of new tokens on expanded-language text",
     "stage1": "(post-pretraining): train the new experts and the routers on expanded-language text",
     "stage2": "(review): train the routers only, on a little replay text of all languages",
+    "sft": "(chat): train the new experts and the routers on conversations in all languages",
 }
 
 
@@ -50,6 +51,7 @@ _TRAINED: dict[Stage, frozenset[Part]] = {
     "stage0": VOCABULARY_PARTS,
     "stage1": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
     "stage2": frozenset({Part.ROUTER}),
+    "sft": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
 }
 
 

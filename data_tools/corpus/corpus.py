@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.data.corpus_index import REBUILD, CorpusIndex
-from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits
+from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits, open_loss_bits
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.process.errors import UserError
 
@@ -44,6 +44,7 @@ class Corpus:
     Attributes:
         tokens: Memory-mapped token IDs [tokens].
         bits: Language bits.
+        loss_bits: Which tokens count in the loss; None unless it has conversations.
         sequence_lengths: Tokens of each sequence [sequences]; sequences are contiguous in `tokens`.
         document_starts: Index of each document's first sequence, and the number of sequences [documents + 1].
     """
@@ -55,6 +56,7 @@ class Corpus:
         self.sequence_lengths, self.document_starts = index.sequence_lengths, index.document_starts
         self.tokens = np.memmap(self.paths.bin, index.dtype, "r") if index.num_tokens else np.zeros(0, index.dtype)
         self.bits: LanguageBits = open_language_bits(prefix, index.num_tokens)
+        self.loss_bits = open_loss_bits(prefix, index.num_tokens)
         # Where each sequence and each document begins, in tokens.
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
         self._document_offsets = ends[self.document_starts]
@@ -64,7 +66,8 @@ class Corpus:
 
         Without a manifest (None), only the size of the .bin is known: a changed token ID goes unnoticed.
         """
-        self.bits.verify()
+        for bits in filter(None, (self.bits, self.loss_bits)):
+            bits.verify()
         manifest = Manifest.read(self.prefix)
         if manifest is None:
             return None

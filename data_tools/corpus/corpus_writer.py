@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_tools.corpus.corpus import Corpus, CorpusPaths, describe
 from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, original_tokens, runs_of, token_dtype
 from moelpr.data.corpus_index import index_header
-from moelpr.data.language_bits import LanguageBitsWriter
+from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, loss_bits_path
 from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 from moelpr.process.errors import UserError
 from moelpr.store.files import (
@@ -73,6 +73,7 @@ class Position(NamedTuple):
     sequences: int = 0
     documents: int = 0
     runs: int = 0
+    loss_runs: int = 0
 
 
 class CorpusWriter:
@@ -80,7 +81,8 @@ class CorpusWriter:
     not committed.
 
     Four files grow with the documents: the .bin itself, lengths of sequences, ends of documents (in sequences) and runs
-    of language bits. `finalize` turns the last three into .idx and .lang. It has no journal: all of its state is a
+    of language bits; of conversations, also runs of bits of the loss. `finalize` turns the others into .idx and .lang
+    (and .loss). It has no journal: all of its state is a
     `Position`, which a preprocessing job saves in its own journal together with what else it has counted.
 
     Args:
@@ -90,6 +92,7 @@ class CorpusWriter:
         folder: Folder for unfinished files, on the corpus's file system; it is not removed.
         position: How much of the unfinished files in `folder` to keep: a return value of `flush`, perhaps in a process
             that was killed since.
+        has_conversations: Whether the documents have runs of tokens that count in the loss.
 
     Raises:
         UserError: `check_output`, its folder can't be created, another process is writing the corpus, or the unfinished
@@ -103,6 +106,7 @@ class CorpusWriter:
         overwrite: bool = False,
         folder: Path | None = None,
         position: Position | None = None,
+        has_conversations: bool = False,
     ) -> None:
         self.prefix = os.fspath(prefix)
         check_output(self.prefix, overwrite)
@@ -125,11 +129,12 @@ class CorpusWriter:
                 raise
             empty(self._folder)
         self._unfinished = CorpusPaths.of(self._folder / name)
-        self._parts = [self._folder / f"{name}.{part}" for part in ("bin", "lengths", "ends", "runs")]
+        parts = ("bin", "lengths", "ends", "runs", *(["loss-runs"] if has_conversations else []))
+        self._parts = [self._folder / f"{name}.{part}" for part in parts]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
         self._at = at = position or Position()
-        sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs)
-        for file, expected in zip(self._files, sizes, strict=True):
+        sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs, 8 * at.loss_runs)
+        for file, expected in zip(self._files, sizes, strict=False):
             if file.tell() < expected:
                 raise UserError(f"{file.name} is truncated, so the job can't be resumed; remove its folder")
             if file.tell() > expected:
@@ -172,7 +177,7 @@ class CorpusWriter:
         else:
             self._files[0].write(documents.tokens.tobytes())
         has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
-        original, runs = original_tokens(documents.runs), [documents.runs]
+        original, runs = original_tokens(documents.runs), ([documents.runs], [documents.loss_runs])
         self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), runs)
 
     def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
@@ -183,9 +188,8 @@ class CorpusWriter:
     def add_corpus(self, corpus: Corpus) -> None:
         """Add another corpus, of the same dtype, unchanged."""
         _copy(corpus.paths.bin, self._files[0])
-        num_bits = len(corpus.bits)
-        starts = range(0, num_bits, _BITS_AT_ONCE)
-        runs = (runs_of(corpus.bits.slice(start, min(start + _BITS_AT_ONCE, num_bits))) for start in starts)
+        loss = [] if corpus.loss_bits is None else _runs_in(corpus.loss_bits)
+        runs = _runs_in(corpus.bits), loss
         ends = corpus.document_starts[1:]
         self._advance(len(corpus.tokens), corpus.bits.num_original, corpus.sequence_lengths, ends, runs)
 
@@ -195,27 +199,31 @@ class CorpusWriter:
         original: int,
         lengths: NDArray[np.integer],
         ends: NDArray[np.int64],
-        runs: Iterable[NDArray[np.int64]],
+        runs: tuple[Iterable[NDArray[np.int64]], Iterable[NDArray[np.int64]]],
     ) -> None:
         """Write all but the tokens: sequence lengths, ends of documents in the added sequences, and runs of bits."""
         self._files[1].write(lengths.astype("<i4").tobytes())
         self._files[2].write((ends + self._at.sequences).astype("<i8").tobytes())
-        num_runs = 0
-        for chunk in runs:
-            self._files[3].write(chunk.astype("<i8").tobytes())
-            num_runs += len(chunk)
-        added = tokens, original, len(lengths), len(ends), num_runs
+        num_runs = [0, 0]
+        for kind, file in enumerate(self._files[3:]):
+            for chunk in runs[kind]:
+                file.write(chunk.astype("<i8").tobytes())
+                num_runs[kind] += len(chunk)
+        added = tokens, original, len(lengths), len(ends), *num_runs
         self._at = Position(*(old + new for old, new in zip(self._at, added, strict=True)))
 
     def finalize(self) -> dict[str, FileRecord]:
-        """Complete the three files in their folder, write them to disk, and return their sizes and checksums."""
+        """Complete the files in their folder, write them to disk, and return their sizes and checksums."""
         for file in self._files:
             file.close()
         self._write_index()
-        self._write_bits()
-        for path in self._unfinished:
+        written = [*self._unfinished, loss_bits_path(self._unfinished.bin.with_suffix(""))]
+        for path, runs in zip(written[2:], self._parts[3:], strict=False):
+            _write_bits(path, runs)
+        written = written[: len(self._parts) - 1]
+        for path in written:
             fsync_file(path)
-        return {path.suffix[1:]: FileRecord.of(path) for path in self._unfinished}
+        return {path.suffix[1:]: FileRecord.of(path) for path in written}
 
     def commit(self, manifest: Manifest | None = None) -> None:
         """Rename the finished files and write the manifest that describes them."""
@@ -233,7 +241,7 @@ class CorpusWriter:
         self._lock.close()
 
     def _write_index(self) -> None:
-        _, lengths, ends, _ = self._parts
+        lengths, ends = self._parts[1:3]
         with open(self._unfinished.idx, "wb") as index:
             index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
             _copy(lengths, index)
@@ -246,11 +254,17 @@ class CorpusWriter:
             index.write(bytes(8))  # the first document begins at sequence 0
             _copy(ends, index)
 
-    def _write_bits(self) -> None:
-        with LanguageBitsWriter(self._unfinished.lang) as writer, open(self._parts[3], "rb") as runs:
-            while len(chunk := np.fromfile(runs, "<i8", _CHUNK)):
-                append_runs(writer, chunk)
-            writer.finalize()
+
+def _write_bits(path: Path, runs: Path) -> None:
+    with LanguageBitsWriter(path) as writer, open(runs, "rb") as file:
+        while len(chunk := np.fromfile(file, "<i8", _CHUNK)):
+            append_runs(writer, chunk)
+        writer.finalize()
+
+
+def _runs_in(bits: LanguageBits) -> Iterable[NDArray[np.int64]]:
+    starts = range(0, len(bits), _BITS_AT_ONCE)
+    return (runs_of(bits.slice(start, min(start + _BITS_AT_ONCE, len(bits)))) for start in starts)
 
 
 def append_runs(writer: LanguageBitsWriter, runs: NDArray[np.int64]) -> None:
@@ -278,7 +292,11 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
             shutil.rmtree(paths.bin.with_suffix("") / "cache" / f"{kind}_indices", ignore_errors=True)
     if manifest is not None:
         os.replace(manifest_path(folder / Path(prefix).name), manifest_path(prefix))
-    for source, target in ((unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished.idx, paths.idx)):
+    loss, unfinished_loss = loss_bits_path(prefix), loss_bits_path(folder / Path(prefix).name)
+    if not unfinished_loss.exists() and "loss" not in (manifest.files if manifest is not None else ()):
+        loss.unlink(missing_ok=True)  # the old corpus had conversations
+    moves = (unfinished.bin, paths.bin), (unfinished.lang, paths.lang), (unfinished_loss, loss)
+    for source, target in (*moves, (unfinished.idx, paths.idx)):
         if source.exists():
             os.replace(source, target)
 

@@ -33,6 +33,8 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
                     "preprocess one of them again"
                 )
     first = corpora[0].tokens.dtype
+    if len({corpus.loss_bits is None for corpus in corpora}) > 1:
+        raise UserError(f"only some of {', '.join(prefixes)} are conversations; keep them in separate corpora")
     for corpus in corpora:
         if corpus.tokens.dtype != first:
             raise UserError(

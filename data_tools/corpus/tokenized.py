@@ -49,18 +49,21 @@ class Documents(NamedTuple):
         lengths: Tokens of each document, int64 [documents].
         runs: Runs of tokens with one language bit, int64 [runs]: 2 × tokens of the run + its bit.
         json_lines: The text of held-out documents as JSON lines, or a temporary file of it; empty for all others.
+        loss_runs: Of conversations, runs of tokens that count in the loss or don't, in the same form.
     """
 
     tokens: NDArray[np.integer] | TokenFile
     lengths: NDArray[np.int64]
     runs: NDArray[np.int64]
     json_lines: bytes | Path = b""
+    loss_runs: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 def joined(groups: list[Documents]) -> Documents:
     """Concatenate documents, none of which is in a file."""
-    tokens, lengths, runs, json_lines = zip(*groups, strict=True)
-    return Documents(np.concatenate(tokens), np.concatenate(lengths), np.concatenate(runs), b"".join(json_lines))
+    tokens, lengths, runs, json_lines, loss_runs = zip(*groups, strict=True)
+    parts = np.concatenate(tokens), np.concatenate(lengths), np.concatenate(runs)
+    return Documents(*parts, b"".join(json_lines), np.concatenate(loss_runs))
 
 
 def run_edges(bits: NDArray[np.uint8]) -> NDArray[np.int64]:

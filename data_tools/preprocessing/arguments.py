@@ -15,7 +15,7 @@ from moelpr.text.sources import STANDARD_INPUT
 
 REGISTRY_FILE = "dataset_info.json"
 # Defaults of options that require others; _check must see them as they were passed.
-_DEFAULTS = {"json_keys": ["text"], "min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
+_DEFAULTS = {"min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0.01}
 _WORKERS_PER_CPU = 8
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _FRACTION: dict[str, Any] = {"type": float, "metavar": "X"}
@@ -33,8 +33,17 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add_source("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
-    add("--json-keys", nargs="+", metavar="KEY", help="JSON text keys, one corpus per key (default: text)")
+    keys = "JSON text keys, one corpus per key (default: text, or messages with --conversations)"
+    add("--json-keys", nargs="+", metavar="KEY", help=keys)
     add("--max-samples", **_COUNT, help="random documents from each --dataset or from all of --input (default: all)")
+
+    add = parser.add_argument_group("conversations (docs/chat.md)").add_argument
+    what = 'documents are conversations, [{"role": …, "content": …}, …]; only assistant turns count in the loss'
+    add("--conversations", action="store_true", help=what)
+    template = "folder of the chat model whose chat template to use (default: --tokenizer-model)"
+    add("--chat-template-from", metavar="DIR", help=template)
+    longest = "longest conversation, the --seq-length of training; a longer one is a malformed line (default: any)"
+    add("--max-tokens", **_COUNT, help=longest)
 
     add = parser.add_argument_group("output").add_argument
     add("--output-prefix", required=True, metavar="P", help="write P_<key>_document.bin, .idx and .lang")
@@ -91,7 +100,7 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     if arguments.dataset:
         arguments.dataset_info = arguments.dataset_info or arguments.dataset_dir / REGISTRY_FILE
         arguments.dataset_dir = arguments.dataset_dir or arguments.dataset_info.parent
-    for name, default in _DEFAULTS.items():
+    for name, default in (_DEFAULTS | {"json_keys": ["messages" if arguments.conversations else "text"]}).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
     return arguments
@@ -116,7 +125,7 @@ def _name(flag: str) -> str:
 
 def _check(args: argparse.Namespace, language_flag: str) -> None:
     """Raise an error if options exclude or require each other, or have values out of range."""
-    for flag in ("--workers", "--log-interval", "--num-shards", "--max-samples"):
+    for flag in ("--workers", "--log-interval", "--num-shards", "--max-samples", "--max-tokens"):
         if (value := getattr(args, _name(flag))) is not None and value < 1:
             raise UserError(f"{flag} must be at least 1, got {value}")
     cpus = available_cpus()
@@ -174,6 +183,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         "--spans-key and --json-keys are mutually exclusive; remove --json-keys": (
             args.spans_key and keys not in ([], ["text"])
         ),
+        **_rules_for_conversations(args),
         "--validation-share must be below 1; nothing would be left to train on": args.validation_share == 1,
         f"--seed must be at least 0 and below 2^63, got {args.seed}": not 0 <= args.seed < 1 << 63,
         f"--num-shards {args.num_shards} requires --shard, 0 to {last}": args.shard is None and last,
@@ -184,3 +194,19 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
     for message, is_broken in rules.items():
         if is_broken:
             raise UserError(message)
+
+
+def _rules_for_conversations(args: argparse.Namespace) -> dict[str, Any]:
+    given = args.chat_template_from is not None or args.max_tokens is not None
+    if not args.conversations:
+        return {"--chat-template-from and --max-tokens require --conversations": given}
+    others = {
+        "--dataset": args.dataset,
+        "--spans-key": args.spans_key,
+        "--detect-language line": args.detect_language == "line",
+        "--append-eod": args.append_eod,
+        "--tokenizer-backend gigatoken": args.tokenizer_backend == "gigatoken",
+        "--tokenizer-type SentencePieceTokenizer": args.tokenizer_type == "SentencePieceTokenizer",
+    }
+    why = "the chat template ends turns and has all special tokens, and a conversation has one language"
+    return {f"--conversations excludes {flag}: {why}": value for flag, value in others.items()}

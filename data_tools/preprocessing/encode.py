@@ -10,9 +10,10 @@ from tempfile import mkstemp
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined, joined_runs, run_edges
+from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined, joined_runs, run_edges, runs_of
 from data_tools.preprocessing import long_documents
 from data_tools.preprocessing.batches import Batch
+from data_tools.preprocessing.conversations import counted_tokens
 from data_tools.preprocessing.long_documents import encode_long_text
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
 from data_tools.preprocessing.summary import Tally
@@ -42,6 +43,7 @@ class Encoder:
         skips_undetected: Whether to omit documents of uncertain language.
         validation: The documents for validation.
         auditor: Detects languages to compare with the stated ones.
+        max_tokens: The longest conversation; None for any.
     """
 
     tokenizer: Tokenizer
@@ -56,6 +58,7 @@ class Encoder:
     skips_undetected: bool = False
     validation: RandomShare = RandomShare()
     auditor: Detector | None = None
+    max_tokens: int | None = None
 
     def encode(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
         """Encode a batch, a piece at a time. Memory does not depend on the length of its documents.
@@ -123,13 +126,24 @@ class Encoder:
         return documents, tally
 
     def _prepare(self, text: Text, spool: Path) -> Text:
-        """Encode a text if it is long; raise `BadLine` if that is impossible."""
+        """Encode a text if it is long or a conversation; raise `BadLine` if that is impossible."""
+        if text.turns is not None:
+            return self._encode_conversation(text, text.turns)
         if text.on_disk is not None:
             return self._encode_to_file(text, spool)
         if len(text.tagged.text) <= long_documents.LONG_TEXT_CHARACTERS:
             return text
         pieces = list(encode_long_text(self.tokenizer, text.parts()))
         return text._replace(tokens=Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
+
+    def _encode_conversation(self, text: Text, turns: list[tuple[int, int]]) -> Text:
+        piece = self.tokenizer.encode_with_starts(text.tagged.text)
+        if self.max_tokens is not None and len(piece.ids) > self.max_tokens:
+            raise BadLine(f"the conversation has {len(piece.ids):,} tokens, more than --max-tokens {self.max_tokens}")
+        is_counted = counted_tokens(piece.starts, turns)
+        if not is_counted.any():
+            raise BadLine("the assistant's turns have no tokens")
+        return text._replace(tokens=piece, is_counted=is_counted)
 
     def _encode_to_file(self, text: Text, spool: Path) -> Text:
         descriptor, name = mkstemp(prefix="tokens-", dir=spool)
@@ -175,7 +189,9 @@ class Encoder:
             encoded = Encoded(ids, lengths)
         counts.num_empty += int((encoded.lengths == 0).sum())
         ids = as_tokens(encoded.ids, self.vocab_size)
-        return Documents(ids, encoded.lengths, joined_runs(bits, run_lengths))
+        counted = [text.is_counted for text in texts if text.is_counted is not None]
+        loss_runs = runs_of(np.concatenate(counted)) if counted else np.zeros(0, np.int64)
+        return Documents(ids, encoded.lengths, joined_runs(bits, run_lengths), loss_runs=loss_runs)
 
     def _document(
         self, prepared: Text, corpus: str, tally: Tally

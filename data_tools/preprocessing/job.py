@@ -178,10 +178,10 @@ class Job:
         with ExitStack() as stack:
             work = partial(spec.encoder.encode, spool=self._spool)
             encode = stack.enter_context(worker_pool(work, workers))
+            has_conversations = spec.encoder.parser.chat is not None
+            settings = spec.encoder.vocab_size, overwrite, self._folder
             writers = {
-                name: stack.enter_context(
-                    CorpusWriter(prefix, spec.encoder.vocab_size, overwrite, self._folder, state.positions.get(name))
-                )
+                name: stack.enter_context(CorpusWriter(prefix, *settings, state.positions.get(name), has_conversations))
                 for name, prefix in spec.outputs.corpora.items()
             }
             progress = stack.enter_context(Progress(spec.inputs.num_bytes, state.file_bytes, log_interval))

@@ -11,6 +11,7 @@ from typing import Any
 from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
 from data_tools.preprocessing.arguments import GROUPS
+from data_tools.preprocessing.conversations import load_chat_template
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
@@ -99,6 +100,10 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]
     tokenizer = _tokenizer(args)
+    chat = load_chat_template(args.chat_template_from or args.tokenizer_model) if args.conversations else None
+    if chat is not None:
+        chat.check_tokens(tokenizer.tokenizer, args.tokenizer_model)
+        tokenizer = tokenizer._replace(prefix=[], suffix=[])  # the template has them
     groups, tagger = _languages(args, datasets)
     encoder = Encoder(
         tokenizer=tokenizer.tokenizer,
@@ -106,20 +111,21 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,
         eod_id=tokenizer.record.eod_id if args.append_eod else None,
-        parser=DocumentParser(tagger, keys),
+        parser=DocumentParser(tagger, keys, chat),
         groups=groups,
         corpora=args.json_keys,
         skips_bad_lines=args.on_error == "skip",
         skips_undetected=args.undetected == "skip",
         validation=RandomShare(args.validation_share, args.seed),
         auditor=_detector(args, groups) if args.audit else None,
+        max_tokens=args.max_tokens,
     )
     inputs = Inputs(datasets, encoder.parser, args.shard or 0, args.num_shards, args.max_samples, args.seed)
     read = {os.path.realpath(source.path) for source in inputs.sources}
     if both := [path for path in outputs.texts.values() if os.path.realpath(path) in read]:
         raise UserError(f"{both[0]} is an input, and held-out text would be written there; choose another name")
     notes = inputs.notes
-    if args.tokenizer_backend != "reference":
+    if args.tokenizer_backend != "reference" and chat is None:
         is_required = args.tokenizer_backend == "gigatoken"
         encoder.tokenizer, reason = choose_library(tokenizer.tokenizer, inputs.sample_texts(), is_required)
         notes += [f"tokenizing with {encoder.tokenizer.name}, not gigatoken: {reason}"] if reason else []
@@ -127,6 +133,8 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     record = tokenizer.record
     settings["tokenizer"] = [record.fingerprint, record.eod_id, record.special_tokens]
     settings["input files"] = inputs.described()
+    if chat is not None:
+        settings["conversations"] = [chat.fingerprint, args.max_tokens]
     if args.language_key or args.spans_key:
         settings["language codes"] = "canonical"  # earlier versions took them as they are
     if any(source.form is Form.PARQUET for source in inputs.sources):

@@ -7,8 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data_tools.corpus.tokenized import TokenFile
 from data_tools.preprocessing.batches import FileRange
+from data_tools.preprocessing.conversations import ChatTemplate
 from data_tools.preprocessing.long_documents import LongString, without_long_strings
 from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
 from moelpr.data.tokenizers.base import Piece
@@ -23,12 +27,16 @@ class Text(NamedTuple):
         on_disk: The complete text if it is too long for memory.
         tokens: Tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
         num_bytes: UTF-8 size of a text on disk.
+        turns: Of a conversation, start and end of the assistant's turns, in characters.
+        is_counted: Of a conversation, which tokens count in the loss, uint8 [tokens].
     """
 
     tagged: TaggedText
     on_disk: LongString | None = None
     tokens: Piece | TokenFile | None = None
     num_bytes: int = 0
+    turns: list[tuple[int, int]] | None = None
+    is_counted: NDArray[np.uint8] | None = None
 
     def parts(self) -> Iterable[str]:
         return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
@@ -52,10 +60,12 @@ class DocumentParser:
     Attributes:
         tagger: Assigns languages to texts.
         keys: For each dataset, the keys of the texts, one per corpus.
+        chat: Makes texts of conversations; None if the keys have texts.
     """
 
     tagger: Tagger
     keys: list[list[str]]
+    chat: ChatTemplate | None = None
 
     def columns(self) -> list[list[str]]:
         """Return the keys that are read, for each dataset."""
@@ -71,12 +81,16 @@ class DocumentParser:
         keys = self.keys[dataset]
         long_strings: dict[str, LongString] = {}
         if isinstance(item, FileRange):
+            if self.chat is not None:
+                raise BadLine("a conversation of more than 16 MiB; remove it")
             item, long_strings = without_long_strings(item)
         if isinstance(item, bytes):
             if is_blank(item):
                 return None
             of_spans = SPAN_KEYS if isinstance(self.tagger, LanguageSpans) else ()
             item = parse(item, [*keys, *self.tagger.columns(), *of_spans])
+        if self.chat is not None:
+            return self._conversations(self.chat, item, dataset, keys)
         if not long_strings:
             return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
         if isinstance(self.tagger, LanguageSpans):
@@ -90,6 +104,16 @@ class DocumentParser:
         if any(text.on_disk is not None and (is_by_line or len(text.tagged.spans) > 1) for text in found):
             raise BadLine("a long text can't have a language for each of its lines; split it")
         return found
+
+    def _conversations(self, chat: ChatTemplate, item: dict[str, Any], dataset: int, keys: list[str]) -> list[Text]:
+        rendered = [chat.render(item, key) for key in keys]
+        contents = item | {key: found.contents for key, found in zip(keys, rendered, strict=True)}
+        tagged = self.tagger.texts(contents, dataset, keys)
+        languages = [text.spans[0][0] for text in tagged]  # the template's own words are no language
+        return [
+            Text(TaggedText(found.text, [(language, len(found.text))]), turns=found.turns)
+            for found, language in zip(rendered, languages, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

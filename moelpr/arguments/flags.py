@@ -31,7 +31,7 @@ _HELP = {
     "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
     "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
-    "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2).",
+    "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2 and sft).",
     "--lpr-loss": "LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).",
     "--stage1-experts": "Experts that tokens can choose in stage1: all, as in the paper, or new, so that all choices "
     "of a token are trained; stage2 routes over all (default: %(default)s).",

@@ -22,6 +22,8 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
     """
     if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
         args.transformer_impl = "local"
+    if args.stage == "sft" and args.transformer_impl == "local":
+        args.dataloader_inter_document_masking = True  # so that a sequence may have several conversations
     wants_fused_gradients = args.gradient_accumulation_fusion
     # Megatron's own linear layers (original experts, output layer) need Apex for it, even with Transformer Engine.
     args.gradient_accumulation_fusion = wants_fused_gradients and is_installed("fused_weight_gradient_mlp_cuda")

@@ -2,11 +2,12 @@
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moelpr.arguments.checks.data import training_blend, training_share
+from moelpr.arguments.checks.data import has_conversations, training_blend, training_share
 from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import Manifest
 from moelpr.data.mixing import divide, share_table
+from moelpr.data.packing import windows_of
 from moelpr.process.errors import UserError
 
 
@@ -33,7 +34,9 @@ def set_train_iters(run: RequestedRun) -> str:
         if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
             return ""
         try:
-            corpora = [int(_num_tokens(prefix) * training_share(args.split)) for prefix in prefixes]
+            share, shares_windows = training_share(args.split), args.dataloader_inter_document_masking
+            corpora = [int(_num_tokens(prefix) * share) for prefix in prefixes]
+            windows = [_num_windows(prefix, length, shares_windows) for prefix in prefixes]
         except UserError as error:
             run.problems.append(str(error))
             return ""
@@ -44,7 +47,11 @@ def set_train_iters(run: RequestedRun) -> str:
             )
         budget = f"{epochs:g} epoch{'s' * (epochs != 1)} of {sum(corpora):,} tokens"
         # A sample has one more token than it predicts, the first of the next sample, and lies in one corpus.
-        steps = sum(max(0, int(epochs * tokens) - 1) // length for tokens in corpora) // batch
+        sequences = [
+            max(0, int(epochs * tokens) - 1) // length if number is None else int(epochs * share * number)
+            for tokens, number in zip(corpora, windows, strict=True)
+        ]
+        steps = sum(sequences) // batch
     else:
         return ""
     if steps < 1:
@@ -84,6 +91,14 @@ def set_weights(run: RequestedRun) -> str:
     args.data_path = [word for prefix, one in parts.items() for word in (f"{one.weight:.6g}", prefix)]
     args.mix = None  # the weights are what is recorded
     return f"the corpora share {total:,} tokens:\n{share_table(parts, 'corpus')}"
+
+
+def _num_windows(prefix: str, length: int, shares_windows: bool) -> int | None:
+    """The sequences that a corpus of conversations fills; None for another, or if one is too long, which is checked."""
+    if not has_conversations(prefix):
+        return None
+    lengths = CorpusIndex.open(prefix).sequence_lengths
+    return len(windows_of(lengths, length, shares_windows)[1]) - 1 if lengths.max(initial=0) <= length else None
 
 
 def _num_tokens(prefix: str) -> int:

@@ -122,7 +122,7 @@ class RequestedRun:
         """The weight of the LPR loss."""
         if self.spec is None or self.spec.moe is None:
             return 0.0
-        default = 0.1 if self.args.stage == "stage2" else 0.0
+        default = 0.1 if self.args.stage in ("stage2", "sft") else 0.0
         return default if self.args.lpr_loss_coeff is None else float(self.args.lpr_loss_coeff)
 
     @property

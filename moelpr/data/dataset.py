@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.data.language_bits import open_language_bits
+from moelpr.data.language_bits import loss_bits_path, open_language_bits, open_loss_bits
 from moelpr.data.manifest import FileRecord, Manifest
+from moelpr.data.packing import windows_of
 from moelpr.families.hf_config import read_config
 from moelpr.process.errors import DISK_FULL, UserError
 from moelpr.store.run_folder import HF_FOLDER
 
 _SEQUENCES_AT_ONCE = 1 << 20
+_SHORTER = "raise --seq-length, or preprocess them again with --max-tokens"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class TaggedIndexedDataset(IndexedDataset):
 
     Attributes:
         bits: Language bits.
+        loss_bits: Which tokens count in the loss; None unless the corpus has conversations.
         edges: Start and stop, in tokens, of every range that `get` has read since `edges` was cleared, flattened.
     """
 
@@ -67,6 +70,7 @@ class TaggedIndexedDataset(IndexedDataset):
     def _open_bits(self) -> None:
         num_tokens = int(self.index.sequence_lengths.sum(dtype=np.int64))
         self.bits = open_language_bits(self.path_prefix, num_tokens)
+        self.loss_bits = open_loss_bits(self.path_prefix, num_tokens)
         self.edges: list[int] = []
         self._pointers, self._lengths = self.index.sequence_pointers, self.index.sequence_lengths
         self._token_bytes = DType.size(self.index.dtype)
@@ -100,6 +104,9 @@ class TaggedGPTDataset(GPTDataset):
     """Megatron's GPT samples plus two uint8 tensors [sequence length]: `is_original` and `is_original_label`.
 
     They are the language bits of `tokens` and of `labels` (the tokens one step later).
+
+    Of a corpus of conversations, a sample has whole ones, several only with `inter_document_masking`, and `loss_mask`
+    is 1 for the assistant's tokens. Every epoch reads the same windows in another order.
     """
 
     cached_loss_mask: Tensor  # Megatron's
@@ -119,6 +126,8 @@ class TaggedGPTDataset(GPTDataset):
         bits = self._sample_bits
         # Redundant: if Megatron separates documents, position_ids already say where they begin.
         sample.pop("cu_seqlens", None), sample.pop("max_seqlen", None)
+        if self._is_counted is not None:
+            sample["loss_mask"] = mask * torch.from_numpy(self._is_counted[1:])
         sample["is_original"], sample["is_original_label"] = torch.from_numpy(bits[:-1]), torch.from_numpy(bits[1:])
         return sample
 
@@ -127,14 +136,42 @@ class TaggedGPTDataset(GPTDataset):
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
         edges = self.dataset.edges
         edges.clear()
-        tokens, document_ids, document_lengths = super()._query_document_sample_shuffle_indices(idx)
+        loss_bits = self.dataset.loss_bits
+        read = super()._query_document_sample_shuffle_indices if loss_bits is None else self._window
+        tokens, document_ids, document_lengths = read(idx)
         self._sample_bits, largest = self.dataset.bits.of_sample(edges, tokens)
+        self._is_counted = None if loss_bits is None else loss_bits.of_sample(edges, tokens)[0]
         if largest >= self.config.tokenizer.vocab_size:
             raise UserError(
                 f"{self.dataset_path}.bin contains token ID {largest}, but the model's vocabulary has "
                 f"{self.config.tokenizer.vocab_size} entries; tokenize the corpus with the model's own tokenizer"
             )
         return tokens, document_ids, document_lengths
+
+    def __len__(self) -> int:
+        return super().__len__() if self.dataset.loss_bits is None else len(self.shuffle_index)
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[NDArray, NDArray, NDArray]:
+        """The order of conversations, where in it windows start, and the windows in the order of training."""
+        if self.dataset.loss_bits is None:
+            return super()._build_document_sample_shuffle_indices()
+        lengths, length = self.dataset.sequence_lengths[self.indices], self.config.sequence_length
+        if lengths.max() > length:
+            raise UserError(f"{self.dataset_path} has conversations of more than {length:,} tokens; {_SHORTER}")
+        order, starts = windows_of(lengths, length, self.config.inter_document_masking)
+        random, windows = np.random.RandomState(self.config.random_seed), len(starts) - 1
+        epochs = max(1, -(-(self.num_samples or 0) // windows))
+        return self.indices[order], starts, np.concatenate([random.permutation(windows) for _ in range(epochs)])
+
+    def _window(self, idx: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+        """A window of conversations. The rest of it repeats them, so that routers see text, but counts nowhere."""
+        start, stop = self.sample_index[self.shuffle_index[idx] :][:2]
+        documents = self.document_index[start:stop]
+        parts = [self.dataset.get(document) for document in documents.tolist()]
+        size = self.config.sequence_length + self.config.add_extra_token_to_sequence
+        tokens = np.resize(np.concatenate(parts), size).astype(np.int64)
+        lengths = [*map(len, parts)]
+        return tokens, documents, [*lengths, size - sum(lengths)]
 
 
 def build_datasets(num_samples: Sequence[int | None], config: GPTDatasetConfig) -> list[Any]:
@@ -195,7 +232,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     )
 
 
-def index_checksums(prefixes: Iterable[str]) -> dict[str, str]:
+def index_checksums(prefixes: Iterable[str], shares_windows: bool = False) -> dict[str, str]:
     """What tells corpora of one name apart: the checksum of each .idx, from its manifest if it has one.
 
     Megatron's cache holds the order of samples by name and settings, so that a corpus that was made again would be read
@@ -208,6 +245,8 @@ def index_checksums(prefixes: Iterable[str]) -> dict[str, str]:
             found[prefix] = manifest.files["idx"].sha256
         elif path.is_file():  # else its reader reports it
             found[prefix] = _checksum(path, path.stat().st_mtime_ns)
+        if prefix in found and loss_bits_path(prefix).exists():
+            found[prefix] += f" conversations {shares_windows}"
     return found
 
 
@@ -224,7 +263,11 @@ def token_ids(args: argparse.Namespace, corpora: Iterable[str]) -> TokenIds:
         UserError: `--eod-mask-loss` has no end-of-document token, or several.
     """
     eod = _eod_id(args, corpora) if args.eod_mask_loss else -1
-    return TokenIds(vocab_size=args.vocab_size, eod=eod, unique_identifiers=index_checksums(corpora))
+    return TokenIds(
+        vocab_size=args.vocab_size,
+        eod=eod,
+        unique_identifiers=index_checksums(corpora, args.dataloader_inter_document_masking),
+    )
 
 
 def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:

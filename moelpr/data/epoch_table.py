@@ -33,6 +33,9 @@ def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_
         tokens = int(dataset.dataset.sequence_lengths[dataset.indices].sum(dtype=np.int64))
         documents, languages = _languages(dataset, tokens)
         samples, epochs = (tokens - 1) // seq_length, num_samples * share * seq_length / tokens
+        if dataset.dataset.loss_bits is not None:  # whole conversations
+            samples = len(dataset.sample_index) - 1
+            epochs = num_samples * share / samples
         rows.append([prefix, "", f"{documents:,}", f"{tokens:,}", f"{samples:,}", f"{epochs:.2f}", f"{share:.1%}"])
         for name, count in sorted(languages, key=lambda item: (item[1].bit != "original", item[0])):
             if count.tokens:

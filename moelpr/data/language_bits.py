@@ -224,15 +224,29 @@ def language_bits_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.lang")
 
 
+def loss_bits_path(prefix: str | os.PathLike[str]) -> Path:
+    """Return the .loss file of a corpus prefix: which tokens of its conversations count in the loss."""
+    return Path(f"{os.fspath(prefix)}.loss")
+
+
+def open_loss_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits | None:
+    """Open the .loss file of a corpus of conversations, which has the .lang format; None for other corpora."""
+    return _covering(loss_bits_path(prefix), num_tokens) if os.path.lexists(loss_bits_path(prefix)) else None
+
+
 def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits:
     """Open the .lang file of a corpus prefix and check that it covers the `num_tokens` tokens of the .bin.
 
     Wrong bits would train the wrong loss.
     """
-    bits = LanguageBits(language_bits_path(prefix))
+    return _covering(language_bits_path(prefix), num_tokens)
+
+
+def _covering(path: Path, num_tokens: int) -> LanguageBits:
+    bits = LanguageBits(path)
     if bits.num_tokens != num_tokens:
         raise UserError(
-            f"{bits.path} covers {bits.num_tokens:,} tokens, but {os.fspath(prefix)}.bin contains {num_tokens:,}; "
+            f"{path} covers {bits.num_tokens:,} tokens, but {path.with_suffix('.bin')} contains {num_tokens:,}; "
             f"{REBUILD}"
         )
     return bits

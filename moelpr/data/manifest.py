@@ -162,7 +162,7 @@ class Manifest(Record):
         documents: Number of documents, including empty ones.
         tokens: Number of tokens.
         skipped_lines: Number of malformed lines that --on-error skip omitted.
-        files: Size and checksums of "bin", "idx" and "lang".
+        files: Size and checksums of "bin", "idx" and "lang", and of a corpus of conversations "loss".
         shard_of: The same in all shards of one job: a hash of its flags, and of the names and sizes of its input files;
             null if the corpus is not a shard.
         moelpr_version: Version of the program that wrote the corpus.
@@ -197,7 +197,7 @@ class Manifest(Record):
         """
         size = sum(record.bytes for record in self.files.values())
         with tqdm(total=size, desc="verifying", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
-            for name in ("idx", "lang", "bin"):
+            for name in ("idx", "lang", *(["loss"] if "loss" in self.files else []), "bin"):
                 path, record = Path(f"{os.fspath(prefix)}.{name}"), self.files.get(name)
                 try:
                     if verify is Verify.SAMPLED and name == "bin":

@@ -321,7 +321,8 @@ class Activations:
         # Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns.
         choices = moe.topk * (_INT64 + _FP32) + moe.num_experts * _FP32 + moe.num_new_experts * _INT64
         # The balance loss keeps the choices; the LPR loss keeps two logarithms and the language bit.
-        stage_losses = {"stage1": moe.topk * _INT64, "stage2": 2 * _FP32 + _BOOL}
+        lpr = 2 * _FP32 + _BOOL
+        stage_losses = {"stage1": moe.topk * _INT64, "stage2": lpr, "sft": lpr}
         choices += stage_losses.get(self.workload.stage, 0)
         inputs = self.hidden + self.expert_ffn  # they give the gradients of weights
         original, new = (2 * self.expert_ffn + inputs * (part in self.trained) for part in _EXPERT_PARTS)

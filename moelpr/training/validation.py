@@ -23,7 +23,7 @@ from torch.utils.data import default_collate
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.data.dataset import build_datasets, dataset_config, token_ids
-from moelpr.data.language_bits import LanguageBits, language_bits_path
+from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.megatron_patches import hooks
@@ -152,6 +152,8 @@ def bytes_per_token(prefix: str, model_folder: Path) -> float | None:
     An end-of-document token stands for no bytes, but it is predicted, so it counts. None without both files.
     """
     manifest = Manifest.read(prefix)
+    if loss_bits_path(prefix).exists():
+        return None  # only the assistant's tokens count, whose bytes are unknown
     if manifest is not None and manifest.tokens:
         return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens
     try:

@@ -14,7 +14,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from moelpr.arguments.requested import RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
-from moelpr.data.language_bits import LanguageBits, language_bits_path
+from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
@@ -66,6 +66,42 @@ def check_original_tokens(run: RequestedRun) -> Iterable[str]:
         yield str(error)
 
 
+def check_conversations(run: RequestedRun) -> Iterable[str]:
+    """The stage sft has conversations, and each fits a sequence."""
+    prefixes, _ = training_blend(run)
+    if run.args.stage == "sft" and prefixes and all(map(IndexedDataset.exists, prefixes)):
+        if not any(map(has_conversations, prefixes)):
+            yield (
+                f"--stage sft requires conversations, but {' '.join(prefixes)} has none; make a corpus of them with "
+                "moelpr preprocess --conversations"
+            )
+    for prefix in filter(has_conversations, _existing_corpora(run)):
+        try:
+            longest = int(CorpusIndex.open(prefix).sequence_lengths.max(initial=0))
+        except UserError as error:
+            yield str(error)
+            continue
+        if longest > (run.args.seq_length or longest):
+            yield (
+                f"{prefix} has a conversation of {longest:,} tokens, more than --seq-length {run.args.seq_length:,}; "
+                f"raise it, or preprocess with --max-tokens {run.args.seq_length} --on-error skip"
+            )
+
+
+def note_separate_conversations(run: RequestedRun) -> Iterable[str]:
+    """Not an error: padding is all that it costs."""
+    if not run.args.dataloader_inter_document_masking and any(map(has_conversations, training_blend(run)[0])):
+        yield (
+            "each conversation gets a sequence of its own, because attention would not keep several apart; "
+            "--dataloader-inter-document-masking --transformer-impl local packs them"
+        )
+
+
+def has_conversations(prefix: str) -> bool:
+    """Whether a corpus has conversations, which are read whole."""
+    return loss_bits_path(prefix).exists()
+
+
 def check_tokenizers(run: RequestedRun) -> Iterable[str]:
     """Corpora contain the token IDs of the model."""
     yield from (message for is_wrong, message in _compare_tokenizers(run) if is_wrong)
@@ -85,7 +121,8 @@ def damaged_corpora(run: RequestedRun) -> Iterable[str]:
         return
     for prefix in _existing_corpora(run):
         try:
-            LanguageBits(language_bits_path(prefix)).verify()
+            for path in (language_bits_path(prefix), *([loss_bits_path(prefix)] if has_conversations(prefix) else [])):
+                LanguageBits(path).verify()
             if manifest := Manifest.read(prefix):
                 manifest.verify_files(prefix, verify)
         except UserError as error:
@@ -253,6 +290,8 @@ def note_reordered_data(run: RequestedRun) -> Iterable[str]:
         return
     changed = []
     for prefix, weight in zip(prefixes, weights or [1.0], strict=True):
+        if has_conversations(prefix):
+            continue  # their order does not depend on it
         try:
             tokens = int(CorpusIndex.open(prefix).num_tokens * training_share(args.split))
         except UserError:

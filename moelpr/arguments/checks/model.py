@@ -144,7 +144,7 @@ def check_new_tokens(run: RequestedRun) -> Iterable[str]:
             "moelpr convert --extended-tokenizer DIR"
         )
     if args.train_new_embeddings and args.stage not in ("stage1", None):
-        does = "trains them anyway" if args.stage in ("stage0", "dense") else "trains only routers"
+        does = "trains them anyway" if args.stage in ("stage0", "dense") else "does not train them"
         yield f"--train-new-embeddings applies to --stage stage1, and --stage {args.stage} {does}; remove it"
     if args.train_new_embeddings and args.train_everything:
         yield "--train-new-embeddings has no effect with --train-everything, which freezes nothing; remove one of them"
@@ -185,7 +185,7 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
 
 def note_stage2_without_stage1(run: RequestedRun) -> Iterable[str]:
     """Not an error: it is a possible ablation."""
-    if run.args.stage == "stage2" and run.record is None:
+    if run.args.stage in ("stage2", "sft") and run.record is None:
         yield (
             f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
             "untrained copies; pass the --save folder of stage 1"

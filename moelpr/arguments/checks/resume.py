@@ -108,7 +108,7 @@ def _bucket_size(settings: Mapping[str, Any], layout: Layout) -> int | None:
 
 
 def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    trains_experts = settings.get("stage") == "stage1" or bool(settings.get("train_everything"))
+    trains_experts = settings.get("stage") in ("stage1", "sft") or bool(settings.get("train_everything"))
     trains_all = settings.get("stage") == "dense" or bool(settings.get("train_everything"))
     names = ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
     return {

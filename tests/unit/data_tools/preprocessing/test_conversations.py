@@ -1,0 +1,196 @@
+"""Conversations become the tokens and the assistant's mask that transformers makes of them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from data_tools import merge_data, sample_data
+from data_tools.corpus.corpus import Corpus
+from data_tools.preprocessing.conversations import counted_tokens, load_chat_template
+from moelpr.data.language_bits import loss_bits_path
+from moelpr.data.manifest import Manifest
+from moelpr.data.tokenizers.loading import load_tokenizer
+from moelpr.process.errors import UserError
+from moelpr.text.documents import BadLine
+from tests.support.chat import FORGETFUL, MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
+from tests.support.small_tokenizers import KINDS
+
+ENGLISH = ["--language-key", "lang", "--original-languages", "en", "--expanded-languages", "el"]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder for each kind of tokenizer, whose template marks turns; `KIND-unmarked` has it without marks."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    found = {kind: save_tokenizer(folder / kind, kind, MARKED) for kind in KINDS}
+    unmarked = {f"{kind}-unmarked": with_template(path, folder / f"{kind}-u", UNMARKED) for kind, path in found.items()}
+    return found | unmarked
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    lines = [write_conversations(tmp_path / f"{name}.jsonl", name, 12).read_text() for name in ("en", "el")]
+    (tmp_path / "both.jsonl").write_text("".join(lines))
+    return tmp_path / "both.jsonl"
+
+
+@pytest.fixture
+def chat(preprocess: Callable[..., Path]) -> Callable[..., Path]:
+    """Preprocesses conversations, and returns the corpus."""
+
+    def run(tokenizer: Path, *words: str | Path, **options: Any) -> Path:
+        made = preprocess(tokenizer, "--conversations", *ENGLISH, *words, **options)
+        return made.with_name(f"{made.name}_messages_document")
+
+    return run
+
+
+def documents(prefix: Path) -> list[tuple[list[int], list[int], list[int]]]:
+    """IDs, bits of the loss and language bits of each conversation."""
+    corpus, start, found = Corpus(prefix), 0, []
+    corpus.verify()
+    for index in range(corpus.num_documents):
+        ids, bits = corpus.document(index)
+        found.append((ids.tolist(), corpus.loss_bits.slice(start, start + len(ids)).tolist(), bits.tolist()))
+        start += len(ids)
+    return found
+
+
+@pytest.mark.parametrize("template", ["", "-unmarked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_mask_are_those_of_transformers(tokenizers, jsonl: Path, chat, kind: str, template: str) -> None:
+    """Also of a template without marks, whose turns are found by rendering the conversation's beginnings."""
+    from transformers import AutoTokenizer
+
+    found = documents(chat(tokenizers[kind + template], "--input", jsonl))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
+    for line, (ids, counts, bits) in zip(jsonl.read_text().splitlines(), found, strict=True):
+        row = json.loads(line)
+        wanted = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        assert (ids, counts) == (wanted["input_ids"], wanted["assistant_masks"])
+        assert set(bits) == {int(row["lang"] == "en")}
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(contents=st.lists(st.tuples(st.text(max_size=9), st.text(max_size=9)), min_size=1, max_size=3))
+def test_beginnings_tell_the_turns_that_marks_tell(tokenizers, contents: list[tuple[str, str]]) -> None:
+    messages = [
+        {"role": role, "content": content}
+        for pair in contents
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    try:
+        marked, unmarked = (
+            _templates(tokenizers)[name].render({"messages": messages}, "messages")
+            for name in ("qwen", "qwen-unmarked")
+        )
+    except BadLine as error:  # half a surrogate pair has no text
+        pytest.fail(str(error))
+    assert marked == unmarked
+
+
+def _templates(tokenizers: dict[str, Path], cache: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
+    cache |= {name: load_chat_template(str(path)) for name, path in tokenizers.items() if name not in cache}
+    return cache
+
+
+def test_the_tokens_of_turns_by_hand() -> None:
+    starts = np.array([0, 2, 5, 5, 7, 9])
+    assert counted_tokens(starts, [(6, 8)]).tolist() == [0, 0, 1, 1, 1, 0]
+    assert counted_tokens(starts, [(0, 3), (9, 11)]).tolist() == [0, 1, 0, 0, 0, 1]  # nothing predicts the first
+    assert counted_tokens(starts, [(5, 5)]).tolist() == [0] * 6
+
+
+def test_shards_and_parquet_are_the_same_corpus(tokenizers, jsonl: Path, chat, tmp_path: Path) -> None:
+    whole = chat(tokenizers["qwen"], "--input", jsonl)
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "both.parquet")
+    table = chat(tokenizers["qwen"], "--input", tmp_path / "both.parquet", out="out/table")
+    for shard in (0, 1):
+        words = ["--input", jsonl, "--num-shards", "2", "--shard", str(shard)]
+        chat(tokenizers["qwen"], *words, out="out/shards")
+    shards = tmp_path / "out" / "shards_messages_document"
+    merge_data.main(["--output-prefix", str(shards), "--num-shards", "2", "--remove-input"])
+    for other in (table, shards):
+        for suffix in ("bin", "idx", "lang", "loss"):
+            assert Path(f"{whole}.{suffix}").read_bytes() == Path(f"{other}.{suffix}").read_bytes()
+    assert [path.name for path in shards.parent.glob("shards*shard-*")] == []
+    with pytest.raises(UserError, match="--max-samples"):
+        sample_data.main(["--input", str(whole), "--output-prefix", str(tmp_path / "s"), "--original-documents", "1"])
+
+
+def test_a_corpus_of_text_replaces_one_of_conversations(tokenizers, jsonl: Path, chat, preprocess, tmp_path) -> None:
+    prefix = chat(tokenizers["qwen"], "--input", jsonl)
+    assert Manifest.read(prefix).files.keys() == {"bin", "idx", "lang", "loss"}
+    (tmp_path / "text.jsonl").write_text('{"messages": "no conversation", "lang": "en"}\n')
+    words = ["--input", tmp_path / "text.jsonl", "--json-keys", "messages", *ENGLISH, "--overwrite"]
+    preprocess(tokenizers["qwen"], *words)
+    assert not loss_bits_path(prefix).exists() and Corpus(prefix).loss_bits is None
+
+
+def test_a_damaged_loss_file_is_noticed(tokenizers, jsonl: Path, chat) -> None:
+    path = loss_bits_path(chat(tokenizers["qwen"], "--input", jsonl))
+    content = path.read_bytes()
+    path.write_bytes(content[:70] + bytes([content[70] ^ 1]) + content[71:])
+    with pytest.raises(UserError, match=r"\.loss"):
+        Corpus(str(path).removesuffix(".loss")).verify()
+
+
+USER, ANSWER = {"role": "user", "content": "light"}, {"role": "assistant", "content": "door"}
+BAD = {
+    "no assistant turn": [USER],
+    "unknown role robot": [USER, {"role": "robot", "content": "x"}, ANSWER],
+    "tokens, more than --max-tokens 60": [USER, ANSWER | {"content": "x y " * 60}],
+    '"content" of message 2 is a list': [USER, {"role": "assistant", "content": [{"type": "text", "text": "x"}]}],
+    '"content" of message 2 is null': [USER, {"role": "assistant", "content": None}],
+    '"role" of message 1 is missing': [{"content": "x"}, ANSWER],
+    'message 2 has "tool_calls"': [USER, ANSWER | {"tool_calls": [{"name": "f"}]}],
+    "message 1 is a string": ["light", ANSWER],
+    "an empty list": [],
+    "contains a string, not a list": "light",
+}
+
+
+def test_bad_conversations_are_named_by_line_skipped_and_counted(tokenizers, chat, tmp_path: Path, capsys) -> None:
+    lines = [{"messages": messages, "lang": "en"} for messages in [[USER, ANSWER], *BAD.values()]]
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ["--input", path, "--max-tokens", "60"]
+    with pytest.raises(UserError, match=r"bad\.jsonl:2: the conversation has no assistant turn"):
+        chat(tokenizers["qwen"], *options)
+    prefix = chat(tokenizers["qwen"], *options, "--on-error", "skip", "--max-bad-share", "1")
+    assert len(documents(prefix)) == 1 and Manifest.read(prefix).skipped_lines == len(BAD)
+    skipped = (tmp_path / "out" / "a.skipped.txt").read_text().splitlines()
+    for number, (line, wanted) in enumerate(zip(skipped, BAD, strict=True), start=2):
+        assert f"bad.jsonl:{number}: " in line and wanted in line
+    assert f"{len(BAD)} lines were skipped" in capsys.readouterr().err
+
+
+def test_templates_that_cannot_be_used_are_refused(tokenizers, jsonl: Path, chat, tmp_path: Path) -> None:
+    none = with_template(tokenizers["qwen"], tmp_path / "none", None)
+    with pytest.raises(UserError, match=f"{none} has no chat template"):
+        chat(none, "--input", jsonl)
+    with pytest.raises(UserError, match="<|im_start|>"):  # where it is another token
+        chat(tokenizers["qwen"], "--input", jsonl, "--chat-template-from", tokenizers["llama3"])
+    forgetful = with_template(tokenizers["qwen"], tmp_path / "forgetful", FORGETFUL)
+    thinking = [USER, ANSWER | {"content": "thought> door"}, USER, ANSWER]
+    (tmp_path / "thinking.jsonl").write_text(json.dumps({"messages": thinking, "lang": "en"}))
+    with pytest.raises(UserError, match=r"thinking\.jsonl:1: .*no \{% generation %\} blocks.*message 2"):
+        chat(forgetful, "--input", tmp_path / "thinking.jsonl")
+    template = load_chat_template(str(tokenizers["qwen"]))
+    template.check_tokens(load_tokenizer("HuggingFaceTokenizer", str(tokenizers["qwen"])), "qwen")
+
+
+@pytest.mark.parametrize("flag", ["--append-eod", "--chat-template-from x", "--max-tokens 5"])
+def test_flags_that_contradict_each_other(flag: str, tokenizers, jsonl: Path, chat, preprocess) -> None:
+    run = chat if flag == "--append-eod" else lambda *words: preprocess(*words, *ENGLISH)
+    with pytest.raises(UserError, match=flag.split()[0]):
+        run(tokenizers["qwen"], "--input", jsonl, *flag.split())

@@ -3,7 +3,7 @@
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-real-model gpu-check check format venv clean
+.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-real-model gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -32,6 +32,10 @@ test-browser: venv ## reports in a real Chromium; as root, installs Debian's pac
 test-mergekit: venv ## upcycling against mergekit, which is installed into .venv-mergekit
 	@tests/mergekit/install.sh
 	.venv/bin/python -m pytest -m mergekit tests/mergekit
+
+test-trl: venv ## samples of conversations against TRL's, which is installed into .venv-trl
+	@tests/trl/install.sh
+	.venv/bin/python -m pytest -m trl tests/trl
 
 test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 	@tests/readers/install.sh

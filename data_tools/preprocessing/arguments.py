@@ -40,8 +40,8 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add = parser.add_argument_group("conversations (docs/chat.md)").add_argument
     what = 'documents are conversations, [{"role": …, "content": …}, …]; only assistant turns count in the loss'
     add("--conversations", action="store_true", help=what)
-    template = "folder of the chat model whose chat template to use (default: --tokenizer-model)"
-    add("--chat-template-from", metavar="DIR", help=template)
+    template = "folder of the chat model whose chat template to use, or a file with one (default: --tokenizer-model)"
+    add("--chat-template-from", metavar="PATH", help=template)
     longest = "longest conversation, the --seq-length of training; a longer one is a malformed line (default: any)"
     add("--max-tokens", **_COUNT, help=longest)
 

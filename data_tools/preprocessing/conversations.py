@@ -5,6 +5,7 @@ import re
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class Rendered(NamedTuple):
     """A conversation as text.
 
     Attributes:
-        turns: Start and end of what the assistant wrote, with the token that ends it, in characters.
+        turns: Start and end of what the assistant wrote, in characters: with marks of the template what they enclose,
+            otherwise all that it adds to the prompt, such as "yes<|im_end|>\\n".
         contents: What the messages say, without the template.
     """
 
@@ -38,7 +40,7 @@ class ChatTemplate:
     """A chat template, which transformers renders.
 
     Attributes:
-        source: Folder of the tokenizer that has it.
+        source: Its file, or the folder of the tokenizer that has it.
         special_tokens: Names of special tokens, such as bos_token, and the tokens.
         added_tokens: The tokens added to that tokenizer that the template contains, and their IDs.
     """
@@ -86,9 +88,9 @@ class ChatTemplate:
                     raise BadLine(
                         f"the chat template of {self.source} has no {{% generation %}} blocks and renders message "
                         f"{number + 1} not as the continuation of its prompt, so the assistant's tokens are unknown; "
-                        "add the blocks to it"
+                        "pass a template with them (docs/chat.md)"
                     )
-                turns.append((len(before), len(before) + len(through[len(before) :].rstrip())))
+                turns.append((len(before), len(through)))
         return Rendered(text, turns, contents)
 
     def _rendered(self, messages: list[dict[str, str]], marks_turns: bool = False, **options: bool) -> tuple[str, list]:
@@ -125,35 +127,39 @@ def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> N
     return is_counted
 
 
-def load_chat_template(folder: str) -> ChatTemplate:
-    """Load the chat template of a tokenizer in a separate process, so that workers inherit little.
+def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
+    """Load a chat template in a separate process, so that workers inherit little.
+
+    Args:
+        source: The folder of a tokenizer that has it, or a file with the template, for the tokenizer in `tokenizer`.
 
     Raises:
         UserError: The tokenizer can't be loaded, or has no chat template.
     """
     with started_pool(1) as pool:
         try:
-            return pool.submit(_load, folder).result()
+            return pool.submit(_load, source, tokenizer).result()
         except BrokenProcessPool as error:
-            raise UserError(f"the process that loads the tokenizer {folder} was killed; free some memory") from error
+            raise UserError(f"the process that loads the tokenizer {source} was killed; free some memory") from error
 
 
 @reports_panics()
-def _load(folder: str) -> ChatTemplate:
+def _load(source: str, model: str) -> ChatTemplate:
     if "torch" not in sys.modules:
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-    tokenizer = open_hf_tokenizer(folder)
+    is_file = os.path.isfile(source)
+    tokenizer = open_hf_tokenizer(model if is_file else source)
     try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
+        template = Path(source).read_text("utf-8") if is_file else tokenizer.get_chat_template()
+    except (ValueError, OSError) as error:
         raise UserError(
-            f"{folder} has no chat template ({first_line(error)}); pass --chat-template-from with the folder of a chat "
-            "model"
+            f"{source} has no chat template ({first_line(error)}); pass --chat-template-from with the folder of a chat "
+            "model, or a file with the template"
         ) from error
     added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.content in template}
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return ChatTemplate(folder, template, special, added)
+    return ChatTemplate(source, template, special, added)
 
 
 def _messages(document: dict[str, Any], key: str) -> list[dict[str, str]]:

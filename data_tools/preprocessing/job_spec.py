@@ -100,8 +100,9 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]
     tokenizer = _tokenizer(args)
-    chat = load_chat_template(args.chat_template_from or args.tokenizer_model) if args.conversations else None
-    if chat is not None:
+    chat = None
+    if args.conversations:
+        chat = load_chat_template(args.chat_template_from or args.tokenizer_model, args.tokenizer_model)
         chat.check_tokens(tokenizer.tokenizer, args.tokenizer_model)
         tokenizer = tokenizer._replace(prefix=[], suffix=[])  # the template has them
     groups, tagger = _languages(args, datasets)

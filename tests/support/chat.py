@@ -13,7 +13,7 @@ _REFUSAL = "{{ raise_exception('unknown role ' + m.role) }}"
 MARKED = (
     "{{ bos_token or '' }}{% for m in messages %}"
     f"{{% if m.role not in ['system', 'user', 'assistant'] %}}{_REFUSAL}{{% endif %}}{_TURN}"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>\\n' }}{% endgeneration %}"
     "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )

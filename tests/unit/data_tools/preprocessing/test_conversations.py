@@ -98,7 +98,7 @@ def test_beginnings_tell_the_turns_that_marks_tell(tokenizers, contents: list[tu
 
 
 def _templates(tokenizers: dict[str, Path], cache: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
-    cache |= {name: load_chat_template(str(path)) for name, path in tokenizers.items() if name not in cache}
+    cache |= {name: load_chat_template(str(path), "") for name, path in tokenizers.items() if name not in cache}
     return cache
 
 
@@ -178,14 +178,17 @@ def test_templates_that_cannot_be_used_are_refused(tokenizers, jsonl: Path, chat
     none = with_template(tokenizers["qwen"], tmp_path / "none", None)
     with pytest.raises(UserError, match=f"{none} has no chat template"):
         chat(none, "--input", jsonl)
-    with pytest.raises(UserError, match="<|im_start|>"):  # where it is another token
-        chat(tokenizers["qwen"], "--input", jsonl, "--chat-template-from", tokenizers["llama3"])
+    with pytest.raises(UserError, match=r"<\|im_start\|>.* not the same token"):
+        chat(tokenizers["qwen"], "--input", jsonl, "--chat-template-from", tokenizers["llama2"])
     forgetful = with_template(tokenizers["qwen"], tmp_path / "forgetful", FORGETFUL)
     thinking = [USER, ANSWER | {"content": "thought> door"}, USER, ANSWER]
     (tmp_path / "thinking.jsonl").write_text(json.dumps({"messages": thinking, "lang": "en"}))
     with pytest.raises(UserError, match=r"thinking\.jsonl:1: .*no \{% generation %\} blocks.*message 2"):
         chat(forgetful, "--input", tmp_path / "thinking.jsonl")
-    template = load_chat_template(str(tokenizers["qwen"]))
+    (tmp_path / "marked.jinja").write_text(MARKED)  # a file may have the template
+    thought = documents(chat(forgetful, "--input", jsonl, "--chat-template-from", tmp_path / "marked.jinja"))
+    assert thought == documents(chat(tokenizers["qwen"], "--input", jsonl, out="out/folder"))
+    template = load_chat_template(str(tokenizers["qwen"]), "")
     template.check_tokens(load_tokenizer("HuggingFaceTokenizer", str(tokenizers["qwen"])), "qwen")
 
 

@@ -267,7 +267,7 @@ def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(input_file
     """A flag that is new must be added to the settings, or here."""
     speed_or_output = {"debug", "workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}
     by_content = {"input", "dataset_info", "dataset_dir", "tokenizer_type", "tokenizer_model", "eod_token"}
-    by_content |= {"tokenizer_hf_no_include_special_tokens"}
+    by_content |= {"tokenizer_hf_no_include_special_tokens", "conversations", "chat_template_from", "max_tokens"}
     words = [*FLAGS, "--input", *input_files, "--tokenizer-type", "HuggingFaceTokenizer"]
     words += ["--tokenizer-model", hf_tokenizer, "--output-prefix", tmp_path / "a"]
     arguments = parse_arguments(None, [*map(str, words)])

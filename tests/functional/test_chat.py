@@ -1,0 +1,141 @@
+"""Real runs of launch/sft.sh on the conversations of a tiny chat model: it learns to answer, and keeps what it had."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_tools import preprocess_data
+from tests.functional.test_training import cut_back, export, metrics, model_tensors, records, run_to_the_end, tensors
+from tests.support.chat import conversations_in, save_tokenizer, write_conversations
+from tests.support.hf_models import load_stock
+
+LENGTH = "192"
+STEPS = ["--seq-length", LENGTH, "--micro-batch-size", "1", "--train-iters", "6", "--lr-warmup-iters", "0"]
+LONGER = ["--train-iters", "40", "--save-interval", "40", "--no-save-optim"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learned conversations in English, upcycled, and corpora in English and Greek."""
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    from benchmarks.common import qwen2_config
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+    from moelpr.families.new_experts import NewExperts
+
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder / "hf"))
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(qwen2_config(2, 32, 64, 512, 256, tie_word_embeddings=True))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rendered = (tokenizer.apply_chat_template(messages)["input_ids"] for messages in conversations_in("en", 200))
+    ids = torch.tensor([id for conversation in rendered for id in conversation])
+    rows = ids[: len(ids) // 96 * 96].view(-1, 96)
+    for _ in range(60):
+        chosen = rows[torch.randint(len(rows), (8,))]
+        optimizer.zero_grad()
+        model(chosen, labels=chosen).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "hf")
+    hf_to_mcore(folder / "hf", folder / "upcycled", NewExperts(4, topk=2, original_copies=2))
+    for language in ("en", "el"):
+        lines = write_conversations(folder / f"{language}.jsonl", language, 80, seed=1)
+        words = ["--input", lines, "--conversations", "--max-tokens", LENGTH, "--language", language]
+        words += ["--original-languages", "en", "--tokenizer-type", "HuggingFaceTokenizer", "--workers", "1"]
+        words += ["--tokenizer-model", folder / "hf", "--output-prefix", folder / language]
+        preprocess_data.main([str(word) for word in words])
+    return folder
+
+
+def command(material: Path, save: Path, *words: str) -> list[str | Path]:
+    data = [word for name in ("en", "el") for word in ("1", material / f"{name}_messages_document")]
+    start = ["sft", "--pretrained-checkpoint", material / "upcycled", "--data-path", *data, "--save", save]
+    return [*start, "--save-interval", "3", *STEPS, *words]
+
+
+@pytest.fixture(scope="module")
+def sft(material: Path) -> Path:
+    """Six steps in one process, saved after steps 3 and 6."""
+    run_to_the_end(*command(material, material / "sft"))
+    return material / "sft"
+
+
+@pytest.fixture(scope="module", params=["1", "0"])
+def longer(material: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """Forty steps with a weight of the LPR loss: of 1, as a run this short needs it, and of 0."""
+    save = material / f"longer-{request.param}"
+    run_to_the_end(*command(material, save, *LONGER, "--lpr-loss-coeff", request.param))
+    return request.param, save
+
+
+def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(material: Path, sft: Path) -> None:
+    resumed = cut_back(sft, material / "resumed")
+    run_to_the_end(*command(material, resumed))
+    assert [record["lm_loss"] for record in metrics(resumed)] == [record["lm_loss"] for record in metrics(sft)]
+    one, other = tensors(sft, 6), tensors(resumed, 6)
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_two_expert_parallel_ranks_train_as_one(material: Path, sft: Path) -> None:
+    """Their micro-batches count differently many tokens, which all weigh the same."""
+    both = material / "two-ranks"
+    run_to_the_end(*command(material, both, "--expert-model-parallel-size", "2"), ranks=2)
+    for one, two in zip(metrics(sft), metrics(both), strict=True):
+        for name in ("lm_loss", "lm_loss_original", "lm_loss_expanded", "lpr_loss", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4)
+
+
+def test_only_new_experts_and_routers_change_and_the_export_has_them(material: Path, sft: Path) -> None:
+    from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
+    from moelpr.checkpoints.torch_dist import TorchDistReader
+
+    start = TorchDistReader(material / "upcycled" / "release")
+    trained = model_tensors(tensors(sft, 6))
+    for key, value in trained.items():
+        moves = ".mlp.router." in key or ".mlp.experts." in key
+        assert torch.equal(value, start.read(key)) != moves, key
+    export(sft, material / "sft-hf")
+    assert largest_difference(compare_frozen(material / "hf", material / "sft-hf")) == 0.0
+    state = load_stock(material / "sft-hf").state_dict()
+    router = next(value for key, value in trained.items() if ".layers.0.mlp.router.weight" in key)
+    assert torch.equal(state["model.layers.0.mlp.gate.weight"].float(), router.float())
+    assert (material / "sft-hf" / "chat_template.jinja").read_text() == (
+        material / "hf" / "chat_template.jinja"
+    ).read_text()
+
+
+def test_the_assistants_turns_are_learned(longer: tuple[str, Path]) -> None:
+    """Also without the LPR loss; the loss is the assistant's only, in both languages."""
+    found = metrics(longer[1])
+    losses = [record["lm_loss_expanded"] for record in found]
+    assert max(losses[-3:]) < 0.85 * losses[0]
+
+
+def test_the_lpr_loss_keeps_the_distribution_on_original_language_prompts(material: Path, longer) -> None:
+    """KL divergence from the base on 40 English prompts, of tokens after the template's own start of an answer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    weight, save = longer
+    export(save, material / f"{save.name}-hf")
+    tokenizer = AutoTokenizer.from_pretrained(material / "hf")
+    base, model = AutoModelForCausalLM.from_pretrained(material / "hf"), load_stock(material / f"{save.name}-hf")
+    total = 0.0
+    for messages in conversations_in("en", 40, seed=2):
+        ids = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            old, new = (one(ids).logits[0].float().log_softmax(-1) for one in (base, model))
+        total += float((old.exp() * (old - new)).sum(-1).mean())
+    (material / f"kl-{weight}").write_text(json.dumps(total / 40))
+    kept = [float(path.read_text()) for path in (material / "kl-1", material / "kl-0") if path.exists()]
+    assert len(kept) < 2 or kept[0] < 0.6 * kept[1]
+
+
+def test_records_and_card_name_the_stage(sft: Path, material: Path) -> None:
+    assert records(sft)[0]["lm_loss_original"] is not None
+    export(sft, material / "card-hf")
+    card = (material / "card-hf" / "README.md").read_text()
+    assert "sft" in card
+    shutil.rmtree(material / "card-hf")

@@ -86,7 +86,7 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
         "tokens": num_tokens,
         "original_tokens": num_original,
         "expanded_tokens": num_tokens - num_original,
-        "counted_tokens": num_tokens if corpus.loss_bits is None else corpus.loss_bits.num_original,
+        **({} if corpus.loss_bits is None else {"assistant_tokens": corpus.loss_bits.num_original}),
         "tokens_per_document": {
             "shortest": int(lengths.min()),
             "median": float(np.median(lengths)),
@@ -152,7 +152,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     for bit in ("original", "expanded"):
         count = summary[f"{bit}_tokens"]
         print(f"    {bit + '-language':<18}{count:>15,}   {count / max(num_tokens, 1):6.1%}")
-    if (counted := summary["counted_tokens"]) != num_tokens:
+    if (counted := summary.get("assistant_tokens")) is not None:
         print(f"    {'of the assistant':<18}{counted:>15,}   {counted / max(num_tokens, 1):6.1%}   count in the loss")
     if manifest and manifest["languages"]:
         rows = []

@@ -25,7 +25,7 @@ CURRENT = [path for path in DOCUMENTS if path != LOG]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
 SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live")
-LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "dense.sh")
+LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "sft.sh", "dense.sh")
 # The subcommands of `moelpr` that can be asked for help.
 OURS = {name for name, tool in TOOLS.items() if tool.module and find_spec(tool.module.removesuffix(".__main__"))}
 OURS |= {*STAGES}

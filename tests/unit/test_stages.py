@@ -31,4 +31,5 @@ def test_the_stages_train_what_the_paper_says() -> None:
     assert trained_parts("stage1") == {Part.NEW_EXPERTS, Part.ROUTER}
     assert trained_parts("stage1", train_new_embeddings=True) == trained_parts("stage0") | trained_parts("stage1")
     assert trained_parts("stage2") == {Part.ROUTER}
+    assert trained_parts("sft") == trained_parts("stage1")
     assert trained_parts("stage2", train_everything=True) == frozenset(Part)

@@ -1,0 +1,89 @@
+"""The pack of other text: translated pages, code and dialogues, with licences, without the languages left out."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from examples import other_text
+from examples.downloads import read_sources
+from examples.languages import LANGUAGES
+from examples.other_text import SOURCES, Pack, main, paragraphs
+from moelpr.process.errors import UserError
+from moelpr.text.reading import read_documents
+
+FOLDER = read_sources(SOURCES)["gnome-user-docs"].folder
+
+
+def page(*texts: str) -> bytes:
+    body = "".join(f"<p>{text}</p>" for text in texts)
+    info = "<info><desc>about</desc><credit><name>Someone</name></credit></info>"
+    return f'<page xmlns="http://projectmallard.org/1.0/">{info}<title>{texts[0]}</title>{body}</page>'.encode()
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The packages, as if they had been downloaded: pages, source files, and dialogues."""
+    polish = [f"Zdanie numer {number} o muzyce <em>i</em>\n  morzu. " * 3 for number in range(4)]
+    english = [f"Sentence {number} about music and the sea. " * 3 for number in range(4)]
+    pages = {f"{FOLDER}C/gnome-help/{name}.page": page(*english) for name in ("one", "two")}
+    pages |= {f"{FOLDER}{code}/gnome-help/one.page": page(*polish) for code in ("pl", "fi", "tr", "sr@latin", "pt_BR")}
+    pages |= {f"{FOLDER}pl/gnome-help/two.page": page(polish[0], *english[1:])}
+
+    def read_deb(path: Path, folder: str, suffix: str = "") -> dict[str, bytes]:
+        return pages if folder == FOLDER else {f"{folder}a{suffix}": f"code {suffix} ".encode() * 60}
+
+    monkeypatch.setattr(other_text, "read_deb", read_deb)
+    with zipfile.ZipFile(tmp_path / "chat.whl", "w") as archive:
+        for folder in ("english", "turkish", "dutch"):
+            talk = {"conversations": [["Hello", "Hi, what is it?", "Nothing."], ["Alone"], ["x", {"y": 1}]]}
+            archive.writestr(f"chatterbot_corpus/data/{folder}/talk.yml", json.dumps(talk))
+    paths = dict.fromkeys(read_sources(SOURCES), tmp_path / "a.deb") | {"chatterbot-corpus": tmp_path / "chat.whl"}
+    monkeypatch.setattr(other_text, "fetch_all", lambda sources, cache: paths)
+    return tmp_path
+
+
+def test_the_pack_has_translated_pages_code_and_dialogues(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--output", str(packages / "out"), "--without", "fi"])
+    found = {path.stem: [json.loads(x) for x in path.open()] for path in (packages / "out").glob("*.jsonl")}
+    assert found.keys() == {"pl", "code", "chat"}  # Finnish and the demo's Turkish are left out, as are variants
+    (polish,) = found["pl"]  # the second page is mostly English
+    assert polish["text"].startswith("Zdanie numer 0 o muzyce i morzu.") and "Someone" not in polish["text"]
+    assert len({document["code"] for document in found["code"]}) >= 4
+    assert [document["language"] for document in found["chat"]] == ["nl", "en"]
+    assert found["chat"][0]["text"] == (
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi, what is it?<|im_end|>\n"
+        "<|im_start|>user\nNothing.<|im_end|>\n"
+    )
+    pack = Pack.read(packages / "out")
+    assert pack.files.keys() == {f"{name}.jsonl" for name in found}
+    assert all(item.licence and item.packages for item in pack.files.values())
+    assert pack.files["code.jsonl"].documents == len(found["code"])
+    assert len(read_documents(packages / "out")) == sum(map(len, found.values()))  # the record is not read as text
+    assert "1 languages, code and dialogues" in capsys.readouterr().out
+
+
+def test_every_language_is_limited(packages: Path) -> None:
+    main(["--output", str(packages / "out"), "--kilobytes", "1"])
+    pack = Pack.read(packages / "out")
+    assert all(item.bytes <= 1000 for name, item in pack.files.items() if name != "code.jsonl")
+
+
+def test_paragraphs_are_without_markup_and_authors() -> None:
+    assert paragraphs(page("One <gui>two</gui>\n three")) == ["One two three"] * 2
+
+
+def test_no_source_is_of_the_demos_languages_and_all_are_pinned() -> None:
+    sources = read_sources(SOURCES)
+    assert not any(f"-{language}" in name for name in sources for language in LANGUAGES)
+    assert all(len(source.sha256) == 64 and source.licence for source in sources.values())
+    assert len({source.kind for source in sources.values()} - {"documentation", "chat"}) >= 4
+
+
+def test_wrong_values_are_one_sentence(packages: Path) -> None:
+    with pytest.raises(UserError, match="--kilobytes must be at least 1"):
+        main(["--output", str(packages / "out"), "--kilobytes", "0"])
+    (packages / "out").mkdir()
+    with pytest.raises(UserError, match="already exists"):
+        main(["--output", str(packages / "out")])

@@ -10,6 +10,7 @@ Weights stream from the checkpoint to safetensors, one tensor at a time.
 import argparse
 import math
 import re
+from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_load_options, add_output_options
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
@@ -29,6 +30,10 @@ def _parse_arguments() -> argparse.Namespace:
     add("--base-model", metavar="NAME", help=base)
     add("--as", dest="as_class", choices=MOE_CLASSES, help=stock)
     add("--delta", action="store_true", help=delta)
+    chat = (
+        "folder of the chat model whose template, special tokens and generation settings the export gets (docs/chat.md)"
+    )
+    add("--chat-template-from", type=Path, metavar="DIR", help=chat)
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 
@@ -45,7 +50,7 @@ def main() -> None:
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
-    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, args.verify)
+    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, args.verify, args.chat_template_from)
     moe = facts.source.spec.moe
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
     print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")

@@ -18,7 +18,13 @@ from checkpoint_convert.conversions.delta import (
     complete_delta,
     rows_of_new_tokens,
 )
-from checkpoint_convert.hf.companions import write_companions
+from checkpoint_convert.hf.chat_tokenizer import (
+    GENERATION_FILE,
+    check_chat_tokens,
+    with_chat_settings,
+    write_chat_tokenizer,
+)
+from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
@@ -41,6 +47,7 @@ def mcore_to_hf(
     as_delta: bool = False,
     as_class: str | None = None,
     verify: Verify = Verify.FULL,
+    chat_template_from: Path | None = None,
 ) -> CardFacts:
     """Export a checkpoint as a Hugging Face model or a delta, and return the facts of its model card; resumable.
 
@@ -50,6 +57,7 @@ def mcore_to_hf(
         base_model: Name of the base for the model card; None for the recorded one.
         as_delta: Whether to omit what `apply_delta` takes from the base.
         as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
+        chat_template_from: Folder of the chat model whose template, special tokens and generation settings to take.
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
@@ -61,6 +69,10 @@ def mcore_to_hf(
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
     origin, history = Origin.of(load), read_history(load, iteration)
     facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
+    if chat_template_from is not None:
+        if as_delta:
+            raise UserError("--chat-template-from changes the tokenizer, which a delta takes from its base; remove one")
+        check_chat_tokens(chat_template_from, load / HF_FOLDER)
     if as_delta:
         check_separable(load, spec, origin, history, "a delta", "export it without --delta")
         check_delta(source, facts)
@@ -82,10 +94,16 @@ def mcore_to_hf(
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
+    settings |= {} if chat_template_from is None else {"chat template from": str(chat_template_from)}
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
         if not as_delta:  # before the weights, so that an error does not follow hours of writing
+            if chat_template_from is not None:
+                config = with_chat_settings(config, chat_template_from)
             write_companions(folder, hf, hf, config, model_card(facts))
+            if chat_template_from is not None:
+                write_chat_tokenizer(folder, chat_template_from, folder)
+                copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
         write_weights(journal, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
         if as_delta:
             complete_delta(folder, facts, max_shard_bytes)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,20 @@ from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.graft_record import Graft, Only
 from checkpoint_convert.conversions.instruct_difference import GraftReader
+from checkpoint_convert.hf.chat_tokenizer import with_chat_settings, write_chat_tokenizer
 from checkpoint_convert.hf.checks import check_same_tokenizer
 from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.hub import Model
-from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer, read_tokenizer_config, write_tokenizer_config
-from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES, TOKENIZER_FILES
+from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.families.hub import is_hub_name
-from moelpr.process.errors import UserError, first_line
+from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 
 MODEL_CARD_FILE = "README-model.md"
 INSTRUCT_CARD_FILE = "README-instruct.md"
-
-# Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
-_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def graft(
@@ -62,8 +57,7 @@ def graft(
     check_output(save, list(sources), overwrite, (Graft.FILE_NAME,))
     reader = GraftReader(*sources, scale, only, dtype, verify)
     check_same_tokenizer(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
-    config, instruct_config = read_config(model.folder), read_config(instruct.folder)
-    config |= {key: instruct_config[key] for key in _TOKEN_KEYS if key in instruct_config}
+    config = with_chat_settings(read_config(model.folder), instruct.folder)
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
     config.pop("auto_map", None)  # older exports have their base's
     tensors = [(name, reader.shape(name)) for name in reader.names]
@@ -74,34 +68,13 @@ def graft(
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         if reader.new_rows:
-            _write_extended_tokenizer(folder, instruct.folder, model.folder)
+            write_chat_tokenizer(folder, instruct.folder, model.folder)
         else:
             keep_tokenizer(instruct.folder, folder)
         _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
         write_weights(journal, tensors, target, max_shard_bytes, reader.read, bar)
     return reader
-
-
-def _write_extended_tokenizer(folder: Path, instruct: Path, model: Path) -> None:
-    """The model's tokenizer with the instruct model's special tokens and chat template."""
-    ours, theirs = map(open_hf_tokenizer, (model, instruct))
-    for name, token in theirs.special_tokens_map.items():
-        setattr(ours, name, token)
-    ours.chat_template = theirs.chat_template
-    for name in TOKENIZER_FILES:
-        (folder / name).unlink(missing_ok=True)
-    try:
-        ours.save_pretrained(folder)
-    except (ValueError, TypeError) as error:  # a template whose name is a path, or that is no text
-        reason = first_line(error)
-        raise UserError(f"the chat template of {instruct} can't be written ({reason}); download it again") from error
-    before = read_tokenizer_config(model)
-    if "tokenizer_class" in before:  # transformers 5 writes a class that transformers 4 does not know
-        config = read_tokenizer_config(folder) | {"tokenizer_class": before["tokenizer_class"]}
-        write_tokenizer_config(folder, config)
-    shutil.copyfile(model / "tokenizer.json", folder / "tokenizer.json")  # so that not a token is written differently
-    VocabularyExtension.read(model).write(folder)
 
 
 def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_new_tokens: int) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from data_tools import preprocess_data
+from moelpr.process.errors import UserError
 from tests.functional.test_training import cut_back, export, metrics, model_tensors, records, run_to_the_end, tensors
-from tests.support.chat import conversations_in, save_tokenizer, write_conversations
-from tests.support.hf_models import load_stock
+from tests.support.chat import MARKED, conversations_in, save_tokenizer, write_conversations
+from tests.support.hf_models import load_stock, our_logits
 
 LENGTH = "192"
 STEPS = ["--seq-length", LENGTH, "--micro-batch-size", "1", "--train-iters", "6", "--lr-warmup-iters", "0"]
@@ -105,6 +106,47 @@ def test_only_new_experts_and_routers_change_and_the_export_has_them(material: P
     assert (material / "sft-hf" / "chat_template.jinja").read_text() == (
         material / "hf" / "chat_template.jinja"
     ).read_text()
+
+
+def test_tokens_that_choose_only_copies_keep_the_bases_logits_bit_for_bit(material: Path, sft: Path) -> None:
+    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+
+    def prefers_copies(model: torch.nn.Module) -> None:
+        preference = torch.tensor([100.0] * 2 + [0.0] * 4)
+        for layer in model.decoder.layers:
+            layer.mlp.router.gating = lambda hidden: torch.randn(*hidden.shape[:2], 6) + preference
+
+    tokens = torch.randint(0, 500, (2, 48))
+    hf_to_mcore(material / "hf", material / "dense", None)
+    base = our_logits(material / "dense", tokens)
+    assert torch.equal(our_logits(sft, tokens, prefers_copies), base)
+    assert not torch.equal(our_logits(sft, tokens), base)
+
+
+def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(material: Path, sft: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chat = shutil.copytree(material / "hf", material / "instruct")
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", MARKED
+    tokenizer.save_pretrained(chat)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    (chat / "config.json").write_text(
+        json.dumps(json.loads((chat / "config.json").read_text()) | {"eos_token_id": end})
+    )
+    export(sft, material / "with-template", chat_template_from=chat)
+    found = AutoTokenizer.from_pretrained(material / "with-template")
+    assert (found.chat_template, found.eos_token) == (MARKED, "<|im_end|>")
+    assert found("Ανάψτε το <|im_start|> light").input_ids == tokenizer("Ανάψτε το <|im_start|> light").input_ids
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((material / "with-template" / name).read_text())["eos_token_id"] == end
+    with pytest.raises(UserError, match="--chat-template-from"):
+        export(sft, material / "refused", chat_template_from=chat, as_delta=True)
+    other = save_tokenizer(material / "other", "llama2")
+    with pytest.raises(UserError, match=r"<\|im_start\|>.* not the same token"):
+        export(sft, material / "refused", chat_template_from=other)
+    assert not (material / "refused").exists()
 
 
 def test_the_assistants_turns_are_learned(longer: tuple[str, Path]) -> None:

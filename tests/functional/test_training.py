@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -84,7 +85,7 @@ def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
 
 
-def export(run: Path, folder: Path, **options: bool) -> None:
+def export(run: Path, folder: Path, **options: Any) -> None:
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     mcore_to_hf(run, folder, **options)

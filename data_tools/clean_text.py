@@ -122,9 +122,9 @@ def clean(arguments: argparse.Namespace, output: Path, work: Path) -> None:
     from datatrove.pipeline.dedup.minhash import MinhashConfig
 
     from data_tools.cleaning.blocks import TextReader
-    from data_tools.cleaning.languages import load_identifier
     from data_tools.cleaning.pipeline import Cleaning, run_locally, run_on_ray, submit_to_slurm
     from data_tools.cleaning.tally import CleaningReport
+    from moelpr.text.language_id import load_identifier
 
     reader = TextReader(arguments.input, arguments.json_key, arguments.language, arguments.language_key)
     codes = frozenset(canonical(code.strip()) for code in (arguments.languages or "").split(",") if code.strip())

@@ -27,14 +27,13 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 from datatrove.utils.typeshelper import StatHints
 
-from data_tools.cleaning.languages import FastTextModel
 from data_tools.cleaning.tally import EXAMPLES, Example, Tally, clipped
 from data_tools.preprocessing.batches import Batch, FileRange, ReadCursor, Reader
 from data_tools.preprocessing.shares import shares_of
-from data_tools.preprocessing.tagging import UNDETECTED, Detector
 from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.text.documents import BadLine, is_blank, json_type, parse, text_of
+from moelpr.text.language_id import UNDETECTED, Detector, FastTextModel
 from moelpr.text.sources import Form, find_files, open_source
 from moelpr.text.tables import open_table
 

@@ -32,13 +32,12 @@ from datatrove.utils.logging import logger
 from tqdm import tqdm
 
 from data_tools.cleaning.blocks import JsonLines, LanguageIdentifier, Parquet, TextReader
-from data_tools.cleaning.languages import FastTextModel
 from data_tools.cleaning.references import Words
 from data_tools.cleaning.tally import KEPT, CleaningReport, Tally
-from data_tools.preprocessing.tagging import Detector
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.process.errors import UserError
 from moelpr.store.files import replace_folder
+from moelpr.text.language_id import Detector, FastTextModel
 from moelpr.text.sources import open_source
 from moelpr.text.streams import open_stream
 

@@ -18,9 +18,7 @@ from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokeni
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare
 from data_tools.preprocessing.registry import Dataset, read_registry
 from data_tools.preprocessing.tagging import (
-    UNDETECTED,
     DetectedLanguages,
-    Detector,
     LanguageGroups,
     LanguageKey,
     LanguageSpans,
@@ -34,6 +32,7 @@ from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.files import refuse_existing
 from moelpr.text.held_out_text import text_paths
+from moelpr.text.language_id import UNDETECTED, Detector
 from moelpr.text.sources import Form, Source, find_files, open_source
 
 # Flags that determine the output's bytes, and names of other settings that do.

@@ -236,7 +236,7 @@ class Queue:
         names = [f"{language}.{number}" for language in LANGUAGES for number in range(1, PROMPTS + 1)]
         prompts = {name: self.text / f"prompt.{name}.jsonl" for name in names}
         output = self.run / "continuations"
-        options = ("--continuations", "40", "--dtype", "bfloat16")
+        options = ("--continuations", "40", "--prompts", "1", "--language-id", "none", "--dtype", "bfloat16")
         task = Task(
             name="continuations",
             command=lambda: tasks.evaluation_words("text", self._exports(), prompts, output, *options),

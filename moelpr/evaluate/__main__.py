@@ -8,6 +8,7 @@ moelpr evaluate harness --model base=DIR --model stage2=DIR --languages en,el --
 import argparse
 import sys
 from collections.abc import Callable, Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,15 +56,22 @@ def measure_text(args: argparse.Namespace) -> "Results":
     from moelpr.evaluate.routing_results import RoutingResults
     from moelpr.evaluate.scoring import Settings
     from moelpr.evaluate.text_results import TextResults
+    from moelpr.evaluate.wrong_language import MIN_CONFIDENCE
+    from moelpr.text.language_id import PY3LANGID, load_identifier
     from moelpr.text.reading import read_documents  # after the arguments: torch and matplotlib are slow to import
 
     check_device(args.device)
+    identifier = None
+    name = args.language_id or (PY3LANGID if find_spec(PY3LANGID) else "none")
+    if args.continuations and name != "none":
+        identifier = load_identifier(name, frozenset(), MIN_CONFIDENCE)
     cache = ResultCache(args.output)
     comparison = compare_models(
         models,
         {language: read_documents(path, args.json_key, args.max_documents) for language, path in data.items()},
         Settings(args.sequence_length, args.context, args.batch_size),
         continuation_tokens=args.continuations,
+        num_prompts=args.prompts,
         device=args.device,
         dtype=args.dtype,
         verify=args.verify,
@@ -71,7 +79,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
     )
     if args.command == "routing":
         return RoutingResults(comparison, data, args.original_languages, args.threshold)
-    return TextResults(comparison, data, args.original_languages, args.seed)
+    return TextResults(comparison, data, args.original_languages, args.seed, identifier)
 
 
 def measure_harness(args: argparse.Namespace) -> "Results":
@@ -103,15 +111,22 @@ def make_parser() -> CommandParser:
     add = text.add_argument
     add("--seed", type=at_least(0), default=1, metavar="N", help="random seed of the bootstrap (default: %(default)s)")
     what = (
-        "also continue the first words of a document per language, greedily, by up to TOKENS tokens (default: "
-        "%(default)s, none; Hugging Face directories only)"
+        "also continue the first words of documents, greedily, by up to TOKENS tokens, and measure how often "
+        "in another language (default: %(default)s, none; Hugging Face directories only)"
     )
     add("--continuations", type=at_least(0), default=0, metavar="TOKENS", help=what)
+    what = "documents per language that are continued; the first is shown (default: %(default)s)"
+    add("--prompts", type=at_least(1), default=20, metavar="N", help=what)
+    what = (
+        "identify the languages of continuations by py3langid, by a fastText model such as GlotLID (its file), or not: "
+        "none (default: py3langid if it is installed)"
+    )
+    add("--language-id", metavar="MODEL", help=what)
 
     routing = commands.add_parser(
         "routing", parents=[text_arguments()], help="where each language's tokens go", description=_ROUTING
     )
-    routing.set_defaults(continuations=0)
+    routing.set_defaults(continuations=0, prompts=1, language_id=None)
     what = (
         "a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
         "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)"

@@ -4,10 +4,11 @@ They are scored, and they may continue a prompt from each language's text.
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.report.evaluation_files import Continuation
+from moelpr.report.evaluation_files import TEXT_ITSELF, Continuation
 from moelpr.store.checksums import Verify
 
+_PROMPTS_AT_ONCE = 16
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")  # kana, Han, Thai
@@ -34,6 +36,8 @@ class Comparison:
     scores: dict[str, dict[str, LanguageScore]]  # model -> language -> score
     continuation_tokens: int  # maximum length of a continuation; 0 for none
     continuations: dict[str, Continuation]  # language -> continuations of the first words of a document
+    # Language -> model, or the text itself -> continuations of several documents.
+    continued: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def scores_on(self, language: str) -> dict[str, LanguageScore]:
         """Model -> score on one language."""
@@ -46,6 +50,7 @@ def compare_models(
     settings: Settings | None = None,
     *,
     continuation_tokens: int = 0,
+    num_prompts: int = 1,
     device: str = "auto",
     dtype: str = "auto",
     verify: Verify = Verify.FULL,
@@ -56,7 +61,8 @@ def compare_models(
     Args:
         models: Name -> directory.
         documents: Language -> texts.
-        continuation_tokens: The length of the continuations of a prompt per language, in tokens; 0: none.
+        continuation_tokens: The length of the continuations of prompts, in tokens; 0: none.
+        num_prompts: Documents per language whose first words are continued.
         device, dtype, verify: See `moelpr.evaluate.models.load_model`.
 
     Raises:
@@ -66,15 +72,17 @@ def compare_models(
     cache = cache or ResultCache(None)
     if continuation_tokens:
         require_hf(models, "--continuations")
-    prompts = {language: choose_prompt(texts) for language, texts in documents.items()} if continuation_tokens else {}
+    prompts = {}
+    if continuation_tokens:
+        prompts = {language: choose_prompts(texts, num_prompts) for language, texts in documents.items()}
     # The batch size is left out because it only affects speed.
     windows = {"sequence_length": settings.sequence_length, "context": settings.context}
     keys: dict[str, Json] = {
         language: {**windows, "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         for language, texts in documents.items()
     }
-    for language, (prompt, _) in prompts.items():
-        keys[_PROMPT + language] = {"prompt": prompt, "tokens": continuation_tokens}
+    for language, pairs in prompts.items():
+        keys[_PROMPT + language] = {"prompts": [prompt for prompt, _ in pairs], "tokens": continuation_tokens}
 
     def measure(name: str, missing: list[str]) -> Iterator[tuple[str, Json]]:
         with open_model(models[name], device, dtype, verify) as loaded:
@@ -82,8 +90,8 @@ def compare_models(
             for language, score in score_each(loaded, texts, settings, name):
                 yield language, asdict(score)
             for part in missing[len(texts) :]:
-                prompt, _ = prompts[part.removeprefix(_PROMPT)]
-                yield part, {"text": continue_prompt(loaded, prompt, continuation_tokens)}
+                pairs = prompts[part.removeprefix(_PROMPT)]
+                yield part, {"texts": continue_prompts(loaded, [prompt for prompt, _ in pairs], continuation_tokens)}
 
     results = {}
     for name, directory in models.items():
@@ -94,19 +102,23 @@ def compare_models(
         name: {language: LanguageScore.from_json(found[language]) for language in documents}
         for name, found in results.items()
     }
-    continuations = {
-        language: Continuation(*prompt, {name: found[_PROMPT + language]["text"] for name, found in results.items()})
-        for language, prompt in prompts.items()
-    }
-    return Comparison(dict(models), settings, scores, continuation_tokens, continuations)
+    continuations, continued = {}, {}
+    for language, pairs in prompts.items():
+        by_model = {name: found[_PROMPT + language]["texts"] for name, found in results.items()}
+        continuations[language] = Continuation(*pairs[0], {name: texts[0] for name, texts in by_model.items()})
+        # As long as the models' continuations, so that its language shows as well as theirs.
+        lengths = [max(map(len, texts)) for texts in zip(*by_model.values(), strict=True)]
+        own = [reference[:length] for (_, reference), length in zip(pairs, lengths, strict=True)]
+        continued[language] = by_model | {TEXT_ITSELF: own}
+    return Comparison(dict(models), settings, scores, continuation_tokens, continuations, continued)
 
 
-def choose_prompt(documents: Sequence[str]) -> tuple[str, str]:
-    """The first words of the first document whose line continues for as long again, or else of the longest one.
+def choose_prompts(documents: Sequence[str], number: int) -> list[tuple[str, str]]:
+    """The first words of the first documents whose line continues for as long again, or else of the longest one.
 
     Returns these words, and the rest of the line as reference.
     """
-    best = ("", "")
+    best, found = ("", ""), []
     for document in documents:
         line = document.strip().split("\n", 1)[0]
         words = list(re.finditer(r"\S+", line))[:PROMPT_WORDS]
@@ -115,14 +127,16 @@ def choose_prompt(documents: Sequence[str]) -> tuple[str, str]:
             cut = PROMPT_CHARACTERS
         prompt, reference = line[:cut].rstrip(), line[cut:].strip()
         if len(reference) >= len(prompt) > 0:
-            return prompt, reference
+            found.append((prompt, reference))
+            if len(found) == number:
+                break
         best = max(best, (prompt, reference), key=lambda parts: len(parts[0]) + len(parts[1]))
-    return best
+    return found or [best]
 
 
 @torch.inference_mode()
-def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> str:
-    """Continue `prompt` with the most likely token each time, at most `max_new_tokens`, up to EOS or a line break.
+def continue_prompts(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Continue prompts with the most likely token each time, at most `max_new_tokens`, up to EOS or a line break.
 
     `loaded` must be a Hugging Face model.
     """
@@ -136,11 +150,20 @@ def continue_prompt(loaded: LoadedModel, prompt: str, max_new_tokens: int) -> st
         eos_token_id=loaded.eos_id,
         pad_token_id=pad_id,
     )
-    ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    inputs = torch.tensor([ids], device=loaded.device)
-    output = loaded.model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=config)
-    # Decoded together with the prompt, because some tokenizers drop a leading space.
-    prompt_text = loaded.tokenizer.decode(ids[1:], skip_special_tokens=True)
-    text = loaded.tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True)[len(prompt_text) :]
-    line = next((line for line in text.split("\n") if line.strip()), "")
-    return line.rstrip("\ufffd ")  # the last character may be incomplete
+    texts = []
+    for batch in itertools.batched(prompts, _PROMPTS_AT_ONCE):
+        ids = [[loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in batch]
+        longest = max(map(len, ids))
+        padding = [longest - len(one) for one in ids]
+        inputs = torch.tensor([[pad_id] * pad + one for pad, one in zip(padding, ids, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        output = loaded.model.generate(
+            inputs.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=config
+        )
+        for pad, one, found in zip(padding, ids, output.tolist(), strict=True):
+            # Decoded together with the prompt, because some tokenizers drop a leading space.
+            prompt_text = loaded.tokenizer.decode(one[1:], skip_special_tokens=True)
+            text = loaded.tokenizer.decode(found[pad + 1 :], skip_special_tokens=True)[len(prompt_text) :]
+            line = next((line for line in text.split("\n") if line.strip()), "")
+            texts.append(line.rstrip("\ufffd "))  # the last character may be incomplete
+    return texts

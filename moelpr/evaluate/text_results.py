@@ -8,11 +8,13 @@ from typing import Any
 from moelpr.evaluate.compare import Comparison
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.results import Results, settings_json
+from moelpr.evaluate.wrong_language import wrong_language
 from moelpr.languages import language_name
 from moelpr.report import page
-from moelpr.report.evaluation_files import continuation_samples
+from moelpr.report.evaluation_files import continuation_samples, wrong_language_table
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.plots import change_chart
+from moelpr.text.language_id import Detector, FastTextModel
 
 METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
 # Metrics that are comparable between models with different tokenizers.
@@ -29,8 +31,16 @@ class TextResults(Results):
 
     name, title = "results", "Held-out text"
 
-    def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], seed: int):
+    def __init__(
+        self,
+        comparison: Comparison,
+        data: Mapping[str, Path],
+        original: Sequence[str],
+        seed: int,
+        identifier: Detector | FastTextModel | None = None,
+    ):
         """Compute all estimates; `original` is empty if the original languages were not named."""
+        self._wrong = wrong_language(identifier, comparison.continued) if identifier else {}
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
         self._first, *others = models = list(comparison.models)
         found = {language: estimates(comparison.scores_on(language), seed) for language in data}
@@ -116,6 +126,8 @@ class TextResults(Results):
             "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
             "Perplexity per token (lower is better)": self._table(perplexity, per_token),
         }
+        if self._wrong:
+            tables["Continued in another language"] = wrong_language_table(self._wrong)
         return {title: table for title, table in tables.items() if len(table.head) > 1}
 
     def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
@@ -141,7 +153,7 @@ class TextResults(Results):
         return [page.Figure([svg], caption, name="change")]
 
     def samples(self) -> list[page.Block]:
-        return continuation_samples(self._comparison.continuations, "One sample does not show quality.")
+        return continuation_samples(self._comparison.continuations, {}, "One sample does not show quality.")
 
     def to_json(self) -> dict[str, Any]:
         settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
@@ -156,6 +168,9 @@ class TextResults(Results):
                 for model, directory in self._comparison.models.items()
             },
             "continuations": {code: asdict(found) for code, found in self._comparison.continuations.items()},
+            "wrong_language": {
+                code: {writer: asdict(rate) for writer, rate in found.items()} for code, found in self._wrong.items()
+            },
         }
 
     def _language_json(self, model: str, language: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from moelpr.report.numbers import Interval, Measured
 from moelpr.store import records
 from moelpr.store.records import FOREIGN
 
+TEXT_ITSELF = "the text itself"  # the writer of a document's own continuation
+
 
 @dataclass(frozen=True, config=FOREIGN)
 class ExpertShare:
@@ -96,6 +98,21 @@ class Continuation:
 
 
 @dataclass(frozen=True, config=FOREIGN)
+class WrongLanguage:
+    """How often continuations are in another language than the text.
+
+    Attributes:
+        rate: The fraction of those whose language was identified.
+        decided: Their number.
+        undecided: The number of others: too short, mostly code or numbers, or uncertain.
+    """
+
+    rate: Interval
+    decided: int
+    undecided: int
+
+
+@dataclass(frozen=True, config=FOREIGN)
 class EvaluationFile:
     """results.json or routing.json.
 
@@ -103,11 +120,13 @@ class EvaluationFile:
         models: Model -> results; changes are relative to the first one.
         original_languages: The languages that the base supports; empty if unknown.
         continuations: Language -> continuation.
+        wrong_language: Language -> model, or "the text itself" -> how often its continuations are in another language.
     """
 
     models: dict[str, ModelResult]
     original_languages: list[str] = field(default_factory=list)
     continuations: dict[str, Continuation] = field(default_factory=dict)
+    wrong_language: dict[str, dict[str, WrongLanguage]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -115,11 +134,35 @@ class EvaluationFile:
         return records.read(cls, path, "pass files that `moelpr evaluate` wrote as --evaluation")
 
 
-def continuation_samples(continuations: Mapping[str, Continuation], note: str) -> list[page.Block]:
-    """Show the continuations of each language; `note` says what they are worth."""
+def continuation_samples(
+    continuations: Mapping[str, Continuation], wrong_language: Mapping[str, Mapping[str, WrongLanguage]], note: str
+) -> list[page.Block]:
+    """Show the continuations of each language, and how often they are in another; `note` says what one is worth."""
     samples = [
-        page.Sample(code, language_name(code), found.prompt, found.by_model | {"the text itself": found.reference})
+        page.Sample(code, language_name(code), found.prompt, found.by_model | {TEXT_ITSELF: found.reference})
         for code, found in continuations.items()
     ]
     what = f"The first words of a held-out document, continued by each model. {note}"
-    return [page.Text(what, "note"), *samples] if samples else []
+    tables = [wrong_language_table(wrong_language)] if wrong_language else []
+    return [*tables, page.Text(what, "note"), *samples] if samples else []
+
+
+def wrong_language_table(found: Mapping[str, Mapping[str, WrongLanguage]]) -> page.Table:
+    """The rates per language and writer."""
+    writers = list(dict.fromkeys(writer for by_writer in found.values() for writer in by_writer))
+    rows = [
+        [code, *(_rate_text(by_writer[writer]) if writer in by_writer else "–" for writer in writers)]
+        for code, by_writer in found.items()
+    ]
+    note = (
+        "Continuations that are in another language than their prompt, by language identification, of those whose "
+        "language shows; in brackets: 95% confidence intervals (Wilson). Short ones, code and uncertain ones are left "
+        f"out. What is found in {TEXT_ITSELF} are errors of the identification."
+    )
+    return page.Table(["continued in another language", *writers], rows, note)
+
+
+def _rate_text(found: WrongLanguage) -> str:
+    if not found.decided:
+        return f"– (none of {found.undecided} identified)"
+    return f"{found.rate.text('{:.0%}'.format)} of {found.decided}"

@@ -9,7 +9,7 @@ from statistics import fmean
 from moelpr.metrics.run_metrics import bits_of
 from moelpr.metrics.schema import ROUTING_SHARES
 from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import Continuation, EvaluationFile
+from moelpr.report.evaluation_files import Continuation, EvaluationFile, WrongLanguage
 from moelpr.report.numbers import Interval
 from moelpr.report.runs import Run
 
@@ -35,6 +35,7 @@ class LanguageResults:
     )
     layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
     continuations: dict[str, Continuation] = field(default_factory=dict)
+    wrong_language: dict[str, dict[str, WrongLanguage]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -124,6 +125,7 @@ def _average_again(results: LanguageResults, model: str, group: str, languages: 
 def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:
     original = content.original_languages
     results.continuations |= content.continuations
+    results.wrong_language |= content.wrong_language
     reference = next(iter(content.models), None)
     for model, result in content.models.items():
         for language in result.languages:

@@ -64,7 +64,7 @@ def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
         Section("Curves", curve_figures(runs)),
-        Section("Continuations", continuation_samples(evaluation.continuations, _SAMPLE)),
+        Section("Continuations", continuation_samples(evaluation.continuations, evaluation.wrong_language, _SAMPLE)),
         Section("Cost", [_cost_table(runs)]),
         Section("Settings", [*_settings(report)]),
         Section("How to repeat it", [*_commands(runs)]),
@@ -279,6 +279,10 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "facts": report.facts,
         "continuations": {language: asdict(found) for language, found in evaluation.continuations.items()},
+        "wrong_language": {
+            language: {writer: asdict(rate) for writer, rate in found.items()}
+            for language, found in evaluation.wrong_language.items()
+        },
     }
 
 

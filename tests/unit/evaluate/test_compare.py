@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moelpr.evaluate import compare
-from moelpr.evaluate.compare import choose_prompt, compare_models, continue_prompt
+from moelpr.evaluate.compare import choose_prompts, compare_models, continue_prompts
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.scoring import Settings
@@ -19,19 +19,19 @@ from moelpr.process.errors import UserError
 def measured(monkeypatch) -> list[tuple[str, str]]:
     """What is measured, in order: (model, language) or (folder, prompt)."""
     log: list[tuple[str, str]] = []
-    score_each, continue_prompt = compare.score_each, compare.continue_prompt
+    score_each, continue_prompts = compare.score_each, compare.continue_prompts
 
     def spy_on_scores(loaded, documents, settings, name):
         for language, result in score_each(loaded, documents, settings, name):
             log.append((name, language))
             yield language, result
 
-    def spy_on_continuations(loaded, prompt, tokens):
-        log.append((loaded.directory.name, prompt))
-        return continue_prompt(loaded, prompt, tokens)
+    def spy_on_continuations(loaded, prompts, tokens):
+        log.extend((loaded.directory.name, prompt) for prompt in prompts)
+        return continue_prompts(loaded, prompts, tokens)
 
     monkeypatch.setattr(compare, "score_each", spy_on_scores)
-    monkeypatch.setattr(compare, "continue_prompt", spy_on_continuations)
+    monkeypatch.setattr(compare, "continue_prompts", spy_on_continuations)
     return log
 
 
@@ -119,23 +119,28 @@ def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts)
 def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts, penalty):
     loaded = load_model(dense_dir, device="cpu")
     loaded.model.generation_config.repetition_penalty = penalty  # a base's generation_config.json may have one
-    prompt = texts["en"][1][:20]
+    prompts = [texts["en"][1][:20], texts["en"][0][:3], texts["el"][0][:11]]  # of several lengths in one batch
+    expected = [continued(loaded, prompt, 6) for prompt in prompts]
+    assert continue_prompts(loaded, prompts, max_new_tokens=6) == expected
+
+
+def continued(loaded, prompt: str, number: int) -> str:
+    """The most likely tokens by a plain loop."""
     ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     length = len(ids)
     with torch.no_grad():
-        while len(ids) < length + 6 and (len(ids) == length or ids[-1] != loaded.eos_id):
+        while len(ids) < length + number and (len(ids) == length or ids[-1] != loaded.eos_id):
             ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
     text = loaded.tokenizer.decode(ids[length:], skip_special_tokens=True)
-    expected = next((line for line in text.split("\n") if line.strip()), "").rstrip("\ufffd ")
-    assert continue_prompt(loaded, prompt, max_new_tokens=6) == expected
+    return next((line for line in text.split("\n") if line.strip()), "").rstrip("\ufffd ")
 
 
 def test_a_prompt_is_the_first_words_of_a_document_that_continues():
-    prompt, reference = choose_prompt(
-        ["Too short", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
-    )
+    documents = ["Too short", "One two three four five six seven eight nine ten eleven twelve thirteen fourteen"]
+    (prompt, reference), other = choose_prompts([*documents, "Others too are a fine text: " * 3, "left " * 50], 2)
+    assert other[0] == "Others too are a fine text: Others"
     assert prompt == "One two three four five six seven"
     assert reference == "eight nine ten eleven twelve thirteen fourteen"
-    chinese, _ = choose_prompt(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"])
+    ((chinese, _),) = choose_prompts(["有人晚回家时开灯早上再关掉,这样家里就不会太暗。"], 1)
     assert chinese == "有人晚回家时开灯早上"
-    assert choose_prompt(["Too short"]) == ("Too short", "")
+    assert choose_prompts(["Too short"], 3) == [("Too short", "")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moelpr.evaluate.compare import choose_prompt
+from moelpr.evaluate.compare import choose_prompts
 from moelpr.evaluate.models import load_model
 from moelpr.evaluate.scoring import Settings
 from moelpr.evaluate.text_results import TextResults
@@ -67,9 +67,15 @@ def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_pa
     page = (output / "results.html").read_text()
     for language, documents in texts.items():
         found = content["continuations"][language]
-        assert (found["prompt"], found["reference"]) == choose_prompt(documents)
+        assert (found["prompt"], found["reference"]) == choose_prompts(documents, 1)[0]
         assert list(found["by_model"]) == ["dense", "moe"]
         assert found["prompt"] in page
+        rates = content["wrong_language"][language]
+        assert list(rates) == ["dense", "moe", "the text itself"]
+        assert all(rate["decided"] + rate["undecided"] == len(choose_prompts(documents, 20)) for rate in rates.values())
+    assert "Continued in another language" in page
+    evaluate("--model", dense_dir, *data, "--continuations", 4, "--language-id", "none", "--output", output)
+    assert json.loads((output / "results.json").read_text())["wrong_language"] == {}
 
 
 def test_routing_lists_the_layers_that_break_the_prior(

@@ -1,14 +1,54 @@
 """The language of a text: by a fastText model, such as GlotLID or lid.176, or by py3langid."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
-from data_tools.preprocessing.tagging import UNDETECTED, Detector
 from moelpr.languages import canonical
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
 
 PY3LANGID = "py3langid"
+UNDETECTED = "und"  # ISO 639-2's code for undetermined
+# py3langid processes about 5 MB/s in Python; a page of text is enough to detect its language.
+_DETECTION_CHARACTERS = 4096
+
+
+class Detector:
+    """Detects the language of a text with py3langid.
+
+    Args:
+        languages: Languages to choose from; if empty, all that py3langid supports.
+        min_confidence: Confidence below which a language is uncertain, 0 to 1.
+
+    Raises:
+        UserError: py3langid is not installed or does not support one of the languages.
+    """
+
+    def __init__(self, languages: frozenset[str], min_confidence: float) -> None:
+        try:
+            from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        except ImportError:
+            raise UserError(
+                "language detection needs py3langid, which is not installed; install the extra language-id"
+            ) from None
+        self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        supported = {canonical(label): label for label in self._identifier.labels}
+        if unsupported := sorted(languages - supported.keys()):
+            near = ", ".join(difflib.get_close_matches(unsupported[0], supported, 3, 0))
+            raise UserError(f"py3langid does not support language {unsupported[0]}; use ISO 639-1 codes such as {near}")
+        self.languages = set(supported)
+        if languages:
+            self._identifier.set_languages({supported[language] for language in languages})
+        self._min_confidence = min_confidence
+        # A text without letters is equally likely in every language: 1/2 for two, and more if one has two scripts.
+        _, self._no_confidence = self._identifier.classify("")
+
+    def language(self, text: str) -> str:
+        """Return the language of a text's first page, or `UNDETECTED` if it is uncertain."""
+        name, confidence = self._identifier.classify(text[:_DETECTION_CHARACTERS])
+        is_certain = confidence >= self._min_confidence and abs(confidence - self._no_confidence) > 1e-6
+        return canonical(str(name)) if is_certain else UNDETECTED
 
 
 class FastTextModel:

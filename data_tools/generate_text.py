@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = read_prompts(arguments.prompts, codes)
     language_of = None
     if arguments.language_id:
-        from data_tools.cleaning.languages import load_identifier
+        from moelpr.text.language_id import load_identifier
 
         language_of = load_identifier(arguments.language_id, frozenset(), arguments.min_confidence).language
     from moelpr.evaluate.models import check_device, load_model, read_max_positions, require_hf

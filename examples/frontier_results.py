@@ -26,11 +26,13 @@ class Results:
         label: Setting in words.
         change: Language -> per seed, the relative change of bits per byte against the base.
         all_original_share: Language -> per seed, the fraction of tokens with original experts only, over MoE layers.
+        new_gate_weight: Language -> per seed, the mean gate weight of new experts over MoE layers, if it was measured.
     """
 
     label: str
     change: dict[str, list[float]]
     all_original_share: dict[str, list[float]]
+    new_gate_weight: dict[str, list[float]] | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -68,11 +70,14 @@ def read_evaluation(folder: Path, names_of: Mapping[str, tuple[str, Sequence[str
     def share(model: str, language: str) -> float:
         return fmean(routing[model].languages[language].shares["all_original_share"])
 
+    def weight(model: str, language: str) -> float:
+        return fmean(routing[model].languages[language].new_gate_weight or [math.nan])
+
     def measured(measure: Callable[[str, str], float], names: Sequence[str]) -> dict[str, list[float]]:
         return {language: [measure(name, language) for name in names] for language in LANGUAGES}
 
     return {
-        setting: Results(label, measured(change, names), measured(share, names))
+        setting: Results(label, measured(change, names), measured(share, names), measured(weight, names))
         for setting, (label, names) in names_of.items()
     }
 
@@ -85,18 +90,27 @@ def group_means(setting: Results, languages: Sequence[str]) -> list[float]:
 def results_tables(results: Frontier) -> str:
     """Markdown: means over languages with their range over seeds, then each language with its range."""
     means, languages = [], []
+    titles = {"all choices original": "all_original_share", "weight of new experts": "new_gate_weight"}
+    routing = {
+        title: name for title, name in titles.items() if all(getattr(s, name) for s in results.settings.values())
+    }
     for setting in results.settings.values():
         groups = [changes_of_seeds(group_means(setting, group)) for group in (ORIGINAL, EXPANDED)]
-        kept = fmean(fmean(setting.all_original_share[language]) for language in ORIGINAL)
-        means.append([setting.label, *groups, f"{kept:.0%}"])
+        means.append([setting.label, *groups, *(of_groups(getattr(setting, name)) for name in routing.values())])
         ranges = [value_range(setting.change[language]) for language in LANGUAGES]
         languages.append([setting.label, *ranges])
-    titles = [language_name(language) for language in LANGUAGES]
+    names = [language_name(language) for language in LANGUAGES]
     tables = (
-        Table(["", "mean original", "mean expanded", "all choices original"], means),
-        Table(["lowest to highest", *titles], languages),
+        Table(["", "mean original", "mean expanded", *routing], means),
+        Table(["lowest to highest", *names], languages),
     )
     return "\n\n".join(map(markdown_table, tables))
+
+
+def of_groups(values: Mapping[str, Sequence[float]]) -> str:
+    """The means over seeds and languages: "43 / 20%" of original and of expanded languages."""
+    original, expanded = (fmean(fmean(values[language]) for language in group) for group in (ORIGINAL, EXPANDED))
+    return f"{original:.0%} / {expanded:.0%}".replace("% /", " /")
 
 
 def changes_of_seeds(values: Sequence[float]) -> str:

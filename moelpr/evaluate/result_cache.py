@@ -24,7 +24,7 @@ from moelpr.store.run_folder import HF_FOLDER
 Json = dict[str, Any]
 
 CACHE_FOLDER = "parts"
-_VERSION = {"format_version": 3}
+_VERSION = {"format_version": 4}
 
 
 @dataclass(frozen=True, config=STRICT)

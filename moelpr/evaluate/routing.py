@@ -26,6 +26,8 @@ class Routing:
     entropy: list[float]  # mean entropy of a token's router scores, in nats; at most ln E
     original_chosen_share: list[float]  # fraction of tokens with at least one original expert among their K
     all_original_share: list[float]  # fraction of tokens whose K choices are all original
+    # Mean gate weight of a token's new experts, from 0 to 1; empty in results of earlier versions.
+    new_gate_weight: list[float] = field(default_factory=list)
     num_original_places: int = field(default=1, kw_only=True)  # P
 
     @property
@@ -75,8 +77,8 @@ class RoutingObserver:
             return None
         layers = sorted(self._sums)
         means = torch.stack([self._sums[layer].cpu() for layer in layers]) / self._tokens
-        num_experts = (means.shape[1] - 3) // 3
-        lists = [part.squeeze(1).tolist() for part in means.split([num_experts] * 3 + [1] * 3, dim=1)]
+        num_experts = (means.shape[1] - 4) // 3
+        lists = [part.squeeze(1).tolist() for part in means.split([num_experts] * 3 + [1] * 4, dim=1)]
         return Routing(layers, self._tokens, *lists, num_original_places=self._loaded.num_original_places)
 
 

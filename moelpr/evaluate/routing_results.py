@@ -28,6 +28,10 @@ LAYER_NUMBERS = {
         "Fraction of tokens whose top K are all original experts",
         "In these layers they get exactly what the base would compute.",
     ),
+    "new_gate_weight": (
+        "Mean gate weight of new experts",
+        "How much of a token's output comes from new experts, whatever it chose first: 0 is the base's output.",
+    ),
     "load_imbalance": (
         "Load imbalance: busiest expert divided by the mean",
         "1 is even. On original languages a high value is intended: it is the language prior.",
@@ -113,7 +117,7 @@ class RoutingResults(Results):
             wrong = [(prior.language, layers.index(prior.layer)) for prior in broken]
             column_groups = groups if 0 < num_original < len(languages) else {}
             panel = Panel(model, values, rows, outlined=wrong, column_groups=column_groups)
-            darkest = 1.0 if name.endswith("share") else max(map(max, values.values()))
+            darkest = 1.0 if name.endswith(("share", "weight")) else max(map(max, values.values()))
             svg = heat_maps(f"{title}: {model}", [panel], form="{:.2f}", darkest=darkest, corner="layer")
             outlined = " Outlined: more than the allowed fraction makes the wrong choice." if broken else ""
             caption = f"{model}: {title}. {note}{outlined}"

@@ -182,6 +182,7 @@ class TextResults(Results):
             "unknown_tokens": score.unknown_tokens,
             "original_expert_share": score.routing and score.routing.original_expert_share,
             "all_original_share": score.routing and score.routing.all_original_share,
+            "new_gate_weight": score.routing and score.routing.new_gate_weight,
         }
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:

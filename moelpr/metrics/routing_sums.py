@@ -86,20 +86,22 @@ def routing_vectors(
 
 
 def text_vector(logits_TE: Tensor, topk: int, num_original_places: int, weight_T: Tensor) -> Tensor:
-    """Sums of one layer and batch over the counted tokens of a text as one fp64 vector [3 E + 3].
+    """Sums of one layer and batch over the counted tokens of a text as one fp64 vector [3 E + 4].
 
-    It has first choices, choices and scores [E each], the entropy of the scores, and the tokens with any and with all
-    choices among the original experts. `weight_T` is 1 for counted tokens, else 0.
+    It has first choices, choices and scores [E each], the entropy of the scores, the tokens with any and with all
+    choices among the original experts, and the gate weights of new experts. `weight_T` is 1 for counted tokens, else 0.
     """
     log_scores_TE = logits_TE.log_softmax(dim=-1)
     scores_TE = log_scores_TE.exp()
-    choices_TK = logits_TE.topk(topk, dim=-1).indices
+    chosen_logits_TK, choices_TK = logits_TE.topk(topk, dim=-1)
     is_first_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK[:, :1], 1.0)
     is_chosen_TE = torch.zeros_like(scores_TE).scatter_(1, choices_TK, 1.0)
     entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1)
     has_original_T = is_chosen_TE[:, :num_original_places].amax(dim=-1)
     all_original_T = is_all_original(is_chosen_TE.bool(), num_original_places).float()
-    others_T3 = torch.stack([entropy_T, has_original_T, all_original_T], dim=-1)
-    columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, others_T3], dim=-1)
+    is_new_TK = choices_TK >= num_original_places
+    new_weight_T = (chosen_logits_TK.softmax(dim=-1) * is_new_TK).sum(dim=-1)
+    others_T4 = torch.stack([entropy_T, has_original_T, all_original_T, new_weight_T], dim=-1)
+    columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, others_T4], dim=-1)
     # A layer may be on another GPU. A batch's counts are exact in float32.
     return (weight_T.to(columns.device) @ columns).double()

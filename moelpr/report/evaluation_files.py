@@ -41,6 +41,7 @@ class LanguageResult:
         original_first_share: The same per MoE layer, in routing.json.
         layers: The numbers of the MoE layers, in routing.json.
         all_original_share: The fraction of tokens whose choices are all original experts, per MoE layer.
+        new_gate_weight: The mean gate weight of new experts, per MoE layer.
     """
 
     bits_per_byte: Interval | None = None
@@ -49,9 +50,10 @@ class LanguageResult:
     original_first_share: list[Measured] | None = None
     layers: list[int] | None = None
     all_original_share: list[Measured] | None = None
+    new_gate_weight: list[Measured] | None = None
 
     def __post_init__(self) -> None:
-        lists = [self.moe_layers, *self.shares.values()]
+        lists = [self.moe_layers, self.new_gate_weight, *self.shares.values()]
         if len({len(values) for values in lists if values is not None}) > 1:
             raise UserError("its lists per layer have different lengths")
 

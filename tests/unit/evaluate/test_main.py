@@ -96,7 +96,7 @@ def test_routing_lists_the_layers_that_break_the_prior(
     printed, page = capsys.readouterr().out, (output / "routing.html").read_text()
     for language, layer in broken:
         assert re.search(rf"moe: {language_name(language)} .*\b{layer} \(", printed)
-    assert page.count("<svg xmlns") == 6 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
+    assert page.count("<svg xmlns") == 7 and "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)
     evaluate("routing", "--model", f"a/b={moe_dir}", "--model", f"a_b={moe_dir}", *data, "--output", output)
     assert len({path.name for path in output.glob("routing-a_b*-experts.svg")}) == 2
     figures = ("original-first-share", "original-chosen-share", "load-imbalance", "entropy", "experts")

@@ -50,6 +50,11 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
             assert routing.load_imbalance[index] == pytest.approx(max(loads) / (sum(loads) / 4))
             assert routing.original_chosen_share[index] == pytest.approx(loads[0])
             assert routing.all_original_share[index] == 0  # one of a token's two experts is always new
+            pairs = [sorted(row, reverse=True)[:2] for row in probabilities.tolist()]
+            to_new = [
+                1 - row[0] / sum(pair) * (0 in two) for row, pair, two in zip(probabilities.tolist(), pairs, chosen, strict=True)
+            ]
+            assert routing.new_gate_weight[index] == pytest.approx(sum(to_new) / len(to_new), abs=1e-5)
             entropies = [-sum(score * math.log(score) for score in row) for row in probabilities.tolist()]
             assert routing.entropy[index] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
         share = routing.original_expert_share
@@ -96,7 +101,7 @@ def routing_with(*original_first_shares: float) -> Routing:
     """Layers 1, 3, … of two experts, the first of them original."""
     shares = [[share, 1 - share] for share in original_first_shares]
     layers = [2 * index + 1 for index in range(len(shares))]
-    return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares), [0.0])
+    return Routing(layers, 10, shares, shares, shares, [0.0] * len(shares), list(original_first_shares), [0.0], [0.0])
 
 
 def test_a_layer_breaks_the_prior_if_most_first_choices_are_wrong():

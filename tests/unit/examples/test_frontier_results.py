@@ -19,7 +19,7 @@ def results(tmp_path: Path) -> Frontier:
         model: {"languages": {name: {"bits_per_byte": {"value": pair[name not in originals]}} for name in LANGUAGES}}
         for model, pair in bits.items()
     }
-    layers = {name: {"all_original_share": [0.5, 0.7]} for name in LANGUAGES}
+    layers = {name: {"all_original_share": [0.5, 0.7], "new_gate_weight": [0.1, 0.3]} for name in LANGUAGES}
     routing = {model: {"languages": layers} for model in bits if model != "base"}
     (tmp_path / "results.json").write_text(json.dumps({"models": text}))
     (tmp_path / "routing.json").write_text(json.dumps({"models": routing}))
@@ -37,7 +37,7 @@ def test_changes_are_against_the_base_and_per_seed(results: Frontier) -> None:
 def test_the_tables_have_mean_and_range_over_seeds(results: Frontier) -> None:
     means, languages = (line for line in results_tables(results).splitlines() if "γ 0.1" in line)
     assert "+1.5% (+1.0% to +2.0%)" in means and "−5.0% (−5.0% to −5.0%)" in means
-    assert means.rstrip("| ").endswith("60%")
+    assert [cell.strip() for cell in means.split("|")][-3:-1] == ["60 / 60%", "20 / 20%"]
     assert languages.count("+1.0% to +2.0%") == 3
     assert languages.count("−5.0% to −5.0%") == 3
 

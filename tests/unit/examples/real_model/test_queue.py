@@ -53,7 +53,7 @@ def write_score(
 ) -> None:
     """As moelpr.evaluate keeps it: ten documents of 100 bytes."""
     shares = [[0.5, 0.3, 0.2]] * 2
-    sums = (shares, [[1.0, 0.5, 0.5]] * 2, shares, [1.0, 1.0], [1.0, 1.0], [0.0, 0.0])
+    sums = (shares, [[1.0, 0.5, 0.5]] * 2, shares, *[[1.0, 1.0]] * 2, *[[0.0, 0.0]] * 2)
     choice = Routing([0, 1], 10, *sums, num_original_places=2)
     bits = document_bits or [100 * bits_per_byte] * 10
     score = LanguageScore([*bits], [100] * 10, [50] * 10, [5] * 10, 0, choice)

@@ -52,7 +52,8 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
             assert routing.all_original_share[index] == 0  # one of a token's two experts is always new
             pairs = [sorted(row, reverse=True)[:2] for row in probabilities.tolist()]
             to_new = [
-                1 - row[0] / sum(pair) * (0 in two) for row, pair, two in zip(probabilities.tolist(), pairs, chosen, strict=True)
+                1 - row[0] / sum(pair) * (0 in two)
+                for row, pair, two in zip(probabilities.tolist(), pairs, chosen, strict=True)
             ]
             assert routing.new_gate_weight[index] == pytest.approx(sum(to_new) / len(to_new), abs=1e-5)
             entropies = [-sum(score * math.log(score) for score in row) for row in probabilities.tolist()]

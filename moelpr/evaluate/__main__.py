@@ -85,16 +85,21 @@ def measure_text(args: argparse.Namespace) -> "Results":
 def measure_harness(args: argparse.Namespace) -> "Results":
     models = named_paths(args.model, "--model")
     check_languages(args.original_languages, args.languages, "--languages")
-    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, read_benchmarks, run_tasks
+    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, installed_benchmarks, read_benchmarks, run_tasks
     from moelpr.evaluate.models import check_device, read_max_positions
     from moelpr.evaluate.result_cache import ResultCache
 
-    benchmarks = read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
+    if args.preset and args.tasks:
+        raise UserError("--preset and --tasks both name the tasks; pass one of them")
+    is_all = args.preset == "all"
+    benchmarks = (
+        installed_benchmarks(args.languages) if is_all else read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
+    )
     check_device(args.device)
     for directory in models.values():
         read_max_positions(directory)  # raises if it is not a model
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
-    scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify)
+    scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify, args.num_processes)
     return HarnessResults(models, benchmarks, args.languages, args.original_languages, scores, settings)
 
 
@@ -141,11 +146,18 @@ def make_parser() -> CommandParser:
     add("--languages", type=languages, required=True, metavar="en,el,...", help="language codes of --tasks")
     what = "all other --languages are expanded languages"
     add("--original-languages", type=languages, required=True, metavar="en,...", help=what)
+    what = (
+        "tasks and numbers of examples: the paper's (default), or all: also XCOPA, XStoryCloze, XNLI, XWinograd, "
+        "PAWS-X, TruthfulQA and PIQA, as far as the installed lm-eval has them for a language"
+    )
+    add("--preset", choices=("paper", "all"), help=what)
     what = "YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)"
     add("--tasks", type=Path, metavar="FILE", help=what)
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
     add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")
     add("--batch-size", type=at_least(1), default=8, metavar="N", help="examples per batch (default: %(default)s)")
+    what = "processes that share the tasks, each with a GPU of its own if there are any (default: %(default)s)"
+    add("--num-processes", type=at_least(1), default=1, metavar="N", help=what)
     harness.set_defaults(measure=measure_harness, json=False)  # lm_eval prints on stdout too
     return parser
 

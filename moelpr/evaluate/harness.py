@@ -1,28 +1,37 @@
 """The paper's benchmarks, run by lm-evaluation-harness: a table of tasks, one result per model and task, averages.
 
-Each task's result is cached as it comes. Scores have the form of the paper's Table 1: a row per model, a column per
-benchmark, a table per group of languages.
+Each task's result is cached as it comes, with what every question scored, so that changes are paired. Scores have the
+form of the paper's Table 1: a row per model, a column per benchmark, a table per group of languages.
 """
 
 import logging
 import math
+import multiprocessing
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
+from moelpr.evaluate.confidence import NUM_SAMPLES, Estimate, interval_of, mean
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 from moelpr.evaluate.results import Results
-from moelpr.languages import canonical, language_name
+from moelpr.languages import canonical, is_code, language_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
+from moelpr.report.numbers import Interval
 from moelpr.report.page import Table
 from moelpr.store import records
 from moelpr.store.checksums import Verify
@@ -33,10 +42,22 @@ PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # Fractions in the harness's results; others (chrf, bleu) are percentages already.
 FRACTIONS = ("acc", "acc_norm", "exact_match", "f1")
 GROUPS = ("expanded", "original")
+# What lm-eval has beyond the paper's table, without examples in the prompt: metric, and forms of names with the code.
+_MORE = {
+    "XCOPA": ("acc", "x?copa_([a-z]{2})"),
+    "XStoryCloze": ("acc", "xstorycloze_([a-z]{2})"),
+    "XNLI": ("acc", "xnli_([a-z]{2})"),
+    "XWinograd": ("acc", "xwinograd_([a-z]{2})"),
+    "PAWS-X": ("acc", "paws_([a-z]{2})"),
+    "TruthfulQA": ("acc", "truthfulqa_([a-z]{2})_mc2"),
+    "PIQA": ("acc_norm", "piqa_([a-z]{2})"),
+}
+_SEED = 1  # of the samples of questions
+_DOCUMENTS = "documents"
 _CACHED = "harness "  # before a task: the name of its result in the cache
 
-# model -> task -> {metric or metric_stderr: number}
-Scores = dict[str, dict[str, dict[str, float]]]
+# model -> task -> {metric or metric_stderr: number; "documents": {metric: the number of each question}}
+Scores = dict[str, dict[str, dict[str, Any]]]
 
 
 # A single name needs no list.
@@ -59,7 +80,7 @@ class Benchmark:
     metric: str
     tasks: dict[str, TaskNames]
 
-    def score(self, language: str, found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    def score(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number.
 
         A stderr that the harness does not know is NaN.
@@ -67,7 +88,7 @@ class Benchmark:
         tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
         for task in tasks:
             if self.metric not in found[task]:
-                metrics = [name for name in found[task] if not name.endswith("_stderr")]
+                metrics = [name for name in found[task] if not name.endswith("_stderr") and name != _DOCUMENTS]
                 raise UserError(
                     f"{task} has the metrics {', '.join(metrics)}, but not {self.metric}; correct the --tasks file"
                 )
@@ -75,8 +96,63 @@ class Benchmark:
         stderr = scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
         return {"value": scale * fmean(found[task][self.metric] for task in tasks), "stderr": stderr}
 
+    def estimate(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> Estimate:
+        """The value, and what it is in samples of the questions, the same for every model.
 
-def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark]:
+        Tasks with the same number of questions get the same samples, because they may be translations. Where the
+        harness has no number for each question, as for chrF, the samples have the standard error.
+        """
+        scale = 100.0 if self.metric in FRACTIONS else 1.0
+        samples = []
+        for task in self.tasks[language]:
+            value, numbers = found[task][self.metric], found[task].get(_DOCUMENTS, {}).get(self.metric, [])
+            if len(numbers) > 1:
+                times = _samples(len(numbers)) @ np.array(numbers) / len(numbers)
+                times += value - fmean(numbers)  # a group may weight its tasks
+            else:
+                rng = np.random.default_rng([_SEED, zlib.crc32(repr((task, sorted(found[task].items()))).encode())])
+                times = value + found[task].get(f"{self.metric}_stderr", math.nan) * rng.standard_normal(NUM_SAMPLES)
+            samples.append(scale * np.append(value, times))
+        return mean(samples)
+
+
+@cache
+def _samples(number: int) -> NDArray[np.float64]:
+    """How often each of the questions is drawn: [NUM_SAMPLES, number]."""
+    rng = np.random.default_rng([_SEED, number])
+    return rng.multinomial(number, np.full(number, 1 / number), size=NUM_SAMPLES).astype(np.float32)
+
+
+def installed_benchmarks(languages: Sequence[str]) -> dict[str, Benchmark]:
+    """The paper's benchmarks, and others that the installed harness has for one of the languages.
+
+    Raises:
+        UserError: The harness is not installed.
+    """
+    harness_version()
+    from lm_eval.tasks import TaskManager
+
+    found = read_benchmarks(PAPER_TASKS, languages, needs_one=False)
+    names = sorted(TaskManager().all_tasks)
+    for benchmark, (metric, form) in _MORE.items():
+        tasks: dict[str, list[str]] = {}
+        for match in filter(None, (re.fullmatch(form, name) for name in names)):
+            code = canonical({"jp": "ja"}.get(match[1], match[1]))
+            if is_code(code) and code in languages:
+                tasks.setdefault(code, [match[0]])
+        if tasks:
+            found[benchmark] = Benchmark(0, metric, tasks)
+    return found
+
+
+def harness_version() -> str:
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"lm-evaluation-harness is not installed; run {install_command('eval')}") from error
+
+
+def read_benchmarks(path: Path, languages: Sequence[str], *, needs_one: bool = True) -> dict[str, Benchmark]:
     """Read a table of tasks (see paper_tasks.yaml), keeping `languages` and the benchmarks that have one of them."""
     remedy = f"pass --tasks a table of num_fewshot, metric and tasks per benchmark, as in {PAPER_TASKS.name}"
     table = records.validate(dict[str, Benchmark], read_mapping(path, "table of tasks"), str(path), remedy)
@@ -88,7 +164,7 @@ def read_benchmarks(path: Path, languages: Sequence[str]) -> dict[str, Benchmark
             names.setdefault("no", names["nb"])  # Norwegian, which is mostly written as Bokmål
         if tasks := {language: names[language] for language in languages if language in names}:
             benchmarks[name] = replace(entry, tasks=tasks)
-    if not benchmarks:
+    if needs_one and not benchmarks:
         raise UserError(
             f"{path} has no task for {', '.join(languages)}; pass other --languages or another --tasks file"
         )
@@ -115,10 +191,12 @@ def run_tasks(
     cache: ResultCache,
     settings: Mapping[str, Any],
     verify: Verify = Verify.FULL,
+    num_processes: int = 1,
 ) -> Scores:
     """Run every task on every model (name -> Hugging Face directory), one model after another.
 
     Args:
+        num_processes: Processes that share what is missing in the cache, each with a GPU of its own if there are GPUs.
         settings: "include_path" (folder with additional task files, or None), "limit" (questions per task, None for
             all), "batch_size", and "device" and "dtype" of `moelpr.evaluate.models.load_model`.
 
@@ -126,10 +204,7 @@ def run_tasks(
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.
     """
     require_hf(models, "lm-evaluation-harness")
-    try:
-        version = metadata.version("lm_eval")
-    except metadata.PackageNotFoundError as error:
-        raise UserError(f"lm-evaluation-harness is not installed; run {install_command('eval')}") from error
+    version = harness_version()
     dtype = resolve_dtype(settings["dtype"], choose_device(settings["device"]))
     of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": dtype, "include_path": None}
     if folder := settings["include_path"]:
@@ -146,6 +221,9 @@ def run_tasks(
         for task in shots
         if any(cache.read(name, _CACHED + task, by_task[_CACHED + task]) is None for name, by_task in keys.items())
     ]
+    if num_processes > 1 and len(missing) > 1:
+        _run_shares(num_processes, models, benchmarks, missing, cache, settings, verify)
+        missing = []
     manager, tasks = load_tasks(missing, settings["include_path"]) if missing else (None, {})
     for name in tasks:
         # The harness would use 0 with a message that is easily missed.
@@ -163,6 +241,40 @@ def run_tasks(
 
     results = {name: cache.complete(name, keys[name], partial(measure, name)) for name in models}
     return {name: {task: found[_CACHED + task] for task in shots} for name, found in results.items()}
+
+
+def _run_shares(
+    number: int,
+    models: Mapping[str, Path],
+    benchmarks: Mapping[str, Benchmark],
+    missing: Sequence[str],
+    cache: ResultCache,
+    settings: Mapping[str, Any],
+    verify: Verify,
+) -> None:
+    """Run the missing tasks in several processes, which put each result into the cache."""
+    if cache.is_off:
+        raise UserError("--num-processes requires --output, where the processes leave their results")
+    number, gpus = min(number, len(missing)), torch.cuda.device_count()
+    with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:
+        runs = []
+        for place in range(number):
+            own = {task: "" for task in missing[place::number]}
+            share = {
+                name: replace(benchmark, tasks=tasks)
+                for name, benchmark in benchmarks.items()
+                if (
+                    tasks := {
+                        code: kept
+                        for code, names in benchmark.tasks.items()
+                        if (kept := [n for n in names if n in own])
+                    }
+                )
+            }
+            device = f"cuda:{place % gpus}" if gpus and settings["device"] in ("auto", "cuda") else settings["device"]
+            runs.append(pool.submit(run_tasks, dict(models), share, cache, {**settings, "device": device}, verify))
+        for run in runs:
+            run.result()
 
 
 def _fixes_no_shots(task: Any) -> bool:
@@ -197,8 +309,8 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, di
 
 def _evaluate(
     loaded: LoadedModel, manager: Any, task: list[Any], name: str, num_fewshot: int, settings: Mapping[str, Any]
-) -> dict[str, float]:
-    """The numbers among the task's results: "acc", "acc_stderr", ..."""
+) -> Json:
+    """The numbers among the task's results: "acc", "acc_stderr", ..., and those of its questions."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -209,15 +321,19 @@ def _evaluate(
         task_manager=manager,  # without it, all tasks are indexed again
         num_fewshot=num_fewshot,
         limit=settings["limit"],
-        log_samples=False,
+        log_samples=True,
         bootstrap_iters=1000,
     )
     results = found["results"].get(name, {})  # empty for a group that does not aggregate its tasks
-    return {
+    numbers: Json = {
         key.partition(",")[0]: float(value)
         for key, value in results.items()
         if key.endswith(",none") and isinstance(value, int | float)
     }
+    questions = [row for rows in found.get("samples", {}).values() for row in sorted(rows, key=lambda r: r["doc_id"])]
+    by_metric = {metric: [row.get(metric) for row in questions] for metric in numbers if not metric.endswith("_stderr")}
+    kept = {metric: values for metric, values in by_metric.items() if all(isinstance(v, int | float) for v in values)}
+    return numbers | {_DOCUMENTS: {metric: list(map(float, values)) for metric, values in kept.items() if values}}
 
 
 class HarnessResults(Results):
@@ -248,6 +364,27 @@ class HarnessResults(Results):
             }
             for model, found in scores.items()
         }
+        self._estimates = {
+            model: {
+                name: {code: benchmark.estimate(code, found) for code in benchmark.tasks}
+                for name, benchmark in benchmarks.items()
+            }
+            for model, found in scores.items()
+        }
+
+    def _average(self, model: str, group: str) -> Estimate | None:
+        """The average of a group: the mean over benchmarks of means over languages; None if there is no score."""
+        by_benchmark = [
+            [found for language, found in by_language.items() if language in self._groups[group]]
+            for by_language in self._estimates[model].values()
+        ]
+        means = [mean(found) for found in by_benchmark if found]
+        return mean(means) if means else None
+
+    def change(self, model: str, group: str) -> Interval | None:
+        """The change of a group's average from the first model, paired by question; None for that model itself."""
+        ours, theirs = self._average(model, group), self._average(self._reference, group)
+        return None if model == self._reference or ours is None or theirs is None else interval_of(ours - theirs)
 
     def means(self, model: str, group: str) -> list[float | None]:
         """The row of the paper's Table 1.
@@ -263,11 +400,10 @@ class HarnessResults(Results):
         return [*means, fmean(found) if found else None]
 
     def _change(self, model: str, group: str) -> str:
-        """The change of the average from the first model; "" for that model itself."""
-        ours, theirs = self.means(model, group)[-1], self.means(self._reference, group)[-1]
-        if model == self._reference or ours is None or theirs is None:
-            return ""
-        return f"{ours - theirs:+.2f}".replace("-", "\u2212")
+        """The change of the average from the first model in words; "" for that model itself."""
+        found = self.change(model, group)
+        unclear = " unclear" if found and found.has_bounds and not found.is_clear else ""
+        return found.text(_signed) + unclear if found else ""
 
     def findings(self) -> list[str]:
         findings = [
@@ -299,17 +435,33 @@ class HarnessResults(Results):
             rows.append([model, *cells, self._change(model, group)])
         header = [f"{name} ({benchmark.num_fewshot})" for name, benchmark in self._benchmarks.items()]
         names = ", ".join(map(language_name, self._groups[group]))
-        note = f"Means over {names}, as far as a benchmark has them; in parentheses: shots."
+        note = (
+            f"Means over {names}, as far as a benchmark has them; in parentheses: shots; in brackets: 95% confidence "
+            "intervals, paired by question. A change whose interval contains 0 is unclear."
+        )
         return Table(["model", *header, "average", f"against {self._reference}"], rows, note)
 
     def _language_table(self, name: str, benchmark: Benchmark) -> Table:
-        rows = [
-            [model, *(_with_error(score) for score in scores[name].values())] for model, scores in self._scores.items()
-        ]
+        rows = [[model, *(self._cell(model, name, code) for code in benchmark.tasks)] for model in self._models]
         names = ", ".join(task for tasks in benchmark.tasks.values() for task in tasks)
         limit = self._settings["limit"]
         warning = f" Only the first {limit} questions of each task: do not publish these numbers." if limit else ""
-        return Table(["model", *benchmark.tasks], rows, f"\u00b1 one standard error. Tasks: {names}.{warning}")
+        note = f"\u00b1 one standard error; then the change against {self._reference} with its 95% interval."
+        return Table(["model", *benchmark.tasks], rows, f"{note} Tasks: {names}.{warning}")
+
+    def _cell(self, model: str, name: str, code: str) -> str:
+        change = self._changes(model, name, code)
+        return _with_error(self._scores[model][name][code]) + (f"; {change.text(_signed)}" if change else "")
+
+    def _changes(self, model: str, name: str, code: str) -> Interval | None:
+        if model == self._reference:
+            return None
+        return interval_of(self._estimates[model][name][code] - self._estimates[self._reference][name][code])
+
+    def _score_json(self, model: str, name: str, code: str) -> Json:
+        found, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
+        clear = {"change": asdict(change) | {"is_clear": change.is_clear}} if change else {}
+        return self._scores[model][name][code] | {"low": found.low, "high": found.high} | clear
 
     def to_json(self) -> dict[str, Any]:
         include_path = self._settings["include_path"]
@@ -320,12 +472,20 @@ class HarnessResults(Results):
             "models": {
                 model: {
                     "directory": str(directory),
-                    "scores": self._scores[model],
+                    "scores": {
+                        name: {code: self._score_json(model, name, code) for code in found}
+                        for name, found in self._scores[model].items()
+                    },
                     "averages": {group: self.means(model, group)[-1] for group in GROUPS},
+                    "average_changes": {g: asdict(found) for g in GROUPS if (found := self.change(model, g))},
                 }
                 for model, directory in self._models.items()
             },
         }
+
+
+def _signed(change: float) -> str:
+    return f"{change:+.2f}".replace("-", "\u2212")
 
 
 def _with_error(score: Mapping[str, float]) -> str:

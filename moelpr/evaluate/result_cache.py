@@ -62,6 +62,10 @@ class ResultCache:
         if self._folder:
             make_folder(self._folder)  # now, because measuring takes long
 
+    @property
+    def is_off(self) -> bool:
+        return self._folder is None
+
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
         found = _read(self._path(model, name)) if self._folder else None

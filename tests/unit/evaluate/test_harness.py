@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib import metadata
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, read_benchmarks
+from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, installed_benchmarks, read_benchmarks
 from moelpr.evaluate.models import load_model
 from moelpr.languages import canonical
 
@@ -122,7 +123,9 @@ def test_results_are_kept_and_tasks_that_cannot_run_are_rejected(
     evaluate(*arguments)
     assert stub_lm_eval == [("door", 3), ("door", 3)]
     content = json.loads((tmp_path / "out/harness.json").read_text())
-    assert content["models"]["moe"]["scores"] == {"Doors": {"en": {"value": 50, "stderr": 10}}}
+    scores = content["models"]["moe"]["scores"]["Doors"]["en"]
+    assert (scores["value"], scores["stderr"]) == (50, 10) and scores["low"] < 35 and scores["high"] > 65
+    assert scores["change"]["value"] == 0, "without numbers of single questions, the same scores vary alike"
     assert content["benchmarks"]["Doors"] == {"num_fewshot": 3, "metric": "acc", "tasks": {"en": ["door"]}}
     table.write_text("Doors: {num_fewshot: 4, metric: acc, tasks: {en: door}}")
     evaluate(*arguments)
@@ -163,6 +166,18 @@ def test_local_tasks_run_offline_and_their_results_are_kept(
     evaluate("harness", *arguments)
     assert "base: doors_el, 0 shots" in capsys.readouterr().out
     assert "Expanded languages" in (tmp_path / "out/harness.md").read_text()
+    # Two processes: the same scores, and one that is killed loses only the task that it runs.
+    shutil.rmtree(tmp_path / "out/parts/moe")
+    one = json.loads((tmp_path / "out/harness.json").read_text())
+    again = (*models, *tasks, "--output", tmp_path / "two", "--num-processes", 2)
+    evaluate("harness", *again)
+    assert json.loads((tmp_path / "two/harness.json").read_text()) == one
+    assert sorted(path.stem for path in (tmp_path / "two/parts/moe").iterdir()) == [
+        "harness%20door_en",
+        "harness%20doors_el",
+    ]
+    numbers = json.loads((tmp_path / "two/parts/moe/harness%20door_en.json").read_text())["result"]["documents"]["acc"]
+    assert 100 * sum(numbers) / len(numbers) == pytest.approx(one["models"]["moe"]["scores"]["Doors"]["en"]["value"])
 
 
 @needs_lm_eval
@@ -193,6 +208,14 @@ def test_the_harness_has_every_task_of_the_papers_table():
     }.items():
         found = {canonical(match[1]) for form in forms for task in known if (match := re.fullmatch(form, task))}
         assert found - benchmarks[benchmark].tasks.keys() == set()
+
+
+@needs_lm_eval
+def test_all_tasks_are_those_of_the_installed_harness_under_one_code():
+    found = installed_benchmarks(["eu", "gl", "el", "zh", "ja"])
+    assert found["XStoryCloze"].tasks == {"eu": ["xstorycloze_eu"], "gl": ["xstorycloze_gl"], "zh": ["xstorycloze_zh"]}
+    assert found["XNLI"].tasks.keys() == {"eu", "gl", "el", "zh"} and found["XCOPA"].tasks.keys() == {"eu", "zh"}
+    assert found["XWinograd"].tasks["ja"] == ["xwinograd_jp"] and found["Belebele"].num_fewshot == 5
 
 
 @needs_lm_eval
@@ -240,7 +263,8 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     assert results.means("base", "expanded")[-1] == pytest.approx(50)
     assert results.means("ours", "original")[-1] == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
-    assert flores == {"value": pytest.approx(50), "stderr": pytest.approx(2.5)}
+    assert (flores["value"], flores["stderr"]) == (pytest.approx(50), pytest.approx(2.5))
+    assert (flores["low"], flores["high"]) == (pytest.approx(45.1, abs=0.5), pytest.approx(54.9, abs=0.5))
     assert benchmarks["B"].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
     scores = {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}
     settings = {"limit": None, "include_path": None}
@@ -248,10 +272,40 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     assert json.loads(unknown.json_text())["models"]["base"]["scores"]["B"]["en"]["stderr"] is None
     assert unknown.tables()["B, 8 shots, chrf"].rows[0][1] == "40.00 ± –"
     findings, tables = results.findings(), results.tables()
-    assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 .* base", finding) for finding in findings)
+    assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 \[.* base", finding) for finding in findings)
     assert any(finding.startswith("B ") and "Greek, Spanish" in finding for finding in findings)
     assert "first 5 questions" in tables["A, 25 shots, acc_norm"].note
     assert tables["Expanded languages"].rows[0] == ["base", "50.00", "–", "50.00", ""]
+
+
+def test_changes_are_paired_by_question_over_translations_too():
+    """The interval of a change is that of the differences of questions: far narrower than that of the scores."""
+    benchmarks = {"A": Benchmark(0, "acc", {"en": ["a_en"], "el": ["a_el"]})}
+    right = {"a_en": [1.0] * 60 + [0.0] * 40, "a_el": [1.0] * 50 + [0.0] * 50}
+    better = {
+        task: [1.0 if place >= 95 else number for place, number in enumerate(found)] for task, found in right.items()
+    }
+    scores = {
+        model: {task: {"acc": sum(found) / 100, "documents": {"acc": found}} for task, found in by_task.items()}
+        for model, by_task in (("base", right), ("ours", better))
+    }
+    models = {"base": Path("base"), "ours": Path("ours")}
+    results = HarnessResults(models, benchmarks, ["en", "el"], ["en"], scores, {"limit": None, "include_path": None})
+    content = results.to_json()["models"]["ours"]
+    change = content["scores"]["A"]["en"]["change"]
+    assert (change["value"], change["is_clear"]) == (pytest.approx(5), True)
+    assert (change["low"], change["high"]) == (pytest.approx(1, abs=1), pytest.approx(9.3, abs=1))  # ± 1.96 √(5 · 0.95)
+    assert content["scores"]["A"]["en"]["high"] - content["scores"]["A"]["en"]["low"] == pytest.approx(18.9, abs=1.5)
+    assert content["average_changes"]["expanded"]["low"] == pytest.approx(change["low"]), "the same samples"
+    same = HarnessResults(
+        models,
+        benchmarks,
+        ["en", "el"],
+        ["en"],
+        {name: scores["base"] for name in models},
+        {"limit": None, "include_path": None},
+    )
+    assert same.change("ours", "original").text("{:g}".format) == "0 [0, 0]"
 
 
 def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tmp_path, dense_dir):
@@ -266,6 +320,7 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
         ((*model, "--languages", "en", "--original-languages", "fr"), "--original-languages fr"),
         ((*model, "--languages", "xx", "--original-languages", "xx"), "xx"),
         ((*model, *english, "--limit", 0), "--limit"),
+        ((*model, *english, "--preset", "all", "--tasks", "x"), "--preset and --tasks"),
         ((*model, *english, "--tasks", tmp_path / "no"), "/no"),
         ((*model, *english, "--tasks", tmp_path / "list.yaml"), "list.yaml"),
         ((*model, *english, "--tasks", tmp_path / "half.yaml"), "ARC.metric"),

@@ -1,5 +1,6 @@
 """Adds evaluation results and metadata to a model card."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import field
@@ -14,6 +15,7 @@ from checkpoint_convert.hf.model_files import CARD_FILE
 from moelpr.families.hub import is_hub_name
 from moelpr.languages import canonical, language_name
 from moelpr.process.errors import UserError
+from moelpr.report.numbers import Interval, Measured, signed
 from moelpr.store import records
 from moelpr.store.files import write_text
 from moelpr.store.records import FOREIGN
@@ -33,9 +35,19 @@ _REMEDY = (
 
 @dataclass(frozen=True, config=FOREIGN)
 class Score:
-    """A number; what else was recorded of it is not read."""
+    """A number; of a benchmark's, its 95% interval too, and its change against the first model with that of it."""
 
     value: float
+    low: Measured = math.nan
+    high: Measured = math.nan
+    change: Interval | None = None
+
+    @property
+    def note(self) -> str:
+        """What a benchmark's title says of it."""
+        interval = Interval(self.value, self.low, self.high)
+        parts = [f"95% interval {self.low:.1f} to {self.high:.1f}"] if interval.has_bounds else []
+        return ", ".join(["", *parts, *([f"against the base {self.change.text(signed)}"] if self.change else [])])
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -86,7 +98,7 @@ class Evaluation:
             run = self.benchmarks[benchmark]
             for language, score in scores.items():
                 dataset = benchmark.lower(), f"{benchmark}, {language_name(language)}"
-                title = f"{run.metric}, {run.num_fewshot} shots"
+                title = f"{run.metric}, {run.num_fewshot} shots{score.note}"
                 yield EvalResult(_TASK, *dataset, run.metric, score.value, dataset_config=language, metric_name=title)
 
 

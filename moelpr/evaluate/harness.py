@@ -31,7 +31,7 @@ from moelpr.evaluate.results import Results
 from moelpr.languages import canonical, is_code, language_name
 from moelpr.process.errors import UserError, first_line
 from moelpr.process.versions import install_command
-from moelpr.report.numbers import Interval
+from moelpr.report.numbers import Interval, signed
 from moelpr.report.page import Table
 from moelpr.store import records
 from moelpr.store.checksums import Verify
@@ -403,7 +403,7 @@ class HarnessResults(Results):
         """The change of the average from the first model in words; "" for that model itself."""
         found = self.change(model, group)
         unclear = " unclear" if found and found.has_bounds and not found.is_clear else ""
-        return found.text(_signed) + unclear if found else ""
+        return found.text(signed) + unclear if found else ""
 
     def findings(self) -> list[str]:
         findings = [
@@ -451,7 +451,7 @@ class HarnessResults(Results):
 
     def _cell(self, model: str, name: str, code: str) -> str:
         change = self._changes(model, name, code)
-        return _with_error(self._scores[model][name][code]) + (f"; {change.text(_signed)}" if change else "")
+        return _with_error(self._scores[model][name][code]) + (f"; {change.text(signed)}" if change else "")
 
     def _changes(self, model: str, name: str, code: str) -> Interval | None:
         if model == self._reference:
@@ -482,10 +482,6 @@ class HarnessResults(Results):
                 for model, directory in self._models.items()
             },
         }
-
-
-def _signed(change: float) -> str:
-    return f"{change:+.2f}".replace("-", "\u2212")
 
 
 def _with_error(score: Mapping[str, float]) -> str:

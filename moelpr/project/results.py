@@ -122,15 +122,17 @@ def card(places: Places) -> Task:
 
 def report(places: Places) -> Task:
     """Write the report of the stages and their evaluation."""
+    has_benchmarks = places.project.benchmarks is not None
+    names = ["results", "routing", *(["harness"] if has_benchmarks else [])]
     fixed: dict[str, Any] = {
-        "evaluation": [places.evaluation / name for name in ("results.json", "routing.json")],
+        "evaluation": [places.evaluation / f"{name}.json" for name in names],
         "output": places.folder,
     }
     runs = [str(places.folder / stage) for stage in places.stages]
     return Task(
         name="report",
         command=words("report", places.own("report"), fixed, *runs),
-        made_from=(*places.stages, "evaluate", "routing"),
+        made_from=(*places.stages, "evaluate", "routing", *(["benchmarks"] if has_benchmarks else [])),
         is_complete=(places.folder / "report.html").is_file,
     )
 
@@ -143,9 +145,8 @@ def track(places: Places) -> Task:
         "files": [places.evaluation, places.folder / "report.html", places.folder / PLAN_FILE, places.file.path],
     }
     runs = [str(places.folder / stage) for stage in places.stages]
-    made_from = ("report", *(["benchmarks"] if places.project.benchmarks else []))
     command = [*words("track", places.own("track"), fixed, *runs), *places.trackers]
-    return Task(name="track", command=command, made_from=made_from)
+    return Task(name="track", command=command, made_from=("report",))
 
 
 def _models(places: Places) -> list[str]:

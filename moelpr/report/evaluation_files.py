@@ -1,5 +1,6 @@
-"""The files of `moelpr evaluate`, as far as reports read them: results.json and routing.json."""
+"""The files of `moelpr evaluate`, as far as reports read them: results.json, routing.json and harness.json."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from moelpr.languages import language_name
 from moelpr.process.errors import UserError
 from moelpr.report import page
-from moelpr.report.numbers import Interval, Measured
+from moelpr.report.numbers import Interval, Measured, signed
 from moelpr.store import records
 from moelpr.store.records import FOREIGN
 
@@ -72,16 +73,38 @@ class LanguageResult:
 
 
 @dataclass(frozen=True, config=FOREIGN)
+class BenchmarkScore:
+    """A score on a benchmark in a language, from 0 to 100.
+
+    Attributes:
+        value: The score; low and high are the bounds of its 95% interval.
+        change: The change against the first model, paired by question.
+    """
+
+    value: Measured
+    low: Measured = math.nan
+    high: Measured = math.nan
+    change: Interval | None = None
+
+    @property
+    def text(self) -> str:
+        change = f"; {self.change.text(signed)}" if self.change else ""
+        return Interval(self.value, self.low, self.high).text("{:.1f}".format) + change
+
+
+@dataclass(frozen=True, config=FOREIGN)
 class ModelResult:
     """A model's results.
 
     Attributes:
         languages: Language -> result.
         means: "mean original" and "mean expanded" -> result.
+        scores: Benchmark -> language -> score, in harness.json.
     """
 
-    languages: dict[str, LanguageResult]
+    languages: dict[str, LanguageResult] = field(default_factory=dict)
     means: dict[str, LanguageResult] = field(default_factory=dict)
+    scores: dict[str, dict[str, BenchmarkScore]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -116,7 +139,7 @@ class WrongLanguage:
 
 @dataclass(frozen=True, config=FOREIGN)
 class EvaluationFile:
-    """results.json or routing.json.
+    """results.json, routing.json or harness.json.
 
     Attributes:
         models: Model -> results; changes are relative to the first one.

@@ -9,7 +9,7 @@ from statistics import fmean
 from moelpr.metrics.run_metrics import bits_of
 from moelpr.metrics.schema import ROUTING_SHARES
 from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import Continuation, EvaluationFile, WrongLanguage
+from moelpr.report.evaluation_files import BenchmarkScore, Continuation, EvaluationFile, WrongLanguage
 from moelpr.report.numbers import Interval
 from moelpr.report.runs import Run
 
@@ -36,6 +36,8 @@ class LanguageResults:
     layers: dict[str, list[int]] = field(default_factory=dict)  # model -> numbers of its MoE layers
     continuations: dict[str, Continuation] = field(default_factory=dict)
     wrong_language: dict[str, dict[str, WrongLanguage]] = field(default_factory=dict)
+    # Benchmark -> model -> language -> score.
+    benchmarks: dict[str, dict[str, dict[str, BenchmarkScore]]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -128,6 +130,8 @@ def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:
     results.wrong_language |= content.wrong_language
     reference = next(iter(content.models), None)
     for model, result in content.models.items():
+        for benchmark, scores in result.scores.items():
+            results.benchmarks.setdefault(benchmark, {})[model] = scores
         for language in result.languages:
             results.groups[language] = GROUPS[language in original] if original else results.groups.get(language, "")
         for row, values in (result.languages | result.means).items():

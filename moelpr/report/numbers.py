@@ -49,6 +49,11 @@ def percent(change: float, digits: int = 1) -> str:
     return f"{100 * change:+.{digits}f}%".replace("-", "\u2212") if math.isfinite(change) else "unavailable"
 
 
+def signed(change: float) -> str:
+    """A difference with its sign: "−6.20", "+0.90"."""
+    return f"{change:+.2f}".replace("-", "\u2212")
+
+
 def number_text(value: float | None, form: str) -> str:
     """A number in a cell; a dash if it is missing or not finite."""
     return "–" if value is None or not math.isfinite(value) else form.format(value)

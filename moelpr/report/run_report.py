@@ -60,6 +60,7 @@ def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
     return [
         Section("", [*_overview(report, judgments, held_out)]),
         Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
+        Section("Benchmarks", [*_benchmark_tables(evaluation)]),
         Section("Claims", _claims_table(report.claims, judgments)),
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
@@ -142,6 +143,20 @@ def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
         more = f" The first {MAX_WARNINGS} of {len(warnings)}." if len(warnings) > MAX_WARNINGS else ""
         title = f"{_count(len(warnings), 'warning')} during training."
         yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
+
+
+def _benchmark_tables(evaluation: LanguageResults) -> Iterator[Block]:
+    for name, by_model in evaluation.benchmarks.items():
+        codes = dict.fromkeys(code for scores in by_model.values() for code in scores)
+        rows = [
+            [language_name(code), *(scores[code].text if code in scores else "–" for scores in by_model.values())]
+            for code in codes
+        ]
+        yield Table([name, *by_model], rows)
+    if evaluation.benchmarks:
+        first = next(iter(next(iter(evaluation.benchmarks.values()))))
+        note = f"Scores from 0 to 100; then the change against {first}, paired by question. In brackets: 95% intervals."
+        yield Text(note, "note")
 
 
 def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> Iterator[Block]:
@@ -279,6 +294,10 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "facts": report.facts,
         "continuations": {language: asdict(found) for language, found in evaluation.continuations.items()},
+        "benchmarks": {
+            name: {model: {code: asdict(score) for code, score in scores.items()} for model, scores in found.items()}
+            for name, found in evaluation.benchmarks.items()
+        },
         "wrong_language": {
             language: {writer: asdict(rate) for writer, rate in found.items()}
             for language, found in evaluation.wrong_language.items()

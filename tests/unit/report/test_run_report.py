@@ -58,6 +58,13 @@ def evaluation(tmp_path: Path) -> Path:
     sample = {"prompt": "Hello", "reference": "<world>", "by_model": {"base": "&", "ours": ""}}
     file = tmp_path / "evaluation.json"
     content = {"original_languages": ["en"], "models": models, "continuations": {"en": sample}}
+    rate = {"rate": {"value": 0.25, "low": 0.1, "high": 0.5}, "decided": 16, "undecided": 4}
+    nothing = {"rate": {"value": None}, "decided": 0, "undecided": 20}
+    content["wrong_language"] = {"en": {"base": rate, "the text itself": nothing}}
+    scores = [{"value": 50.0, "low": 45.0, "high": 55.0}, {"value": 52.5, "low": None, "high": None}]
+    scores[1]["change"] = {"value": 2.5, "low": 1.0, "high": 4.0, "is_clear": True}
+    for model, score in zip(("base", "ours"), scores, strict=True):
+        models[model]["scores"] = {"ARC": {"el": score}}
     file.write_text(json.dumps(content))
     return file
 
@@ -138,6 +145,8 @@ def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], e
     assert row_of(markdown, "English")[1:] == ["2.000 [1.900, 2.200]", change]
     assert row_of(markdown, "Greek")[1:] == ["3.000", "–"]
     assert row_of(markdown, "layer 3") and ">25%<" in html
+    assert "| 25% [10%, 50%] of 16 | – (none of 20 identified) |" in markdown
+    assert "| Greek | 50.0 [45.0, 55.0] | 52.5; +2.50 [+1.00, +4.00] |" in markdown
     assert "&lt;world&gt;" in html and "(nothing)" in html and "Change in bits per byte" in html
 
 

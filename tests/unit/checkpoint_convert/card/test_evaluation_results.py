@@ -69,6 +69,12 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
         "benchmarks": {"ARC": {"num_fewshot": 25, "metric": "acc_norm"}},
         "models": {"export": {"directory": str(export), "scores": {"ARC": {"el": {"value": 41.5, "stderr": 1.0}}}}},
     }
+    content["models"]["export"]["scores"]["ARC"]["en"] = {  # type: ignore[index]
+        "value": 50.0,
+        "low": 48.0,
+        "high": 52.0,
+        "change": {"value": -0.5, "low": -1.0, "high": 0.25, "is_clear": False},
+    }
     file = export.parent / "harness.json"
     file.write_text(json.dumps(content))
     assert exit_code(command.main, export, "--results", file) == 0
@@ -77,7 +83,19 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
             "task": {"type": "text-generation"},
             "dataset": {"name": "ARC, Greek", "type": "arc", "config": "el"},
             "metrics": [{"type": "acc_norm", "value": 41.5, "name": "acc_norm, 25 shots"}],
-        }
+        },
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": "ARC, English", "type": "arc", "config": "en"},
+            "metrics": [
+                {
+                    "type": "acc_norm",
+                    "value": 50.0,
+                    "name": "acc_norm, 25 shots, 95% interval 48.0 to 52.0, "
+                    "against the base \u22120.50 [\u22121.00, +0.25]",
+                }
+            ],
+        },
     ]
 
 

@@ -12,9 +12,10 @@ EXTRAS = {
     "language-id": ["py3langid"],
     # datatrove's own extra has packages that wheels for Python 3.13 do not exist of, or that we do not use.
     "clean": ["datatrove>=0.10", "fasttext-predict", "orjson", "py3langid", "xxhash<4", "zstandard"],
+    "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3://; the Hub needs nothing else
 }
 # What the extras add is tested too.
-TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout"]
+TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout", "s3fs"]
 
 setup(
     name="moelpr",
@@ -49,6 +50,7 @@ setup(
         "numpy",
         "transformers>=5",
         "huggingface-hub",
+        "fsspec",
         "safetensors",
         "tokenizers",
         "sentencepiece",

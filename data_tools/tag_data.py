@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     one = "language of all documents, such as eu with --expanded-languages eu; or their group: original, expanded"
     add_language("--language", metavar="CODE", help=one)
     each = "file with the language of each document, one code per line, in the documents' order"
-    add_language("--document-languages", type=Path, metavar="FILE", help=each)
+    add_language("--document-languages", metavar="FILE", help=each)
     add("--original-languages", metavar="A,B", help="languages whose bit is original")
     add("--expanded-languages", metavar="C,D", help="expanded languages; any other is an error (default: all others)")
     arguments = parser.parse_args(argv)

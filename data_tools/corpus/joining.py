@@ -80,7 +80,7 @@ def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord])
     languages: dict[str, LanguageCount] = {}
     for manifest in manifests:
         for source in manifest.sources:
-            key = source.path, source.bytes, source.sha1
+            key = source.path, source.bytes, source.sha1, source.version
             sources.setdefault(key, dataclasses.replace(source, documents=0)).documents += source.documents
         for name, count in manifest.languages.items():
             languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)

@@ -28,7 +28,8 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     parser = CommandParser(description=description)
     group = parser.add_argument_group("input (files, or datasets of a registry)")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
-    files = "JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, patterns, - for standard input"
+    files = "JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet: files, folders, patterns, URIs (hf://, s3://, gs://, "
+    files += "https://), - for standard input"
     add_source("--input", nargs="+", metavar="FILE", help=files)
     add_source("--dataset", metavar="A,B", help="datasets of the registry, read in this order")
     add("--dataset-info", type=Path, metavar="FILE", help=f"the registry (default: {REGISTRY_FILE} in --dataset-dir)")

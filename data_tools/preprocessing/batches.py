@@ -1,5 +1,6 @@
 """The lines or rows of a job's shares, in batches."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain
@@ -125,6 +126,8 @@ class Batch(NamedTuple):
         number = first + index + 1 if self.numbers is None else self.numbers[index]
         if source.form is Form.PARQUET:
             return f"{source.path}, row {number}"
+        if source.uri and start:
+            return f"{source.path}, line {number} after byte {start}"
         path = "standard input" if source.form is Form.STREAM else source.path
         return f"{path}:{number + (_lines_before(path, start) if start else 0)}"
 
@@ -158,7 +161,7 @@ class Reader:
             with name_damaged(share.source):
                 if share.source.form is Form.PARQUET:
                     yield from self._table_rows(share, start)
-                elif share.source.form is Form.LINES and self._chosen is None:
+                elif share.source.form is Form.LINES and share.source.uri is None and self._chosen is None:
                     yield from self._plain_lines(share, start)
                 else:
                     yield from self._stream_lines(share, start)
@@ -170,7 +173,7 @@ class Reader:
         """Find only the ends of batches; the workers read what is between."""
         path = share.source.path
         with open(path, "rb") as file:
-            position = cursor.offset or (_line_end(file, share.start - 1) if share.start else 0)
+            position = cursor.offset or _first_line(file, share)
             while position < share.stop:
                 stop = _line_end(file, min(position + BATCH_BYTES, share.stop) - 1)
                 if stop <= position or stop > os.fstat(file.fileno()).st_size:
@@ -188,16 +191,20 @@ class Reader:
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         with open_stream(share.source) as (stream, tell):
-            left = cursor.offset
+            stop, left = math.inf, cursor.offset
+            if share.source.form is Form.LINES:
+                stop, left = share.stop, 0
+                cursor = cursor._replace(offset=cursor.offset or _first_line(stream, share))
+                stream.seek(cursor.offset)
             while left and (piece := stream.read(min(left, _SKIP_BYTES))):
                 left -= len(piece)
             if left:
                 raise EOFError("it is shorter than when the job started")
-            yield from _batches(share, cursor, self._lines(stream, cursor), lambda _: tell())
+            yield from _batches(share, cursor, self._lines(stream, cursor, stop), lambda _: tell())
 
-    def _lines(self, stream: BinaryIO, cursor: ReadCursor) -> Iterator[_Item]:
+    def _lines(self, stream: BinaryIO, cursor: ReadCursor, stop: float = math.inf) -> Iterator[_Item]:
         share, offset, line, documents = cursor
-        while content := stream.readline(LONG_LINE_BYTES):
+        while offset < stop and (content := stream.readline(LONG_LINE_BYTES)):
             line += 1
             long_line = None
             is_chosen = self._is_chosen(share, documents)
@@ -305,6 +312,11 @@ def _lines_before(path: str, start: int) -> int:
             position += len(piece)
     _counted[path] = position, lines
     return lines
+
+
+def _first_line(file: BinaryIO, share: Share) -> int:
+    """Return where the first line of a share begins."""
+    return _line_end(file, share.start - 1) if share.start else 0
 
 
 def _line_end(file: BinaryIO, position: int) -> int:

@@ -14,6 +14,7 @@ from data_tools.preprocessing.registry import Dataset
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.process.errors import UserError
+from moelpr.text import remote
 from moelpr.text.documents import BadLine
 from moelpr.text.sources import Form, Source
 
@@ -59,7 +60,9 @@ class Inputs:
             names = [dataset.name for dataset in datasets]
             self._chosen, notes = sample_documents(self.shares, names, max_samples, seed)
             self.notes += notes
-        self._states = [None if source.form is Form.STREAM else _state_of(source) for source in self.sources]
+        self._states = [
+            None if source.form is Form.STREAM or source.uri else _state_of(source) for source in self.sources
+        ]
 
     @property
     def num_bytes(self) -> int:
@@ -72,10 +75,7 @@ class Inputs:
 
     def described(self) -> list[Any]:
         """Return values of JSON that change if a file is changed or replaced."""
-        pairs = zip(self.sources, self._states, strict=True)
-        return [
-            file.path if state is None else [os.path.abspath(file.path), *_described(state)] for file, state in pairs
-        ]
+        return [_described(*pair) for pair in zip(self.sources, self._states, strict=True)]
 
     def check_unchanged(self) -> None:
         """Check that the files are those that were there at the start: parts of both would be in the corpus.
@@ -83,11 +83,13 @@ class Inputs:
         Lines may have been appended to plain JSON lines; they are not read.
         """
         for source, before in zip(self.sources, self._states, strict=True):
+            if source.uri and remote.identify(source.uri, refresh=True) != (source.bytes, source.version):
+                raise remote.changed(source.uri)
             if before is None:
                 continue
             now = _state_of(source)
             has_grown = source.form is Form.LINES and now.st_size > before.st_size
-            if now.st_ino != before.st_ino or not (has_grown or _described(now) == _described(before)):
+            if now.st_ino != before.st_ino or not (has_grown or _described(source, now) == _described(source, before)):
                 raise UserError(
                     f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
                     "start again when nothing writes it"
@@ -147,5 +149,7 @@ def _state_of(source: Source) -> os.stat_result:
         raise UserError(f"can't read {source.path} ({error.strerror})") from error
 
 
-def _described(state: os.stat_result) -> list[int]:
-    return [state.st_size, state.st_mtime_ns]
+def _described(source: Source, state: os.stat_result | None) -> Any:
+    if source.uri:
+        return [source.path, source.bytes, source.version]
+    return source.path if state is None else [os.path.abspath(source.path), state.st_size, state.st_mtime_ns]

@@ -23,7 +23,7 @@ from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.data.manifest import Manifest
 from moelpr.data.manifest import Source as ManifestSource
-from moelpr.process.errors import UserError
+from moelpr.process.errors import MachineError, UserError
 from moelpr.store.files import empty, locked_folder
 from moelpr.store.journal import Journal
 
@@ -164,7 +164,7 @@ class Job:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for lines in (self._skipped, *self._texts.values()):
             lines.close()
-        is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit))
+        is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit, MachineError))
         if kind is None or not (self._keep or is_interrupted):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
@@ -220,10 +220,13 @@ class Job:
         found = Journal.job_in(self._folder)
         settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | found.keys() if found else ():
-            if found.get(name) != settings.get(name):
+            if (before := found.get(name)) != (now := settings.get(name)):
+                # Of many files, the one that differs.
+                pairs = zip(before, now, strict=False) if name == "input files" else ()
+                differing = next((f" ({new[0]})" for old, new in pairs if old != new), "")
                 raise UserError(
-                    f"the unfinished job in {self._folder} was started with different {name}; pass the same, or remove "
-                    "--resume or that folder to start from scratch"
+                    f"the unfinished job in {self._folder} was started with different {name}{differing}; pass the "
+                    "same, or remove --resume or that folder to start from scratch"
                 )
 
     def _write_batch(
@@ -271,7 +274,10 @@ class Job:
         return Manifest(
             tokenizer=self.spec.tokenizer,
             append_eod=self.spec.encoder.eod_id is not None,
-            sources=[ManifestSource(file.path, file.bytes or None, file.sha1, count) for file, count in files_read],
+            sources=[
+                ManifestSource(file.path, file.bytes or None, file.sha1, count, file.version)
+                for file, count in files_read
+            ],
             languages=dict(sorted(tally.languages.items())),
             documents=writer.num_documents,
             tokens=writer.num_tokens,

@@ -9,6 +9,7 @@ from data_tools.preprocessing.shares import Share
 from moelpr.text.documents import is_blank
 from moelpr.text.sources import Form
 from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.text.tables import open_table
 
 
 def sample_documents(
@@ -47,9 +48,8 @@ def _count_documents(share: Share) -> int:
     """Count the rows, or the lines that are not blank, of a complete file."""
     with name_damaged(share.source):
         if share.source.form is Form.PARQUET:
-            from pyarrow import parquet
-
-            return parquet.read_metadata(share.source.path).num_rows
+            with open_table(share.source, []) as file:
+                return int(file.metadata.num_rows)
         with open_stream(share.source) as (stream, _):
             documents, at_line_start = 0, True
             while piece := stream.readline(BLOCK_BYTES):

@@ -16,6 +16,7 @@ from typing import Any
 
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, reports_panics
+from moelpr.text.tables import prepare_to_fork
 
 _CHECK_EVERY_S = 5.0
 
@@ -84,6 +85,7 @@ def started_pool(workers: int, work: Callable[[Any], Any] | None = None) -> Any:
     A worker may be killed while it sends a result. The executor would wait for the rest of it indefinitely, because
     this process could still send it: it holds the sending end of that pipe too.
     """
+    prepare_to_fork()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking while there are threads. The only threads here are numpy's, which the workers do not use;
     # those of pyarrow, which reads, start later.

@@ -16,11 +16,13 @@ from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import LanguageCount
 from moelpr.process.errors import UserError
 from moelpr.text.documents import BadLine
+from moelpr.text.remote import is_remote
+from moelpr.text.sources import open_source
 
 _LONGEST_LINE = 256  # no name of a language is longer; a file without line breaks must not fill the memory
 
 
-def languages_in(path: Path, groups: LanguageGroups) -> Iterator[str]:
+def languages_in(path: str, groups: LanguageGroups) -> Iterator[str]:
     """Yield the language on each line of a file.
 
     Raises:
@@ -39,7 +41,9 @@ def languages_in(path: Path, groups: LanguageGroups) -> Iterator[str]:
             yield known[line]
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: str) -> BinaryIO:
+    if is_remote(path):
+        return open_source(path).open()
     try:
         return open(path, "rb")
     except OSError as error:

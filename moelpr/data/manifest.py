@@ -35,16 +35,18 @@ class Source:
     """An input file.
 
     Attributes:
-        path: The path as given, "-" for standard input.
+        path: The path as given, "-" for standard input; a remote file's URI, on the Hub with its commit.
         bytes: The (compressed) size of the file; null for standard input.
         sha1: The verified checksum from a registry, or null.
         documents: Number of its documents in this corpus, including empty ones.
+        version: The checksum or ETag that a remote file had; null for a local one.
     """
 
     path: str
     bytes: Count | None
     sha1: str | None
     documents: Count
+    version: str | None = None
 
 
 @dataclass(config=STRICT)

@@ -48,7 +48,7 @@ def main() -> None:
 
 def measure_text(args: argparse.Namespace) -> "Results":
     """Measure for the commands `text` and `routing`, which share all measurements."""
-    models, data = named_paths(args.model, "--model"), named_paths(args.data, "--data")
+    models, data = named_models(args.model), named_paths(args.data, "--data")
     check_languages(args.original_languages, data, "--data")
     from moelpr.evaluate.compare import compare_models
     from moelpr.evaluate.models import check_device
@@ -83,7 +83,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
 
 
 def measure_harness(args: argparse.Namespace) -> "Results":
-    models = named_paths(args.model, "--model")
+    models = named_models(args.model)
     check_languages(args.original_languages, args.languages, "--languages")
     from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, installed_benchmarks, read_benchmarks, run_tasks
     from moelpr.evaluate.models import check_device, read_max_positions
@@ -208,10 +208,10 @@ def check_languages(original: list[str], languages: Collection[str], flag: str) 
         raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
 
 
-def named_paths(items: list[str], flag: str) -> dict[str, Path]:
+def named_paths(items: list[str], flag: str) -> dict[str, str]:
     """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
     form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
-    named: dict[str, Path] = {}
+    named: dict[str, str] = {}
     for item in items:
         name, separator, path = item.partition("=")
         if not separator and flag == "--model":
@@ -222,8 +222,12 @@ def named_paths(items: list[str], flag: str) -> dict[str, Path]:
         name = name if flag == "--model" else canonical(name)
         if name in named:
             raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
-        named[name] = Path(path)
+        named[name] = path
     return named
+
+
+def named_models(items: list[str]) -> dict[str, Path]:
+    return {name: Path(path) for name, path in named_paths(items, "--model").items()}
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

@@ -11,6 +11,7 @@ from typing import Any
 from moelpr.evaluate.compare import Comparison
 from moelpr.report import page
 from moelpr.store.files import write_text
+from moelpr.text.remote import shown
 
 
 class Results(ABC):
@@ -59,12 +60,12 @@ class Results(ABC):
 
 
 def settings_json(
-    comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], settings: dict[str, Any]
+    comparison: Comparison, data: Mapping[str, str], original: Sequence[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """The settings and data that all results are computed from."""
     return {
         "settings": {**asdict(comparison.settings), **settings},
-        "data": {language: str(path) for language, path in data.items()},
+        "data": {language: shown(path) for language, path in data.items()},
         "original_languages": list(original),
     }
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from moelpr.evaluate.compare import Comparison
@@ -48,7 +47,7 @@ class RoutingResults(Results):
 
     name, title = "routing", "Routing"
 
-    def __init__(self, comparison: Comparison, data: Mapping[str, Path], original: Sequence[str], threshold: float):
+    def __init__(self, comparison: Comparison, data: Mapping[str, str], original: Sequence[str], threshold: float):
         """Collect the routing of all MoE models, of which there must be one; `original` is empty if it is unknown."""
         self._comparison, self._data, self._original, self._threshold = comparison, data, original, threshold
         by_model = {

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from moelpr.evaluate.compare import Comparison
@@ -34,7 +33,7 @@ class TextResults(Results):
     def __init__(
         self,
         comparison: Comparison,
-        data: Mapping[str, Path],
+        data: Mapping[str, str],
         original: Sequence[str],
         seed: int,
         identifier: Detector | FastTextModel | None = None,

@@ -9,7 +9,7 @@ from moelpr.families.hub import config_folder
 from moelpr.process.errors import UserError
 from moelpr.project.mixing import mix
 from moelpr.project.places import Places
-from moelpr.project.reading import text_files
+from moelpr.project.reading import found_text, text_bytes
 from moelpr.project.steps import LENGTH_FLAGS, stage_flags
 from moelpr.text.estimate import estimate
 
@@ -74,9 +74,9 @@ def estimated_tokens(places: Places) -> dict[str, int]:
     for code in places.expanded:
         language = places.languages[code]
         if has_tokenizer:
-            found[code] = estimate(text_files(language), language.json_key, places.base).tokens
+            found[code] = estimate(found_text(*language.text), language.json_key, places.base).tokens
         else:
-            found[code] = sum(path.stat().st_size for path in text_files(language)) // 4
+            found[code] = text_bytes(language) // 4
     return found
 
 

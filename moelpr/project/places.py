@@ -82,6 +82,6 @@ class Places:
         """
         return Manifest.read_file(self.manifest(name)).tokens
 
-    def held_out(self, code: str) -> Path:
+    def held_out(self, code: str) -> str:
         """The text of a language that is evaluated on."""
-        return Path(self.languages[code].held_out or self.folder / "data" / f"{code}_validation.jsonl")
+        return self.languages[code].held_out or str(self.folder / "data" / f"{code}_validation.jsonl")

@@ -53,7 +53,7 @@ class Language:
     text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
         default_factory=list
     )
-    """Files, folders or glob patterns of text: JSON lines (also .gz, .zst, .bz2, .xz) or Parquet."""
+    """Files, folders, glob patterns or URIs (hf://, s3://, gs://, https://) of text: JSON lines or Parquet."""
     held_out: str | None = None
     """A file of text to evaluate on (default: held_out documents are taken out of the text)."""
     weight: Number | None = None

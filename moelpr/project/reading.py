@@ -16,6 +16,7 @@ from moelpr.project.project import Language, Project
 from moelpr.project.steps import OWN_FLAGS, STEPS
 from moelpr.store import records
 from moelpr.store.yaml_files import key_lines, parse_mapping
+from moelpr.text import remote
 from moelpr.text.sources import find_files
 
 # OWNER/NAME, and a revision.
@@ -85,17 +86,24 @@ def _check_keys(path: Path, content: Any) -> None:
 
 
 def text_files(language: Language) -> list[Path]:
-    """The files that preprocessing reads of a language's text.
+    """The local files that preprocessing reads of a language's text.
 
     Raises:
         UserError: A folder or pattern matches no file.
     """
-    return _text_files(*language.text)
+    return [Path(file) for file in found_text(*language.text) if not remote.is_remote(file)]
+
+
+def text_bytes(language: Language) -> int:
+    """The size of a language's text, also where it is remote."""
+    uris = filter(remote.is_remote, found_text(*language.text))
+    return sum(path.stat().st_size for path in text_files(language)) + sum(remote.identify(uri).bytes for uri in uris)
 
 
 @cache
-def _text_files(*names: str) -> list[Path]:
-    return [Path(file) for file in find_files([*names])]
+def found_text(*names: str) -> list[str]:
+    """The files that names of text stand for."""
+    return find_files([*names])
 
 
 def _check(file: ProjectFile) -> None:
@@ -133,10 +141,16 @@ def _check_text(language: Language, has_corpora: bool) -> None:
         raise UserError("it has no text; add text: FILE")
     if has_corpora and not language.held_out:
         raise UserError("it requires held_out: FILE, because corpora are given")
-    for path in [*text_files(language), *([Path(language.held_out)] if language.held_out else [])]:
+    for uri in filter(remote.is_remote, [*language.text, language.held_out or ""]):
+        if remote.shown(uri) != uri:
+            raise UserError(
+                f"{remote.shown(uri)} has a query, which logs would show; download it, or pass its s3:// URI"
+            )
+    held_out = [Path(language.held_out)] if language.held_out and not remote.is_remote(language.held_out) else []
+    for path in [*text_files(language), *held_out]:
         if not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
-        if not path.stat().st_size and len(text_files(language)) < 2:
+        if not path.stat().st_size and len(found_text(*language.text)) < 2:
             raise UserError(f"{path} is empty; add text, or remove the language")
 
 

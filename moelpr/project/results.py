@@ -6,6 +6,7 @@ from typing import Any
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.steps import settings, words
+from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
 
 NAME = "moe-lpr"  # the result's name in tables
@@ -77,7 +78,9 @@ def _measure(places: Places, step: str, models: list[str], more: dict[str, Any],
         command=words(step, places.own(step), fixed | more, repeated=("model", "data")),
         settings=settings(places.own(step)),
         made_from=("export", *places.base_task, *places.text_tasks),
-        files=tuple(path for code, path in data.items() if places.languages[code].held_out),
+        files=tuple(
+            Path(path) for code, path in data.items() if places.languages[code].held_out and not is_remote(path)
+        ),
         is_complete=(places.evaluation / output).is_file,
         memory_gib=1.2 * places.layouts.export_gib + 2,
         gpus_per_node=places.layouts.evaluation_gpus,

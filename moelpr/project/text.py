@@ -5,7 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
-from moelpr.project.reading import text_files
+from moelpr.project.reading import text_bytes, text_files
 from moelpr.project.steps import settings, words
 from moelpr.workflow.task import Task
 
@@ -53,8 +53,7 @@ def vocabulary(places: Places) -> Task:
 def preprocess(places: Places, code: str) -> Task:
     """Tokenize the text of a language, of which some is held out; of an original one, no more than replay can use."""
     language, prefix, own = places.languages[code], places.folder / "data" / code, places.own("preprocess")
-    files = text_files(language)
-    size = sum(path.stat().st_size for path in files)
+    size = text_bytes(language)
     share = None if language.held_out else held_out_share(size)
     corpora = [places.corpus(code), *([places.corpus(f"{code}_validation")] if share else [])]
     fixed: dict[str, Any] = {
@@ -76,7 +75,7 @@ def preprocess(places: Places, code: str) -> Task:
         command=words("preprocess", own, fixed),
         settings=settings(own),
         made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
-        files=tuple(files),
+        files=tuple(text_files(language)),
         unfinished=(prefix.with_name(f".{code}.unfinished"),),
         is_complete=places.manifest(code).is_file,
         corpora=() if code in places.original else tuple(corpora),  # a sample is made by one job

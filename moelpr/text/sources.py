@@ -1,6 +1,7 @@
 """Files of text: which ones a name, a folder or a pattern means, and their form."""
 
 import glob
+import io
 import os
 import re
 import stat
@@ -9,10 +10,11 @@ from collections.abc import Iterator
 from enum import StrEnum
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
+from moelpr.text import remote
 from moelpr.text.held_out_text import is_held_out_text
 
 STANDARD_INPUT = "-"
@@ -25,6 +27,7 @@ _SPLIT = re.compile(
     r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f]+)?)?(?:\.[a-z][a-z0-9]*)*"
 )
 _SHOWN_NAMES = 3
+_BUFFER_BYTES = 1 << 16
 _MANIFEST_SUFFIX = ".manifest.json"  # a corpus may have been written into the folder
 
 
@@ -47,6 +50,7 @@ _MAGIC = {
     b"\xfd7zXZ\x00": Form.XZ,
     b"PAR1": Form.PARQUET,
 }
+_ENCRYPTED_PARQUET = b"PARE"
 _ZSTD_SKIPPABLE = b"\x50\x2a\x4d\x18"  # a frame without text; the last four bits of the first byte may vary
 
 
@@ -54,9 +58,12 @@ class Source(NamedTuple):
     """An input file.
 
     Attributes:
+        path: As it was found; of a remote file, without what is secret.
         bytes: File size; 0 for standard input.
         dataset: Index of the dataset that the file belongs to.
         sha1: Expected checksum, from a registry; None if it states none.
+        uri: Where a remote file is read; None if it is a local one.
+        version: The checksum or ETag that identifies a remote file's content.
     """
 
     path: str
@@ -64,10 +71,19 @@ class Source(NamedTuple):
     bytes: int
     dataset: int = 0
     sha1: str | None = None
+    uri: str | None = None
+    version: str | None = None
+
+    def open(self, in_order: bool = True) -> BinaryIO:
+        """Open the file. Of a remote one that is not read in order, only what is asked for is fetched."""
+        if self.uri is None:
+            return open(self.path, "rb")
+        file = remote.RemoteFile(self.uri, remote.Identity(self.bytes, self.version), in_order)
+        return io.BufferedReader(file, _BUFFER_BYTES) if in_order else file  # type: ignore[return-value]
 
 
 def find_files(names: list[str]) -> list[str]:
-    """Expand file names, folders and glob patterns to files: in the given order, sorted within each.
+    """Expand names of files, folders and glob patterns, which may be URIs: in the given order, sorted within each.
 
     Of a folder with several splits, as data sets on hubs have them (train, test), only what is to be trained on is
     read; so a note on standard error says.
@@ -78,16 +94,19 @@ def find_files(names: list[str]) -> list[str]:
     found: list[str] = []
     left_out: list[str] = []
     for name in names:
+        is_remote = remote.is_remote(name)
+        if is_remote:
+            name = remote.pinned(name)
+        is_pattern = has_pattern(name)
         if name == STANDARD_INPUT or os.path.isfile(name):
             found.append(name)
-        elif os.path.isdir(name):
+        elif os.path.isdir(name) or (is_remote and not is_pattern and remote.is_folder(name)):
             if not (files := sorted(_files_below(name, left_out))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             found += files
-        elif glob.has_magic(name) and not os.path.lexists(name):
-            _check_folders_of(name)
-            if not (files := sorted(path for path in glob.glob(name, recursive=True) if os.path.isfile(path))):
+        elif is_pattern:
+            if not (files := remote.matches(name) if is_remote else _matches(name)):
                 raise UserError(f"no file matches {name}; check the pattern and the current folder")
             found += files
         else:
@@ -99,6 +118,18 @@ def find_files(names: list[str]) -> list[str]:
     return found
 
 
+def has_pattern(name: str) -> bool:
+    """Whether a name is a glob pattern; in a URL, a question mark begins the query."""
+    if remote.is_remote(name):
+        return glob.has_magic(remote.shown(name))
+    return glob.has_magic(name) and not os.path.lexists(name)
+
+
+def _matches(pattern: str) -> list[str]:
+    _check_folders_of(pattern)
+    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+
+
 def _files_below(folder: str, left_out: list[str]) -> Iterator[str]:
     """Files with text in a folder and the folders in it, links included, but hidden ones and corpora's manifests.
 
@@ -108,9 +139,9 @@ def _files_below(folder: str, left_out: list[str]) -> Iterator[str]:
         texts = [name for name in names if name.endswith(_SUFFIXES) and not name.startswith(".")]
         others = _not_to_train_on(texts)
         for name in texts:
-            file = str(Path(path) / name)
+            file = os.path.join(path, name)
             is_of_corpus = name.endswith(_MANIFEST_SUFFIX) or is_held_out_text(Path(file))
-            if not is_of_corpus and os.path.isfile(file):
+            if not is_of_corpus and (remote.is_remote(file) or os.path.isfile(file)):
                 if name in others:
                     left_out.append(file)
                 else:
@@ -161,7 +192,8 @@ def _walk(top: str, left_out: list[str] | None = None) -> Iterator[tuple[str, li
     So are folders with text that is not to be trained on, which are added to `left_out`; None: they are not.
     """
     seen = set()
-    for path, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
+    tree = remote.walk(top) if remote.is_remote(top) else os.walk(top, onerror=_refuse_folder, followlinks=True)
+    for path, folders, names in tree:
         real = os.path.realpath(path)
         folders[:] = [] if real in seen else sorted(name for name in folders if not _is_passed_over(name))
         if left_out is not None and (others := _not_to_train_on(folders)):
@@ -183,6 +215,12 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
     check_is_utf8(path, "input")
+    if remote.is_remote(path):
+        uri, path = path, remote.shown(path)
+        size, version = remote.identify(uri)
+        source = Source(path, Form.LINES, size, dataset, None, uri, version)
+        with source.open(in_order=False) as file:
+            return source._replace(form=_form(path, file.read(8)))
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             # The size of a pipe is unknown, and it can be read only once.
@@ -194,9 +232,20 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
         raise UserError(
             f"the input {path} can't be read ({error.strerror}); pass JSON lines or Parquet files"
         ) from error
+    return Source(path, _form(path, start), size, dataset, sha1)
+
+
+def _form(path: str, start: bytes) -> Form:
+    """The form of a file by its first bytes."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
-    form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    if start.startswith(_ENCRYPTED_PARQUET):
+        raise encrypted(path)
     if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
-        form = Form.ZSTD
-    return Source(path, form, size, dataset, sha1)
+        return Form.ZSTD
+    return next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+
+
+def encrypted(path: str) -> UserError:
+    """The error for a Parquet file whose keys are not known."""
+    return UserError(f"the input {path} is encrypted Parquet; decrypt it first, for example with pyarrow")

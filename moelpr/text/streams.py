@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 from moelpr.process.errors import DISK_FULL, UserError
-from moelpr.text.sources import Form, Source
+from moelpr.text.sources import Form, Source, encrypted
 
 BLOCK_BYTES = 1 << 16
 
@@ -71,9 +71,8 @@ def open_stream(source: Source) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     if source.form is Form.STREAM:
         yield sys.stdin.buffer, lambda: 0
         return
-    with open(source.path, "rb") as raw:
-        with _OPENERS[source.form](raw) as stream:
-            yield stream, raw.tell
+    with source.open() as raw, _OPENERS[source.form](raw) as stream:
+        yield stream, raw.tell
 
 
 @contextmanager
@@ -89,6 +88,8 @@ def name_damaged(source: Source) -> Iterator[None]:
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
+        if "decrypt" in str(error):
+            raise encrypted(source.path) from None
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(
             f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"

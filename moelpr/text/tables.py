@@ -1,14 +1,19 @@
 """Rows of Parquet files."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 from moelpr.process.errors import UserError
+from moelpr.text import remote
 from moelpr.text.sources import Source
 
 _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 20
+_REMOTE_BUFFER_BYTES = 1 << 23  # a request each
+_OPEN_FILES = 4
 
 
 @contextmanager
@@ -18,17 +23,34 @@ def open_table(source: Source, columns: list[str]) -> Iterator[Any]:
     Raises:
         UserError: One of the columns is missing, or there several times.
     """
-    from pyarrow import parquet
-
-    # So a page of a row group is in memory at a time, not all of it.
-    buffered: dict[str, Any] = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False}
-    with parquet.ParquetFile(source.path, page_checksum_verification=True, **buffered) as file:
+    with _opened(source) if source.uri is None else nullcontext(_kept_open(source, os.getpid())) as file:
         names = file.schema_arrow.names
         if repeated := [name for name in columns if names.count(name) > 1]:
             raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
         yield file
+
+
+def _opened(source: Source) -> Any:
+    from pyarrow import parquet
+
+    # So a page of a row group is in memory at a time, not all of it.
+    size = _BUFFER_BYTES if source.uri is None else _REMOTE_BUFFER_BYTES
+    file = source.path if source.uri is None else source.open(in_order=False)
+    return parquet.ParquetFile(file, page_checksum_verification=True, buffer_size=size, pre_buffer=False)
+
+
+@lru_cache(_OPEN_FILES)
+def _kept_open(source: Source, process: int) -> Any:
+    """Open a remote file once in each process: reading its metadata takes several requests."""
+    return _opened(source)
+
+
+def prepare_to_fork() -> None:
+    """Close remote files and connections. Files are opened again when they are needed."""
+    _kept_open.cache_clear()
+    remote.close_connections()
 
 
 def num_bytes(file: Any, group: int, columns: list[str]) -> int:

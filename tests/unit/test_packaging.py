@@ -35,6 +35,8 @@ FOR_TRANSFORMER_ENGINE = ("cuda-toolkit",)
 FOR_DATATROVE = ("orjson", "xxhash", "zstandard")
 # Packages whose module has another name, and which need not be installed or, as stubs, are only read by mypy.
 MODULES = {"mlflow-skinny": "mlflow", "types-pyyaml": "yaml"}
+# fsspec loads them by a URI's scheme.
+FOR_FSSPEC = ("aiohttp", "gcsfs", "s3fs")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_megatron_imports_what_is_installed_for_it(name: str, modules_of) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", [x for x in dependencies(extras=True) if x not in (*FOR_TRANSFORMER_ENGINE, *FOR_DATATROVE)]
+    "name", [x for x in dependencies(extras=True) if x not in (*FOR_TRANSFORMER_ENGINE, *FOR_DATATROVE, *FOR_FSSPEC)]
 )
 def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
     modules = modules_of.get(name, {name.replace("-", "_")}) | {MODULES.get(name, name)}  # extras need not be installed

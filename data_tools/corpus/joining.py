@@ -93,6 +93,8 @@ def merge_manifests(manifests: Sequence[Manifest], files: dict[str, FileRecord])
         tokens=sum(manifest.tokens for manifest in manifests),
         skipped_lines=sum(manifest.skipped_lines for manifest in manifests),
         files=files,
+        filter=manifests[0].filter if len({manifest.filter for manifest in manifests}) == 1 else None,
+        filtered_documents=sum(manifest.filtered_documents for manifest in manifests),
     )
 
 

@@ -36,7 +36,11 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     add("--dataset-dir", type=Path, metavar="DIR", help="folder of the datasets' files (default: the registry's)")
     keys = "JSON text keys, one corpus per key (default: text, or messages with --conversations)"
     add("--json-keys", nargs="+", metavar="KEY", help=keys)
-    add("--max-samples", **_COUNT, help="random documents from each --dataset or from all of --input (default: all)")
+    which = "keep documents by their keys or columns: comparisons, and, or, not, in [...], is_null(key), such as "
+    which += "'language_score >= 0.9'"
+    add("--filter", metavar="CONDITION", help=which)
+    some = "random documents from each --dataset or from all of --input, before --filter (default: all)"
+    add("--max-samples", **_COUNT, help=some)
 
     add = parser.add_argument_group("conversations (docs/chat.md)").add_argument
     what = 'documents are conversations, [{"role": …, "content": …}, …]; only assistant turns count in the loss'

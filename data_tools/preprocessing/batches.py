@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.shares import Share
 from moelpr.text.documents import is_blank
+from moelpr.text.filters import Filter
 from moelpr.text.sources import Form
 from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.text.tables import num_bytes, open_table, rows_of
+from moelpr.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
@@ -72,6 +73,7 @@ class Batch(NamedTuple):
         after: Where reading resumes after this batch.
         num_bytes: Decompressed size.
         file_bytes: Size in the file, for the progress bar.
+        num_passed: Number of documents before it that were passed over unread, because no filter would keep them.
     """
 
     share: Share
@@ -80,6 +82,7 @@ class Batch(NamedTuple):
     after: ReadCursor
     num_bytes: int
     file_bytes: int
+    num_passed: int = 0
 
     def discard(self) -> None:
         """Remove the file of a line that is too long for memory, if it is not an input."""
@@ -143,15 +146,22 @@ class Reader:
         columns: Columns to read from the Parquet files of each dataset.
         chosen: Documents to read from each share, counted from 0, ascending; None: all.
         spool: Folder for lines of compressed files that are too long for memory; None: reading stops before one.
+        filter: Which documents will be kept: row groups without any are passed over.
     """
 
     def __init__(
-        self, shares: list[Share], columns: list[list[str]], chosen: list[NDArray[np.int64]] | None, spool: Path | None
+        self,
+        shares: list[Share],
+        columns: list[list[str]],
+        chosen: list[NDArray[np.int64]] | None,
+        spool: Path | None,
+        filter: Filter | None = None,
     ) -> None:
         self._shares = shares
         self._columns = columns
         self._chosen = None if chosen is None else [set(documents.tolist()) for documents in chosen]
         self._spool = spool
+        self._filter = filter
 
     def batches(self, cursor: ReadCursor) -> Iterator[Batch]:
         """Yield batches from `cursor` on."""
@@ -254,7 +264,9 @@ class Reader:
             for group in groups:
                 here = cursor._replace(offset=max(cursor.offset, starts[group]))
                 group_bytes = num_bytes(file, group, columns)
-                is_named = self._chosen is None and group_bytes <= ROW_GROUP_BYTES and here.offset == starts[group]
+                is_all = self._chosen is None and here.offset == starts[group]
+                is_passed = is_all and self._filter is not None and not self._filter.may_keep(bounds_of(file, group))
+                is_named = is_all and not is_passed and group_bytes <= ROW_GROUP_BYTES
                 if is_named:
                     named.append(group)
                     size += group_bytes
@@ -265,7 +277,12 @@ class Reader:
                     file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
                     yield Batch(share, content, None, after, size, file_bytes)
                     named, size = [], 0
-                if not is_named:
+                if is_passed:
+                    first, stop = starts[group], starts[group + 1]
+                    after = ReadCursor(cursor.share, stop, stop, stop)
+                    file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
+                    yield Batch(share, [], [], after, 0, file_bytes, num_passed=stop - first)
+                elif not is_named:
                     rows = self._rows(file, group, columns, here, starts[group])
                     yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))
 

@@ -94,7 +94,8 @@ class Encoder:
                 continue
             try:
                 texts = self.parser.texts(item, source.dataset)
-                if texts is None:
+                if not texts:
+                    tally.num_filtered += texts is not None
                     continue
                 if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):
                     tally.num_undetected += 1
@@ -115,7 +116,8 @@ class Encoder:
                 detected = self.auditor.language(texts[0].tagged.text)
                 tally.audit.setdefault(stated, Counter())[detected] += 1
         tally.num_skipped = len(tally.problems)
-        tally.num_read = num_encoded + tally.num_undetected + tally.num_skipped
+        tally.num_filtered += batch.num_passed
+        tally.num_read = num_encoded + tally.num_undetected + tally.num_filtered + tally.num_skipped
         documents = {}
         for name, group in groups.items():
             documents[name] = self.documents(group, name, tally)

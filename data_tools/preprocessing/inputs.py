@@ -71,7 +71,7 @@ class Inputs:
 
     def reader(self, spool: Path) -> Reader:
         """Return a reader of the job's part."""
-        return Reader(self.shares, self._parser.columns(), self._chosen, spool)
+        return Reader(self.shares, self._parser.columns(), self._chosen, spool, self._parser.filter)
 
     def described(self) -> list[Any]:
         """Return values of JSON that change if a file is changed or replaced."""

@@ -282,6 +282,8 @@ class Job:
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             skipped_lines=self.state.tally.num_skipped,
+            filter=self.spec.encoder.parser.filter.text if self.spec.encoder.parser.filter else None,
+            filtered_documents=self.state.tally.num_filtered,
             files=files,
             shard_of=self.spec.shard_of,
         )

@@ -31,6 +31,7 @@ from moelpr.languages import canonical
 from moelpr.process.command import check_is_utf8
 from moelpr.process.errors import UserError
 from moelpr.store.files import refuse_existing
+from moelpr.text.filters import Filter
 from moelpr.text.held_out_text import text_paths
 from moelpr.text.language_id import UNDETECTED, Detector
 from moelpr.text.sources import Form, Source, find_files, open_source
@@ -111,7 +112,7 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,
         eod_id=tokenizer.record.eod_id if args.append_eod else None,
-        parser=DocumentParser(tagger, keys, chat),
+        parser=DocumentParser(tagger, keys, chat, Filter(args.filter) if args.filter else None),
         groups=groups,
         corpora=args.json_keys,
         skips_bad_lines=args.on_error == "skip",
@@ -135,6 +136,8 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     settings["input files"] = inputs.described()
     if chat is not None:
         settings["conversations"] = [chat.fingerprint, args.max_tokens]
+    if args.filter:
+        settings["--filter"] = args.filter
     if args.language_key or args.spans_key:
         settings["language codes"] = "canonical"  # earlier versions took them as they are
     if any(source.form is Form.PARQUET for source in inputs.sources):

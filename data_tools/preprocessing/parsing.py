@@ -17,6 +17,7 @@ from data_tools.preprocessing.long_documents import LongString, without_long_str
 from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
 from moelpr.data.tokenizers.base import Piece
 from moelpr.text.documents import BadLine, is_blank, parse
+from moelpr.text.filters import Filter
 
 
 class Text(NamedTuple):
@@ -61,19 +62,22 @@ class DocumentParser:
         tagger: Assigns languages to texts.
         keys: For each dataset, the keys of the texts, one per corpus.
         chat: Makes texts of conversations; None if the keys have texts.
+        filter: Which documents are kept; None: all.
     """
 
     tagger: Tagger
     keys: list[list[str]]
     chat: ChatTemplate | None = None
+    filter: Filter | None = None
 
     def columns(self) -> list[list[str]]:
         """Return the keys that are read, for each dataset."""
         has_text = not isinstance(self.tagger, LanguageSpans)  # spans have the text
-        return [list(dict.fromkeys([*(keys if has_text else ()), *self.tagger.columns()])) for keys in self.keys]
+        more = [*self.tagger.columns(), *(self.filter.columns if self.filter else ())]
+        return [list(dict.fromkeys([*(keys if has_text else ()), *more])) for keys in self.keys]
 
     def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
-        """Return the texts of a line or row, one per corpus; None for a blank line.
+        """Return the texts of a line or row, one per corpus; None for a blank line, nothing if it is filtered out.
 
         Raises:
             BadLine: The line can't be used.
@@ -88,7 +92,10 @@ class DocumentParser:
             if is_blank(item):
                 return None
             of_spans = SPAN_KEYS if isinstance(self.tagger, LanguageSpans) else ()
-            item = parse(item, [*keys, *self.tagger.columns(), *of_spans])
+            of_filter = self.filter.columns if self.filter else ()
+            item = parse(item, [*keys, *self.tagger.columns(), *of_spans, *of_filter])
+        if self.filter is not None and not self.filter.keeps(item):
+            return []
         if self.chat is not None:
             return self._conversations(self.chat, item, dataset, keys)
         if not long_strings:

@@ -51,6 +51,7 @@ class Tally:
         num_read: Number of lines or rows, including malformed but not blank ones.
         num_skipped: Number of malformed lines or rows.
         num_undetected: Number of documents omitted because their language is uncertain.
+        num_filtered: Number of documents omitted by --filter.
         problems: Messages about the first malformed lines.
         audit: Number of documents by stated and detected language.
     """
@@ -59,6 +60,7 @@ class Tally:
     num_read: int = 0
     num_skipped: int = 0
     num_undetected: int = 0
+    num_filtered: int = 0
     problems: list[str] = field(default_factory=list)
     audit: dict[str, Counter[str]] = field(default_factory=dict)
 
@@ -71,6 +73,7 @@ class Tally:
         self.num_read += other.num_read
         self.num_skipped += other.num_skipped
         self.num_undetected += other.num_undetected
+        self.num_filtered += other.num_filtered
         self.problems += other.problems[: _PROBLEMS_SHOWN - len(self.problems)]
         for stated, detected in other.audit.items():
             self.audit.setdefault(stated, Counter()).update(detected)
@@ -88,6 +91,8 @@ def why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
     if tally.num_skipped:
         first = tally.problems[0]
         return f"{label} contains no usable document, {tally.num_skipped:,} lines were skipped (first: {first})"
+    if tally.num_filtered and not documents:
+        return f"--filter drops all {tally.num_filtered:,} documents of {label}; check its keys and values"
     found = f"{documents:,} documents without any text" if documents else "no documents"
     return f"{label} contains {found}"
 
@@ -123,6 +128,8 @@ def print_summary(
         print(f"note: {num_empty:,} documents are empty and contain no tokens")
     if tally.num_undetected:
         print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
+    if tally.num_filtered:
+        print(f"note: --filter dropped {tally.num_filtered:,} of {tally.num_read:,} documents")
     if tally.audit:
         _print_audit(tally.audit, groups if names_original else None)
     if tally.num_skipped:

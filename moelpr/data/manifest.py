@@ -168,6 +168,8 @@ class Manifest(Record):
         shard_of: The same in all shards of one job: a hash of its flags, and of the names and sizes of its input files;
             null if the corpus is not a shard.
         moelpr_version: Version of the program that wrote the corpus.
+        filter: The condition of --filter, which its documents meet; null: none.
+        filtered_documents: Number of documents that it dropped.
     """
 
     FILE_NAME: ClassVar[str] = "PREFIX.manifest.json"
@@ -184,6 +186,8 @@ class Manifest(Record):
     files: dict[str, FileRecord]
     shard_of: str | None = None
     moelpr_version: str = field(default_factory=lambda: moelpr.__version__)
+    filter: str | None = None
+    filtered_documents: Count = 0
 
     @classmethod
     def read(cls, prefix: str | os.PathLike[str]) -> Self | None:  # type: ignore[override]  # a corpus may have none

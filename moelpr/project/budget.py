@@ -12,6 +12,7 @@ from moelpr.project.places import Places
 from moelpr.project.reading import found_text, text_bytes
 from moelpr.project.steps import LENGTH_FLAGS, stage_flags
 from moelpr.text.estimate import estimate
+from moelpr.text.filters import Filter
 
 # Estimates of tokens may be so much too low.
 _MARGIN = 1.2
@@ -74,7 +75,12 @@ def estimated_tokens(places: Places) -> dict[str, int]:
     for code in places.expanded:
         language = places.languages[code]
         if has_tokenizer:
-            found[code] = estimate(found_text(*language.text), language.json_key, places.base).tokens
+            found[code] = estimate(
+                found_text(*language.text),
+                language.json_key,
+                places.base,
+                Filter(language.filter) if language.filter else None,
+            ).tokens
         else:
             found[code] = text_bytes(language) // 4
     return found

@@ -62,6 +62,8 @@ class Language:
     """How often stage 1 may read the text; more often than 4 times teaches little more (arXiv 2305.16264)."""
     json_key: str = "text"
     """Key of the text in a document."""
+    filter: str | None = None
+    """Condition on the documents' keys or columns, such as language_score >= 0.9 (default: all)."""
 
 
 LanguageText = Annotated[Language, BeforeValidator(_as_text, json_schema_input_type=Language | list[str] | str)]

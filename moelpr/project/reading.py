@@ -17,6 +17,7 @@ from moelpr.project.steps import OWN_FLAGS, STEPS
 from moelpr.store import records
 from moelpr.store.yaml_files import key_lines, parse_mapping
 from moelpr.text import remote
+from moelpr.text.filters import Filter
 from moelpr.text.sources import find_files
 
 # OWNER/NAME, and a revision.
@@ -137,6 +138,8 @@ def _check(file: ProjectFile) -> None:
 
 
 def _check_text(language: Language, has_corpora: bool) -> None:
+    if language.filter:
+        Filter(language.filter)
     if not language.text and not has_corpora:
         raise UserError("it has no text; add text: FILE")
     if has_corpora and not language.held_out:

@@ -65,6 +65,7 @@ def preprocess(places: Places, code: str) -> Task:
         "tokenizer-model": places.tokenizer,
         "append-eod": True,
         "json-keys": language.json_key,
+        "filter": language.filter,
         "validation-share": share,
         "max-samples": 2 * places.project.replay.original_documents if code in places.original else None,
         "resume": True,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from moelpr.process.errors import UserError
 from moelpr.text.documents import BadLine, is_blank, parse, text_of
+from moelpr.text.filters import Filter
 from moelpr.text.sources import Form, Source, find_files, open_source
 from moelpr.text.streams import name_damaged, open_stream
 from moelpr.text.tables import open_table, rows_of
@@ -44,14 +45,18 @@ class _Density(NamedTuple):
     tokens: float = 0.0
 
 
-def estimate(paths: Sequence[Path | str], json_key: str, tokenizer_folder: Path | str) -> TextEstimate:
+def estimate(
+    paths: Sequence[Path | str], json_key: str, tokenizer_folder: Path | str, filter: Filter | None = None
+) -> TextEstimate:
     """Estimate the documents and tokens of files, folders and patterns, from places spread over their bytes.
+
+    Of the documents, those that `filter` keeps.
 
     Raises:
         UserError: A file is missing, unreadable or damaged, there is no text, or the folder has no tokenizer.
     """
     sources = [open_source(file) for file in find_files([str(path) for path in paths])]
-    count_tokens = _token_counter(Path(tokenizer_folder))
+    counter = _Counter(json_key, _token_counter(Path(tokenizer_folder)), filter)
     total, started = sum(source.bytes for source in sources), time.monotonic()
     found: dict[tuple[Source, int], _Density] = {}  # an archive counts at 0
     places = []
@@ -62,7 +67,7 @@ def estimate(paths: Sequence[Path | str], json_key: str, tokenizer_folder: Path 
                 break
             sample = _rows if source.form is Form.PARQUET else _lines
             with name_damaged(source):
-                found[place] = sample(source, place[1], json_key, count_tokens)
+                found[place] = sample(source, place[1], counter)
         places.append(found[place])
     documents, tokens = (total * sum(values) / max(len(places), 1) for values in zip(_Density(), *places, strict=True))
     if not documents:
@@ -82,7 +87,7 @@ def _spread(sources: list[Source], total: int) -> Iterator[tuple[Source, int]]:
             offset -= source.bytes
 
 
-def _lines(source: Source, start: int, key: str, count_tokens: Callable[[str], int]) -> _Density:
+def _lines(source: Source, start: int, count: "_Counter") -> _Density:
     """Sample lines around `start`, or at the beginning of an archive."""
     is_plain = source.form is Form.LINES
     with open_stream(source) as (stream, tell):
@@ -106,16 +111,17 @@ def _lines(source: Source, start: int, key: str, count_tokens: Callable[[str], i
     sampled = documents[:: len(documents) // _DOCUMENTS + 1]
     if not sampled:
         return _Density()
-    found, tokens = _count(map(_parsed, sampled), key, count_tokens)
+    found, tokens = count(map(_parsed, sampled))
     return _Density(
         per_byte * len(documents) / size * found / len(sampled),
         per_byte * sum(map(len, documents)) / size * tokens / sum(map(len, sampled)),
     )
 
 
-def _rows(source: Source, start: int, key: str, count_tokens: Callable[[str], int]) -> _Density:
+def _rows(source: Source, start: int, count: "_Counter") -> _Density:
     """Sample rows of the row group around `start`."""
-    with open_table(source, [key]) as file:
+    key, columns = count.key, [count.key, *(count.filter.columns if count.filter else ())]
+    with open_table(source, columns) as file:
         metadata = file.metadata
         groups = range(metadata.num_row_groups)
         paths = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
@@ -124,10 +130,10 @@ def _rows(source: Source, start: int, key: str, count_tokens: Callable[[str], in
         column = paths.index(key)
         size = sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
         group = min(len(groups) * start // source.bytes, len(groups) - 1)
-        rows = [row for row, _ in islice(rows_of(file, group, [key]), _DOCUMENTS)] if groups else []
+        rows = [row for row, _ in islice(rows_of(file, group, columns), _DOCUMENTS)] if groups else []
         if not rows:
             return _Density()
-        found, tokens = _count(rows, key, count_tokens)
+        found, tokens = count(rows)
         num_bytes = sum(len(row[key].encode()) for row in rows if isinstance(row[key], str))
         return _Density(
             metadata.num_rows / source.bytes * found / len(rows), size / source.bytes * tokens / max(num_bytes, 1)
@@ -140,16 +146,23 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return {}
 
 
-def _count(documents: Iterable[dict[str, Any]], key: str, count_tokens: Callable[[str], int]) -> tuple[int, float]:
-    """Return how many of the documents have text, and how many tokens that is."""
-    found, tokens = 0, 0.0
-    for document in documents:
-        with suppress(BadLine):
-            text = text_of(document, key)
-            part = text[:_TOKENIZED_CHARACTERS]
-            tokens += count_tokens(part) * len(text) / max(len(part), 1)
-            found += 1
-    return found, tokens
+class _Counter(NamedTuple):
+    """Counts documents that have text and are kept, and their tokens."""
+
+    key: str
+    count_tokens: Callable[[str], int]
+    filter: Filter | None
+
+    def __call__(self, documents: Iterable[dict[str, Any]]) -> tuple[int, float]:
+        found, tokens = 0, 0.0
+        for document in documents:
+            with suppress(BadLine):
+                text = text_of(document, self.key)
+                if self.filter is None or self.filter.keeps(document):
+                    part = text[:_TOKENIZED_CHARACTERS]
+                    tokens += self.count_tokens(part) * len(text) / max(len(part), 1)
+                    found += 1
+        return found, tokens
 
 
 def _token_counter(folder: Path) -> Callable[[str], int]:

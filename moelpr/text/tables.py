@@ -8,6 +8,7 @@ from typing import Any
 
 from moelpr.process.errors import UserError
 from moelpr.text import remote
+from moelpr.text.filters import Bounds
 from moelpr.text.sources import Source
 
 _ROWS_AT_ONCE = 64
@@ -58,6 +59,18 @@ def num_bytes(file: Any, group: int, columns: list[str]) -> int:
     metadata = file.metadata.row_group(group)
     leaves = [metadata.column(index) for index in range(metadata.num_columns)]
     return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns)
+
+
+def bounds_of(file: Any, group: int) -> Bounds:
+    """Return a function for the least and the greatest value of a column in a row group, if the file states them."""
+    metadata = file.metadata.row_group(group)
+    columns = {metadata.column(index).path_in_schema: index for index in range(metadata.num_columns)}
+
+    def bounds(name: str) -> tuple[Any, Any] | None:
+        found = metadata.column(columns[name]).statistics if name in columns else None
+        return (found.min, found.max) if found is not None and found.has_min_max else None
+
+    return bounds
 
 
 def rows_of(file: Any, group: int, columns: list[str], start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:

@@ -236,6 +236,23 @@ def test_a_network_that_stays_away_is_one_sentence_without_secrets(server) -> No
     assert "hidden" not in str(error.value)
 
 
+def test_a_filter_keeps_the_same_rows_and_lines(server, hf_tokenizer, preprocess, corpus_bytes, capsys) -> None:
+    """Rows 0 to 479 have scores from 1.0 down to 0.521, so row groups of the second file are passed over."""
+    found = []
+    for number, uri in enumerate((server.uri("hf", FOLDER), str(server.folder / "jsonl"))):
+        words = ("--input", uri, *KEYS, "--filter", "language_score > 0.9 and minhash_cluster_size in [1, 2]")
+        out = preprocess(hf_tokenizer, *words, out=f"out/{number}")
+        assert "--filter dropped 458 of 480 documents" in capsys.readouterr().out
+        manifest = Manifest.read(f"{out}_text_document")
+        assert manifest is not None and (manifest.documents, manifest.filtered_documents) == (22, 458)
+        found.append(corpus_bytes(f"{out}_text_document"))
+    assert found[0] == found[1]
+    with pytest.raises(UserError, match=r"--filter drops all 480 documents"):
+        preprocess(hf_tokenizer, "--input", server.folder / "jsonl", *KEYS, "--filter", "langauge_score > 0.9")
+    with pytest.raises(UserError, match="000.*no column langauge_score; its columns are text, id"):
+        preprocess(hf_tokenizer, "--input", server.uri("s3", FOLDER), *KEYS, "--filter", "langauge_score > 0.9")
+
+
 def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> None:
     uri = server.uri("hf", FOLDER)
     assert read_documents(uri, max_documents=50) == read_documents(folder / FOLDER, max_documents=50)

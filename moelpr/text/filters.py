@@ -1,0 +1,168 @@
+"""Conditions on what data sets record about their documents, such as `language_score >= 0.9 and not is_null(url)`.
+
+The grammar is Python's, of which comparisons with constants, `and`, `or`, `not`, `in` with a list, and `is_null` are
+allowed; nothing is evaluated by Python. A missing value is null, and a comparison with null is unknown, as in SQL and
+pyarrow; a document is kept if its condition is true. Rows and JSON lines are judged by the same code.
+"""
+
+import ast
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moelpr.process.errors import UserError
+from moelpr.text.documents import BadLine, json_type
+
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.Gt,
+    ast.LtE: ast.GtE,
+    ast.Gt: ast.Lt,
+    ast.GtE: ast.LtE,
+}
+_GRAMMAR = "write conditions such as language_score >= 0.9 and language in ['el', 'eu'] and not is_null(url)"
+_LONGEST = 10_000
+# Column -> its least and its greatest value; None if they are unknown.
+Bounds = Callable[[str], tuple[Any, Any] | None]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A column compared with a constant, or with a list of them; without a comparison: whether it is null."""
+
+    column: str
+    operator: type[ast.cmpop] | None = None
+    value: Any = None
+
+    def of(self, document: dict[str, Any]) -> bool | None:
+        found = document.get(self.column)
+        if self.operator is None:
+            return found is None
+        if found is None:
+            return None
+        values = self.value if isinstance(self.value, list) else [self.value]
+        for value in values:
+            if _kind(found) is not _kind(value):
+                raise BadLine(
+                    f'the key "{self.column}" contains {json_type(found)}, which the filter compares with {value!r}'
+                )
+        if isinstance(self.value, list):
+            return (found in values) == (self.operator is ast.In)
+        return bool(_COMPARISONS[self.operator](found, self.value))
+
+    def may_hold(self, bounds: Bounds) -> bool:
+        found = bounds(self.column)
+        if found is None or self.operator in (None, ast.NotEq, ast.NotIn):
+            return True
+        least, most = found
+        values = self.value if isinstance(self.value, list) else [self.value]
+        if any(_kind(value) is not _kind(bound) for value in values for bound in found):
+            return True  # its rows report it
+        if self.operator in (ast.Lt, ast.LtE):
+            return bool(_COMPARISONS[self.operator](least, self.value))
+        if self.operator in (ast.Gt, ast.GtE):
+            return bool(_COMPARISONS[self.operator](most, self.value))
+        return any(least <= value <= most for value in values)
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """Conditions that are combined; one: its negation."""
+
+    parts: list["_Comparison | _Combination"]
+    is_all: bool = True
+
+    def of(self, document: dict[str, Any]) -> bool | None:
+        found = [part.of(document) for part in self.parts]
+        if len(found) == 1:
+            return None if found[0] is None else not found[0]
+        if (not self.is_all) in found:
+            return not self.is_all
+        return None if None in found else self.is_all
+
+    def may_hold(self, bounds: Bounds) -> bool:
+        if len(self.parts) == 1:
+            return True
+        return (all if self.is_all else any)(part.may_hold(bounds) for part in self.parts)
+
+
+class Filter:
+    """A condition on documents.
+
+    Args:
+        text: The condition.
+
+    Attributes:
+        columns: The keys that it reads.
+
+    Raises:
+        UserError: It is none.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.columns: list[str] = []
+        try:
+            if len(text) > _LONGEST:
+                raise ValueError("it is too long")
+            self._condition = self._parsed(ast.parse(text.strip(), mode="eval").body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            reason = getattr(error, "msg", None) or str(error) or type(error).__name__
+            raise UserError(f"the filter {text[:80]!r} is no condition ({reason}); {_GRAMMAR}") from None
+
+    def keeps(self, document: dict[str, Any]) -> bool:
+        """Whether a document meets the condition.
+
+        Raises:
+            BadLine: A value has another type than what it is compared with.
+        """
+        return self._condition.of(document) is True
+
+    def may_keep(self, bounds: Bounds) -> bool:
+        """Whether any of several documents may meet the condition, by the bounds of their values."""
+        return self._condition.may_hold(bounds)
+
+    def _parsed(self, node: ast.expr) -> "_Comparison | _Combination":
+        match node:
+            case ast.BoolOp(op, parts):
+                return _Combination([self._parsed(part) for part in parts], isinstance(op, ast.And))
+            case ast.UnaryOp(ast.Not(), part):
+                return _Combination([self._parsed(part)])
+            case ast.Call(ast.Name("is_null"), [ast.Name(column)], []):
+                return _Comparison(self._column(column))
+            case ast.Compare(
+                ast.Name(column), [(ast.In() | ast.NotIn()) as op], [ast.List(values) | ast.Tuple(values)]
+            ):
+                return _Comparison(self._column(column), type(op), [_constant(value) for value in values])
+            case ast.Compare(ast.Name(column), [op], [value]) if type(op) in _COMPARISONS:
+                return _Comparison(self._column(column), type(op), _constant(value))
+            case ast.Compare(value, [op], [ast.Name(column)]) if type(op) in _COMPARISONS:
+                return _Comparison(self._column(column), _SWAPPED.get(type(op), type(op)), _constant(value))
+        raise ValueError(f"{ast.unparse(node)[:40]} is not understood")
+
+    def _column(self, name: str) -> str:
+        if name not in self.columns:
+            self.columns.append(name)
+        return name
+
+
+def _constant(node: ast.expr) -> bool | int | float | str:
+    match node:
+        case ast.UnaryOp(ast.USub(), ast.Constant(int(value) | float(value))):
+            return -value
+        case ast.Constant(bool(value) | int(value) | float(value) | str(value)):
+            return value
+    raise ValueError(f"{ast.unparse(node)[:40]} is no number or text in quotes")
+
+
+def _kind(value: Any) -> type:
+    """The type of a value, in which whole and other numbers are one."""
+    return float if type(value) in (int, float) else type(value)

@@ -96,11 +96,14 @@ class Cleaning:
         finish = Stage("report", [Finish(self)], 1)
         if minhash is None:
             return [Stage("filter", [*steps, kept], self.tasks), finish]
-        held = JsonlWriter(str(work / "filtered"), compression="zstd")
         signatures, pairs, remove = (str(work / name) for name in ("signatures", "pairs", "remove"))
-        last = [HeldText(work / "filtered"), MinhashDedupFilter(remove, self._removed(DUPLICATES)), kept]
+        again: PipelineStep = self.reader
+        if self.identifier is not None or self.ngrams is not None:
+            steps.append(JsonlWriter(str(work / "filtered"), compression="zstd"))
+            again = HeldText(work / "filtered")
+        last = [again, MinhashDedupFilter(remove, self._removed(DUPLICATES)), kept]
         return [
-            Stage("filter", [*steps, held, MinhashDedupSignature(signatures, minhash, Words())], self.tasks),
+            Stage("filter", [*steps, MinhashDedupSignature(signatures, minhash, Words())], self.tasks),
             Stage("compare", [MinhashDedupBuckets(signatures, pairs, config=minhash)], minhash.num_buckets),
             Stage("cluster", [MinhashDedupCluster(pairs, remove, minhash)], 1),
             Stage("deduplicate", last, self.tasks),

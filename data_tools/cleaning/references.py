@@ -1,5 +1,6 @@
 """Text that must not be trained on: the evaluation's own and benchmarks', as an index of datatrove's n-grams."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,7 +75,15 @@ def texts_of(reference: str, json_key: str) -> Iterator[str]:
         )
     from moelpr.evaluate.harness import load_tasks
 
-    _, found = load_tasks([reference], None)
+    print(
+        f"reading {reference} with lm-evaluation-harness, which downloads data that it has not cached", file=sys.stderr
+    )
+    try:
+        _, found = load_tasks([reference], None)
+    except UserError as error:
+        raise UserError(
+            f"--decontaminate: {str(error).split(';')[0]}; correct it, or pass the file of its text"
+        ) from None
     for task in _leaves(found[reference]):
         for document in task.eval_docs:
             yield " ".join(str(part) for part in (task.doc_to_text(document), *_answers(task, document)))

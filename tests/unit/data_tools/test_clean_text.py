@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -15,8 +16,10 @@ import pytest
 from pyarrow import parquet
 
 from data_tools import clean_text, merge_data
+from data_tools.cleaning import references
 from data_tools.cleaning.blocks import CorpusWriter, TextReader
 from data_tools.cleaning.tally import CleaningReport
+from moelpr.evaluate import harness
 from moelpr.process.errors import UserError
 from moelpr.text.sources import open_source
 from moelpr.text.streams import open_stream
@@ -155,6 +158,29 @@ def test_parquet_has_the_same_documents_and_keeps_their_columns(
     assert [(row["language"], json.loads(row["metadata"])) for row in rows] == [
         ("en", {"url": f"u{n}"}) for n in (1, 2)
     ]
+
+
+def test_benchmarks_are_their_questions_with_the_right_answers(
+    tmp_path: Path, write_lines: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stand-ins of the harness's tasks: one with choices, one that generates, in a group."""
+
+    def task(choices: list[str] | None, answer: Any) -> SimpleNamespace:
+        return SimpleNamespace(
+            eval_docs=[{"n": 1}],
+            config=SimpleNamespace(doc_to_choice=choices),
+            doc_to_text=lambda document: f"question {text('en', 7, 12)}",
+            doc_to_choice=lambda document: choices,
+            doc_to_target=lambda document: answer,
+        )
+
+    found = {"group": [{"a": task(["no", "surely"], 1), "b": task(None, "of course")}]}
+    monkeypatch.setattr(harness, "load_tasks", lambda names, path: (None, found))
+    monkeypatch.setattr(references, "find_spec", lambda name: True)
+    assert [x.split()[-1] for x in references.texts_of("group", "text")] == ["surely", "course"]
+    source = write_lines("a.jsonl", [{"text": f"{text('en', 7, 12)} surely"}, {"text": f"{text('en', 7, 12)} no"}])
+    run(source, tmp_path / "out", "--decontaminate", "group", "--ngram-words", "13", "--no-near-duplicates")
+    assert [line["text"].split()[-1] for line in lines_of(tmp_path / "out")] == ["no"]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.zst", "parquet"])

@@ -4,6 +4,7 @@ A case is a kind, a seed and a number, and can be repeated from these three. It 
 sentence with exit code 1 or 2, or raises `Failure`.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -41,6 +42,7 @@ from tests.faults.damage import change_words, damage
 from tests.faults.material import seconds, undisturbed
 from tests.faults.oracles import recipe_holds, right_scores, right_text, right_tokens
 from tests.faults.processes import Ended, Failure, Running
+from tests.support.text_server import text_server
 
 
 class Outcome(StrEnum):
@@ -379,6 +381,36 @@ def two_at_once(case: Case) -> Outcome:
     return Outcome.RIGHT
 
 
+def disturbed_network(case: Case) -> Outcome:
+    """Text on a server that fails for a while, or forbids or changes its file; then the same command again."""
+    name, suffix = case.random.choice([("preprocess", "jsonl"), *((form, form) for form in ("jsonl.gz", "parquet"))])
+    other = case.prepare(name)
+    with text_server(case.box / "text") as server:
+        os.environ |= server.environment
+        uri = server.uri(case.random.choice(["http", "s3"]), f"text.{suffix}")
+        words = [uri if word.startswith("text/") else word for word in COMMANDS[name].words] + ["--resume"]
+        file = case.box / "text" / f"text.{suffix}"
+        kind, after = (
+            case.random.choice(["cut", "500", "503", "403", "changed"]),
+            case.random.randrange(file.stat().st_size),
+        )
+        case.notes.append(f"{kind} after {after} bytes of {uri}")
+        is_brief = kind not in ("403", "changed")
+        server.fail(kind if is_brief else "403", times=2 if is_brief else 1 << 30, after=after)
+        ended = run(COMMANDS[name], case.box, words)
+        ended.require_clean()
+        if is_brief or not ended.code:
+            return case.judge(ended, same_corpus, other)
+        server.fail("", 0)
+        if kind == "changed":
+            file.write_bytes(file.read_bytes() + b"\n")
+        again = run(COMMANDS[name], case.box, words)
+        if kind == "changed":  # nothing may have been written before, so that it starts anew
+            again.require_clean()
+            return Outcome.REFUSED if again.code else Outcome.CLEAN
+        return case.judge(again, same_corpus, other)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of cases."""
@@ -397,6 +429,7 @@ KINDS = {
     "kills of training": Kind(killed_training, 8, "kill"),
     "full disks": Kind(full_disk, 4, "full disk"),
     "two at once": Kind(two_at_once, 3, "two jobs"),
+    "networks": Kind(disturbed_network, 3, "disturbed network"),
 }
 
 

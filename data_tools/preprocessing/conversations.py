@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.preprocessing.job_tokenizer import omit_torch
 from data_tools.preprocessing.workers import started_pool
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
@@ -94,8 +94,7 @@ class ChatTemplate:
         return Rendered(text, turns, contents)
 
     def _rendered(self, messages: list[dict[str, str]], marks_turns: bool = False, **options: bool) -> tuple[str, list]:
-        if "torch" not in sys.modules:
-            sys.modules["torch"] = None  # type: ignore[assignment]  # or transformers would import it
+        omit_torch()
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -145,9 +144,7 @@ def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
 
 @reports_panics()
 def _load(source: str, model: str) -> ChatTemplate:
-    if "torch" not in sys.modules:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    omit_torch()
     is_file = os.path.isfile(source)
     tokenizer = open_hf_tokenizer(model if is_file else source)
     try:

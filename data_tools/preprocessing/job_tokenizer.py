@@ -4,6 +4,7 @@ import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
+from multiprocessing import parent_process
 from typing import NamedTuple
 
 from data_tools.preprocessing.workers import started_pool
@@ -42,12 +43,16 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
             ) from error
 
 
+def omit_torch() -> None:
+    """Keep a worker from importing torch with transformers, which takes a second, and from a warning about it."""
+    if "torch" not in sys.modules and parent_process() is not None:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+
 @reports_panics()
 def _load(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
-    if "torch" not in sys.modules:
-        # transformers imports torch if it is installed, which takes a second; a tokenizer doesn't need it.
-        sys.modules["torch"] = None  # type: ignore[assignment]
-        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # nor the warning that torch is missing
+    omit_torch()
     tokenizer = load_tokenizer(type, model, must_keep_text=True)
     eod_id = tokenizer.eod_id if eod_token is None else _id_of(eod_token, tokenizer.vocabulary())
     record = TokenizerRecord.of(type, model, tokenizer, eod_id, special_tokens)

@@ -179,5 +179,5 @@ def test_records_and_card_name_the_stage(sft: Path, material: Path) -> None:
     assert records(sft)[0]["lm_loss_original"] is not None
     export(sft, material / "card-hf")
     card = (material / "card-hf" / "README.md").read_text()
-    assert "sft" in card
+    assert "### Supervised fine-tuning (chat)" in card
     shutil.rmtree(material / "card-hf")

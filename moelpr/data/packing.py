@@ -1,4 +1,4 @@
-"""Which conversations share a sequence: whole ones, so that none is cut and few tokens are wasted."""
+"""Packing of conversations into sequences: whole ones, so that none is cut and few tokens are wasted."""
 
 from bisect import bisect_left, insort
 

@@ -52,7 +52,7 @@ _MORE = {
     "TruthfulQA": ("acc", "truthfulqa_([a-z]{2})_mc2"),
     "PIQA": ("acc_norm", "piqa_([a-z]{2})"),
 }
-_SEED = 1  # of the samples of questions
+_SEED = 1  # decides the samples of questions
 _DOCUMENTS = "documents"
 _CACHED = "harness "  # before a task: the name of its result in the cache
 

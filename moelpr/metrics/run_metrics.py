@@ -79,8 +79,9 @@ class ProbeEvent(TypedDict):
     """Scores on benchmarks of a step that was saved.
 
     Attributes:
-        iteration: The number of steps before it.
+        iteration: The step after which the scores were there.
         event: "probe".
+        step: The step that was scored.
         stage: The stage that trains.
         scores: Benchmark/language -> score, from 0 to 100.
         seconds: How long the probe took.
@@ -89,6 +90,7 @@ class ProbeEvent(TypedDict):
 
     iteration: int
     event: Literal["probe"]
+    step: int
     stage: NotRequired[str]
     scores: dict[str, Number]
     seconds: NotRequired[Number]
@@ -125,7 +127,6 @@ class RunMetrics:
     steps: list[Step] = field(default_factory=list)
     validations: list[ValidationEvent] = field(default_factory=list)
     warnings: list[WarningEvent] = field(default_factory=list)
-    probes: list[ProbeEvent] = field(default_factory=list)
 
 
 class LineParser:
@@ -173,7 +174,6 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
     steps: dict[int, Step] = {}
     passes: dict[int, ValidationEvent] = {}
     warnings: list[WarningEvent] = []
-    probes: dict[int, ProbeEvent] = {}
     with_layers: list[int] = []  # steps after the first ones that still have their values per layer
     for record in read_records(path):
         iteration, event = record["iteration"], record.get("event")
@@ -181,19 +181,13 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
             warnings.append(record)
         elif event == "validation":
             passes[iteration] = record
-        elif event == "probe":
-            probes[iteration] = record
         elif event is None:
             steps[iteration] = record
             if layers_at_ends is not None and len(steps) > layers_at_ends:
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
                     _keep_means(steps[with_layers.pop(0)])
-    return RunMetrics(_in_order(steps), _in_order(passes), warnings, _in_order(probes))
-
-
-def _in_order[T](by_iteration: dict[int, T]) -> list[T]:
-    return [by_iteration[key] for key in sorted(by_iteration)]
+    return RunMetrics([steps[key] for key in sorted(steps)], [passes[key] for key in sorted(passes)], warnings)
 
 
 def read_records(path: Path) -> Iterator[Any]:

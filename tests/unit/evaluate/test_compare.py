@@ -119,7 +119,7 @@ def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts)
 def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts, penalty):
     loaded = load_model(dense_dir, device="cpu")
     loaded.model.generation_config.repetition_penalty = penalty  # a base's generation_config.json may have one
-    prompts = [texts["en"][1][:20], texts["en"][0][:3], texts["el"][0][:11]]  # of several lengths in one batch
+    prompts = [texts["en"][1][:20], texts["en"][0][:3], texts["el"][0][:11]]  # one batch of several lengths
     expected = [continued(loaded, prompt, 6) for prompt in prompts]
     assert continue_prompts(loaded, prompts, max_new_tokens=6) == expected
 

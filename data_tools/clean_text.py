@@ -119,43 +119,26 @@ def check(arguments: argparse.Namespace) -> None:
 
 def clean(arguments: argparse.Namespace, output: Path, work: Path) -> None:
     """Run the steps, or submit them."""
-    from datatrove.pipeline.dedup.minhash import MinhashConfig
-
     from data_tools.cleaning.blocks import TextReader
-    from data_tools.cleaning.pipeline import Cleaning, run_locally, run_on_ray, submit_to_slurm
+    from data_tools.cleaning.pipeline import Finish, run_locally, run_on_ray, stages_of, submit_to_slurm
     from data_tools.cleaning.tally import CleaningReport
     from moelpr.text.language_id import load_identifier
 
     reader = TextReader(arguments.input, arguments.json_key, arguments.language, arguments.language_key)
     codes = frozenset(canonical(code.strip()) for code in (arguments.languages or "").split(",") if code.strip())
-    identifier = (
-        load_identifier(arguments.language_id, codes, arguments.min_confidence) if arguments.language_id else None
-    )
+    model = arguments.language_id
+    identifier = load_identifier(model, codes, arguments.min_confidence) if model else None
     size = sum(source.bytes for source in reader.sources)
-    tasks = arguments.tasks or min(max(-(-size // _TASK_BYTES), 1), _MOST_TASKS)
-    settings = settings_of(arguments, tasks)
-    named = [*(source.path for source in reader.sources), *arguments.decontaminate, arguments.language_id or ""]
+    arguments.tasks = arguments.tasks or min(max(-(-size // _TASK_BYTES), 1), _MOST_TASKS)
+    settings = settings_of(arguments)
+    named = [*(source.path for source in reader.sources), *arguments.decontaminate, model or ""]
     states = {os.path.abspath(file): os.stat(file) for file in named if os.path.exists(file)}
     files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
     journal = Journal(work, {"settings": settings, "files": files})
     if arguments.decontaminate and not journal.entries(str):
         print_index(arguments, work)
         journal.add("index")
-    minhash = MinhashConfig(num_buckets=arguments.minhash_buckets, hashes_per_bucket=arguments.minhash_hashes)
-    stages = Cleaning(
-        output=output,
-        work=work,
-        reader=reader,
-        skips_malformed=arguments.on_error == "skip",
-        identifier=identifier,
-        languages=codes,
-        checks_stated=bool(arguments.language or arguments.language_key),
-        ngrams=arguments.ngram_words if arguments.decontaminate else None,
-        near_duplicates=minhash if arguments.near_duplicates else None,
-        tasks=tasks,
-        form=arguments.format,
-        settings=settings,
-    ).stages()
+    stages = stages_of(arguments, reader, identifier, codes, work, Finish(output, work, settings))
     if arguments.executor == "slurm":
         options = dict(option.split("=", 1) for option in arguments.sbatch)
         jobs = submit_to_slurm(stages, work, arguments.workers, arguments.partition, arguments.time, options)
@@ -169,12 +152,12 @@ def clean(arguments: argparse.Namespace, output: Path, work: Path) -> None:
         print(f"note: nothing is left; {output}/_removed shows why")
 
 
-def settings_of(arguments: argparse.Namespace, tasks: int) -> dict[str, Any]:
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the result depends on, besides the content of files."""
     how = ("output", "overwrite", "workers", "executor", "partition", "time", "sbatch", "debug")
     settings = {name: value for name, value in vars(arguments).items() if name not in how}
     versions = {package: metadata.version(package) for package in ("moelpr", "datatrove")}
-    return settings | {"tasks": tasks, "versions": versions}
+    return settings | {"versions": versions}
 
 
 def print_index(arguments: argparse.Namespace, work: Path) -> None:

@@ -9,9 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,78 +49,57 @@ REMOVED = "_removed"  # folders with such names are not read as text to train on
 MALFORMED, OTHER_LANGUAGE, CONTAMINATED, DUPLICATES = "malformed", "language", "contaminated", "near_duplicates"
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    """What is to be done.
-
-    Attributes:
-        output: Folder to make.
-        work: Folder for what is not finished; "index" in it has the n-grams to remove.
-        reader: Reads the input.
-        skips_malformed: Whether malformed lines are removed, instead of being an error.
-        languages: Canonical codes to keep; if empty, all.
-        checks_stated: Whether documents must be in the language that they state.
-        ngrams: Words of the n-grams that must not occur; None: whatever occurs.
-        near_duplicates: How MinHash finds near duplicates; None: they stay.
-        tasks: Number of tasks that share the input.
-        form: "jsonl" or "parquet".
-        settings: What the result depends on, for the report.
-    """
-
-    output: Path
-    work: Path
-    reader: TextReader
-    skips_malformed: bool
-    identifier: FastTextModel | Detector | None
-    languages: frozenset[str]
-    checks_stated: bool
-    ngrams: int | None
-    near_duplicates: MinhashConfig | None
-    tasks: int
-    form: str
-    settings: dict[str, object] = field(default_factory=dict)
-
-    def stages(self) -> list["Stage"]:
-        """The pipelines, each of which needs those before it."""
-        work, minhash = self.work, self.near_duplicates
-        kept = WRITERS[self.form](work / "result", work / "tallies" / KEPT, self.reader.text_key)
-        steps: list[Any] = [self.reader]
-        if self.skips_malformed:
-            self.reader.removed = self._removed(MALFORMED)
-        if self.identifier is not None:
-            removed = self._removed(OTHER_LANGUAGE)
-            steps.append(LanguageIdentifier(self.identifier, self.languages, self.checks_stated, removed))
-        if self.ngrams is not None:
-            config = NGramsDecontConfig(n_grams=self.ngrams)
-            removed = self._removed(CONTAMINATED)
-            steps.append(NGramsDecontFilter(str(work / "index"), config, removed, Words()))
-        finish = Stage("report", [Finish(self)], 1)
-        if minhash is None:
-            return [Stage("filter", [*steps, kept], self.tasks), finish]
-        signatures, pairs, remove = (str(work / name) for name in ("signatures", "pairs", "remove"))
-        again: PipelineStep = self.reader
-        if self.identifier is not None or self.ngrams is not None:
-            steps.append(JsonlWriter(str(work / "filtered"), compression="zstd"))
-            again = HeldText(work / "filtered")
-        last = [again, MinhashDedupFilter(remove, self._removed(DUPLICATES)), kept]
-        return [
-            Stage("filter", [*steps, MinhashDedupSignature(signatures, minhash, Words())], self.tasks),
-            Stage("compare", [MinhashDedupBuckets(signatures, pairs, config=minhash)], minhash.num_buckets),
-            Stage("cluster", [MinhashDedupCluster(pairs, remove, minhash)], 1),
-            Stage("deduplicate", last, self.tasks),
-            finish,
-        ]
-
-    def _removed(self, step: str) -> JsonLines:
-        return JsonLines(self.work / "result" / REMOVED / step, self.work / "tallies" / step, self.reader.text_key)
-
-
 class Stage(NamedTuple):
     """A pipeline and the number of its tasks."""
 
     name: str
     steps: list[Any]
     tasks: int
+
+
+def stages_of(
+    arguments: Namespace,
+    reader: TextReader,
+    identifier: FastTextModel | Detector | None,
+    languages: frozenset[str],
+    work: Path,
+    finish: "Finish",
+) -> list[Stage]:
+    """Return the pipelines of a command line, each of which needs those before it.
+
+    Args:
+        languages: Canonical codes to keep; if empty, all.
+        work: Folder for what is not finished; "index" in it has the n-grams to remove.
+    """
+
+    def writes(step: str) -> JsonLines:
+        return JsonLines(work / "result" / REMOVED / step, work / "tallies" / step, reader.text_key)
+
+    tasks, steps = arguments.tasks, [reader]
+    if arguments.on_error == "skip":
+        reader.removed = writes(MALFORMED)
+    if identifier is not None:
+        is_stated = bool(arguments.language or arguments.language_key)
+        steps.append(LanguageIdentifier(identifier, languages, is_stated, writes(OTHER_LANGUAGE)))
+    if arguments.decontaminate:
+        config = NGramsDecontConfig(n_grams=arguments.ngram_words)
+        steps.append(NGramsDecontFilter(str(work / "index"), config, writes(CONTAMINATED), Words()))
+    kept = WRITERS[arguments.format](work / "result", work / "tallies" / KEPT, reader.text_key)
+    if not arguments.near_duplicates:
+        return [Stage("filter", [*steps, kept], tasks), Stage("report", [finish], 1)]
+    minhash = MinhashConfig(num_buckets=arguments.minhash_buckets, hashes_per_bucket=arguments.minhash_hashes)
+    signatures, pairs, remove = (str(work / name) for name in ("signatures", "pairs", "remove"))
+    again: PipelineStep = reader
+    if len(steps) > 1:
+        steps.append(JsonlWriter(str(work / "filtered"), compression="zstd"))
+        again = HeldText(work / "filtered")
+    return [
+        Stage("filter", [*steps, MinhashDedupSignature(signatures, minhash, Words())], tasks),
+        Stage("compare", [MinhashDedupBuckets(signatures, pairs, config=minhash)], minhash.num_buckets),
+        Stage("cluster", [MinhashDedupCluster(pairs, remove, minhash)], 1),
+        Stage("deduplicate", [again, MinhashDedupFilter(remove, writes(DUPLICATES)), kept], tasks),
+        Stage("report", [finish], 1),
+    ]
 
 
 class HeldText(PipelineStep):
@@ -143,9 +123,9 @@ class Finish(PipelineStep):
 
     type, name = "writer", "report"
 
-    def __init__(self, cleaning: Cleaning) -> None:
+    def __init__(self, output: Path, work: Path, settings: dict[str, object]) -> None:
         super().__init__()
-        self.output, self.work, self.settings = cleaning.output, cleaning.work, cleaning.settings
+        self.output, self.work, self.settings = output, work, settings
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         steps = [MALFORMED, OTHER_LANGUAGE, CONTAMINATED, DUPLICATES]

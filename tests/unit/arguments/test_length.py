@@ -192,3 +192,13 @@ def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
     assert "900K tokens would read the text more often than max_epochs allows" in found
     for wrong in ("temperature=2", "temperature=x", "heat=1", "max-epochs=3", "temperature=0.3,max-epochs=0", "0.3"):
         assert any("--mix: expected temperature=T" in found for found in problems("stage1", upcycled, "--mix", wrong))
+
+
+def test_a_run_records_the_weights_of_its_mix(accepted, upcycled: str, tmp_path: Path, capsys) -> None:
+    data = ["--data-path", write_corpus(tmp_path / "large", 6400), write_corpus(tmp_path / "small", 1600)]
+    length = [*STEP[2:], "--train-tokens", "6400", "--mix", "temperature=0.5"]
+    final = accepted("stage1", upcycled, *data, *length, steps=False, with_data=False)
+    assert final["data_path"] == ["0.666667", data[1], "0.333333", data[2]] and final["mix"] is None
+    table = capsys.readouterr().err.partition("moelpr: the corpora share 6,400 tokens:\n")[2].splitlines()
+    assert table[0].split() == ["corpus", "tokens", "share", "epochs", "limited", "by"]
+    assert table[2].split() == [data[2], "1.6K", "33.3%", "1.33"]

@@ -133,7 +133,8 @@ def clean(arguments: argparse.Namespace, output: Path, work: Path) -> None:
     settings = settings_of(arguments)
     named = [*(source.path for source in reader.sources), *arguments.decontaminate, model or ""]
     states = {os.path.abspath(file): os.stat(file) for file in named if os.path.exists(file)}
-    files = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+    files: dict[str, Any] = {path: [state.st_size, state.st_mtime_ns] for path, state in states.items()}
+    files |= {source.path: [source.bytes, source.version] for source in reader.sources if source.uri}
     journal = Journal(work, {"settings": settings, "files": files})
     if arguments.decontaminate and not journal.entries(str):
         print_index(arguments, work)

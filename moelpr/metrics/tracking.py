@@ -25,7 +25,8 @@ from moelpr.process.errors import UserError, first_line
 from moelpr.store.records import STRICT, Record
 from moelpr.store.run_folder import METRICS_FILE, read_settings
 
-_RETRY_S, _CLOSE_S = 60.0, 60.0
+# A run that is asked to stop may be killed soon.
+_RETRY_S, _CLOSE_S = 60.0, 10.0
 # Step of the whole run → values.
 Values = tuple[int, dict[str, float]]
 

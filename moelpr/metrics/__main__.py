@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.metrics.trackers import TRACKERS, make_trackers, redact
+from moelpr.metrics.trackers import TRACKERS, make_trackers, missing_packages, redact
 from moelpr.metrics.tracking import TrackedRun, send_backlog, tracked_folders
 from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError, first_line
@@ -27,6 +27,8 @@ def main() -> None:
     file = args.tracker_run or args.runs[-1] / TrackedRun.FILE_NAME
     if not any(getattr(args, flag) for flag in TRACKERS):
         raise UserError(f"no tracker is given; pass {', '.join(f'--{flag.replace("_", "-")}' for flag in TRACKERS)}")
+    if missing := missing_packages(args):
+        raise UserError(missing[0])
     results: dict[str, float] = {}
     for path in args.results:
         content = records.read(dict[str, Any], path, "pass files that `moelpr evaluate` wrote as --results")

@@ -7,6 +7,7 @@ of them may get credentials or the names of hosts.
 import argparse
 import os
 import re
+import shutil
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,6 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moelpr.process.errors import UserError
 from moelpr.process.versions import install_command
 
 _HOST_NAMES, _SECRET_NAMES = (
@@ -114,7 +114,10 @@ class Wandb(Tracker):
             if path.suffix in (".html", ".svg"):
                 page = wandb.Html(path.read_text(), inject=False)
                 self._run.log({str(path.relative_to(folder).with_suffix("")): page})
-        self._run.save(str(folder / "**"), base_path=str(folder), policy="now")
+        # Copies, because it would link to the folder, which may be gone when an offline run is sent.
+        shutil.copytree(folder, self._run.dir, dirs_exist_ok=True)
+        for path in _files(folder):
+            self._run.save(str(Path(self._run.dir, path.relative_to(folder))), base_path=self._run.dir, policy="now")
 
     def finish(self) -> None:
         self._run.finish()
@@ -216,13 +219,7 @@ def missing_packages(args: argparse.Namespace) -> list[str]:
 
 
 def make_trackers(args: argparse.Namespace, run: str, folder: Path) -> list[Tracker]:
-    """The trackers that the flags ask for.
-
-    Raises:
-        UserError: One is not installed.
-    """
-    if missing := missing_packages(args):
-        raise UserError(missing[0])
+    """The trackers that the flags ask for."""
     return [
         kind(project, args, run, folder) for flag, kind in TRACKERS.items() if (project := getattr(args, flag, None))
     ]

@@ -99,6 +99,8 @@ def test_mlflow_has_every_step_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_wandb_has_every_step_once(run: Path) -> None:
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 1, "one folder to sync, which has all"
+    picture = folders[0] / "files" / "change.svg"
+    assert picture.is_file() and not picture.is_symlink()
     records = list(wandb_records(next(folders[0].glob("*.wandb"))))
     history = [one.history for one in records if one.WhichOneof("record_type") == "history"]
     rows = [

@@ -54,6 +54,9 @@ BENCHMARKS = {
     "metrics_overhead": Benchmark("a training step with its metrics", "the same step without them", 40, ratio=1.02),
     "new_rows": Benchmark("a step with new tokens", "a step without", 9, ratio=1.03, only_reported="stage 0"),
     "packed_attention": Benchmark("attention within documents", "attention over the full sequence", 5),
+    "text_sources": Benchmark(
+        "preprocessing zst, Parquet and text at URIs", "JSON lines", 3, ratio=1.11, only_reported="datatrove"
+    ),
     "read_samples": Benchmark("reading samples with language bits", "Megatron's GPTDataset", 100, ratio=1.11),
 }
 

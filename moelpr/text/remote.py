@@ -31,7 +31,6 @@ _NETWORK_MODULES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "ht
 # Ranges grow from the first to the second while a file is read in its order.
 _FIRST_RANGE, _LARGEST_RANGE = 1 << 18, 1 << 23
 
-
 _used: set[Any] = set()  # types of file systems
 
 
@@ -59,8 +58,9 @@ def pinned(uri: str) -> str:
         UserError: It contains a password, or the data set or its revision can't be read.
     """
     scheme, _, rest = uri.partition("://")
-    if scheme.startswith("http") and "@" in rest.split("/")[0]:
-        raise UserError(f"{scheme}://…@{rest.rpartition('@')[2]} contains a login; {_LOGIN[scheme]}")
+    login, _, host = rest.split("/")[0].rpartition("@")
+    if login and scheme.startswith("http"):
+        raise UserError(f"the URL at {host} contains a login; {_LOGIN[scheme]}")
     if scheme != "hf":
         return uri
     from huggingface_hub import HfApi

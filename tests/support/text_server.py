@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _etag(path: Path) -> str:
+    state = path.stat()
+    return _etag_of(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache
+def _etag_of(path: Path, *state: int) -> str:
     return f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
 
 

@@ -3,7 +3,7 @@
 import pyarrow
 import pyarrow.compute
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.process.errors import UserError
@@ -33,6 +33,7 @@ rows = st.lists(
 
 
 @pytest.mark.parametrize("text", CONDITIONS)
+@settings(deadline=None, max_examples=50)
 @given(rows=rows)
 def test_a_filter_keeps_what_pyarrow_keeps(text: str, rows: list[dict[str, object]]) -> None:
     schema = pyarrow.schema({"score": pyarrow.float64(), "lang": pyarrow.string()})

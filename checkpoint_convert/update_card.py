@@ -2,7 +2,7 @@
 
     moelpr card DIR --results runs/evaluation/results.json
 
-The results become the card's model-index, and their languages the model's. `hf upload OWNER/NAME DIR` uploads it.
+The results become the card's model-index, and their languages the model's. `moelpr push DIR OWNER/NAME` uploads it.
 """
 
 import argparse

@@ -1,0 +1,54 @@
+"""Upload an export, a graft or its GGUF files to the Hugging Face Hub.
+
+    moelpr push EXPORT OWNER/NAME --dry-run
+    moelpr push EXPORT OWNER/NAME
+
+--dry-run prints the files with their sizes and the head of the model card, and sends nothing. The repository is private
+unless --public is given. Only a model's own files are uploaded, none with a secret or a path of this machine; an
+interrupted upload resumes when the command is run again.
+"""
+
+import argparse
+from pathlib import Path
+
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.machine import format_bytes
+from moelpr.process.text_tables import table_text
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="EXPORT", help="folder written by moelpr export, graft or gguf")
+    add("repository", metavar="OWNER/NAME", help="model on the Hub, which is made if it does not exist")
+    add("--dry-run", action="store_true", help="show what would be uploaded, without asking the Hub")
+    add("--public", action="store_true", help="let everybody see a new repository (default: private)")
+    add("--overwrite", action="store_true", help="replace another model in the repository")
+    add("--allow-paths", action="store_true", help="upload files that name folders of this machine")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse_arguments()
+    from checkpoint_convert.hub.upload import Upload, check_name
+
+    check_name(args.repository)
+    upload = Upload.of(args.folder, args.allow_paths)
+    total = format_bytes(sum(upload.files.values()))
+    if args.dry_run:
+        print(f"to {args.repository}, {'public' if args.public else 'private'}, if it is new: {total}")
+        print(table_text(("file", "size"), [(name, format_bytes(size)) for name, size in upload.files.items()]))
+        print("\nThe head of README.md:\n")
+        print("\n".join(upload.card.content.splitlines()[:40]))
+    else:
+        address = upload.send(args.repository, not args.public, args.overwrite)
+        print(f"{address}: {len(upload.files)} files, {total}")
+    missing = [key for key in ("base_model", "language", "model-index") if not upload.card.data.to_dict().get(key)]
+    if missing:
+        print(f"note: the card has no {', '.join(missing)}; moelpr card adds them")
+    if upload.left_out:
+        print(f"note: not uploaded: {', '.join(upload.left_out[:5])}{' …' if len(upload.left_out) > 5 else ''}")
+
+
+if __name__ == "__main__":
+    run_command(main)

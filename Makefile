@@ -25,9 +25,9 @@ test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, 
 	@tests/slurm/install.sh
 	.venv/bin/python -m pytest -m slurm tests/slurm
 
-test-browser: venv ## reports in a real Chromium; as root, installs Debian's packages
+test-browser: venv ## reports and the chat page in a real Chromium; as root, installs Debian's packages
 	@tests/browser/install.sh
-	.venv/bin/python -m pytest -m browser tests/browser
+	.venv-chat/bin/python -m pytest -m browser tests/browser
 
 test-mergekit: venv ## upcycling against mergekit, which is installed into .venv-mergekit
 	@tests/mergekit/install.sh

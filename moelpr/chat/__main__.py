@@ -1,0 +1,55 @@
+"""Talk to an export on a local page, and see which experts each token of prompt and answer passes.
+
+    moelpr chat runs/stage2-hf --base Qwen3-1.7B-Base
+
+The answer streams; under each token stands how much of the gate weight goes to original and to new experts, per layer.
+With --base, the dense base answers next to it. The page is at http://127.0.0.1:7860 and only on this machine; nothing
+is loaded from elsewhere or sent. Needs the extra `chat`. Ctrl-C ends it.
+"""
+
+import argparse
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from moelpr.process.command import CommandParser, program_name, run_command
+from moelpr.process.errors import UserError
+from moelpr.store.checksums import NO_VERIFY
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(prog=program_name("python -m moelpr.chat"), description=__doc__)
+    add = parser.add_argument
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr export, apply-delta or graft")
+    add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
+    add("--port", type=int, default=7860, metavar="N", help="port of the page (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
+    dtype = "auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=dtype)
+    add("--no-verify", **NO_VERIFY)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse_arguments()
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from moelpr.chat.page import HOST, Chat, check_gradio, check_port
+    from moelpr.evaluate.models import check_device, open_model, require_hf
+
+    check_gradio()
+    check_port(args.port)
+    check_device(args.device)
+    models = {"export": args.export, **({"base": args.base} if args.base else {})}
+    require_hf(models, "moelpr chat")
+    with ExitStack() as stack:
+        export, *base = [
+            stack.enter_context(open_model(folder, args.device, args.dtype, args.verify)) for folder in models.values()
+        ]
+        if not export.routers:
+            raise UserError(f"{args.export} is a dense model, whose tokens have no experts; pass an upcycled one")
+        print(f"http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
+        Chat(export, base[0] if base else None).serve(args.port)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,114 @@
+"""The experts that each token of a prompt and its answer passes, with their gate weights, as the answer is written."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelpr.evaluate.models import LoadedModel
+
+Route = list[list[tuple[int, float]]]  # MoE layer → its K experts, the heaviest first, with their gate weights
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token with its route, which is empty in a dense model.
+
+    Attributes:
+        text: What it adds to the text; empty if the character is complete only with a later token.
+    """
+
+    text: str
+    route: Route
+
+
+def gate_weights(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Weights [T, K] and experts [T, K]: softmax over the K highest logits, as in all classes of our exports."""
+    chosen, experts_TK = logits_TE.float().topk(topk, dim=-1)
+    return chosen.softmax(dim=-1), experts_TK
+
+
+def original_share(route: Route, num_original: int) -> list[float]:
+    """The gate weight of the original experts, the first `num_original`, per layer."""
+    return [sum(weight for expert, weight in layer if expert < num_original) for layer in route]
+
+
+@torch.inference_mode()
+def answer(
+    loaded: LoadedModel, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0
+) -> Iterator[list[Token]]:
+    """Yield the tokens of the prompt, then one after another those of the answer, up to the end of the turn.
+
+    Args:
+        temperature: 0 takes the most likely token each time.
+    """
+    from transformers import DynamicCache
+
+    ids, cache, shown = [*prompt], DynamicCache(config=loaded.model.config), 0
+    new: list[int] = ids
+    for _ in range(max_new_tokens + 1):
+        logits_V, routes = _step(loaded, new, cache)
+        texts = token_texts(loaded.tokenizer, ids)[shown:]
+        yield [Token(text, route) for text, route in zip(texts, routes, strict=True)]
+        shown = len(ids)
+        chosen = logits_V.argmax() if temperature == 0 else (logits_V / temperature).softmax(dim=-1).multinomial(1)
+        if int(chosen) in end_ids(loaded):
+            return
+        new = [int(chosen)]
+        ids += new
+
+
+def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list[Route]]:
+    """Logits [V] after the last of the new tokens, which the cache then has, and a route for each of them."""
+    found: dict[int, tuple[list[list[float]], list[list[int]]]] = {}
+
+    def note(number: int, router: nn.Module, inputs: Any, output: Any) -> None:
+        weights_TK, experts_TK = gate_weights(loaded.router_logits(router, inputs, output), loaded.topk)
+        found[number] = weights_TK.tolist(), experts_TK.tolist()
+
+    with ExitStack() as hooks:
+        for number, router in loaded.routers.items():
+            hooks.callback(router.register_forward_hook(partial(note, number)).remove)
+        # transformers 5 renames the argument.
+        name = "cache" if "cache" in signature(loaded.model.forward).parameters else "past_key_values"
+        tokens = torch.tensor([new], device=loaded.device)
+        output = loaded.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
+    layers = [found[number] for number in sorted(found)]
+    routes: list[Route] = [
+        [[*zip(experts[place], weights[place], strict=True)] for weights, experts in layers]
+        for place in range(len(new))
+    ]
+    return output.logits[0, -1].float(), routes
+
+
+def end_ids(loaded: LoadedModel) -> set[int]:
+    """The tokens that end an answer."""
+    found = getattr(loaded.model.generation_config, "eos_token_id", None)
+    return {id for id in [*(found if isinstance(found, list) else [found]), loaded.eos_id] if id is not None}
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before."""
+    texts, start = [], 0
+    for end in range(1, len(ids) + 1):
+        # Some tokenizers drop the space of a first token, so another one comes before.
+        before = tokenizer.decode(ids[max(0, start - 1) : start])
+        text = tokenizer.decode(ids[max(0, start - 1) : end])[len(before) :]
+        is_complete = not text.endswith("\ufffd")
+        texts.append(text if is_complete else "")
+        start = end if is_complete else start
+    return texts
+
+
+def prompt_ids(loaded: LoadedModel, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation as the chat template writes it; without a template, the last message after the start token."""
+    tokenizer = loaded.tokenizer
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [loaded.start_id, *tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,80 @@
+"""The page of `moelpr chat`, in Chromium, without a network: type a prompt, read the answers, look at the routes."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.chat.page import Chat
+from moelpr.evaluate.models import load_model
+from moelpr.families.new_experts import NewExperts
+from tests.browser import chat_page
+from tests.support.hf_models import make_model  # noqa: F401
+
+pytestmark = pytest.mark.browser
+pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-chat")
+pytest.importorskip("playwright")
+
+
+@pytest.fixture(scope="module")
+def base(make_model) -> Path:  # noqa: F811
+    return make_model("LlamaForCausalLM", tokenizer=True)
+
+
+@pytest.fixture(scope="module")
+def export(base: Path, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    hf_to_mcore(base, folder / "megatron", NewExperts(3), start=Start(noise=0.5))
+    mcore_to_hf(folder / "megatron", folder / "export")
+    return folder / "export"
+
+
+def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(export: Path, base: Path) -> None:
+    with (
+        chat_page.served(export, "--base", str(base)) as address,
+        chat_page.opened(address) as (page, hosts, complaints),
+    ):
+        chat_page.ask(page, "aaab")
+        chat = Chat(load_model(export, "cpu"), load_model(base, "cpu"))
+        *_, (ours, theirs, maps, histories) = chat.ask("aaab", [[], []], 128, 0)
+        assert [history[-1]["role"] for history in histories] == ["assistant", "assistant"]
+        for place, expected in (("#export", ours), ("#base", theirs)):
+            assert page.inner_text(f"{place} .answer").strip() == text_of(expected).strip()
+        routes = re.findall(r'data-route="([^"]*)"', maps)
+        found = page.locator("#maps .token").evaluate_all("tokens => tokens.map(token => token.dataset.route)")
+        assert found == routes and len(routes) > 3
+        # The table of a token has its layers, each with two experts whose weights are those of the route.
+        page.locator("#maps .token").nth(1).hover()
+        titles = page.locator("#detail .stack span").evaluate_all("bars => bars.map(bar => bar.title)")
+        numbers = [float(title.split()[-1]) for title in titles]
+        assert numbers == [float(part.split(":")[1]) for layer in routes[1].split(";") for part in layer.split(",")]
+        assert {title.split(":")[0] for title in titles} == {f"layer {number}" for number in range(4)}
+        for title, part in zip(titles, re.split("[;,]", routes[1]), strict=True):
+            assert ("original 1" in title) == part.startswith("0:")
+        assert page.evaluate("document.documentElement.scrollWidth") <= chat_page.WIDTH
+        page.get_by_role("button", name="New chat").click()
+        page.wait_for_function("document.querySelectorAll('#maps .token').length === 0")
+        assert hosts <= {address.removeprefix("http://")} and complaints == []
+
+
+def text_of(panel: str) -> str:
+    found = re.search(r'class="answer">(.*?)</div>', panel, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_it_is_only_on_this_machine_and_wrong_input_is_one_sentence(export: Path, base: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for words, expected in (([export, "--port", port], f"port {port} cannot be used"), ([base], "dense model")):
+            command = [sys.executable, "-m", "moelpr", "chat", *map(str, words)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,129 @@
+"""Routes of tokens: against transformers' own router logits, and against a plain computation of the routers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.chat.drawing import colour, panel, routes_panel
+from moelpr.chat.routes import Token, answer, original_share, prompt_ids, token_texts
+from moelpr.evaluate.models import LoadedModel, load_model
+from moelpr.families.new_experts import NewExperts
+from tests.support.chat_templates import CHATML
+from tests.support.hf_models import make_model  # noqa: F401
+
+# Classes of exports, and the name of the router in a layer.
+CLASSES = {"mixtral": "LlamaForCausalLM", "qwen3_moe": "Qwen3ForCausalLM", "granitemoe": "Qwen2ForCausalLM"}
+PROMPT = [3, 17, 4, 1, 9]
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def export(request, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Two copies of the original expert and two new ones, which differ."""
+    folder = tmp_path_factory.mktemp("chat")
+    dense = make_model(CLASSES[request.param], tokenizer=True)
+    hf_to_mcore(dense, folder / "megatron", NewExperts(2, original_copies=2), start=Start(noise=0.5))
+    mcore_to_hf(folder / "megatron", folder / "hf", as_class=request.param)
+    return folder / "hf"
+
+
+@pytest.fixture(scope="module")
+def loaded(export: Path) -> LoadedModel:
+    return load_model(export, "cpu")
+
+
+@torch.no_grad()
+def plain_routes(loaded: LoadedModel, ids: list[int]) -> list[list[list[tuple[int, float]]]]:
+    """Token → layer → experts with weights: the router's matrix times what the norm before it returns."""
+    normed = []
+    hooks = [
+        layer.post_attention_layernorm.register_forward_hook(lambda module, inputs, output: normed.append(output[0]))
+        for layer in loaded.model.model.layers
+    ]
+    loaded.model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    routers = [dict(router.named_parameters()) for router in loaded.routers.values()]
+    routes = []
+    for place in range(len(ids)):
+        layers = []
+        for states, parameters in zip(normed, routers, strict=True):
+            (matrix,) = parameters.values()
+            scores = [sum(w * x for w, x in zip(row, states[place].tolist(), strict=True)) for row in matrix.tolist()]
+            chosen = sorted(range(len(scores)), key=lambda expert: -scores[expert])[:2]
+            total = sum(torch.tensor(scores[expert]).exp().item() for expert in chosen)
+            layers.append([(expert, torch.tensor(scores[expert]).exp().item() / total) for expert in chosen])
+        routes.append(layers)
+    return routes
+
+
+def test_routes_are_those_of_a_plain_computation(loaded: LoadedModel) -> None:
+    steps = [*answer(loaded, PROMPT, max_new_tokens=4)]
+    found = [token.route for step in steps for token in step]
+    tokens = list(PROMPT)
+    for _ in range(len(steps) - 1):
+        with torch.no_grad():
+            tokens.append(int(loaded.model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert [len(step) for step in steps] == [5, *(1 for _ in steps[1:])] and len(steps) > 1
+    for route, plain in zip(found, plain_routes(loaded, tokens), strict=True):
+        for layer, expected in zip(route, plain, strict=True):
+            assert [expert for expert, _ in layer] == [expert for expert, _ in expected]
+            assert [weight for _, weight in layer] == pytest.approx([weight for _, weight in expected], abs=1e-5)
+
+
+def test_routes_agree_with_transformers_router_logits(loaded: LoadedModel) -> None:
+    prompt = next(answer(loaded, PROMPT, max_new_tokens=1))
+    with torch.no_grad():
+        logits = loaded.model(torch.tensor([PROMPT]), output_router_logits=True).router_logits
+    for number, layer in enumerate(logits):
+        layer = layer.reshape(len(PROMPT), -1)
+        for place, token in enumerate(prompt):
+            assert [expert for expert, _ in token.route[number]] == layer[place].topk(2).indices.tolist()
+        share = [original_share(token.route, 2)[number] for token in prompt]
+        weights = layer.softmax(-1) * torch.zeros_like(layer).scatter(1, layer.topk(2).indices, 1)
+        assert share == pytest.approx((weights[:, :2].sum(1) / weights.sum(1)).tolist(), abs=1e-5)
+
+
+def test_an_answer_ends_with_its_turn_and_at_most_where_asked(loaded: LoadedModel) -> None:
+    assert len([*answer(loaded, PROMPT, max_new_tokens=3)]) <= 4
+    (first,) = list(answer(loaded, PROMPT, max_new_tokens=1))[1]
+    tokens = [*range(loaded.vocab_size)]
+    loaded.model.generation_config.eos_token_id = tokens
+    try:
+        assert len([*answer(loaded, PROMPT, max_new_tokens=3)]) == 1
+    finally:
+        loaded.model.generation_config.eos_token_id = None
+    assert first.route
+
+
+def test_texts_of_tokens_are_the_text_in_pieces() -> None:
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    text = "Ναι, 光!"
+    pieces = token_texts(Bytes(), text.encode())
+    assert "".join(pieces) == text
+    assert pieces[:3] == ["", "Ν", ""] and len(pieces) == len(text.encode())
+
+
+def test_a_prompt_is_a_conversation_only_with_a_template(loaded: LoadedModel) -> None:
+    messages = [{"role": "user", "content": "aa"}]
+    loaded.tokenizer.chat_template = None
+    assert prompt_ids(loaded, messages) == [loaded.start_id, *loaded.tokenizer("aa")["input_ids"]]
+    loaded.tokenizer.chat_template = CHATML
+    text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert prompt_ids(loaded, messages) == loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_the_page_shows_shares_as_colours_and_escapes_text() -> None:
+    assert (colour(0), colour(0.5), colour(1)) == ("#e2621b", "#e2e2de", "#1f6fbf")
+    drawn = routes_panel("Answer", [Token(" <b>", [[(0, 0.7), (3, 0.3)], [(2, 0.6), (3, 0.4)]])], 2, [1, 3])
+    assert 'data-original="2" data-layers="1,3"' in drawn and 'data-route="0:0.700,3:0.300;2:0.600,3:0.400"' in drawn
+    assert " &lt;b&gt;" in drawn and "<b>" not in drawn
+    assert "35% original, 65% new" in drawn and f"{colour(0.7)} 0 50.00%,{colour(0)} 0 100.00%" in drawn
+    assert routes_panel("Answer", [], 2, [1]) == "" and "&lt;i&gt;" in panel("Export", "x", "<i>")

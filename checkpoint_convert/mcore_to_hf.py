@@ -4,7 +4,8 @@
 
 A dense model is exported as its own class, an upcycled one as the stock MoE class of its family or as another that can
 hold it (--as): docs/serving.md lists which programs run which class.
-Weights stream from the checkpoint to safetensors, one tensor at a time.
+Weights stream from the checkpoint to safetensors, one tensor at a time. With --gguf, DIR-gguf gets the same model for
+llama.cpp, Ollama and LM Studio; moelpr gguf does that for an export that exists.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import math
 import re
 from pathlib import Path
 
-from checkpoint_convert.common.arguments import add_load_options, add_output_options
+from checkpoint_convert.common.arguments import add_gguf_options, add_load_options, add_output_options
+from checkpoint_convert.gguf import TYPES, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -34,6 +37,8 @@ def _parse_arguments() -> argparse.Namespace:
         "folder of the chat model whose template, special tokens and generation settings the export gets (docs/chat.md)"
     )
     add("--chat-template-from", type=Path, metavar="DIR", help=chat)
+    add("--gguf", action="store_true", help="also write a GGUF file, to the folder DIR-gguf")
+    add_gguf_options(parser, TYPES)
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
     return parser.parse_args()
 
@@ -47,6 +52,10 @@ def _size(text: str) -> int:
 
 def main() -> None:
     args = _parse_arguments()
+    if (args.quantize or args.ollama) and not args.gguf:
+        raise UserError("--quantize and --ollama are about the GGUF file; add --gguf")
+    if args.gguf and args.delta:
+        raise UserError("a delta is no whole model, so it has no GGUF file; remove --gguf, or --delta")
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
@@ -55,6 +64,11 @@ def main() -> None:
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
     print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")
     print(facts.readers)
+    if args.gguf:
+        from checkpoint_convert.gguf.write import write_gguf
+
+        files = args.quantize, args.ollama
+        print(*write_gguf(args.save, gguf_folder(args.save), *files, overwrite=args.overwrite), sep="\n")
 
 
 if __name__ == "__main__":

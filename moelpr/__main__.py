@@ -48,7 +48,9 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "export": Tool("checkpoint_convert.mcore_to_hf", "export a checkpoint as a Hugging Face model"),
         "verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
         "graft": Tool("checkpoint_convert.graft", "add what made the base a chat model"),
+        "gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
         "card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
+        "push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
         "apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
         "import-adapter": Tool("checkpoint_convert.adapter_to_mcore", "convert an adapter of the published code"),
         "export-adapter": Tool("checkpoint_convert.mcore_to_adapter", "export an adapter for the published code"),
@@ -61,6 +63,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     },
     "Results": {
         "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
+        "chat": Tool("moelpr.chat.__main__", "talk to an export on a local page, and see where tokens go"),
         "report": Tool("moelpr.report.__main__", "make the report of runs, or follow one (report live)"),
         "track": Tool("moelpr.metrics.__main__", "send runs and results to W&B, MLflow or trackio"),
     },

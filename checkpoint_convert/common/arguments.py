@@ -1,6 +1,7 @@
 """Flags that several converters have."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from moelpr.model_spec import DTYPES
@@ -23,3 +24,11 @@ def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_defau
     add("--overwrite", action="store_true", help=f"replace an existing {output} at --save")
     add("--no-verify", **NO_VERIFY)
     parser.epilog = "An interrupted command leaves .NAME.partial next to the --save folder; rerun it to resume."
+
+
+def add_gguf_options(parser: argparse.ArgumentParser, types: Sequence[str]) -> None:
+    """Add --quantize with the types of llama.cpp, and --ollama."""
+    add = parser.add_argument
+    what = f"also write the GGUF file in fewer bits: {', '.join(types)}"
+    add("--quantize", nargs="+", default=[], choices=types, metavar="TYPE", help=what)
+    add("--ollama", action="store_true", help="also write Ollama's Modelfile, with the chat template and its stops")

@@ -164,7 +164,8 @@ def make_parser() -> CommandParser:
 
 def text_arguments() -> CommandParser:
     """The arguments of `text` and `routing`."""
-    models = "Hugging Face directory or Megatron checkpoint folder; repeat for several; the first is the reference"
+    models = "Hugging Face directory, Megatron checkpoint folder or .gguf file (extra `gguf`); repeat for several; the "
+    models += "first is the reference"
     parser = CommandParser(add_help=False, parents=[common_arguments(models)])
     add = parser.add_argument
     what = "held-out text of a language: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or "

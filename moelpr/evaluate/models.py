@@ -8,7 +8,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +19,12 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
+from moelpr.evaluate.llama_cpp import Gguf
 from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.megatron_patches import bootstrap, cpu
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.process.errors import UserError, first_line
-from moelpr.process.machine import format_bytes
+from moelpr.process.machine import format_bytes, free_memory
 from moelpr.process.versions import install_command
 from moelpr.store import checksums, records
 from moelpr.store.checksums import Verify
@@ -107,13 +108,37 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     )
 
 
+def gguf_model(path: Path, file: Gguf) -> LoadedModel:
+    """A GGUF file behind the common interface, on the CPU, in its own precision; its routers cannot be seen."""
+    return LoadedModel(
+        path,
+        nn.Linear(1, 1),  # it only says that tensors are on the CPU
+        file,
+        file.start_id,
+        file.eos_id,
+        file.vocab_size,
+        file.logits,
+        routers={},
+        router_logits=lambda router, inputs, output: output,
+        num_original_places=1,
+        topk=1,
+    )
+
+
 def is_megatron(directory: Path) -> bool:
     """Whether `directory` is a checkpoint folder of the converter or the trainer, not a Hugging Face directory."""
     return (directory / FILE_NAME).is_file()
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a model of llama.cpp."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def require_hf(models: Mapping[str, Path], user: str) -> None:
     """Check that none of the `models` (name -> directory) is a checkpoint, which `user` does not support."""
+    if files := [name for name, directory in models.items() if is_gguf(directory)]:
+        raise UserError(f"{user} requires Hugging Face directories, --model {files[0]} is a GGUF file; leave it out")
     if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
         raise UserError(
             f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
@@ -125,10 +150,14 @@ def require_hf(models: Mapping[str, Path], user: str) -> None:
 def open_model(
     directory: Path, device: str = "auto", dtype: str = "auto", verify: Verify = Verify.FULL
 ) -> Iterator[LoadedModel]:
-    """Load the model in `directory`, of either kind, for the duration of the `with` block; see `load_model`.
+    """Load the model in `directory`, of any kind, for the duration of the `with` block; see `load_model`.
 
     For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
     """
+    if is_gguf(directory):
+        with closing(Gguf(directory)) as file:
+            yield gguf_model(directory, file)
+        return
     gc.collect()  # the previous model's memory
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -232,6 +261,11 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verif
 def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: bool) -> dict[str, Any]:
     """Arguments of from_pretrained that spread a model over GPUs, leaving a tenth of each; {} if one is enough."""
     if device.type != "cuda":
+        if (needed := _weight_bytes(directory, resolve_dtype(dtype, device))) > (own := free_memory()):
+            raise UserError(
+                f"{directory} takes about {format_bytes(needed)} of memory, and {format_bytes(own)} are free; use "
+                "--dtype bfloat16, which takes half of float32, or a machine with more"
+            )
         return {}
     needed, own = _weight_bytes(directory, dtype), _free_bytes(device.index)
     if needed <= own:
@@ -274,6 +308,8 @@ def _weight_bytes(directory: Path, dtype: str) -> int:
 
 def read_max_positions(directory: Path) -> int | None:
     """The longest input in tokens; None for no limit. A UserError if `directory` is not a model."""
+    if is_gguf(directory):
+        return None  # llama.cpp computes any length
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
     return _read_config(directory).get("max_position_embeddings")

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 from pydantic.dataclasses import dataclass
 
 from moelpr.checkpoints.chain import checkpoint_chain
-from moelpr.evaluate.models import is_megatron
+from moelpr.evaluate.models import is_gguf, is_megatron
 from moelpr.model_spec import FILE_NAME
 from moelpr.process.errors import UserError
 from moelpr.store import records
@@ -117,6 +117,8 @@ def _checksum(result: Json) -> str:
 
 def fingerprint_model(directory: Path) -> str:
     """A digest of its files' names, sizes and times; the weights are too large to be read."""
+    if is_gguf(directory):
+        return fingerprint_files([directory])
     if is_megatron(directory):
         folders = [directory / HF_FOLDER, *checkpoint_chain(directory)]
         return fingerprint_files([directory / FILE_NAME, *(file for folder in folders for file in folder.rglob("*"))])

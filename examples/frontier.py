@@ -28,7 +28,7 @@ class Setting:
 
     chain: "Chain"
     gamma: float  # --lpr-loss-coeff
-    steps: int | None = None  # of stage 2; the recipe's by default
+    steps: int | None = None  # In stage 2; the recipe has others by default.
 
     @property
     def name(self) -> str:

@@ -36,7 +36,7 @@ _CHAT_LANGUAGES = (
     "japanese=ja korean=ko marathi=mr persian=fa portuguese=pt russian=ru spanish=es swedish=sv tamil=ta "
     "telugu=te thai=th ukrainian=uk urdu=ur"
 )
-_MOST_ENGLISH = 0.1  # of a page's paragraphs; words such as names stay as they are
+_MOST_ENGLISH = 0.1  # The paragraphs of a page that may stay as they are, such as names.
 _SHORTEST_CHARACTERS = 200
 Documents = Iterator[dict[str, str]]
 

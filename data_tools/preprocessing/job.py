@@ -221,7 +221,7 @@ class Job:
         settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | found.keys() if found else ():
             if (before := found.get(name)) != (now := settings.get(name)):
-                # Of many files, the one that differs.
+                # The file that differs, among many.
                 pairs = zip(before, now, strict=False) if name == "input files" else ()
                 differing = next((f" ({new[0]})" for old, new in pairs if old != new), "")
                 raise UserError(

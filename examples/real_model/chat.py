@@ -85,7 +85,7 @@ class Chat:
         return self._replies.setdefault(prompt, found[0, ids.shape[1] :].tolist())
 
     def log_probabilities(self, prompt: str, reply: list[int]) -> Any:
-        """Of each token of a reply: [tokens, vocabulary]."""
+        """The log-probabilities at each token of a reply: [tokens, vocabulary]."""
         import torch
 
         ids = self.ids(prompt)

@@ -104,7 +104,7 @@ class Filter:
         columns: The keys that it reads.
 
     Raises:
-        UserError: It is none.
+        UserError: The text is not a condition.
     """
 
     def __init__(self, text: str) -> None:

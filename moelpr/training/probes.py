@@ -1,7 +1,7 @@
 """Probes: scores of saved steps on benchmarks while the run goes on (--probe-tasks).
 
 Another process exports the step and evaluates it with lm-evaluation-harness: on a GPU that no rank uses, else on the
-CPU. Beside a training on GPUs that costs it next to nothing; a training on CPUs waits, because both would be slow.
+CPU. Next to a training on GPUs that costs it next to nothing; a training on CPUs waits, because both would be slow.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from moelpr.process.errors import UserError
 from moelpr.store import yaml_files
 from moelpr.store.run_folder import read_json, saved_step
 
-# What a launcher tells a rank; the other process is none.
+# What a launcher tells a rank, and the other process must not know.
 _OF_RANKS = (
     "RANK",
     "WORLD_SIZE",

@@ -405,7 +405,7 @@ def disturbed_network(case: Case) -> Outcome:
         if kind == "changed":
             file.write_bytes(file.read_bytes() + b"\n")
         again = run(COMMANDS[name], case.box, words)
-        if kind == "changed":  # nothing may have been written before, so that it starts anew
+        if kind == "changed":  # nothing may have been written before, so that it starts again
             again.require_clean()
             return Outcome.REFUSED if again.code else Outcome.CLEAN
         return case.judge(again, same_corpus, other)

@@ -5,11 +5,12 @@
 Greek conversations are made here; English ones are prompts with the base's own answers. After the stage `sft` with the
 LPR loss, without it, and with a review of the routers (stage 2) on the same conversations, it prints KL(base ‖ model)
 on the base's replies to 40 other English prompts, how many of those it keeps, the share of Greek letters in replies
-to Greek prompts, and how many of these end. STEPS=12 gives the steps of each stage (default: 60).
+to Greek prompts, and how many of these end.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo_corpus import write_lines
-from examples.real_model.arguments import parse
+from examples.real_model.arguments import parser_of
 from examples.real_model.base import write_base
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
@@ -37,8 +38,8 @@ TRAIN += " --train-iters {steps} --log-interval 1 --save-interval {steps} --no-s
 REVIEW = "--lpr-loss-coeff 1 --lr 5e-3 --min-lr 5e-4 --transformer-impl local --dataloader-inter-document-masking"
 # Name, stage, what it starts from, and flags; such short runs need a larger weight than 0.1.
 RUNS = (
-    ("sft", "sft", "upcycled", "--lpr-loss-coeff", "1"),
-    ("sft-without-lpr", "sft", "upcycled", "--lpr-loss-coeff", "0"),
+    ("sft", "sft", "start", "--lpr-loss-coeff", "1"),
+    ("sft-without-lpr", "sft", "start", "--lpr-loss-coeff", "0"),
     ("review", "stage2", "sft", *REVIEW.split(), "--calculate-per-token-loss"),
 )
 
@@ -123,6 +124,11 @@ def write_corpus(folder: Path, base: Path, chat: Chat) -> None:
         )
 
 
+def exported(checkpoint: Path, save: Path) -> Chat:
+    run("export", "--load", checkpoint, "--save", save, "--overwrite")
+    return Chat(save)
+
+
 def measure(base: Chat, model: Chat) -> dict[str, float | list[str]]:
     """Compare replies."""
     divergence, same, ended = [], 0, 0
@@ -145,23 +151,29 @@ def measure(base: Chat, model: Chat) -> dict[str, float | list[str]]:
 
 
 def main() -> None:
-    args = parse(__doc__, downloads=True)
+    parser = parser_of(__doc__, downloads=True, overwrite=False)
+    add, start = parser.add_argument, "checkpoint to start from, such as one after stage 2 (default: random routers)"
+    add("--start", type=Path, metavar="DIR", help=start)
+    add("--steps", type=int, default=60, metavar="N", help="steps of each stage (default: %(default)s)")
+    args = parser.parse_args()
     base, folder = args.run / "base-hf", args.run / "chat"
     write_base(base, args.cache or args.run / "downloads")
     folder.mkdir(parents=True, exist_ok=True)
     chat, results = Chat(base), {}
     write_corpus(folder, base, chat)
     results["base"] = measure(chat, chat)
-    start = folder / "upcycled"
-    run("convert", "--hf-path", base, "--save", start, "--num-new-experts", 2, "--topk", 2, "--overwrite")
+    if args.start is None:
+        args.start = folder / "upcycled"
+        run("convert", "--hf-path", base, "--save", args.start, "--num-new-experts", 2, "--topk", 2, "--overwrite")
+    results["start"] = measure(chat, exported(args.start, folder / "start-hf"))
     data = [word for language in ("el", "en") for word in ("1", folder / f"{language}_messages_document")]
-    steps = os.environ.get("STEPS", "60")
     for name, stage, before, *words in RUNS:
-        save, export = folder / name, folder / f"{name}-hf"
-        fixed = ["--pretrained-checkpoint", folder / before, "--data-path", *data, "--save", save]
-        run("train", stage, *fixed, *TRAIN.format(steps=steps).split(), *words)
-        run("export", "--load", save, "--save", export, "--overwrite")
-        results[name] = measure(chat, Chat(export))
+        save = folder / name
+        shutil.rmtree(save, ignore_errors=True)
+        checkpoint = args.start if before == "start" else folder / before
+        fixed = ["--pretrained-checkpoint", checkpoint, "--data-path", *data, "--save", save]
+        run("train", stage, *fixed, *TRAIN.format(steps=args.steps).split(), *words)
+        results[name] = measure(chat, exported(save, folder / f"{name}-hf"))
         (folder / "results.json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n")
     for name, found in results.items():
         print(name, *(f"  {key}: {value}" for key, value in found.items()), sep="\n")

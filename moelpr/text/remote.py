@@ -5,6 +5,7 @@ Credentials come from where the libraries look for them. Neither they nor a sign
 
 import gc
 import io
+import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from moelpr.process.errors import MachineError, UserError, first_line
+from moelpr.process.versions import install_command
 
 # Where to log in, by a URI's scheme.
 _LOGIN = {
@@ -235,11 +237,14 @@ def _file_system(uri: str) -> Any:
         import fsspec  # type: ignore[import-untyped]
 
         options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}  # ~/.netrc and proxies
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
         system = fsspec.filesystem(scheme, **options)
         _used.add(type(system))
         return system
     except ImportError as error:
-        raise UserError(f"{shown(uri)} needs a package that is not installed; install the extra remote") from error
+        raise UserError(
+            f"{shown(uri)} needs packages that are not installed here; run {install_command('remote')}"
+        ) from error
 
 
 def _find(uri: str, call: Callable[[Any], Any]) -> Any:

@@ -69,15 +69,15 @@ class Chat:
         answers = ["".join(token.text for step in tokens[1:] for token in step) for tokens in found]
         for history, text in zip(histories, answers, strict=True):
             history.append({"role": "assistant", "content": text})
-        yield [*self._shown(found), histories]
+        yield [*self._shown(found, "(The answer ends at once.)"), histories]
 
-    def _shown(self, found: list[list[list[Token]]]) -> list[str]:
+    def _shown(self, found: list[list[list[Token]]], empty: str = "…") -> list[str]:
         """The panel of each model, and the map."""
         export, layers = self._models[0], sorted(self._models[0].routers)
         panels = []
         for title, model, tokens in zip(("Export", "Base"), self._models, found, strict=False):
             text = "".join(token.text for step in tokens[1:] for token in step)
-            panels.append(panel(title, model.directory.name, text or "…"))
+            panels.append(panel(title, model.directory.name, text or empty))
         prompt, *steps = found[0] or [[]]
         written = [token for step in steps for token in step]
         parts = (("Prompt", prompt), ("Answer", written))

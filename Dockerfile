@@ -44,6 +44,7 @@ COPY benchmarks benchmarks
 COPY examples/demo_tasks.py examples/languages.py examples/tasks.py examples/
 COPY tests/gpu tests/gpu
 COPY tests/unit/conftest.py tests/unit/
+COPY tests/support/text_server.py tests/support/
 COPY launch launch
 # Files have the modes of the clone, whose owner may have kept them from others.
 RUN chmod --recursive a+rX LICENSE benchmarks examples tests launch

@@ -1,4 +1,9 @@
-"""datatrove's own tokenizer: FILE (of JSON lines) TOKENIZER OUTPUT WORKERS."""
+"""datatrove's own tokenizer, on a file of JSON lines.
+
+python benchmarks/baselines/datatrove_tokenizer.py FILE TOKENIZER OUTPUT WORKERS
+
+It writes tokens, without language bits and a manifest.
+"""
 
 import shutil
 import sys

@@ -65,7 +65,7 @@ def settings_json(
     """The settings and data that all results are computed from."""
     return {
         "settings": {**asdict(comparison.settings), **settings},
-        "data": {language: shown(path) for language, path in data.items()},
+        "data": {language: shown(str(path)) for language, path in data.items()},
         "original_languages": list(original),
     }
 

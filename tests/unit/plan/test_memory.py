@@ -197,7 +197,7 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
     spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage != "dense" else None, new_tokens)
     losses = {"dense": {}, "stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
-    settings: dict[str, object] = losses[stage]
+    settings: dict[str, object] = (losses | {"sft": losses["stage2"]})[stage]
     if recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
     elif recompute == "full":

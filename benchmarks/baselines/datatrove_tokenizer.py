@@ -1,6 +1,6 @@
 """datatrove's own tokenizer, on a file of JSON lines.
 
-python benchmarks/baselines/datatrove_tokenizer.py FILE TOKENIZER OUTPUT WORKERS
+    python benchmarks/baselines/datatrove_tokenizer.py FILE TOKENIZER OUTPUT WORKERS
 
 It writes tokens, without language bits and a manifest.
 """

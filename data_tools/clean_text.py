@@ -24,7 +24,7 @@ from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.machine import available_cpus
 from moelpr.process.versions import install_command
-from moelpr.store.files import locked_folder, refuse_existing
+from moelpr.store.files import LOCK_FILE, locked_folder, refuse_existing
 from moelpr.store.journal import Journal, partial_name
 
 _TASK_BYTES = 32 << 20
@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     refuse_existing([output], arguments.overwrite)
     work = partial_name(output)
     with locked_folder(work, output):
-        clean(arguments, output, work)
+        try:
+            clean(arguments, output, work)
+        except UserError:
+            if [*work.iterdir()] == [work / LOCK_FILE]:
+                shutil.rmtree(work)  # nothing in it could be resumed
+            raise
     if output.exists() and arguments.executor != "slurm":
         shutil.rmtree(work)
         print(f"done in {time.monotonic() - started:.1f} s")

@@ -262,3 +262,4 @@ def test_wrong_input_is_one_sentence(
     with pytest.raises(UserError, match=message):
         clean_text.main(["--input", "a.jsonl", "--output", "out", "--workers", "1", *arguments])
     assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.glob(".out.partial/*")] != [".lock"]  # what can't be resumed is gone

@@ -55,7 +55,8 @@ def write_index(folder: Path, name: str, texts: Iterable[str], config: NGramsDec
     name = Path(name).name
     while (file := folder / f"{name}.index.hashes").exists():
         name += "'"
-    np.array(sorted(hashes), dtype=config.hash_config.np_descr).tofile(file)
+    # numpy's `tofile` says nothing of a disk that fills.
+    file.write_bytes(np.array(sorted(hashes), dtype=config.hash_config.np_descr).tobytes())
     return texts_read, short
 
 

@@ -20,6 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS, MAX_EXPERTS = 10_000, 4096
 
 _Size = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Multiplier = Annotated[float, Field(gt=0, le=1e6)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,6 +49,13 @@ class MegatronArgs(TypedDict):
     window_size: NotRequired[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
     use_rope_scaling: NotRequired[bool]
     rope_scaling_factor: NotRequired[Annotated[float, Field(ge=1e-3, le=1e6)]]
+    rotary_interleaved: NotRequired[bool]
+    # Granite's multipliers, all or none.
+    softmax_scale: NotRequired[_Multiplier]
+    residual_multiplier: NotRequired[_Multiplier]
+    use_mup: NotRequired[bool]
+    mup_embedding_mult: NotRequired[_Multiplier]
+    mup_output_mult: NotRequired[_Multiplier]
     # The layers of every family have these.
     normalization: Literal["RMSNorm"]
     swiglu: Literal[True]

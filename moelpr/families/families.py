@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.families.hf_config import read_config
-from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE, MoeClass
+from moelpr.families.moe_classes import (
+    ERNIE_MOE,
+    GRANITE_MOE,
+    MIXTRAL,
+    MOE_CLASSES,
+    MULTIPLIERS,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    MoeClass,
+    has_multipliers,
+)
 from moelpr.families.tables import NameTable, llama_like_table
+from moelpr.families.unsupported import reason_against
 from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
 
@@ -19,6 +30,9 @@ _MISTRAL = "mistral"
 
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
 COPIES_KEY = "original_copies"
+
+# Biases that a family's key may ask for, and that Megatron's layers, or the stock classes, lack.
+_OTHER_BIASES = ("attention_out_bias", "mlp_bias", "use_bias")
 
 # transformers has defaults for these, which are another model's.
 _REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -29,16 +43,20 @@ _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_p
 # --- config.json to Megatron's arguments
 
 
-def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any]:
+def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
     """Megatron's arguments for a Llama-like decoder; UserError if Megatron would compute something else."""
     if config.hidden_act != "silu":
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
     if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
-    for name in ("attention_bias", "mlp_bias"):
-        # GraniteMoe's attention_bias is read as a family's biases on queries, keys and values; its fourth must be zero.
-        if getattr(config, name, False) and not (config.model_type == GRANITE_MOE.name and name == "attention_bias"):
-            raise UserError(f"{name}: true is unsupported: no stock MoE class has these biases")
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
+        raise UserError(f"layer_types must be 'full_attention' in all layers, got also {', '.join(map(str, others))}")
+    # attention_bias is read as a family's biases on queries, keys and values; GraniteMoe's fourth must be zero.
+    expected_biases = {"attention_bias": family.qkv_bias} | dict.fromkeys(_OTHER_BIASES, False)
+    for name, expected in expected_biases.items():
+        if bool(found := getattr(config, name, expected)) != expected:
+            has = "has these biases" if found else "lacks these biases"
+            raise UserError(f"{name}: {str(found).lower()} is unsupported: no stock MoE class {has}")
     # Other classes ignore the key.
     window = config.sliding_window if config.model_type in (_MISTRAL, MIXTRAL.name) else None
     heads = config.num_attention_heads
@@ -59,14 +77,30 @@ def llama_like_args(config: Any, qkv_bias: bool, qk_norm: bool) -> dict[str, Any
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": qkv_bias,
-        "qk_layernorm": qk_norm,
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
+        **({"rotary_interleaved": True} if family.interleaved_rope else {}),
+        **(_multiplier_args(config) if family.has_multipliers else {}),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         # Megatron's defaults are 0.1.
-        "attention_dropout": float(config.attention_dropout),
+        "attention_dropout": float(getattr(config, "attention_dropout", 0.0)),
         "hidden_dropout": 0.0,
         "init_method_std": config.initializer_range,
+    }
+
+
+def _multiplier_args(config: Any) -> dict[str, Any]:
+    """Granite's multipliers: three are those of Megatron's muP, at whose base width nothing else changes."""
+    for name in MULTIPLIERS:
+        if not 0 < (value := getattr(config, name)) < math.inf:
+            raise UserError(f"{name} must be above 0, got {value}")
+    return {
+        "softmax_scale": float(config.attention_multiplier),
+        "residual_multiplier": float(config.residual_multiplier),
+        "use_mup": True,
+        "mup_embedding_mult": float(config.embedding_multiplier),
+        "mup_output_mult": 1.0 / config.logits_scaling,
     }
 
 
@@ -131,6 +165,8 @@ class Family:
     Attributes:
         qkv_bias: Whether queries, keys and values have biases.
         qk_norm: Whether attention normalizes queries and keys.
+        interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
+        has_multipliers: Whether it has Granite's multipliers.
     """
 
     name: str
@@ -139,6 +175,13 @@ class Family:
     moe_class: MoeClass
     qkv_bias: bool = False
     qk_norm: bool = False
+    interleaved_rope: bool = False
+    has_multipliers: bool = False
+
+    @property
+    def attention(self) -> tuple[bool, bool, bool, bool]:
+        """What an MoE class must share with the family."""
+        return self.qkv_bias, self.qk_norm, self.interleaved_rope, self.has_multipliers
 
     @property
     def table(self) -> NameTable:
@@ -148,7 +191,7 @@ class Family:
 
     def megatron_args(self, config: Any) -> dict[str, Any]:
         """Megatron's arguments for transformers' config of the dense or the MoE class; UserError if unsupported."""
-        return llama_like_args(config, self.qkv_bias, self.qk_norm)
+        return llama_like_args(config, self)
 
     def written_as(self, moe_class: MoeClass) -> "Family":
         """The family with another MoE class than its default; see `MoeClass.misfit`."""
@@ -192,6 +235,10 @@ LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
 MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
+GRANITE = Family("granite", "GraniteForCausalLM", "granite", GRANITE_MOE, has_multipliers=True)
+ERNIE = Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", ERNIE_MOE, interleaved_rope=True)
+HELIUM = Family("helium", "HeliumForCausalLM", "helium", ERNIE_MOE, interleaved_rope=True)
+SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, qkv_bias=True)
 
 
 def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | None]:
@@ -208,13 +255,13 @@ def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | No
 
 # --- lookup
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE, HELIUM, SEED_OSS)}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     """The family of a config.json, and whether it is an MoE, whose class the family then has; UserError if none fits.
 
-    Llama and Mistral share their MoE classes and their table.
+    Families of one MoE class share their table; an MoE's is the first of them.
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES.values():
@@ -224,12 +271,15 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     for moe_class in MOE_CLASSES.values():
         if moe_class.architecture in architectures:
             has_bias = bool(config.get("attention_bias")) if moe_class.has_qkv_bias is None else moe_class.has_qkv_bias
-            attention = has_bias, moe_class.has_qk_norm
-            family = next(f for f in FAMILIES.values() if (f.qkv_bias, f.qk_norm) == attention)
+            is_granite = moe_class.may_have_multipliers and not has_bias and has_multipliers(config)
+            wanted = has_bias, moe_class.has_qk_norm, moe_class.has_interleaved_rope, is_granite
+            family = next(family for family in FAMILIES.values() if family.attention == wanted)
             return family.written_as(moe_class), True
+    found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
+    if (reason := reason_against(config, [f.model_type for f in FAMILIES.values()])) is not None:
+        raise UserError(f"a {found} cannot be upcycled: {reason}; docs/models.md lists the models that can")
     known = [family.architecture for family in FAMILIES.values()]
     known += [moe_class.architecture for moe_class in MOE_CLASSES.values()]
-    found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 
 

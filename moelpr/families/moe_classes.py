@@ -1,5 +1,6 @@
 """Stock MoE classes of transformers: how each names an MoE layer's tensors, its config.json, and what it can hold."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,8 @@ class MoeClass:
         has_qk_norm: Whether its attention normalizes queries and keys.
         may_mix_layers: Whether it supports layers without experts.
         may_have_window: Whether it supports a sliding window in all layers.
+        has_interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
+        may_have_multipliers: Whether it has Granite's multipliers.
         may_set_head_dim: Whether heads may be of another width than hidden_size / num_attention_heads.
     """
 
@@ -36,6 +39,8 @@ class MoeClass:
     bias_zeros: dict[str, str] = field(default_factory=dict)
     has_qkv_bias: bool | None = False
     has_qk_norm: bool = False
+    has_interleaved_rope: bool = False
+    may_have_multipliers: bool = False
     may_mix_layers: bool = False
     may_have_window: bool = False
     may_set_head_dim: bool = True
@@ -48,6 +53,10 @@ class MoeClass:
             return "it normalizes queries and keys" if self.has_qk_norm else "it cannot normalize queries and keys"
         if self.has_qkv_bias not in (None, args["add_qkv_bias"]):
             return f"its attention has {'' if self.has_qkv_bias else 'no '}biases"
+        if self.has_interleaved_rope != args.get("rotary_interleaved", False):
+            return "its RoPE turns other pairs of channels"
+        if args.get("use_mup", False) and not self.may_have_multipliers:
+            return "it has no multipliers"
         if spec.moe is not None and len(spec.moe.layers) < args["num_layers"] and not self.may_mix_layers:
             return "it has experts in every layer"
         if window is not None and not self.may_have_window:
@@ -128,16 +137,34 @@ QWEN3_MOE = MoeClass(
 )
 
 
+# Granite's keys of config.json.
+MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
+
+
+def _granite_multipliers(args: dict[str, Any]) -> dict[str, float]:
+    """The multipliers of a model; one of another family has those with which Granite computes the same."""
+    return {
+        "attention_multiplier": args.get("softmax_scale", args["kv_channels"] ** -0.5),
+        "embedding_multiplier": args.get("mup_embedding_mult", 1.0),
+        "residual_multiplier": args.get("residual_multiplier", 1.0),
+        # Megatron multiplies by the reciprocal, whose own is not always exactly the number.
+        "logits_scaling": round(1.0 / args.get("mup_output_mult", 1.0), 12),
+    }
+
+
+def has_multipliers(config: dict[str, Any]) -> bool:
+    """Whether the config.json of a GraniteMoe asks for another computation than Mixtral's."""
+    width = config.get("head_dim") or config.get("hidden_size", 0) / (config.get("num_attention_heads") or 1) or 1
+    neutral = _granite_multipliers({"kv_channels": width})
+    return any(not math.isclose(config.get(name, 1.0), value) for name, value in neutral.items())
+
+
 def _granite_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
     return {
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.topk,
         "attention_bias": spec.megatron_args["add_qkv_bias"],
-        # With these, Granite's four multipliers compute what other classes do.
-        "attention_multiplier": spec.megatron_args["kv_channels"] ** -0.5,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
+        **_granite_multipliers(spec.megatron_args),
     }
 
 
@@ -156,7 +183,33 @@ GRANITE_MOE = MoeClass(
     # One setting gives biases to all four projections, but Qwen2's attention output has none.
     bias_zeros={"model.layers.{i}.self_attn.o_proj.bias": "hidden"},
     has_qkv_bias=None,
+    may_have_multipliers=True,
     may_set_head_dim=False,
 )
 
-MOE_CLASSES = {moe_class.name: moe_class for moe_class in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE)}
+
+def _ernie_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    return {
+        "moe_num_experts": moe.num_experts,
+        "moe_k": moe.topk,
+        "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
+        "moe_num_shared_experts": 0,
+        "moe_layer_start_index": 0,
+        "moe_layer_end_index": spec.megatron_args["num_layers"] - 1,
+        "moe_layer_interval": 1,
+        "use_bias": False,
+    }
+
+
+ERNIE_MOE = MoeClass(
+    name="ernie4_5_moe",
+    architecture="Ernie4_5_MoeForCausalLM",
+    # The renormalized softmax of all, chosen by its sum with a bias, which is zero.
+    ffn=_QWEN_MOE_ROWS,
+    config=_ernie_moe_config,
+    required=("moe_num_experts", "moe_k", "moe_intermediate_size"),
+    zeros={"model.layers.{i}.mlp.moe_statics.e_score_correction_bias": "one experts"},
+    has_interleaved_rope=True,
+)
+
+MOE_CLASSES = {kind.name: kind for kind in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, ERNIE_MOE)}

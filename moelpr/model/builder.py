@@ -20,6 +20,7 @@ from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
 from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
+from moelpr.model.residual import scaled_bias_dropout_add
 from moelpr.model.router import LPRRouter
 
 
@@ -47,6 +48,13 @@ def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> Tra
 
 
 def _dense_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
+    spec = _plain_layer(config, use_te)
+    if config.residual_multiplier != 1.0:
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scaled_bias_dropout_add(config.residual_multiplier)
+    return spec
+
+
+def _plain_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     if use_te:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")

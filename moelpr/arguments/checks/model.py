@@ -13,7 +13,7 @@ from moelpr.stages import MOE_STAGES
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
 # Values of a model whose description does not mention them.
-_ABSENT = {"window_size": None, "use_rope_scaling": False}
+_ABSENT = {"window_size": None, "use_rope_scaling": False, "softmax_scale": None, "residual_multiplier": 1.0}
 
 # Flags that a dense model or its stage would ignore.
 _EXPERT_FLAGS = (

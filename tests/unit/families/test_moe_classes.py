@@ -43,6 +43,8 @@ from tests.support.hf_models import (
             "its heads are .* wide, not 16; pass --as mixtral",
         ),
         ("Qwen2ForCausalLM", {}, "mixtral", "its attention has no biases; pass --as qwen2_moe or granitemoe"),
+        ("GraniteForCausalLM", {"residual_multiplier": 0.2}, "mixtral", "it has no multipliers; pass --as granitemoe"),
+        ("Ernie4_5ForCausalLM", {}, "mixtral", "its RoPE turns other pairs of channels; pass --as ernie4_5_moe"),
         ("Qwen3ForCausalLM", {"head_dim": 8}, "mixtral", "it cannot normalize queries and keys; pass --as qwen3_moe"),
     ],
 )
@@ -115,6 +117,18 @@ def test_a_granitemoe_is_extended_like_any_moe(granite: Path, tmp_path: Path) ->
     assert (our_logits(tmp_path / "second") - logits[1]).abs().max() <= 5e-5
 
 
+def test_a_granitemoe_with_multipliers_is_extended(make_model, tmp_path: Path) -> None:
+    """As IBM publishes it: the experts differ from each other, and the multipliers are those of no other class."""
+    multipliers = {"embedding_multiplier": 6.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4}
+    source = make_model("GraniteMoeForCausalLM", num_local_experts=3, logits_scaling=3.0, **multipliers)
+    assert hf_to_mcore(source, tmp_path / "megatron", NewExperts(2), start=Start(noise=0.5)).family == "granite"
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    assert largest_difference(compare_frozen(source, tmp_path / "hf")) == 0.0
+    exported = load_stock(tmp_path / "hf", "GraniteMoeForCausalLM")
+    assert {name: getattr(exported.config, name) for name in multipliers} == multipliers
+    assert (our_logits(tmp_path / "megatron") - stock_logits(exported)).abs().max() <= 2e-5
+
+
 def test_base_and_delta_give_the_bytes_of_a_granitemoe(granite: Path, dense: Path, tmp_path: Path) -> None:
     mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True, as_class="granitemoe")
     names = tensors_of(tmp_path / "delta")
@@ -174,7 +188,7 @@ def test_a_stack_with_another_number_of_experts_is_rejected(qwen2, tmp_path, exp
 @pytest.mark.parametrize("moe_class", MOE_CLASSES.values(), ids=lambda moe_class: moe_class.name)
 def test_a_key_without_which_transformers_assumes_another_model_is_required(moe_class, tmp_path) -> None:
     config = CONFIG_MAPPING[moe_class.name]().to_dict() | {"architectures": [moe_class.architecture]}
-    for required in ("num_experts_per_tok", *moe_class.required):
+    for required in moe_class.required:
         left = {key: value for key, value in config.items() if key not in required.split(" or ")}
         (tmp_path / "config.json").write_text(json.dumps(left))
         with pytest.raises(UserError, match=f"config.json lacks {required}; restore it"):

@@ -1,0 +1,25 @@
+"""What a layer does with the output of attention or FFN where Megatron would only add it to the residual."""
+
+from collections.abc import Callable
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from torch import Tensor
+
+# (output, bias), residual, dropout → the new residual.
+AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], AddResidual]:
+    """Megatron's `get_bias_dropout_add` for layers that multiply their outputs, as Granite's do."""
+
+    def get_scaled(training: bool, fused: bool) -> AddResidual:
+        add = get_bias_dropout_add(training, fused)
+
+        def add_scaled(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            assert bias is None, "the linear layers of every family have none"
+            return add((output * multiplier, None), residual, dropout)
+
+        return add_scaled
+
+    return get_scaled

@@ -49,18 +49,14 @@ def answer(
     """
     from transformers import DynamicCache
 
-    ids, cache, shown = [*prompt], DynamicCache(config=loaded.model.config), 0
-    new: list[int] = ids
+    new, cache, texts = [*prompt], DynamicCache(config=loaded.model.config), TokenTexts(loaded.tokenizer)
     for _ in range(max_new_tokens + 1):
         logits_V, routes = _step(loaded, new, cache)
-        texts = token_texts(loaded.tokenizer, ids)[shown:]
-        yield [Token(text, route) for text, route in zip(texts, routes, strict=True)]
-        shown = len(ids)
+        yield [Token(texts.add(id), route) for id, route in zip(new, routes, strict=True)]
         chosen = logits_V.argmax() if temperature == 0 else (logits_V / temperature).softmax(dim=-1).multinomial(1)
         if int(chosen) in end_ids(loaded):
             return
         new = [int(chosen)]
-        ids += new
 
 
 def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list[Route]]:
@@ -92,17 +88,24 @@ def end_ids(loaded: LoadedModel) -> set[int]:
     return {id for id in [*(found if isinstance(found, list) else [found]), loaded.eos_id] if id is not None}
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+class TokenTexts:
     """What each token adds to the text of those before."""
-    texts, start = [], 0
-    for end in range(1, len(ids) + 1):
-        # Some tokenizers drop the space of a first token, so another one comes before.
-        before = tokenizer.decode(ids[max(0, start - 1) : start])
-        text = tokenizer.decode(ids[max(0, start - 1) : end])[len(before) :]
-        is_complete = not text.endswith("\ufffd")
-        texts.append(text if is_complete else "")
-        start = end if is_complete else start
-    return texts
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        # Some tokenizers drop the space of a first token, so the last one of the text before stays.
+        self._before: list[int] = []
+        self._incomplete: list[int] = []
+
+    def add(self, id: int) -> str:
+        """The text of the next token; empty if its character is complete only with a later one."""
+        before = self.tokenizer.decode(self._before)
+        self._incomplete.append(id)
+        text = str(self.tokenizer.decode(self._before + self._incomplete)[len(before) :])
+        if text.endswith("\ufffd"):
+            return ""
+        self._before, self._incomplete = [id], []
+        return text
 
 
 def prompt_ids(loaded: LoadedModel, messages: list[dict[str, str]]) -> list[int]:

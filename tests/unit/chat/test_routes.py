@@ -10,7 +10,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.chat.drawing import colour, panel, routes_panel
-from moelpr.chat.routes import Token, answer, original_share, prompt_ids, token_texts
+from moelpr.chat.routes import Token, TokenTexts, answer, original_share, prompt_ids
 from moelpr.evaluate.models import LoadedModel, load_model
 from moelpr.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML
@@ -105,8 +105,8 @@ def test_texts_of_tokens_are_the_text_in_pieces() -> None:
         def decode(self, ids):
             return bytes(ids).decode(errors="replace")
 
-    text = "Ναι, 光!"
-    pieces = token_texts(Bytes(), text.encode())
+    text, texts = "Ναι, 光!", TokenTexts(Bytes())
+    pieces = [texts.add(byte) for byte in text.encode()]
     assert "".join(pieces) == text
     assert pieces[:3] == ["", "Ν", ""] and len(pieces) == len(text.encode())
 

@@ -127,6 +127,7 @@ class RunMetrics:
     steps: list[Step] = field(default_factory=list)
     validations: list[ValidationEvent] = field(default_factory=list)
     warnings: list[WarningEvent] = field(default_factory=list)
+    probes: list[ProbeEvent] = field(default_factory=list)
 
 
 class LineParser:
@@ -174,6 +175,7 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
     steps: dict[int, Step] = {}
     passes: dict[int, ValidationEvent] = {}
     warnings: list[WarningEvent] = []
+    probes: dict[int, ProbeEvent] = {}
     with_layers: list[int] = []  # steps after the first ones that still have their values per layer
     for record in read_records(path):
         iteration, event = record["iteration"], record.get("event")
@@ -181,13 +183,19 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
             warnings.append(record)
         elif event == "validation":
             passes[iteration] = record
+        elif event == "probe":
+            probes[record["step"]] = record
         elif event is None:
             steps[iteration] = record
             if layers_at_ends is not None and len(steps) > layers_at_ends:
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
                     _keep_means(steps[with_layers.pop(0)])
-    return RunMetrics([steps[key] for key in sorted(steps)], [passes[key] for key in sorted(passes)], warnings)
+    return RunMetrics(_sorted(steps), _sorted(passes), warnings, _sorted(probes))
+
+
+def _sorted[R](records: dict[int, R]) -> list[R]:
+    return [records[step] for step in sorted(records)]
 
 
 def read_records(path: Path) -> Iterator[Any]:

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--check", action="store_true", help=check)
     add = command.add_argument
     redo = "training to start again after an edit, with those after it; what they had is kept in STAGE.before-1"
-    add("--redo", choices=("stage0", "stage1", "stage2"), metavar="STAGE", help=redo)
+    add("--redo", choices=("stage0", "stage1", "stage2", "sft"), metavar="STAGE", help=redo)
     where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
     add("--on", choices=("local", *SUBMIT), default="local", help=where)
     add("--render-only", action="store_true", help="write the files for the cluster, but submit nothing")

@@ -23,6 +23,7 @@ class Places:
     Attributes:
         is_downloaded: Whether the base is a model of the Hub, which is downloaded into the project's folder.
         expanded: Codes of the expanded languages; `original` likewise.
+        conversations: Codes of the languages that have some.
         languages: All languages by code, expanded ones first.
     """
 
@@ -38,7 +39,9 @@ class Places:
         self.tokenizer = self.folder / "tokenizer" if self.project.vocabulary else self.base
         self.upcycled, self.export, self.chat = (self.folder / name for name in ("upcycled", "hf", "chat"))
         self.evaluation = self.folder / "evaluation"
+        self.conversations = [code for code, language in self.languages.items() if language.conversations]
         self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1", "stage2"]
+        self.stages += ["sft"] if self.conversations else []
 
     @cached_property
     def layouts(self) -> Layouts:
@@ -70,6 +73,10 @@ class Places:
         """The prefix of a corpus: of a language, of its held-out text (CODE_validation), or replay."""
         language = self.languages.get(name.removesuffix("_validation"))
         return self.folder / "data" / f"{name}_{language.json_key if language else 'text'}_document"
+
+    def chat_corpus(self, code: str) -> Path:
+        """The prefix of the corpus of a language's conversations."""
+        return self.folder / "data" / f"{code}_chat_messages_document"
 
     def manifest(self, name: str) -> Path:
         return Path(f"{self.corpus(name)}.manifest.json")

@@ -64,6 +64,10 @@ class Language:
     """Key of the text in a document."""
     filter: str | None = None
     """Condition on the documents' keys or columns, such as language_score >= 0.9 (default: all)."""
+    conversations: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
+        default_factory=list
+    )
+    """Files of conversations, lists of messages, on which the stage sft trains after stage 2 (default: none)."""
 
 
 LanguageText = Annotated[Language, BeforeValidator(_as_text, json_schema_input_type=Language | list[str] | str)]
@@ -224,6 +228,8 @@ class Project:
     """New tokens for the expanded languages (default: none)."""
     chat: str | None = None
     """The base after its post-training, directory or Hub name, whose difference makes the result a chat model."""
+    chat_template: str | None = None
+    """Folder of a chat model whose template the languages' conversations are written in (default: the base's own)."""
     benchmarks: Benchmarks | None = None
     """Benchmarks of lm-evaluation-harness, for base and result (default: none; requires the extra eval)."""
     trackers: Trackers = field(default_factory=Trackers)

@@ -128,6 +128,7 @@ def _check(file: ProjectFile) -> None:
             except UserError as error:
                 place = "languages", group, name
                 raise UserError(f"{file.at(*place)}{'.'.join(place)}: {error}") from None
+    _check_conversations(file)
     for step, flags in project.steps.items():
         if step not in STEPS:
             nearest = difflib.get_close_matches(step, STEPS, n=1)
@@ -137,6 +138,26 @@ def _check(file: ProjectFile) -> None:
             raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is set by moelpr run; remove it")
 
 
+def _check_conversations(file: ProjectFile) -> None:
+    languages, template = file.project.languages, file.project.chat_template
+    has_some = {
+        group: any(language.conversations for language in getattr(languages, group).values())
+        for group in ("expanded", "original")
+    }
+    if template and not any(has_some.values()):
+        raise UserError(f"{file.at('chat_template')}chat_template requires conversations in a language; add them")
+    if template and not Path(template).is_dir():
+        raise UserError(
+            f"{file.at('chat_template')}chat_template: there is no folder {template}; download the chat model"
+        )
+    is_kept = "lpr-loss-coeff" in file.project.steps.get("sft", {})
+    if has_some["expanded"] and not has_some["original"] and not is_kept:
+        raise UserError(
+            f"{file.at('languages', 'original')}no original language has conversations, which keep what the model "
+            "answers in it; add some, or set steps.sft.lpr-loss-coeff to 0"
+        )
+
+
 def _check_text(language: Language, has_corpora: bool) -> None:
     if language.filter:
         Filter(language.filter)
@@ -144,13 +165,14 @@ def _check_text(language: Language, has_corpora: bool) -> None:
         raise UserError("it has no text; add text: FILE")
     if has_corpora and not language.held_out:
         raise UserError("it requires held_out: FILE, because corpora are given")
-    for uri in filter(remote.is_remote, [*language.text, language.held_out or ""]):
+    for uri in filter(remote.is_remote, [*language.text, *language.conversations, language.held_out or ""]):
         if remote.shown(uri) != uri:
             raise UserError(
                 f"{remote.shown(uri)} has a query, which logs would show; download it, or pass its s3:// URI"
             )
     held_out = [Path(language.held_out)] if language.held_out and not remote.is_remote(language.held_out) else []
-    for path in [*text_files(language), *held_out]:
+    conversations = [Path(name) for name in found_text(*language.conversations) if not remote.is_remote(name)]
+    for path in [*text_files(language), *held_out, *conversations]:
         if not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
         if not path.stat().st_size and len(found_text(*language.text)) < 2:

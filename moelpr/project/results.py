@@ -23,12 +23,13 @@ def result_tasks(places: Places) -> list[Task]:
 def export(places: Places) -> Task:
     """Write the result as a Hugging Face model."""
     fixed: dict[str, Any] = {
-        "load": places.folder / "stage2",
+        "load": places.folder / places.stages[-1],
         "save": places.export,
+        "chat-template-from": places.project.chat_template,
         "base-model": places.model_name if places.is_downloaded else None,
         "overwrite": True,
     }
-    return _writes_model(places, "export", fixed, places.export, "stage2")
+    return _writes_model(places, "export", fixed, places.export, places.stages[-1])
 
 
 def graft(places: Places) -> Task:

@@ -10,11 +10,13 @@ from moelpr.arguments.recipes import read_recipe, recipe_argv
 STEPS = {
     "vocabulary": "extend-tokenizer",
     "preprocess": "preprocess",
+    "conversations": "preprocess",
     "replay": "sample",
     "convert": "convert",
     "stage0": "train stage0",
     "stage1": "train stage1",
     "stage2": "train stage2",
+    "sft": "train sft",
     "export": "export",
     "graft": "graft",
     "evaluate": "evaluate text",
@@ -27,7 +29,7 @@ STEPS = {
 # A project decides these by itself; every other flag of a step can be set under its name.
 OWN_FLAGS = frozenset(
     "input output-prefix tokenizer-type tokenizer-model language original-languages hf-path save load base instruct "
-    "model data output extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite".split()
+    "model data output conversations chat-template-from extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite".split()
 )
 # They decide how fast a step is, not what it writes: nothing is done again when they change.
 SPEED_FLAGS = frozenset(
@@ -38,7 +40,7 @@ SPEED_FLAGS = frozenset(
 )
 # A user who sets one of these for a stage decides how long it trains.
 LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
-RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2"}
+RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}
 
 Flags = Mapping[str, Any]
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
-from moelpr.project.reading import text_bytes, text_files
-from moelpr.project.steps import settings, words
+from moelpr.project.reading import found_text, text_bytes, text_files
+from moelpr.project.steps import settings, stage_flags, words
+from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -22,7 +23,7 @@ def text_tasks(places: Places) -> list[Task]:
     found += [vocabulary(places)] if project.vocabulary else []
     if not project.corpora:
         found += [*(preprocess(places, code) for code in places.languages), replay(places)]
-    return found
+    return [*found, *(conversations(places, code) for code in places.conversations)]
 
 
 def download(places: Places) -> Task:
@@ -83,6 +84,37 @@ def preprocess(places: Places, code: str) -> Task:
         cpus=int(own.get("workers", _WORKERS)),
         minutes=0.1 + size / _BYTES_PER_MINUTE,
         disk_gib=2 * size / 2**30,
+    )
+
+
+def conversations(places: Places, code: str) -> Task:
+    """Tokenize the conversations of a language by the chat template."""
+    files, own = places.languages[code].conversations, places.own("conversations")
+    corpus = places.chat_corpus(code)
+    prefix = corpus.with_name(corpus.name.removesuffix("_messages_document"))
+    fixed: dict[str, Any] = {
+        "input": files,
+        "conversations": True,
+        "chat-template-from": places.project.chat_template,
+        "max-tokens": stage_flags("sft", places.own("sft")).get("seq-length"),
+        "output-prefix": prefix,
+        "language": code,
+        "original-languages": ",".join(places.original),
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": places.tokenizer,
+        "resume": True,
+        "overwrite": True,
+    }
+    return Task(
+        name=f"conversations-{code}",
+        command=words("conversations", own, fixed),
+        settings=settings(own),
+        made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
+        files=tuple(Path(file) for file in found_text(*files) if not is_remote(file)),
+        unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
+        is_complete=Path(f"{corpus}.manifest.json").is_file,
+        corpora=(corpus,),
+        cpus=int(own.get("workers", _WORKERS)),
     )
 
 

@@ -54,7 +54,6 @@ def stage(places: Places, name: str, before: str) -> Task:
     """A stage, which starts from the output of the task `before`; its text decides its command."""
     save, layout, own = places.folder / name, places.layouts.of(name), places.own(name)
     recipe = recipe_of(name, own)
-    sources = ["replay"] if name == "stage2" else [f"preprocess-{code}" for code in _codes(places, name)]
 
     def command() -> list[str]:
         return words(name, own, _fixed(places, name, before, data(places, name), length(places, name)))
@@ -64,7 +63,7 @@ def stage(places: Places, name: str, before: str) -> Task:
         name=name,
         command=command,
         settings=[*layout.flags, *places.trackers, *settings(own)],
-        made_from=(before, *([] if places.project.corpora else sources)),
+        made_from=(before, *_sources(places, name)),
         # It only measures on held-out text.
         decided_by=places.text_tasks if validation(places, name) else (),
         files=(*([find_recipe(recipe)] if recipe else []), *corpus_files(places, name)),
@@ -117,6 +116,7 @@ def _fixed(places: Places, stage: str, before: str, data: Sequence[str], length:
         "train-new-embeddings": bool(places.project.vocabulary) and stage == "stage1",
         "validation-data": validation(places, stage),
         **(_STAGE0_FLAGS if stage == "stage0" else {}),
+        "mix": "temperature=1" if stage == "sft" and len(places.conversations) > 1 else None,
         **length,
     }
 
@@ -130,6 +130,15 @@ def _gpus(places: Places) -> Cluster:
     return cluster
 
 
+def _sources(places: Places, stage: str) -> list[str]:
+    """The tasks that make the text of a stage."""
+    if stage == "sft":
+        return [f"conversations-{code}" for code in places.conversations]
+    if places.project.corpora:
+        return []
+    return ["replay"] if stage == "stage2" else [f"preprocess-{code}" for code in _codes(places, stage)]
+
+
 def _codes(places: Places, stage: str) -> Collection[str]:
     """The languages whose corpora a stage reads; stage 2 has one of its own."""
     return {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[stage]
@@ -141,6 +150,8 @@ def data(places: Places, stage: str) -> list[str]:
     Raises:
         UserError: The corpora that decide it are not there yet, or the mix does not work with them.
     """
+    if stage == "sft":
+        return [str(places.chat_corpus(code)) for code in places.conversations]
     if corpora := places.project.corpora:
         return [*map(str, corpora.stage2 if stage == "stage2" else corpora.stage1)]
     if stage == "stage2":
@@ -153,7 +164,7 @@ def data(places: Places, stage: str) -> list[str]:
 
 def corpus_files(places: Places, stage: str) -> list[Path]:
     """The files of corpora that the user has made."""
-    corpora = places.project.corpora
+    corpora = places.project.corpora if stage != "sft" else None
     words = (corpora.stage2 if stage == "stage2" else corpora.stage1) if corpora else []
     prefixes = [word for word in words if isinstance(word, str) and not word.replace(".", "").isdigit()]
     return [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx", "lang")]
@@ -162,7 +173,7 @@ def corpus_files(places: Places, stage: str) -> list[Path]:
 def length(places: Places, stage: str) -> dict[str, Any]:
     """The flag that says how long a stage trains, unless the user's do."""
     project = places.project
-    if LENGTH_FLAGS & places.own(stage).keys():
+    if stage == "sft" or LENGTH_FLAGS & places.own(stage).keys():  # the recipe of sft has its length
         return {}
     if stage == "stage2":
         return {"train-epochs": project.replay.epochs}
@@ -185,7 +196,7 @@ def expected_tokens(places: Places, stage: str) -> float | None:
 
 def validation(places: Places, stage: str) -> list[str] | None:
     """The value of a stage's --validation-data."""
-    if places.project.corpora or stage == "stage0":
+    if places.project.corpora or stage in ("stage0", "sft"):
         return None
     codes = [code for code, language in places.languages.items() if not language.held_out]
     return [f"{code}={places.corpus(f'{code}_validation')}" for code in codes] or None

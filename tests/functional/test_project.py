@@ -51,5 +51,6 @@ def test_a_project_runs_from_text_to_model_over_a_stop(tmp_path: Path) -> None:
     assert {*json.dumps(results).split('"')} >= {"base", "moe-lpr", "el", "en"}
     chat = load_stock(tmp_path / "out" / "chat", "Qwen2MoeForCausalLM")
     assert chat.config.vocab_size == 541 and "user" in (tmp_path / "out/chat/chat_template.jinja").read_text()
+    assert "--load out/sft " in (tmp_path / "out/logs/export.json").read_text()
     model = load_stock(tmp_path / "out" / "hf", "Qwen2MoeForCausalLM")
     assert model.config.num_experts == 4 and "model-index" in (tmp_path / "out/hf/README.md").read_text()

@@ -1,5 +1,6 @@
 """A project that a CPU finishes in a minute: a tiny Qwen2, and text in FineWeb-2's layout."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> P
 
     Args:
         steps: Steps of each stage.
-        is_for_chat: Also extend the vocabulary, and add the post-training of another model.
+        is_for_chat: Also extend the vocabulary, train on conversations, and add the post-training of another model.
     """
     _save_models(folder / "base", folder / "chat" if is_for_chat else None)
     text = folder / "fineweb-2" / "data"
@@ -55,7 +56,13 @@ def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> P
     }
     if is_for_chat:
         content |= {"vocabulary": {"new_tokens": 40}, "chat": "chat"}
-        content["steps"]["stage0"] = batch
+        content["steps"] |= {"stage0": batch, "sft": batch | {"train-iters": 2}, "conversations": {"workers": 1}}
+        for group, language in (("expanded", "el"), ("original", "en")):
+            turns = [[("user", text), ("assistant", text[::-1])] for text in documents_in(language, 20)]
+            lines = [{"messages": [{"role": role, "content": text[:9]} for role, text in turn]} for turn in turns]
+            (folder / f"{language}-chat.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            languages = content["languages"][group]
+            languages[language] = {"text": languages[language], "conversations": f"{language}-chat.jsonl"}
     path = folder / "languages.yaml"
     path.write_text(dump(content))
     return path

@@ -147,6 +147,30 @@ def test_corpora_that_exist_take_the_place_of_text(write: Write) -> None:
     assert [str(file) for file in corpus_files(places, "stage1")] == ["a/el.bin", "a/el.idx", "a/el.lang"]
 
 
+def test_conversations_are_a_last_stage_whose_result_is_exported(write: Write) -> None:
+    talk = {"text": "el.jsonl", "conversations": "el.jsonl"}
+    kept = {"text": "en.jsonl", "conversations": ["en.jsonl", "es.jsonl"]}
+    languages = {"expanded": {"el": talk, "hu": "hu.jsonl"}, "original": {"en": kept}}
+    found = tasks(write(languages=languages, chat_template="base", steps={"sft": {"seq-length": 512}}))
+    assert {*found} - {*STEPS} == {"conversations-el", "conversations-en", "sft"}
+    words = flags(found["conversations-en"])
+    assert words["--input"] == ["en.jsonl", "es.jsonl"] and words["--max-tokens"] == ["512"]
+    assert words["--chat-template-from"] == ["base"] and words["--conversations"] == []
+    sft = flags(found["sft"])
+    assert sft["--pretrained-checkpoint"] == ["out/stage2"] and sft["--recipe"] == ["sft"]
+    assert sft["--data-path"] == ["out/data/el_chat_messages_document", "out/data/en_chat_messages_document"]
+    assert found["sft"].made_from == ("stage2", "conversations-el", "conversations-en")
+    export = flags(found["export"])
+    assert export["--load"] == ["out/sft"] and export["--chat-template-from"] == ["base"]
+    assert "out/sft" in found["report"].words() and found["export"].made_from == ("sft",)
+    languages["original"]["en"] = "en.jsonl"
+    with pytest.raises(UserError, match=r"line \d+: no original language has conversations, .*lpr-loss-coeff to 0"):
+        tasks(write(languages=languages))
+    assert "sft" in tasks(write(languages=languages, steps={"sft": {"lpr-loss-coeff": 0}}))
+    with pytest.raises(UserError, match=r"line \d+: chat_template requires conversations in a language"):
+        tasks(write(chat_template="base"))
+
+
 def test_a_project_of_the_hub_is_downloaded_to_its_folder(write: Write) -> None:
     found = tasks(write(model="Qwen/Qwen3-8B-Base@main"))
     words = found["download"].words()

@@ -85,7 +85,9 @@ def measure_text(args: argparse.Namespace) -> "Results":
 def measure_harness(args: argparse.Namespace) -> "Results":
     models = named_models(args.model)
     check_languages(args.original_languages, args.languages, "--languages")
-    from moelpr.evaluate.harness import PAPER_TASKS, HarnessResults, installed_benchmarks, read_benchmarks, run_tasks
+    from moelpr.evaluate.benchmarks import PAPER_TASKS, installed_benchmarks, read_benchmarks
+    from moelpr.evaluate.harness import run_tasks
+    from moelpr.evaluate.harness_results import HarnessResults
     from moelpr.evaluate.models import check_device, read_max_positions
     from moelpr.evaluate.result_cache import ResultCache
 

@@ -29,7 +29,8 @@ STEPS = {
 # A project decides these by itself; every other flag of a step can be set under its name.
 OWN_FLAGS = frozenset(
     "input output-prefix tokenizer-type tokenizer-model language original-languages hf-path save load base instruct "
-    "model data output conversations chat-template-from extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite".split()
+    "model data output extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite "
+    "conversations chat-template-from".split()
 )
 # They decide how fast a step is, not what it writes: nothing is done again when they change.
 SPEED_FLAGS = frozenset(

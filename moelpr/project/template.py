@@ -23,7 +23,7 @@ languages:
   original:
 {original}
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
-# With conversations in some, also an original one, a stage for chat follows:  en: {{text: …, conversations: en-chat.jsonl}}
+# With conversations in some, an original one too, a chat stage follows:  en: {{text: …, conversations: en-chat.jsonl}}
 
 # What stage 1 trains on: tokens, hours (on GPUs whose speed is predicted) or epochs.
 budget: {{epochs: 1}}

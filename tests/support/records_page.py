@@ -39,7 +39,7 @@ _OTHER_FILES = {
     "results.json and routing.json of an evaluation": "moelpr.report.evaluation_files:EvaluationFile",
     "results.json and harness.json, as model cards read them": "checkpoint_convert.card.evaluation_results:Evaluation",
     "parts/MODEL/NAME.json of an evaluation": "moelpr.evaluate.result_cache:KeptResult",
-    "--tasks, an entry": "moelpr.evaluate.harness:Benchmark",
+    "--tasks, an entry": "moelpr.evaluate.benchmarks:Benchmark",
     "--verification": "moelpr.report.claims:Verification",
     "--claims": "moelpr.report.claims:Claims",
     "adapter_config.json": "checkpoint_convert.conversions.published_adapter:AdapterConfig",

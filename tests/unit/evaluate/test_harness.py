@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from moelpr.evaluate.harness import PAPER_TASKS, Benchmark, HarnessResults, installed_benchmarks, read_benchmarks
+from moelpr.evaluate.benchmarks import PAPER_TASKS, Benchmark, installed_benchmarks, read_benchmarks
+from moelpr.evaluate.harness_results import HarnessResults
 from moelpr.evaluate.models import load_model
 from moelpr.languages import canonical
 

@@ -12,7 +12,7 @@ from examples.languages import LANGUAGES
 from examples.real_model import cloze, package_text, text
 from examples.real_model.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
-from moelpr.evaluate.harness import read_benchmarks
+from moelpr.evaluate.benchmarks import read_benchmarks
 from tests.support.debian_packages import write_deb
 
 # A sentence of each language about a number, long enough for n-grams and for the cloze task.

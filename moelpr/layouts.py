@@ -115,6 +115,7 @@ def layout_problems(
     if spec is not None:
         if spec.moe is not None:
             yield from _expert_problems(layout, spec.moe, spec.megatron_args, torch_grouped_gemm)
+        yield from _hybrid_problems(layout, spec, has_experts or sequence_parallel)
         yield from _tensor_problems(layout.tp, spec.megatron_args)
         layers, positions = spec.megatron_args["num_layers"], spec.megatron_args["max_position_embeddings"]
         if even_pipeline and layers % layout.pp:
@@ -175,6 +176,8 @@ def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
     heads, groups = shape["num_attention_heads"], shape["num_query_groups"]
     qkv_rows = shape["kv_channels"] * (heads + 2 * groups)
     counts = {"attention heads": heads, "FFN rows": shape["ffn_hidden_size"], "query, key and value rows": qkv_rows}
+    if "linear_attention_freq" in shape:
+        counts["key heads of linear attention"] = shape["linear_num_key_heads"]
 
     def indivisible(size: int) -> list[str]:
         wrong = [f"{count} {name}" for name, count in counts.items() if count % size]
@@ -184,6 +187,16 @@ def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
     if wrong := indivisible(tp):
         works = [size for size in divisors(heads) if not indivisible(size)]
         yield f"{_TP} {tp} does not divide the model's {', '.join(wrong)}; use {one_of(works)}"
+
+
+def _hybrid_problems(layout: Layout, spec: ModelSpec, sequence_parallel: bool) -> Iterator[str]:
+    if "linear_attention_freq" not in spec.megatron_args:
+        return
+    if layout.cp > 1:
+        yield f"{_CP} {layout.cp} is not tested with linear attention; use 1, and {_TP} for long sequences"
+    if layout.tp > 1 and not sequence_parallel:
+        # Megatron sums the gradient of its output norm over the ranks only then.
+        yield f"{_TP} {layout.tp} requires --sequence-parallel in a model with linear attention; add it"
 
 
 def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> Iterator[str]:

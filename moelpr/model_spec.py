@@ -45,7 +45,7 @@ class MegatronArgs(TypedDict):
     attention_dropout: _Fraction
     hidden_dropout: _Fraction
     init_method_std: Annotated[float, Field(ge=0, le=100)]
-    rotary_percent: Annotated[float, Field(ge=1, le=1)]
+    rotary_percent: Annotated[float, Field(gt=0, le=1)]
     window_size: NotRequired[Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]]
     use_rope_scaling: NotRequired[bool]
     rope_scaling_factor: NotRequired[Annotated[float, Field(ge=1e-3, le=1e6)]]
@@ -56,6 +56,17 @@ class MegatronArgs(TypedDict):
     use_mup: NotRequired[bool]
     mup_embedding_mult: NotRequired[_Multiplier]
     mup_output_mult: NotRequired[_Multiplier]
+    # Hybrid models: 1 for each layer whose attention is linear, 0 for the others; heads and widths of the former; and
+    # attention with a gate on its output, and norms that scale by 1 plus their weight.
+    experimental_attention_variant: NotRequired[Literal["gated_delta_net"]]
+    linear_attention_freq: NotRequired[list[Literal[0, 1]]]
+    linear_num_key_heads: NotRequired[_Size]
+    linear_num_value_heads: NotRequired[_Size]
+    linear_key_head_dim: NotRequired[_Size]
+    linear_value_head_dim: NotRequired[_Size]
+    linear_conv_kernel_dim: NotRequired[_Size]
+    attention_output_gate: NotRequired[Literal[True]]
+    apply_layernorm_1p: NotRequired[Literal[True]]
     # The layers of every family have these.
     normalization: Literal["RMSNorm"]
     swiglu: Literal[True]
@@ -191,6 +202,11 @@ class ModelSpec(Record):
     def is_moe_layer(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
 
+    def is_linear_layer(self, layer: int) -> bool:
+        """Whether the attention of a layer is a Gated DeltaNet."""
+        pattern = self.megatron_args.get("linear_attention_freq")
+        return pattern is not None and bool(pattern[layer])
+
     def as_dense(self) -> "ModelSpec":
         return replace(self, moe=None)
 
@@ -211,6 +227,8 @@ class ModelSpec(Record):
         heads, groups = args["num_attention_heads"], args["num_query_groups"]
         if heads % groups:
             raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")
+        if (kinds := args.get("linear_attention_freq")) is not None and len(kinds) != args["num_layers"]:
+            raise UserError(f"linear_attention_freq must have one number per layer, got {len(kinds)}")
         if self.moe is not None:
             self.moe.check(args["num_layers"])
         if self.new_tokens is not None:

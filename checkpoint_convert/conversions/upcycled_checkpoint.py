@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -13,6 +13,7 @@ from checkpoint_convert.conversions.initialization import Start, starting_tensor
 from checkpoint_convert.hf.checks import check_tokenizer, check_weights
 from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.hub import Model
+from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import read_extension
@@ -23,6 +24,7 @@ from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.tables import Piece, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.store import records
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
 
@@ -83,8 +85,12 @@ def hf_to_mcore(
         copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
         if extended_tokenizer is not None:
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
-            config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
+        # Of a multimodal base, this is the language model's.
+        config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
+        if config != records.read(dict[str, Any], folder / HF_FOLDER / CONFIG_FILE, ""):
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+            if extended_tokenizer is None:
+                keep_tokenizer(hf_path, folder / HF_FOLDER)
         record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         started = cast(StartSettings, asdict(start) if spec.moe else {})

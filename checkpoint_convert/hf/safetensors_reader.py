@@ -10,6 +10,7 @@ from torch import Tensor
 
 from checkpoint_convert.hf.model_files import MODEL_STEM
 from moelpr.evaluate.models import WeightIndex
+from moelpr.families.hf_config import text_names
 from moelpr.families.tables import stacked_part
 from moelpr.process.command import deferred_signals
 from moelpr.process.errors import UserError, first_line
@@ -25,7 +26,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 class HfReader:
     """The weights in a folder: names, shapes and dtypes from the files' headers, tensors on demand.
 
-    Parts of stacked experts are tensors too, under the names of `stacked_part`.
+    Parts of stacked experts are tensors too, under the names of `stacked_part`. Of a multimodal model, these are the
+    tensors of its language model, under the names that they have in a model by itself.
 
     Attributes:
         names: Names of the tensors, file by file.
@@ -53,6 +55,8 @@ class HfReader:
         for name, file_name in weight_map.items():
             if name not in self._headers or self._headers[name][0] != file_name:
                 raise UserError(f"{index_file} lists {name} in {file_name}, which lacks it; download it again")
+        self._name_in_file = text_names(self._headers)
+        self._headers = {name: self._headers[in_file] for name, in_file in self._name_in_file.items()}
         self.names = list(self._headers)
 
     def __contains__(self, name: str) -> bool:
@@ -92,7 +96,8 @@ class HfReader:
         file = self._open(file_name)
         with deferred_signals():  # the library calls torch, which makes an exception of a handler another one
             # Without the copy, a slice would keep its whole stack mapped.
-            tensor: Tensor = file.get_slice(stored)[index].clone() if index else file.get_tensor(stored)
+            in_file = self._name_in_file[stored]
+            tensor: Tensor = file.get_slice(in_file)[index].clone() if index else file.get_tensor(in_file)
         self._mapped_bytes += tensor.nbytes
         return tensor
 
@@ -104,7 +109,8 @@ class HfReader:
         """The file, dtype and shape of the tensor, or of the stacked one that it is a part of."""
         stored, index = self._stored(name)
         header = self._headers.get(stored)
-        if header is None or (index and header[2][:1] <= index[:1]):  # fewer experts
+        is_expert = bool(index) and isinstance(index[0], int)
+        if header is None or (is_expert and header[2][:1] <= index[:1]):  # fewer experts
             raise UserError(f"{self.folder} lacks the tensor {name}; download the model again")
         return header
 

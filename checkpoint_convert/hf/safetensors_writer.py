@@ -51,9 +51,10 @@ def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool)
         parts = list(group)
         shape = parts[0][1]
         if parts[0][0] != name:
-            experts = [stacked_part(part)[1][0] for part, _ in parts]
-            rows = sum(part_shape[0] for _, part_shape in parts) // len(set(experts))
-            shape = (len(set(experts)), rows, *shape[1:])
+            rows = sum(part_shape[0] for _, part_shape in parts)
+            experts = {stacked_part(part)[1][0] for part, _ in parts}
+            is_stack = all(isinstance(expert, int) for expert in experts)  # else the parts are rows of a tensor
+            shape = (len(experts), rows // len(experts), *shape[1:]) if is_stack else (rows, *shape[1:])
         stored.append(_StoredTensor(name, shape, parts))
     return stored
 

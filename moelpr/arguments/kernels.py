@@ -10,7 +10,8 @@ import torch
 from moelpr.megatron_patches import cpu
 from moelpr.process.versions import install_command
 
-_DENSE = ("attention", "optimizer")  # parts of a model without experts
+_DENSE = ("attention", "linear attention", "optimizer")  # parts of a model without experts
+_FLA = "pip install flash-linear-attention"
 
 
 def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
@@ -52,13 +53,17 @@ def describe_kernels(args: argparse.Namespace) -> str:
     has_window = args.window_size is not None and args.seq_length > args.window_size[0] + 1
     uses_varlen = (args.dataloader_inter_document_masking or has_window) and args.bf16 and not is_cpu
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
+    has_fla = is_installed("fla") and not is_cpu
+    linear = "fla" if has_fla else "torch" if is_cpu else f"torch, slow without fla ({_FLA})"
     parts = {
         "experts": te_experts if args.moe_grouped_gemm else torch_experts + " in a loop" * is_slow,
         "attention": "Transformer Engine" if uses_te else "torch varlen" if uses_varlen else "torch scaled dot product",
+        "linear attention": linear if args.linear_attention_freq else "",
         "optimizer": _optimizer(args),
         "dispatcher": f"all-to-all with {'Transformer Engine' if args.moe_permute_fusion else 'torch'}'s permutation",
     }
-    line = "; ".join(f"{part}: {kernel}" for part, kernel in parts.items() if has_experts or part in _DENSE)
+    shown = {part: kernel for part, kernel in parts.items() if kernel and (has_experts or part in _DENSE)}
+    line = "; ".join(f"{part}: {kernel}" for part, kernel in shown.items())
     if is_cpu:
         return f"{line}; faster: a GPU"
     if not uses_te:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.families.hf_config import read_config
+from moelpr.families.hf_config import TEXT_CLASSES, read_config
 from moelpr.families.moe_classes import (
     ERNIE_MOE,
     GRANITE_MOE,
@@ -17,11 +17,12 @@ from moelpr.families.moe_classes import (
     MOE_CLASSES,
     MULTIPLIERS,
     QWEN2_MOE,
+    QWEN3_5_MOE,
     QWEN3_MOE,
     MoeClass,
     has_multipliers,
 )
-from moelpr.families.tables import NameTable, llama_like_table
+from moelpr.families.tables import NameTable, hybrid_table, llama_like_table
 from moelpr.families.unsupported import reason_against
 from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
@@ -49,8 +50,9 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
     if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
-    if others := sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"}):
-        raise UserError(f"layer_types must be 'full_attention' in all layers, got also {', '.join(map(str, others))}")
+    known = set(_LAYER_TYPES) if family.is_hybrid else {"full_attention"}
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - known):
+        raise UserError(f"layer_types must be {' or '.join(sorted(known))}, got also {', '.join(map(str, others))}")
     # attention_bias is read as a family's biases on queries, keys and values; GraniteMoe's fourth must be zero.
     expected_biases = {"attention_bias": family.qkv_bias} | dict.fromkeys(_OTHER_BIASES, False)
     for name, expected in expected_biases.items():
@@ -70,7 +72,7 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
-        **_rope_args(config),
+        **_rope_args(config, family.is_hybrid),
         # Hugging Face's window includes the current token, Megatron's counts the tokens before it.
         **({"window_size": [window - 1, 0]} if window else {}),
         "normalization": "RMSNorm",
@@ -106,14 +108,15 @@ def _multiplier_args(config: Any) -> dict[str, Any]:
 
 def _rope_args(config: Any) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}")
+    rotated = rope.get("partial_rotary_factor", 1.0)
+    if rotated != 1.0 and not partial:
+        raise UserError(f"partial_rotary_factor must be 1, got {rotated}")
     if "rope_theta" not in rope:  # they are per type of layer
         raise UserError(f"rope_parameters must be the same in all layers, got some for each of {', '.join(rope)}")
     theta = rope["rope_theta"]
     if theta != int(theta):
         raise UserError(f"rope_theta must be an integer for Megatron, got {theta}")
-    args = {"rotary_base": int(theta), "rotary_percent": 1.0}
+    args = {"rotary_base": int(theta), "rotary_percent": float(rotated)}
     kind = rope.get("rope_type", "default")
     if kind == "default":
         return args
@@ -125,6 +128,29 @@ def _rope_args(config: Any) -> dict[str, Any]:
     return args | {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
 
 
+_LAYER_TYPES = {"full_attention": 0, "linear_attention": 1}
+_LINEAR_SIZES = tuple(
+    f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+)
+
+
+def hybrid_args(config: Any) -> dict[str, Any]:
+    """Megatron's arguments for a decoder of full and linear attention, in addition to a Llama-like one's."""
+    if config.linear_num_value_heads % config.linear_num_key_heads:
+        raise UserError(
+            f"linear_num_value_heads ({config.linear_num_value_heads}) must be a multiple of linear_num_key_heads "
+            f"({config.linear_num_key_heads})"
+        )
+    return {
+        "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [_LAYER_TYPES[kind] for kind in config.layer_types],
+        **{name: getattr(config, name) for name in _LINEAR_SIZES},
+        "linear_conv_kernel_dim": config.linear_conv_kernel_dim,
+        "attention_output_gate": True,
+        "apply_layernorm_1p": True,
+    }
+
+
 # --- Megatron's arguments to config.json
 
 
@@ -132,6 +158,8 @@ def rope_parameters(spec: ModelSpec) -> dict[str, Any]:
     """The `rope_parameters` of config.json."""
     args = spec.megatron_args
     rope = {"rope_theta": args["rotary_base"], "rope_type": "default"}
+    if "linear_attention_freq" in args:  # hybrid classes have a default below 1
+        rope["partial_rotary_factor"] = args["rotary_percent"]
     if args.get("use_rope_scaling"):
         rope |= {"rope_type": "llama3", "factor": args["rope_scaling_factor"], **_LLAMA3_ROPE}
     return rope
@@ -140,6 +168,11 @@ def rope_parameters(spec: ModelSpec) -> dict[str, Any]:
 def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
     """The shape, with all keys: a base may omit the defaults of its class, but the MoE class has other defaults."""
     args = spec.megatron_args
+    hybrid: dict[str, Any] = {}
+    if (kinds := args.get("linear_attention_freq")) is not None:
+        names = {number: kind for kind, number in _LAYER_TYPES.items()}
+        hybrid = {name: args[name] for name in (*_LINEAR_SIZES, "linear_conv_kernel_dim")}
+        hybrid |= {"layer_types": [names[kind] for kind in kinds], "attn_output_gate": True}
     return {
         "hidden_size": args["hidden_size"],
         "intermediate_size": args["ffn_hidden_size"],
@@ -152,6 +185,7 @@ def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
         "rms_norm_eps": args["norm_epsilon"],
         "attention_dropout": args["attention_dropout"],
         "initializer_range": args["init_method_std"],
+        **hybrid,
     }
 
 
@@ -167,6 +201,7 @@ class Family:
         qk_norm: Whether attention normalizes queries and keys.
         interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
         has_multipliers: Whether it has Granite's multipliers.
+        is_hybrid: Whether some layers have linear attention, and the others gated attention (`hybrid_table`).
     """
 
     name: str
@@ -177,21 +212,24 @@ class Family:
     qk_norm: bool = False
     interleaved_rope: bool = False
     has_multipliers: bool = False
+    is_hybrid: bool = False
 
     @property
-    def attention(self) -> tuple[bool, bool, bool, bool]:
+    def attention(self) -> tuple[bool, bool, bool, bool, bool]:
         """What an MoE class must share with the family."""
-        return self.qkv_bias, self.qk_norm, self.interleaved_rope, self.has_multipliers
+        return self.qkv_bias, self.qk_norm, self.interleaved_rope, self.has_multipliers, self.is_hybrid
 
     @property
     def table(self) -> NameTable:
         """The names of dense models, and of upcycled ones in `moe_class`."""
         zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if self.qkv_bias else {})
+        if self.is_hybrid:
+            return hybrid_table(self.moe_class.ffn, zeros)
         return llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
 
     def megatron_args(self, config: Any) -> dict[str, Any]:
         """Megatron's arguments for transformers' config of the dense or the MoE class; UserError if unsupported."""
-        return llama_like_args(config, self)
+        return llama_like_args(config, self) | (hybrid_args(config) if self.is_hybrid else {})
 
     def written_as(self, moe_class: MoeClass) -> "Family":
         """The family with another MoE class than its default; see `MoeClass.misfit`."""
@@ -239,6 +277,7 @@ GRANITE = Family("granite", "GraniteForCausalLM", "granite", GRANITE_MOE, has_mu
 ERNIE = Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", ERNIE_MOE, interleaved_rope=True)
 HELIUM = Family("helium", "HeliumForCausalLM", "helium", ERNIE_MOE, interleaved_rope=True)
 SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, qkv_bias=True)
+QWEN3_5 = Family("qwen3_5", "Qwen3_5ForCausalLM", "qwen3_5_text", QWEN3_5_MOE, qk_norm=True, is_hybrid=True)
 
 
 def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | None]:
@@ -255,7 +294,7 @@ def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | No
 
 # --- lookup
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GRANITE, ERNIE, HELIUM, SEED_OSS)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, ERNIE, HELIUM, SEED_OSS)}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
@@ -272,14 +311,14 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
         if moe_class.architecture in architectures:
             has_bias = bool(config.get("attention_bias")) if moe_class.has_qkv_bias is None else moe_class.has_qkv_bias
             is_granite = moe_class.may_have_multipliers and not has_bias and has_multipliers(config)
-            wanted = has_bias, moe_class.has_qk_norm, moe_class.has_interleaved_rope, is_granite
+            wanted = has_bias, moe_class.has_qk_norm, moe_class.has_interleaved_rope, is_granite, moe_class.is_hybrid
             family = next(family for family in FAMILIES.values() if family.attention == wanted)
             return family.written_as(moe_class), True
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     if (reason := reason_against(config, [f.model_type for f in FAMILIES.values()])) is not None:
         raise UserError(f"a {found} cannot be upcycled: {reason}; docs/models.md lists the models that can")
     known = [family.architecture for family in FAMILIES.values()]
-    known += [moe_class.architecture for moe_class in MOE_CLASSES.values()]
+    known += [*(moe_class.architecture for moe_class in MOE_CLASSES.values()), *TEXT_CLASSES]
     raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
 
 
@@ -320,6 +359,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     try:
         # With the defaults of its class. Without `trust_remote_code`, transformers would ask at a terminal.
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if config.get_text_config() is not config:  # a multimodal model
+            config = AutoConfig.for_model(**raw)
     except Exception as error:  # a damaged config may raise any exception
         raise UserError(f"transformers cannot read {folder}/config.json: {' '.join(str(error).split())}") from error
     try:

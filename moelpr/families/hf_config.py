@@ -1,5 +1,6 @@
 """config.json of a Hugging Face model."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,15 @@ from moelpr.store.records import FOREIGN
 
 CONFIG_FILE = "config.json"
 _REMEDY = "download it again"
+
+# Multimodal classes, and the class of each one's language model, whose tensors have a longer name there.
+TEXT_CLASSES = {
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
+}
+_TEXT_PREFIX, _OTHER_PREFIXES = "model.language_model.", ("model.visual.", "mtp.")
+# What the config.json of a multimodal model has beside its parts.
+_COMMON_KEYS = ("dtype", "torch_dtype", "quantization_config", "quantization", "transformers_weights")
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -28,7 +38,7 @@ class _Config:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json.
+    """Read the folder's config.json; of a multimodal model, the language model's.
 
     Raises:
         UserError: It is missing, is not a JSON object, or has a field of a wrong type or more than MAX_LAYERS layers.
@@ -42,4 +52,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
     config = records.read(dict[str, Any], path, _REMEDY)
     records.validate(_Config, config, str(path), _REMEDY)
-    return config
+    text = _language_model(config, path)
+    if text is not config:
+        records.validate(_Config, text, str(path), _REMEDY)
+    return text
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """The names of a language model's tensors → their names in the files, which may be a multimodal model's."""
+    names = list(names)
+    if not any(name.startswith(_TEXT_PREFIX) for name in names):
+        return {name: name for name in names}
+    return {
+        name.replace(_TEXT_PREFIX, "model.", 1) if name.startswith(_TEXT_PREFIX) else name: name
+        for name in names
+        if not name.startswith(_OTHER_PREFIXES)
+    }
+
+
+def _language_model(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The config.json that the language model would have by itself."""
+    text_class = next((TEXT_CLASSES[name] for name in config.get("architectures") or () if name in TEXT_CLASSES), None)
+    text = config.get("text_config")
+    if text_class is None:
+        return config
+    if not isinstance(text, dict):
+        raise UserError(f"{path} lacks text_config, the shape of the language model; {_REMEDY}")
+    ties = {part["tie_word_embeddings"] for part in (config, text) if "tie_word_embeddings" in part}
+    if len(ties) > 1:
+        raise UserError(f"{path} has tie_word_embeddings both true and false, in text_config and beside it; {_REMEDY}")
+    common = {key: config[key] for key in _COMMON_KEYS if key in config}
+    kept = {key: value for key, value in text.items() if not key.startswith("mtp_")}
+    return {**common, **kept, "tie_word_embeddings": ties == {True}, "architectures": [text_class]}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from moelpr.families.tables import Row, moe_rows
+from moelpr.families.tables import SHARED_EXPERT, Row, moe_rows
 from moelpr.model_spec import ModelSpec, MoeSpec
 
 
@@ -23,6 +23,7 @@ class MoeClass:
         bias_zeros: More of them, in a model with biases on queries, keys and values.
         has_qkv_bias: Whether its attention has these biases; None if config.json decides.
         has_qk_norm: Whether its attention normalizes queries and keys.
+        is_hybrid: Whether some layers have linear attention, and the others a gate on attention's output.
         may_mix_layers: Whether it supports layers without experts.
         may_have_window: Whether it supports a sliding window in all layers.
         has_interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
@@ -41,6 +42,7 @@ class MoeClass:
     has_qk_norm: bool = False
     has_interleaved_rope: bool = False
     may_have_multipliers: bool = False
+    is_hybrid: bool = False
     may_mix_layers: bool = False
     may_have_window: bool = False
     may_set_head_dim: bool = True
@@ -49,6 +51,8 @@ class MoeClass:
         """Why the class cannot hold this model exactly; None if it can."""
         args = spec.megatron_args
         head_dim, window = args["kv_channels"], args.get("window_size")
+        if self.is_hybrid != ("linear_attention_freq" in args):
+            return f"it has {'' if self.is_hybrid else 'no '}layers with linear attention"
         if self.has_qk_norm != args["qk_layernorm"]:
             return "it normalizes queries and keys" if self.has_qk_norm else "it cannot normalize queries and keys"
         if self.has_qkv_bias not in (None, args["add_qkv_bias"]):
@@ -159,6 +163,35 @@ def has_multipliers(config: dict[str, Any]) -> bool:
     return any(not math.isclose(config.get(name, 1.0), value) for name, value in neutral.items())
 
 
+def _qwen3_5_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
+    # It always normalizes the top-k weights, and has experts in every layer.
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "moe_intermediate_size": spec.megatron_args["ffn_hidden_size"],
+        "shared_expert_intermediate_size": SHARED_EXPERT,
+    }
+
+
+_SHARED = "model.layers.{i}.mlp.shared_expert"
+QWEN3_5_MOE = MoeClass(
+    name="qwen3_5_moe_text",
+    architecture="Qwen3_5MoeForCausalLM",
+    ffn=_QWEN_MOE_ROWS,
+    config=_qwen3_5_moe_config,
+    required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    # Its shared expert has some width for every reader; the product with a down projection of zeros is zero.
+    zeros={
+        f"{_SHARED}.gate_proj.weight": "shared hidden",
+        f"{_SHARED}.up_proj.weight": "shared hidden",
+        f"{_SHARED}.down_proj.weight": "hidden shared",
+        f"{_SHARED}_gate.weight": "one hidden",
+    },
+    has_qk_norm=True,
+    is_hybrid=True,
+)
+
+
 def _granite_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:
     return {
         "num_local_experts": moe.num_experts,
@@ -212,4 +245,4 @@ ERNIE_MOE = MoeClass(
     has_interleaved_rope=True,
 )
 
-MOE_CLASSES = {kind.name: kind for kind in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, ERNIE_MOE)}
+MOE_CLASSES = {kind.name: kind for kind in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5_MOE, GRANITE_MOE, ERNIE_MOE)}

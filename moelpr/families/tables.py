@@ -7,7 +7,7 @@ classes in moe_classes.py.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from moelpr.model_spec import ModelSpec
@@ -58,6 +58,32 @@ class QKV(Transform):
         return [part.reshape(-1, *rest) for part in parts]
 
 
+class GatedQKV(Transform):
+    """The same with a gate on attention's output: per query group its query heads, their gates, key and value head.
+
+    In Hugging Face's q_proj, the gate of each head follows its query.
+    """
+
+    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
+        import torch
+
+        queries, *rest = parts
+        queries = queries.unflatten(0, (sizes["groups"], -1, 2, sizes["head"])).transpose(1, 2).flatten(1, 3)
+        grouped = [queries, *(part.unflatten(0, (sizes["groups"], -1)) for part in rest)]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
+        per_group = [sizes["gated_q"] // sizes["groups"], sizes["head"], sizes["head"]]
+        queries, *rest = tensor.unflatten(0, (sizes["groups"], -1)).split(per_group, dim=1)
+        queries = queries.unflatten(1, (2, -1, sizes["head"])).transpose(1, 2).flatten(0, 3)
+        return [queries, *(part.flatten(0, 1) for part in rest)]
+
+
+# The width of a shared expert that a class requires and that adds zero to the output: the least that quantization in
+# blocks of 32 and a division over 32 ranks allow.
+SHARED_EXPERT = 32
+
+
 def sizes_of(spec: ModelSpec) -> dict[str, int]:
     """Name of a dimension in the tables' shapes → its size in this model."""
     args = spec.megatron_args
@@ -72,6 +98,24 @@ def sizes_of(spec: ModelSpec) -> dict[str, int]:
         "kv": groups * head,
         "experts": spec.moe.num_experts if spec.moe else 0,
         "one": 1,
+        "shared": SHARED_EXPERT,
+        **_hybrid_sizes(args),
+    }
+
+
+def _hybrid_sizes(args: dict[str, Any]) -> dict[str, int]:
+    """Those of the linear attention of a hybrid model; linear_k2 is where the values' rows begin."""
+    if "linear_attention_freq" not in args:
+        return {}
+    keys = args["linear_num_key_heads"] * args["linear_key_head_dim"]
+    return {
+        "gated_q": 2 * args["num_attention_heads"] * args["kv_channels"],
+        "linear_k": keys,
+        "linear_k2": 2 * keys,
+        "linear_v": args["linear_num_value_heads"] * args["linear_value_head_dim"],
+        "linear_heads": args["linear_num_value_heads"],
+        "linear_head": args["linear_value_head_dim"],
+        "conv": args["linear_conv_kernel_dim"],
     }
 
 
@@ -107,6 +151,7 @@ class NameTable:
     """Rows of the tensors around the layers, of every layer, and of a layer's dense or MoE FFN.
 
     Attributes:
+        linear: Rows of a layer with linear attention, in place of `layer`.
         untied: Rows of an output layer that does not share the embedding's weights.
         moe_zeros: HF name → shape of tensors that only the stock MoE class has; they are written as zeros.
     """
@@ -118,22 +163,27 @@ class NameTable:
     after: tuple[Row, ...]
     untied: tuple[Row, ...]
     moe_zeros: dict[str, str]
+    linear: tuple[Row, ...] = ()
 
 
 # A class may stack its experts in one HF tensor, whose parts are then named like slices of NumPy: with gates and up
 # projections of 768 rows, "NAME[3,:768]" is the gate of expert 3 and "NAME[3,768:]" its up projection. In a table, the
-# parts follow one another, so that they can be streamed into a file.
-_PART_OF_STACK = re.compile(r"(.+)\[(\d+)(?:,(\d*):(\d*))?\]")
+# parts follow one another, so that they can be streamed into a file. "NAME[:768]" are rows of any other tensor.
+_PART_OF_STACK = re.compile(r"(.+)\[(?:(\d+)(?:,(\d*):(\d*))?|(\d*):(\d*))\]")
 
 
 def stacked_part(name: str) -> tuple[str, tuple[Any, ...]]:
     """The HF tensor that `name` is in, and its index there; () for a complete tensor."""
     if (match := _PART_OF_STACK.fullmatch(name)) is None:
         return name, ()
-    stack, expert, first, end = match.groups()
-    if first is None:
-        return stack, (int(expert),)
-    return stack, (int(expert), slice(*(int(row) if row else None for row in (first, end))))
+    stack, expert, first, end, *edges = match.groups()
+
+    def rows(*texts: str) -> slice:
+        return slice(*(int(text) if text else None for text in texts))
+
+    if expert is None:
+        return stack, (rows(*edges),)
+    return stack, (int(expert),) if first is None else (int(expert), rows(first, end))
 
 
 _NORM = {"model.layers.{i}.post_attention_layernorm.weight": "hidden"}
@@ -176,6 +226,15 @@ _QKV_BIAS = Row(
     },
     QKV(),
 )
+_GATED_QKV = Row(
+    "decoder.layers.{i}.self_attention.linear_qkv.weight",
+    {
+        "model.layers.{i}.self_attn.q_proj.weight": "gated_q hidden",
+        "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
+        "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
+    },
+    GatedQKV(),
+)
 _QK_NORMS = (
     Row("decoder.layers.{i}.self_attention.q_layernorm.weight", {"model.layers.{i}.self_attn.q_norm.weight": "head"}),
     Row("decoder.layers.{i}.self_attention.k_layernorm.weight", {"model.layers.{i}.self_attn.k_norm.weight": "head"}),
@@ -205,6 +264,29 @@ def llama_like_table(moe_ffn: tuple[Row, ...], qkv_bias: bool, qk_norm: bool, mo
         untied=(Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}),),
         moe_zeros=moe_zeros,
     )
+
+
+def hybrid_table(moe_ffn: tuple[Row, ...], moe_zeros: dict[str, str]) -> NameTable:
+    """The table of a decoder some of whose layers have a Gated DeltaNet, the others gated attention with norms."""
+    table = llama_like_table(moe_ffn, qkv_bias=False, qk_norm=True, moe_zeros=moe_zeros)
+    layer = tuple(_GATED_QKV if row is _QKV_WEIGHT else row for row in table.layer)
+    ours, theirs = "decoder.layers.{i}.self_attention.", "model.layers.{i}.linear_attn."
+    parts = {"query": "[:{linear_k}]", "key": "[{linear_k}:{linear_k2}]", "value": "[{linear_k2}:]"}
+    widths = {"query": "linear_k", "key": "linear_k", "value": "linear_v"}
+    tensors = {
+        **{f"in_proj.weight.{x}": (f"in_proj_qkv.weight{parts[x]}", f"{widths[x]} hidden") for x in parts},
+        "in_proj.weight.z": ("in_proj_z.weight", "linear_v hidden"),
+        "in_proj.weight.beta": ("in_proj_b.weight", "linear_heads hidden"),
+        "in_proj.weight.alpha": ("in_proj_a.weight", "linear_heads hidden"),
+        **{f"conv1d.weight.{x}": (f"conv1d.weight{parts[x]}", f"{widths[x]} one conv") for x in parts},
+        "A_log": ("A_log", "linear_heads"),
+        "dt_bias": ("dt_bias", "linear_heads"),
+        "out_norm.weight": ("norm.weight", "linear_head"),
+        "out_proj.weight": ("out_proj.weight", "hidden linear_v"),
+    }
+    input_norm = Row(ours + "in_proj.layer_norm_weight", table.layer[0].parts)
+    rows = (Row(ours + key, {theirs + name: shape}) for key, (name, shape) in tensors.items())
+    return replace(table, layer=layer, linear=(input_norm, *rows))
 
 
 # --- pieces
@@ -254,7 +336,8 @@ def pieces(table: NameTable, spec: ModelSpec) -> Iterator[Piece]:
     for row in table.before:
         yield from _expanded(row, spec, sizes)
     for i in range(spec.megatron_args["num_layers"]):
-        for row in (*table.layer, *(table.moe_ffn if spec.is_moe_layer(i) else table.dense_ffn)):
+        attention = table.linear if spec.is_linear_layer(i) else table.layer
+        for row in (*attention, *(table.moe_ffn if spec.is_moe_layer(i) else table.dense_ffn)):
             yield from _expanded(row, spec, sizes, i)
     for row in (*table.after, *(table.untied if is_untied else ())):
         yield from _expanded(row, spec, sizes)
@@ -283,7 +366,7 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
     moe = spec.moe
     shapes = tuple(_shape(shape, sizes) for shape in row.parts.values())
     if moe is None or row.part not in (Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS):
-        names = tuple(name.format(i=i) for name in row.parts)
+        names = tuple(name.format(i=i, **sizes) for name in row.parts)
         base_has_it = row.part is not Part.ROUTER or (moe is not None and moe.num_original_experts > 1)
         yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, names if base_has_it else ())
         return

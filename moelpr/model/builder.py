@@ -7,6 +7,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -15,10 +16,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
+from torch import Tensor
 
 from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
+from moelpr.model.gated_delta_net import GatedDeltaNet
 from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
 from moelpr.model.residual import scaled_bias_dropout_add
 from moelpr.model.router import LPRRouter
@@ -32,29 +35,48 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        assert config.normalization == "RMSNorm" and not config.layernorm_zero_centered_gamma
+        assert config.normalization == "RMSNorm"
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
+        if self.is_zero_centered:
+            torch.nn.init.zeros_(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale by the weight, or by 1 plus the weight, in fp32 as Transformer Engine and transformers do."""
+        if not self.is_zero_centered:
+            return super().forward(x)
+        weight = 1 + self.weight.float()
+        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps).type_as(x)
 
 
 def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The specs of the layers of this pipeline stage."""
     config: MoELPRConfig = model_config.transformer
     use_te = config.transformer_impl == "transformer_engine"
-    dense = _dense_layer(config, use_te)
-    moe = None if config.num_moe_experts is None else _moe_layer(config, use_te)
-    layers = [moe if config.is_moe_layer[layer] else dense for layer in _local_layers(config, vp_stage)]
+    layers = [
+        (_moe_layer if config.is_moe_layer[layer] else _dense_layer)(config, use_te, config.is_linear_layer[layer])
+        for layer in _local_layers(config, vp_stage)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(use_te))
 
 
-def _dense_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
-    spec = _plain_layer(config, use_te)
+def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
+    spec = _full_attention_layer(config, use_te)
     if config.residual_multiplier != 1.0:
         spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scaled_bias_dropout_add(config.residual_multiplier)
+    if is_linear:
+        attention = spec.submodules.self_attention.submodules
+        projections = GatedDeltaNetSubmodules(attention.linear_qkv, _norm(use_te), attention.linear_proj)
+        spec.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=projections)
+        keys = spec.submodules.sharded_state_dict_keys_map
+        spec.submodules.sharded_state_dict_keys_map = {
+            name: key.replace(".linear_qkv.", ".in_proj.") for name, key in keys.items()
+        }
     return spec
 
 
-def _plain_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
+def _full_attention_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     if use_te:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
@@ -66,8 +88,8 @@ def _plain_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
     return spec
 
 
-def _moe_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
-    spec = _dense_layer(config, use_te)
+def _moe_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
+    spec = _dense_layer(config, use_te, is_linear)
     layer = spec.submodules
     layer.pre_mlp_layernorm = _norm(use_te)
     layer.mlp = partial(

@@ -67,6 +67,13 @@ class MoELPRConfig(TransformerConfig):
             return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
         return [bool(flag) for flag in self.moe_layer_freq]
 
+    @property
+    def is_linear_layer(self) -> list[bool]:
+        """For each layer of the model, True if its attention is linear: a Gated DeltaNet."""
+        pattern = self.linear_attention_freq or [0] * self.num_layers
+        assert not isinstance(pattern, int), "model_spec.json names each layer"
+        return [bool(flag) for flag in pattern]
+
 
 def shape_of(spec: ModelSpec) -> dict[str, Any]:
     """The shape of a model: names of Megatron's arguments → values."""

@@ -20,6 +20,7 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
     """Megatron's config for one process, without kernels that need a GPU; `settings` override its fields."""
     shape = shape_of(spec)
     shape |= {"layernorm_epsilon": shape["norm_epsilon"], "num_moe_experts": shape.get("num_experts")}
+    shape["layernorm_zero_centered_gamma"] = shape.get("apply_layernorm_1p", False)
     shape |= FIXED_FOR_MOE | {"moe_router_dtype": "fp32"} if spec.moe is not None else {}
     names = {field.name for field in fields(MoELPRConfig)}
     values: dict[str, object] = {name: value for name, value in shape.items() if name in names}
@@ -49,6 +50,7 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
         share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
         position_embedding_type=shape["position_embedding_type"],
         rotary_base=shape["rotary_base"],
+        rotary_percent=shape["rotary_percent"],
         rope_scaling=shape.get("use_rope_scaling", False),
         rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
     )

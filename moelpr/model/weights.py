@@ -6,7 +6,13 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedStateDict
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensorFactory,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -43,7 +49,7 @@ def load_weights(
         try:
             keys = set(read_metadata(link).state_dict_metadata)
             here = {
-                model: {name: entry for name, entry in entries.items() if _key(entry) in keys}
+                model: {name: entry for name, entry in entries.items() if _keys(entry) <= keys}
                 for model, entries in missing.items()
             }
             loaded = load(here, str(link))
@@ -55,7 +61,7 @@ def load_weights(
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise UserError(f"the checkpoint {link} does not match its model_spec.json: {reason}") from error
         missing = {
-            model: {name: entry for name, entry in entries.items() if _key(entry) not in keys}
+            model: {name: entry for name, entry in entries.items() if not _keys(entry) <= keys}
             for model, entries in missing.items()
         }
     # FP8 scales exist only if FP8 was used.
@@ -112,5 +118,8 @@ def _omit_frozen(chunk: GPTModel) -> None:
         return load(state, strict=False, assign=assign)
 
 
-def _key(entry: Any) -> str:
-    return entry.unique_key if isinstance(entry, ShardedObject) else entry.key
+def _keys(entry: Any) -> set[str]:
+    """The keys of an entry in a checkpoint; a Gated DeltaNet splits a tensor into several."""
+    if isinstance(entry, ShardedTensorFactory):
+        return {part.key for part in nested_values(entry.build())}
+    return {entry.unique_key if isinstance(entry, ShardedObject) else entry.key}

@@ -127,6 +127,17 @@ LAYOUTS: dict[str, Layout] = {
     "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL}", "rows 1", "rows", ("stage0",)),
     "rows PP2 DP2 overlapped": Layout(4, f"{PP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
     "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
+    # A Qwen3.5: layers with linear attention between others with gated attention.
+    "hybrid 1": Layout(1, "", "hybrid 1", "hybrid"),
+    "hybrid DP2 overlapped": Layout(2, OVERLAP, "hybrid 1", "hybrid"),
+    "hybrid EP2 distributed optimizer": Layout(2, f"{EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
+    "hybrid TP2+SP ETP2": Layout(2, TP2, "hybrid 1", "hybrid"),
+    "hybrid PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "hybrid 1", "hybrid"),
+    "hybrid TP2+SP EP2 PP2, full recompute": Layout(4, f"{TP2_ETP1} {EP2} {PP2} {FULL}", "hybrid 1", "hybrid"),
+    "hybrid 1 documents apart": Layout(1, APART, "hybrid 1 documents apart", "hybrid"),
+    "hybrid TP2+SP PP2 documents apart, selective recompute": Layout(
+        4, f"{TP2_ETP1} {PP2} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid"
+    ),
     "rows untied TP2+SP PP2": Layout(4, f"{TP2} {PP2}", "rows untied 1", "rows-untied", ROWS_STAGES),
 }
 
@@ -158,6 +169,8 @@ def make_material(folder: Path) -> None:
     for name, tied in {"rows": True, "rows-untied": False}.items():
         rows = common.upcycle(_dense_model(folder, tied=tied), folder / name, 4, random=True)
         replace(ModelSpec.read(rows), new_tokens=NEW_TOKENS).write(rows)
+    hybrid = common.save_random_model(common.qwen3_5_config(4, 32, 48, VOCAB_SIZE, length=64), folder / "hf-hybrid")
+    common.upcycle(hybrid, folder / "hybrid", 4, random=True)
     make_corpora(folder)
 
 

@@ -42,6 +42,15 @@ GRANITE = {
     "logits_scaling": 10.0,
 }
 
+HYBRID = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+
 
 # Settings of published models of each family, and the class of their export.
 MODELS = {
@@ -71,6 +80,18 @@ MODELS = {
     "helium": ("HeliumForCausalLM", {"head_dim": 8, "rms_norm_eps": 1e-8}, "Ernie4_5_MoeForCausalLM"),
     "seed-oss": ("SeedOssForCausalLM", {"head_dim": 16, "attention_dropout": 0.1}, "Qwen2MoeForCausalLM"),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "Qwen3MoeForCausalLM"),
+    "qwen3.5": ("Qwen3_5ForCausalLM", HYBRID, "Qwen3_5MoeForCausalLM"),
+    "qwen3.5, tied, all rotated": (
+        "Qwen3_5ForCausalLM",
+        HYBRID
+        | {
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 1.0},
+            "linear_num_value_heads": 2,
+        },
+        "Qwen3_5MoeForCausalLM",
+    ),
     "qwen3, tied": ("Qwen3ForCausalLM", {"head_dim": 8, "tie_word_embeddings": True}, "Qwen3MoeForCausalLM"),
 }
 
@@ -173,11 +194,16 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
             "Ernie4_5_MoeForCausalLM": {"moe_num_experts": 4},
             "Qwen2MoeForCausalLM": {"num_experts": 4},
             "Qwen3MoeForCausalLM": {"num_experts": 4, "num_local_experts": 4},
+            "Qwen3_5MoeForCausalLM": {"num_experts": 4},
         }[moe_architecture]
     )
     assert config["moe_k" if "moe_k" in config else "num_experts_per_tok"] == 3
     if moe_architecture == "MixtralForCausalLM":
         assert config["sliding_window"] == base.get("sliding_window")
+    elif moe_architecture == "Qwen3_5MoeForCausalLM":
+        same = "layer_types head_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim".split()
+        assert {key: config[key] for key in same} == {key: base[key] for key in same}
+        assert config["moe_intermediate_size"] == base["intermediate_size"]
     elif moe_architecture == "GraniteMoeForCausalLM":
         assert config["attention_bias"] == (base["model_type"] == "qwen2")
         assert "layer_types" not in config  # vLLM would conclude that there are attention sinks

@@ -1,0 +1,189 @@
+"""Qwen3.5: linear attention at any length and in documents, and multimodal checkpoints."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert.compare.tensors import compare_frozen
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.data.tokenizers.loading import load_tokenizer
+from moelpr.families.new_experts import NewExperts
+from tests.support.hf_models import (
+    TOKENS,
+    assert_import_fails,
+    assert_same,
+    edit_json,
+    load_stock,
+    our_logits,
+    stock_logits,
+    tensors_of,
+)
+
+SHAPE = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "max_position_embeddings": 4096,
+}
+VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def dense(make_model: Callable[..., Path]) -> Path:
+    folder = make_model("Qwen3_5ForCausalLM", tokenizer=True, **SHAPE)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen3_5Tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def multimodal(make_model: Callable[..., Path], dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model as the language model of a multimodal one, with a head that predicts further tokens."""
+    from safetensors.torch import save_file
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    torch.manual_seed(1)
+    text = json.loads((dense / "config.json").read_text())
+    config = Qwen3_5Config(text_config=text, vision_config=VISION, tie_word_embeddings=False)
+    model = Qwen3_5ForConditionalGeneration(config)
+    folder = Path(shutil.copytree(dense, tmp_path_factory.mktemp("multimodal") / "model"))
+    model.save_pretrained(folder)
+    others = {name: tensor for name, tensor in tensors_of(folder).items() if name.startswith("model.visual.")}
+    language = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors_of(dense).items()}
+    head = {"mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48), "mtp.norm.weight": torch.randn(32)}
+    save_file(others | language | head, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as published; readers ignore it
+    return folder
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 2051])
+def test_logits_are_those_of_transformers_at_any_length(dense: Path, tmp_path: Path, length: int) -> None:
+    hf_to_mcore(dense, tmp_path / "megatron", None)
+    tokens = torch.randint(99, (2, length), generator=torch.Generator().manual_seed(length))
+    with torch.no_grad():
+        expected = load_stock(dense)(tokens).logits
+    assert (our_logits(tmp_path / "megatron", tokens) - expected).abs().max() <= 1e-5
+
+
+def test_a_multimodal_checkpoint_is_upcycled_as_its_language_model(dense, multimodal, tmp_path) -> None:
+    for name, source in {"text": dense, "multimodal": multimodal}.items():
+        hf_to_mcore(source, tmp_path / name, NewExperts(3), start=Start(noise=0.5))
+        mcore_to_hf(tmp_path / name, tmp_path / f"{name}-hf")
+    assert_same(tensors_of(tmp_path / "text-hf"), tensors_of(tmp_path / "multimodal-hf"))
+    exported = [load_stock(tmp_path / f"{name}-hf", "Qwen3_5MoeForCausalLM") for name in ("text", "multimodal")]
+    assert torch.equal(*map(stock_logits, exported))
+    folders = dense, multimodal, tmp_path / "multimodal" / "hf", tmp_path / "multimodal-hf"
+    fingerprints = {load_tokenizer("HuggingFaceTokenizer", str(folder)).fingerprint() for folder in folders}
+    assert len(fingerprints) == 1
+    assert "mtp_num_hidden_layers" not in json.loads((tmp_path / "multimodal-hf" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tie_word_embeddings": True}, "tie_word_embeddings both true and false"),
+        ({"text_config": None}, "lacks text_config"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Qwen3_5ForCausalLM.*got Gemma3ForConditionalGen"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
+    ],
+)
+def test_a_multimodal_checkpoint_that_cannot_be_read_is_refused(multimodal, tmp_path, changes, message) -> None:
+    source = Path(shutil.copytree(multimodal, tmp_path / "source"))
+    edit_json(source / "config.json", **changes)
+    assert_import_fails(source, tmp_path, message)
+
+
+def test_a_layer_of_an_unknown_type_is_refused(dense: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(dense, tmp_path / "source"))
+    kinds = ["full_attention", "sliding_attention", "linear_attention", "linear_attention"]
+    edit_json(source / "config.json", layer_types=kinds)
+    assert_import_fails(source, tmp_path, "layer_types")
+
+
+def test_the_shared_expert_adds_exactly_nothing(dense: Path, tmp_path: Path) -> None:
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    model, outputs = load_stock(tmp_path / "hf", "Qwen3_5MoeForCausalLM"), []
+    for layer in model.model.layers:
+        layer.mlp.shared_expert.register_forward_hook(lambda *hook: outputs.append(hook[-1]))
+        layer.mlp.shared_expert_gate.register_forward_hook(lambda *hook: outputs.append(hook[-1]))
+    model(TOKENS)
+    assert len(outputs) == 8 and not any(output.any() for output in outputs)  # 0 is finite, also after a sigmoid
+    exported = tensors_of(tmp_path / "hf")
+    assert exported["model.layers.0.mlp.shared_expert.down_proj.weight"].shape == (32, 32)
+
+
+def test_an_export_gets_more_experts(dense: Path, tmp_path: Path) -> None:
+    """A further round of languages: what is original stays bit for bit."""
+    hf_to_mcore(dense, tmp_path / "first", NewExperts(2), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
+    hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(2))
+    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
+    assert all(not verdict.differs(0) for verdict in compare_frozen(tmp_path / "first-hf", tmp_path / "second-hf"))
+    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("lengths", [[7, 70, 1, 12], [90]])
+def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, lengths: list[int]) -> None:
+    """Neither through attention, nor through states and convolutions; in the second sequence they are reversed."""
+    from moelpr.megatron_patches import bootstrap
+
+    hf_to_mcore(dense, tmp_path / "megatron", None)
+    tokens = torch.randint(99, (2, 90), generator=torch.Generator().manual_seed(0))
+    per_sequence = lengths, lengths[::-1]
+    stock = load_stock(dense)
+    with torch.no_grad():
+        expected = [
+            torch.cat([stock(part[None]).logits[0] for part in row.split(own)])
+            for row, own in zip(tokens, per_sequence, strict=True)
+        ]
+    bootstrap.install_patches()
+    from moelpr.model import loading
+    from moelpr.model.attention import document_edges
+
+    positions = torch.stack([torch.cat([torch.arange(length) for length in own]) for own in per_sequence])
+    with bootstrap.single_process(), torch.no_grad():
+        model = loading.load_model(tmp_path / "megatron").eval()
+        found = model(tokens, positions, attention_mask=document_edges(positions))
+    assert (found - torch.stack(expected)).abs().max() <= 1e-5
+
+
+def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Path) -> None:
+    """Through the layers above, at a length that is no multiple of the chunk."""
+    from moelpr.megatron_patches import bootstrap
+
+    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    tokens = torch.randint(99, (2, 150), generator=torch.Generator().manual_seed(0))
+    stock = load_stock(tmp_path / "hf")
+    torch.nn.functional.cross_entropy(stock(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    bootstrap.install_patches()
+    from moelpr.model import loading
+
+    with bootstrap.single_process():
+        model = loading.load_model(tmp_path / "megatron").eval()
+        logits = model(tokens, torch.arange(150).expand_as(tokens), attention_mask=None)
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        ours = [layer.mlp.experts.linear_fc2.weight.grad for layer in model.decoder.layers]
+    for layer, gradient in zip(stock.model.layers, ours, strict=True):
+        expected = layer.mlp.experts.down_proj.grad[1:]
+        assert expected.abs().max() > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from moelpr.families.families import Family
-from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_MOE
+from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
 from moelpr.model_spec import ModelSpec
 
 # Name on the command line → name in sentences.
@@ -29,6 +29,7 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     has_own_head_dim = head_dim not in (None, config["hidden_size"] // (config["num_attention_heads"] or 1))
     shared_expert = "it requires a shared expert and does not normalize top-k weights"
     other_head_dim = f"it assumes that heads are not {head_dim} wide"
+    irregular = "it requires full attention in every k-th layer"
     no_window = f"it ignores the sliding window of {window} tokens"
     rules = (
         ("vllm", QWEN2_MOE, has_own_head_dim, other_head_dim),
@@ -43,6 +44,12 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
         ("mlx", MIXTRAL, has_own_head_dim, other_head_dim),
         ("mlx", QWEN2_MOE, True, shared_expert),
         ("mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+        *(
+            (reader, QWEN3_5_MOE, not config.get("full_attention_interval"), irregular)
+            for reader in ("llama.cpp", "mlx")
+        ),
+        ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
+        ("vllm", QWEN3_5_MOE, True, "it was not tried with this class"),
     )
     for name, kind, applies, reason in rules:
         if name == reader and [kind.architecture] == config["architectures"] and applies:

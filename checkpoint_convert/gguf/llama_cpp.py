@@ -45,6 +45,8 @@ def convert(folder: Path, output: Path, pre_tokenizer: str | None) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype")
     kind = {"float32": "f32", "float16": "f16"}.get(str(dtype), "bf16")
     words = [sys.executable, "-c", _CONVERTER, pre_tokenizer or "", str(folder), "--outfile", str(output)]
+    if "linear_num_key_heads" in config:  # or it would look for a head that predicts further tokens
+        words.append("--no-mtp")
     done = subprocess.run([*words, "--outtype", kind], capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(_reason(folder, done.stderr))

@@ -106,7 +106,7 @@ def _multiplier_args(config: Any) -> dict[str, Any]:
     }
 
 
-def _rope_args(config: Any) -> dict[str, Any]:
+def _rope_args(config: Any, partial: bool) -> dict[str, Any]:
     rope = dict(config.rope_parameters or {})
     rotated = rope.get("partial_rotary_factor", 1.0)
     if rotated != 1.0 and not partial:
@@ -173,6 +173,10 @@ def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
         names = {number: kind for kind, number in _LAYER_TYPES.items()}
         hybrid = {name: args[name] for name in (*_LINEAR_SIZES, "linear_conv_kernel_dim")}
         hybrid |= {"layer_types": [names[kind] for kind in kinds], "attn_output_gate": True}
+        # What readers other than transformers take in place of layer_types.
+        interval = kinds.index(0) + 1 if 0 in kinds else 0
+        if kinds == [int(not interval or (i + 1) % interval > 0) for i in range(len(kinds))]:
+            hybrid["full_attention_interval"] = interval
     return {
         "hidden_size": args["hidden_size"],
         "intermediate_size": args["ffn_hidden_size"],

@@ -49,6 +49,8 @@ TIED = {"tie_word_embeddings": True}
 COPIES = {"original_copies": 2}
 # Its scaling shows at large distances only.
 SCALED = {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 2048}
+HYBRID = {"head_dim": 256, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 256}
+HYBRID |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "rope_parameters": None}
 CASES = {
     "llama": Case("LlamaForCausalLM"),
     "llama-tied-copies": Case("LlamaForCausalLM", TIED, upcycling=COPIES),
@@ -65,6 +67,8 @@ CASES = {
     "qwen2-tied-copies-granitemoe": Case("Qwen2ForCausalLM", TIED, "granitemoe", COPIES),
     "qwen3": Case("Qwen3ForCausalLM", {"head_dim": 16}, upcycling=COPIES),
     "qwen3-tied": Case("Qwen3ForCausalLM", TIED | {"head_dim": 8}),
+    "qwen3.5": Case("Qwen3_5ForCausalLM", HYBRID),
+    "qwen3.5-tied-copies": Case("Qwen3_5ForCausalLM", TIED | HYBRID, upcycling=COPIES, prompt_length=100),
     "qwen3-dense-layers": Case("Qwen3ForCausalLM", {"head_dim": 8}, upcycling={"moe_layers": [1, 3]}),
 }
 

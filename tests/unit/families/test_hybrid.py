@@ -48,9 +48,7 @@ VISION = {
 
 @pytest.fixture(scope="module")
 def dense(make_model: Callable[..., Path]) -> Path:
-    folder = make_model("Qwen3_5ForCausalLM", tokenizer=True, **SHAPE)
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen3_5Tokenizer")
-    return folder
+    return make_model("Qwen3_5ForCausalLM", tokenizer=True, **SHAPE)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data_tools.corpus.corpus import CorpusPaths, describe
 from data_tools.corpus.corpus_writer import check_output, commit_corpus, remove_leftover
-from data_tools.preprocessing.arguments import GROUPS, add_tokenizer_arguments
+from data_tools.preprocessing.arguments import GROUPS, KEPT, add_tokenizer_arguments
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
 from data_tools.preprocessing.tagging import LanguageGroups
 from data_tools.tagging.languages import languages_in, write_bits
@@ -118,7 +118,7 @@ def languages_of(arguments: argparse.Namespace, documents: int) -> tuple[Languag
                 f"--language {language} excludes --original-languages and --expanded-languages; pass a code instead"
             )
         return (
-            LanguageGroups(frozenset({"original"}), frozenset({"expanded"})),
+            LanguageGroups(frozenset({"original", KEPT}), frozenset({"expanded"})),
             repeat(language, documents),
             "--language",
         )

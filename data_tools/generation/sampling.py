@@ -143,6 +143,8 @@ def writer(loaded: Any, batch_size: int, max_tokens: int, temperature: float, to
     ends = {"eos_token_id": loaded.eos_id, "pad_token_id": loaded.eos_id or 0}
     loaded.model.generation_config = GenerationConfig(**settings, **ends)  # transformers fills gaps from the model's
 
+    special = {*loaded.tokenizer.all_special_ids}
+
     def write(prompt: str, seed: int) -> list[tuple[str, int]]:
         torch.manual_seed(seed)
         start = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
@@ -153,7 +155,8 @@ def writer(loaded: Any, batch_size: int, max_tokens: int, temperature: float, to
         for row in found:
             tokens = row[len(start) :]
             tokens = tokens[: tokens.index(loaded.eos_id)] if loaded.eos_id in tokens else tokens
-            text = loaded.tokenizer.decode([*start[1:], *tokens], skip_special_tokens=True).removesuffix("\ufffd")
+            found_tokens = [token for token in tokens if token not in special]  # those of a prompt are part of the text
+            text = loaded.tokenizer.decode([*start[1:], *found_tokens]).removesuffix("\ufffd")
             texts.append((text.strip(), len(tokens)))
         return texts
 

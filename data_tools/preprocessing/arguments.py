@@ -19,7 +19,8 @@ _DEFAULTS = {"min_confidence": 0.5, "undetected": "expanded", "max_bad_share": 0
 _WORKERS_PER_CPU = 8
 _COUNT: dict[str, Any] = {"type": int, "metavar": "N"}
 _FRACTION: dict[str, Any] = {"type": float, "metavar": "X"}
-GROUPS = ("original", "expanded")
+KEPT = "kept"  # text like no replay and no expanded language, whose bit is original
+GROUPS = ("original", "expanded", KEPT)
 _LANGUAGE_FLAGS = ("--language", "--language-key", "--spans-key", "--detect-language")
 
 
@@ -67,7 +68,8 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
 
     group = parser.add_argument_group("language bit (--input requires one of the first four; a registry states it)")
     add, add_language = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    one = "language of all documents, such as eu with --expanded-languages eu; or their group: original, expanded"
+    one = "language of all documents, such as eu with --expanded-languages eu; or their group: original, expanded, or "
+    one += "kept: other text that original experts should go on with (with --expanded-languages, it is checked)"
     add_language("--language", metavar="CODE", help=one)
     add_language("--language-key", metavar="KEY", help="JSON key of a document's language")
     spans = 'JSON key of a document\'s spans, [{"text": …, "lang": …}, …]; a token has the language of its first byte'
@@ -108,6 +110,7 @@ def parse_arguments(description: str | None, argv: list[str] | None) -> argparse
     for name, default in (_DEFAULTS | {"json_keys": ["messages" if arguments.conversations else "text"]}).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, default)
+    arguments.audit |= arguments.language == KEPT and bool(arguments.expanded_languages)
     return arguments
 
 
@@ -165,7 +168,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
             args.dataset and language_flag != "--dataset"
         ),
-        f"--language must be original, expanded or a code such as eu or eus_Latn, got {args.language}": (
+        f"--language must be original, expanded, kept or a code such as eu or eus_Latn, got {args.language}": (
             is_code and not is_language(args.language)
         ),
         f"--language {args.language} requires --original-languages or --expanded-languages, such as "
@@ -175,7 +178,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         ),
         f"{language_flag} excludes --original-languages and --expanded-languages, which require --language CODE, "
         "--language-key, --spans-key or --detect-language": (
-            not has_names and (args.original_languages or args.expanded_languages)
+            not has_names and (args.original_languages or (args.expanded_languages and args.language != KEPT))
         ),
         "--undetected requires --detect-language": args.undetected and not args.detect_language,
         "--min-confidence requires --detect-language or --audit": (

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
-from data_tools.preprocessing.arguments import GROUPS
+from data_tools.preprocessing.arguments import GROUPS, KEPT
 from data_tools.preprocessing.conversations import load_chat_template
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
@@ -178,7 +178,8 @@ def _outputs(args: argparse.Namespace) -> Outputs:
 def _datasets(args: argparse.Namespace) -> list[Dataset]:
     if not args.dataset:
         sources = [open_source(path) for path in find_files(args.input)]
-        return [Dataset("", sources, args.language if args.language in GROUPS else None, args.json_keys[0])]
+        bit: Any = "original" if args.language == KEPT else args.language if args.language in GROUPS else None
+        return [Dataset("", sources, bit, args.json_keys[0])]
     names = [name.strip() for name in args.dataset.split(",") if name.strip()]
     return read_registry(args.dataset_info, names, args.dataset_dir)
 
@@ -199,7 +200,8 @@ def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[Langu
     if args.dataset or args.language in GROUPS:
         pairs = [(dataset.name or args.language, dataset.bit) for dataset in datasets]
         original, expanded = (frozenset(n for n, bit in pairs if bit == group) for group in ("original", "expanded"))
-        return LanguageGroups(original, expanded), OneLanguage([name for name, _ in pairs])
+        unwanted = LanguageGroups.from_names(None, args.expanded_languages).expanded  # in kept text
+        return LanguageGroups(original, expanded | unwanted), OneLanguage([name for name, _ in pairs])
     groups = LanguageGroups.from_names(args.original_languages, args.expanded_languages)
     if args.language:
         language = canonical(args.language)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_tools.corpus.corpus import describe
 from data_tools.corpus.tokenized import token_dtype
+from data_tools.preprocessing.arguments import KEPT
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.data.manifest import LanguageCount, Manifest
 from moelpr.process.text_tables import table_text
@@ -132,12 +133,25 @@ def print_summary(
         print(f"note: --filter dropped {tally.num_filtered:,} of {tally.num_read:,} documents")
     if tally.audit:
         _print_audit(tally.audit, groups if names_original else None)
+        _warn_of_expanded(tally.audit.get(KEPT, Counter()), groups)
     if tally.num_skipped:
         share = tally.num_skipped / tally.num_read
         warning = f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:"
         print(warning, *(f"  {problem}" for problem in tally.problems), sep="\n", file=sys.stderr)
         if tally.num_skipped > _PROBLEMS_SHOWN:
             print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
+
+
+def _warn_of_expanded(detected: Counter[str], groups: LanguageGroups) -> None:
+    """Print how much of the kept text is in an expanded language, which the routers would hold back too."""
+    found = {language: detected[language] for language in groups.expanded if detected[language]}
+    if found:
+        number, total, names = sum(found.values()), detected.total(), ", ".join(sorted(found))
+        print(
+            f"warning: {number:,} of {total:,} kept documents ({number / total:.1%}) seem to be in expanded languages "
+            f"({names}), which the new experts should get; leave them out",
+            file=sys.stderr,
+        )
 
 
 def _print_audit(audit: dict[str, Counter[str]], groups: LanguageGroups | None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from examples.real_model.page import write_results
 from examples.real_model.queue import Queue
-from examples.real_model.settings import ALL, TOKENS
+from examples.real_model.settings import ALL, SHORT, SHORT_TOKENS, TOKENS
 from examples.tasks import ROOT
 from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.command import CommandParser, run_command
@@ -36,19 +36,24 @@ def main() -> None:
     add("--run", type=Path, default=Path("runs/real-model"), metavar="DIR", help="output folder (default: %(default)s)")
     base = "Hugging Face directory (default: SmolLM2-135M-Instruct, which is downloaded)"
     add("--base", type=Path, metavar="DIR", help=base)
-    tokens = "tokens of stage 1, full fine-tuning and LoRA; other stages in proportion (default: %(default)s)"
-    add("--tokens", type=int, default=TOKENS, metavar="N", help=tokens)
+    tokens = "tokens of stage 1, full fine-tuning and LoRA; other stages in proportion (default: 163,840)"
+    add("--tokens", type=int, metavar="N", help=tokens)
+    short = f"a trial in two hours: {SHORT_TOKENS:,} tokens, no search for learning rates, and only the evaluation of "
+    short += f"unseen text (without --only: {', '.join(SHORT)})"
+    add("--short", action="store_true", help=short)
     usual, extra = ([setting.name for setting in ALL.values() if setting.is_extra == x] for x in (False, True))
     only = f"settings to train (default: {', '.join(usual)}; others: {', '.join(extra)})"
     add("--only", nargs="+", choices=list(ALL), metavar="NAME", help=only)
     add("--list", action="store_true", help="list the tasks, whether they are done, and their time; start nothing")
     args = parser.parse_args()
     os.chdir(ROOT)
-    if args.tokens < 1:
-        raise UserError(f"--tokens must be positive, got {args.tokens}")
+    tokens = args.tokens if args.tokens is not None else SHORT_TOKENS if args.short else TOKENS
+    if tokens < 1:
+        raise UserError(f"--tokens must be positive, got {tokens}")
     if args.base is not None:
         read_config(args.base)
-    queue, names = Queue(args.run, args.base, args.tokens), set(args.only or usual)
+    queue = Queue(args.run, args.base, tokens, args.short)
+    names = set(args.only or (SHORT if args.short else usual))
     run = Workflow(args.run, queue.tasks())
     chosen = [task for task in run.tasks.values() if task.tags & names]
     if args.list:
@@ -73,7 +78,8 @@ def main() -> None:
 
 def check_same_settings(queue: Queue) -> None:
     """A folder belongs to one base and one number of tokens."""
-    record, text = queue.run / "queue.txt", f"--base {queue.base} --tokens {queue.tokens}\n"
+    record = queue.run / "queue.txt"
+    text = f"--base {queue.base} --tokens {queue.tokens}{' --short' * queue.is_short}\n"
     before = record.read_text(encoding="utf-8", errors="replace") if record.is_file() else text
     if before.strip() != text.strip():
         raise UserError(

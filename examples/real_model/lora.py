@@ -3,7 +3,8 @@
 python -m examples.real_model.lora --base DIR --data-path PREFIX --run DIR --save DIR --train-iters 160 --lr 1e-3
 
 Adapters on all linear layers but the output layer, with alpha = 2 rank. The default rank is the smallest dimension of
-these layers, beyond which a higher one adds nothing to the smallest of them. --run gets checkpoints, from which a rerun
+these layers, beyond which a higher one adds nothing to the smallest of them. --only-ffn trains all weights of the FFNs
+instead, and nothing else: what MoE-LPR trains, without experts. --run gets checkpoints, from which a rerun
 continues, metrics.jsonl and the adapter; --save the base with the adapter merged into it, as a Hugging Face directory.
 """
 
@@ -39,6 +40,7 @@ class LoraSettings(Record):
         lr: Learning rate.
         rank: Rank of the adapters; null for the smallest dimension of a layer.
         seed: Random seed.
+        only_ffn: Whether the FFNs are trained instead.
     """
 
     FILE_NAME: ClassVar[str] = "settings.json"
@@ -48,6 +50,7 @@ class LoraSettings(Record):
     lr: float
     rank: int | None
     seed: int
+    only_ffn: bool = False
 
     def claim(self, run: Path) -> None:
         """Record the settings; a folder belongs to one training.
@@ -67,29 +70,40 @@ def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--base", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
-    add("--data-path", type=Path, required=True, metavar="PREFIX", help="corpus, as of the trainer")
+    corpora = "corpus, or weights and corpora in turn, as of the trainer"
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help=corpora)
     add("--run", type=Path, required=True, metavar="DIR", help="folder for checkpoints, metrics and the adapter")
     add("--save", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
     add("--train-iters", type=int, required=True, metavar="N", help="optimizer steps")
     add("--lr", type=float, required=True, metavar="RATE", help="learning rate")
-    add("--rank", type=int, metavar="R", help="rank of the adapters (default: the smallest dimension of a layer)")
+    trained = parser.add_mutually_exclusive_group().add_argument
+    trained("--rank", type=int, metavar="R", help="rank of the adapters (default: the smallest dimension of a layer)")
+    trained("--only-ffn", action="store_true", help="train the FFNs themselves instead of adapters")
     add("--seed", type=int, default=1, metavar="N", help="of the adapters and of the order (default: %(default)s)")
     args = parser.parse_args()
-    if Manifest.read(str(args.data_path)) is None:
-        raise UserError(f"--data-path {args.data_path} is not a corpus; make one with data_tools/preprocess_data.py")
+    is_blend = len(args.data_path) > 1
+    prefixes = args.data_path[1::2] if is_blend else args.data_path
+    weights = [float(weight) for weight in args.data_path[::2]] if is_blend else None
+    for prefix in prefixes:
+        if Manifest.read(prefix) is None:
+            raise UserError(f"--data-path {prefix} is not a corpus; make one with data_tools/preprocess_data.py")
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise UserError("peft is not installed; run examples/real_model/install.sh") from error
-    LoraSettings(args.train_iters, args.lr, args.rank, args.seed).claim(args.run)
+    LoraSettings(args.train_iters, args.lr, args.rank, args.seed, args.only_ffn).claim(args.run)
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     with locked(args.run / ".lock", args.run):  # a killed queue may have left the one before running
-        model = add_adapters(args.base, args.rank, args.seed)
-        samples = PackedSamples(args.data_path, args.train_iters * BATCH, args.seed, model.config.vocab_size)
+        model = only_ffns(args.base) if args.only_ffn else add_adapters(args.base, args.rank, args.seed)
+        blend = prefixes, weights
+        samples = PackedSamples(blend, args.train_iters * BATCH, args.seed, model.config.vocab_size)
         train(model, samples, args.run, args.train_iters, args.lr, args.seed)
-        model.save_pretrained(args.run / "adapter")
-        save_merged(args.base, args.run / "adapter", args.save)
+        if args.only_ffn:
+            save_whole(model, args.base, args.save)
+        else:
+            model.save_pretrained(args.run / "adapter")
+            save_merged(args.base, args.run / "adapter", args.save)
 
 
 class PackedSamples(Dataset):
@@ -98,7 +112,7 @@ class PackedSamples(Dataset):
     A sample has a token more than its length, because transformers shifts the labels itself.
     """
 
-    def __init__(self, prefix: Path, number: int, seed: int, vocab_size: int) -> None:
+    def __init__(self, blend: tuple[list[str], list[float] | None], number: int, seed: int, vocab_size: int) -> None:
         from moelpr.megatron_patches import cpu
 
         cpu.install()  # before Megatron is imported; does nothing if there is a GPU
@@ -110,7 +124,7 @@ class PackedSamples(Dataset):
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=SEQUENCE_LENGTH,
-            blend=([str(prefix)], None),
+            blend=blend,
             split="100,0,0",
             tokenizer=TokenIds(vocab_size=vocab_size),
             reset_position_ids=False,
@@ -154,6 +168,20 @@ def add_adapters(base: Path, rank: int | None, seed: int) -> Any:
     return adapted
 
 
+def only_ffns(base: Path) -> Any:
+    """The base in bf16, but its FFNs in fp32, which alone are trained. Prints their number of parameters."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
+    ).requires_grad_(False)
+    for layer in model.get_decoder().layers:
+        layer.mlp.float().requires_grad_(True)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    print(f"FFNs, {trained:,} trained parameters of {model.num_parameters():,}", flush=True)
+    return model
+
+
 def train(model: Any, samples: PackedSamples, run: Path, steps: int, rate: float, seed: int) -> None:
     """Train `model` in place, with the trainer's optimizer and schedule, in bf16; continues from a checkpoint."""
     from transformers import Trainer, TrainingArguments
@@ -192,6 +220,18 @@ def last_checkpoint(run: Path) -> str | None:
     saved = [file.parent for file in run.glob("checkpoint-*/trainer_state.json") if read_json(file)]
     steps = {int(number): folder for folder in saved if (number := folder.name.split("-")[1]).isdecimal()}
     return str(steps[max(steps)]) if steps else None
+
+
+def save_whole(model: Any, base: Path, save: Path) -> None:
+    """Write the base, in its own dtype, with the weights of `model` that were trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    whole = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)
+    whole.load_state_dict({name: weight.detach() for name, weight in trained.items()}, strict=False)
+    with atomic_directory(save) as temporary:
+        whole.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False).save_pretrained(temporary)
 
 
 def save_merged(base: Path, adapter: Path, save: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from examples import tasks
 from examples.downloads import SOURCES
 from examples.languages import EXPANDED, GROUPS, LANGUAGES, ORIGINAL, held_out_files
-from examples.real_model import rates, settings
+from examples.other_text import SOURCES as OTHER_SOURCES
+from examples.real_model import rates, settings, unseen
 from examples.real_model.settings import ALL, BASE, SEEDS, SETTINGS, TOPK, VOCABULARY_START, steps_of
 from examples.real_model.text import Facts
 from examples.tasks import Words, named
@@ -24,7 +25,7 @@ PROMPTS = 3  # per language
 CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
 EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
 SAVE_INTERVAL = 40  # steps
-EVALUATION_TOKENS, CLOZE_TOKENS = 125_000, 500 * 6 * 4 * 50  # per model
+EVALUATION_TOKENS, UNSEEN_TOKENS, CLOZE_TOKENS = 125_000, 75_000, 500 * 6 * 4 * 50  # per model
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 SPEED = {
     **{"stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "plain": 130},
@@ -40,14 +41,19 @@ Tags = Iterable[str]
 class Queue:
     """All tasks of a run folder; their tags are the settings that need them."""
 
-    def __init__(self, run: Path, base: Path | None = None, tokens: int = settings.TOKENS) -> None:
-        """`base`: Hugging Face directory; by default SmolLM2-135M-Instruct, which is downloaded."""
-        self.run, self.base, self.tokens = run, base or run / "base-hf", tokens
-        self.corpus, self.text, self.data = run / "corpus", run / "text", run / "data"
+    def __init__(
+        self, run: Path, base: Path | None = None, tokens: int = settings.TOKENS, is_short: bool = False
+    ) -> None:
+        """`base`: Hugging Face directory; by default SmolLM2-135M-Instruct, which is downloaded.
+
+        `is_short`: Learning rates aren't searched for, and models are evaluated on `unseen` text only.
+        """
+        self.run, self.base, self.tokens, self.is_short = run, base or run / "base-hf", tokens, is_short
+        self.corpus, self.text, self.data, self.other = run / "corpus", run / "text", run / "data", run / "other"
 
     def tasks(self) -> list[Task]:
         """All tasks, in the order in which they run."""
-        first, rest = SEEDS[0], SEEDS[1:]
+        first, rest = SEEDS[0], () if self.is_short else SEEDS[1:]
         search_stage1 = partial(self._train, stage="stage1", start=self.run / "upcycled-copies", tags={"copies"})
         found = [
             *self._text(),
@@ -56,7 +62,7 @@ class Queue:
             *self._stage2("copies", first),
             *self._full(),
             *self._lora("lora"),
-            *self._continuations(),
+            *(() if self.is_short else self._continuations()),
             *self._stage1("one-copy"),
             *self._stage2("one-copy", first),
             *self._stage2("no-lpr", first),
@@ -65,17 +71,26 @@ class Queue:
             *self._stage2("reference", first),
             *self._plain(),
             *self._vocabulary(),
-            *self._cloze(),
+            *(() if self.is_short else self._cloze()),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
             *self._search("copies", {"copies"}, search_stage1),
             *(task for name, times in settings.MORE_TEXT.items() for task in self._more_text(name, times)),
             *self._replay(),
             *self._lora(settings.LORA_16, rank=16),
+            *self._rivals(),
         ]
+        found = [each for task in found for each in self._with_unseen(task)]
         if self._is_base_downloaded:
             return found
         return [replace(task, files=(*task.files, self.base)) if "base" in task.made_from else task for task in found]
+
+    def _with_unseen(self, task: Task) -> list[Task]:
+        """The evaluation on unseen text beside that on held-out text, or alone if the queue is short."""
+        model = task.name.removeprefix("evaluate-")
+        if model == task.name or model not in settings.UNSEEN:
+            return [task]
+        return [*([] if self.is_short else [task]), self._evaluate_unseen(model)]
 
     @property
     def _is_base_downloaded(self) -> bool:
@@ -90,7 +105,17 @@ class Queue:
             self._script("text", ALL, self.corpus / Facts.FILE_NAME, 3, disk_gib=0.3, **downloaded),
             self._script("split", ALL, self.text, 0.2, made_from=("text",)),
             *self._preprocess(ALL, self.base),
+            *(self._written(name, *options) for name, options in unseen.WRITTEN.items()),
+            self._script("unseen", ALL, self.run / unseen.FOLDER, 0.3, made_from=("text",)),
         ]
+
+    def _written(self, name: str, *options: str) -> Task:
+        """Text that the base writes."""
+        words: Words = ["-m", "data_tools.generate_text", "--model", self.base, "--output", self.run / name]
+        words += [*options, "--temperature", "1", "--top-p", "1", "--dtype", "bfloat16", "--overwrite"]
+        is_complete = (self.run / name / "generated.manifest.json").is_file
+        task = Task(name=name, command=words, made_from=("base",), is_complete=is_complete)
+        return _tagged(ALL, task, files=(unseen.REQUESTS,), minutes=1.5)
 
     def _script(self, name: str, tags: Tags, output: Path, minutes: float, **fields: Any) -> Task:
         """Run a script of this folder, which writes `output`."""
@@ -116,6 +141,7 @@ class Queue:
         start = self.run / f"upcycled-{name}"
         users = {setting.name for setting in SETTINGS.values() if run in (setting.name, *setting.before)}
         upcycled_for = users | {"one-copy": {"plain"}, "copies": {*settings.MORE_TEXT}}.get(name, set())
+        upcycled_for |= settings.users_of(start.name)
         found = [self._convert(start, upcycled_for, *moe_options(name)), self._train(run, "stage1", start, users)]
         return [*found, *([self._evaluate(run)] if run in SETTINGS else [])]
 
@@ -145,6 +171,67 @@ class Queue:
         text: dict[str, Any] = {"share": share, "blend": settings.REPLAY_BLEND}
         train = self._train(name, "dense", self.run / "dense", {name}, searched="full", **text)
         return [train, self._evaluate(name)]
+
+    def _rivals(self) -> list[Task]:
+        """The settings of the table, and the kept text that some of them have in review."""
+        users = {setting.name for setting in settings.RIVALS if setting.training and "kept" in setting.training.blend}
+        pack: Words = ["-m", "examples.other_text", "--output", self.other, "--cache", self.run / "downloads"]
+        pack += ["--without", ",".join(unseen.LANGUAGES), "--overwrite"]
+        other = Task(name="other", command=pack, is_complete=(self.other / "pack.manifest.json").is_file)
+        options = ("--expanded-languages", ",".join(EXPANDED))
+        kept = tasks.preprocess(
+            self.data / "kept", [self.other / "*.jsonl"], self.base, "kept", *options, made_from=("other", "base")
+        )
+        found = [_tagged(users, other, files=(OTHER_SOURCES,)), _tagged(users, kept)]
+        for setting in settings.RIVALS:
+            users = settings.users_of(setting.name)
+            if (row := setting.training) and row.stage in ("lora", "ffn"):
+                found += [self._adapted(setting.name, row), self._evaluate(setting.name)]
+            elif row:
+                start, options = self.run / row.start, row.options
+                text: dict[str, Any] = {"share": row.share, "blend": row.blend, "highest": row.rate}
+                train = self._train(setting.name, row.stage, start, users, options=options, **text)
+                found += [train, self._evaluate(setting.name)]
+        return [*found, *self._halfway()]
+
+    def _adapted(self, name: str, row: settings.Training) -> Task:
+        """Training by peft or of the FFNs, as the table says."""
+        assert row.rate is not None
+        steps, hf, options = self._steps(row.share), self.run / f"{name}-hf", ("--rank", "16")
+        words: Words = ["-m", "examples.real_model.lora", "--base", self.base, "--run", self.run / name]
+        words += ["--data-path", *self._blended(row.blend), "--save", hf, "--train-iters", str(steps)]
+        words += [
+            "--seed",
+            str(SEEDS[0]),
+            *(("--only-ffn",) if row.stage == "ffn" else options),
+            "--lr",
+            f"{row.rate:g}",
+        ]
+        task = Task(
+            name=name,
+            command=words,
+            made_from=("base", *(f"preprocess-{group}" for group in row.blend)),
+            is_complete=(hf / "config.json").is_file,
+            continues=self.run / name,
+        )
+        return _tagged(settings.users_of(name), task, minutes=1 + _minutes("lora", steps), memory_gib=8, disk_gib=1.5)
+
+    def _halfway(self) -> list[Task]:
+        """The mean of the base's weights and those of a fine-tuned model."""
+        of, save = settings.HALFWAY_OF, self.run / f"{settings.HALFWAY}-hf"
+        words: Words = ["-m", "examples.real_model.halfway", self.base, self.run / f"{of}-hf", "--save", save]
+        made_from, is_complete = ("base", f"export-{of}"), (save / "config.json").is_file
+        task = Task(name=settings.HALFWAY, command=words, made_from=made_from, is_complete=is_complete)
+        export = tasks.export(self.run / of)
+        found = [_tagged({settings.HALFWAY}, each, disk_gib=0.6) for each in (export, task)]
+        return [*found, self._evaluate(settings.HALFWAY)]
+
+    def _blended(self, blend: Mapping[str, float], corpora: str = "") -> Words:
+        """--data-path of a blend of text: with weights, unless it is all of one kind."""
+        data: Words = [self.data / f"{corpora}{group}_text_document" for group in blend]
+        return (
+            data if len(blend) == 1 else [x for pair in zip(map(str, blend.values()), data, strict=True) for x in pair]
+        )
 
     def _vocabulary(self) -> list[Task]:
         """New tokens: tokenizer, corpora and model; then three stages for as much text, and for as many tokens."""
@@ -199,7 +286,12 @@ class Queue:
         users, start = {"full", settings.REPLAY}, self.run / "dense"
         best = self._train("full", "dense", start, {"full"}, searched="full")
         search = self._search("full", users, partial(self._train, stage="dense", start=start, tags=users))
-        return [self._convert(start, users, "--dense"), *search, best, self._evaluate("full")]
+        return [
+            self._convert(start, users | settings.users_of(start.name), "--dense"),
+            *search,
+            best,
+            self._evaluate("full"),
+        ]
 
     def _lora(self, name: str, rank: int | None = None) -> list[Task]:
         """LoRA at the best rate; `rank`: None is the largest that makes sense."""
@@ -211,9 +303,9 @@ class Queue:
             words += ["--seed", str(SEEDS[0]), *(["--rank", str(rank)] if rank else [])]
             task = Task(
                 name=model,
-                command=lambda: [*words, "--lr", f"{rate or rates.best_rate(self.run, name):g}"],
+                command=lambda: [*words, "--lr", f"{rate or self._best_rate(name):g}"],
                 made_from=("base", "preprocess-expanded"),
-                decided_by=() if rate else rates.searches(name),
+                decided_by=() if rate else self._searches(name),
                 is_complete=(hf / "config.json").is_file,
                 continues=self.run / model,
             )
@@ -224,10 +316,16 @@ class Queue:
     def _search(self, setting: str, tags: Tags, train: Callable[..., Task]) -> list[Task]:
         """A short run per learning rate; `train` makes it from its name and `rate`."""
         found = []
-        for rate in settings.RATES[setting]:
+        for rate in () if self.is_short else settings.RATES[setting]:
             model = rates.search_name(setting, rate)
             found += [train(model, rate=rate), self._evaluate(model, tags, is_validation=True)]
         return found
+
+    def _searches(self, setting: str) -> tuple[str, ...]:
+        return () if self.is_short else rates.searches(setting)
+
+    def _best_rate(self, setting: str) -> float:
+        return settings.FOUND_RATES[setting] if self.is_short else rates.best_rate(self.run, setting)
 
     def _continuations(self) -> list[Task]:
         """Exports, and what up to four models write after the same words."""
@@ -275,7 +373,7 @@ class Queue:
     def _evaluate(self, model: str, tags: Tags | None = None, *, is_validation: bool = False) -> Task:
         """Bits per byte and routing of a model on all held-out text, or on the validation part."""
         output = self.run / ("validation" if is_validation else "evaluation")
-        users = ALL if model == BASE else {setting.name for setting in ALL.values() if model in setting.models}
+        users = ALL if model == BASE else settings.users_of_model(model)
 
         def files() -> dict[str, Path]:
             if is_validation:
@@ -298,6 +396,27 @@ class Queue:
         tokens = EVALUATION_TOKENS / (6 if is_validation else 1)
         return _tagged(tags or users, task, minutes=0.5 + tokens / SPEED["evaluate"] / 60)
 
+    def _evaluate_unseen(self, model: str) -> Task:
+        """What a model keeps of what neither training nor replay contains, and what it has learned, at later tokens."""
+        output = self.run / unseen.EVALUATION
+
+        def command() -> Words:
+            models = {name: settings.model_folder(self.run, self.base, name) for name in (BASE, model)}
+            files = unseen.files(self.run)
+            options = ["--original-languages", ",".join(name for name in files if not unseen.is_expanded(name))]
+            options += f"--dtype bfloat16 --sequence-length 2048 --skip-tokens {unseen.SKIPPED}".split()
+            options += ["--max-documents", str(settings.SHORT_DOCUMENTS)] if self.is_short else []
+            return tasks.evaluation_words("text", models, files, output, *options)
+
+        task = Task(
+            name=f"unseen-{model}",
+            command=command,
+            made_from=("unseen", *unseen.WRITTEN, *dict.fromkeys(["base", model])),
+            is_complete=lambda: rates.bits_per_byte(output, model).keys() >= unseen.files(self.run).keys(),
+        )
+        minutes = 0.5 + UNSEEN_TOKENS / SPEED["evaluate"] / 60
+        return _tagged(ALL if model == BASE else settings.users_of_model(model), task, minutes=minutes)
+
     def _steps(self, share: float) -> int:
         return steps_of(share * self.tokens)
 
@@ -312,6 +431,7 @@ class Queue:
         share: float = 1.0,
         blend: Mapping[str, float] | None = None,
         rate: float | None = None,
+        highest: float | None = None,
         searched: str = "",
         seed: int = SEEDS[0],
         corpora: str = "",
@@ -327,6 +447,7 @@ class Queue:
             share: Its tokens, as a multiple of those of stage 1.
             blend: Language group -> its part of the text; by default that of the stage.
             rate: Highest learning rate of a run that searches for one, which is short and not continued.
+            highest: Highest learning rate of another run; by default that of the stage.
             searched: The setting whose search has found the rate; by default it is that of the stage.
             corpora: How the names of the corpora start.
             is_shorter: The extended tokenizer makes fewer tokens of its text, and it takes fewer steps.
@@ -340,16 +461,14 @@ class Queue:
         fixed += ["--no-save-optim"] if rate else []
         blend = blend or settings.BLENDS[stage]
         share = settings.SEARCH_SHARE if rate else share
-        data: Words = [self.data / f"{corpora}{group}_text_document" for group in blend]
-        if len(blend) > 1:
-            data = [word for pair in zip(map(str, blend.values()), data, strict=True) for word in pair]
+        data = self._blended(blend, corpora)
 
         def steps() -> int:
             return self._steps(share * (self._tokens_left() if is_shorter else 1))
 
         def command() -> Words:
-            highest = rates.best_rate(self.run, searched) if searched else rate or settings.STAGE_RATES[stage]
-            schedule = settings.schedule(steps(), highest)
+            fixed_rate = rate or highest or settings.STAGE_RATES[stage]
+            schedule = settings.schedule(steps(), self._best_rate(searched) if searched else fixed_rate)
             return tasks.training_words(stage, start, data, save, *schedule, *fixed, *options)
 
         try:
@@ -360,7 +479,7 @@ class Queue:
             name=model,
             command=command,
             made_from=(start.name, *(f"preprocess-{corpora}{group}" for group in blend)),
-            decided_by=rates.searches(searched) if searched else ("preprocess-expanded",) if is_shorter else (),
+            decided_by=self._searches(searched) if searched else ("preprocess-expanded",) if is_shorter else (),
             environment={"NPROC_PER_NODE": str(ranks)},
             # The last step is there, with the steps whose frozen tensors it needs.
             is_complete=lambda: tasks.is_finished(save) and bool(checkpoint_chain(save)),

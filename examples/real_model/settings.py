@@ -6,6 +6,7 @@ and REPLAY all at once. The settings of VOCABULARY have new tokens, and are comp
 SETTINGS.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,32 @@ NUM_NEW_TOKENS, STAGE0_SHARE = 8000, 0.2
 MORE_TEXT = {"copies-twice": 2, "copies-three-times": 3}
 # Full fine-tuning on what MoE-LPR reads in both stages, at once: is it the replay text that it lacks?
 REPLAY, REPLAY_BLEND = "full-replay", {"original": 1, "expanded": 10}
+# `--short`: every setting on half the text, at the rates that the searches of the whole queue found.
+SHORT_TOKENS, SHORT_DOCUMENTS = 81_920, 8
+FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
+SHORT = ("copies", "new", "new-kept-5", "new-kept-25", "full-10-0.0003", "ffn-10", "halfway")
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that a row of a table describes.
+
+    Attributes:
+        stage: A stage of the trainer; "lora" or "ffn": by examples.real_model.lora, adapters of rank 16 or all FFNs.
+        start: The conversion or run that it starts from.
+        blend: Text -> its parts.
+        rate: Highest learning rate; None: that of the stage.
+        share: Its tokens, as a multiple of those of stage 1.
+        options: More flags of the trainer.
+    """
+
+    stage: str
+    start: str
+    blend: Mapping[str, float]
+    rate: float | None = None
+    share: float = 1 + REVIEW_SHARE
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class Setting:
         before: The runs that its models continue, in order; () if they start from the base.
         seeds: Number of models, which differ in the order of the text.
         is_extra: Whether it is only trained if --only names it.
+        training: How, if a row of a table says so.
     """
 
     name: str
@@ -59,6 +86,7 @@ class Setting:
     before: tuple[str, ...] = ()
     seeds: int = 1
     is_extra: bool = False
+    training: Training | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -68,12 +96,83 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        return () if self.name in (BASE, VOCABULARY_START) else (*self.before, self.models[0])
+        is_trained = self.name not in (BASE, VOCABULARY_START, HALFWAY, LORA_SWITCHED)
+        return (*self.before, *self.models[:is_trained])
 
 
 def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
+
+def _replay(percent: int) -> dict[str, float]:
+    """Parts of the text with so much of it in the original languages."""
+    return {"expanded": 100 - percent, "original": percent} if percent else {"expanded": 1}
+
+
+def _with(percent: int) -> str:
+    return f"{percent}% replay text" if percent else "no replay text"
+
+
+def _review(name: str, label: str, kept: float = 0, gamma: float = 0.1) -> Setting:
+    """Review after stage 1 with new experts only, `kept` of its text being kept text."""
+    blend = BLENDS["stage2"] | ({"kept": 3 * kept / (1 - kept)} if kept else {})
+    options = () if gamma == 0.1 else ("--lpr-loss-coeff", f"{gamma:g}")
+    training = Training("stage2", NEW_STAGE1, blend, share=REVIEW_SHARE, options=options)
+    return Setting(name, label, (NEW_STAGE1,), is_extra=True, training=training)
+
+
+# What a reviewer would try instead, and what might be better: each is only trained if --only names it.
+NEW_STAGE1, HALFWAY, HALFWAY_OF = "new-stage1", "halfway", "full-10-0.0003"
+LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
+NEW = "MoE-LPR, stage 1 with new experts only"
+RIVALS = (
+    Setting(
+        NEW_STAGE1,
+        f"{NEW}, before review",
+        is_extra=True,
+        training=Training("stage1", "upcycled-copies", {"expanded": 1}, share=1, options=("--stage1-experts", "new")),
+    ),
+    _review("new", NEW),
+    _review("new-gamma-0.3", f"{NEW}, \u03b3 0.3", gamma=0.3),
+    *(_review(f"new-kept-{n}", f"{NEW}, {n}% kept text in review", kept=n / 100) for n in (1, 5, 25)),
+    Setting(
+        "one-stage",
+        "MoE-LPR, both stages at once",
+        is_extra=True,
+        training=Training("stage1", "upcycled-copies", _replay(10), options=("--lpr-loss-coeff", "0.1")),
+    ),
+    *(
+        Setting(
+            f"full-{percent}-{rate:g}",
+            f"full fine-tuning, {_with(percent)}, rate {rate:g}",
+            is_extra=True,
+            training=Training("dense", "dense", _replay(percent), rate),
+        )
+        for percent in (0, 1, 10)
+        for rate in (1e-4, 3e-4)
+    ),
+    *(
+        Setting(
+            f"{LORA_16}-{percent}-{rate:g}",
+            f"LoRA, rank 16, {_with(percent)}, rate {rate:g}",
+            is_extra=True,
+            training=Training("lora", BASE, _replay(percent), rate),
+        )
+        for percent in (0, 1, 10)
+        for rate in (1e-3, 3e-3)
+    ),
+    *(
+        Setting(
+            f"ffn-{percent}",
+            f"only the FFNs fine-tuned, {_with(percent)}",
+            is_extra=True,
+            training=Training("ffn", BASE, _replay(percent), 3e-4),
+        )
+        for percent in (0, 10)
+    ),
+    Setting(HALFWAY, "halfway between base and full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
+    Setting(LORA_SWITCHED, "LoRA, rank 16, on for expanded languages only", (SWITCHED,), is_extra=True),
+)
 
 SETTINGS = _by_name(
     Setting(BASE, "base"),
@@ -93,7 +192,13 @@ SETTINGS = _by_name(
     ),
     Setting(REPLAY, "full fine-tuning, replay text mixed in", is_extra=True),
     Setting(LORA_16, "LoRA, rank 16", is_extra=True),
+    *RIVALS,
 )
+# Models that are evaluated on what neither training nor replay contains.
+UNSEEN = {
+    SETTINGS[name].models[0]
+    for name in (BASE, "copies-stage1", "copies", "full", "lora", "one-copy", REPLAY, LORA_16, *_by_name(*RIVALS))
+}
 # MoE-LPR with K copies and new tokens. SAME_BYTES has read as much text as MoE-LPR without them has, SAME_TOKENS
 # as many tokens, which takes about the same time.
 VOCABULARY_START, SAME_BYTES, SAME_TOKENS = "vocabulary-start", "vocabulary-bytes", "vocabulary-tokens"
@@ -105,6 +210,18 @@ VOCABULARY = _by_name(
     ),
 )
 ALL = SETTINGS | VOCABULARY
+
+
+def users_of_model(model: str) -> set[str]:
+    """The settings whose numbers are those of a model."""
+    found = {setting.name for setting in ALL.values() if model in setting.models}
+    return found | ({LORA_SWITCHED} if model == SWITCHED else set())
+
+
+def users_of(run: str) -> set[str]:
+    """The settings of the table that need a conversion or a run."""
+    start = {setting.name for setting in RIVALS if setting.training and setting.training.start == run} | {run}
+    return {setting.name for setting in RIVALS if start & {setting.name, *setting.before}}
 
 
 def steps_of(tokens: float) -> int:
@@ -130,4 +247,5 @@ def minimum_rate(rate: float) -> float:
 
 def model_folder(run: Path, base: Path, model: str) -> Path:
     """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
-    return base if model == BASE else run / f"{model}-hf" if model.startswith(("lora", "search-lora")) else run / model
+    is_hf = model.startswith(("lora", "search-lora", "ffn", HALFWAY))
+    return base if model == BASE else run / f"{model}-hf" if is_hf else run / model

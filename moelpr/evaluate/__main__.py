@@ -69,7 +69,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
     comparison = compare_models(
         models,
         {language: read_documents(path, args.json_key, args.max_documents) for language, path in data.items()},
-        Settings(args.sequence_length, args.context, args.batch_size),
+        Settings(args.sequence_length, args.context, args.batch_size, args.skip_tokens),
         continuation_tokens=args.continuations,
         num_prompts=args.prompts,
         device=args.device,
@@ -182,6 +182,11 @@ def text_arguments() -> CommandParser:
     what = "overlap of consecutive windows of a document, in tokens (default: a quarter of the window)"
     add("--context", type=int, metavar="N", help=what)
     add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
+    what = (
+        "tokens at the start of each document that are context and do not count, such as 32 for a base tuned for chat, "
+    )
+    what += "which predicts the start of a plain text badly (default: %(default)s)"
+    add("--skip-tokens", type=at_least(0), default=0, metavar="N", help=what)
     add("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.set_defaults(measure=measure_text)
     return parser

@@ -77,6 +77,7 @@ def compare_models(
         prompts = {language: choose_prompts(texts, num_prompts) for language, texts in documents.items()}
     # The batch size is left out because it only affects speed.
     windows = {"sequence_length": settings.sequence_length, "context": settings.context}
+    windows |= {"skip_tokens": settings.skip_tokens} if settings.skip_tokens else {}
     keys: dict[str, Json] = {
         language: {**windows, "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         for language, texts in documents.items()

@@ -10,6 +10,8 @@ depends neither on the order of the file nor on the batch size.
 Long documents. Windows of `sequence_length` input tokens. Each window after the first begins with `context` tokens
 that were predicted before and only serve as context: every token is predicted from all tokens before it in the
 document, or from at least `context` + 1 of them.
+
+The first `skip_tokens` tokens of a document may be left out: they are context, and neither they nor their bytes count.
 """
 
 import math
@@ -17,7 +19,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ class Settings:
     sequence_length: int | None = None  # input tokens per window; None: 512, or the model's maximum if that is less
     context: int | None = None  # overlap with the previous window, in tokens; None: a quarter of the window
     batch_size: int | None = None  # full windows per batch; None: as many as LOGITS_BYTES allows
+    skip_tokens: int = 0  # tokens at the start of a document that do not count
 
     def resolve(self, max_positions: Mapping[str, int | None]) -> "Settings":
         """The same settings for all models, with only the batch size possibly None.
@@ -59,7 +62,7 @@ class Settings:
             raise UserError(f"--sequence-length must be at most {longest}, which {narrowest} supports, got {length}")
         if not 0 <= context < length:
             raise UserError(f"--context must be at least 0 and below --sequence-length ({length}), got {context}")
-        return Settings(length, context, self.batch_size)
+        return replace(self, sequence_length=length, context=context)
 
 
 def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
@@ -117,15 +120,22 @@ class Window:
     starts_document: bool
 
 
-def cut_into_windows(document: int, tokens: list[int], start_id: int, length: int, context: int) -> Iterator[Window]:
-    """Windows of at most `length` inputs whose targets are all of `tokens`, each exactly once (see the module)."""
+def cut_into_windows(
+    document: int, tokens: list[int], start_id: int, length: int, context: int, skipped: int = 0
+) -> Iterator[Window]:
+    """Windows of at most `length` inputs whose targets are all of `tokens` but the first `skipped`, each exactly once.
+
+    See the module.
+    """
     sequence = [start_id, *tokens]
     predicted = 0  # tokens that have been a target
     while predicted < len(tokens):
         first = max(0, predicted - context)
         last = min(first + length, len(tokens))
-        targets = [IGNORED] * (predicted - first) + sequence[predicted + 1 : last + 1]
-        yield Window(document, sequence[first:last], targets, starts_document=first == 0)
+        counted = min(last, max(predicted, skipped))
+        targets = [IGNORED] * (counted - first) + sequence[counted + 1 : last + 1]
+        if counted < last:
+            yield Window(document, sequence[first:last], targets, starts_document=first == 0)
         predicted = last
 
 
@@ -142,18 +152,26 @@ def score_each(
     """
     tokens = {language: tokenize(loaded, language, texts) for language, texts in documents.items()}
     unknown_id = loaded.unknown_id
-    total = sum(len(ids) for documents in tokens.values() for ids in documents)
+    skipped = settings.skip_tokens
+    total = sum(max(0, len(ids) - skipped) for documents in tokens.values() for ids in documents)
     # disable=None: only on a terminal.
     with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, leave=False, disable=None) as progress:
         for language, texts in documents.items():
             start, observer = time.monotonic(), RoutingObserver(loaded)
+            if skipped >= (longest := max(map(len, tokens[language]))):
+                raise UserError(
+                    f"--skip-tokens {skipped} leaves nothing of the {language} documents, the longest of which has "
+                    f"{longest} tokens; pass a smaller number, or longer documents"
+                )
             bits, correct = score_documents(loaded, tokens[language], settings, observer, progress)
             result = LanguageScore(
                 document_bits=bits,
-                document_bytes=[len(text.encode("utf-8")) for text in texts],
-                document_tokens=[len(ids) for ids in tokens[language]],
+                document_bytes=[
+                    _bytes_after(loaded, text, ids, skipped) for text, ids in zip(texts, tokens[language], strict=True)
+                ],
+                document_tokens=[max(0, len(ids) - skipped) for ids in tokens[language]],
                 document_correct=correct,
-                unknown_tokens=sum(token == unknown_id for ids in tokens[language] for token in ids),
+                unknown_tokens=sum(token == unknown_id for ids in tokens[language] for token in ids[skipped:]),
                 routing=observer.result(),
             )
             if warning := result.warning(name, language):
@@ -192,6 +210,14 @@ def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[l
             f"{loaded.vocab_size} embeddings; use the tokenizer the model was trained with"
         )
     return documents
+
+
+def _bytes_after(loaded: LoadedModel, text: str, ids: list[int], skipped: int) -> int:
+    """UTF-8 bytes of a document without its first tokens."""
+    size = len(text.encode("utf-8"))
+    if skipped == 0 or skipped >= len(ids):
+        return size if skipped == 0 else 0
+    return max(0, size - len(loaded.tokenizer.decode(ids[:skipped]).encode("utf-8")))
 
 
 def _num_letters(text: str) -> int:
@@ -235,7 +261,7 @@ def make_batches(loaded: LoadedModel, documents: list[list[int]], settings: Sett
     windows = [
         window
         for number, tokens in enumerate(documents)
-        for window in cut_into_windows(number, tokens, loaded.start_id, length, context)
+        for window in cut_into_windows(number, tokens, loaded.start_id, length, context, settings.skip_tokens)
     ]
     windows.sort(key=lambda window: len(window.inputs), reverse=True)
     if settings.batch_size is not None:

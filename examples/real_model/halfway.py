@@ -1,0 +1,30 @@
+"""The mean of the weights of two models: the cheapest way to forget less.
+
+python -m examples.real_model.halfway BASE FINE_TUNED --save DIR
+"""
+
+from pathlib import Path
+
+from moelpr.process.command import CommandParser, run_command
+from moelpr.store.files import atomic_directory
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("models", nargs=2, type=Path, metavar="DIR", help="Hugging Face directories of the same shape")
+    add("--save", type=Path, required=True, metavar="DIR", help="Hugging Face directory to write")
+    args = parser.parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"dtype": "float32", "local_files_only": True, "trust_remote_code": False}
+    mean, other = (AutoModelForCausalLM.from_pretrained(folder, **options) for folder in args.models)
+    found = other.state_dict()
+    mean.load_state_dict({name: (weight + found[name]) / 2 for name, weight in mean.state_dict().items()})
+    with atomic_directory(args.save) as temporary:
+        mean.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(args.models[0], local_files_only=True).save_pretrained(temporary)
+
+
+if __name__ == "__main__":
+    run_command(main)

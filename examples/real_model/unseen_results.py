@@ -1,0 +1,188 @@
+"""What settings have learned, and what they keep of what neither training nor replay contains: numbers, table, picture.
+
+All numbers leave out the first tokens of documents (`unseen.SKIPPED`). The two endpoints that decide are `learned`, the
+expanded languages on a kind of text that was never trained on, and `unseen`, languages that no text of a setting has.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from examples.languages import EXPANDED, ORIGINAL
+from examples.real_model import settings, unseen
+from examples.real_model.settings import BASE, SETTINGS
+from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.evaluate.result_cache import cached_results
+from moelpr.evaluate.scoring import LanguageScore
+from moelpr.report.numbers import Interval, number_text, percent
+from moelpr.report.page import Table, markdown_table
+from moelpr.report.plots import Series, trade_off_chart
+
+Json = Mapping[str, Any]
+Scores = Mapping[str, LanguageScore]
+TEXTS = {
+    "trained": [f"{x}.help" for x in EXPANDED],
+    "learned": [f"{x}.interface" for x in EXPANDED],
+    "original": [f"{x}.interface" for x in ORIGINAL],
+    "unseen": [f"{x}.interface" for x in unseen.LANGUAGES],
+    "code": ["code"],
+    "arithmetic": ["arithmetic"],
+    "long": ["long"],
+    "mixed": [f"mixed.{x}" for x in EXPANDED],
+}
+ENDPOINTS = ("learned", "unseen")
+COMPARED = "copies"  # the setting that the others are compared with
+HEAD = {
+    "trained": "expanded, a trained kind",
+    "learned": "expanded, another kind",
+    "original": "original, another kind",
+    "unseen": "eight unseen languages",
+    "code": "code",
+    "arithmetic": "sums",
+    "long": "2,048 tokens of English",
+    "mixed": "mixed requests",
+}
+# Line of the picture -> its settings: what someone weighs who has to choose.
+CHART = {
+    "MoE-LPR": {"MoE-LPR": "copies"},
+    "MoE-LPR, stage 1 with new experts only": {"new only": "new", "5% kept text": "new-kept-5", "25%": "new-kept-25"},
+    "full fine-tuning with replay text": {
+        "10% replay": "full-10-0.0003",
+        "1%": "full-1-0.0003",
+        "none": "full-0-0.0003",
+    },
+    "only the FFNs fine-tuned": {"FFNs, 10% replay": "ffn-10"},
+    "halfway to the base": {"halfway": "halfway"},
+    "LoRA, rank 16": {"LoRA, 10% replay": "lora-16-10-0.003", "switched": "lora-switched"},
+}
+DIGITS = 5
+
+
+def collect_unseen(run: Path) -> dict[str, Any]:
+    """The numbers of every setting whose first model has been evaluated; {} without the base."""
+    scores = {name: _scores(run, setting.models[0]) for name, setting in SETTINGS.items()}
+    base = scores.pop(BASE)
+    if switched := scores.get(settings.SWITCHED):
+        scores[settings.LORA_SWITCHED] = {text: switched[text] if _asks(text) else base[text] for text in switched}
+    needed = {*unseen.files(run)}
+    done = {name: found for name, found in scores.items() if found.keys() >= needed}
+    if not base.keys() >= needed:
+        return {}
+    changes = {name: _changes(base, found) for name, found in done.items()}
+    found = {}
+    for name, score in done.items():
+        against = changes.get(COMPARED)
+        leads = {x: interval_of(changes[name][x] - against[x]) for x in ENDPOINTS} if against else {}
+        found[name] = {
+            "label": SETTINGS[name].label,
+            "change": {text: _rounded(interval_of(change)) for text, change in changes[name].items()},
+            "against": {} if name == COMPARED else {text: _rounded(lead) for text, lead in leads.items()},
+            "kl": {text: round(_nats(score, text) - _nats(base, text), DIGITS) for text in unseen.WRITTEN},
+            "repeated": {text: round(_repeated(score, text), DIGITS) for text in ("copying", "recall")},
+            "routing": _routing(score),
+        }
+    return {"base": {text: round(_repeated(base, text), DIGITS) for text in ("copying", "recall")}, "settings": found}
+
+
+def _asks(text: str) -> bool:
+    """Whether a user of an expanded language asks, so that adapters would be on."""
+    return unseen.is_expanded(text) or text.startswith("mixed")
+
+
+def _scores(run: Path, model: str) -> dict[str, LanguageScore]:
+    results = cached_results(run / unseen.EVALUATION, model)
+    return {text: LanguageScore.from_json(result) for text, result in results.items()}
+
+
+def _changes(base: Scores, model: Scores) -> dict[str, Estimate]:
+    """Text, or mean of texts, -> change of bits per byte; documents of the same number are drawn together."""
+    each = {}
+    for text in (text for texts in TEXTS.values() for text in texts):
+        bits = estimates({BASE: base[text], "model": model[text]}, 1)
+        each[text] = bits["model"]["bits_per_byte"] / bits[BASE]["bits_per_byte"] - 1
+    means = {name: mean([each[text] for text in texts]) for name, texts in TEXTS.items()}
+    return means | {text: each[text] for text in TEXTS["unseen"]}
+
+
+def _nats(score: Scores, text: str) -> float:
+    """Nats per token."""
+    return math.log(2) * sum(score[text].document_bits) / sum(score[text].document_tokens)
+
+
+def _repeated(score: Scores, text: str) -> float:
+    """Bits per token of what a document says a second time."""
+    whole, start = score[text], score[f"{text}-start"]
+    tokens = sum(whole.document_tokens) - sum(start.document_tokens)
+    return (sum(whole.document_bits) - sum(start.document_bits)) / tokens
+
+
+def _routing(score: Scores) -> dict[str, dict[str, float]]:
+    """Share of tokens whose choices are all original, and weight of new experts, per group of texts, over layers."""
+    found = {}
+    for group in ("original", "unseen", "learned"):
+        routings = [routing for text in TEXTS[group] if (routing := score[text].routing)]
+        if routings:
+            shares, weights = (
+                fmean(fmean(getattr(routing, name)) for routing in routings)
+                for name in ("all_original_share", "new_gate_weight")
+            )
+            found[group] = {"all_original_share": round(shares, 4), "new_gate_weight": round(weights, 4)}
+    return found
+
+
+def _rounded(interval: Interval) -> list[float]:
+    return [round(number, DIGITS) for number in (interval.value, interval.low, interval.high)]
+
+
+def unseen_picture(results: Json) -> str:
+    """Learning against what is lost of languages that no text had."""
+    found, series = results["settings"], []
+    for name, members in CHART.items():
+        points = {
+            label: [tuple(found[setting]["change"][end][0] for end in ENDPOINTS)]
+            for label, setting in members.items()
+            if setting in found
+        }
+        if points:
+            series.append(Series(name, points, is_joined=len(points) > 1))
+    return trade_off_chart(
+        "Learning, and forgetting of languages in no training or replay text",
+        [*series, Series("base", {"base": [(0.0, 0.0)]}, is_joined=False)],
+        x_axis="expanded languages, a kind of text never trained on: bits per byte against base",
+        y_axis="eight unseen languages",
+    )
+
+
+def unseen_tables(results: Json) -> str:
+    """Markdown: changes, then what else shows whether the base is still there, then routing."""
+    rows, others, routes = [], [], []
+    nothing = {"copying": results["base"]["copying"], "recall": results["base"]["recall"]}
+    others.append(["base", "0", "0", *(f"{value:.2f}" for value in nothing.values()), "", ""])
+    for setting in results["settings"].values():
+        intervals = {text: Interval(*setting["change"][text]) for text in HEAD}
+        cells = [x.text(percent) if text in ENDPOINTS else percent(x.value) for text, x in intervals.items()]
+        rows.append([setting["label"], *cells])
+        leads = [Interval(*lead).text(percent) for lead in setting["against"].values()] or ["", ""]
+        numbers = [*setting["kl"].values(), *setting["repeated"].values()]
+        others.append([setting["label"], *(f"{number:.2f}" for number in numbers), *leads])
+        if setting["routing"]:
+            routes.append([setting["label"], *_routes(setting["routing"])])
+    label = SETTINGS[COMPARED].label
+    head = ["KL on the base's samples, nats per token", "on its replies", "copying, bits per token", "recall"]
+    head += [f"{HEAD[end]}, minus {label}" for end in ENDPOINTS]
+    groups = ("original", "unseen", "expanded")
+    routing = [
+        f"{what}, {group} languages" for what in ("all choices original", "weight of new experts") for group in groups
+    ]
+    tables = [Table(["change against base", *HEAD.values()], rows), Table(["", *head], others)]
+    tables += [Table(["routing, mean over layers", *routing], routes)] if routes else []
+    return "\n\n".join(map(markdown_table, tables))
+
+
+def _routes(routing: Json) -> Sequence[str]:
+    names = ("all_original_share", "new_gate_weight")
+    return [
+        number_text(routing[group][name], "{:.0%}") for name in names for group in ("original", "unseen", "learned")
+    ]

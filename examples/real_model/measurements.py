@@ -32,6 +32,7 @@ from examples.real_model.settings import (
     Setting,
 )
 from examples.real_model.text import Facts
+from examples.real_model.unseen_results import collect_unseen
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
@@ -92,6 +93,7 @@ def collect(run: Path) -> Json:
         "routing": routing(run, kinds["out"]),
         "continuations": (read_json(run / "continuations" / "results.json") or {}).get("continuations", {}),
         "cloze": cloze(read_json(run / "scores" / "harness.json") or {}),
+        "unseen": collect_unseen(run),
     }
 
 
@@ -119,6 +121,9 @@ def merged(results: Json, before: Json) -> Json:
         }
     for key in ("routing", "cloze"):
         found[key] = before[key] | results[key]
+    if old := before.get("unseen"):
+        new = results["unseen"] or old
+        found["unseen"] = {**new, "settings": old["settings"] | new["settings"]}
     found["continuations"] = before["continuations"] | results["continuations"]
     for prompt in before["continuations"].keys() & results["continuations"].keys():
         old, new = before["continuations"][prompt], results["continuations"][prompt]
@@ -154,9 +159,18 @@ def texts_of(kinds: Mapping[str, Any]) -> list[str]:
 
 def queue_tokens(run: Path) -> int | None:
     """The --tokens that the queue of a folder was started with."""
-    path = run / "queue.txt"
-    found = re.search(r"--tokens (\d+)", path.read_text("utf-8", errors="replace")) if path.is_file() else None
+    found = re.search(r"--tokens (\d+)", _queue_settings(run))
     return int(found[1]) if found else None
+
+
+def is_short(run: Path) -> bool:
+    """Whether the queue of a folder was started with --short."""
+    return "--short" in _queue_settings(run)
+
+
+def _queue_settings(run: Path) -> str:
+    path = run / "queue.txt"
+    return path.read_text("utf-8", errors="replace") if path.is_file() else ""
 
 
 def bytes_per_token(scores: Mapping[str, LanguageScore]) -> dict[str, float]:

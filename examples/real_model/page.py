@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.frontier_results import value_range
 from examples.languages import GROUPS, LANGUAGES
-from examples.real_model.measurements import collect, missing
+from examples.real_model.measurements import collect, is_short, missing
 from examples.real_model.settings import (
     BLENDS,
     LORA_16,
@@ -21,6 +21,7 @@ from examples.real_model.settings import (
     STAGE0_SHARE,
 )
 from examples.real_model.signs import Verdict, change, margin, signs
+from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
 from moelpr.languages import language_name
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.page import Row, Table, markdown_table
@@ -28,7 +29,7 @@ from moelpr.report.plots import Panel, Series, heat_maps, trade_off_chart
 from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
-NAME, ROUTING = "real-model", "real-model-routing"  # files
+NAME, ROUTING, UNSEEN, SHORT = "real-model", "real-model-routing", "unseen", "unseen-short"  # files
 PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
 # Line of the chart -> its settings; only stages of the same training are joined.
@@ -46,7 +47,12 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of
 
 
 def write_results(run: Path) -> None:
-    """Write what is done as real-model.json, .md and .svg into the queue's folder."""
+    """Write what is done as real-model.json, .md and .svg into the queue's folder; of a short one, unseen-short.*."""
+    if is_short(run):
+        write_text(run / f"{SHORT}.json", dump(found := collect_unseen(run)))
+        write_text(run / f"{SHORT}.md", unseen_tables(found) + "\n")
+        write_text(run / f"{SHORT}.svg", unseen_picture(found) + "\n")
+        return
     results = collect(run)
     write_text(run / f"{NAME}.json", dump(results))
     write_text(run / f"{NAME}.md", section(results) + "\n")
@@ -63,6 +69,7 @@ def dump(results: Json) -> str:
 def charts(results: Json) -> dict[str, str]:
     """File name -> SVG."""
     found = {NAME: trade_off(results)} if results["settings"] else {}
+    found |= {UNSEEN: unseen_picture(results["unseen"])} if results.get("unseen") else {}
     return found | ({ROUTING: routing_chart(results)} if results["routing"] else {})
 
 
@@ -122,6 +129,11 @@ def section(results: Json, images: str = "") -> str:
         _cloze(results),
         _continuations(results),
         _vocabulary(results),
+        *(
+            ["### What no replay text contains", unseen_tables(results["unseen"]), f"![]({images}{UNSEEN}.svg)"]
+            if results.get("unseen")
+            else []
+        ),
         f"Not done yet: {'; '.join(not_done)}." if (not_done := missing(results)) else "",
     ]
     return "\n\n".join(part for part in parts if part)

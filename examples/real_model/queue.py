@@ -467,8 +467,8 @@ class Queue:
             return self._steps(share * (self._tokens_left() if is_shorter else 1))
 
         def command() -> Words:
-            fixed_rate = rate or highest or settings.STAGE_RATES[stage]
-            schedule = settings.schedule(steps(), self._best_rate(searched) if searched else fixed_rate)
+            given = self._best_rate(searched) if searched else rate or highest
+            schedule = settings.schedule(steps(), given or settings.STAGE_RATES[stage])
             return tasks.training_words(stage, start, data, save, *schedule, *fixed, *options)
 
         try:

@@ -41,7 +41,7 @@ MORE_TEXT = {"copies-twice": 2, "copies-three-times": 3}
 # Full fine-tuning on what MoE-LPR reads in both stages, at once: is it the replay text that it lacks?
 REPLAY, REPLAY_BLEND = "full-replay", {"original": 1, "expanded": 10}
 # `--short`: every setting on half the text, at the rates that the searches of the whole queue found.
-SHORT_TOKENS, SHORT_DOCUMENTS = 81_920, 8
+SHORT_TOKENS, SHORT_DOCUMENTS = 81_920, 5
 FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
 SHORT = ("copies", "new", "new-kept-5", "new-kept-25", "full-10-0.0003", "ffn-10", "halfway")
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}

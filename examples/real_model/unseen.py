@@ -39,7 +39,7 @@ REQUESTS = Path(__file__).with_name("requests.yaml")
 # What the base writes -> options of moelpr generate.
 WRITTEN = {
     "samples": "--languages und --documents 48 --batch-size 48 --max-tokens 128 --min-tokens 64".split(),
-    "replies": f"--prompts {REQUESTS} --documents 32 --batch-size 2 --max-tokens 96 --min-tokens 16".split(),
+    "replies": f"--prompts {REQUESTS} --documents 20 --batch-size 2 --max-tokens 64 --min-tokens 16".split(),
 }
 ALONE = ("code", "arithmetic", "long", "copying", "copying-start", "recall", "recall-start")
 _ITEMS, _LONG_CHARACTERS = 24, 10_000

@@ -213,11 +213,11 @@ def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[l
 
 
 def _bytes_after(loaded: LoadedModel, text: str, ids: list[int], skipped: int) -> int:
-    """UTF-8 bytes of a document without its first tokens."""
+    """UTF-8 bytes of a document without the characters that its first tokens complete."""
     size = len(text.encode("utf-8"))
     if skipped == 0 or skipped >= len(ids):
         return size if skipped == 0 else 0
-    return max(0, size - len(loaded.tokenizer.decode(ids[:skipped]).encode("utf-8")))
+    return max(0, size - len(loaded.tokenizer.decode(ids[:skipped]).rstrip("\ufffd").encode("utf-8")))
 
 
 def _num_letters(text: str) -> int:

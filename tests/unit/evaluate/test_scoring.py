@@ -19,12 +19,12 @@ def dense(dense_dir):
     return load_model(dense_dir, device="cpu")
 
 
-def plain_bits(loaded, text: str, window: int, context: int) -> float:
+def plain_bits(loaded, text: str, window: int, context: int, skipped: int = 0) -> float:
     """−log2 p of one document: every token on its own, from the definition in the module's docstring."""
     tokens = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     sequence = [loaded.tokenizer.eos_token_id, *tokens]
     bits = 0.0
-    for position in range(1, len(sequence)):
+    for position in range(1 + skipped, len(sequence)):
         # The k-th later window predicts the next `window - context` tokens.
         later = max(0, math.ceil((position - window) / (window - context)))
         first = later * (window - context)
@@ -42,6 +42,24 @@ def test_bits_per_byte_equals_a_plain_loop_over_tokens(score, dense, texts, wind
             assert result[language].document_bits == pytest.approx(bits, rel=1e-5)
             size = sum(len(text.encode()) for text in documents)
             assert result[language].metrics["bits_per_byte"] == pytest.approx(sum(bits) / size, rel=1e-5)
+
+
+@pytest.mark.parametrize("skipped", [1, 6, 13])
+def test_tokens_that_are_skipped_are_context_and_nothing_else(score, dense, texts, skipped):
+    result = score(dense, texts, Settings(8, 3, skip_tokens=skipped))
+    with torch.no_grad():
+        for language, documents in texts.items():
+            bits = [plain_bits(dense, text, 8, 3, skipped) for text in documents]
+            assert result[language].document_bits == pytest.approx(bits, rel=1e-5)
+            tokens = [dense.tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents]
+            assert result[language].document_tokens == [max(0, len(ids) - skipped) for ids in tokens]
+            left = [len(dense.tokenizer.decode(ids[skipped:]).lstrip("\ufffd").encode()) for ids in tokens]
+            assert result[language].document_bytes == pytest.approx(left, abs=4)  # a cut letter counts
+
+
+def test_skipping_whole_documents_is_an_error(score, dense, texts):
+    with pytest.raises(UserError, match="--skip-tokens 500 leaves nothing of the en documents"):
+        score(dense, texts, Settings(64, skip_tokens=500))
 
 
 def test_bits_per_byte_depend_on_the_context(score, dense, texts):

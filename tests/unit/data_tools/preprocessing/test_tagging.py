@@ -210,6 +210,23 @@ def test_audit_without_named_expanded_languages_counts_bits_too(
     assert "by stated language" in out and "the other bit" not in out
 
 
+def test_kept_text_is_original_has_its_own_name_and_is_checked(
+    sentences, write_lines, preprocess, hf_tokenizer, capsys
+) -> None:
+    lines = write_lines("a.jsonl", [{"text": sentences[name]} for name in ("en", "es", "el", "en")])
+    prefix = preprocess(hf_tokenizer, "--input", lines, "--language", "kept", "--expanded-languages", "el,hu")
+    assert "warning: 1 of 4 kept documents (25.0%) seem to be in expanded languages (el)" in capsys.readouterr().err
+    bits, manifest = Corpus(f"{prefix}_text_document").bits, Manifest.read(f"{prefix}_text_document")
+    assert bits.num_original == bits.num_tokens and manifest is not None
+    assert [(name, count.bit, count.documents) for name, count in manifest.languages.items()] == [
+        ("kept", "original", 4)
+    ]
+    preprocess(hf_tokenizer, "--input", lines, "--language", "kept", out="unchecked/a")
+    assert "kept documents" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="excludes --original-languages"):
+        preprocess(hf_tokenizer, "--input", lines, "--language", "kept", "--original-languages", "en", out="b/a")
+
+
 def test_missing_py3langid_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
     with pytest.raises(UserError, match="install the extra language-id"):

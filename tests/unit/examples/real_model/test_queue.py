@@ -19,9 +19,11 @@ from examples.real_model.rates import best_rate, search_name
 from examples.real_model.settings import (
     ALL,
     BASE,
+    LORA_SWITCHED,
     MORE_TEXT,
     RATES,
     REPLAY,
+    RIVALS,
     SAME_BYTES,
     SAME_TOKENS,
     STEP_TOKENS,
@@ -119,7 +121,7 @@ def run_all(queue: Queue, setting: str = "") -> list[Failure]:
 
 def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: Started) -> None:
     run_all(Queue(run))
-    written = {str(run / name) for name in ("base-hf", "corpus", "text", "data")}
+    written = {str(run / name) for name in ("base-hf", "corpus", "text", "data", "samples", "replies")}
     for name, command in commands.items():
         for flag, value in zip(command, command[1:], strict=False):
             path = value.split("=")[-1]
@@ -127,7 +129,9 @@ def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: St
                 assert path in written, f"{name} reads {path}"
             if flag in ("--save", "--run"):
                 written.add(path)
-    assert {f"evaluate-{model}" for s in ALL.values() for model in s.models} <= set(commands)
+    trained = [s for s in ALL.values() if s.name != LORA_SWITCHED]
+    assert {f"evaluate-{model}" for s in trained for model in s.models} <= set(commands)
+    assert {f"unseen-{setting.name}" for setting in RIVALS if setting.name != LORA_SWITCHED} <= set(commands)
 
 
 def test_a_believable_page_comes_early(run: Path) -> None:
@@ -205,7 +209,11 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 Path(f"{save}_text_document.manifest.json").touch()
         if "--pretrained-checkpoint" in words and "--train-everything" not in words:
             starts[value(words, "--save")] = value(words, "--pretrained-checkpoint")
-        for name in ("base-hf", "text", "cloze"):
+        if "--output" in words:
+            value(words, "--output").mkdir(exist_ok=True)
+            for name in ("generated.manifest.json", "pack.manifest.json"):
+                (value(words, "--output") / name).touch()
+        for name in ("base-hf", "text", "cloze", "unseen"):
             (run / name).mkdir(exist_ok=True)
         (run / "base-hf" / "config.json").touch()
         return 0

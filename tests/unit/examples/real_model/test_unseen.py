@@ -1,0 +1,99 @@
+"""The measurement of what no replay text contains: its texts, and what their numbers say."""
+
+import math
+import random
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from examples.languages import EXPANDED
+from examples.real_model import unseen
+from examples.real_model.settings import BASE, LORA_SWITCHED, SWITCHED
+from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
+from moelpr.evaluate.result_cache import ResultCache
+from moelpr.evaluate.routing import Routing
+from moelpr.evaluate.scoring import LanguageScore
+
+WORDS = [f"word{number}" for number in range(100)]
+
+
+@pytest.mark.parametrize("name", ["copying", "recall"])
+def test_the_second_part_repeats_the_first(name: str) -> None:
+    texts = getattr(unseen, name)(WORDS)
+    for whole, start in zip(texts[name], texts[f"{name}-start"], strict=True):
+        assert whole.startswith(start)
+        first, again = (sorted(re.findall(r"word\d+", part)) for part in (start, whole.removeprefix(start)))
+        assert again == first and len(set(again)) == len(again) == 24
+
+
+def test_sums_are_right() -> None:
+    for text in unseen.arithmetic():
+        for line in text.splitlines():
+            terms, result = line.split(" = ")
+            assert sum(map(int, terms.split(" + "))) == int(result)
+
+
+def test_a_chat_request_ends_where_the_reply_begins() -> None:
+    from moelpr.store.yaml_files import read_mapping
+
+    requests = read_mapping(unseen.REQUESTS, "requests")["chat"]
+    assert len({*requests}) == 30
+    assert all(
+        x.startswith("<|im_start|>user\n") and x.endswith("<|im_end|>\n<|im_start|>assistant\n") for x in requests
+    )
+
+
+def write(run: Path, model: str, factor: float, routing: bool = False) -> None:
+    """A model whose bits are `factor` times the base's on text of other than expanded languages, half on those."""
+    for text in unseen.files(run):
+        draw = random.Random(text)
+        bits = [
+            draw.uniform(80, 120) * (0.5 if unseen.is_expanded(text) and model != BASE else factor) for _ in "12345"
+        ]
+        if text.endswith("-start"):
+            bits = [one / 2 for one in bits]
+        shares = [[1.0, 0.0, 0.0]]
+        route = Routing([0], 9, shares, shares, shares, [0.0], [1.0], [0.75], [0.25]) if routing else None
+        score = LanguageScore(bits, [100] * 5, [25 if text.endswith("-start") else 50] * 5, [1] * 5, 0, route)
+        ResultCache(run / unseen.EVALUATION).write(model, text, {}, asdict(score))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    write(tmp_path, BASE, 1.0)
+    write(tmp_path, "copies-seed-1", 1.01, routing=True)
+    write(tmp_path, "full-10-0.0003", 1.04)
+    write(tmp_path, SWITCHED, 1.2)
+    return tmp_path
+
+
+def test_changes_are_against_the_base_and_leads_against_moe_lpr(run: Path) -> None:
+    found = collect_unseen(run)["settings"]
+    assert found["copies"]["change"]["unseen"] == pytest.approx([0.01] * 3, abs=1e-4)
+    assert found["copies"]["change"]["learned"] == pytest.approx([-0.5] * 3, abs=1e-4)
+    assert found["full-10-0.0003"]["against"]["unseen"] == pytest.approx([0.03] * 3, abs=1e-4)
+    draw = random.Random("samples")
+    bits = sum(draw.uniform(80, 120) for _ in "12345")
+    assert found["full-10-0.0003"]["kl"]["samples"] == pytest.approx(0.04 * math.log(2) * bits / 250, abs=1e-4)
+    assert found["copies"]["routing"]["unseen"] == {"all_original_share": 0.75, "new_gate_weight": 0.25}
+
+
+def test_adapters_that_are_switched_change_only_what_expanded_languages_ask(run: Path) -> None:
+    change = collect_unseen(run)["settings"][LORA_SWITCHED]["change"]
+    assert change["unseen"] == change["code"] == change["original"] == [0, 0, 0]
+    assert change["learned"][0] == pytest.approx(-0.5) and change["mixed"][0] == pytest.approx(0.2)
+
+
+def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
+    results = collect_unseen(run)
+    tables, picture = unseen_tables(results), unseen_picture(results)
+    for setting in results["settings"].values():
+        assert setting["label"] in tables
+    assert "+1.0%" in picture and "10% replay" in picture
+    assert collect_unseen(run / "empty") == {}
+
+
+def test_texts_are_those_that_neither_training_nor_replay_has() -> None:
+    assert not {*unseen.LANGUAGES} & {*EXPANDED, "en", "es", "zh"}

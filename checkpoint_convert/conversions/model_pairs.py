@@ -67,9 +67,11 @@ def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[P
         UserError: the base has no fewer experts, or both are Hugging Face models of different MoE classes.
     """
     family, spec, base_spec = upcycled.family, upcycled.spec, base.spec
-    if is_megatron(upcycled.folder) and base_spec.moe is not None:
+    if base_spec.moe is None:
+        family = base.family.written_as(family.moe_class)  # which alone knows the dense model's names
+    elif is_megatron(upcycled.folder):
         family = family.written_as(base.family.moe_class)  # the checkpoint takes the base's names
-    elif base_spec.moe is not None and not is_megatron(base.folder):
+    elif not is_megatron(base.folder):
         first, second = (kind.moe_class.architecture for kind in (base.family, family))
         if first != second:
             raise UserError(

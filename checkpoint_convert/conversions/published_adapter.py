@@ -25,7 +25,7 @@ from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
-from moelpr.families.families import read_base
+from moelpr.families.families import family_named, read_base
 from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.families.tables import Piece, pieces, sizes_of
 from moelpr.model_spec import ModelSpec
@@ -135,6 +135,10 @@ def adapter_to_mcore(
     check_output(save, [adapter, hf_path], overwrite, SIGNS)
     config = AdapterConfig.read(adapter)
     family, dense = read_base(hf_path)
+    if family.dense_names:
+        raise UserError(
+            f"{hf_path} joins projections, which the published code does not support; pass its adapter's base"
+        )
     if dense.moe is not None:
         raise UserError(f"{hf_path} is an MoE; pass the dense model that the adapter was trained on")
     experts = NewExperts(config.num_experts - 1, config.topk, moe_layers=sorted(set(config.layers_to_transform)))
@@ -243,6 +247,8 @@ def mcore_to_adapter(
         raise unsupported(f"{moe.num_original_experts} original experts", "one, the base's FFN")
     if moe is not None and moe.original_copies > 1:
         raise unsupported(f"{moe.original_copies} copies of the base's FFN", "one")
+    if family_named(spec.family).dense_names:
+        raise unsupported("joined projections", "FFNs of three matrices with Llama's names")
     if tokens is not None:
         raise unsupported(f"{tokens.number:,} new tokens", "the base's vocabulary")
     check_separable(load, spec, Origin.of(load), read_history(load, iteration), "an adapter", instead)

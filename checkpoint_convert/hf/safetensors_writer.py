@@ -45,7 +45,7 @@ class _StoredTensor:
 
 
 def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool) -> list[_StoredTensor]:
-    """Join the parts of stacked experts, unless they are to be stored by themselves."""
+    """Join the parts of joined matrices and stacked experts, unless they are to be stored by themselves."""
     stored = []
     for name, group in groupby(tensors, key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
         parts = list(group)

@@ -5,7 +5,7 @@ classes are in moe_classes.py.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moelpr.families.unsupported import reason_against
 from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
 
-_MISTRAL = "mistral"
+_MISTRAL, _PHI3 = "mistral", "phi3"
 
 # Key of an export's config.json: how many of its experts, from the first, are copies of the dense FFN; none means 1.
 COPIES_KEY = "original_copies"
@@ -50,6 +50,8 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
     if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
+    if config.model_type == GRANITE_4.model_type:
+        _check_granite_4_is_dense(config)
     known = set(_LAYER_TYPES) if family.is_hybrid else {"full_attention"}
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - known):
         raise UserError(f"layer_types must be {' or '.join(sorted(known))}, got also {', '.join(map(str, others))}")
@@ -60,12 +62,12 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
             has = "has these biases" if found else "lacks these biases"
             raise UserError(f"{name}: {str(found).lower()} is unsupported: no stock MoE class {has}")
     # Other classes ignore the key.
-    window = config.sliding_window if config.model_type in (_MISTRAL, MIXTRAL.name) else None
+    window = config.sliding_window if config.model_type in (_MISTRAL, _PHI3, MIXTRAL.name) else None
     heads = config.num_attention_heads
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
+        "ffn_hidden_size": getattr(config, family.ffn_size),
         "num_attention_heads": heads,
         "num_query_groups": config.num_key_value_heads,
         "group_query_attention": config.num_key_value_heads != heads,
@@ -90,6 +92,15 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "init_method_std": config.initializer_range,
     }
+
+
+def _check_granite_4_is_dense(config: Any) -> None:
+    if config.num_local_experts:
+        raise UserError(
+            f"num_local_experts must be 0, got {config.num_local_experts}: it has an FFN beside its experts"
+        )
+    if config.position_embedding_type != "rope":
+        raise UserError(f"position_embedding_type must be 'rope', got {config.position_embedding_type!r}")
 
 
 def _multiplier_args(config: Any) -> dict[str, Any]:
@@ -206,6 +217,8 @@ class Family:
         interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
         has_multipliers: Whether it has Granite's multipliers.
         is_hybrid: Whether some layers have linear attention, and the others gated attention (`hybrid_table`).
+        dense_names: Llama's tensor names → its own, where they differ.
+        ffn_size: The key of config.json with the FFN's width.
     """
 
     name: str
@@ -217,6 +230,8 @@ class Family:
     interleaved_rope: bool = False
     has_multipliers: bool = False
     is_hybrid: bool = False
+    dense_names: dict[str, str] = field(default_factory=dict)
+    ffn_size: str = "intermediate_size"
 
     @property
     def attention(self) -> tuple[bool, bool, bool, bool, bool]:
@@ -229,7 +244,8 @@ class Family:
         zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if self.qkv_bias else {})
         if self.is_hybrid:
             return hybrid_table(self.moe_class.ffn, zeros)
-        return llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
+        table = llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
+        return table.with_dense_names(self.dense_names)
 
     def megatron_args(self, config: Any) -> dict[str, Any]:
         """Megatron's arguments for transformers' config of the dense or the MoE class; UserError if unsupported."""
@@ -280,6 +296,27 @@ QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
 GRANITE = Family("granite", "GraniteForCausalLM", "granite", GRANITE_MOE, has_multipliers=True)
 ERNIE = Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", ERNIE_MOE, interleaved_rope=True)
 HELIUM = Family("helium", "HeliumForCausalLM", "helium", ERNIE_MOE, interleaved_rope=True)
+PHI3 = Family(
+    *("phi3", "Phi3ForCausalLM", _PHI3, MIXTRAL),
+    dense_names={
+        "model.layers.{i}.self_attn.q_proj.weight": "model.layers.{i}.self_attn.qkv_proj.weight[:{q}]",
+        "model.layers.{i}.self_attn.k_proj.weight": "model.layers.{i}.self_attn.qkv_proj.weight[{q}:{qk}]",
+        "model.layers.{i}.self_attn.v_proj.weight": "model.layers.{i}.self_attn.qkv_proj.weight[{qk}:]",
+        "model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.mlp.gate_up_proj.weight[:{ffn}]",
+        "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.mlp.gate_up_proj.weight[{ffn}:]",
+    },
+)
+# Granite 4 without Mamba layers and experts; its FFN is that beside the experts.
+GRANITE_4 = Family(
+    *("granite4", "GraniteMoeHybridForCausalLM", "granitemoehybrid", GRANITE_MOE),
+    has_multipliers=True,
+    dense_names={
+        "model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.shared_mlp.input_linear.weight[:{ffn}]",
+        "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.shared_mlp.input_linear.weight[{ffn}:]",
+        "model.layers.{i}.mlp.down_proj.weight": "model.layers.{i}.shared_mlp.output_linear.weight",
+    },
+    ffn_size="shared_intermediate_size",
+)
 SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, qkv_bias=True)
 QWEN3_5 = Family("qwen3_5", "Qwen3_5ForCausalLM", "qwen3_5_text", QWEN3_5_MOE, qk_norm=True, is_hybrid=True)
 
@@ -298,7 +335,9 @@ def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | No
 
 # --- lookup
 
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, ERNIE, HELIUM, SEED_OSS)}
+# An MoE has the first family that its class holds.
+_ORDERED = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, GRANITE_4, ERNIE, HELIUM, PHI3, SEED_OSS)
+FAMILIES = {family.name: family for family in _ORDERED}
 
 
 def family_of(config: dict[str, Any]) -> tuple[Family, bool]:

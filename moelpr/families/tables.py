@@ -6,7 +6,7 @@ classes in moe_classes.py.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,7 @@ def sizes_of(spec: ModelSpec) -> dict[str, int]:
         "groups": groups,
         "q": args["num_attention_heads"] * head,
         "kv": groups * head,
+        "qk": (args["num_attention_heads"] + groups) * head,
         "experts": spec.moe.num_experts if spec.moe else 0,
         "one": 1,
         "shared": SHARED_EXPERT,
@@ -127,13 +128,13 @@ _TRAINED = trained_parts("stage1")
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and its parts; {i} is the layer, {j} the expert, {ffn} the FFN's size.
+    """One Megatron tensor and its parts; {i} is the layer, {j} the expert, {ffn} and others a size of `sizes_of`.
 
     Attributes:
         megatron: Megatron's name. A row with new experts covers all of them: they are slices of one stack.
         parts: HF name → shape in the names of `sizes_of`, in the order of the transform.
         transform: Maps the parts to the tensor and back.
-        dense: HF names of an expert's parts in a dense model, where it is the FFN.
+        dense: HF names of the parts in a dense model, if they differ: there, an expert is the FFN.
     """
 
     megatron: str
@@ -165,10 +166,19 @@ class NameTable:
     moe_zeros: dict[str, str]
     linear: tuple[Row, ...] = ()
 
+    def with_dense_names(self, renamed: Mapping[str, str]) -> "NameTable":
+        """The table of a dense class with other names for some tensors, and the same MoE class."""
 
-# A class may stack its experts in one HF tensor, whose parts are then named like slices of NumPy: with gates and up
-# projections of 768 rows, "NAME[3,:768]" is the gate of expert 3 and "NAME[3,768:]" its up projection. In a table, the
-# parts follow one another, so that they can be streamed into a file. "NAME[:768]" are rows of any other tensor.
+        def named(row: Row) -> Row:
+            return replace(row, dense=tuple(renamed.get(name, name) for name in row.dense or row.parts))
+
+        layers = {name: tuple(map(named, getattr(self, name))) for name in ("layer", "dense_ffn", "moe_ffn")}
+        return replace(self, **layers) if renamed else self
+
+
+# A class may join matrices, or stack its experts, in one HF tensor, whose parts are then named like slices of NumPy:
+# with gates and up projections of 768 rows, "NAME[:768]" is the gate, "NAME[3,:768]" that of expert 3, "NAME[3,768:]"
+# its up projection. In a table, the parts follow one another, so that they can be streamed into a file.
 _PART_OF_STACK = re.compile(r"(.+)\[(?:(\d+)(?:,(\d*):(\d*))?|(\d*):(\d*))\]")
 
 
@@ -366,9 +376,14 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
     moe = spec.moe
     shapes = tuple(_shape(shape, sizes) for shape in row.parts.values())
     if moe is None or row.part not in (Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS):
-        names = tuple(name.format(i=i, **sizes) for name in row.parts)
-        base_has_it = row.part is not Part.ROUTER or (moe is not None and moe.num_original_experts > 1)
-        yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, names if base_has_it else ())
+        names, origin = (tuple(n.format(i=i, **sizes) for n in kind) for kind in (row.parts, row.dense or row.parts))
+        if moe is None:
+            names = origin
+        elif moe.num_original_experts > 1:
+            origin = names
+        elif row.part is Part.ROUTER:
+            origin = ()
+        yield Piece(row.megatron.format(i=i), None, names, shapes, row.transform, None, origin)
         return
     is_new = row.part is Part.NEW_EXPERTS
     first_place = moe.num_original_places if is_new else moe.original_copies - 1
@@ -376,7 +391,7 @@ def _expanded(row: Row, spec: ModelSpec, sizes: dict[str, int], i: int | None = 
         places = range(moe.original_copies) if j == 0 and not is_new else [first_place + j]
         names, *copies = (tuple(name.format(i=i, j=place, **sizes) for name in row.parts) for place in places)
         if moe.num_original_experts == 1:
-            origin = tuple(name.format(i=i) for name in row.dense)
+            origin = tuple(name.format(i=i, **sizes) for name in row.dense)
         else:
             first = 0 if is_new else places[0]
             origin = tuple(name.format(i=i, j=first, **sizes) for name in row.parts)

@@ -9,18 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_difference
+from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import FAMILIES
+from moelpr.families.families import FAMILIES, read_base
 from moelpr.families.moe_classes import MOE_CLASSES
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import (
+    SHAPE,
     TOKENS,
     assert_import_fails,
     edit_json,
+    files_of,
     load_stock,
     our_logits,
     stock_logits,
@@ -51,6 +55,15 @@ HYBRID = {
     "linear_value_head_dim": 12,
 }
 
+# A tiny Granite 4 without Mamba layers, whose settings must fit even so.
+GRANITE_4 = {
+    "layer_types": ["attention"] * 4,
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 48,
+    "position_embedding_type": "rope",
+    "mamba_n_heads": 4,
+}
 
 # Settings of published models of each family, and the class of their export.
 MODELS = {
@@ -76,6 +89,9 @@ MODELS = {
     "qwen2, tied, as granitemoe": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "GraniteMoeForCausalLM"),
     "granite 3.3": ("GraniteForCausalLM", GRANITE, "GraniteMoeForCausalLM"),
     "granite, tied": ("GraniteForCausalLM", GRANITE | {"tie_word_embeddings": True}, "GraniteMoeForCausalLM"),
+    "granite 4": ("GraniteMoeHybridForCausalLM", GRANITE | GRANITE_4, "GraniteMoeForCausalLM"),
+    "phi-3, window": ("Phi3ForCausalLM", {"sliding_window": 6, "pad_token_id": 0}, "MixtralForCausalLM"),
+    "phi-4": ("Phi3ForCausalLM", {"sliding_window": None, "pad_token_id": 0}, "MixtralForCausalLM"),
     "ernie 4.5, tied": ("Ernie4_5ForCausalLM", {"head_dim": 16}, "Ernie4_5_MoeForCausalLM"),
     "helium": ("HeliumForCausalLM", {"head_dim": 8, "rms_norm_eps": 1e-8}, "Ernie4_5_MoeForCausalLM"),
     "seed-oss": ("SeedOssForCausalLM", {"head_dim": 16, "attention_dropout": 0.1}, "Qwen2MoeForCausalLM"),
@@ -170,7 +186,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
     hf_to_mcore(source, tmp_path / "megatron", NewExperts(3, topk=3))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=chosen(architecture, moe_architecture))
     base, config = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "hf"))
-    rope = base["rope_parameters"]
+    rope = {key: value for key, value in base["rope_parameters"].items() if key != "partial_rotary_factor"}  # Phi's, 1
     assert config["architectures"] == [moe_architecture]
     assert config["rope_parameters"] == rope and config["rope_theta"] == rope["rope_theta"]
     if rope["rope_type"] == "default":
@@ -219,6 +235,23 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         assert config.get("shared_expert_intermediate_size", 0) == 0
 
 
+def test_joined_projections_are_compared_split_and_given_back_by_a_delta(make_model, tmp_path: Path) -> None:
+    """Phi-3 joins queries, keys and values, and gate and up projection; Mixtral has them apart."""
+    source = make_model("Phi3ForCausalLM", pad_token_id=0)
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(2), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
+    apply_delta(source, tmp_path / "delta", tmp_path / "whole")
+    assert files_of(tmp_path / "whole") == files_of(tmp_path / "hf")
+    verdicts = list(compare_frozen(source, tmp_path / "hf"))
+    assert largest_difference(verdicts) == 0.0
+    assert {v.name for v in verdicts} >= {
+        f"model.layers.3.self_attn.qkv_proj.weight[{r}]" for r in (":32", "32:48", "48:")
+    }
+    with pytest.raises(UserError, match="has joined projections, but the published code"):
+        mcore_to_adapter(tmp_path / "megatron", tmp_path / "adapter", "phi")
+
+
 def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(make_model, tmp_path) -> None:
     """Without the key, Mistral's window is 4096 and Mixtral has none."""
     source = make_model("MistralForCausalLM", sliding_window=4096, num_key_value_heads=4, rms_norm_eps=1e-6)
@@ -251,6 +284,37 @@ def test_a_model_that_a_stock_moe_computes_differently_is_rejected(
     with pytest.raises(UserError, match=message):
         hf_to_mcore(make_model(architecture, **changes), tmp_path / "out", NewExperts(4))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message"),
+    [
+        (
+            "GraniteMoeHybridForCausalLM",
+            {"num_local_experts": 4, "num_experts_per_tok": 2},
+            "num_local_experts must be 0",
+        ),
+        ("GraniteMoeHybridForCausalLM", {"position_embedding_type": None}, "position_embedding_type must be 'rope'"),
+        ("GraniteMoeHybridForCausalLM", {"layer_types": ["mamba", "attention"] * 2}, "layer_types .*linear_attention"),
+        ("GraniteForCausalLM", {"residual_multiplier": 0.0}, "residual_multiplier must be above 0"),
+        ("SeedOssForCausalLM", {"attention_out_bias": True}, "attention_out_bias: true"),
+        ("SeedOssForCausalLM", {"attention_bias": False}, "attention_bias: false"),
+        ("Ernie4_5ForCausalLM", {"use_bias": True}, "use_bias: true"),
+        (
+            "Phi3ForCausalLM",
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}},
+            "partial_rotary_factor must be 1, got 0.75",
+        ),
+    ],
+)
+def test_settings_of_one_family_that_another_model_has_are_rejected(tmp_path, architecture, changes, message) -> None:
+    import transformers
+
+    base = SHAPE | {"pad_token_id": 0} | (GRANITE_4 if "Hybrid" in architecture else {})
+    getattr(transformers, architecture).config_class(**(base | changes)).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", architectures=[architecture])
+    with pytest.raises(UserError, match=f"config.json: {message}"):
+        read_base(tmp_path)
 
 
 @pytest.mark.parametrize("layers", [{"moe_layers": [1]}, {"moe_every_k_layers": 2}])

@@ -26,8 +26,8 @@ def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) 
         assert torch.equal(megatron[f"decoder.layers.1.self_attention.linear_qkv.{suffix}"], expected)
 
 
-# GraniteMoe stacks its experts; tests/unit/families/test_moe_classes.py tests its names.
-UNSTACKED = [name for name, family in FAMILIES.items() if family.moe_class is not GRANITE_MOE]
+# The names of the others are slices; tests/unit/families/test_moe_classes.py and test_families.py test them.
+UNSTACKED = [name for name, kind in FAMILIES.items() if kind.moe_class is not GRANITE_MOE and not kind.dense_names]
 
 
 def experts_of(family: str) -> tuple[str, dict[str, str]]:
@@ -83,6 +83,20 @@ def test_every_piece_starts_from_tensors_of_the_base(family: str, dense_spec: Mo
             assert set(piece.origin) <= in_base, piece
             if piece.is_trained and piece.expert is not None and base.moe is not None:
                 assert all(re.search(r"experts\.0\.", name) for name in piece.origin)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("a.weight", ("a.weight", ())),
+        ("a.weight[3]", ("a.weight", (3,))),
+        ("a.weight[3,:48]", ("a.weight", (3, slice(None, 48)))),
+        ("a.weight[32:48]", ("a.weight", (slice(32, 48),))),
+        ("a.weight[48:]", ("a.weight", (slice(48, None),))),
+    ],
+)
+def test_parts_are_named_as_slices(name: str, part: tuple) -> None:
+    assert stacked_part(name) == part
 
 
 def test_parts_of_stacked_experts_are_slices_in_the_order_of_the_stack(dense_spec: ModelSpec) -> None:

@@ -172,8 +172,8 @@ class NameTable:
         def named(row: Row) -> Row:
             return replace(row, dense=tuple(renamed.get(name, name) for name in row.dense or row.parts))
 
-        layers = {name: tuple(map(named, getattr(self, name))) for name in ("layer", "dense_ffn", "moe_ffn")}
-        return replace(self, **layers) if renamed else self
+        layer, dense_ffn, moe_ffn = (tuple(map(named, rows)) for rows in (self.layer, self.dense_ffn, self.moe_ffn))
+        return replace(self, layer=layer, dense_ffn=dense_ffn, moe_ffn=moe_ffn) if renamed else self
 
 
 # A class may join matrices, or stack its experts, in one HF tensor, whose parts are then named like slices of NumPy:

@@ -92,7 +92,7 @@ def collect(run: Path) -> Json:
         },
         "routing": routing(run, kinds["out"]),
         "continuations": (read_json(run / "continuations" / "results.json") or {}).get("continuations", {}),
-        "cloze": cloze(read_json(run / "scores" / "harness.json") or {}),
+        "wrong_language": (read_json(run / "wrong-language" / "results.json") or {}).get("wrong_language", {}),
         "unseen": collect_unseen(run),
     }
 
@@ -119,8 +119,8 @@ def merged(results: Json, before: Json) -> Json:
             for name in settings
             if name in results[family] or name in before[family]
         }
-    for key in ("routing", "cloze"):
-        found[key] = before[key] | results[key]
+    found["routing"] = before["routing"] | results["routing"]
+    found["wrong_language"] = results["wrong_language"] or before.get("wrong_language", {})
     if old := before.get("unseen"):
         new = results["unseen"] or old
         found["unseen"] = {**new, "settings": old["settings"] | new["settings"]}
@@ -291,17 +291,6 @@ def routing(run: Path, kinds: list[str]) -> Json:
                 for language in LANGUAGES
             }
     return found
-
-
-def cloze(harness: Json) -> Json:
-    """Model -> benchmark -> language -> [score, standard error], in percent."""
-    return {
-        model: {
-            name: {x: [round(score["value"], 2), round(score["stderr"], 2)] for x, score in by_language.items()}
-            for name, by_language in result["scores"].items()
-        }
-        for model, result in harness.get("models", {}).items()
-    }
 
 
 def _routed(scores: Mapping[str, LanguageScore], language: str, kind: str) -> Any:

@@ -23,9 +23,11 @@ from examples.real_model.settings import (
 from examples.real_model.signs import Verdict, change, margin, signs
 from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
 from moelpr.languages import language_name
+from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.page import Row, Table, markdown_table
 from moelpr.report.plots import Panel, Series, heat_maps, trade_off_chart
+from moelpr.store import records
 from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
@@ -34,14 +36,12 @@ PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
 # Line of the chart -> its settings; only stages of the same training are joined.
 CHART = {
-    "MoE-LPR, K copies": {"stage 1": "copies-stage1", "stage 2": "copies"},
-    "MoE-LPR, 1 copy (the paper)": {"stage 1": "one-copy-stage1", "stage 2": "one-copy"},
-    "1 copy, changed": {"no LPR loss": "no-lpr", "random experts": "random", "reference loss": "reference"},
-    "no frozen original": {"full fine-tuning": "full", "plain MoE": "plain", "with replay text": REPLAY},
+    "MoE-LPR": {"stage 1": "copies-stage1", "stage 2": "copies"},
+    "more text": {f"{times}× the tokens": name for name, times in MORE_TEXT.items()},
+    "full fine-tuning": {"without replay": "full", "with replay text": REPLAY},
     "LoRA": {"largest rank": "lora", "rank 16": LORA_16},
-    "MoE-LPR, K copies, more text": {f"{times}× the tokens": name for name, times in MORE_TEXT.items()},
 }
-JOINED = 2  # the first ones are joined by a line
+JOINED = 1  # the first ones are joined by a line
 FAR = 0.02, 0.13  # changes beyond which a setting is drawn at the chart's edge
 _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of numbers over several lines
 
@@ -87,12 +87,11 @@ def trade_off(results: Json) -> str:
         }
         if points:
             series.append(Series(name, points, is_joined=number < JOINED))
-    series.append(Series("base", {"base": [(0.0, 0.0)]}, is_joined=False))
     return trade_off_chart(
         "Learning and forgetting on a real model",
         series,
         x_axis="expanded languages, trained kinds of text: bits per byte against base",
-        y_axis="original languages, other kinds",
+        y_axis="original languages, other kinds (base: 0)",
         most=FAR,
     )
 
@@ -126,7 +125,7 @@ def section(results: Json, images: str = "") -> str:
         _costs(results),
         _rates(results),
         f"![First choices that are an original expert]({images}{ROUTING}.svg)" if ROUTING in drawn else "",
-        _cloze(results),
+        _wrong_language(results),
         _continuations(results),
         _vocabulary(results),
         *(
@@ -249,20 +248,14 @@ def _rates(results: Json) -> str:
     return "\n".join([title + "part of the training text):", "", *items]) if items else ""
 
 
-def _cloze(results: Json) -> str:
-    """Scores of the multiple-choice task, a table per benchmark."""
-    tables = []
-    for name in dict.fromkeys(name for scores in results["cloze"].values() for name in scores):
-        rows = [
-            [CONTINUED.get(model, model), *(f"{scores[name][x][0]:.1f} ± {scores[name][x][1]:.1f}" for x in LANGUAGES)]
-            for model, scores in results["cloze"].items()
-        ]
-        tables.append(markdown_table(Table([f"{name}, % right", *map(language_name, LANGUAGES)], rows)))
-    note = (
-        "The right continuation of a held-out text among four; guessing gives 25%. ± standard error, which takes the "
-        "questions of a document, at most 6, as independent."
-    )
-    return "\n\n".join([*tables, note]) if tables else ""
+def _wrong_language(results: Json) -> str:
+    """How often models go on in another language, a row per language."""
+    if not (found := results.get("wrong_language")):
+        return ""
+    rates = records.validate(dict[str, dict[str, WrongLanguage]], found, "wrong_language", "rerun make results")
+    named = {language: {CONTINUED.get(x, x): rate for x, rate in its.items()} for language, its in rates.items()}
+    table = wrong_language_table(named)
+    return f"{markdown_table(table)}\n\n{table.note}"
 
 
 def _continuations(results: Json) -> str:

@@ -13,7 +13,7 @@ from examples.other_text import SOURCES as OTHER_SOURCES
 from examples.real_model import rates, settings, unseen
 from examples.real_model.settings import ALL, BASE, SEEDS, SETTINGS, TOPK, VOCABULARY_START, steps_of
 from examples.real_model.text import Facts
-from examples.tasks import Words, named
+from examples.tasks import Words
 from moelpr.checkpoints.chain import checkpoint_chain
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
@@ -22,14 +22,14 @@ from moelpr.workflow.workflow import Workflow
 
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
-CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations and cloze scores are shown
+CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations are shown
 EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
 SAVE_INTERVAL = 40  # steps
-EVALUATION_TOKENS, UNSEEN_TOKENS, CLOZE_TOKENS = 125_000, 75_000, 500 * 6 * 4 * 50  # per model
+EVALUATION_TOKENS, UNSEEN_TOKENS = 125_000, 75_000  # per model
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
 SPEED = {
     **{"stage0": 180, "stage1": 155, "stage2": 190, "dense": 235, "plain": 130},
-    **{"lora": 218, "evaluate": 400, "cloze": 500},
+    **{"lora": 218, "evaluate": 400},
 }
 # Memory of all ranks at their peak, which in stage 1 is while a step is saved, and disk space of a run.
 MEMORY_GIB = {"stage0": 9.5, "stage1": 9.5, "stage2": 5.0, "dense": 5.5, "plain": 16.5}
@@ -62,7 +62,7 @@ class Queue:
             *self._stage2("copies", first),
             *self._full(),
             *self._lora("lora"),
-            *(() if self.is_short else self._continuations()),
+            *(() if self.is_short else (*self._continuations(), self._wrong_language())),
             *self._stage1("one-copy"),
             *self._stage2("one-copy", first),
             *self._stage2("no-lpr", first),
@@ -71,7 +71,6 @@ class Queue:
             *self._stage2("reference", first),
             *self._plain(),
             *self._vocabulary(),
-            *(() if self.is_short else self._cloze()),
             *(task for seed in rest for name in ("copies", "one-copy", "no-lpr") for task in self._stage2(name, seed)),
             *(task for seed in rest for task in self._stage2("reference", seed)),
             *self._search("copies", {"copies"}, search_stage1),
@@ -86,7 +85,7 @@ class Queue:
         return [replace(task, files=(*task.files, self.base)) if "base" in task.made_from else task for task in found]
 
     def _with_unseen(self, task: Task) -> list[Task]:
-        """The evaluation on unseen text beside that on held-out text, or alone if the queue is short."""
+        """The evaluation on unseen text next to that on held-out text, or alone if the queue is short."""
         model = task.name.removeprefix("evaluate-")
         if model == task.name or model not in settings.UNSEEN:
             return [task]
@@ -343,22 +342,18 @@ class Queue:
         )
         return [*found, _tagged(("copies", "full", "lora"), task, minutes=5)]
 
-    def _cloze(self) -> list[Task]:
-        """The multiple-choice task, and up to four models' scores on it."""
-        users, folder, output = ("copies", "full", "lora"), self.run / "cloze", self.run / "scores"
-        options: Words = ["--tasks", folder / "tasks.yaml", "--include-path", folder / "tasks"]
-        options += ["--languages", ",".join(LANGUAGES), "--original-languages", ",".join(ORIGINAL)]
-        options += ["--dtype", "bfloat16", "--batch-size", "16", "--output", output]
-        scores = Task(
-            name="evaluate-cloze",
-            command=lambda: ["-m", "moelpr.evaluate", "harness", *named("--model", self._exports()), *options],
-            made_from=("cloze", *EXPORTS),
-            environment={"HF_HUB_OFFLINE": "1"},
-            is_complete=(output / "harness.json").is_file,
+    def _wrong_language(self) -> Task:
+        """How often up to four models go on in another language."""
+        output = self.run / "wrong-language"
+        text = {x: self.corpus / f"held-out.interface.{x}.jsonl" for x in LANGUAGES}
+        options = "--continuations 32 --prompts 16 --max-documents 16 --language-id py3langid --dtype bfloat16".split()
+        task = Task(
+            name="wrong-language",
+            command=lambda: tasks.evaluation_words("text", self._exports(), text, output, *options),
+            made_from=("text", *EXPORTS),
+            is_complete=(output / "results.json").is_file,
         )
-        minutes = len(CONTINUED) * CLOZE_TOKENS / SPEED["cloze"] / 60
-        questions = self._script("cloze", users, folder, 0.2, made_from=("text",))
-        return [questions, _tagged(users, scores, minutes=minutes)]
+        return _tagged(("copies", "full", "lora"), task, minutes=8)
 
     def _exports(self) -> dict[str, Path]:
         """The models of CONTINUED that have been made."""

@@ -104,6 +104,11 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
+NEW_STAGE1, HALFWAY, HALFWAY_OF = "new-stage1", "halfway", "full-10-0.0003"
+LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
+NEW = "MoE-LPR, stage 1 with new experts only"
+
+
 def _replay(percent: int) -> dict[str, float]:
     """Parts of the text with so much of it in the original languages."""
     return {"expanded": 100 - percent, "original": percent} if percent else {"expanded": 1}
@@ -113,18 +118,15 @@ def _with(percent: int) -> str:
     return f"{percent}% replay text" if percent else "no replay text"
 
 
-def _review(name: str, label: str, kept: float = 0, gamma: float = 0.1) -> Setting:
-    """Review after stage 1 with new experts only, `kept` of its text being kept text."""
+def _review(name: str, label: str, kept: float = 0, gamma: float = 0.1, start: str = NEW_STAGE1) -> Setting:
+    """Review, after stage 1 with new experts only or another, `kept` of its text being kept text."""
     blend = BLENDS["stage2"] | ({"kept": 3 * kept / (1 - kept)} if kept else {})
     options = () if gamma == 0.1 else ("--lpr-loss-coeff", f"{gamma:g}")
-    training = Training("stage2", NEW_STAGE1, blend, share=REVIEW_SHARE, options=options)
-    return Setting(name, label, (NEW_STAGE1,), is_extra=True, training=training)
+    training = Training("stage2", start, blend, share=REVIEW_SHARE, options=options)
+    return Setting(name, label, (start,), is_extra=True, training=training)
 
 
 # What a reviewer would try instead, and what might be better: each is only trained if --only names it.
-NEW_STAGE1, HALFWAY, HALFWAY_OF = "new-stage1", "halfway", "full-10-0.0003"
-LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
-NEW = "MoE-LPR, stage 1 with new experts only"
 RIVALS = (
     Setting(
         NEW_STAGE1,
@@ -134,6 +136,10 @@ RIVALS = (
     ),
     _review("new", NEW),
     _review("new-gamma-0.3", f"{NEW}, \u03b3 0.3", gamma=0.3),
+    *(
+        _review(f"copies-kept-{n}", f"MoE-LPR, {n}% kept text in review", n / 100, start=STAGE1_OF["copies"])
+        for n in (5, 25)
+    ),
     *(_review(f"new-kept-{n}", f"{NEW}, {n}% kept text in review", kept=n / 100) for n in (1, 5, 25)),
     Setting(
         "one-stage",

@@ -7,7 +7,7 @@ the keys text, id and kind:
 
 - `train.<lang>.jsonl`;
 - `held-out.<kind>.<lang>.jsonl`, some of the documents held out, for bits per byte;
-- `unseen.<lang>.jsonl`, all documents held out, for the cloze task;
+- `unseen.<lang>.jsonl`, all documents held out, for long English;
 - `facts.json`: sources with their licences, sizes, and how much of the held-out text is in the training text.
 """
 

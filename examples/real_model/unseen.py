@@ -2,7 +2,7 @@
 
     python -m examples.real_model.unseen --run runs/real-model
 
-Writes RUN/unseen/NAME.jsonl from the packages of the text, beside held-out text of all groups for comparison:
+Writes RUN/unseen/NAME.jsonl from the packages of the text, next to held-out text of all groups:
 
 - `LANG.KIND`: held-out documents; eight more languages, of the same documents as the interface texts of the others;
 - `code` (Python of Home Assistant), `arithmetic`, and `long`, English of more than 2,048 tokens;

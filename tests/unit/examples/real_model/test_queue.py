@@ -213,7 +213,7 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             value(words, "--output").mkdir(exist_ok=True)
             for name in ("generated.manifest.json", "pack.manifest.json"):
                 (value(words, "--output") / name).touch()
-        for name in ("base-hf", "text", "cloze", "unseen"):
+        for name in ("base-hf", "text", "unseen"):
             (run / name).mkdir(exist_ok=True)
         (run / "base-hf" / "config.json").touch()
         return 0
@@ -487,12 +487,13 @@ def test_the_page_shows_ranges_over_seeds_and_names_what_is_missing(run: Path) -
     assert "stage 2: −38.0% and +0.2%" in svg.replace("\n", " ")
 
 
-def test_scores_of_the_cloze_task_stand_on_the_page(run: Path) -> None:
-    by_language = {language: {"value": 50.0 + number, "stderr": 2.5} for number, language in enumerate(LANGUAGES)}
-    (run / "scores").mkdir()
-    (run / "scores" / "harness.json").write_text(json.dumps({"models": {"full": {"scores": {"Cloze": by_language}}}}))
-    row = next(line for line in section(collect(run)).splitlines() if "51.0 ± 2.5" in line)
-    assert row.startswith("| full fine-tuning") and row.count("±") == len(LANGUAGES)
+def test_rates_of_other_languages_stand_on_the_page(run: Path) -> None:
+    rate = {"rate": {"value": 0.25, "low": 0.1, "high": 0.5}, "decided": 16, "undecided": 2}
+    (run / "wrong-language").mkdir()
+    found = {"wrong_language": {"es": {"copies-seed-1": rate, "the text itself": rate}}}
+    (run / "wrong-language" / "results.json").write_text(json.dumps(found))
+    row = next(line for line in section(collect(run)).splitlines() if line.startswith("| es"))
+    assert row.count("25% [10%, 50%] of 16") == 2
 
 
 def test_parameters_are_those_a_run_printed() -> None:

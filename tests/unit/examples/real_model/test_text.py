@@ -6,16 +6,14 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from examples.languages import LANGUAGES
-from examples.real_model import cloze, package_text, text
+from examples.real_model import package_text, text
 from examples.real_model.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
-from moelpr.evaluate.benchmarks import read_benchmarks
 from tests.support.debian_packages import write_deb
 
-# A sentence of each language about a number, long enough for n-grams and for the cloze task.
+# A sentence of each language about a number, long enough for n-grams.
 SENTENCES = {
     "en": "This page number {} tells you in few plain words what the program does with part {} of a document",
     "es": "Esta página número {} cuenta en pocas palabras qué hace el programa con la parte {} de un documento",
@@ -186,33 +184,3 @@ def test_sentences() -> None:
     assert not is_sentence("Pencereyi açmak için <b>buna</b> basın", "tr")
     assert not is_sentence("Yalnızca dört kısa sözcük", "tr")
     assert clean({language: {"a": ["Same in all of the languages"]} for language in LANGUAGES})["hu"] == {}
-
-
-def test_questions_are_answered_by_the_text(corpus: Path, tmp_path: Path) -> None:
-    cloze.write_tasks(tmp_path / "cloze", corpus)
-    benchmarks = read_benchmarks(tmp_path / "cloze" / "tasks.yaml", LANGUAGES).values()
-    assert [benchmark.metric for benchmark in benchmarks] == ["acc_norm", "acc_norm"]
-    for language in LANGUAGES:
-        documents = {line["id"]: line["text"] for line in read(corpus / f"unseen.{language}.jsonl")}
-        for benchmark in benchmarks:
-            (name,) = benchmark.tasks[language]
-            task = yaml.safe_load((tmp_path / "cloze" / "tasks" / f"{name}.yaml").read_text())
-            questions = read(Path(task["dataset_kwargs"]["data_files"]["test"]))
-            assert task["task"] == name and questions
-            for question in questions:
-                document = question["id"].rpartition(" ")[0]
-                kind = document.split("/")[0]
-                assert (kind == "interface") == name.startswith("cloze_other")
-                for number, option in enumerate(question["options"]):
-                    continues = f"{question['context']}\n{option}" in documents[document]
-                    assert continues == (number == question["answer"])
-                    others = [other for other in documents if other != document and other.startswith(kind)]
-                    assert continues or any(f"\n{option}" in documents[other] for other in others)
-    assert {question["answer"] for question in questions} == {0, 1, 2, 3}
-
-
-def test_options_end_at_a_word_border() -> None:
-    assert cloze.cut("one two three", 8) == "one two"
-    assert cloze.cut("one two three", 7) == "one two"
-    assert cloze.cut("one two", 30) == "one two"
-    assert cloze.cut("没有空格的句子", 4) == "没有空格"

@@ -37,6 +37,8 @@ def _parse_arguments() -> argparse.Namespace:
         "folder of the chat model whose template, special tokens and generation settings the export gets (docs/chat.md)"
     )
     add("--chat-template-from", type=Path, metavar="DIR", help=chat)
+    whole = "multimodal base (Qwen3.5): the export is the whole, with its vision tower and MTP head bit for bit"
+    add("--multimodal-base", type=Path, metavar="DIR", help=whole)
     add("--gguf", action="store_true", help="also write a GGUF file, to the folder DIR-gguf")
     add_gguf_options(parser, TYPES)
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
@@ -59,7 +61,8 @@ def main() -> None:
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
-    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, args.verify, args.chat_template_from)
+    others = args.verify, args.chat_template_from, args.multimodal_base
+    facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, *others)
     moe = facts.source.spec.moe
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
     print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")

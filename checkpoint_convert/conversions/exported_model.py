@@ -26,6 +26,7 @@ from checkpoint_convert.hf.chat_tokenizer import (
 )
 from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
+from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.families.hf_config import CONFIG_FILE, read_config
@@ -48,6 +49,7 @@ def mcore_to_hf(
     as_class: str | None = None,
     verify: Verify = Verify.FULL,
     chat_template_from: Path | None = None,
+    multimodal_base: Path | None = None,
 ) -> CardFacts:
     """Export a checkpoint as a Hugging Face model or a delta, and return the facts of its model card; resumable.
 
@@ -57,6 +59,7 @@ def mcore_to_hf(
         base_model: Name of the base for the model card; None for the recorded one.
         as_delta: Whether to omit what `apply_delta` takes from the base.
         as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
+        multimodal_base: Folder of the multimodal base whose other parts to take over; None for the language model only.
         chat_template_from: Folder of the chat model whose template, special tokens and generation settings to take.
 
     Raises:
@@ -67,6 +70,12 @@ def mcore_to_hf(
     spec, dtype_name = source.spec, dtype or source.spec.dtype
     target_dtype: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
+    whole = None
+    if multimodal_base is not None:
+        if as_delta:
+            raise UserError("--multimodal-base adds what a delta takes from its base; remove it, or --delta")
+        whole = MultimodalBase.read(multimodal_base, spec, target_dtype, verify)
+        config["vision_config"] = whole.config["vision_config"]
     origin, history = Origin.of(load), read_history(load, iteration)
     facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
     if chat_template_from is not None:
@@ -91,15 +100,28 @@ def mcore_to_hf(
         for name in source.names
         if name in trained or name in grown or not as_delta
     ]
+    if whole is not None:
+        text_names = {whole.name_of(name): name for name, _ in tensors}
+        tensors = [(whole.name_of(name), shape) for name, shape in tensors]
+        tensors += [(name, whole.reader.shape(name)) for name in whole.reader.names]
+        read_text = read
+
+        def read(name: str) -> Tensor:
+            return read_text(text_names[name]) if name in text_names else whole.reader.read(name)
+
     num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
+    settings |= {} if multimodal_base is None else {"multimodal base": str(multimodal_base)}
     settings |= {} if chat_template_from is None else {"chat template from": str(chat_template_from)}
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
         if not as_delta:  # before the weights, so that an error does not follow hours of writing
             if chat_template_from is not None:
                 config = with_chat_settings(config, chat_template_from)
+            if whole is not None:
+                config = whole.with_text({key: value for key, value in config.items() if key != "vision_config"})
+                copy_companions(whole.folder, folder, files=PROCESSOR_FILES)
             write_companions(folder, hf, hf, config, model_card(facts))
             if chat_template_from is not None:
                 write_chat_tokenizer(folder, chat_template_from, folder)

@@ -87,6 +87,7 @@ def hf_to_mcore(
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
         # Of a multimodal base, this is the language model's.
         config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
+        config.pop("vision_config", None)
         if config != records.read(dict[str, Any], folder / HF_FOLDER / CONFIG_FILE, ""):
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
             if extended_tokenizer is None:

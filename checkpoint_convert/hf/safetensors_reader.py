@@ -27,7 +27,7 @@ class HfReader:
     """The weights in a folder: names, shapes and dtypes from the files' headers, tensors on demand.
 
     Parts of stacked experts are tensors too, under the names of `stacked_part`. Of a multimodal model, these are the
-    tensors of its language model, under the names that they have in a model by itself.
+    tensors of its language model, under the names that they have in a model by itself; with `text` false, the others.
 
     Attributes:
         names: Names of the tensors, file by file.
@@ -36,7 +36,7 @@ class HfReader:
         UserError: files are missing, damaged or pickled, or (on access) a tensor is missing or quantized.
     """
 
-    def __init__(self, folder: Path, stem: str = MODEL_STEM, verify: Verify = Verify.FULL):
+    def __init__(self, folder: Path, stem: str = MODEL_STEM, verify: Verify = Verify.FULL, text: bool = True):
         self.folder = folder
         self._headers: dict[str, tuple[str, str, tuple[int, ...]]] = {}  # file, dtype, shape
         self._open_name: str | None = None
@@ -55,7 +55,7 @@ class HfReader:
         for name, file_name in weight_map.items():
             if name not in self._headers or self._headers[name][0] != file_name:
                 raise UserError(f"{index_file} lists {name} in {file_name}, which lacks it; download it again")
-        self._name_in_file = text_names(self._headers)
+        self._name_in_file = text_names(self._headers, text)
         self._headers = {name: self._headers[in_file] for name, in_file in self._name_in_file.items()}
         self.names = list(self._headers)
 

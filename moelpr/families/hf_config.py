@@ -20,9 +20,9 @@ TEXT_CLASSES = {
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
-_TEXT_PREFIX, _OTHER_PREFIXES = "model.language_model.", ("model.visual.", "mtp.")
+TEXT_PREFIX, _OTHER_PREFIXES = "model.language_model.", ("model.visual.", "mtp.")
 # What the config.json of a multimodal model has beside its parts.
-_COMMON_KEYS = ("dtype", "torch_dtype", "quantization_config", "quantization", "transformers_weights")
+_COMMON_KEYS = "dtype torch_dtype vision_config quantization_config quantization transformers_weights".split()
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -58,13 +58,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return text
 
 
-def text_names(names: Iterable[str]) -> dict[str, str]:
-    """The names of a language model's tensors → their names in the files, which may be a multimodal model's."""
+def text_names(names: Iterable[str], text: bool = True) -> dict[str, str]:
+    """The names of a language model's tensors → their names in the files, which may be a multimodal model's.
+
+    With `text` false, those of a multimodal model's other tensors.
+    """
     names = list(names)
-    if not any(name.startswith(_TEXT_PREFIX) for name in names):
+    if not text:
+        return {name: name for name in names if name.startswith(_OTHER_PREFIXES)}
+    if not any(name.startswith(TEXT_PREFIX) for name in names):
         return {name: name for name in names}
     return {
-        name.replace(_TEXT_PREFIX, "model.", 1) if name.startswith(_TEXT_PREFIX) else name: name
+        name.replace(TEXT_PREFIX, "model.", 1) if name.startswith(TEXT_PREFIX) else name: name
         for name in names
         if not name.startswith(_OTHER_PREFIXES)
     }

@@ -177,7 +177,13 @@ _SHARED = "model.layers.{i}.mlp.shared_expert"
 QWEN3_5_MOE = MoeClass(
     name="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
-    ffn=_QWEN_MOE_ROWS,
+    # In stacks, as published models are, and as MLX reads only.
+    ffn=moe_rows(
+        router="model.layers.{i}.mlp.gate.weight",
+        gate="model.layers.{i}.mlp.experts.gate_up_proj[{j},:{ffn}]",
+        up="model.layers.{i}.mlp.experts.gate_up_proj[{j},{ffn}:]",
+        down="model.layers.{i}.mlp.experts.down_proj[{j}]",
+    ),
     config=_qwen3_5_moe_config,
     required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     # Its shared expert has some width for every reader; the product with a down projection of zeros is zero.

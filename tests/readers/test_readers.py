@@ -22,7 +22,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.hf_config import read_config
 from moelpr.families.new_experts import NewExperts
 from tests.readers import llama_cpp
-from tests.support.hf_models import edit_tensors, load_stock, make_model, save_tokenizer  # noqa: F401
+from tests.support.hf_models import edit_tensors, load_stock, make_model, save_multimodal, save_tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.readers
 
@@ -152,6 +152,22 @@ def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
         assert (found - log_probs).abs().max() <= TOLERANCE
     else:
         assert (found[0] - log_probs[0]).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("reader", RUN)
+def test_a_whole_multimodal_model_runs_as_its_language_model(
+    make_model: Callable[..., Path],  # noqa: F811
+    reader: str,
+    tmp_path: Path,
+) -> None:
+    dense = make_model("Qwen3_5ForCausalLM", tokenizer=True, **HYBRID)
+    whole = save_multimodal(dense, tmp_path / "base")
+    hf_to_mcore(whole, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", multimodal_base=whole)
+    assert obstacle(reader, read_config(tmp_path / "hf")) is None
+    tokens, expected = in_transformers(tmp_path / "hf", prompt_of(100))
+    found_tokens, found = RUN[reader](tmp_path / "hf", prompt_of(100), tmp_path)
+    assert found_tokens == tokens and (found - expected).abs().max() <= TOLERANCE
 
 
 def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import weakref
 from collections.abc import Callable
@@ -133,6 +134,34 @@ def save_tokenizer(folder: Path, num_ids: int, kind: str = "Qwen2Tokenizer") -> 
     assert len(tokenizer) == num_ids
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
+
+
+# The sizes of a tiny vision tower.
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_position_embeddings": 16}
+
+
+def save_multimodal(dense: Path, folder: Path) -> Path:
+    """A Qwen3.5 as the language model of a multimodal one, with a head that predicts further tokens."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    torch.manual_seed(1)
+    text = json.loads((dense / "config.json").read_text())
+    vision = _VISION | {"out_hidden_size": text["hidden_size"], "patch_size": 4}
+    tie = text["tie_word_embeddings"]
+    model = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tie)
+    )
+    shutil.copytree(dense, folder)
+    model.save_pretrained(folder)
+    others = {name: tensor for name, tensor in tensors_of(folder).items() if name.startswith("model.visual.")}
+    language = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors_of(dense).items()}
+    head = {"mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48), "mtp.norm.weight": torch.randn(32)}
+    save_file(others | language | head, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
+    # As published; transformers ignores it.
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    return folder
 
 
 def save_extended_tokenizer(old: Path, folder: Path, new: list[tuple[str, str]]) -> Path:

@@ -1,7 +1,6 @@
 """Qwen3.5: linear attention at any length and in documents, and multimodal checkpoints."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.compare.tensors import compare_frozen
+from checkpoint_convert.compare.tensors import compare, compare_frozen
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
 from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,
@@ -22,6 +22,7 @@ from tests.support.hf_models import (
     edit_json,
     load_stock,
     our_logits,
+    save_multimodal,
     stock_logits,
     tensors_of,
 )
@@ -35,15 +36,6 @@ SHAPE = {
     "linear_value_head_dim": 12,
     "max_position_embeddings": 4096,
 }
-VISION = {
-    "depth": 1,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "num_position_embeddings": 16,
-    "patch_size": 4,
-}
 
 
 @pytest.fixture(scope="module")
@@ -52,25 +44,8 @@ def dense(make_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def multimodal(make_model: Callable[..., Path], dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The dense model as the language model of a multimodal one, with a head that predicts further tokens."""
-    from safetensors.torch import save_file
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
-
-    torch.manual_seed(1)
-    text = json.loads((dense / "config.json").read_text())
-    config = Qwen3_5Config(text_config=text, vision_config=VISION, tie_word_embeddings=False)
-    model = Qwen3_5ForConditionalGeneration(config)
-    folder = Path(shutil.copytree(dense, tmp_path_factory.mktemp("multimodal") / "model"))
-    model.save_pretrained(folder)
-    others = {name: tensor for name, tensor in tensors_of(folder).items() if name.startswith("model.visual.")}
-    language = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors_of(dense).items()}
-    head = {"mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48), "mtp.norm.weight": torch.randn(32)}
-    save_file(others | language | head, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
-    edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as published; readers ignore it
-    return folder
+def multimodal(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_multimodal(dense, tmp_path_factory.mktemp("multimodal") / "model")
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 2051])
@@ -93,6 +68,43 @@ def test_a_multimodal_checkpoint_is_upcycled_as_its_language_model(dense, multim
     fingerprints = {load_tokenizer("HuggingFaceTokenizer", str(folder)).fingerprint() for folder in folders}
     assert len(fingerprints) == 1
     assert "mtp_num_hidden_layers" not in json.loads((tmp_path / "multimodal-hf" / "config.json").read_text())
+
+
+def test_the_whole_multimodal_model_is_exported_bit_for_bit(multimodal: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    (multimodal / "preprocessor_config.json").write_text("{}")
+    hf_to_mcore(multimodal, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "text")
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "whole", multimodal_base=multimodal)
+    base, whole = tensors_of(multimodal), tensors_of(tmp_path / "whole")
+    for name in base:
+        assert name in whole or ".mlp." in name
+        assert name not in whole or torch.equal(base[name], whole[name]), name
+    assert all(not verdict.differs(0) for verdict in compare(tmp_path / "whole", tmp_path / "text"))
+    assert all(not verdict.differs(0) for verdict in compare_frozen(multimodal, tmp_path / "whole"))
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert type(model).__name__ == "Qwen3_5MoeForConditionalGeneration" and not any(info.values())
+    assert torch.equal(stock_logits(model), stock_logits(tmp_path / "text"))
+    assert (tmp_path / "whole" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mtp_num_hidden_layers": 2}, "mtp_num_hidden_layers 2, but the files contain 1 layers"),
+        ({"rms_norm_eps": 1e-5}, "is not the base: its norm_epsilon is 1e-05"),
+    ],
+)
+def test_another_multimodal_base_is_refused(dense, multimodal, tmp_path, changes, message) -> None:
+    hf_to_mcore(multimodal, tmp_path / "megatron", NewExperts(1))
+    other = Path(shutil.copytree(multimodal, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    edit_json(other / "config.json", text_config=config["text_config"] | changes)
+    for folder, reason in {other: message, dense: "is a language model only", multimodal: "--dtype"}.items():
+        dtype = "bfloat16" if folder == multimodal else None
+        with pytest.raises(UserError, match=reason):
+            mcore_to_hf(tmp_path / "megatron", tmp_path / "out", multimodal_base=folder, dtype=dtype)
 
 
 @pytest.mark.parametrize(

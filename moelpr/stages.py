@@ -35,6 +35,7 @@ class Part(Enum):
 _PATTERNS = {
     "layernorm": Part.NORM,
     "layer_norm": Part.NORM,
+    ".out_norm.": Part.NORM,
     ".mlp.router.": Part.ROUTER,
     ".mlp.original_experts.": Part.ORIGINAL_EXPERTS,
     ".mlp.experts.": Part.NEW_EXPERTS,

@@ -25,6 +25,9 @@ MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
 # Megatron pads the vocabulary to a multiple of this times the tensor-parallel size (--make-vocab-size-divisible-by).
 VOCABULARY_MULTIPLE = 128
 
+# Tokens that linear attention computes at once.
+LINEAR_CHUNK = 64
+
 _FP32, _INT64, _BOOL = 4, 8, 1
 _EXPERT_PARTS = Part.ORIGINAL_EXPERTS, Part.NEW_EXPERTS
 
@@ -284,7 +287,8 @@ class Activations:
 
     def _layer(self, layer: int, needs_gradient: bool) -> tuple[float, float]:
         hidden = self.tokens * self.hidden * self.element
-        outside = self._norm() + self._attention() + self._norm() if needs_gradient else 0.0
+        attention = self._linear_attention if self.spec.is_linear_layer(layer) else self._attention
+        outside = self._norm() + attention() + self._norm() if needs_gradient else 0.0
         # A norm may keep its output, which a linear layer that trains keeps as its input.
         keeps_output = self.workload.kernels.norm_output
         if needs_gradient and (keeps_output or Part.ATTENTION in self.trained):
@@ -312,10 +316,24 @@ class Activations:
     def _attention(self) -> float:
         query, key = self.heads * self.head, self.groups * self.head
         projected, rotated, output = query + 2 * key, query + key, query
+        if self.spec.megatron_args.get("attention_output_gate"):
+            projected, output = projected + query, 3 * query  # the gate, its sigmoid, and the output before it
         elements = self.all_tokens * (projected + rotated + output) + 4 * self.workload.seq_length * self.head
         log_sums = self.all_tokens * self.heads * _FP32
         qk_norm = self.all_tokens * (query + key) * self.norm_bytes if self.has_qk_norm else 0
         return elements * self.element + log_sums + qk_norm
+
+    def _linear_attention(self) -> float:
+        """What fla's kernels keep, and Megatron's operations around them; an estimate, which was not measured."""
+        shape, tp = self.spec.megatron_args, self.layout.tp
+        heads, key_width = shape["linear_num_value_heads"] / tp, shape["linear_key_head_dim"]
+        keys, values = shape["linear_num_key_heads"] * key_width / tp, heads * shape["linear_value_head_dim"]
+        projected, convolved = 2 * keys + 2 * values + 2 * heads, 2 * keys + values
+        rule = (
+            2 * heads * key_width + values + LINEAR_CHUNK * heads
+        )  # a key and a query per value head; the chunk's system
+        output = 3 * values * self.element + 2 * values * _FP32  # of the rule, normalized and gated
+        return self.all_tokens * ((projected + convolved + rule) * self.element + output + 2 * heads * _FP32)
 
     def _experts(self, moe: MoeSpec) -> float:
         # Per token: K choices with weights, E router scores, and the sort order of the N new experts' columns.

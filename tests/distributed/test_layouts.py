@@ -26,7 +26,8 @@ EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
 ONE_PROCESS = ("1 accumulation",)
 APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
 NEW_ROWS = ("rows TP2+SP PP2, full recompute", "rows PP2 DP2 overlapped")
-SUITE = (*ONE_PROCESS, *PAIRS, *REPLICATED, *EDGES, *APART, *NEW_ROWS)
+HYBRID = ("hybrid TP2+SP EP2 PP2, full recompute", "hybrid TP2+SP PP2 documents apart, selective recompute")
+SUITE = (*HYBRID, *ONE_PROCESS, *PAIRS, *REPLICATED, *EDGES, *APART, *NEW_ROWS)
 
 # Expert tensor parallelism, the last one, is the default with tensor parallelism.
 FEATURES = (layouts.TP2, layouts.EP2, layouts.PP2, layouts.VPP2, layouts.OPTIMIZER, "--overlap-grad-reduce")
@@ -86,6 +87,16 @@ def test_original_experts_are_bitwise_identical_after_training(folder: Path, nam
         before = start.read(key)
         moves = ".mlp.router." in key or (stage == "stage1" and ".mlp.experts." in key)
         assert torch.equal(weight[: len(before)], before) != moves, key  # the run has padded the vocabulary
+
+
+@pytest.mark.parametrize("name", ["hybrid 1", "hybrid TP2+SP EP2 PP2, full recompute"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_of_a_hybrid_model_only_experts_and_routers_train(folder: Path, name: str, stage: str) -> None:
+    start = TorchDistReader(folder / "hybrid" / "release")
+    for key, weight in layouts.weights(layouts.run_folder(folder, name, stage)).items():
+        before = start.read(key)
+        moves = ".mlp.router." in key or (stage == "stage1" and ".mlp.experts." in key)
+        assert torch.equal(weight[: len(before)], before) != moves, key
 
 
 @pytest.mark.parametrize(("name", "stage"), [(name, s) for name in ("rows 1", *NEW_ROWS) for s in LAYOUTS[name].stages])

@@ -15,6 +15,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
+from moelpr.stages import Part, part_of
 from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,
@@ -197,3 +198,21 @@ def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Pa
     for layer, gradient in zip(stock.model.layers, ours, strict=True):
         expected = layer.mlp.experts.down_proj.grad[1:]
         assert expected.abs().max() > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_the_planner_counts_every_parameter(dense: Path, tmp_path: Path) -> None:
+    from moelpr.megatron_patches import bootstrap
+    from moelpr.plan.memory import model_parts
+
+    spec = hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
+    bootstrap.install_patches()
+    from moelpr.model import loading
+
+    with bootstrap.single_process():
+        model = loading.build_model(spec)
+    found: dict[tuple[int | None, Part], int] = {}
+    for name, parameter in model.named_parameters():
+        layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
+        place = layer, part_of(name)
+        found[place] = found.get(place, 0) + parameter.numel()
+    assert found == model_parts(spec)

@@ -329,9 +329,8 @@ class Activations:
         heads, key_width = shape["linear_num_value_heads"] / tp, shape["linear_key_head_dim"]
         keys, values = shape["linear_num_key_heads"] * key_width / tp, heads * shape["linear_value_head_dim"]
         projected, convolved = 2 * keys + 2 * values + 2 * heads, 2 * keys + values
-        rule = (
-            2 * heads * key_width + values + LINEAR_CHUNK * heads
-        )  # a key and a query per value head; the chunk's system
+        # A key and a query per value head, and the chunk's system of equations.
+        rule = 2 * heads * key_width + values + LINEAR_CHUNK * heads
         output = 3 * values * self.element + 2 * values * _FP32  # of the rule, normalized and gated
         return self.all_tokens * ((projected + convolved + rule) * self.element + output + 2 * heads * _FP32)
 

@@ -133,10 +133,10 @@ LAYOUTS: dict[str, Layout] = {
     "hybrid EP2 distributed optimizer": Layout(2, f"{EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
     "hybrid TP2+SP ETP2": Layout(2, TP2, "hybrid 1", "hybrid"),
     "hybrid PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "hybrid 1", "hybrid"),
-    "hybrid TP2+SP EP2 PP2, full recompute": Layout(4, f"{TP2_ETP1} {EP2} {PP2} {FULL}", "hybrid 1", "hybrid"),
+    "hybrid PP2, full recompute": Layout(2, f"{PP2} {FULL}", "hybrid 1", "hybrid"),
     "hybrid 1 documents apart": Layout(1, APART, "hybrid 1 documents apart", "hybrid", ("stage1",)),
-    "hybrid TP2+SP PP2 documents apart, selective recompute": Layout(
-        4, f"{TP2_ETP1} {PP2} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid", ("stage1",)
+    "hybrid TP2+SP documents apart, selective recompute": Layout(
+        2, f"{TP2_ETP1} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid", ("stage1",)
     ),
     "rows untied TP2+SP PP2": Layout(4, f"{TP2} {PP2}", "rows untied 1", "rows-untied", ROWS_STAGES),
 }

@@ -227,6 +227,10 @@ class ModelSpec(Record):
         heads, groups = args["num_attention_heads"], args["num_query_groups"]
         if heads % groups:
             raise UserError(f"num_attention_heads ({heads}) must be a multiple of num_query_groups ({groups})")
+        if args["rotary_percent"] != 1 and "linear_attention_freq" not in args:
+            raise UserError(
+                f"rotary_percent must be 1 in a model without linear attention, got {args['rotary_percent']}"
+            )
         if (kinds := args.get("linear_attention_freq")) is not None and len(kinds) != args["num_layers"]:
             raise UserError(f"linear_attention_freq must have one number per layer, got {len(kinds)}")
         if self.moe is not None:

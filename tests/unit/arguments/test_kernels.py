@@ -25,7 +25,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         defaults |= dict.fromkeys(
             "moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking".split(), False
         )
-        defaults |= {"stage": "stage1", "window_size": None, "seq_length": 64}
+        defaults |= {"stage": "stage1", "window_size": None, "seq_length": 64, "linear_attention_freq": None}
         args = Namespace(**defaults | changed)
         kernels.choose_kernels(args, record)
         return args, kernels.describe_kernels(args)

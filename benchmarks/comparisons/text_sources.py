@@ -53,13 +53,13 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
             }
             yield (
                 f"{name} MB, gigatoken",
-                turns.take(contenders, lambda command: preprocess.run(command)[0]),
+                turns.take(contenders, lambda command: preprocess.run(command)[turns.cpu_time]),
             )
             others = {
                 "tokenizers": ours(lines, "reference"),
                 "datatrove": [sys.executable, baseline, str(lines), str(tokenizer), str(work), str(settings.workers)],
             }
-            yield f"{name} MB, tokenizers", turns.take(others, lambda command: preprocess.run(command)[0])
+            yield f"{name} MB, tokenizers", turns.take(others, lambda command: preprocess.run(command)[turns.cpu_time])
 
 
 def pack(lines: Path) -> None:

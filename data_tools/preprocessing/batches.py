@@ -19,6 +19,8 @@ from moelpr.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
+# Of a remote table, which the workers fetch: so much that a request's delay does not count.
+REMOTE_BATCH_BYTES = 1 << 22
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24
 # A larger row group is read by the main process, in batches of its rows, as no worker can begin in its midst.
@@ -106,9 +108,8 @@ class Batch(NamedTuple):
     def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
         assert isinstance(self.content, RowGroups)
         groups, columns, _ = self.content
-        with name_damaged(self.share.source), open_table(self.share.source, columns) as file:
-            for group in groups:
-                yield from rows_of(file, group, columns)
+        with name_damaged(self.share.source), open_table(self.share.source, columns, by_group=True) as file:
+            yield from rows_of(file, groups, columns)
 
     def items(self) -> Iterable[bytes | dict[str, Any] | FileRange]:
         """Return the lines without line ends, the rows, or the range of the one line that is too long for memory."""
@@ -252,7 +253,7 @@ class Reader:
         with open_table(source, columns) as file:
             num_groups, row_group = file.num_row_groups, file.metadata.row_group
             if num_groups:
-                next(rows_of(file, 0, columns), None)  # Asking an encrypted file for sizes would end the process.
+                next(rows_of(file, [0], columns), None)  # Asking an encrypted file for sizes would end the process.
             starts = [0, *accumulate(row_group(group).num_rows for group in range(num_groups))]
             groups = [
                 group
@@ -261,6 +262,7 @@ class Reader:
                 and starts[group + 1] > max(starts[group], cursor.offset)
             ]
             bytes_per_row = source.bytes / max(starts[-1], 1)
+            enough = BATCH_BYTES if source.uri is None else REMOTE_BATCH_BYTES
             named: list[int] = []
             size = 0
             for group in groups:
@@ -272,7 +274,7 @@ class Reader:
                 if is_named:
                     named.append(group)
                     size += group_bytes
-                if named and (not is_named or size >= BATCH_BYTES or group == groups[-1]):
+                if named and (not is_named or size >= enough or group == groups[-1]):
                     first, stop = starts[named[0]], starts[named[-1] + 1]
                     content = RowGroups(range(named[0], named[-1] + 1), columns, first)
                     after = ReadCursor(cursor.share, stop, stop, stop)
@@ -289,7 +291,7 @@ class Reader:
                     yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))
 
     def _rows(self, file: Any, group: int, columns: list[str], cursor: ReadCursor, first: int) -> Iterator[_Item]:
-        rows = rows_of(file, group, columns, cursor.offset - first)
+        rows = rows_of(file, [group], columns, cursor.offset - first)
         for place, (row, size) in enumerate(rows, cursor.offset):
             if self._is_chosen(cursor.share, place):
                 yield row, size, place + 1, place + 1, place + 1

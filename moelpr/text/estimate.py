@@ -129,7 +129,7 @@ def _rows(source: Source, start: int, count: "_Counter") -> _Density:
             raise UserError(f"the column {key} of {source.path} is nested, not text; name another one")
         column = paths.index(key)
         group = min(len(groups) * start // source.bytes, len(groups) - 1)
-        rows = [row for row, _ in islice(rows_of(file, group, columns), _DOCUMENTS)] if groups else []
+        rows = [row for row, _ in islice(rows_of(file, [group], columns), _DOCUMENTS)] if groups else []
         if not rows:
             return _Density()
         # Only now: of an encrypted file, asking for sizes ends the process.

@@ -37,7 +37,7 @@ def _items(source: Source, json_key: str) -> Iterator[tuple[str, bytes | dict[st
     """Yield the lines or rows, each with its place for messages."""
     if source.form is Form.PARQUET:
         with open_table(source, [json_key]) as file:
-            rows = (row for group in range(file.num_row_groups) for row, _ in rows_of(file, group, [json_key]))
+            rows = (row for row, _ in rows_of(file, range(file.num_row_groups), [json_key]))
             yield from ((f"{source.path}, row {number}", row) for number, row in enumerate(rows, start=1))
         return
     with open_stream(source) as (stream, _):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 from moelpr.process.errors import MachineError, UserError, first_line
@@ -31,7 +32,7 @@ _LONGEST_WAIT_S = 600.0
 _TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 _NETWORK_MODULES = ("aiohttp", "aiobotocore", "botocore", "fsspec", "gcsfs", "httpcore2", "httpx2", "huggingface_hub")
 # Ranges grow from the first to the second while a file is read in its order.
-_FIRST_RANGE, _LARGEST_RANGE = 1 << 18, 1 << 23
+_FIRST_RANGE, _LARGEST_RANGE = 1 << 20, 1 << 23
 
 _used: set[Any] = set()  # types of file systems
 
@@ -176,8 +177,8 @@ class RemoteFile(io.RawIOBase):
         else:
             self._piece = self._thread.submit(self._fetch, self._position, size).result()
         self._start, end = self._position, self._position + len(self._piece)
-        is_all = end >= self._identity.bytes
-        self._next = None if is_all else (end, self._thread.submit(self._fetch, end, max(size, _FIRST_RANGE)))
+        goes_on = follows and end < self._identity.bytes  # not after the first range, which may be all that is wanted
+        self._next = (end, self._thread.submit(self._fetch, end, size)) if goes_on else None
 
     def _fetch(self, start: int, size: int) -> bytes:
         """Read a range; raise a `MachineError` if that fails again and again."""
@@ -209,16 +210,20 @@ class RemoteFile(io.RawIOBase):
             options["size"] = size
             if version and version.startswith('"'):
                 options["headers"] = {"If-Match": version}
-        system = _file_system(self._uri)
-        if not options and _identity(self._uri, system.info(self._uri)) != self._identity:
+        file = _file_system(self._uri).open(self._uri, "rb", cache_type="none", **options)
+        if not options and _identity(self._uri, file.details) != self._identity:
             raise changed(self._uri)
-        return system.open(self._uri, "rb", cache_type="none", **options)
+        return file
 
 
 def close_connections() -> None:
     """Close all connections, before this process forks: parent and child would share what waits for answers."""
+    if not _used:
+        return
     for kind in _used:
         kind.clear_instance_cache()
+    _used.clear()
+    _aws_session.cache_clear()
     gc.collect()  # closes those of a file system that is not used any more
 
 
@@ -236,7 +241,11 @@ def _file_system(uri: str) -> Any:
     try:
         import fsspec  # type: ignore[import-untyped]
 
-        options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}  # ~/.netrc and proxies
+        options: dict[str, Any] = {}
+        if scheme.startswith("http"):
+            options = {"client_kwargs": {"trust_env": True}}  # ~/.netrc and proxies
+        elif scheme == "s3":
+            options = {"session": _aws_session()}
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
         system = fsspec.filesystem(scheme, **options)
         _used.add(type(system))
@@ -245,6 +254,23 @@ def _file_system(uri: str) -> Any:
         raise UserError(
             f"{shown(uri)} needs packages that are not installed here; run {install_command('remote')}"
         ) from error
+
+
+@cache
+def _aws_session() -> Any:
+    from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+
+    session = AioSession()
+    session.register_component("data_loader", _aws_descriptions())
+    return session
+
+
+@cache
+def _aws_descriptions() -> Any:
+    """What botocore knows of services, which takes longer to parse than a connection to make: forks have it too."""
+    from botocore.loaders import create_loader  # type: ignore[import-untyped]
+
+    return create_loader()
 
 
 def _find(uri: str, call: Callable[[Any], Any]) -> Any:

@@ -1,7 +1,7 @@
 """Rows of Parquet files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -18,34 +18,51 @@ _OPEN_FILES = 4
 
 
 @contextmanager
-def open_table(source: Source, columns: list[str]) -> Iterator[Any]:
+def open_table(source: Source, columns: list[str], by_group: bool = False, texts: Sequence[str] = ()) -> Iterator[Any]:
     """Open a file of which `columns` will be read.
 
+    Args:
+        by_group: The row groups are small, so that of a remote file, all that is read at once is fetched at once.
+        texts: Columns that must be text.
+
     Raises:
-        UserError: One of the columns is missing, or there several times.
+        UserError: One of the columns is missing, there several times, or of another type.
     """
-    with _opened(source) if source.uri is None else nullcontext(_kept_open(source, os.getpid())) as file:
+    with _opened(source) if source.uri is None else nullcontext(_kept_open(source, by_group, os.getpid())) as file:
         names = file.schema_arrow.names
         if repeated := [name for name in columns if names.count(name) > 1]:
             raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")
         if missing := [name for name in columns if name not in names]:
             raise UserError(f"{source.path} has no column {missing[0]}; its columns are {', '.join(names)[:200]}")
+        kinds = {name: file.schema_arrow.field(name).type for name in texts} if file.metadata.num_rows else {}
+        if others := [name for name, kind in kinds.items() if not _is_text(kind)]:
+            raise UserError(
+                f"{source.path} has a column {others[0]} of the type {str(kinds[others[0]])[:80]}, not of text; name "
+                "another column, or convert or omit the file"
+            )
         yield file
 
 
-def _opened(source: Source) -> Any:
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _opened(source: Source, by_group: bool = False) -> Any:
     from pyarrow import parquet
 
     # So a page of a row group is in memory at a time, not all of it.
     size = _BUFFER_BYTES if source.uri is None else _REMOTE_BUFFER_BYTES
     file = source.path if source.uri is None else source.open(in_order=False)
-    return parquet.ParquetFile(file, page_checksum_verification=True, buffer_size=size, pre_buffer=False)
+    return parquet.ParquetFile(file, page_checksum_verification=True, buffer_size=size, pre_buffer=by_group)
 
 
 @lru_cache(_OPEN_FILES)
-def _kept_open(source: Source, process: int) -> Any:
+def _kept_open(source: Source, by_group: bool, process: int) -> Any:
     """Open a remote file once in each process: reading its metadata takes several requests."""
-    return _opened(source)
+    return _opened(source, by_group)
 
 
 def prepare_to_fork() -> None:
@@ -73,13 +90,15 @@ def bounds_of(file: Any, group: int) -> Bounds:
     return bounds
 
 
-def rows_of(file: Any, group: int, columns: list[str], start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the rows of a row group from `start` on, each with its size in memory.
+def rows_of(
+    file: Any, groups: Iterable[int], columns: list[str], start: int = 0
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the rows of row groups from `start` on, each with its size in memory.
 
     Text that is not UTF-8 becomes bytes, which are a malformed value of that row.
     """
     number = 0
-    for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
+    for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False):
         skipped = max(start - number, 0)
         number += len(table)
         for row in _python_rows(table[skipped:]):

@@ -210,7 +210,8 @@ def _etag(path: Path) -> str:
 
 @lru_cache
 def _etag_of(path: Path, *state: int) -> str:
-    return f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
+    with open(path, "rb") as file:
+        return f'"{hashlib.file_digest(file, "md5").hexdigest()}"'
 
 
 def main() -> None:

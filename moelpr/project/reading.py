@@ -98,7 +98,19 @@ def text_files(language: Language) -> list[Path]:
 def text_bytes(language: Language) -> int:
     """The size of a language's text, also where it is remote."""
     uris = filter(remote.is_remote, found_text(*language.text))
-    return sum(path.stat().st_size for path in text_files(language)) + sum(remote.identify(uri).bytes for uri in uris)
+    return sum(path.stat().st_size for path in text_files(language)) + sum(_identity(uri).bytes for uri in uris)
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The remote files that names of text stand for, each with what identifies its content.
+
+    A commit of the Hub is left out of a name, because a later one may have the same file.
+    """
+    found = {uri: _identity(uri) for uri in filter(remote.is_remote, found_text(*names))}
+    return {re.sub("@[0-9a-f]{40}/", "/", uri): f"{one.bytes} {one.version}" for uri, one in found.items()}
+
+
+_identity = cache(remote.identify)
 
 
 @cache

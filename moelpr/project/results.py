@@ -5,6 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import PLAN_FILE, Places
+from moelpr.project.reading import versions
 from moelpr.project.steps import settings, words
 from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
@@ -74,14 +75,14 @@ def _measure(places: Places, step: str, models: list[str], more: dict[str, Any],
         "max-documents": places.project.held_out,
         "output": places.evaluation,
     }
+    given = [path for code, path in data.items() if places.languages[code].held_out]
     return Task(
         name=step,
         command=words(step, places.own(step), fixed | more, repeated=("model", "data")),
         settings=settings(places.own(step)),
         made_from=("export", *places.base_task, *places.text_tasks),
-        files=tuple(
-            Path(path) for code, path in data.items() if places.languages[code].held_out and not is_remote(path)
-        ),
+        files=tuple(Path(path) for path in given if not is_remote(path)),
+        versions=versions(*filter(is_remote, map(str, given))),
         is_complete=(places.evaluation / output).is_file,
         memory_gib=1.2 * places.layouts.export_gib + 2,
         gpus_per_node=places.layouts.evaluation_gpus,

@@ -5,7 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
-from moelpr.project.reading import found_text, text_bytes, text_files
+from moelpr.project.reading import found_text, text_bytes, text_files, versions
 from moelpr.project.steps import settings, stage_flags, words
 from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
@@ -47,6 +47,7 @@ def vocabulary(places: Places) -> Task:
         settings=settings(places.own("vocabulary")),
         made_from=places.base_task,
         files=tuple(path for language in places.languages.values() for path in text_files(language)),
+        versions=versions(*(name for language in places.languages.values() for name in language.text)),
         is_complete=(places.tokenizer / "vocabulary_extension.json").is_file,
     )
 
@@ -78,6 +79,7 @@ def preprocess(places: Places, code: str) -> Task:
         settings=settings(own),
         made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
         files=tuple(text_files(language)),
+        versions=versions(*language.text),
         unfinished=(prefix.with_name(f".{code}.unfinished"),),
         is_complete=places.manifest(code).is_file,
         corpora=() if code in places.original else tuple(corpora),  # a sample is made by one job
@@ -111,6 +113,7 @@ def conversations(places: Places, code: str) -> Task:
         settings=settings(own),
         made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
         files=tuple(Path(file) for file in found_text(*files) if not is_remote(file)),
+        versions=versions(*files),
         unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
         is_complete=Path(f"{corpus}.manifest.json").is_file,
         corpora=(corpus,),

@@ -28,7 +28,7 @@ class Mark(Record):
         id: Hash of command, made_from and files: the same for outputs that were made in the same way.
         made_from: For each task whose output was read, the ID of that output; null if it was not made here.
         files: SHA-256 of each other file that was read, or of all files of a folder; of a large file, of its size and
-            of samples from all over it.
+            of samples from all over it; of a remote one, its size and its checksum or ETag.
         wall_s: Seconds that the task took; null until it has succeeded.
     """
 
@@ -43,10 +43,15 @@ class Mark(Record):
     wall_s: float | None = None
 
 
-def mark_of(words: Iterable[str], made_from: Mapping[str, str | None], files: Iterable[Path]) -> Mark:
+def mark_of(
+    words: Iterable[str],
+    made_from: Mapping[str, str | None],
+    files: Iterable[Path],
+    versions: Mapping[str, str] | None = None,
+) -> Mark:
     """The mark of a task that is about to run."""
     command = shown(words)
-    checksums = {relative(str(path)): fingerprint(path) for path in files}
+    checksums = {relative(str(path)): fingerprint(path) for path in files} | dict(versions or {})
     of = json.dumps([command, sorted(made_from.items()), sorted(checksums.items())])
     return Mark(command, hashlib.sha256(of.encode()).hexdigest()[:16], dict(made_from), checksums)
 

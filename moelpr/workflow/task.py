@@ -23,6 +23,7 @@ class Task:
         made_from: Names of the tasks whose output it reads. It is done again when one of them was.
         decided_by: Names of the tasks whose results only decide its command.
         files: Other files and folders that it reads. It is done again when their content has changed.
+        versions: Remote files that it reads, each with what identifies its content, likewise.
         is_complete: Whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no.
         continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
             changes while it exists, that is an error instead of a reason to run it again.
@@ -44,6 +45,7 @@ class Task:
     made_from: tuple[str, ...] = ()
     decided_by: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
     is_complete: Callable[[], bool] = lambda: True
     continues: Path | None = None
     unfinished: tuple[Path, ...] = ()

@@ -299,7 +299,7 @@ class Workflow:
         """The mark of a task that would run now; `made` has the IDs of outputs that will be made before."""
         marks = {name: self._mark(name) for name in task.made_from}
         ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in marks.items()}
-        return mark_of(words, ids | {name: made[name] for name in ids if name in made}, task.files)
+        return mark_of(words, ids | {name: made[name] for name in ids if name in made}, task.files, task.versions)
 
     def _mark(self, name: str) -> Mark | None:
         """The mark of a task; None if it has none, or a damaged one."""

@@ -73,7 +73,8 @@ class TextReader(BaseReader):
         for source in self.sources:
             self.columns.append([])
             if source.form is Form.PARQUET:
-                with open_table(source, [text_key, *([language_key] if language_key else [])]) as file:
+                keys = [text_key, *([language_key] if language_key else [])]
+                with open_table(source, keys, texts=keys) as file:
                     self.columns[-1] = file.schema_arrow.names
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:

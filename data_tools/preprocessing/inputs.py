@@ -17,6 +17,8 @@ from moelpr.process.errors import UserError
 from moelpr.text import remote
 from moelpr.text.documents import BadLine
 from moelpr.text.sources import Form, Source
+from moelpr.text.streams import name_damaged
+from moelpr.text.tables import open_table
 
 _SAMPLE_PLACES = 16
 _SAMPLE_CHARACTERS = 1 << 15  # per place
@@ -55,6 +57,7 @@ class Inputs:
         for share in self.shares:
             _verify_checksum(share.source)
         self._parser = parser
+        self._check_columns()
         self._chosen: list[NDArray[np.int64]] | None = None
         if max_samples is not None:
             names = [dataset.name for dataset in datasets]
@@ -94,6 +97,32 @@ class Inputs:
                     f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
                     "start again when nothing writes it"
                 )
+
+    def _check_columns(self) -> None:
+        """Check that each table has the columns, before the work starts."""
+        columns, texts = self._parser.columns(), self._parser.text_columns()
+        for source, *_ in self.shares:
+            if source.form is Form.PARQUET:
+                with (
+                    name_damaged(source),
+                    open_table(source, columns[source.dataset], texts=texts[source.dataset]),
+                ):
+                    pass
+
+    def check_first_documents(self) -> None:
+        """Read the first document of each file: what is wrong with all of a file shows before the work starts."""
+        for share in self.shares if self._chosen is None else ():
+            reader = Reader([share], self._parser.columns(), None, spool=None)
+            batch = None if share.source.form is Form.STREAM else next(reader.batches(ReadCursor()), None)
+            if batch is None or batch.is_long_line:
+                continue
+            for index, item in enumerate(batch.items()):
+                try:
+                    if self._parser.texts(item, share.source.dataset) is not None:
+                        break
+                except BadLine as error:
+                    problem = f"{batch.where(index)}: {error}"
+                    raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
 
     def sample_texts(self) -> list[str]:
         """Return some texts from all over the input, to compare tokenizer libraries on; malformed lines are ignored."""

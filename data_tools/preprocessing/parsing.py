@@ -76,6 +76,12 @@ class DocumentParser:
         more = [*self.tagger.columns(), *(self.filter.columns if self.filter else ())]
         return [list(dict.fromkeys([*(keys if has_text else ()), *more])) for keys in self.keys]
 
+    def text_columns(self) -> list[list[str]]:
+        """Return those of the columns that must be text, for each dataset."""
+        if self.chat is not None or isinstance(self.tagger, LanguageSpans):
+            return [[] for _ in self.keys]
+        return [[*keys, *self.tagger.columns()] for keys in self.keys]
+
     def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
         """Return the texts of a line or row, one per corpus; None for a blank line, nothing if it is filtered out.
 

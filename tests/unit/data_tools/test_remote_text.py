@@ -16,6 +16,7 @@ from data_tools import clean_text, merge_data, preprocess_data
 from data_tools.preprocessing import job
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import MachineError, UserError
+from moelpr.project.reading import found_text, versions
 from moelpr.text import remote
 from moelpr.text.estimate import estimate
 from moelpr.text.reading import read_documents
@@ -185,8 +186,10 @@ def test_a_remote_file_that_changes_is_noticed(is_resumed, server, hf_tokenizer,
     file = server.folder / "changing.jsonl"
     file.write_bytes((server.folder / "jsonl/el.jsonl").read_bytes())
     words = ("--input", server.uri("http", "changing.jsonl"), *KEYS, "--resume", "--tokenizer-backend", "reference")
+    monkeypatch.setattr(remote, "_FIRST_RANGE", 1 << 14)
+    monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 1 << 13)
     if is_resumed:
-        server.fail("403", times=99, after=100)
+        server.fail("403", times=99, after=100_000)
         with pytest.raises(MachineError):
             preprocess(hf_tokenizer, *words)
         server.fail("", 0)
@@ -254,6 +257,23 @@ def test_a_filter_keeps_the_same_rows_and_lines(server, hf_tokenizer, preprocess
         preprocess(hf_tokenizer, "--input", server.uri("s3", FOLDER), *KEYS, "--filter", "langauge_score > 0.9")
 
 
+def test_a_project_knows_remote_files_by_their_content_not_by_a_commit(server, monkeypatch) -> None:
+    path = f"{FOLDER}/train/000_00000.parquet"
+    before = versions(server.uri("hf", path))
+    assert before.keys() == {server.uri("hf", path)}
+    (server.folder / ".commit").write_text("f" * 40)
+    prepare_to_fork()
+    found_text.cache_clear()
+    assert versions(server.uri("hf", path)) == before
+    (server.folder / ".commit").unlink()
+    (file := server.folder / "versioned.jsonl").write_text("{}")
+    first = versions(server.uri("s3", "versioned.jsonl"))
+    file.write_text("[]")
+    prepare_to_fork()
+    monkeypatch.setattr("moelpr.project.reading._identity", remote.identify)  # as another process would see it
+    assert versions(server.uri("s3", "versioned.jsonl")) != first
+
+
 def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> None:
     uri = server.uri("hf", FOLDER)
     assert read_documents(uri, max_documents=50) == read_documents(folder / FOLDER, max_documents=50)
@@ -268,6 +288,38 @@ def test_cleaning_reads_it_as_a_local_folder(server: TextServer, folder: Path, t
         return {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.zst")}
 
     assert cleaned(server.uri("s3", path), "remote") == cleaned(str(folder / path), "local") != {}
+
+
+@pytest.mark.parametrize(
+    ("last", "flags", "message"),
+    [
+        (pyarrow.table({"body": ["b"]}), (), "b.parquet has no column text; its columns are body"),
+        (pyarrow.table({"text": [1]}), (), "b.parquet has a column text of the type int64, not of text"),
+        (pyarrow.table({"text": [["b"]]}), (), r"b.parquet has a column text of the type list<element: string>"),
+        (
+            pyarrow.table({"text": ["b"], "score": ["high"]}),
+            ("--filter", "score > 0.5"),
+            'b.parquet, row 1: the key "score" contains a string, which the filter compares with 0.5',
+        ),
+        (b'{"body": "b"}\n', (), 'b.jsonl:1: the key "text" is missing'),
+        (gzip.compress(b'\n{"text": 5}\n'), (), 'b.jsonl.gz:2: the key "text" contains a number'),
+    ],
+)
+def test_a_file_unlike_the_others_is_found_before_the_work_starts(
+    last, flags, message, hf_tokenizer, preprocess, tmp_path, monkeypatch
+) -> None:
+    first = pyarrow.table({"text": ["a"] * 9, "score": [1.0] * 9})
+    parquet.write_table(first, tmp_path / "a.parquet")
+    if isinstance(last, bytes):
+        path = tmp_path / ("b.jsonl.gz" if last.startswith(b"\x1f") else "b.jsonl")
+        path.write_bytes(last)
+    else:
+        path = tmp_path / "b.parquet"
+        parquet.write_table(last, path)
+    monkeypatch.setattr(job.Job, "write", lambda *_: pytest.fail("the work has started"))
+    words = ("--input", tmp_path / "a.parquet", path, "--language", "expanded", *flags)
+    with pytest.raises(UserError, match=message):
+        preprocess(hf_tokenizer, *words)
 
 
 def test_encrypted_parquet_with_a_readable_footer_is_refused(hf_tokenizer, preprocess, tmp_path) -> None:

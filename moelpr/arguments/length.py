@@ -5,8 +5,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from moelpr.arguments.checks.data import has_conversations, training_blend, training_share
 from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.data.manifest import Manifest
-from moelpr.data.mixing import divide, share_table
+from moelpr.data.mixing import mixed, num_tokens, share_table
 from moelpr.data.packing import windows_of
 from moelpr.process.errors import UserError
 
@@ -35,7 +34,7 @@ def set_train_iters(run: RequestedRun) -> str:
             return ""
         try:
             share, shares_windows = training_share(args.split), args.dataloader_inter_document_masking
-            corpora = [int(_num_tokens(prefix) * share) for prefix in prefixes]
+            corpora = [int(num_tokens(prefix) * share) for prefix in prefixes]
             windows = [_num_windows(prefix, length, shares_windows) for prefix in prefixes]
         except UserError as error:
             run.problems.append(str(error))
@@ -80,11 +79,8 @@ def set_weights(run: RequestedRun) -> str:
     if not total or not all(map(IndexedDataset.exists, prefixes)):
         return ""
     try:
-        tokens = {prefix: int(_num_tokens(prefix) * training_share(args.split)) for prefix in prefixes}
-        if empty := [prefix for prefix in prefixes if not tokens[prefix]]:
-            raise UserError(f"{empty[0]} has no tokens to train on; omit it")
-        sizes = {prefix: number**args.mix.temperature for prefix, number in tokens.items()}
-        parts = divide(tokens, total, sizes, dict.fromkeys(tokens, args.mix.max_epochs))
+        tokens = {prefix: int(num_tokens(prefix) * training_share(args.split)) for prefix in prefixes}
+        parts = mixed(tokens, total, args.mix)
     except UserError as error:
         run.problems.append(f"--mix: {error}")
         return ""
@@ -99,8 +95,3 @@ def _num_windows(prefix: str, length: int, shares_windows: bool) -> int | None:
         return None
     lengths = CorpusIndex.open(prefix).sequence_lengths
     return len(windows_of(lengths, length, shares_windows)[1]) - 1 if lengths.max(initial=0) <= length else None
-
-
-def _num_tokens(prefix: str) -> int:
-    manifest = Manifest.read(prefix)
-    return CorpusIndex.open(prefix).num_tokens if manifest is None else manifest.tokens

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moelpr.data.corpus_index import CorpusIndex
+from moelpr.data.manifest import Manifest
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import format_count
 from moelpr.process.text_tables import table_text
@@ -80,10 +82,31 @@ def divide(
     }
 
 
+def num_tokens(prefix: str) -> int:
+    """The number of tokens of a corpus."""
+    manifest = Manifest.read(prefix)
+    return CorpusIndex.open(prefix).num_tokens if manifest is None else manifest.tokens
+
+
+def mixed(tokens: Mapping[str, int], total: float, asked: Mix) -> dict[str, Share]:
+    """Divide tokens as --mix asks for.
+
+    Raises:
+        UserError: A text is empty, or all that may be read is less than `total`.
+    """
+    if empty := [name for name, number in tokens.items() if not number]:
+        raise UserError(f"{empty[0]} has no tokens to train on; omit it")
+    sizes = {name: number**asked.temperature for name, number in tokens.items()}
+    return divide(tokens, total, sizes, dict.fromkeys(tokens, asked.max_epochs))
+
+
 def share_table(parts: Mapping[str, Share], head: str) -> str:
     """A row per text, with what limits it."""
     rows = [
         [name, format_count(one.tokens), f"{one.weight:.1%}", f"{one.epochs:.2f}", "max_epochs" * one.is_capped]
         for name, one in parts.items()
     ]
-    return table_text([head, "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
+    table = table_text([head, "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
+    capped = ", ".join(name for name, one in parts.items() if one.is_capped)
+    note = f"\nmax_epochs lowers the share of {capped}; the others are read more often instead."
+    return table + note * bool(capped)

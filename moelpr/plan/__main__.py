@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from moelpr.data.mixing import Mix, Share, mixed, num_tokens, share_table
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.families.families import read_base
 from moelpr.families.hub import config_folder
@@ -47,12 +48,27 @@ def main() -> None:
     trains["stage1_experts"] = args.stage1_experts
     workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
     spec = _model(args, workload, cluster)
+    shares = _shares(args)
     plan = plan_stage(spec, workload, cluster, enlarge=False)
     cost = plan.cost(args.train_tokens) if args.train_tokens else None
     if args.json:
-        print(json.dumps(_as_json(plan, cost), indent=2))
-    else:
-        print(_table(plan, cost, len(plan.candidates) if args.all else args.rows))
+        mix = {"mix": {prefix: asdict(one) for prefix, one in shares.items()}} if shares else {}
+        print(json.dumps(_as_json(plan, cost) | mix, indent=2))
+        return
+    print(_table(plan, cost, len(plan.candidates) if args.all else args.rows))
+    if shares:
+        print(f"\nThe corpora share {args.train_tokens:,} tokens:\n{share_table(shares, 'corpus')}")
+
+
+def _shares(args: argparse.Namespace) -> dict[str, Share]:
+    """How the corpora share the tokens, if --mix is passed."""
+    if bool(args.mix) != bool(args.data_path) or (args.mix and not args.train_tokens):
+        raise UserError("--mix, --data-path and --train-tokens need each other; pass all three, or the last one alone")
+    return (
+        mixed({prefix: num_tokens(prefix) for prefix in args.data_path}, args.train_tokens, args.mix)
+        if args.mix
+        else {}
+    )
 
 
 def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> ModelSpec:
@@ -257,6 +273,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL", help=batch)
     tokens = "print what training on so many tokens costs, such as 24B"
     add("--train-tokens", type=count_argument, metavar="TOKENS", help=tokens)
+    add("--data-path", nargs="+", metavar="PREFIX", help="corpora, whose shares of --train-tokens are printed")
+    mix = "how corpora share the tokens, as in training; max-epochs is how often one is read at most (default: 4)"
+    add("--mix", type=Mix.argument, metavar="temperature=T,max-epochs=E", help=mix)
     add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
     add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
     add("--all", action="store_true", help="list all layouts that fit")

@@ -15,6 +15,7 @@ from moelpr.plan import gpus
 from moelpr.plan.__main__ import main
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
 from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 
 Plan = Callable[..., str]
@@ -46,6 +47,23 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
         "--expert-tensor-parallel-size 1 --use-distributed-optimizer --micro-batch-size 2 --global-batch-size 512 "
         "--seq-length 256",
     ]
+
+
+def test_a_mix_is_shown_as_training_will_divide_the_corpora(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelpr.plan.__main__.num_tokens", {"large": 64_000, "small": 1_000}.get)
+    mix = ("--data-path", "large", "small", "--mix", "temperature=0,max-epochs=2")
+    *_, head, large, small, note = plan(*mix, "--train-tokens", "32000").splitlines()
+    assert head.split() == ["corpus", "tokens", "share", "epochs", "limited", "by"]
+    assert (large.split(), small.split()) == (
+        ["large", "64K", "93.8%", "0.47"],
+        ["small", "1K", "6.2%", "2.00", "max_epochs"],
+    )
+    assert note == "max_epochs lowers the share of small; the others are read more often instead."
+    assert json.loads(plan(*mix, "--train-tokens", "32000", "--json"))["mix"]["small"]["epochs"] == 2
+    with pytest.raises(UserError, match="need each other"):
+        plan(*mix)
+    with pytest.raises(UserError, match="900K tokens would read the text more often than max_epochs allows"):
+        plan(*mix, "--train-tokens", "900K")
 
 
 def test_a_larger_micro_batch_that_is_faster_is_named(plan: Plan) -> None:

@@ -125,10 +125,11 @@ def check(arguments: argparse.Namespace) -> None:
 def clean(arguments: argparse.Namespace, output: Path, work: Path) -> None:
     """Run the steps, or submit them."""
     from data_tools.cleaning.blocks import TextReader
-    from data_tools.cleaning.pipeline import Finish, run_locally, run_on_ray, stages_of, submit_to_slurm
+    from data_tools.cleaning.pipeline import Finish, refuse_running, run_locally, run_on_ray, stages_of, submit_to_slurm
     from data_tools.cleaning.tally import CleaningReport
     from moelpr.text.language_id import load_identifier
 
+    refuse_running(work)
     reader = TextReader(arguments.input, arguments.json_key, arguments.language, arguments.language_key)
     codes = frozenset(canonical(code.strip()) for code in (arguments.languages or "").split(",") if code.strip())
     model = arguments.language_id

@@ -37,14 +37,16 @@ from data_tools.cleaning.references import Words
 from data_tools.cleaning.tally import KEPT, CleaningReport, Tally
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.process.errors import UserError
-from moelpr.store.files import replace_folder
+from moelpr.store.files import replace_folder, write_text
 from moelpr.text.language_id import Detector, FastTextModel
 from moelpr.text.sources import open_source
 from moelpr.text.streams import open_stream
+from moelpr.workflow.slurm import queued_jobs
 
 logger.remove()  # the tasks have logs of their own
 
 WRITERS = {"jsonl": JsonLines, "parquet": Parquet}
+_JOBS, _JOB_NAME = "slurm-jobs.txt", "clean-"
 REMOVED = "_removed"  # folders with such names are not read as text to train on
 MALFORMED, OTHER_LANGUAGE, CONTAMINATED, DUPLICATES = "malformed", "language", "contaminated", "near_duplicates"
 
@@ -178,7 +180,7 @@ def submit_to_slurm(
             time=time,
             partition=partition,
             workers=workers,
-            job_name=f"clean-{stage.name}",
+            job_name=f"{_JOB_NAME}{stage.name}",
             qos="",
             # The jobs call datatrove's commands, which are next to this Python.
             env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
@@ -191,7 +193,20 @@ def submit_to_slurm(
         except subprocess.CalledProcessError as error:
             raise UserError(f"sbatch refuses {work}/logs/{stage.name}/launch_script.slurm; see above why") from error
         jobs += [str(before.job_id)] if before.job_id != -1 else []
+        write_text(work / _JOBS, "\n".join(jobs))
     return jobs
+
+
+def refuse_running(work: Path) -> None:
+    """Raise an error if jobs that an earlier command has submitted are pending or running."""
+    if not (work / _JOBS).exists() or shutil.which("squeue") is None:
+        return
+    queued = queued_jobs()
+    if active := [job for job in (work / _JOBS).read_text().split() if queued.get(job, "").startswith(_JOB_NAME)]:
+        raise UserError(
+            f"jobs {', '.join(active)} of {work} are pending or running on Slurm; wait for them, or cancel them "
+            f"(scancel {' '.join(active)})"
+        )
 
 
 def run_on_ray(stages: list[Stage], work: Path, workers: int) -> None:

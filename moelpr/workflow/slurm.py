@@ -114,7 +114,7 @@ class Chain:
 
     def refuse_active(self) -> None:
         """Raise a UserError if jobs of an earlier call are pending or running."""
-        queued = _queue() if self._jobs and shutil.which("squeue") else {}
+        queued = queued_jobs() if self._jobs and shutil.which("squeue") else {}
         active = [job.id for name, job in self._jobs.items() if queued.get(job.id) == f"{self._name}-{name}"]
         if active:
             raise UserError(
@@ -132,7 +132,7 @@ class Chain:
             raise UserError("sbatch is not installed; run this on a login node of the cluster, or pass --render-only")
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
-            self._check([one for one in outlooks if one.state != "done"], _queue())
+            self._check([one for one in outlooks if one.state != "done"], queued_jobs())
         for outlook in outlooks:
             name = outlook.task.name
             if outlook.state == "done":
@@ -260,7 +260,7 @@ class Chain:
         )
 
 
-def _queue() -> dict[str, str]:
+def queued_jobs() -> dict[str, str]:
     """This user's jobs that are pending or running: number → name."""
     words = ["squeue", "--noheader", "--me", "--format", "%F %j"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)

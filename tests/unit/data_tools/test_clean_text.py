@@ -1,6 +1,7 @@
 """Cleaning removes what it says and nothing else, whatever the number of workers, and after a kill."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -225,6 +226,29 @@ def test_malformed_lines_stop_the_job_or_are_counted(tmp_path: Path, write_lines
         run(source, tmp_path / "out")
     found = run(source, tmp_path / "out", "--on-error", "skip")
     assert found.kept.of("all").documents == 2 and found.removed["malformed"].of("all").documents == 2
+
+
+def test_jobs_that_still_run_are_not_submitted_again(tmp_path, write_lines, monkeypatch) -> None:
+    """sbatch and squeue are stubs; tests/slurm has a real Slurm."""
+    (tmp_path / "bin").mkdir()
+    queue = '[[ -e done ]] || seq 10 | sed "s/$/ clean-x/"'
+    for name, body in {"sbatch": "echo x >>calls; wc -l <calls", "squeue": queue}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    write_lines("a.jsonl", [{"text": text("en", 1)}])
+    words = ["--input", "a.jsonl", "--output", "out", "--executor", "slurm", "--partition", "cpu"]
+    clean_text.main(words)
+    submitted = Path("calls").read_text().splitlines()
+    assert len(submitted) == 10  # five arrays, and datatrove's jobs that add up what each of them logs
+    for more in ([], ["--no-near-duplicates", "--language-id", "py3langid"]):  # other settings would start anew
+        with pytest.raises(UserError, match="jobs 1, 3, 5, 7, 9 of .* are pending or running on Slurm"):
+            clean_text.main([*words, *more])
+    assert Path("calls").read_text().splitlines() == submitted
+    Path("done").touch()
+    clean_text.main(words)
+    assert len(Path("calls").read_text().splitlines()) == 20
 
 
 @pytest.mark.parametrize(

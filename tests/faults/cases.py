@@ -382,7 +382,7 @@ def two_at_once(case: Case) -> Outcome:
 
 
 def disturbed_network(case: Case) -> Outcome:
-    """Text on a server that fails for a while, or forbids or changes its file; then the same command again."""
+    """Text on a server that fails for a while, forbids or changes its file, or a kill; then the same command again."""
     name, suffix = case.random.choice([("preprocess", "jsonl"), *((form, form) for form in ("jsonl.gz", "parquet"))])
     other = case.prepare(name)
     with text_server(case.box / "text") as server:
@@ -391,10 +391,23 @@ def disturbed_network(case: Case) -> Outcome:
         words = [uri if word.startswith("text/") else word for word in COMMANDS[name].words] + ["--resume"]
         file = case.box / "text" / f"text.{suffix}"
         kind, after = (
-            case.random.choice(["cut", "500", "503", "403", "changed"]),
+            case.random.choice(["cut", "500", "503", "403", "changed", "killed"]),
             case.random.randrange(file.stat().st_size),
         )
         case.notes.append(f"{kind} after {after} bytes of {uri}")
+        if kind == "killed":
+            running = start(COMMANDS[name], case.box, words)
+            wait_for_a_moment(case, running, name, is_forked=True)
+            running.send(number := case.random.choice(SIGNALS), "group", case.random)
+            case.notes.append(f"{number.name}")
+            running.wait()
+            ended = run(COMMANDS[name], case.box, words)
+            ended.require_clean()
+            if ended.code and "already exists" not in ended.errors:
+                raise Failure(f"it does not resume:\n{ended.last_words()}")
+            if not same_corpus(case.box, other):
+                raise Failure(f"another result than without a kill: {difference(case.box, other)}")
+            return Outcome.RIGHT
         is_brief = kind not in ("403", "changed")
         server.fail(kind if is_brief else "403", times=2 if is_brief else 1 << 30, after=after)
         ended = run(COMMANDS[name], case.box, words)

@@ -302,7 +302,7 @@ def test_cleaning_reads_it_as_a_local_folder(server: TextServer, folder: Path, t
             'b.parquet, row 1: the key "score" contains a string, which the filter compares with 0.5',
         ),
         (b'{"body": "b"}\n', (), 'b.jsonl:1: the key "text" is missing'),
-        (gzip.compress(b'\n{"text": 5}\n'), (), 'b.jsonl.gz:2: the key "text" contains a number'),
+        (gzip.compress(b'\n{"text": 5}\n', mtime=0), (), 'b.jsonl.gz:2: the key "text" contains a number'),
     ],
 )
 def test_a_file_unlike_the_others_is_found_before_the_work_starts(

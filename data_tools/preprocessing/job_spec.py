@@ -122,11 +122,11 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
         max_tokens=args.max_tokens,
     )
     inputs = Inputs(datasets, encoder.parser, args.shard or 0, args.num_shards, args.max_samples, args.seed)
-    if args.on_error != "skip":
-        inputs.check_first_documents()
     read = {os.path.realpath(source.path) for source in inputs.sources}
     if both := [path for path in outputs.texts.values() if os.path.realpath(path) in read]:
         raise UserError(f"{both[0]} is an input, and held-out text would be written there; choose another name")
+    if args.on_error != "skip":
+        inputs.check_first_documents()
     notes = inputs.notes
     if args.tokenizer_backend != "reference" and chat is None:
         is_required = args.tokenizer_backend == "gigatoken"

@@ -50,6 +50,7 @@ class MegatronArgs(TypedDict):
     use_rope_scaling: NotRequired[bool]
     rope_scaling_factor: NotRequired[Annotated[float, Field(ge=1e-3, le=1e6)]]
     rotary_interleaved: NotRequired[bool]
+    norms_after: NotRequired[bool]
     # Granite's multipliers, all or none.
     softmax_scale: NotRequired[_Multiplier]
     residual_multiplier: NotRequired[_Multiplier]

@@ -9,7 +9,16 @@ import math
 from typing import Any
 
 from moelpr.families.families import Family
-from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL, MOE_CLASSES, QWEN2_MOE, QWEN3_5_MOE, QWEN3_MOE
+from moelpr.families.moe_classes import (
+    ERNIE_MOE,
+    FLEX_OLMO,
+    GRANITE_MOE,
+    MIXTRAL,
+    MOE_CLASSES,
+    QWEN2_MOE,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+)
 from moelpr.model_spec import ModelSpec
 
 # Name on the command line → name in sentences.
@@ -19,6 +28,8 @@ READERS = {
     "llama.cpp": "llama.cpp (Ollama, LM Studio)",
     "mlx": "MLX",
 }
+# Only transformers was tried with these.
+_UNTRIED = (ERNIE_MOE, FLEX_OLMO)
 
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
@@ -29,6 +40,7 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     has_own_head_dim = head_dim not in (None, config["hidden_size"] // (config["num_attention_heads"] or 1))
     shared_expert = "it requires a shared expert and does not normalize top-k weights"
     other_head_dim = f"it assumes that heads are not {head_dim} wide"
+    untried = "it was not tried with this class"
     irregular = "it requires full attention in every k-th layer"
     no_window = f"it ignores the sliding window of {window} tokens"
     rules = (
@@ -49,7 +61,8 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
             for reader in ("llama.cpp", "mlx")
         ),
         ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
-        ("vllm", QWEN3_5_MOE, True, "it was not tried with this class"),
+        *((reader, kind, True, untried) for reader in READERS if reader != "transformers" for kind in _UNTRIED),
+        ("vllm", QWEN3_5_MOE, True, untried),
     )
     for name, kind, applies, reason in rules:
         if name == reader and [kind.architecture] == config["architectures"] and applies:

@@ -31,6 +31,7 @@ _HELP = {
     "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
     "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
     "--softmax-scale": "Multiplier of attention's scores (default: the checkpoint's).",
+    "--norms-after": "OLMo 2's norms: of outputs, and of queries and keys over all heads (default: the checkpoint's).",
     "--residual-multiplier": "Multiplier of what attention and FFN add to the residual (default: the checkpoint's).",
     "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
     "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2 and sft).",
@@ -85,6 +86,7 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--num-original-experts", type=int, default=1, metavar="M")
     add("--original-copies", type=int, default=1, metavar="C")
     add("--softmax-scale", type=float, metavar="M")
+    add("--norms-after", action="store_true")
     add("--residual-multiplier", type=float, default=1.0, metavar="M")
     add("--balance-loss-coeff", type=float, metavar="ALPHA")
     add("--lpr-loss-coeff", type=float, metavar="GAMMA")

@@ -12,6 +12,7 @@ from typing import Any
 from moelpr.families.hf_config import TEXT_CLASSES, read_config
 from moelpr.families.moe_classes import (
     ERNIE_MOE,
+    FLEX_OLMO,
     GRANITE_MOE,
     MIXTRAL,
     MOE_CLASSES,
@@ -22,7 +23,7 @@ from moelpr.families.moe_classes import (
     MoeClass,
     has_multipliers,
 )
-from moelpr.families.tables import NameTable, hybrid_table, llama_like_table
+from moelpr.families.tables import NameTable, hybrid_table, llama_like_table, norms_after_table
 from moelpr.families.unsupported import reason_against
 from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 from moelpr.process.errors import UserError
@@ -84,6 +85,7 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         "add_qkv_bias": family.qkv_bias,
         "qk_layernorm": family.qk_norm,
         **({"rotary_interleaved": True} if family.interleaved_rope else {}),
+        **({"norms_after": True} if family.norms_after else {}),
         **(_multiplier_args(config) if family.has_multipliers else {}),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
@@ -217,6 +219,7 @@ class Family:
         interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
         has_multipliers: Whether it has Granite's multipliers.
         is_hybrid: Whether some layers have linear attention, and the others gated attention (`hybrid_table`).
+        norms_after: Whether layers normalize outputs, not inputs, and queries and keys over all heads.
         dense_names: Llama's tensor names → its own, where they differ.
         ffn_size: The key of config.json with the FFN's width.
     """
@@ -230,13 +233,15 @@ class Family:
     interleaved_rope: bool = False
     has_multipliers: bool = False
     is_hybrid: bool = False
+    norms_after: bool = False
     dense_names: dict[str, str] = field(default_factory=dict)
     ffn_size: str = "intermediate_size"
 
     @property
-    def attention(self) -> tuple[bool, bool, bool, bool, bool]:
+    def attention(self) -> tuple[bool, ...]:
         """What an MoE class must share with the family."""
-        return self.qkv_bias, self.qk_norm, self.interleaved_rope, self.has_multipliers, self.is_hybrid
+        rope, norms = self.interleaved_rope, self.norms_after
+        return self.qkv_bias, self.qk_norm, rope, norms, self.has_multipliers, self.is_hybrid
 
     @property
     def table(self) -> NameTable:
@@ -244,6 +249,8 @@ class Family:
         zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if self.qkv_bias else {})
         if self.is_hybrid:
             return hybrid_table(self.moe_class.ffn, zeros)
+        if self.norms_after:
+            return norms_after_table(self.moe_class.ffn)
         table = llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
         return table.with_dense_names(self.dense_names)
 
@@ -317,6 +324,7 @@ GRANITE_4 = Family(
     },
     ffn_size="shared_intermediate_size",
 )
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM", "olmo2", FLEX_OLMO, qk_norm=True, norms_after=True)
 SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, qkv_bias=True)
 QWEN3_5 = Family("qwen3_5", "Qwen3_5ForCausalLM", "qwen3_5_text", QWEN3_5_MOE, qk_norm=True, is_hybrid=True)
 
@@ -336,7 +344,7 @@ def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | No
 # --- lookup
 
 # An MoE has the first family that its class holds.
-_ORDERED = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, GRANITE_4, ERNIE, HELIUM, PHI3, SEED_OSS)
+_ORDERED = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, GRANITE_4, ERNIE, HELIUM, PHI3, SEED_OSS, OLMO2)
 FAMILIES = {family.name: family for family in _ORDERED}
 
 
@@ -354,7 +362,8 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
         if moe_class.architecture in architectures:
             has_bias = bool(config.get("attention_bias")) if moe_class.has_qkv_bias is None else moe_class.has_qkv_bias
             is_granite = moe_class.may_have_multipliers and not has_bias and has_multipliers(config)
-            wanted = has_bias, moe_class.has_qk_norm, moe_class.has_interleaved_rope, is_granite, moe_class.is_hybrid
+            rope, norms = moe_class.has_interleaved_rope, moe_class.has_norms_after
+            wanted = has_bias, moe_class.has_qk_norm, rope, norms, is_granite, moe_class.is_hybrid
             family = next(family for family in FAMILIES.values() if family.attention == wanted)
             return family.written_as(moe_class), True
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"

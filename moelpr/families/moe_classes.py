@@ -27,6 +27,7 @@ class MoeClass:
         may_mix_layers: Whether it supports layers without experts.
         may_have_window: Whether it supports a sliding window in all layers.
         has_interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
+        has_norms_after: Whether it has OLMo 2's norms.
         may_have_multipliers: Whether it has Granite's multipliers.
         may_set_head_dim: Whether heads may be of another width than hidden_size / num_attention_heads.
     """
@@ -41,6 +42,7 @@ class MoeClass:
     has_qkv_bias: bool | None = False
     has_qk_norm: bool = False
     has_interleaved_rope: bool = False
+    has_norms_after: bool = False
     may_have_multipliers: bool = False
     is_hybrid: bool = False
     may_mix_layers: bool = False
@@ -59,6 +61,8 @@ class MoeClass:
             return f"its attention has {'' if self.has_qkv_bias else 'no '}biases"
         if self.has_interleaved_rope != args.get("rotary_interleaved", False):
             return "its RoPE turns other pairs of channels"
+        if self.has_norms_after != args.get("norms_after", False):
+            return f"its norms are {'after' if self.has_norms_after else 'before'} attention and FFN"
         if args.get("use_mup", False) and not self.may_have_multipliers:
             return "it has no multipliers"
         if spec.moe is not None and len(spec.moe.layers) < args["num_layers"] and not self.may_mix_layers:
@@ -251,4 +255,26 @@ ERNIE_MOE = MoeClass(
     has_interleaved_rope=True,
 )
 
-MOE_CLASSES = {kind.name: kind for kind in (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5_MOE, GRANITE_MOE, ERNIE_MOE)}
+FLEX_OLMO = MoeClass(
+    name="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    ffn=moe_rows(
+        router="model.layers.{i}.mlp.gate.weight",
+        gate="model.layers.{i}.mlp.experts.{j}.gate_proj.weight",
+        up="model.layers.{i}.mlp.experts.{j}.up_proj.weight",
+        down="model.layers.{i}.mlp.experts.{j}.down_proj.weight",
+        norm_after=True,
+    ),
+    config=lambda spec, moe: {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.topk,
+        "norm_topk_prob": True,
+        "attention_bias": False,
+    },
+    required=("num_experts", "num_experts_per_tok"),
+    has_qk_norm=True,
+    has_norms_after=True,
+)
+
+_ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5_MOE, GRANITE_MOE, ERNIE_MOE, FLEX_OLMO)
+MOE_CLASSES = {kind.name: kind for kind in _ALL}

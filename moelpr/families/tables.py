@@ -204,11 +204,16 @@ _GATE, _UP, _DOWN = (
 )
 
 
-def moe_rows(router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+_NORM_AFTER = Row(
+    "decoder.layers.{i}.mlp_bda.layernorm.weight", {"model.layers.{i}.post_feedforward_layernorm.weight": "hidden"}
+)
+
+
+def moe_rows(router: str, gate: str, up: str, down: str, norm_after: bool = False) -> tuple[Row, ...]:
     """Rows of an MoE layer's FFN, from the stock class's names of the router's weight and an expert's projections."""
     gate_up = {gate: "ffn hidden", up: "ffn hidden"}
     return (
-        Row("decoder.layers.{i}.pre_mlp_layernorm.weight", _NORM),
+        _NORM_AFTER if norm_after else Row("decoder.layers.{i}.pre_mlp_layernorm.weight", _NORM),
         Row("decoder.layers.{i}.mlp.router.weight", {router: "experts hidden"}),
         # Copies follow their origin, so that it is read only once.
         Row("decoder.layers.{i}.mlp.original_experts.{j}.linear_fc1.weight", gate_up, GateUp(), (_GATE, _UP)),
@@ -274,6 +279,18 @@ def llama_like_table(moe_ffn: tuple[Row, ...], qkv_bias: bool, qk_norm: bool, mo
         untied=(Row("output_layer.weight", {"lm_head.weight": "vocab hidden"}),),
         moe_zeros=moe_zeros,
     )
+
+
+def norms_after_table(moe_ffn: tuple[Row, ...]) -> NameTable:
+    """The table of OLMo 2: Llama's, with the norms after attention and FFN, and of queries and keys over all heads."""
+    table, attention = llama_like_table(moe_ffn, False, True, {}), "decoder.layers.{i}.self_attention."
+    norms = (
+        Row("decoder.layers.{i}.self_attn_bda.layernorm.weight", _NORM),
+        Row(f"{attention}q_layernorm.weight", {"model.layers.{i}.self_attn.q_norm.weight": "q"}),
+        Row(f"{attention}k_layernorm.weight", {"model.layers.{i}.self_attn.k_norm.weight": "kv"}),
+    )
+    others = (row for row in table.layer if "norm" not in row.megatron)
+    return replace(table, layer=(*others, *norms), dense_ffn=(_NORM_AFTER, *table.dense_ffn[1:]))
 
 
 def hybrid_table(moe_ffn: tuple[Row, ...], moe_zeros: dict[str, str]) -> NameTable:

@@ -108,9 +108,15 @@ UNSUPPORTED = (
         "its RoPE is scaled with the length of the text (rope_scaling: dynamic), which Megatron Core cannot",
     ),
     Unsupported(
-        "EXAONE 3, 3.5 and 4, HyperCLOVA X",
-        ("ExaoneForCausalLM", "Exaone4ForCausalLM", "HyperCLOVAXForCausalLM"),
-        "its norms or the names of its tensors are those of no stock MoE class with softmax routing",
+        "EXAONE 4, HyperCLOVA X",
+        ("Exaone4ForCausalLM", "HyperCLOVAXForCausalLM"),
+        "it normalizes the outputs of attention and FFN, and the stock MoE classes that do so have other norms of "
+        "queries and keys or route by sigmoids",
+    ),
+    Unsupported(
+        "EXAONE 3 and 3.5",
+        ("ExaoneForCausalLM",),
+        "its tensors have GPT-2's names, though it computes what a Llama does, and nobody has written them down here",
     ),
     Unsupported(
         "Llama-Nemotron Super, Ultra and Nano 8B v1.1",

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -10,44 +9,21 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
-from torch import Tensor
 
 from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
 from moelpr.model.gated_delta_net import GatedDeltaNet
 from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
-from moelpr.model.residual import scaled_bias_dropout_add
+from moelpr.model.norms import RMSNorm, WholeRMSNorm
+from moelpr.model.residual import NormedAdd, scaled_bias_dropout_add
 from moelpr.model.router import LPRRouter
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor of Megatron's norms, for machines without Transformer Engine or Apex.
-
-    Megatron's fallback (WrappedTorchNorm) does not support sequence parallelism, under which the weight's gradient must
-    be summed over the tensor-parallel ranks. Megatron sums it for parameters with the attribute `sequence_parallel`.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        assert config.normalization == "RMSNorm"
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.is_zero_centered = config.layernorm_zero_centered_gamma
-        if self.is_zero_centered:
-            torch.nn.init.zeros_(self.weight)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale by the weight, or by 1 plus the weight, in fp32 as Transformer Engine and transformers do."""
-        if not self.is_zero_centered:
-            return super().forward(x)
-        weight = 1 + self.weight.float()
-        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps).type_as(x)
 
 
 def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -65,6 +41,8 @@ def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleS
     spec = _full_attention_layer(config, use_te)
     if config.residual_multiplier != 1.0:
         spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scaled_bias_dropout_add(config.residual_multiplier)
+    if config.norms_after:
+        _move_norms(spec, config)
     if is_linear:
         attention = spec.submodules.self_attention.submodules
         projections = GatedDeltaNetSubmodules(attention.linear_qkv, _norm(use_te), attention.linear_proj)
@@ -74,6 +52,15 @@ def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleS
             name: key.replace(".linear_qkv.", ".in_proj.") for name, key in keys.items()
         }
     return spec
+
+
+def _move_norms(spec: ModuleSpec, config: MoELPRConfig) -> None:
+    """Make it a layer of OLMo 2; moelpr.arguments rejects Transformer Engine, which fuses norms with projections."""
+    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+    layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=NormedAdd, params={"config": config})
+    attention.q_layernorm = partial(WholeRMSNorm, heads=config.num_attention_heads)
+    attention.k_layernorm = partial(WholeRMSNorm, heads=config.num_query_groups)
 
 
 def _full_attention_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
@@ -91,7 +78,8 @@ def _full_attention_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
 def _moe_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
     spec = _dense_layer(config, use_te, is_linear)
     layer = spec.submodules
-    layer.pre_mlp_layernorm = _norm(use_te)
+    if not config.norms_after:
+        layer.pre_mlp_layernorm = _norm(use_te)
     layer.mlp = partial(
         LPRMoELayer,
         submodules=LPRMoESubmodules(

@@ -45,6 +45,7 @@ class MoELPRConfig(TransformerConfig):
     stage1_experts: Stage1Experts = "all"  # with "new", tokens cannot choose original experts in training
     train_everything: bool = False  # the paper's plain-MoE ablation: nothing is frozen, including the original experts
     residual_multiplier: float = 1.0  # Granite's, of what attention and FFN add to the residual
+    norms_after: bool = False  # OLMo 2's layers normalize outputs, and queries and keys over all heads
     # Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself.
     fuse_expert_gradients: bool = False
     # Megatron's flag: attention stays within a document (SDPACoreAttention).

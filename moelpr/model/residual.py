@@ -3,7 +3,10 @@
 from collections.abc import Callable
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from torch import Tensor
+from torch import Tensor, nn
+
+from moelpr.model.config import MoELPRConfig
+from moelpr.model.norms import RMSNorm
 
 # (output, bias), residual, dropout → the new residual.
 AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -23,3 +26,22 @@ def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], AddResi
         return add_scaled
 
     return get_scaled
+
+
+class NormedAdd(nn.Module):
+    """Megatron's `get_bias_dropout_add` for layers that normalize their outputs, not their inputs, as OLMo 2's do."""
+
+    def __init__(self, config: MoELPRConfig) -> None:
+        super().__init__()
+        self.layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> AddResidual:
+        """The function that adds an output."""
+        add = get_bias_dropout_add(training, fused)
+
+        def add_normed(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+            output, bias = output_with_bias
+            assert bias is None, "the linear layers of every family have none"
+            return add((self.layernorm(output), None), residual, dropout)
+
+        return add_normed

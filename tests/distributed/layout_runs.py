@@ -37,6 +37,10 @@ NEW_ROWS_TOO = f"{BOTH_LOSSES} --train-new-embeddings --weight-decay 0.1"
 
 ROWS_STAGES = ("stage0", "stage1")
 
+# Names of Megatron's arguments, and of ours, in model_spec.json.
+FACTORS = {"rotary_interleaved": True, "softmax_scale": 0.2, "residual_multiplier": 0.22}
+FACTORS |= {"use_mup": True, "mup_embedding_mult": 12.0, "mup_output_mult": 0.1}
+
 TP2 = "--tensor-model-parallel-size 2"  # with sequence parallelism; the experts are split too (ETP 2)
 TP2_ETP1 = f"{TP2} --expert-tensor-parallel-size 1"
 EP2 = "--expert-model-parallel-size 2"
@@ -128,6 +132,11 @@ LAYOUTS: dict[str, Layout] = {
     "rows PP2 DP2 overlapped": Layout(4, f"{PP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
     "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
     # A Qwen3.5: layers with linear attention between others with gated attention.
+    # RoPE of neighbouring channels, and Granite's multipliers.
+    "factors 1": Layout(1, "", "factors 1", "factors"),
+    "factors TP2+SP ETP2 PP2 overlapped, full recompute": Layout(
+        4, f"{TP2} {PP2} {OVERLAP} {FULL}", "factors 1", "factors"
+    ),
     "hybrid 1": Layout(1, "", "hybrid 1", "hybrid"),
     "hybrid DP2 overlapped": Layout(2, OVERLAP, "hybrid 1", "hybrid"),
     "hybrid EP2 distributed optimizer": Layout(2, f"{EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
@@ -169,6 +178,9 @@ def make_material(folder: Path) -> None:
     for name, tied in {"rows": True, "rows-untied": False}.items():
         rows = common.upcycle(_dense_model(folder, tied=tied), folder / name, 4, random=True)
         replace(ModelSpec.read(rows), new_tokens=NEW_TOKENS).write(rows)
+    factors = common.upcycle(_dense_model(folder, tied=True), folder / "factors", 4, random=True)
+    spec = ModelSpec.read(factors)
+    replace(spec, megatron_args=spec.megatron_args | FACTORS).write(factors)
     hybrid = common.save_random_model(common.qwen3_5_config(4, 32, 48, VOCAB_SIZE, length=64), folder / "hf-hybrid")
     common.upcycle(hybrid, folder / "hybrid", 4, random=True)
     make_corpora(folder)

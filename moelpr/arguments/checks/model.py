@@ -13,7 +13,13 @@ from moelpr.stages import MOE_STAGES
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
 
 # Values of a model whose description does not mention them.
-_ABSENT = {"window_size": None, "use_rope_scaling": False, "softmax_scale": None, "residual_multiplier": 1.0}
+_ABSENT = {
+    "window_size": None,
+    "use_rope_scaling": False,
+    "softmax_scale": None,
+    "residual_multiplier": 1.0,
+    "norms_after": False,
+}
 
 # Flags that a dense model or its stage would ignore.
 _EXPERT_FLAGS = (
@@ -163,6 +169,8 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
     """Flags that need Transformer Engine, or PyTorch's attention in place of it."""
     args = run.args
     is_local = args.transformer_impl == "local"
+    if run.shape.get("norms_after") and not is_local:
+        yield "Transformer Engine fuses other norms than OLMo 2's (norms_after); add --transformer-impl local"
     if args.dataloader_inter_document_masking and not is_local:
         yield "--dataloader-inter-document-masking does not support Transformer Engine; add --transformer-impl local"
     flags = {

@@ -94,6 +94,8 @@ MODELS = {
     "phi-4": ("Phi3ForCausalLM", {"sliding_window": None, "pad_token_id": 0}, "MixtralForCausalLM"),
     "ernie 4.5, tied": ("Ernie4_5ForCausalLM", {"head_dim": 16}, "Ernie4_5_MoeForCausalLM"),
     "helium": ("HeliumForCausalLM", {"head_dim": 8, "rms_norm_eps": 1e-8}, "Ernie4_5_MoeForCausalLM"),
+    "olmo 2": ("Olmo2ForCausalLM", {"num_key_value_heads": 4}, "FlexOlmoForCausalLM"),
+    "olmo 2 32B": ("Olmo2ForCausalLM", {}, "FlexOlmoForCausalLM"),
     "seed-oss": ("SeedOssForCausalLM", {"head_dim": 16, "attention_dropout": 0.1}, "Qwen2MoeForCausalLM"),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 16}, "Qwen3MoeForCausalLM"),
     "qwen3.5": ("Qwen3_5ForCausalLM", HYBRID, "Qwen3_5MoeForCausalLM"),
@@ -207,6 +209,7 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         == {
             "MixtralForCausalLM": {"num_local_experts": 4},
             "GraniteMoeForCausalLM": {"num_local_experts": 4},
+            "FlexOlmoForCausalLM": {"num_experts": 4},
             "Ernie4_5_MoeForCausalLM": {"moe_num_experts": 4},
             "Qwen2MoeForCausalLM": {"num_experts": 4},
             "Qwen3MoeForCausalLM": {"num_experts": 4, "num_local_experts": 4},
@@ -226,6 +229,8 @@ def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str],
         assert {key: config[key] for key in GRANITE if key in base} == {
             key: base[key] for key in GRANITE if key in base
         }
+    elif moe_architecture == "FlexOlmoForCausalLM":
+        assert config["norm_topk_prob"] is True and "layer_types" not in config
     elif moe_architecture == "Ernie4_5_MoeForCausalLM":
         assert config["moe_num_shared_experts"] == config["moe_layer_start_index"] == 0
     else:

@@ -44,6 +44,7 @@ from tests.support.hf_models import (
         ),
         ("Qwen2ForCausalLM", {}, "mixtral", "its attention has no biases; pass --as qwen2_moe or granitemoe"),
         ("GraniteForCausalLM", {"residual_multiplier": 0.2}, "mixtral", "it has no multipliers; pass --as granitemoe"),
+        ("Olmo2ForCausalLM", {}, "qwen3_moe", "its norms are before attention and FFN; pass --as flex_olmo"),
         ("Ernie4_5ForCausalLM", {}, "mixtral", "its RoPE turns other pairs of channels; pass --as ernie4_5_moe"),
         ("Qwen3ForCausalLM", {"head_dim": 8}, "mixtral", "it cannot normalize queries and keys; pass --as qwen3_moe"),
     ],

@@ -23,12 +23,23 @@ def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: 
         (["--moe-layer-freq", "[0,1,1]"], "--moe-layer-freq [0, 1, 1]", "[1, 1, 1]"),
         (["--window-size", "8,0"], "--window-size (8, 0)", "None"),
         (["--use-rope-scaling"], "--use-rope-scaling True", "False"),
+        (["--softmax-scale", "0.5"], "--softmax-scale 0.5", "None"),
+        (["--residual-multiplier", "0.5"], "--residual-multiplier 0.5", "1.0"),
+        (["--norms-after"], "--norms-after True", "False"),
     ],
 )
 def test_a_flag_that_contradicts_the_model_is_rejected(upcycled, problems, argv, given, expected) -> None:
     (found,) = problems("stage1", upcycled, *argv)
     assert found.startswith(f"{given} contradicts the checkpoint {upcycled}")
     assert f"model_spec.json has {expected};" in found
+
+
+def test_the_norms_of_olmo_2_need_all_heads_and_torch(make_checkpoint, moe_spec: ModelSpec, problems) -> None:
+    args = moe_spec.megatron_args | {"norms_after": True, "qk_layernorm": True}
+    olmo = make_checkpoint("olmo", replace(moe_spec, megatron_args=args))
+    found = problems("stage1", olmo, "--transformer-impl", "transformer_engine", "--tensor-model-parallel-size", "2")
+    assert any("than OLMo 2's (norms_after); add --transformer-impl local" in problem for problem in found)
+    assert any("--tensor-model-parallel-size 2 would split the heads" in problem for problem in found)
 
 
 def test_a_flag_that_repeats_the_model_is_accepted(upcycled: str, accepted) -> None:

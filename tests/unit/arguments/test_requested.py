@@ -143,3 +143,15 @@ def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, 
     assert config.transformer.window_size == (5, 0) and config.transformer.qk_layernorm
     (found,) = problems("stage1", start, "--window-size", "9,0")
     assert found.startswith("--window-size (9, 0) contradicts")
+
+
+def test_a_checkpoints_multipliers_and_kind_of_rope_reach_the_model(make_checkpoint, accepted) -> None:
+    from argparse import Namespace
+
+    from moelpr.training.train import model_config
+    from tests.distributed.layout_runs import FACTORS
+
+    start = make_checkpoint("granite", shape=FACTORS)
+    config = model_config(Namespace(**accepted("stage1", start))).transformer
+    assert {name: getattr(config, name) for name in FACTORS} == FACTORS
+    assert config.mup_width_mult == 1.0  # so that Megatron's optimizer has no learning rates of its own

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
+from moelpr.arguments.checks.model import check_transformer_engine
 from moelpr.model_spec import ModelSpec, NewTokens
 
 
@@ -37,9 +39,11 @@ def test_a_flag_that_contradicts_the_model_is_rejected(upcycled, problems, argv,
 def test_the_norms_of_olmo_2_need_all_heads_and_torch(make_checkpoint, moe_spec: ModelSpec, problems) -> None:
     args = moe_spec.megatron_args | {"norms_after": True, "qk_layernorm": True}
     olmo = make_checkpoint("olmo", replace(moe_spec, megatron_args=args))
-    found = problems("stage1", olmo, "--transformer-impl", "transformer_engine", "--tensor-model-parallel-size", "2")
-    assert any("than OLMo 2's (norms_after); add --transformer-impl local" in problem for problem in found)
+    found = problems("stage1", olmo, "--tensor-model-parallel-size", "2")
     assert any("--tensor-model-parallel-size 2 would split the heads" in problem for problem in found)
+    engine = MagicMock(transformer_impl="transformer_engine", dataloader_inter_document_masking=False)
+    found = list(check_transformer_engine(MagicMock(args=engine, shape=args)))
+    assert any("than OLMo 2's (norms_after); add --transformer-impl local" in problem for problem in found)
 
 
 def test_a_flag_that_repeats_the_model_is_accepted(upcycled: str, accepted) -> None:

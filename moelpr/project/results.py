@@ -52,7 +52,6 @@ def _writes_model(places: Places, step: str, fixed: dict[str, Any], save: Path, 
         made_from=made_from,
         is_complete=(save / CONFIG_FILE).is_file,
         disk_gib=places.layouts.export_gib,
-        memory_gib=8,
     )
 
 

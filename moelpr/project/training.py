@@ -46,7 +46,6 @@ def convert(places: Places) -> Task:
         files=() if places.is_downloaded else (places.base,),
         is_complete=(places.upcycled / SPEC_FILE).is_file,
         disk_gib=places.layouts.export_gib,
-        memory_gib=8,
     )
 
 

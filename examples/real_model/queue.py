@@ -191,7 +191,7 @@ class Queue:
                 text: dict[str, Any] = {"share": row.share, "blend": row.blend, "highest": row.rate}
                 train = self._train(setting.name, row.stage, start, users, options=options, **text)
                 found += [train, self._evaluate(setting.name)]
-        return [*found, *self._halfway()]
+        return [*found, *self._means()]
 
     def _adapted(self, name: str, row: settings.Training) -> Task:
         """Training by peft or of the FFNs, as the table says."""
@@ -215,15 +215,18 @@ class Queue:
         )
         return _tagged(settings.users_of(name), task, minutes=1 + _minutes("lora", steps), memory_gib=8, disk_gib=1.5)
 
-    def _halfway(self) -> list[Task]:
-        """The mean of the base's weights and those of a fine-tuned model."""
-        of, save = settings.HALFWAY_OF, self.run / f"{settings.HALFWAY}-hf"
-        words: Words = ["-m", "examples.real_model.halfway", self.base, self.run / f"{of}-hf", "--save", save]
-        made_from, is_complete = ("base", f"export-{of}"), (save / "config.json").is_file
-        task = Task(name=settings.HALFWAY, command=words, made_from=made_from, is_complete=is_complete)
-        export = tasks.export(self.run / of)
-        found = [_tagged({settings.HALFWAY}, each, disk_gib=0.6) for each in (export, task)]
-        return [*found, self._evaluate(settings.HALFWAY)]
+    def _means(self) -> list[Task]:
+        """Means of the base's weights and those of a fine-tuned model."""
+        of = settings.HALFWAY_OF
+        found = [_tagged(settings.MEANS, tasks.export(self.run / of), disk_gib=0.6)]
+        for name, share in settings.MEANS.items():
+            save = self.run / f"{name}-hf"
+            words: Words = ["-m", "examples.real_model.halfway", self.base, self.run / f"{of}-hf", "--save", save]
+            made_from, is_complete = ("base", f"export-{of}"), (save / "config.json").is_file
+            words += ["--share", f"{share:g}"]
+            task = Task(name=name, command=words, made_from=made_from, is_complete=is_complete)
+            found += [_tagged({name}, task, disk_gib=0.6), self._evaluate(name)]
+        return found
 
     def _blended(self, blend: Mapping[str, float], corpora: str = "") -> Words:
         """--data-path of a blend of text: with weights, unless it is all of one kind."""

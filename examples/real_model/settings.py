@@ -43,7 +43,7 @@ REPLAY, REPLAY_BLEND = "full-replay", {"original": 1, "expanded": 10}
 # `--short`: every setting on half the text, at the rates that the searches of the whole queue found.
 SHORT_TOKENS, SHORT_DOCUMENTS = 81_920, 5
 FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
-SHORT = ("copies", "new", "new-kept-5", "new-kept-25", "full-10-0.0003", "ffn-10", "halfway")
+SHORT = ("copies", "new", "new-kept-5", "new-kept-25", "full-10-0.0003", "ffn-10", "halfway", "near")
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 
@@ -96,7 +96,7 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        is_trained = self.name not in (BASE, VOCABULARY_START, HALFWAY, LORA_SWITCHED)
+        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, LORA_SWITCHED)
         return (*self.before, *self.models[:is_trained])
 
 
@@ -104,7 +104,8 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
-NEW_STAGE1, HALFWAY, HALFWAY_OF = "new-stage1", "halfway", "full-10-0.0003"
+NEW_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "halfway", "near", "full-10-0.0003"
+MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 NEW = "MoE-LPR, stage 1 with new experts only"
 
@@ -177,6 +178,7 @@ RIVALS = (
         for percent in (0, 10)
     ),
     Setting(HALFWAY, "halfway between base and full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
+    Setting(NEAR, "35% of the way from base to full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
     Setting(LORA_SWITCHED, "LoRA, rank 16, on for expanded languages only", (SWITCHED,), is_extra=True),
 )
 
@@ -253,5 +255,5 @@ def minimum_rate(rate: float) -> float:
 
 def model_folder(run: Path, base: Path, model: str) -> Path:
     """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
-    is_hf = model.startswith(("lora", "search-lora", "ffn", HALFWAY))
+    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS))
     return base if model == BASE else run / f"{model}-hf" if is_hf else run / model

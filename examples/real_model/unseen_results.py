@@ -54,7 +54,7 @@ CHART = {
         "none": "full-0-0.0003",
     },
     "only the FFNs fine-tuned": {"FFNs, 10% replay": "ffn-10"},
-    "halfway to the base": {"halfway": "halfway"},
+    "mean of base and full fine-tuning": {"half": "halfway", "35%": "near"},
     "LoRA, rank 16": {"LoRA, 10% replay": "lora-16-10-0.003", "switched": "lora-switched"},
 }
 DIGITS = 5

@@ -248,6 +248,7 @@ def hostile_file(case: Case) -> Outcome:
 # What is killed, written to a full disk, and run twice at once: the command, options for resuming, and the judge.
 WRITERS: dict[str, tuple[str, Judge]] = {
     "preprocess a large file": ("--resume", same_files),
+    "preprocess conversations": ("--resume", same_files),
     "clean": ("", same_files),
     "merge large corpora": ("", same_files),
     "sample a large corpus": ("", same_files),

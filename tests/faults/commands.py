@@ -50,6 +50,12 @@ COMMANDS = {
         f"{_PREPROCESS.format('large.jsonl')} --workers 2 --validation-share 0.1",
         "large.jsonl hf",
     ),
+    "preprocess conversations": Command(
+        "data_tools.preprocess_data",
+        "--input chat.jsonl --conversations --chat-template-from chat.jinja --language-key lang --original-languages en "
+        f"--output-prefix out/a --workers 2 --validation-share 0.1 {_TOKENIZER}",
+        "chat.jsonl chat.jinja hf",
+    ),
     "sentencepiece": Command(
         "data_tools.preprocess_data",
         "--input text/text.jsonl --language expanded --output-prefix out/a --workers 1 --tokenizer-type "

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -34,6 +35,9 @@ train-iters: 2
 save-interval: 1
 log-interval: 1
 """
+TEMPLATE = """\
+{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 UNDISTURBED = "undisturbed"  # folder of the material: per command, its box and what it printed
 
 
@@ -127,9 +131,17 @@ def write_text(folder: Path) -> None:
     (text / "languages.txt").write_text("el\n" * sum(row["lang"] == "el" for row in rows[:16]))
     large = ({"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS)
     (folder / "large.jsonl").write_bytes(as_lines(large))
+    roles = ("user", "assistant")
+    chats = (
+        {"messages": [{"role": role, "content": sentence(rng, language)} for role in roles], "lang": language}
+        for _ in range(2000)
+        for language in WORDS
+    )
+    (folder / "chat.jsonl").write_bytes(as_lines(chats))
+    (folder / "chat.jinja").write_text(TEMPLATE)
 
 
-def as_lines(rows: Iterable[dict[str, str]]) -> bytes:
+def as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
     return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 

@@ -11,7 +11,7 @@ help: ## list the targets
 demo: venv ## real text, base, two stages, export and report in runs/demo
 	.venv/bin/python -m examples.demo
 
-results: venv ## all settings on a real pretrained model, about nine hours on 2 cores; RESULTS="--only copies full" for fewer
+results: venv ## all settings on a real pretrained model, about eight hours on 2 cores; RESULTS="--only copies full" for fewer
 	examples/real_model/install.sh
 	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
 

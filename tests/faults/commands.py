@@ -52,8 +52,8 @@ COMMANDS = {
     ),
     "preprocess conversations": Command(
         "data_tools.preprocess_data",
-        "--input chat.jsonl --conversations --chat-template-from chat.jinja --language-key lang --original-languages en "
-        f"--output-prefix out/a --workers 2 --validation-share 0.1 {_TOKENIZER}",
+        "--input chat.jsonl --conversations --chat-template-from chat.jinja --language-key lang "
+        f"--original-languages en --output-prefix out/a --workers 2 --validation-share 0.1 {_TOKENIZER}",
         "chat.jsonl chat.jinja hf",
     ),
     "sentencepiece": Command(

@@ -68,7 +68,7 @@ def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[P
     """
     family, spec, base_spec = upcycled.family, upcycled.spec, base.spec
     if base_spec.moe is None:
-        family = base.family.written_as(family.moe_class)  # which alone knows the dense model's names
+        family = base.family.written_as(family.moe_class)  # its MoE class alone knows the dense model's names
     elif is_megatron(upcycled.folder):
         family = family.written_as(base.family.moe_class)  # the checkpoint takes the base's names
     elif not is_megatron(base.folder):

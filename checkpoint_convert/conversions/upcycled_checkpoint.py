@@ -85,7 +85,7 @@ def hf_to_mcore(
         copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
         if extended_tokenizer is not None:
             copy_companions(extended_tokenizer, folder / HF_FOLDER, files=EXTENDED_FILES)
-        # Of a multimodal base, this is the language model's.
+        # The language model's, if the base is multimodal.
         config = read_config(hf_path) | {"vocab_size": spec.megatron_args["vocab_size"]}
         config.pop("vision_config", None)
         if config != records.read(dict[str, Any], folder / HF_FOLDER / CONFIG_FILE, ""):

@@ -25,7 +25,7 @@ _HEAD = "mtp."
 
 @dataclass(frozen=True)
 class MultimodalBase:
-    """A multimodal checkpoint: its config.json and the tensors beside those of its language model."""
+    """A multimodal checkpoint: its config.json and the tensors next to those of its language model."""
 
     folder: Path
     config: dict[str, Any]

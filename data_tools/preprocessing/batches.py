@@ -19,7 +19,7 @@ from moelpr.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
-# Of a remote table, which the workers fetch: so much that a request's delay does not count.
+# A remote table's, which the workers fetch: so much that a request's delay does not count.
 REMOTE_BATCH_BYTES = 1 << 22
 # A longer line is passed on as a range of a file, never in memory.
 LONG_LINE_BYTES = 1 << 24

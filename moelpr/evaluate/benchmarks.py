@@ -38,7 +38,7 @@ _MORE = {
     "PIQA": ("acc_norm", "piqa_([a-z]{2})"),
 }
 _SEED = 1  # decides the samples of questions
-DOCUMENTS = "documents"  # of a task: metric → the number of each question
+DOCUMENTS = "documents"  # a key of a task: metric → the number of each question
 
 # model -> task -> {metric or metric_stderr: number; "documents": {metric: the number of each question}}
 Scores = dict[str, dict[str, dict[str, Any]]]

@@ -313,7 +313,7 @@ PHI3 = Family(
         "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.mlp.gate_up_proj.weight[{ffn}:]",
     },
 )
-# Granite 4 without Mamba layers and experts; its FFN is that beside the experts.
+# Granite 4 without Mamba layers and experts; its FFN is the one next to the experts.
 GRANITE_4 = Family(
     *("granite4", "GraniteMoeHybridForCausalLM", "granitemoehybrid", GRANITE_MOE),
     has_multipliers=True,

@@ -331,7 +331,7 @@ class Activations:
         projected, convolved = 2 * keys + 2 * values + 2 * heads, 2 * keys + values
         # A key and a query per value head, and the chunk's system of equations.
         rule = 2 * heads * key_width + values + LINEAR_CHUNK * heads
-        output = 3 * values * self.element + 2 * values * _FP32  # of the rule, normalized and gated
+        output = 3 * values * self.element + 2 * values * _FP32  # the rule's, normalized and gated
         return self.all_tokens * ((projected + convolved + rule) * self.element + output + 2 * heads * _FP32)
 
     def _experts(self, moe: MoeSpec) -> float:

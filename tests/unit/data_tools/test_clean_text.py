@@ -242,7 +242,7 @@ def test_jobs_that_still_run_are_not_submitted_again(tmp_path, write_lines, monk
     clean_text.main(words)
     submitted = Path("calls").read_text().splitlines()
     assert len(submitted) == 10  # five arrays, and datatrove's jobs that add up what each of them logs
-    for more in ([], ["--no-near-duplicates", "--language-id", "py3langid"]):  # other settings would start anew
+    for more in ([], ["--no-near-duplicates", "--language-id", "py3langid"]):  # other settings would start again
         with pytest.raises(UserError, match="jobs 1, 3, 5, 7, 9 of .* are pending or running on Slurm"):
             clean_text.main([*words, *more])
     assert Path("calls").read_text().splitlines() == submitted

@@ -116,7 +116,7 @@ UNSUPPORTED = (
     Unsupported(
         "EXAONE 3 and 3.5",
         ("ExaoneForCausalLM",),
-        "its tensors have GPT-2's names, though it computes what a Llama does, and nobody has written them down here",
+        "its tensors have GPT-2's names, though it computes what a Llama does, and the converter has no table of them",
     ),
     Unsupported(
         "Llama-Nemotron Super, Ultra and Nano 8B v1.1",

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -31,9 +32,10 @@ REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.ya
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory contains a folder per model, with its config.json."""
+    """The working directory contains a folder per model, with its config.json, on a disk with room for any checkpoint."""
     for name in SHAPES:
         save_config(name, tmp_path / name)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50))
     monkeypatch.chdir(tmp_path)
 
 

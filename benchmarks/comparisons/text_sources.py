@@ -1,8 +1,9 @@
 """Preprocessing with gigatoken from zst, Parquet and stand-ins for a web server and S3, against plain JSON lines.
 
 The text is that of `benchmarks.preprocess`; Parquet has FineWeb-2's row groups of 1,000 rows. The stand-ins are one
-server in Python on this machine, whose processor time is part of the result. datatrove's tokenizer, which uses Hugging
-Face's library and writes tokens only, is reported next to ours with that library.
+server in Python on this machine, whose processor time is part of the result. What writes tokens only is reported next
+to ours with the same library, on less text: datatrove's tokenizer and, from the folder of Megatron-LM that `megatron`
+names, its two scripts.
 """
 
 import json
@@ -20,7 +21,7 @@ from benchmarks.common import ROOT, working_folder
 from benchmarks.timing import Times, Turns
 from tests.support.text_server import text_server
 
-DEFAULTS = {"megabytes": 100, "workers": 2, "folder": ""}
+DEFAULTS = {"megabytes": 400, "peers_megabytes": 100, "workers": 2, "folder": "", "megatron": ""}
 _ROWS = 1000
 
 
@@ -29,8 +30,8 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
         served, out = work / "served", work / "out"
         served.mkdir(exist_ok=True)
         tokenizer, texts = preprocess.demo(work, None)
-        name = f"{settings.megabytes}"
-        lines = preprocess.repeated(texts, served / f"{name}.jsonl", settings.megabytes)
+        name, less = str(settings.megabytes), str(settings.peers_megabytes)
+        lines, fewer = (preprocess.repeated(texts, served / f"{size}.jsonl", int(size)) for size in (name, less))
         pack(lines)
         with text_server(served) as server:
             os.environ |= server.environment
@@ -39,9 +40,8 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
                 words = ["--input", file, "--output-prefix", out, "--tokenizer-model", tokenizer]
                 words += ["--tokenizer-backend", backend, "--workers", settings.workers, "--overwrite"]
                 fixed = "--language expanded --append-eod --tokenizer-type HuggingFaceTokenizer"
-                return [sys.executable, str(ROOT / "data_tools/preprocess_data.py"), *map(str, words), *fixed.split()]
+                return python(ROOT / "data_tools/preprocess_data.py", *words, *fixed.split())
 
-            baseline = str(ROOT / "benchmarks/baselines/datatrove_tokenizer.py")
             contenders = {
                 "JSON lines": ours(lines),
                 "zst": ours(f"{lines}.zst"),
@@ -51,15 +51,29 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
                 "s3 JSON lines": ours(server.uri("s3", f"{name}.jsonl")),
                 "s3 Parquet": ours(server.uri("s3", f"{name}.parquet")),
             }
-            yield (
-                f"{name} MB, gigatoken",
-                turns.take(contenders, lambda command: preprocess.run(command)[turns.cpu_time]),
-            )
-            others = {
-                "tokenizers": ours(lines, "reference"),
-                "datatrove": [sys.executable, baseline, str(lines), str(tokenizer), str(work), str(settings.workers)],
+            hugging_face = {"tokenizers": ours(fewer, "reference")}
+            fast = {"gigatoken": ours(fewer)}
+            script = ROOT / "benchmarks/baselines/datatrove_tokenizer.py"
+            hugging_face["datatrove"] = python(script, fewer, tokenizer, work, settings.workers)
+            if folder := settings.megatron:
+                words = ["--input", fewer, "--output-prefix", out, "--append-eod", "--tokenizer-model", tokenizer]
+                words += ["--tokenizer-type", "HuggingFaceTokenizer"]
+                script = Path(folder) / "tools/preprocess_data.py"
+                hugging_face["Megatron"] = python(script, *words, "--workers", settings.workers, path=folder)
+                script = Path(folder) / "tools/preprocess_data_fast.py"
+                fast["Megatron, fast"] = python(script, *words, "--use-gigatoken", path=folder)
+            cases = {
+                f"{name} MB, gigatoken": contenders,
+                f"{less} MB, tokenizers": hugging_face,
+                f"{less} MB, peers with gigatoken": fast,
             }
-            yield f"{name} MB, tokenizers", turns.take(others, lambda command: preprocess.run(command)[turns.cpu_time])
+            for case, commands in cases.items():
+                yield case, turns.take(commands, lambda command: preprocess.run(command)[turns.cpu_time])
+
+
+def python(*words: object, path: str = "") -> list[str]:
+    """A command of this Python, which looks for modules in `path` first."""
+    return ["env", *([f"PYTHONPATH={path}"] if path else []), sys.executable, *map(str, words)]
 
 
 def pack(lines: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,8 +34,8 @@ class ReadCursor(NamedTuple):
     Attributes:
         share: Index of the share.
         offset: Byte of the (decompressed) JSON lines, or row of the Parquet file.
-        line: Number of lines before it in the share, or of rows in the file; not counted in plain files.
-        documents: Number of these that are not blank.
+        line: Number of lines before it in the share, or of rows in the file; not counted in plain local files.
+        documents: Number of these that are not blank; only counted if documents are chosen, and in compressed files.
     """
 
     share: int = 0
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
-        content: Lines, the range of a file that contains them, or rows of a table.
+        content: Lines, the bytes or the range of a file that contain them, or rows of a table.
         numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
             consecutive.
         after: Where reading resumes after this batch.
@@ -79,8 +79,8 @@ class Batch(NamedTuple):
     """
 
     share: Share
-    content: list[bytes] | FileRange | list[dict[str, Any]] | RowGroups
-    numbers: list[int] | None
+    content: list[bytes] | bytes | FileRange | list[dict[str, Any]] | RowGroups
+    numbers: Sequence[int] | None
     after: ReadCursor
     num_bytes: int
     file_bytes: int
@@ -115,8 +115,10 @@ class Batch(NamedTuple):
         """Return the lines without line ends, the rows, or the range of the one line that is too long for memory."""
         if isinstance(self.content, RowGroups):
             return (row for row, _ in self._rows())
-        if not isinstance(self.content, FileRange):
+        if isinstance(self.content, list):
             return self.content
+        if isinstance(self.content, bytes):
+            return self.content.removesuffix(b"\n").split(b"\n")
         if self.is_long_line:
             return [self.content]
         with open(self.content.path, "rb") as file:
@@ -172,8 +174,9 @@ class Reader:
             with name_damaged(share.source):
                 if share.source.form is Form.PARQUET:
                     yield from self._table_rows(share, start)
-                elif share.source.form is Form.LINES and share.source.uri is None and self._chosen is None:
-                    yield from self._plain_lines(share, start)
+                elif share.source.form is Form.LINES and self._chosen is None:
+                    is_local = share.source.uri is None
+                    yield from self._plain_lines(share, start) if is_local else self._remote_lines(share, start)
                 else:
                     yield from self._stream_lines(share, start)
 
@@ -199,6 +202,31 @@ class Reader:
                         here = Share(share.source, start, end)
                         yield Batch(here, FileRange(path, start, end), None, after, end - start, end - start)
                 position = stop
+
+    def _remote_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
+        """Read blocks of complete lines; the workers split them."""
+        with open_stream(share.source) as (stream, _):
+            position, line = cursor.offset or _first_line(stream, share), cursor.line
+            stream.seek(position)
+            while position < share.stop and (block := stream.read(min(BATCH_BYTES, share.stop - position))):
+                end = b"" if block.endswith(b"\n") else stream.readline(LONG_LINE_BYTES)
+                long_line = None
+                block += end
+                if len(end) == LONG_LINE_BYTES and not end.endswith(b"\n"):
+                    if self._spool is None:
+                        return
+                    start = block.rfind(b"\n", 0, len(block) - len(end)) + 1
+                    long_line = self._spool_line(block[start:], stream, f"line-{cursor.share}-{position}")
+                    block = block[:start]
+                if block:
+                    first, line = line + 1, line + block.count(b"\n") + (not block.endswith(b"\n"))
+                    position += len(block)
+                    after = ReadCursor(cursor.share, position, line)
+                    yield Batch(share, block, range(first, line + 1), after, len(block), len(block))
+                if long_line:
+                    line, position = line + 1, position + long_line.num_bytes
+                    after = ReadCursor(cursor.share, position, line)
+                    yield Batch(share, long_line, [line], after, long_line.num_bytes, long_line.num_bytes)
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         with open_stream(share.source) as (stream, tell):

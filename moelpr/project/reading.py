@@ -70,7 +70,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     try:
         project = _adapter().validate_json(json.dumps(content, default=str))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = records.first_problem(error)
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first, schema())}"
         raise UserError(message) from None
@@ -216,7 +216,7 @@ def _adapter() -> TypeAdapter[Project]:
 
 def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:
     """The keys that would work in the place of an unknown one."""
-    if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
+    if not records.is_unknown_key(problem):
         return ""
     *path, name = problem["loc"]
     place = schema

@@ -7,6 +7,7 @@ docs/data-format.md lists all records; `python -m tests.support.records_page` ma
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -125,22 +126,32 @@ _adapter = cache(TypeAdapter[Any])
 
 def reason(error: ValidationError) -> str:
     """Say what is wrong in our words: the first problem, and how many more there are."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
+    first = first_problem(error)
     place = ".".join(map(str, first["loc"])) or "the content"
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         reason = str(cause)
     elif first["type"] == "missing":
         reason = f"{place} is missing"
-    elif first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    elif is_unknown_key(first):
         reason = f"{place} is unknown"
     elif first["type"] == "json_invalid":
         reason = f"not JSON ({first['ctx']['error']})"
     else:
         message = first["msg"].removeprefix("Input ") if first["msg"].startswith("Input ") else f": {first['msg']}"
         reason = f"{place} {message}, got {_shown(first['input'])}"
-    return reason if len(problems) == 1 else f"{reason} (and {len(problems) - 1} more)"
+    more = error.error_count() - 1
+    return f"{reason} (and {more} more)" if more else reason
+
+
+def first_problem(error: ValidationError) -> dict[str, Any] | Any:
+    """The problem to report: an unknown key first, because a misspelled one is missing as well."""
+    problems = error.errors(include_url=False)
+    return next(filter(is_unknown_key, problems), problems[0])
+
+
+def is_unknown_key(problem: Mapping[str, Any]) -> bool:
+    return problem["type"] in ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def _shown(value: Any) -> str:

@@ -32,7 +32,7 @@ REAL = sorted(path.name for pattern in ("paper-*.yaml", "qwen*.yaml", "llama*.ya
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working directory contains a folder per model, with its config.json, on a disk with room for any checkpoint."""
+    """The working directory contains a folder per model, with its config.json; its disk has room for any checkpoint."""
     for name in SHAPES:
         save_config(name, tmp_path / name)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50))

@@ -27,7 +27,7 @@ def test_a_ratio_above_the_limit_fails(run, monkeypatch, tmp_path, ours, code):
     times = {"theirs": [2.0, 2.0, 2.0], "ours": ours, "free": [9.0, 9.0, 9.0]}
     fake = SimpleNamespace(DEFAULTS={"name": "a"}, run=lambda turns, settings: [(settings.name, times)])
     monkeypatch.setitem(sys.modules, "benchmarks.comparisons.fake", fake)
-    one = command.Benchmark("ours", "theirs", 3, ratio=1.1, only_reported="free")
+    one = command.Benchmark("ours", "theirs", 3, ratio=1.1, only_reported=("free",))
     monkeypatch.setitem(command.BENCHMARKS, "fake", one)
     printed, found = run("fake", "name=b", "--json", str(tmp_path / "a.json"))
     rows = json.loads((tmp_path / "a.json").read_text())["fake"]

@@ -28,6 +28,7 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
     ("changes", "message"),
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
+        ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
         ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),

@@ -12,15 +12,18 @@ from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches
-from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
+from data_tools.preprocessing.batches import Batch, FileRange, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.process.errors import UserError
-from moelpr.text.sources import open_source
+from moelpr.text import remote
+from moelpr.text.sources import Form, Source, open_source
 from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
@@ -31,6 +34,46 @@ def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokeni
     prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected
     assert "note: " + str(tmp_path / "empty.jsonl.gz") + " is empty" in capsys.readouterr().err
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(st.integers(0, 150), min_size=1, max_size=30),
+    has_end=st.booleans(),
+    shards=st.integers(1, 3),
+)
+def test_remote_lines_are_read_in_blocks_from_any_place(lines, has_end, shards, tmp_path, monkeypatch) -> None:
+    """Lines shorter and longer than a block, and too long for memory; a cut file stands for a network."""
+    monkeypatch.setattr(batches, "BATCH_BYTES", 40)
+    monkeypatch.setattr(batches, "LONG_LINE_BYTES", 100)
+    expected = [bytes([97 + number % 26]) * length for number, length in enumerate(lines)] + [b"end"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(expected) + b"\n" * has_end)
+    monkeypatch.setattr(remote, "RemoteFile", lambda *_: io.FileIO(path))
+    source = Source("http://host/a.jsonl", Form.LINES, path.stat().st_size, uri="http://host/a.jsonl")
+    found: list[bytes] = []
+    for shard in range(shards):
+        shares = list(shares_of([source], shard, shards))
+        reader = Reader(shares, [[]], None, tmp_path)
+        read = [batch for batch in reader.batches(ReadCursor())]
+        numbers = [number for batch in read for number in batch.numbers or ()]
+        assert numbers == [*range(1, len(numbers) + 1)]
+        items = [_whole(item) for batch in read for item in batch.items()]
+        assert len(items) == len(numbers)
+        done = 0
+        for batch in read:
+            done += len(batch.numbers or ())
+            assert [_whole(item) for later in reader.batches(batch.after) for item in later.items()] == items[done:]
+        found += items
+    assert found == expected
+
+
+def _whole(item: object) -> object:
+    if not isinstance(item, FileRange):
+        return item
+    with open(item.path, "rb") as file:
+        file.seek(item.start)
+        return file.read(item.num_bytes).removesuffix(b"\n")
 
 
 def test_missing_column_is_reported(preprocess, hf_tokenizer, tmp_path: Path) -> None:

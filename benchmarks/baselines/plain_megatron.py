@@ -22,13 +22,15 @@ class PlainMoELayer(MoELayer):
         return super().forward(*args, **kwargs)
 
 
-def plain_block_spec(*args: Any, **kwargs: Any) -> Any:
+_LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+_SEQUENTIAL = partial(SequentialMLP, submodules=_LINEARS)
+
+
+def plain_block_spec(*args: Any, experts: Any = _SEQUENTIAL, **kwargs: Any) -> Any:
     """moelpr's layers (norms, attention) with Megatron's MoE layer in each, without Transformer Engine."""
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = MoESubmodules(experts=partial(SequentialMLP, submodules=linears))
     spec = block_spec(*args, **kwargs)
     for layer in spec.layer_specs:
-        layer.submodules.mlp = partial(PlainMoELayer, submodules=experts)
+        layer.submodules.mlp = partial(PlainMoELayer, submodules=MoESubmodules(experts=experts))
     return spec
 
 

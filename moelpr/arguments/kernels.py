@@ -27,7 +27,9 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
         args.dataloader_inter_document_masking = True  # so that a sequence may have several conversations
     wants_fused_gradients = args.gradient_accumulation_fusion
     # Megatron's own linear layers (original experts, output layer) need Apex for it, even with Transformer Engine.
-    args.gradient_accumulation_fusion = wants_fused_gradients and is_installed("fused_weight_gradient_mlp_cuda")
+    has_apex = is_installed("fused_weight_gradient_mlp_cuda") and not cpu.is_needed()
+    args.gradient_accumulation_fusion = wants_fused_gradients and has_apex
+    args.fuse_expert_gradients = wants_fused_gradients
     if args.transformer_impl == "local":
         args.no_persist_layer_norm = True
         args.apply_rope_fusion = args.masked_softmax_fusion = False
@@ -35,7 +37,6 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
         args.moe_permute_fusion |= _fuses_permutation()
         prefers_te = not grouped_mm_is_fast(args) if record is None else bool(record.get("moe_grouped_gemm"))
         args.moe_grouped_gemm |= prefers_te
-    args.fuse_expert_gradients = wants_fused_gradients and args.moe_grouped_gemm
 
 
 def grouped_mm_is_fast(args: argparse.Namespace) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
-from moelpr.megatron_patches import checkpoint_reading, cpu
+from moelpr.megatron_patches import checkpoint_reading, cpu, rotary
 from moelpr.megatron_patches.replacing import replaces
 from moelpr.process.errors import MachineError
 from moelpr.store.files import atomic_file
@@ -47,6 +47,7 @@ def install() -> None:
     _check_gradients_after_the_backward_pass()
     _compute_the_gradient_norm_on_its_device()
     _let_compiled_functions_have_more_variants()
+    rotary.install()
 
 
 def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:

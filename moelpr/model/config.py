@@ -46,13 +46,26 @@ class MoELPRConfig(TransformerConfig):
     train_everything: bool = False  # the paper's plain-MoE ablation: nothing is frozen, including the original experts
     residual_multiplier: float = 1.0  # Granite's, of what attention and FFN add to the residual
     norms_after: bool = False  # OLMo 2's layers normalize outputs, and queries and keys over all heads
-    # Transformer Engine adds the gradients of new experts to their fp32 sums in the matrix product itself.
+    # The gradients of new experts are added to their fp32 sums in the matrix product itself.
     fuse_expert_gradients: bool = False
     # Megatron's flag: attention stays within a document (SDPACoreAttention).
     dataloader_inter_document_masking: bool = False
 
     # A wait for the GPU after each exchange of pipeline stages, which Megatron has for PyTorch before 2.
     batch_p2p_sync: bool = False
+
+    def __post_init__(self) -> None:
+        """Allow `moe_act` without Transformer Engine's grouped layers, which Megatron requires for it."""
+        modules = self.recompute_modules
+        if modules and not self.moe_grouped_gemm:
+            self.recompute_modules = [name for name in modules if name != "moe_act"]
+        super().__post_init__()
+        self.recompute_modules = modules or self.recompute_modules
+
+    @property
+    def recomputes_expert_activation(self) -> bool:
+        """Whether the backward pass computes the SwiGLU of new experts again instead of keeping its output."""
+        return self.recompute_granularity == "selective" and "moe_act" in (self.recompute_modules or ())
 
     @property
     def num_original_places(self) -> int:

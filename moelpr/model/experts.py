@@ -13,8 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from moelpr.model.config import MoELPRConfig
 
 
 class _Weight(torch.nn.Module):
@@ -31,22 +32,71 @@ class _Weight(torch.nn.Module):
         return self.weight
 
 
-class _ZeroGradientOfIdleExperts(torch.autograd.Function):
-    """Returns the weights [n, …]; in the backward pass, sets the gradient of each expert without rows to 0.
+class _Product(torch.autograd.Function):
+    """Multiplies rows [T, in], sorted by expert, with the weights [n, out, in] of their experts.
 
-    On some GPUs, grouped_mm leaves it unwritten (PyTorch issue 172439).
+    The weights' gradient is added to its sum over the micro-batches in the product itself, if torch can.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, idle_experts: list[int]) -> Tensor:
-        ctx.idle_experts = idle_experts
-        return weight.view_as(weight)
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor, num_rows: list[int], fuses: bool, *swiglu_inputs: Tensor
+    ) -> Tensor:
+        """The rows [T, out]; with `swiglu_inputs`, the backward pass computes their SwiGLU again instead of `rows`."""
+        ctx.num_rows, ctx.fuses = num_rows, fuses
+        ctx.save_for_backward(weight, ends, *(swiglu_inputs or (rows,) if weight.requires_grad else ()))
+        if not len(rows):
+            return rows.new_empty(0, weight.shape[1])  # nobody tests grouped_mm without any row on GPUs
+        # No copy, and the layout that grouped_mm is tested with on GPUs.
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        for expert in ctx.idle_experts:
-            gradient[expert].zero_()
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight, ends, *kept = ctx.saved_tensors
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = kept[0] if len(kept) == 1 else weighted_bias_swiglu_impl(kept[0], None, kept[1])
+            if ctx.fuses and _can_add_in_product(weight):
+                of_weight = _add_gradient(weight, gradient, rows, ctx.num_rows)
+            else:
+                of_weight = _gradient(weight, gradient, rows, ends, ctx.num_rows)
+        if ctx.needs_input_grad[0]:
+            has_rows = len(gradient) > 0
+            of_rows = (
+                torch.nn.functional.grouped_mm(gradient, weight, offs=ends)
+                if has_rows
+                else gradient.new_empty(0, weight.shape[2])
+            )
+        return of_rows, of_weight, *([None] * (len(ctx.needs_input_grad) - 2))
+
+
+def _can_add_in_product(weight: Tensor) -> bool:
+    total = getattr(weight, "main_grad", None)
+    return total is not None and (
+        total.dtype == weight.dtype or (total.dtype == torch.float32 and weight.device.type == "cuda")
+    )
+
+
+def _add_gradient(weight: Any, gradient: Tensor, rows: Tensor, num_rows: list[int]) -> Tensor:
+    """Add the gradient to `main_grad`; returns what Megatron wants to see and does not read."""
+    total: Tensor = weight.main_grad
+    for sum_of_one, out, into in zip(total, gradient.split(num_rows), rows.split(num_rows), strict=True):
+        if len(into) and total.dtype == weight.dtype:
+            sum_of_one.addmm_(out.t(), into)
+        elif len(into):
+            torch.addmm(sum_of_one, out.t(), into, out_dtype=total.dtype, out=sum_of_one)
+    weight.grad_added_to_main_grad = True
+    return weight.detach()
+
+
+def _gradient(weight: Tensor, gradient: Tensor, rows: Tensor, ends: Tensor, num_rows: list[int]) -> Tensor:
+    if not len(rows):
+        return torch.zeros_like(weight)
+    found = torch.nn.functional.grouped_mm(gradient.t(), rows, offs=ends)
+    for expert, number in enumerate(num_rows):
+        if number == 0:
+            found[expert].zero_()  # some GPUs leave it unwritten (PyTorch issue 172439)
+    return found
 
 
 class GroupedExperts(MegatronModule):
@@ -56,8 +106,10 @@ class GroupedExperts(MegatronModule):
     linear_fc1 [n, 2f, hidden] (gate rows, then up rows), linear_fc2 [n, hidden, f].
     """
 
+    config: MoELPRConfig
+
     def __init__(
-        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection, **_: object
+        self, num_local_experts: int, config: MoELPRConfig, pg_collection: ProcessGroupCollection, **_: object
     ) -> None:
         super().__init__(config=config)
         assert config.gated_linear_unit and not config.add_bias_linear, "the experts are SwiGLU without bias"
@@ -92,22 +144,14 @@ class GroupedExperts(MegatronModule):
         Returns:
             The experts' outputs times the gate weights [T, H], in the same order; and no bias.
         """
-        fc1, fc2 = self.linear_fc1(), self.linear_fc2()
-        if idle_experts := [expert for expert, number in enumerate(tokens_per_expert.tolist()) if number == 0]:
-            fc1, fc2 = (_ZeroGradientOfIdleExperts.apply(weight, idle_experts) for weight in (fc1, fc2))
-        ends = tokens_per_expert.to(hidden_TH.device, non_blocking=True).cumsum(0).to(torch.int32)
-
-        def product(rows: Tensor, weight: Tensor) -> Tensor:
-            """[T, in] times [n, out, in] of each row's expert."""
-            weight = weight.transpose(1, 2)  # no copy: the layout that grouped_mm is tested with on GPUs
-            if not len(rows):
-                return rows @ weight[0]  # none for any expert, which nobody tests grouped_mm with on GPUs
-            return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
-
-        gate_up = product(hidden_TH, fc1)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(hidden_TH.device, non_blocking=True)
+        common = ends, tokens_per_expert.tolist(), self.config.fuse_expert_gradients
+        gate_up = _Product.apply(hidden_TH, self.linear_fc1(), *common)
+        weights_T1 = gate_weight_T.unsqueeze(-1)
         # Computes in fp32, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
-        activated = weighted_bias_swiglu_impl(gate_up, None, gate_weight_T.unsqueeze(-1))
-        return product(activated, fc2), None
+        activated = weighted_bias_swiglu_impl(gate_up, None, weights_T1)
+        recomputed = (gate_up, weights_T1) if self.config.recomputes_expert_activation else ()
+        return _Product.apply(activated, self.linear_fc2(), *common, *recomputed), None
 
     def backward_dw(self) -> None:
         """Called by Megatron; weight gradients are never delayed here."""

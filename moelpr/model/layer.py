@@ -41,15 +41,15 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     def preprocess(self, routing_map: Tensor) -> Tensor:
         self.config.moe_permute_fusion = self._fuses_permutation
         tokens_per_expert = super().preprocess(routing_map)
-        self.num_out_tokens = routing_map.sum()
         self._maybe_update_cuda_sync_point("before_permutation_1")
         return tokens_per_expert
 
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
-        if point == "before_permutation_1" and int(self.num_out_tokens) == 0:  # it is on the host now
-            # All choices of all tokens are original; Transformer Engine's kernels do not support zero rows.
-            self.config.moe_permute_fusion = False
+        if point == "before_permutation_1":  # the numbers are on the host now
+            self.num_out_tokens = int((tokens_per_expert if self.input_splits is None else self.input_splits).sum())
+            # If all choices of all tokens are original: Transformer Engine's kernels do not support zero rows.
+            self.config.moe_permute_fusion = self._fuses_permutation and self.num_out_tokens > 0
         return tokens_per_expert
 
     def token_dispatch(self, rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class OverlappedOriginalExperts:
             chosen = [
                 gate_weight_T.nonzero_static(size=number).squeeze(1)  # nonzero would wait for the GPU
                 for gate_weight_T, number in zip(
-                    self._gate_weights_TM.unbind(1), self._num_chosen_M.tolist(), strict=True
+                    self._gate_weights_TM.detach().unbind(1), self._num_chosen_M.tolist(), strict=True
                 )
             ]
             self._parts = self._experts(self._hidden_SBH, self._gate_weights_TM, chosen)
@@ -206,8 +206,10 @@ class LPRMoELayer(MoELayer):
         original_TP, new_TN = gate_weights_TE.split_with_sizes([p, gate_weights_TE.shape[1] - p], dim=1)
         original_weights = self.original_experts.gathered(self._original_weights(original_TP, is_chosen_TE))
         self.token_dispatcher.shared_experts = OverlappedOriginalExperts(self.original_experts, original_weights)
-        new_weights, new_choices = new_TN.contiguous(), is_chosen_TE[:, p:].contiguous()
-        rows, row_weights = self.preprocess(hidden_SBH, new_weights, new_choices)
+        new_choices = is_chosen_TE[:, p:]
+        if self.config.moe_permute_fusion:  # torch's permutation copies the transposes
+            new_TN, new_choices = new_TN.contiguous(), new_choices.contiguous()
+        rows, row_weights = self.preprocess(hidden_SBH, new_TN, new_choices)
         rows, row_weights = self.dispatch(rows, row_weights)
         output, _ = self.routed_experts_compute(rows, row_weights)
         output = self.token_dispatcher.combine_postprocess(self.combine(output))
@@ -219,8 +221,8 @@ class LPRMoELayer(MoELayer):
         c, p = self.config.original_copies, self.config.num_original_places
         if c == 1:
             return weights_TP
-        copies_TC, others = weights_TP.split_with_sizes([c, p - c], dim=1)
+        copies_TC, *others = weights_TP.split_with_sizes([c, p - c], dim=1) if p > c else [weights_TP]
         dense_T1 = copies_TC.sum(dim=1, keepdim=True)
         # A token's gate weights sum to 1 only up to rounding; exactly 1 gives exactly the dense model's output.
-        has_only_copies_T1 = ~is_chosen_TE[:, c:].any(dim=1, keepdim=True)
-        return torch.cat([dense_T1.masked_fill(has_only_copies_T1, 1.0), others], dim=1)
+        dense_T1 = dense_T1.masked_fill(~is_chosen_TE[:, c:].any(dim=1, keepdim=True), 1.0)
+        return torch.cat([dense_T1, *others], dim=1) if others else dense_T1

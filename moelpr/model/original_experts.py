@@ -62,7 +62,9 @@ class OriginalExperts(torch.nn.ModuleList):
         """
         hidden_TH = self.gathered(hidden_SBH.flatten(0, 1))
         parts = []
-        for expert, gate_weight_T, tokens in zip(self, gate_weights_TM.unbind(1), chosen, strict=True):
+        # Unlike a view, unbinding one column is a copy in the backward pass.
+        columns = gate_weights_TM.unbind(1) if len(self) > 1 else [gate_weights_TM.flatten()]
+        for expert, gate_weight_T, tokens in zip(self, columns, chosen, strict=True):
             # Not hidden_TH[tokens], whose backward pass sorts the tokens on a GPU.
             scale_T = gate_weight_T.index_select(0, tokens)
             rows, _ = expert(hidden_TH.index_select(0, tokens), per_token_scale=scale_T)

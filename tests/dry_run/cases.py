@@ -6,10 +6,11 @@ prints a line of JSON for each case: what its ranks did.
 """
 
 import json
-import os
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,19 +52,22 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """All cases; call this in a folder with recipes' models."""
-    found = {}
-    for name in RECIPES:
-        planner = recipes.command_in(recipes.comment_of(f"{name}.yaml"))
-        ranks = int(recipes.value_of("--gpus", planner))
-        argv = ["--stage", recipes.stage_of(f"{name}.yaml"), "--recipe", str(recipes.RECIPES / f"{name}.yaml")]
-        settings = read_recipe(recipes.RECIPES / f"{name}.yaml")
-        stages = int(settings.get("--pipeline-model-parallel-size", 1))
-        found[name] = Case(ranks, _shortened(recipes.spec_of(planner), 2 * stages), [*argv, *DATA])
+    found = {name: recipe_case(name, layers=2) for name in RECIPES}
     for name, stage in LAYOUT_NAMES.items():
         layout = LAYOUTS[name]
         flags = f"--stage {stage} {SETTINGS} {BOTH_LOSSES} {layout.flags}"
         found[name] = Case(layout.ranks, MODELS[layout.model], [*flags.split(), *DATA])
     return found
+
+
+def recipe_case(name: str, layers: int | None = None) -> Case:
+    """A recipe's command, for its model or one with this many layers per pipeline stage."""
+    path = recipes.RECIPES / f"{name}.yaml"
+    planner = recipes.command_in(recipes.comment_of(path.name))
+    stages = int(read_recipe(path).get("--pipeline-model-parallel-size", 1))
+    spec = recipes.spec_of(planner)
+    argv = ["--stage", recipes.stage_of(path.name), "--recipe", str(path), *DATA]
+    return Case(int(recipes.value_of("--gpus", planner)), _shortened(spec, layers * stages) if layers else spec, argv)
 
 
 def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -104,12 +108,18 @@ def outcome(case: Case) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    whole_run.prepare("h100-80", PER_NODE)
-    with TemporaryDirectory() as folder:
+@contextmanager
+def folder_of_models() -> Iterator[None]:
+    """Be in a folder with a folder of each model's config.json."""
+    with TemporaryDirectory() as folder, chdir(folder):
         for model in SHAPES:
             save_config(model, Path(folder) / model)
-        os.chdir(folder)
+        yield
+
+
+def main() -> None:
+    whole_run.prepare("h100-80", PER_NODE)
+    with folder_of_models():
         pattern = sys.argv[1] if len(sys.argv) > 1 else ""
         for name, case in cases().items():
             if re.search(pattern, name):

@@ -4,7 +4,7 @@ from moelpr.megatron_patches import cpu
 from tests.fake_gpu import transformer_engine_stub
 
 transformer_engine_stub.install()  # before Megatron is imported
-for name in ("transformer_impl", "gradient_accumulation_fusion", "num_workers"):
+for name in ("transformer_impl", "num_workers"):
     del cpu.CPU_ARGUMENTS[name]
 
 if __name__ == "__main__":

@@ -46,14 +46,18 @@ def test_torch_computes_experts_where_it_is_fast(machine, capability: int) -> No
     )
 
 
+@pytest.mark.parametrize("capability", [0, 8, 9, 10])
+def test_gradients_are_added_in_products_unless_megatrons_flag_forbids_it(machine, capability: int) -> None:
+    assert machine(capability, TE)[0].fuse_expert_gradients
+    assert not machine(capability, TE, gradient_accumulation_fusion=False)[0].fuse_expert_gradients
+
+
 @pytest.mark.parametrize(("capability", "bf16"), [(8, True), (12, True), (9, False)])
 def test_transformer_engine_computes_experts_where_torch_is_slow(machine, capability: int, bf16: bool) -> None:
-    """An A100, a consumer GPU, and fp16 or fp32; their gradients are then accumulated in the product."""
+    """An A100, a consumer GPU, and fp16 or fp32."""
     args, line = machine(capability, TE, bf16=bf16)
-    assert args.moe_grouped_gemm and args.fuse_expert_gradients and not args.gradient_accumulation_fusion
+    assert args.moe_grouped_gemm and not args.gradient_accumulation_fusion
     assert line.startswith("experts: Transformer Engine's grouped linear layers; ") and "faster" not in line
-    args, _ = machine(capability, TE, bf16=bf16, gradient_accumulation_fusion=False)
-    assert not args.fuse_expert_gradients
 
 
 def test_what_is_slow_without_transformer_engine_is_named(machine) -> None:
@@ -88,7 +92,7 @@ def test_a_dense_model_has_neither_experts_nor_a_dispatcher(machine) -> None:
 
 def test_without_a_gpu_nothing_of_one_is_chosen(machine) -> None:
     args, line = machine(0, set())
-    assert not args.moe_grouped_gemm and not args.moe_permute_fusion and not args.fuse_expert_gradients
+    assert not args.moe_grouped_gemm and not args.moe_permute_fusion and not args.gradient_accumulation_fusion
     assert line == (
         "experts: torch grouped_mm; attention: torch scaled dot product; optimizer: torch's fused Adam; "
         "dispatcher: all-to-all with torch's permutation; faster: a GPU"

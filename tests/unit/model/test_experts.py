@@ -80,6 +80,74 @@ def test_frozen_experts_propagate_gradients_and_get_none(experts) -> None:
     assert all(parameter.grad is None for parameter in experts.parameters())
 
 
+def micro_batches(experts, number: int) -> list[torch.Tensor]:
+    """What Megatron accumulates over micro-batches, in `main_grad`, for both weights."""
+    for batch in range(number):
+        torch.manual_seed(batch)
+        rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)
+        output = experts(rows, TOKENS_PER_EXPERT, weights)[0]
+        output.backward(torch.randn_like(output))
+        for parameter in experts.parameters():
+            if not parameter.grad_added_to_main_grad:
+                parameter.main_grad.add_(parameter.grad)
+            parameter.grad = None
+    return [parameter.main_grad for parameter in experts.parameters()]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_gradients_that_are_added_in_the_product_are_the_same(experts, number: int) -> None:
+    """In bf16 sums, that of a product is rounded once instead of twice."""
+    dtype, sums = experts.linear_fc1.weight.dtype, []
+    for experts.config.fuse_expert_gradients in (False, True):
+        for parameter in experts.parameters():
+            parameter.main_grad, parameter.grad_added_to_main_grad = torch.zeros_like(parameter), False
+        sums.append(micro_batches(experts, number))
+        assert {one.grad_added_to_main_grad for one in experts.parameters()} == {experts.config.fuse_expert_gradients}
+    for apart, fused in zip(*sums, strict=True):
+        assert fused[1].count_nonzero() == 0 and fused[0].count_nonzero() > 0
+        if number == 1:
+            assert torch.equal(apart, fused)
+        else:
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+            assert (apart - fused).abs().max() <= tolerance * apart.abs().max()
+
+
+def test_where_torch_cannot_add_to_sums_megatron_does(experts) -> None:
+    """A CPU has no product of bf16 that adds to fp32; and no sums are there without Megatron's data parallelism."""
+    experts.config.fuse_expert_gradients = True
+    experts.linear_fc1.weight.main_grad = torch.zeros(experts.linear_fc1.weight.shape, dtype=torch.float64)
+    rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)
+    output = experts(rows, TOKENS_PER_EXPERT, weights)[0]
+    output.backward(torch.randn_like(output))
+    assert all(parameter.grad.count_nonzero() > 0 for parameter in experts.parameters())
+    assert not experts.linear_fc1.weight.main_grad.any()
+
+
+def test_swiglu_is_recomputed_bit_for_bit_and_not_kept(moe_spec: ModelSpec) -> None:
+    """`--recompute-modules moe_act`."""
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    results, kept = [], []
+    rows, weights = rows_and_weights(torch.float32)
+    plain, other = (build_model(moe_spec, **one).decoder.layers[0].mlp.experts for one in ({}, recompute))
+    other.load_state_dict(plain.state_dict())
+    for experts in (plain, other):
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, saved: dict = saved) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        def run(experts=experts, note=note) -> torch.Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                return experts(rows, TOKENS_PER_EXPERT, weights)[0]
+
+        results.append(output_and_gradients(run, experts, rows, weights))
+        kept.append(sum(saved.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    ffn = moe_spec.megatron_args["ffn_hidden_size"]
+    assert kept[0] - kept[1] == len(rows) * ffn * 4
+
+
 def test_a_frozen_original_expert_saves_no_input(moe_spec: ModelSpec) -> None:
     """Its linear layers save only their weights, and get no gradient."""
     model = build_model(moe_spec)

@@ -54,6 +54,8 @@ class MoELPRConfig(TransformerConfig):
     # A wait for the GPU after each exchange of pipeline stages, which Megatron has for PyTorch before 2.
     batch_p2p_sync: bool = False
 
+    recompute_modules: list[str] | None = None  # Megatron's field, typed
+
     def __post_init__(self) -> None:
         """Allow `moe_act` without Transformer Engine's grouped layers, which Megatron requires for it."""
         modules = self.recompute_modules

@@ -4,8 +4,7 @@
 
 The text is that of `benchmarks.preprocess`: what is larger than 1 GB is that gigabyte again, far more than gigatoken's
 caches hold. Parquet has FineWeb-2's row groups of 1,000 rows, at the S3 stand-in. Each row of the table is a part of
-the file: the largest sum of the processes' proportional set sizes (PSS) until its end, and the processor time of it
-alone.
+the file: the median and the largest sum of the processes' proportional set sizes (PSS), and the time of it alone.
 """
 
 import contextlib
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import psutil
@@ -95,9 +95,11 @@ def parts(samples: list[Sample], megabytes: int) -> Iterator[dict[str, Any]]:
     ends = [next(one for one in samples if one.written >= part * total) for part in _PARTS]
     for first, last in pairwise(ends):
         if size := (last.written - first.written) / total * megabytes / 1000:
+            memory = [one.memory for one in samples if first.wall_s <= one.wall_s <= last.wall_s]
             yield {
                 "GB": last.written / total * megabytes / 1000,
-                "MiB": max(one.memory for one in samples if one.wall_s <= last.wall_s) / 2**20,
+                "median MiB": median(memory) / 2**20,
+                "largest MiB": max(memory) / 2**20,
                 "CPU s per GB": (last.cpu_s - first.cpu_s) / size,
                 "s per GB": (last.wall_s - first.wall_s) / size,
             }

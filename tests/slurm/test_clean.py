@@ -31,6 +31,8 @@ def test_cleaning_on_slurm_equals_this_machine(cluster: Cluster, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"\d+", done.stdout.split(";")[0])
     assert len(jobs) == 5
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 2 and "are pending or running on Slurm; wait for them, or cancel them" in again.stderr
     assert {cluster.wait(job) for job in jobs} == {"COMPLETED"}
     found, expected = (
         {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.zst")} for name in ("there", "here")

@@ -86,19 +86,19 @@ def _check_keys(path: Path, content: Any) -> None:
             _check_keys(path, value)
 
 
-def text_files(language: Language) -> list[Path]:
-    """The local files that preprocessing reads of a language's text.
+def local_files(names: list[str]) -> list[Path]:
+    """The local files that names of text stand for.
 
     Raises:
         UserError: A folder or pattern matches no file.
     """
-    return [Path(file) for file in found_text(*language.text) if not remote.is_remote(file)]
+    return [Path(file) for file in found_text(*names) if not remote.is_remote(file)]
 
 
 def text_bytes(language: Language) -> int:
     """The size of a language's text, also where it is remote."""
     uris = filter(remote.is_remote, found_text(*language.text))
-    return sum(path.stat().st_size for path in text_files(language)) + sum(_identity(uri).bytes for uri in uris)
+    return sum(path.stat().st_size for path in local_files(language.text)) + sum(_identity(uri).bytes for uri in uris)
 
 
 def versions(*names: str) -> dict[str, str]:
@@ -183,8 +183,7 @@ def _check_text(language: Language, has_corpora: bool) -> None:
                 f"{remote.shown(uri)} has a query, which logs would show; download it, or pass its s3:// URI"
             )
     held_out = [Path(language.held_out)] if language.held_out and not remote.is_remote(language.held_out) else []
-    conversations = [Path(name) for name in found_text(*language.conversations) if not remote.is_remote(name)]
-    for path in [*text_files(language), *held_out, *conversations]:
+    for path in [*local_files(language.text), *held_out, *local_files(language.conversations)]:
         if not path.exists():
             raise UserError(f"there is no file {path}; correct the path")
         if not path.stat().st_size and len(found_text(*language.text)) < 2:

@@ -5,9 +5,8 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
-from moelpr.project.reading import found_text, text_bytes, text_files, versions
+from moelpr.project.reading import local_files, text_bytes, versions
 from moelpr.project.steps import settings, stage_flags, words
-from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -46,7 +45,7 @@ def vocabulary(places: Places) -> Task:
         command=words("vocabulary", places.own("vocabulary"), fixed),
         settings=settings(places.own("vocabulary")),
         made_from=places.base_task,
-        files=tuple(path for language in places.languages.values() for path in text_files(language)),
+        files=tuple(path for language in places.languages.values() for path in local_files(language.text)),
         versions=versions(*(name for language in places.languages.values() for name in language.text)),
         is_complete=(places.tokenizer / "vocabulary_extension.json").is_file,
     )
@@ -54,36 +53,26 @@ def vocabulary(places: Places) -> Task:
 
 def preprocess(places: Places, code: str) -> Task:
     """Tokenize the text of a language, of which some is held out; of an original one, no more than replay can use."""
-    language, prefix, own = places.languages[code], places.folder / "data" / code, places.own("preprocess")
+    language, is_original = places.languages[code], code in places.original
     size = text_bytes(language)
     share = None if language.held_out else held_out_share(size)
     corpora = [places.corpus(code), *([places.corpus(f"{code}_validation")] if share else [])]
     fixed: dict[str, Any] = {
-        "input": language.text,
-        "output-prefix": prefix,
-        "language": code,
-        "original-languages": ",".join(places.original),
-        "tokenizer-type": "HuggingFaceTokenizer",
-        "tokenizer-model": places.tokenizer,
         "append-eod": True,
         "json-keys": language.json_key,
         "filter": language.filter,
         "validation-share": share,
-        "max-samples": 2 * places.project.replay.original_documents if code in places.original else None,
-        "resume": True,
-        "overwrite": True,
+        "max-samples": 2 * places.project.replay.original_documents if is_original else None,
     }
-    return Task(
-        name=f"preprocess-{code}",
-        command=words("preprocess", own, fixed),
-        settings=settings(own),
-        made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
-        files=tuple(text_files(language)),
-        versions=versions(*language.text),
-        unfinished=(prefix.with_name(f".{code}.unfinished"),),
+    return _tokenize(
+        places,
+        "preprocess",
+        code,
+        language.text,
+        places.folder / "data" / code,
+        fixed,
         is_complete=places.manifest(code).is_file,
-        corpora=() if code in places.original else tuple(corpora),  # a sample is made by one job
-        cpus=int(own.get("workers", _WORKERS)),
+        corpora=() if is_original else tuple(corpora),  # a sample is made by one job
         minutes=0.1 + size / _BYTES_PER_MINUTE,
         disk_gib=2 * size / 2**30,
     )
@@ -91,33 +80,50 @@ def preprocess(places: Places, code: str) -> Task:
 
 def conversations(places: Places, code: str) -> Task:
     """Tokenize the conversations of a language by the chat template."""
-    files, own = places.languages[code].conversations, places.own("conversations")
     corpus = places.chat_corpus(code)
-    prefix = corpus.with_name(corpus.name.removesuffix("_messages_document"))
     fixed: dict[str, Any] = {
-        "input": files,
         "conversations": True,
         "chat-template-from": places.project.chat_template,
         "max-tokens": stage_flags("sft", places.own("sft")).get("seq-length"),
+    }
+    return _tokenize(
+        places,
+        "conversations",
+        code,
+        places.languages[code].conversations,
+        corpus.with_name(corpus.name.removesuffix("_messages_document")),
+        fixed,
+        is_complete=Path(f"{corpus}.manifest.json").is_file,
+        corpora=(corpus,),
+    )
+
+
+def _tokenize(
+    places: Places, step: str, code: str, names: list[str], prefix: Path, fixed: dict[str, Any], **fields: Any
+) -> Task:
+    """Tokenize files of a language into corpora with a prefix."""
+    own = places.own(step)
+    fixed = {
+        "input": names,
         "output-prefix": prefix,
         "language": code,
         "original-languages": ",".join(places.original),
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": places.tokenizer,
+        **fixed,
         "resume": True,
         "overwrite": True,
     }
     return Task(
-        name=f"conversations-{code}",
-        command=words("conversations", own, fixed),
+        name=f"{step}-{code}",
+        command=words(step, own, fixed),
         settings=settings(own),
         made_from=("vocabulary",) if places.project.vocabulary else places.base_task,
-        files=tuple(Path(file) for file in found_text(*files) if not is_remote(file)),
-        versions=versions(*files),
+        files=tuple(local_files(names)),
+        versions=versions(*names),
         unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
-        is_complete=Path(f"{corpus}.manifest.json").is_file,
-        corpora=(corpus,),
         cpus=int(own.get("workers", _WORKERS)),
+        **fields,
     )
 
 

@@ -59,7 +59,22 @@ class FakeStream:
 
 
 class FakeEvent(FakeStream):
+    """Covers the copies to the host that were started before it is recorded; Megatron's streams wait for each other."""
+
     kind = "Event"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.record()
+
+    def record(self, stream: Any = None) -> None:
+        self._covered = set(Meter.active.in_flight) if Meter.active else set()
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        if Meter.active:
+            for storage in self._covered:
+                Meter.active.in_flight.pop(storage, None)
 
 
 class OnStream:

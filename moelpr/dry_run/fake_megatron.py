@@ -57,6 +57,13 @@ def install(meter: Meter) -> None:
         return False
 
     optimizer.MegatronOptimizer.has_grad_norm_group = has_no_group
+    backward = schedules.backward_step
+
+    def note_and_go_back(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        meter.note_graph(output_tensor[0] if isinstance(output_tensor, list) else output_tensor)
+        return backward(input_tensor, output_tensor, *args, **kwargs)
+
+    schedules.backward_step = note_and_go_back
     for name, phase in (("forward_step", "forward"), ("backward_step", "backward")):
         setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
     for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):
@@ -80,6 +87,8 @@ def route_uniformly(rows: int) -> None:
     def preprocess_and_note_values(self: Any, routing_map: torch.Tensor) -> torch.Tensor:
         tokens_per_expert = preprocess(self, routing_map)
         sent = rows * self.num_experts
+        if isinstance(self.num_out_tokens, int):
+            self.num_out_tokens = sent  # which is rounded
         numbers = dict(num_out_tokens=sent, output_splits_tp=sent, input_splits=sent // self.ep_size)
         numbers |= dict(output_splits=sent // self.ep_size, num_global_tokens_per_local_expert=rows)
         values.clear()

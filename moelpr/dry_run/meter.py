@@ -95,6 +95,8 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self.counts = Counts()
         self.order: list[Collective] = []  # all that were launched
+        self.autograd_nodes: set[str] = set()
+        self.in_flight: dict[int, torch.Tensor] = {}  # copies to the host, by storage, that it has not waited for
         self._storages: dict[int, Any] = {}
         self._fused = 0
 
@@ -115,6 +117,17 @@ class Meter(TorchDispatchMode):
     def note_wait(operation: str) -> None:
         if Meter.active is not None:
             Meter.active.counts.waits[f"{operation} in {_caller()}"] += 1
+
+    def note_graph(self, output: torch.Tensor | None) -> None:
+        """Note what autograd keeps for the backward pass of an output."""
+        waiting = [] if output is None or output.grad_fn is None else [output.grad_fn]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            self.autograd_nodes.add(node.name())
+            new = {other for other, _ in node.next_functions if other is not None} - seen
+            seen |= new
+            waiting += new
 
     def as_phase[**P, T](self, phase: str, function: Callable[P, T]) -> Callable[P, T]:
         """The function, whose launches belong to a phase."""
@@ -172,6 +185,8 @@ class Meter(TorchDispatchMode):
                 return func(tensor)
         if tensor.device.type == "cuda":
             self.note_wait("item")
+        elif tensor.untyped_storage()._cdata in self.in_flight:
+            raise RuntimeError(f"{_caller()} reads a number whose copy to the host it has not waited for")
         if tensor.constant is not None:  # made from a number on the host
             return tensor.constant.item()
         if tensor.dtype == torch.bool:
@@ -214,6 +229,8 @@ class Meter(TorchDispatchMode):
             way = f"{source.device.type} to {results[0].device.type}"
             if source.device.type != results[0].device.type and not is_asynchronous:
                 self.note_wait(f"copy from {way}")
+            elif way == "cuda to cpu":
+                self.in_flight[results[0].untyped_storage()._cdata] = results[0]
         if func.is_view or name in _INERT or all(tensor.device.type != "cuda" for tensor in results):
             return
         # What is updated in place is read and written.

@@ -3,7 +3,9 @@
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -45,6 +47,7 @@ class DryRun:
         counts: those of a step with all its micro-batches.
         of_one_micro_batch: what a further micro-batch adds, if there is one.
         order: the collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
+        autograd_nodes: kinds of the operations that a backward pass goes through.
         planned: None for what the planner does not support.
     """
 
@@ -58,6 +61,7 @@ class DryRun:
     live_bytes: list[int]
     counts: Counts
     order: list[Collective]
+    autograd_nodes: frozenset[str]
     planned: Planned | None
     seconds: float
 
@@ -95,36 +99,72 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     args = register_arguments(run, settings)
     meter = Meter(number=_route(run))
     fake_megatron.install(meter)
-    steps = _steps(run, rank)[: 2 if is_witness else None]
-    live_bytes: list[int] = []
-    counts: list[Counts] = []
-    memory: dict[str, int] = {}
-    order: list[Collective] = []
+    steps = _CountedSteps(meter, _micro_batches(run, rank)[: 2 if is_witness else None])
+    _train_without_inputs(settings, argv, args, steps)
+    of_planner = None
+    if planned is not None and run.spec is not None:
+        of_planner = Planned(*planned, stage_memories(run.spec, model_parts(run.spec), *planned))
+    return DryRun(
+        rank,
+        steps.stage,
+        run.layout,
+        settings.spec,
+        _num_microbatches(run),
+        run.global_batch_size * args.seq_length,
+        steps.memory,
+        steps.live_bytes,
+        steps.of(_num_microbatches(run)),
+        steps.order or meter.order,
+        frozenset(meter.autograd_nodes),
+        of_planner,
+        time.monotonic() - started,
+    )
 
-    from megatron.core import num_microbatches_calculator as calculator
-    from megatron.core import parallel_state
+
+class _CountedSteps:
+    """Megatron's training steps, each of a given number of micro-batches and counted."""
+
+    def __init__(self, meter: Meter, micro_batches: list[int]) -> None:
+        self.meter, self.micro_batches = meter, micro_batches
+        self.stage = 0
+        self.live_bytes: list[int] = []
+        self.counts: list[Counts] = []
+        self.memory: dict[str, int] = {}
+        self.order: list[Collective] = []
+
+    def step(
+        self, train_step: Any, forward: Any, iterator: Any, model: Any, optimizer: Any, *others: Any, **named: Any
+    ) -> Any:
+        from megatron.core import num_microbatches_calculator as calculator
+        from megatron.core import parallel_state
+
+        if self.counts:
+            self.live_bytes.append(self.meter.live)  # with what the training loop does after a step
+        if len(self.counts) == len(self.micro_batches):
+            self.memory = _parts(model, optimizer, self.meter.peak)
+            self.stage = parallel_state.get_pipeline_model_parallel_rank()
+            raise _Enough
+        if len(self.counts) == 2:
+            self.order.extend(self.meter.order)
+        number = self.micro_batches[len(self.counts)]
+        self.counts.append(self.meter.start_step())
+        with patch.object(calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR, "num_micro_batches", number):
+            return train_step(forward, iterator, model, optimizer, *others, **named)
+
+    def of(self, number: int) -> Counts:
+        """The counts of a step with this many micro-batches."""
+        fewer, more = self.micro_batches[-2:]
+        times = (number - fewer) / (more - fewer) if more > fewer else 0
+        return self.counts[-2].extrapolated(self.counts[-1], times)
+
+
+def _train_without_inputs(settings: RunSettings, argv: list[str], args: Any, steps: _CountedSteps) -> None:
+    """Run the trainer on weights and batches without values until the steps are counted."""
     from megatron.training import training as megatron_training
 
     from moelpr.data.batch import BatchReader
     from moelpr.training import train
     from moelpr.training.step_log import StepLog
-
-    train_step = megatron_training.train_step
-
-    def counted_step(
-        forward: Any, iterator: Any, model: Any, optimizer: Any, scheduler: Any, *others: Any, **named: Any
-    ) -> Any:
-        if counts:
-            live_bytes.append(meter.live)  # with what the training loop does after a step
-        if len(counts) == len(steps):
-            memory.update(_parts(model, optimizer, meter.peak))
-            raise _Enough
-        if len(counts) == 2:
-            order.extend(meter.order)
-        number = calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR
-        counts.append(meter.start_step())
-        with patch.object(number, "num_micro_batches", steps[len(counts) - 1]):
-            return train_step(forward, iterator, model, optimizer, scheduler, *others, **named)
 
     def no_weights(_: RunSettings) -> Any:
         def load(chunks: list[torch.nn.Module]) -> None:
@@ -136,39 +176,16 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
         args.do_train, args.do_valid, args.do_test = True, False, False
         return iter(dict, None), None, None
 
-    megatron_training.train_step = counted_step
-    megatron_training.build_train_valid_test_data_iterators = no_data
     for owner, name, value in (
+        (megatron_training, "train_step", partial(steps.step, megatron_training.train_step)),
+        (megatron_training, "build_train_valid_test_data_iterators", no_data),
         (train, "starting_weights", no_weights),
         (StepLog, "step", lambda *_: None),
         (BatchReader, "_read_step", _fake_batches),
     ):
         setattr(owner, name, value)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), meter:
-            train._train(settings, argv, None)
-    except _Enough:
-        pass
-    is_extrapolated = steps[-1] > steps[-2]
-    times = (_num_microbatches(run) - steps[-2]) / (steps[-1] - steps[-2]) if is_extrapolated else 0
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    of_planner = None
-    if planned is not None and run.spec is not None:
-        of_planner = Planned(*planned, stage_memories(run.spec, model_parts(run.spec), *planned))
-    return DryRun(
-        rank,
-        stage,
-        run.layout,
-        settings.spec,
-        _num_microbatches(run),
-        run.global_batch_size * args.seq_length,
-        memory,
-        live_bytes,
-        counts[-2].extrapolated(counts[-1], times),
-        order or meter.order,
-        of_planner,
-        time.monotonic() - started,
-    )
+    with suppress(_Enough), FakeTensorMode(allow_non_fake_inputs=True), steps.meter:
+        train._train(settings, argv, None)
 
 
 def _without_files(run: RequestedRun) -> RunSettings:
@@ -188,7 +205,7 @@ def _num_microbatches(run: RequestedRun) -> int:
     return int(run.global_batch_size // (run.args.micro_batch_size * run.layout.dp))
 
 
-def _steps(run: RequestedRun, rank: int) -> list[int]:
+def _micro_batches(run: RequestedRun, rank: int) -> list[int]:
     """Micro-batches of the steps: the third fills what this stage holds; virtual stages need whole pipelines."""
     layout, number = run.layout, _num_microbatches(run)
     unit, full = 1, layout.pp - rank // (run.world_size // layout.pp)

@@ -47,7 +47,7 @@ class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
     def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor:
         tokens_per_expert = super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == "before_permutation_1":  # the numbers are on the host now
-            self.num_out_tokens = int((tokens_per_expert if self.input_splits is None else self.input_splits).sum())
+            self.num_out_tokens = sum((tokens_per_expert if self.input_splits is None else self.input_splits).tolist())
             # If all choices of all tokens are original: Transformer Engine's kernels do not support zero rows.
             self.config.moe_permute_fusion = self._fuses_permutation and self.num_out_tokens > 0
         return tokens_per_expert

@@ -3,8 +3,8 @@
     python -m tests.dry_run.against_megatron [--layers] [REGEX]
 
 prints a table of the recipes whose names match: launches, waits of the host, bytes that kernels touch and peak memory
-of the last rank's step, and predicted tokens/s per H100. With --layers, what a further MoE layer adds to a micro-batch
-of the last rank instead, without what it takes to read the original expert's weights, and the ratios to Megatron's.
+of the last rank's step, and predicted tokens/s per H100. With --layers, what a second MoE layer adds to a micro-batch
+instead, without what it takes to read the original expert's weights, and the ratios to Megatron's.
 
 Megatron's layer has its own rotary embedding, and sends all K choices to experts with the same kernels; the rest of the
 model and the trainer are ours.
@@ -48,7 +48,10 @@ def dry_run(case: Case, is_megatrons: bool) -> whole_run.Outcome:
 
 def added_by_a_layer(name: str, is_megatrons: bool) -> dict[str, tuple[float, float]]:
     """Phase → launches and bytes of a micro-batch, without those for the original expert's weights."""
-    runs = [dry_run(recipe_case(name, layers), is_megatrons).runs[-1] for layers in (2, 3)]
+    runs = []
+    for layers in (1, 2):
+        case = recipe_case(name, layers, pipeline_stages=1)
+        runs += dry_run(case, is_megatrons).runs
     shape, etp = runs[0].spec.megatron_args, runs[0].layout.etp
     weights = 0 if is_megatrons else 2 * 3 * shape["hidden_size"] * shape["ffn_hidden_size"] // etp
     found = {}

@@ -2,25 +2,29 @@
 
     python -m tests.dry_run.cases [REGEX]
 
-prints a line of JSON for each case: what its ranks did.
+prints a line of JSON for each case: what its ranks did. `suite` stands for the cases of the test suite.
 """
 
 import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks import common
 from moelpr.arguments.recipes import read_recipe
 from moelpr.dry_run import whole_run
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.families.families import read_base
+from moelpr.families.new_experts import NewExperts, with_new_experts
+from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.process.errors import UserError
-from tests.distributed.layout_runs import BOTH_LOSSES, LAYOUTS, SETTINGS
+from tests.distributed.layout_runs import APART, BOTH_LOSSES, EP2, FACTORS, LAYOUTS, NEW_ROWS_TOO, OVERLAP, SETTINGS
 from tests.launch import test_recipes as recipes
 from tests.support.model_shapes import SHAPES, save_config
 from tests.unit.conftest import SHAPE as TINY_SHAPE
@@ -28,19 +32,39 @@ from tests.unit.conftest import SHAPE as TINY_SHAPE
 DATA = ["--pretrained-checkpoint", "upcycled", "--data-path", "corpus"]
 PER_NODE = 8
 
-RECIPES = "qwen3-1.7b-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1".split()
-# Together with the recipes: every kind of parallelism, recompute, and a pipeline stage that trains nothing.
-LAYOUT_NAMES = {
-    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute": "stage1",
-    "1 documents apart": "stage2",
-    "edges PP2 EP2 distributed optimizer": "stage1",
-}
+RECIPES = "qwen3-1.7b-stage1 paper-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1".split()
+MORE_RECIPES = [path.stem for path in map(Path, recipes.REAL) if path.stem not in RECIPES]
+# Together with the recipes: every kind of parallelism, of recompute and of model, and a pipeline stage that trains
+# nothing. Each is a name in tests/distributed and a stage.
+LAYOUT_NAMES = [
+    ("TP2+SP ETP2 PP2 VPP2 overlapped, full recompute", "stage1"),
+    ("TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss", "stage2"),
+    ("1 documents apart", "stage2"),
+    ("edges PP2 EP2 distributed optimizer", "stage1"),
+    ("edges EP2", "stage2"),
+    ("rows DP2 overlapped", "stage0"),
+]
 SHAPE = TINY_SHAPE | dict(num_layers=4, hidden_size=256, ffn_hidden_size=512, kv_channels=64, vocab_size=512)
 _UNTIED = SHAPE | dict(untie_embeddings_and_output_weights=True)
+_LAYERS = (0, 1, 2, 3)
+_WINDOW = SHAPE | dict(window_size=[16, 0])
+_ROWS = NewTokens(400, 60, 512)
 MODELS = {
-    "all-moe": ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, (0, 1, 2, 3), 2, 2)),
+    "all-moe": ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, _LAYERS, 2, 2)),
     "edges": ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(8, 2, (0, 1))),
+    "rows": ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(4, 2, _LAYERS), new_tokens=_ROWS),
+    "rows-untied": ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, _LAYERS), new_tokens=_ROWS),
+    "factors": ModelSpec("qwen2", "bfloat16", SHAPE | FACTORS, MoeSpec(4, 2, _LAYERS)),
+    "window": ModelSpec("qwen2", "bfloat16", _WINDOW, MoeSpec(4, 2, _LAYERS)),
 }
+# What no layout has: flags and models, with their number of ranks.
+_ACTIVATION = "--recompute-granularity selective --recompute-modules moe_act"
+OTHERS = {
+    "window, documents apart": (1, "window", "stage1", APART),
+    "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
+    "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
+}
+SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *OTHERS]
 
 
 @dataclass(frozen=True)
@@ -50,24 +74,41 @@ class Case:
     argv: list[str]
 
 
-def cases() -> dict[str, Case]:
-    """All cases; call this in a folder with recipes' models."""
-    found = {name: recipe_case(name, layers=2) for name in RECIPES}
-    for name, stage in LAYOUT_NAMES.items():
-        layout = LAYOUTS[name]
-        flags = f"--stage {stage} {SETTINGS} {BOTH_LOSSES} {layout.flags}"
-        found[name] = Case(layout.ranks, MODELS[layout.model], [*flags.split(), *DATA])
-    return found
+def cases() -> dict[str, Callable[[], Case]]:
+    """All cases, also those that are not in the suite; make one in `folder_of_models`."""
+    layouts = {
+        f"{stage} {name}": (layout.ranks, layout.model, stage, layout.flags)
+        for name, layout in LAYOUTS.items()
+        for stage in layout.stages
+    }
+    return {
+        **{name: partial(recipe_case, name, layers=2) for name in [*RECIPES, *MORE_RECIPES]},
+        **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
+    }
 
 
-def recipe_case(name: str, layers: int | None = None) -> Case:
-    """A recipe's command, for its model or one with this many layers per pipeline stage."""
+def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
+    losses = {"stage0": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
+    words = f"--stage {stage} {SETTINGS} {losses.get(stage, BOTH_LOSSES)} {flags}"
+    return Case(ranks, hybrid() if model == "hybrid" else MODELS[model], [*words.split(), *DATA])
+
+
+def hybrid() -> ModelSpec:
+    family, base = read_base(Path("hybrid"))
+    return replace(with_new_experts(family, base, NewExperts(4)), dtype="bfloat16")
+
+
+def recipe_case(name: str, layers: int | None = None, pipeline_stages: int | None = None) -> Case:
+    """A recipe's command, for its model or one with this many layers per pipeline stage; with other stages too."""
     path = recipes.RECIPES / f"{name}.yaml"
     planner = recipes.command_in(recipes.comment_of(path.name))
     stages = int(read_recipe(path).get("--pipeline-model-parallel-size", 1))
-    spec = recipes.spec_of(planner)
+    spec, ranks = recipes.spec_of(planner), int(recipes.value_of("--gpus", planner))
     argv = ["--stage", recipes.stage_of(path.name), "--recipe", str(path), *DATA]
-    return Case(int(recipes.value_of("--gpus", planner)), _shortened(spec, layers * stages) if layers else spec, argv)
+    if pipeline_stages is not None:
+        ranks, stages = ranks // stages * pipeline_stages, pipeline_stages
+        argv += ["--pipeline-model-parallel-size", str(stages)]
+    return Case(ranks, _shortened(spec, layers * stages) if layers else spec, argv)
 
 
 def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
@@ -100,6 +141,7 @@ def outcome(case: Case) -> dict[str, Any]:
         "traffic": planned and list(expert_traffic(first.spec, planned.layout, planned.workload)),
         "waits": dict(first.counts.waits),
         "operators": sorted({kernel.operator for run in found.runs for kernel in run.counts.kernels}),
+        "autograd_nodes": sorted(set.union(*(set(run.autograd_nodes) for run in found.runs))),
         "disagreements": [*disagreements([*found.runs, *found.witnesses])],
         "moe_layers_of_first": sum(map(first.spec.is_moe_layer, range(layers // first.layout.pp))),
         "micro_batches": first.num_microbatches,
@@ -114,7 +156,17 @@ def folder_of_models() -> Iterator[None]:
     with TemporaryDirectory() as folder, chdir(folder):
         for model in SHAPES:
             save_config(model, Path(folder) / model)
+        kinds = {"head_dim": 64, "architectures": ["Qwen3_5ForCausalLM"]}
+        common.qwen3_5_config(4, 256, 512, 512, length=64, **kinds).save_pretrained(Path(folder) / "hybrid")
         yield
+
+
+def against_megatron() -> dict[str, Any]:
+    """A layer's launches and bytes, forward and backward: Megatron's sums and ours."""
+    from tests.dry_run.against_megatron import added_by_a_layer
+
+    both = [added_by_a_layer("qwen3-8b-stage1", is_megatrons) for is_megatrons in (True, False)]
+    return {"layer": [[sum(pair) for pair in zip(*one.values(), strict=True)] for one in both]}
 
 
 def main() -> None:
@@ -122,8 +174,10 @@ def main() -> None:
     with folder_of_models():
         pattern = sys.argv[1] if len(sys.argv) > 1 else ""
         for name, case in cases().items():
-            if re.search(pattern, name):
-                print(json.dumps({name: outcome(case)}), flush=True)
+            if name in SUITE if pattern == "suite" else re.search(pattern, name):
+                print(json.dumps({name: outcome(case())}), flush=True)
+        if pattern == "suite":
+            print(json.dumps({"against Megatron": against_megatron()}))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tests.unit.conftest import SHAPE as TINY_SHAPE
 DATA = ["--pretrained-checkpoint", "upcycled", "--data-path", "corpus"]
 PER_NODE = 8
 
-RECIPES = "qwen3-1.7b-stage1 paper-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1".split()
+RECIPES = "qwen3-1.7b-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1".split()
 MORE_RECIPES = [path.stem for path in map(Path, recipes.REAL) if path.stem not in RECIPES]
 # Together with the recipes: every kind of parallelism, of recompute and of model, and a pipeline stage that trains
 # nothing. Each is a name in tests/distributed and a stage.
@@ -41,7 +41,6 @@ LAYOUT_NAMES = [
     ("TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss", "stage2"),
     ("1 documents apart", "stage2"),
     ("edges PP2 EP2 distributed optimizer", "stage1"),
-    ("edges EP2", "stage2"),
     ("rows DP2 overlapped", "stage0"),
 ]
 SHAPE = TINY_SHAPE | dict(num_layers=4, hidden_size=256, ffn_hidden_size=512, kv_channels=64, vocab_size=512)
@@ -64,7 +63,7 @@ OTHERS = {
     "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
     "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
 }
-SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *OTHERS]
+SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2]]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ import torch
 from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
 from tests.fake_gpu import transformer_engine_stub as te
-from tests.fake_gpu.forwards import HIDDEN, SHAPE
+from tests.unit.conftest import SHAPE
+
+HIDDEN = SHAPE["hidden_size"]
 
 
 @pytest.fixture

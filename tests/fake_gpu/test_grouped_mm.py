@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moelpr.megatron_patches import bootstrap
 from moelpr.model_spec import ModelSpec, MoeSpec
-from tests.fake_gpu.forwards import SHAPE
+from tests.unit.conftest import SHAPE
 
 EXPERTS, HIDDEN = 4, SHAPE["hidden_size"]
 

@@ -297,6 +297,7 @@ class Family:
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
+IQUEST = Family("iquestcoder", "IQuestCoderForCausalLM", "iquestcoder", MIXTRAL)
 MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
@@ -344,7 +345,7 @@ def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | No
 # --- lookup
 
 # An MoE has the first family that its class holds.
-_ORDERED = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, GRANITE_4, ERNIE, HELIUM, PHI3, SEED_OSS, OLMO2)
+_ORDERED = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_5, GRANITE, GRANITE_4, ERNIE, HELIUM, PHI3, SEED_OSS, OLMO2, IQUEST)
 FAMILIES = {family.name: family for family in _ORDERED}
 
 

@@ -36,6 +36,8 @@ SHAPE = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
 }
+# transformers' own class for models of this architecture, and their config.
+RENAMED = {"IQuestCoderForCausalLM": ("LlamaForCausalLM", "IQuestCoderConfig")}
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99
 
 
@@ -53,13 +55,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         import transformers
 
         torch.manual_seed(0)
-        model_class = getattr(transformers, architecture)
-        model = model_class(model_class.config_class(**(SHAPE | changes)))
+        name, config = RENAMED.get(architecture, (architecture, ""))
+        model_class = getattr(transformers, name)
+        model = model_class(getattr(transformers, config, model_class.config_class)(**(SHAPE | changes)))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
         folder = tmp_path_factory.mktemp(architecture)
         model.to(dtype).save_pretrained(folder, **(save or {}))
+        edit_json(folder / "config.json", architectures=[architecture])
         if tokenizer:
             # transformers has a tokenizer of its own for Qwen3.5.
             is_3_5 = architecture.startswith("Qwen3_5")
@@ -190,7 +194,7 @@ def load_stock(folder: Path, architecture: str | None = None):
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    assert architecture in (None, type(model).__name__)
+    assert architecture is None or type(model).__name__ == RENAMED.get(architecture, (architecture,))[0]
     assert not info["unexpected_keys"] and not info["mismatched_keys"] and not info["error_msgs"], info
     parameters = dict(model.named_parameters())
     missing = [name for name in info["missing_keys"] if parameters[name].numel()]  # a shared expert of width 0

@@ -95,21 +95,14 @@ def mcore_to_hf(
         tensor = source.read_finite(name)
         return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
 
-    tensors = [
-        (name, (len(grown[name]), *source.shape(name)[1:]) if name in grown else source.shape(name))
+    shapes = {
+        name: (len(grown[name]), *source.shape(name)[1:]) if name in grown else source.shape(name)
         for name in source.names
         if name in trained or name in grown or not as_delta
-    ]
+    }
     if whole is not None:
-        text_names = {whole.name_of(name): name for name, _ in tensors}
-        tensors = [(whole.name_of(name), shape) for name, shape in tensors]
-        tensors += [(name, whole.reader.shape(name)) for name in whole.reader.names]
-        read_text = read
-
-        def read(name: str) -> Tensor:
-            return read_text(text_names[name]) if name in text_names else whole.reader.read(name)
-
-    num_bytes = target_dtype.itemsize * sum(math.prod(shape) for _, shape in tensors)
+        shapes, read = whole.with_tensors(shapes, read)
+    num_bytes = target_dtype.itemsize * sum(map(math.prod, shapes.values()))
     settings = {"spec": asdict(spec), "dtype": dtype, "max_shard_bytes": max_shard_bytes, "delta": as_delta}
     settings["architecture"] = facts.architecture
     settings |= {} if multimodal_base is None else {"multimodal base": str(multimodal_base)}
@@ -126,7 +119,7 @@ def mcore_to_hf(
             if chat_template_from is not None:
                 write_chat_tokenizer(folder, chat_template_from, folder)
                 copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
-        write_weights(journal, tensors, target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
+        write_weights(journal, shapes.items(), target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
         if as_delta:
             complete_delta(folder, facts, max_shard_bytes)
     return facts

@@ -4,11 +4,13 @@ They are the vision tower and the head that predicts further tokens (MTP). trans
 head is only used if a program is told to, as it was trained with the base.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.families.families import read_base
@@ -81,7 +83,11 @@ class MultimodalBase:
             "vision_config": self.config["vision_config"] | {"model_type": f"{kind}_vision"},
         }
 
-    @staticmethod
-    def name_of(text_name: str) -> str:
-        """The name that a tensor of the language model has in the whole."""
-        return text_name.replace("model.", TEXT_PREFIX, 1) if text_name.startswith("model.") else text_name
+    def with_tensors(
+        self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]
+    ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
+        """Names and shapes of the whole's tensors, and what reads them, from those of the language model."""
+        names = {name.replace("model.", TEXT_PREFIX, 1) if name.startswith("model.") else name: name for name in shapes}
+        whole = {name: shapes[text] for name, text in names.items()}
+        whole |= {name: self.reader.shape(name) for name in self.reader.names}
+        return whole, lambda name: read(names[name]) if name in names else self.reader.read(name)

@@ -132,12 +132,13 @@ def model_spec(
     config: Any, new_experts: int, topk: int = 2, dtype: str = "float32", original_copies: int = 1
 ) -> "ModelSpec":
     """The spec of a model with the shape of `config` whose layers are all MoE layers with one original expert."""
-    from moelpr.families.families import QWEN2
+    from moelpr.families.families import family_of
     from moelpr.model_spec import ModelSpec, MoeSpec
 
+    family, _ = family_of({"model_type": config.model_type})
     layers = tuple(range(config.num_hidden_layers))
     moe = MoeSpec(new_experts, topk, layers, original_copies=original_copies)
-    return ModelSpec(QWEN2.name, dtype, QWEN2.megatron_args(config), moe)
+    return ModelSpec(family.name, dtype, family.megatron_args(config), moe)
 
 
 def save_random_model(config: Any, folder: Path) -> Path:

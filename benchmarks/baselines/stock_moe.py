@@ -1,4 +1,4 @@
-"""MoE-LPR in stock transformers: Qwen2Moe with grouped_mm, and a mask for the gradient of the original experts.
+"""MoE-LPR in stock transformers: its MoE class with grouped_mm, and a mask for the gradient of the original experts.
 
 What a user can do with `transformers` alone: freeze everything but routers and experts, and set the gradient of the
 first P experts, which are stacked with the others, to zero. The balance loss is that of transformers, which pools the
@@ -6,19 +6,22 @@ layers. Without weight decay, which would move the masked experts.
 """
 
 import warnings
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from benchmarks.baselines.loop_moe import PeerStep
 from moelpr.families.families import family_named
 from moelpr.model_spec import ModelSpec
 
 
-class Router(Qwen2MoeTopKRouter):
-    """The stock router, whose linear map is a method so that `benchmarks.imposed_routing.impose` can replace it."""
+class Router(torch.nn.Module):
+    """A stock router, whose linear map is a method so that `benchmarks.imposed_routing.impose` can replace it."""
+
+    weight: Tensor
+    top_k: int
 
     def gating(self, hidden_TH: Tensor) -> Tensor:
         """Logits [T, E]."""
@@ -32,20 +35,22 @@ class Router(Qwen2MoeTopKRouter):
         return logits_TE, weights_TK.to(logits_TE.dtype), choices_TK
 
 
-def build(spec: ModelSpec) -> Qwen2MoeForCausalLM:
+def build(spec: ModelSpec) -> Any:
     """A randomly initialized model of `spec`'s shape, every layer an MoE layer, in spec.dtype."""
-    config = Qwen2MoeConfig(**family_named(spec.family).export_config({}, spec, spec.dtype), use_cache=False)
+    family = family_named(spec.family)
+    stock = getattr(transformers, family.moe_class.architecture)
+    config = stock.config_class(**family.export_config({}, spec, spec.dtype), use_cache=False)
     config._attn_implementation, config._experts_implementation = "sdpa", "grouped_mm"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the shared expert has size 0
-        model = Qwen2MoeForCausalLM(config)
+        model = stock(config)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.mlp.gate.weight, std=config.initializer_range)
-        layer.mlp.gate.__class__ = Router
+        layer.mlp.gate.__class__ = type("Router", (Router, type(layer.mlp.gate)), {})
     return model.to(getattr(torch, spec.dtype))
 
 
-def freeze(model: Qwen2MoeForCausalLM, stage: str, num_original: int) -> None:
+def freeze(model: Any, stage: str, num_original: int) -> None:
     """stage1: routers and new experts train; stage2: only routers."""
 
     def mask(gradient: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm"),
     "products of experts": ("_grouped_mm",),
     "attention": ("_scaled_dot", "_flash_attention", "_efficient_attention"),
+    "linear attention": ("chunk_gated_delta_rule", "causal_conv1d", "l2norm"),
     "compiled": ("compiled",),
     "copies": ("copy_", "_to_copy", "clone", "cat", "constant_pad"),
     "rows": ("index", "gather", "scatter", "embedding", "nonzero", "sort", "masked_select"),

@@ -158,6 +158,10 @@ class Meter(TorchDispatchMode):
 
         return wrapped
 
+    def note_kernel(self, name: str, tensors: list[torch.Tensor], flops: int) -> None:
+        """Count a kernel that touches these tensors."""
+        self.counts.kernels[Kernel(self.phase, name, sum(map(touched_bytes, tensors)), flops)] += 1
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name

@@ -19,7 +19,7 @@ from moelpr.arguments.checks.hardware import as_planned
 from moelpr.arguments.parse import check_arguments, register_arguments
 from moelpr.arguments.requested import RequestedRun
 from moelpr.arguments.settings import RunSettings
-from moelpr.dry_run import fake_cuda, fake_megatron
+from moelpr.dry_run import fake_cuda, fake_fla, fake_megatron
 from moelpr.dry_run.fake_cuda import DEVICE
 from moelpr.dry_run.meter import Collective, Counts, Meter
 from moelpr.layouts import Layout, PlannedLayout
@@ -89,7 +89,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     started = time.monotonic()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
     os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    kernels.is_installed = lambda module: False  # theirs can't run without values
+    kernels.is_installed = lambda module: module == "fla"  # the others' can't run without values
     # This machine's disk is not the cluster's; a size of 0 is unknown.
     setattr(folders, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0, total=0)))  # noqa: B010
     fake_cuda.connect(rank, ranks)
@@ -99,6 +99,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     args = register_arguments(run, settings)
     meter = Meter(number=_route(run))
     fake_megatron.install(meter)
+    fake_fla.install(meter)
     steps = _CountedSteps(meter, _micro_batches(run, rank)[: 2 if is_witness else None])
     _train_without_inputs(settings, argv, args, steps)
     of_planner = None

@@ -4,9 +4,8 @@ docs/design/planner.md gives the equations, the assumptions and how far the pred
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from moelpr.layouts import PlannedLayout
 from moelpr.model_spec import ModelSpec
@@ -99,6 +98,8 @@ def stage_flops(
     shape = spec.megatron_args
     tokens = workload.seq_length * workload.micro_batch_size / layout.tp
     full = 2 * tokens * workload.seq_length * shape["num_attention_heads"] * shape["kv_channels"]
+    sizes = (shape.get(f"linear_{name}", 0) for name in ("num_value_heads", "key_head_dim", "value_head_dim"))
+    linear = linear_attention_flops(*sizes)
     rows: dict[Part, float] = {Part.NORM: 0}  # per token, and per expert
     if spec.moe is not None:
         routing = routing or Routing.uniform(spec.moe, workload.stage1_experts)
@@ -106,7 +107,7 @@ def stage_flops(
         rows[Part.NEW_EXPERTS] = routing.new_rows / spec.moe.num_new_experts
     once = again = 0.0
     for layer in layers_of_stage(spec, layout, pp_rank):
-        core = tokens * _linear_attention_flops(shape) if spec.is_linear_layer(layer) else full
+        core = full if not spec.is_linear_layer(layer) else tokens * linear
         products = {part: 2 * tokens * rows.get(part, 1) * parts.get((layer, part), 0) for part in Part}
         forward = sum(products.values()) + core
         once += forward + sum(products[part] for part in trained)
@@ -128,11 +129,10 @@ def stage_flops(
     return Flops(once, again)
 
 
-def _linear_attention_flops(shape: Mapping[str, Any]) -> float:
+def linear_attention_flops(heads: int, key: int, value: int) -> int:
     """The products of the gated delta rule per token: within its chunk, and with the state, which is [key, value]."""
-    key, value = shape["linear_key_head_dim"], shape["linear_value_head_dim"]
     within = LINEAR_CHUNK * (4 * key + 2 * value + key + value)  # two of keys, one of values, and the triangular system
-    return shape["linear_num_value_heads"] * (within + 6 * key * value)
+    return heads * (within + 6 * key * value)
 
 
 def bubble(layout: PlannedLayout, num_microbatches: int) -> float:

@@ -113,6 +113,8 @@ def recipe_case(name: str, layers: int | None = None, pipeline_stages: int | Non
 def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
     """The model with fewer layers, which does not change what one of them does."""
     shape = spec.megatron_args | {"num_layers": layers}
+    if "linear_attention_freq" in shape:
+        shape["linear_attention_freq"] = shape["linear_attention_freq"][:layers]
     moe = spec.moe and replace(spec.moe, layers=tuple(layer for layer in spec.moe.layers if layer < layers))
     return replace(spec, megatron_args=shape, moe=moe)
 

@@ -13,10 +13,22 @@ SHAPES = {
     "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 151936),
     "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    # As in copies of the config.json of the bases in other projects on GitHub, which agree; that of 9B is the default
+    # of transformers' class.
+    "Qwen3.5-0.8B-Base": (1024, 3584, 24, 8, 2, 248320),
+    "Qwen3.5-2B-Base": (2048, 6144, 24, 8, 2, 248320),
+    "Qwen3.5-4B-Base": (2560, 9216, 32, 16, 4, 248320),
+    "Qwen3.5-9B-Base": (4096, 12288, 32, 16, 4, 248320),
 }
-TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base")
+TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "Qwen3.5-0.8B-Base", "Qwen3.5-2B-Base", "Qwen3.5-4B-Base")
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _FAMILIES = {
+    "Qwen3.5": {
+        "model_type": "qwen3_5_text",
+        **{"head_dim": 256, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_num_key_heads": 16},
+        **{"linear_key_head_dim": 128, "linear_value_head_dim": 128, "partial_rotary_factor": 0.25},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    },
     "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
     "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
     "Llama": {
@@ -37,5 +49,9 @@ def save_config(name: str, folder: Path) -> None:
         **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": name in TIED},
         "torch_dtype": "bfloat16",
     }
+    if name.startswith("Qwen3.5"):
+        config["linear_num_value_heads"] = 2 * heads
+        whole = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
+        config = whole | {"tie_word_embeddings": config["tie_word_embeddings"], "text_config": config}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -99,5 +99,8 @@ def _delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tens
 
 def _chunks(x_BSHD: Tensor, size: int) -> Tensor:
     """[batch, heads, chunks, size, D] in fp32; tokens that fill the last chunk are 0, and write and decay nothing."""
-    padded = F.pad(x_BSHD.transpose(1, 2).float(), (0, 0, 0, -x_BSHD.shape[1] % size))
-    return padded.unflatten(2, (-1, size))
+    # Contiguous, or each product would copy it.
+    x_BHSD = x_BSHD.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    if missing := -x_BHSD.shape[2] % size:
+        x_BHSD = F.pad(x_BHSD, (0, 0, 0, missing))
+    return x_BHSD.unflatten(2, (-1, size))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from moelpr.checkpoints.chain import step_folder
 from moelpr.metrics.run_metrics import Step, read_run_metrics
 from moelpr.model_spec import ModelSpec, NewTokens
 from moelpr.store.run_folder import METRICS_FILE
+
+# Number of ranks → arguments of the trainer, of each training.
+type Commands = dict[int, list[list[str]]]
 
 TOLERANCE = 1e-5
 STEPS = 3
@@ -131,21 +135,28 @@ LAYOUTS: dict[str, Layout] = {
     "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL}", "rows 1", "rows", ("stage0",)),
     "rows PP2 DP2 overlapped": Layout(4, f"{PP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
     "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
-    # A Qwen3.5: layers with linear attention between others with gated attention.
     # RoPE of neighbouring channels, and Granite's multipliers.
     "factors 1": Layout(1, "", "factors 1", "factors"),
     "factors TP2+SP ETP2 PP2 overlapped, full recompute": Layout(
         4, f"{TP2} {PP2} {OVERLAP} {FULL}", "factors 1", "factors"
     ),
+    # A Qwen3.5: layers with linear attention between others with gated attention.
     "hybrid 1": Layout(1, "", "hybrid 1", "hybrid"),
     "hybrid DP2 overlapped": Layout(2, OVERLAP, "hybrid 1", "hybrid"),
     "hybrid EP2 distributed optimizer": Layout(2, f"{EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
     "hybrid TP2+SP ETP2": Layout(2, TP2, "hybrid 1", "hybrid"),
     "hybrid PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "hybrid 1", "hybrid"),
     "hybrid PP2, full recompute": Layout(2, f"{PP2} {FULL}", "hybrid 1", "hybrid"),
-    "hybrid 1 documents apart": Layout(1, APART, "hybrid 1 documents apart", "hybrid", ("stage1",)),
+    "hybrid EP4": Layout(4, "--expert-model-parallel-size 4", "hybrid 1", "hybrid"),
+    "hybrid PP2 EP2 overlapped": Layout(4, f"{PP2} {EP2} {OVERLAP}", "hybrid 1", "hybrid"),
+    "hybrid TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "hybrid 1", "hybrid"),
+    "hybrid TP2+SP EP2 distributed optimizer": Layout(4, f"{TP2_ETP1} {EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
+    "hybrid 1 documents apart": Layout(1, APART, "hybrid 1 documents apart", "hybrid"),
     "hybrid TP2+SP documents apart, selective recompute": Layout(
-        2, f"{TP2_ETP1} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid", ("stage1",)
+        2, f"{TP2_ETP1} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid"
+    ),
+    "hybrid TP2+SP PP2 documents apart, full recompute": Layout(
+        4, f"{TP2_ETP1} {PP2} {APART} {FULL}", "hybrid 1 documents apart", "hybrid"
     ),
     "rows untied TP2+SP PP2": Layout(4, f"{TP2} {PP2}", "rows untied 1", "rows-untied", ROWS_STAGES),
 }
@@ -227,17 +238,23 @@ def run_folder(folder: Path, name: str, stage: str) -> Path:
     return folder / "runs" / re.sub(r"[^A-Za-z0-9+]+", "-", name) / stage
 
 
-def run_layouts(folder: Path, names: list[str]) -> None:
-    """Train every named layout; all that have the same number of ranks share one launch."""
+def run_layouts(folder: Path, names: list[str], others: Commands | None = None) -> None:
+    """Train every named layout, and `others`; all that have the same number of ranks share one launch."""
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    for ranks in sorted({LAYOUTS[name].ranks for name in names}):
-        commands = [
-            trainer_arguments(folder, LAYOUTS[name], stage, run_folder(folder, name, stage))
-            for name in names
-            if LAYOUTS[name].ranks == ranks
-            for stage in LAYOUTS[name].stages
-        ]
-        launch(folder, ranks, commands, f"layouts-{ranks}")
+    commands: Commands = defaultdict(list)
+    for name in names:
+        layout = LAYOUTS[name]
+        for stage in layout.stages:
+            commands[layout.ranks].append(trainer_arguments(folder, layout, stage, run_folder(folder, name, stage)))
+    for ranks, trainings in (others or {}).items():
+        commands[ranks] += trainings
+    launch_all(folder, commands, "layouts")
+
+
+def launch_all(folder: Path, commands: Commands, name: str) -> None:
+    """Run the trainings of each number of ranks in one launch."""
+    for ranks in sorted(commands):
+        launch(folder, ranks, commands[ranks], f"{name}-{ranks}")
 
 
 def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> None:

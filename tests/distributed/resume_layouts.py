@@ -22,6 +22,7 @@ from tests.distributed.layout_runs import (
     TP2,
     TP2_ETP1,
     VPP2,
+    Commands,
     Layout,
     trainer_arguments,
 )
@@ -46,28 +47,44 @@ PAIRS = {
 
 def measure(folder: Path, only: str) -> list[dict]:
     """Train the pairs and the uninterrupted run, in one launch per half and number of ranks."""
-    runs = folder / "resumed"
-    shutil.rmtree(runs, ignore_errors=True)
-    halves: tuple[dict[int, list], dict[int, list]] = (defaultdict(list), defaultdict(list))
-    saves: dict[tuple[str, str], Path] = {}
+    shutil.rmtree(folder / "resumed", ignore_errors=True)
+    for half, commands in enumerate(halves(folder, only)):
+        layout_runs.launch_all(folder, commands, f"half-{half}")
+    return differences(folder, only)
+
+
+def halves(folder: Path, only: str) -> tuple[Commands, Commands]:
+    """The trainings of the pairs until they stop, with the uninterrupted run, and those after it."""
+    found: tuple[Commands, Commands] = (defaultdict(list), defaultdict(list))
     for stage in STAGES:
         steps = ["--train-iters", str(2 * STEPS)]
-        uninterrupted = trainer_arguments(folder, Layout(1, ""), stage, runs / f"whole-{stage}")
-        halves[0][1].append([*uninterrupted, *steps])
-        for number, name in enumerate(PAIRS):
-            if re.search(only, name):
-                saves[name, stage] = runs / f"pair-{number}-{stage}"
-                for half, layout in enumerate(PAIRS[name]):
-                    stop = [] if half else ["--exit-interval", str(STEPS)]
-                    arguments = trainer_arguments(folder, layout, stage, saves[name, stage])
-                    halves[half][layout.ranks].append([*arguments, *steps, *stop])
-    for half, commands in enumerate(halves):
-        for ranks in sorted(commands):
-            layout_runs.launch(folder, ranks, commands[ranks], f"half-{half}-{ranks}")
+        uninterrupted = trainer_arguments(folder, Layout(1, ""), stage, _save(folder, "whole", stage))
+        found[0][1].append([*uninterrupted, *steps])
+        for name in _chosen(only):
+            for half, layout in enumerate(PAIRS[name]):
+                stop = [] if half else ["--exit-interval", str(STEPS)]
+                arguments = trainer_arguments(folder, layout, stage, _save(folder, name, stage))
+                found[half][layout.ranks].append([*arguments, *steps, *stop])
+    return found
+
+
+def differences(folder: Path, only: str) -> list[dict]:
+    """How far each pair is from the uninterrupted run."""
+    pairs = [(name, stage) for name in _chosen(only) for stage in STAGES]
+    saves = [(_save(folder, name, stage), _save(folder, "whole", stage)) for name, stage in pairs]
     return [
-        {"pair": name, "stage": stage, **vars(layout_runs.difference(save, runs / f"whole-{stage}"))}
-        for (name, stage), save in sorted(saves.items(), key=lambda item: list(PAIRS).index(item[0][0]))
+        {"pair": name, "stage": stage, **vars(layout_runs.difference(*both))}
+        for (name, stage), both in zip(pairs, saves, strict=True)
     ]
+
+
+def _chosen(only: str) -> list[str]:
+    return [name for name in PAIRS if re.search(only, name)]
+
+
+def _save(folder: Path, name: str, stage: str) -> Path:
+    number = f"pair-{[*PAIRS].index(name)}" if name in PAIRS else name
+    return folder / "resumed" / f"{number}-{stage}"
 
 
 if __name__ == "__main__":

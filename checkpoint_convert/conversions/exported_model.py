@@ -1,6 +1,7 @@
 """Exports a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def mcore_to_hf(
     trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
     grown = rows_of_new_tokens(source) if as_delta else {}
 
-    def read(name: str) -> Tensor:
+    def read_part(name: str) -> Tensor:
         tensor = source.read_finite(name)
         return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
 
@@ -100,6 +101,7 @@ def mcore_to_hf(
         for name in source.names
         if name in trained or name in grown or not as_delta
     }
+    read: Callable[[str], Tensor] = read_part
     if whole is not None:
         shapes, read = whole.with_tensors(shapes, read)
     num_bytes = target_dtype.itemsize * sum(map(math.prod, shapes.values()))

@@ -36,7 +36,7 @@ def install(meter: Meter) -> None:
         return _Kernel.apply(meter, "chunk_gated_delta_rule", flops, kept, scratch, value, query, key, g, beta), None
 
     delta_rule.l2norm, delta_rule.causal_conv1d = l2norm, causal_conv1d  # type: ignore[assignment]
-    delta_rule.chunk_gated_delta_rule = chunk_gated_delta_rule
+    delta_rule.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[assignment]
 
 
 type _Shapes = Sequence[tuple[Sequence[int], torch.dtype]]
@@ -61,7 +61,7 @@ class _Kernel(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         meter, name, flops, scratch, number = ctx.call
         saved = ctx.saved_tensors
         inside = _empty([*scratch, *scratch], gradient)

@@ -81,7 +81,8 @@ def cases() -> dict[str, Callable[[], Case]]:
         for stage in layout.stages
     }
     return {
-        **{name: partial(recipe_case, name, layers=2) for name in [*RECIPES, *MORE_RECIPES]},
+        # Every fourth layer of Qwen3.5 has full attention.
+        **{name: partial(recipe_case, name, 4 if "3.5" in name else 2) for name in [*RECIPES, *MORE_RECIPES]},
         **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
     }
 

@@ -31,12 +31,12 @@ def convert(save: Path, hf_path: Path, *options: str, made_from: tuple[str, ...]
     return Task(name=name or save.name, command=words, made_from=made_from, is_complete=is_complete)
 
 
-def export(run: Path) -> Task:
-    """Export the model of a training run as `<run>-hf`."""
-    save = run.with_name(f"{run.name}-hf")
-    words: Words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite"]
+def export(run: Path, name: str = "", *options: str) -> Task:
+    """Export the model of a training run as `<run>-hf`, or under another name."""
+    save = run.with_name(f"{name or run.name}-hf")
+    words: Words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite", *options]
     is_complete = (save / CONFIG_FILE).is_file
-    return Task(name=f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
+    return Task(name=name or f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
 
 
 def training_words(

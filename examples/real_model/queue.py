@@ -226,6 +226,9 @@ class Queue:
             words += ["--share", f"{share:g}"]
             task = Task(name=name, command=words, made_from=made_from, is_complete=is_complete)
             found += [_tagged({name}, task, disk_gib=0.6), self._evaluate(name)]
+        for name, share in settings.INTERPOLATED.items():
+            task = tasks.export(self.run / "new", name, "--interpolate-experts", f"{share:g}")
+            found += [_tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
         return found
 
     def _blended(self, blend: Mapping[str, float], corpora: str = "") -> Words:

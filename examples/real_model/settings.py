@@ -43,7 +43,18 @@ REPLAY, REPLAY_BLEND = "full-replay", {"original": 1, "expanded": 10}
 # `--short`: every setting on half the text, at the rates that the searches of the whole queue found.
 SHORT_TOKENS, SHORT_DOCUMENTS = 81_920, 5
 FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
-SHORT = ("copies", "new", "new-kept-5", "new-kept-25", "full-10-0.0003", "ffn-10", "halfway", "near")
+SHORT = (
+    "copies",
+    "new",
+    "new-0.85",
+    "new-0.7",
+    "new-kept-5",
+    "new-kept-25",
+    "full-10-0.0003",
+    "ffn-10",
+    "halfway",
+    "near",
+)
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 
@@ -96,7 +107,7 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, LORA_SWITCHED)
+        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, LORA_SWITCHED)
         return (*self.before, *self.models[:is_trained])
 
 
@@ -106,6 +117,7 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
 
 NEW_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
+INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 NEW = "MoE-LPR, stage 1 with new experts only"
 
@@ -176,6 +188,10 @@ RIVALS = (
             training=Training("ffn", BASE, _replay(percent), 3e-4),
         )
         for percent in (0, 10)
+    ),
+    *(
+        Setting(name, f"{NEW}, its new experts {share:.0%} of the way", (NEW_STAGE1, "new"), is_extra=True)
+        for name, share in INTERPOLATED.items()
     ),
     Setting(HALFWAY, "halfway between base and full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
     Setting(NEAR, "35% of the way from base to full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
@@ -255,5 +271,5 @@ def minimum_rate(rate: float) -> float:
 
 def model_folder(run: Path, base: Path, model: str) -> Path:
     """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
-    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS))
+    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS, *INTERPOLATED))
     return base if model == BASE else run / f"{model}-hf" if is_hf else run / model

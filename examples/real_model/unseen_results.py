@@ -47,7 +47,8 @@ HEAD = {
 # Line of the picture -> its settings: what someone weighs who has to choose.
 CHART = {
     "MoE-LPR": {"MoE-LPR": "copies", "5% kept text": "copies-kept-5", "25% kept text": "copies-kept-25"},
-    "MoE-LPR, stage 1 with new experts only": {"new only": "new", "5% kept text": "new-kept-5", "25%": "new-kept-25"},
+    "MoE-LPR, stage 1 with new experts only": {"new only": "new", "85% of the way": "new-0.85", "70%": "new-0.7"},
+    "the same, with kept text": {"new, 5% kept text": "new-kept-5", "25%": "new-kept-25"},
     "full fine-tuning with replay text": {
         "10% replay": "full-10-0.0003",
         "1%": "full-1-0.0003",

@@ -88,7 +88,7 @@ def route_uniformly(rows: int) -> None:
         tokens_per_expert = preprocess(self, routing_map)
         sent = rows * self.num_experts
         if isinstance(self.num_out_tokens, int):
-            self.num_out_tokens = sent  # which is rounded
+            self.num_out_tokens = sent  # a rounded number
         numbers = dict(num_out_tokens=sent, output_splits_tp=sent, input_splits=sent // self.ep_size)
         numbers |= dict(output_splits=sent // self.ep_size, num_global_tokens_per_local_expert=rows)
         values.clear()

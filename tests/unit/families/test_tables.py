@@ -9,7 +9,7 @@ from torch import Tensor
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.families import FAMILIES
-from moelpr.families.moe_classes import GRANITE_MOE
+from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL
 from moelpr.families.tables import pieces, stacked_part
 from moelpr.model_spec import ModelSpec, MoeSpec
 from moelpr.stages import part_of, trained_parts
@@ -36,7 +36,7 @@ UNSTACKED = [
 
 def experts_of(family: str) -> tuple[str, dict[str, str]]:
     """The prefix of an MoE layer's tensors and the names of an expert's matrices, from the stock MoE classes."""
-    if family in ("llama", "mistral"):
+    if FAMILIES[family].moe_class is MIXTRAL:
         return "block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}
     return "mlp", {name: f"{name}_proj" for name in ("gate", "up", "down")}
 

@@ -318,7 +318,7 @@ class Activations:
         projected, rotated, output = query + 2 * key, query + key, query
         if self.spec.megatron_args.get("attention_output_gate"):
             projected, output = projected + query, 3 * query  # the gate, its sigmoid, and the output before it
-        elements = self.all_tokens * (projected + rotated + output) + 4 * self.workload.seq_length * self.head
+        elements = self.all_tokens * (projected + rotated + output)
         log_sums = self.all_tokens * self.heads * _FP32
         qk_norm = self.all_tokens * (query + key) * self.norm_bytes if self.has_qk_norm else 0
         return elements * self.element + log_sums + qk_norm

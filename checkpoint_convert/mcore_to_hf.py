@@ -40,7 +40,7 @@ def _parse_arguments() -> argparse.Namespace:
     whole = "multimodal base (Qwen3.5): the export is the whole, with its vision tower and MTP head bit for bit"
     add("--multimodal-base", type=Path, metavar="DIR", help=whole)
     dial = "how far new experts go from the original one, 0, to what was trained, 1; in between, the model learns less "
-    dial += "and stays closer to the base (docs/results.md says how much; default: %(default)s)"
+    dial += "and stays closer to the base (docs/results.md has figures; default: %(default)s)"
     add("--interpolate-experts", type=_share, default=1.0, metavar="X", help=dial)
     add("--gguf", action="store_true", help="also write a GGUF file, to the folder DIR-gguf")
     add_gguf_options(parser, TYPES)

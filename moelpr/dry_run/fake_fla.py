@@ -1,6 +1,7 @@
 """The kernels of linear attention in the package fla, which can't run on tensors without values.
 
-They allocate, keep for the backward pass and touch what fla's do (version 0.4), and nothing is computed.
+They allocate, keep for the backward pass and touch what fla's (version 0.4) are known to, and compute nothing. This
+was not measured: fla needs a GPU.
 """
 
 from collections.abc import Sequence

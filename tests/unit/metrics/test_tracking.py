@@ -55,22 +55,23 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_RETRY_S", 0.01)
 
 
-def start(save: Path, before: Path | None = None, steps: int = 0, shared: bool = True) -> Tracking:
+def start(save: Path, before: Path | None = None, steps: int = 0, shared: bool = True, kept: int = 0) -> Tracking:
+    """As the trainer, which removes the steps after its checkpoint's, `kept`, before it starts to send."""
     save.mkdir(parents=True, exist_ok=True)
     file = str(save.parent / "tracker.json") if shared else None
     flags = dict.fromkeys(TRACKERS) | {"trackio_project": "p", "tracker_run": file}
-    is_new = not (save / "metrics.jsonl").exists()
+    path = save / "metrics.jsonl"
+    is_new = not path.exists()
+    path.touch()
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
     return Tracking(argparse.Namespace(**flags), save, before, steps, is_new=is_new)
 
 
 def train(save: Path, tracking: Tracking, first: int, last: int) -> None:
-    """Steps of a training that starts after its step `first`: the file keeps what was before, as at a resume."""
-    path = save / "metrics.jsonl"
-    kept = path.read_text().splitlines()[:first] if path.exists() else []
-    path.write_text("".join(f"{line}\n" for line in kept))
+    """Steps of a training that starts after its step `first`."""
     for step in range(first + 1, last + 1):
         record = {"iteration": step, "stage": save.name, "lm_loss": step + len(save.name) / 8}
-        with path.open("a") as file:
+        with (save / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         tracking.add(step, values_of(record))
         tracking.flush()
@@ -101,7 +102,7 @@ def test_every_step_is_there_once_in_order_over_kills_failures_and_stages(
         at = 0
         for more, lost, failures, is_sent in attempts:
             Memory.failures = failures
-            killed = start(folder / stage, before, steps)
+            killed = start(folder / stage, before, steps, kept=at)
             train(folder / stage, killed, at, min(at + more, 6))
             if is_sent:
                 wait_until_sent(killed)
@@ -110,7 +111,7 @@ def test_every_step_is_there_once_in_order_over_kills_failures_and_stages(
                 sender.close()
             at = max(0, min(at + more, 6) - lost)
         Memory.failures = 0
-        last = start(folder / stage, before, steps)
+        last = start(folder / stage, before, steps, kept=at)
         train(folder / stage, last, at, 6)
         last.close()
         before, steps = folder / stage, 6
@@ -131,7 +132,7 @@ def test_an_unreachable_tracker_is_one_warning_and_gets_all_at_the_next_start(tm
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and warnings[0].startswith("moelpr: warning: memory gets no metrics (no route to")
     Memory.failures = 0
-    start(tmp_path / "stage1").close()
+    start(tmp_path / "stage1", kept=5).close()
     assert [step for step, _ in losses(*Memory.runs)] == [1, 2, 3, 4, 5]
 
 

@@ -88,5 +88,7 @@ def _optimizer(args: argparse.Namespace) -> str:
     """Megatron takes the first fused Adam that is installed."""
     if args.optimizer != "adam":
         return args.optimizer
+    if args.optimizer_cpu_offload:
+        return "torch's fused Adam on the host"
     owners = {"transformer_engine": "Transformer Engine", "apex": "Apex"}
     return f"{next((owner for module, owner in owners.items() if is_installed(module)), 'torch')}'s fused Adam"

@@ -22,6 +22,11 @@ def apply_machine(run: RequestedRun) -> None:
             setattr(args, name, value)
     elif not args.fp16 and not args.fp32:
         args.bf16 = True
+    if args.optimizer_cpu_offload:
+        # Megatron uses the code of this flag, but not the kernels of Transformer Engine that it otherwise needs.
+        args.use_precision_aware_optimizer = True
+        args.overlap_cpu_optimizer_d2h_h2d = True
+        args.pin_cpu_grads = not cpu.is_needed()
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
         if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):

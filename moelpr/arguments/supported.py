@@ -29,6 +29,7 @@ _SUPPORTED = {
         use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
         use-distributed-optimizer overlap-grad-reduce overlap-param-gather
         ddp-bucket-size ddp-num-buckets use-precision-aware-optimizer main-grads-dtype defer-embedding-wgrad-compute
+        optimizer-cpu-offload
     """,
     "precision": """
         bf16 fp16 loss-scale initial-loss-scale min-loss-scale loss-scale-window hysteresis grad-reduce-in-bf16
@@ -80,6 +81,7 @@ _REFUSED = {
     """,
     "Megatron would average validation differently; mask text when you preprocess it": "sft",
     "a run always saves and ends at SIGUSR1 and SIGTERM; remove it": "exit-signal",
+    "a resumed run would go on with a wrong step count on the GPU; remove it": "optimizer-offload-fraction",
     "its steps have no checksums and replace that of --ckpt-step; use --save-interval": "non-persistent-ckpt-type",
     "other formats can be neither exported nor resumed under another layout; remove it": "ckpt-format",
     "it does not check the first step for NaN, and saves steps that cannot be loaded; remove it": "rerun-mode",

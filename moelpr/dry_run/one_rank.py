@@ -1,5 +1,6 @@
 """The trainer as one rank of a cluster: some steps of it, in this process, which can't be used for anything else."""
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from moelpr.dry_run.meter import Collective, Counts, Meter
 from moelpr.layouts import Layout, PlannedLayout
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.memory import RankMemory, Routing, Workload, model_parts, stage_memories
+from moelpr.process import machine
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
     os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     kernels.is_installed = lambda module: module == "fla"  # the others' can't run without values
-    # This machine's disk is not the cluster's; a size of 0 is unknown.
+    # This machine's memory and disk are not the cluster's; a size of 0 is unknown.
+    setattr(machine, "free_memory", lambda: math.inf)  # noqa: B010
     setattr(folders, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0, total=0)))  # noqa: B010
     fake_cuda.connect(rank, ranks)
     run = check_arguments(argv)

@@ -105,7 +105,11 @@ def _memory(runs: list[DryRun]) -> str:
             others = plan.gradient_bytes, plan.optimizer_bytes, plan.activation_bytes + plan.working_bytes
             rest = [f"{size / GIB:.2f}" for size in (*others, plan.total_bytes)]
             rows.append(["  planner (all weights)", "", *weights, *rest])
-    return f"GiB at the peak of a step:\n{table_text(['', 'stage', *names, 'total'], rows, [0])}"
+    host_bytes = max((plan.host_bytes for run in runs if run.planned for plan in run.planned.memories), default=0)
+    host = (
+        f"\nUp to {format_bytes(host_bytes)} of the host's memory for the optimizer of each rank." if host_bytes else ""
+    )
+    return f"GiB at the peak of a step:\n{table_text(['', 'stage', *names, 'total'], rows, [0])}{host}"
 
 
 def _kernels(runs: list[DryRun]) -> str:

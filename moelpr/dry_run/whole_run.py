@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Compute capabilities, on which the choice of kernels depends; those of the others are Hopper's.
 _CAPABILITIES = {"a100": (8, 0), "a800": (8, 0), "l40s": (8, 9), "rtx4090": (8, 9), "rtx6000ada": (8, 9)}
-_CAPABILITIES |= {"b200": (10, 0), "rtx5090": (12, 0)}
+_CAPABILITIES |= {"a10": (8, 6), "l4": (8, 9), "b200": (10, 0), "rtx5090": (12, 0)}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def main() -> None:
     if args.stage1_experts == "new" and args.stage != "stage1":
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
     trains = {"new_embeddings": args.train_new_embeddings, "train_everything": args.train_everything}
-    trains["stage1_experts"] = args.stage1_experts
+    trains |= {"stage1_experts": args.stage1_experts, "optimizer_cpu_offload": args.optimizer_cpu_offload}
     workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
     spec = _model(args, workload, cluster)
     shares = _shares(args)
@@ -189,6 +189,8 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export.",
         *([f"{cost}."] if cost else []),
     ]
+    if host_bytes := max(rank.host_bytes for rank in found[0].stages):
+        lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
     larger = plan_stage(spec, workload, cluster)
     if larger.workload != workload:
         lines.append(
@@ -265,6 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--train-everything", action="store_true", help="in stage1 and stage2, train all parameters")
     chosen = "experts that tokens can choose in stage1 (default: %(default)s)"
     add("--stage1-experts", choices=get_args(Stage1Experts), default="all", help=chosen)
+    on_host = "keep the optimizer's state in the memory of the host, which needs more time per step"
+    add("--optimizer-cpu-offload", action="store_true", help=on_host)
     lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
     seq_length = f"tokens per sequence (default: the paper's, {lengths}; elsewhere that of stage1)"
     add("--seq-length", type=count, metavar="TOKENS", help=seq_length)

@@ -36,6 +36,11 @@ class Candidate:
     def flags(self, workload: Workload) -> list[str]:
         """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
         argv = self.layout.flags(has_experts=workload.stage != "dense")
+        if workload.optimizer_cpu_offload:
+            argv += [
+                "--optimizer-cpu-offload",
+                *(["--use-distributed-optimizer"] * (not self.layout.divides_optimizer)),
+            ]
         argv += ["--micro-batch-size", str(workload.micro_batch_size)]
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []
@@ -46,13 +51,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings with which a model fits, as flags of the planner; `gib` is what a rank then needs, if known."""
+    """Settings with which a model fits, as flags of the planner; `gib` is what a rank then needs, if known.
 
-    settings: Mapping[str, float]
+    The value of a flag without one is None.
+    """
+
+    settings: Mapping[str, float | None]
     gib: float | None = None
 
     def __str__(self) -> str:
-        flags = " ".join(f"{flag} {value:g}" for flag, value in self.settings.items())
+        flags = " ".join(flag if value is None else f"{flag} {value:g}" for flag, value in self.settings.items())
         if "--gpu-memory-gib" in self.settings:
             return f"{flags} or more"
         return flags + (f" (fits in {self.gib:.1f} GiB)" if self.gib else "")
@@ -206,9 +214,12 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster, f
 
 
 def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Remedy]:
-    """The smallest change of each kind after which the model fits: micro-batch, experts, layers with experts, both."""
+    """The smallest change of each kind after which the model fits.
 
-    def first_that_fits(changes: Iterable[tuple[Mapping[str, float], ModelSpec, Workload]]) -> Iterator[Remedy]:
+    A micro-batch, the optimizer on the host, experts, layers with experts, or these two.
+    """
+
+    def first_that_fits(changes: Iterable[tuple[Mapping[str, float | None], ModelSpec, Workload]]) -> Iterator[Remedy]:
         for settings, model, work in changes:
             if fits := _best_first(_candidates(model, work, cluster), cluster):
                 yield Remedy(settings, fits[0].peak.total_bytes / GIB)
@@ -217,6 +228,9 @@ def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> It
     smaller = [size for size in reversed(divisors(workload.micro_batch_size)) if size < workload.micro_batch_size]
     works = {size: replace(workload, micro_batch_size=size) for size in smaller}
     yield from first_that_fits(({"--micro-batch-size": size}, spec, work) for size, work in works.items())
+    if not workload.optimizer_cpu_offload:
+        on_host = replace(workload, optimizer_cpu_offload=True)
+        yield from first_that_fits([({"--optimizer-cpu-offload": None}, spec, on_host)])
     if (moe := spec.moe) is None:
         return
     fewer = [number for number in numbers_of_experts(spec, cluster) if number < moe.num_new_experts]

@@ -41,6 +41,8 @@ GPUS = {
     "b200-192": Gpu(180, 2250e12, 8e12, 900e9, 50e9),  # a DGX B200 exposes 180 of its 192 GB
     "l40s-48": Gpu(45, 362e12, 0.864e12, _PCIE4, 12.5e9),  # error correction takes a sixteenth of the 48 GB
     "rtx6000ada-48": Gpu(48, 364e12, 0.96e12, _PCIE4, 1.25e9),
+    "a10-24": Gpu(22.5, 125e12, 0.6e12, _PCIE4, 12.5e9),
+    "l4-24": Gpu(22.5, 121e12, 0.3e12, _PCIE4, 12.5e9),
     "rtx4090-24": Gpu(24, 165e12, 1.008e12, _PCIE4, 1.25e9),
     "rtx5090-32": Gpu(32, 209e12, 1.792e12, _PCIE5, 1.25e9),
 }

@@ -21,6 +21,9 @@ WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too
 MOMENT_BYTES = 8  # Adam's two, in fp32
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
+# With the optimizer on the host: a copy of the weight, Adam's two moments, and the gradient, whose pinned memory torch
+# rounds up to a power of two.
+HOST_BYTES = 4 + MOMENT_BYTES + 2 * GRADIENT_BYTES
 
 # Megatron pads the vocabulary to a multiple of this times the tensor-parallel size (--make-vocab-size-divisible-by).
 VOCABULARY_MULTIPLE = 128
@@ -81,6 +84,7 @@ class Workload:
     new_embeddings: bool = False  # stage 1 also trains rows of new tokens
     train_everything: bool = False  # as stage "dense" does
     stage1_experts: Stage1Experts = "all"
+    optimizer_cpu_offload: bool = False
 
     @property
     def trained(self) -> frozenset[Part]:
@@ -98,7 +102,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Memory of one rank. `frozen` and `trainable` are numbers of parameters; the others are bytes."""
+    """Memory of one rank. `frozen` and `trainable` are numbers of parameters; the others are bytes.
+
+    `host_bytes` are not on the GPU, so not in the sum.
+    """
 
     frozen: int
     trainable: int
@@ -107,6 +114,7 @@ class RankMemory:
     optimizer_bytes: int
     activation_bytes: int
     working_bytes: int
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -170,20 +178,21 @@ def stage_memories(
         held = held_on_stage(spec, parts, layout, pp_rank)
         trained = {part: numel for part, numel in held.items() if part in workload.trained}
         trainable = sum(trained.values())
-        optimizer_bytes = 0
+        state = 0  # parameters whose state this rank has
         for part, numel in trained.items():
             replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
-            shard = math.ceil(numel / replicas) if layout.distributed_optimizer else numel
-            optimizer_bytes += shard * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES)
+            state += math.ceil(numel / replicas) if layout.distributed_optimizer else numel
+        is_on_host = workload.optimizer_cpu_offload
         memories.append(
             RankMemory(
                 frozen=sum(held.values()) - trainable,
                 trainable=trainable,
                 parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
                 gradient_bytes=trainable * GRADIENT_BYTES,
-                optimizer_bytes=optimizer_bytes,
+                optimizer_bytes=0 if is_on_host else state * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES),
                 activation_bytes=round(activations.peak(pp_rank)),
                 working_bytes=round(activations.working(pp_rank)),
+                host_bytes=HOST_BYTES * state if is_on_host else 0,
             )
         )
     return memories

@@ -12,6 +12,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.plan.gpus import Cluster
 from moelpr.plan.memory import (
     GRADIENT_BYTES,
+    HOST_BYTES,
     LINEAR_CHUNK,
     WEIGHT_BYTES,
     Activations,
@@ -31,6 +32,8 @@ from moelpr.stages import Part
 MATMUL_EFFICIENCY = 0.5
 MEMORY_EFFICIENCY = 0.6
 LINK_EFFICIENCY = 0.6
+# Bytes per second of Adam on the host, and of its bus.
+HOST_MEMORY_BANDWIDTH, HOST_LINK_BANDWIDTH = 50e9, 32e9
 # How far predicted tokens/s of published runs are off (tests/unit/plan/test_published.py): of those that the fractions
 # were fitted to, from and to, and of the paper's, which they were not.
 FITTED_ERROR, PAPER_ERROR = (-0.03, 0.10), 0.33
@@ -63,7 +66,7 @@ class StepTime:
     """Predicted seconds of a step, on the slowest pipeline stage."""
 
     products_s: float  # matrix products
-    memory_s: float  # kernels limited by memory bandwidth, and the optimizer
+    memory_s: float  # kernels limited by memory bandwidth, and the optimizer, which may be on the host
     experts_s: float  # expert traffic
     layers_s: float  # exchanges of tensor-parallel ranks and of pipeline stages
     gradients_s: float  # reducing gradients and gathering weights, beyond what overlaps with a micro-batch's work
@@ -204,6 +207,7 @@ def step_time(
         accessed += sum(_ACCESSES * kept + 1.5 * _ACCESSES * inside for kept, inside in activations.layers(pp_rank))
         # Adam reads and writes its state; gradients are set to 0, read for their norm, and read again.
         update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
+        update_s = links.memory_s(update) + links.host_s(memory.host_bytes / HOST_BYTES)
         # Sequence parallelism gathers and scatters around attention and dense FFNs, forward and backward.
         layers = layers_of_stage(spec, layout, pp_rank)
         exchanges = len(layers) + sum(not spec.is_moe_layer(layer) for layer in layers)
@@ -219,7 +223,7 @@ def step_time(
             reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,
-            memory_s=num_microbatches * memory_s + links.memory_s(update),
+            memory_s=num_microbatches * memory_s + update_s,
             experts_s=experts_s,
             layers_s=num_microbatches * layers_s,
             gradients_s=max(0.0, reduce_s - products_s - memory_s),
@@ -238,6 +242,10 @@ class _Links:
 
     def memory_s(self, num_bytes: float) -> float:
         return num_bytes / (self.gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+
+    def host_s(self, parameters: float) -> float:
+        """Adam on the host reads four numbers of a parameter and writes three; a gradient goes there, a weight back."""
+        return 4 * parameters * (7 / HOST_MEMORY_BANDWIDTH + 2 / (HOST_LINK_BANDWIDTH * LINK_EFFICIENCY))
 
     def node_s(self, num_bytes: float) -> float:
         return num_bytes / (self.gpu.node_bandwidth * LINK_EFFICIENCY)

@@ -124,15 +124,19 @@ class Layouts:
             place = flags.index(flag)
             del flags[place : place + 2]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
-        memory = 2 * plan.memory_bytes / GIB * cluster.gpus / nodes
+        memory = (2 * plan.memory_bytes + plan.best.peak.host_bytes) / GIB * cluster.gpus / nodes
         return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)
 
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
         length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
-        experts = settings.get("stage1-experts", "all")
         return Workload(
-            cast(Stage, stage), length, int(settings.get("micro-batch-size", 1)), batch, stage1_experts=experts
+            cast(Stage, stage),
+            length,
+            int(settings.get("micro-batch-size", 1)),
+            batch,
+            stage1_experts=settings.get("stage1-experts", "all"),
+            optimizer_cpu_offload=settings.get("optimizer-cpu-offload", False),
         )
 
     @cached_property

@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layouts.make_material(folder)
     references = [LAYOUTS[name].reference for name in SUITE]
     before, after = resume_layouts.halves(folder, RESUMED)
-    before[2] += _resumed_commands(folder)
+    before[2] += [*_resumed_commands(folder), *_on_host_commands(folder)]
     layouts.run_layouts(folder, list(dict.fromkeys([*references, *SUITE])), before)
     layouts.launch_all(folder, after, "resumed")
     return folder
@@ -134,6 +134,17 @@ def test_new_rows_resume_bit_for_bit_from_what_two_stages_saved(folder: Path) ->
     assert {key for key in alone.keys if not key.startswith("optimizer.")} == {"embedding.word_embeddings.weight"}
 
 
+def test_an_optimizer_on_the_host_trains_bit_for_bit_what_others_do(folder: Path) -> None:
+    """In bf16, whose fp32 masters are on the host too; begun without it, and resumed twice from the flat format."""
+    plain, on_host = (_on_host(folder, name) for name in ("plain", "host"))
+    assert layouts.difference(on_host, plain).worst == 0.0
+    start = TorchDistReader(folder / "all-moe" / "release")
+    for key, weight in layouts.weights(on_host).items():
+        before = start.read(key).bfloat16()
+        moves = ".mlp.router." in key or ".mlp.experts." in key
+        assert torch.equal(weight[: len(before)], before) != moves, key
+
+
 def test_a_layout_that_trains_differently_is_detected(folder: Path) -> None:
     """The comparison can fail: without the balance loss, or with documents apart, the results differ."""
     for name in ("1 no balance loss", "1 documents apart"):
@@ -199,3 +210,17 @@ def _resumed_commands(folder: Path) -> list[list[str]]:
         options = ["--save-trained-only", "--use-distributed-optimizer", "--dist-ckpt-optim-fully-reshardable"]
         commands.append([*command, *start, *options, *stop])
     return commands
+
+
+def _on_host(folder: Path, name: str) -> Path:
+    return folder / f"optimizer-{name}"
+
+
+def _on_host_commands(folder: Path) -> list[list[str]]:
+    """Stage 1 with and without the optimizer on the host, the latter in three starts, of which the first is without."""
+    layout, on_host = Layout(2, f"{layouts.EP2} {layouts.OPTIMIZER} --bf16"), "--optimizer-cpu-offload"
+    plain, broken = (
+        layouts.trainer_arguments(folder, layout, "stage1", _on_host(folder, name)) for name in ("plain", "host")
+    )
+    starts = [["--exit-interval", "1"], [on_host, "--exit-interval", "2"], [on_host]]
+    return [plain, *([*broken, *words] for words in starts)]

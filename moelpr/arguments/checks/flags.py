@@ -63,6 +63,8 @@ def check_optimizer(run: RequestedRun) -> Iterable[str]:
     name = run.args.optimizer
     if name == "sgd" and run.args.use_distributed_optimizer:
         yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
+    if run.args.optimizer_cpu_offload and (name != "adam" or not run.args.use_distributed_optimizer):
+        yield "--optimizer-cpu-offload requires --optimizer adam and --use-distributed-optimizer; add them"
     if name not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
         yield f"--optimizer {name} requires the package emerging-optimizers, which is not installed; use adam or sgd"
 

@@ -44,12 +44,28 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
         )
 
 
+def note_host_memory(run: RequestedRun) -> Iterable[str]:
+    """The optimizer's state does not fit in the memory of this machine, which has GPUs."""
+    if run.spec is None or cpu.is_needed() or (planned := as_planned(run)) is None:
+        return
+    memories = stage_memories(run.spec, model_parts(run.spec), *planned)
+    needed, number = max(rank.host_bytes for rank in memories), ranks.local_world_size()
+    if number * needed > (free := machine.free_memory()):
+        yield (
+            f"warning: --optimizer-cpu-offload needs up to {machine.format_bytes(needed)} of this machine's memory for "
+            f"each of {number} rank{'s' if number > 1 else ''}, and {machine.format_bytes(free)} are free; if one is "
+            "killed, train fewer experts, or use more machines"
+        )
+
+
 def expected_memory(run: RequestedRun) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
     if run.spec is None or (planned := as_planned(run)) is None:
         return None
-    ranks = stage_memories(run.spec, model_parts(run.spec), *planned)
-    return max(rank.total_bytes for rank in ranks) + (PROCESS_BYTES if cpu.is_needed() else 0)
+    memories = stage_memories(run.spec, model_parts(run.spec), *planned)
+    if cpu.is_needed():
+        return max(rank.total_bytes + rank.host_bytes for rank in memories) + PROCESS_BYTES
+    return max(rank.total_bytes for rank in memories)
 
 
 def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
@@ -66,7 +82,7 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
-    trains = args.train_new_embeddings, args.train_everything, args.stage1_experts
+    trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)
     return planned, Workload(args.stage, *sizes, dtype, kernels, *trains)
 
 

@@ -21,6 +21,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(kernels, "is_installed", lambda module: module in installed)
         monkeypatch.setattr(kernels, "_fuses_permutation", lambda: True)
         defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam"}
+        defaults["optimizer_cpu_offload"] = False
         defaults |= dict.fromkeys(("gradient_accumulation_fusion", "bf16"), True)
         defaults |= dict.fromkeys(
             "moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking".split(), False
@@ -88,6 +89,7 @@ def test_a_dense_model_has_neither_experts_nor_a_dispatcher(machine) -> None:
     args, line = machine(8, TE, num_experts=None)
     assert not args.moe_grouped_gemm and not args.moe_permute_fusion
     assert line == "attention: Transformer Engine; optimizer: Transformer Engine's fused Adam"
+    assert "optimizer: torch's fused Adam on the host" in machine(8, TE, optimizer_cpu_offload=True)[1]
 
 
 def test_without_a_gpu_nothing_of_one_is_chosen(machine) -> None:

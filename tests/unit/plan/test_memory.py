@@ -53,6 +53,15 @@ def memory(layout: PlannedLayout = ALONE, workload: Workload = WORKLOAD, pp_rank
     return stage_memories(SPEC, PARTS, layout, workload, ROUTING)[pp_rank]
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_optimizer_on_the_host_takes_nothing_on_the_gpu(dtype: Dtype) -> None:
+    """On the host a copy, two moments and a gradient of 4 bytes each, and as much more for rounding."""
+    workload = replace(WORKLOAD, dtype=dtype)
+    changed = memory(workload=replace(workload, optimizer_cpu_offload=True))
+    expected = replace(memory(workload=workload), optimizer_bytes=0, host_bytes=20 * (NEW_EXPERTS + ROUTERS))
+    assert changed == expected
+
+
 @pytest.mark.parametrize(("dtype", "weight", "optimizer"), [("bf16", 2, 12), ("fp32", 4, 8)])
 def test_bytes_per_trained_and_per_frozen_parameter(dtype: Dtype, weight: int, optimizer: int) -> None:
     """In fp32 there are no master weights."""

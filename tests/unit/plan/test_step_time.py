@@ -191,6 +191,18 @@ def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None
     assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW), replace(WORKLOAD, stage="stage2")).gradients_s == 0
 
 
+def test_an_optimizer_on_the_host_takes_its_memory_and_its_bus() -> None:
+    """A trained parameter moves 4 bytes there and 4 back, and 28 in its memory, in place of 24 on the GPU."""
+    one = Cluster(1, 1, 1, 0, SLOW)
+    on_gpu, on_host = (
+        predict(PlannedLayout(), one, replace(WORKLOAD, optimizer_cpu_offload=is_on_host)).memory_s
+        for is_on_host in (False, True)
+    )
+    trained = 2 * (2 * EXPERT + 3 * 8)
+    gpu_s = 24 / (SLOW.memory_bandwidth * MEMORY_EFFICIENCY)
+    assert on_host - on_gpu == pytest.approx(trained * (8 / (32e9 * LINK_EFFICIENCY) + 28 / 50e9 - gpu_s))
+
+
 SIX_SHAPE = SHAPE | dict(num_layers=6, hidden_size=512, ffn_hidden_size=1024, num_attention_heads=8)
 SIX_SHAPE |= dict(num_query_groups=4, kv_channels=64, max_position_embeddings=4096, vocab_size=32000)
 SIX_LAYERS = ModelSpec("qwen2", "bfloat16", SIX_SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)))

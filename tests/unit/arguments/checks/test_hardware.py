@@ -43,6 +43,22 @@ def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: 
     assert not notes or ("MiB" in notes[0] and "--micro-batch-size 3" in notes[0])
 
 
+@pytest.mark.parametrize(("free", "is_warned"), [(2.1, False), (1.9, True)])
+def test_a_host_without_room_for_the_optimizer_is_a_warning(gathered, monkeypatch, free: float, is_warned) -> None:  # noqa: ANN001
+    from moelpr.arguments.checks import hardware
+
+    run = gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
+    planned = hardware.as_planned(run)
+    (rank,) = stage_memories(run.spec, model_parts(run.spec), *planned)
+    assert hardware.expected_memory(run) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
+    monkeypatch.setattr(cpu, "is_needed", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(machine, "free_memory", lambda: int(free * rank.host_bytes))
+    notes = list(hardware.note_host_memory(run))
+    assert len(notes) == is_warned
+    assert not notes or ("--optimizer-cpu-offload needs" in notes[0] and "each of 2 ranks" in notes[0])
+
+
 @pytest.mark.parametrize(("need_gib", "is_warned"), [(71, False), (73, True)])
 def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, need_gib: int, is_warned: bool) -> None:  # noqa: ANN001
     from moelpr.arguments.checks import hardware

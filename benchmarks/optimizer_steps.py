@@ -115,7 +115,8 @@ def our_step(
 ) -> MegatronStep:
     """The trainer's model in `stage` with the stage's default losses."""
     balance, lpr = {"moe_aux_loss_coeff": _balance_coeff(spec)}, {"lpr_loss_coeff": LPR_COEFF}
-    model = build_model(spec, **{"stage1": balance, "stage2": lpr}.get(stage, {}), **_SETTINGS)
+    settings = _SETTINGS | {"fuse_expert_gradients": True}
+    model = build_model(spec, **{"stage1": balance, "stage2": lpr}.get(stage, {}), **settings)
     freeze([model], stage, False, train_new_embeddings, spec.new_tokens)
     return MegatronStep(model, batch)
 

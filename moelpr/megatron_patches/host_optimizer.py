@@ -28,7 +28,7 @@ def install() -> None:
 
     @replaces(DistributedOptimizer, "_set_main_param_and_optimizer_states")
     def keep_step(original: Callable[..., None], self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
-        """The step count beside the tensors is that of the start, not the saved one."""
+        """The step count next to the tensors is that of the start, not the saved one."""
         is_on_host = isinstance(self.optimizer, HybridDeviceOptimizer)
         original(self, parameter, {name: one for name, one in tensors.items() if not (is_on_host and name == "step")})
 

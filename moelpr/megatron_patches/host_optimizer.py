@@ -17,6 +17,13 @@ def install() -> None:
     # fails in a step or when it loads a checkpoint.
     HybridDeviceOptimizer._get_sub_optimizer_param_groups = _copies_on_the_host
 
+    @replaces(HybridDeviceOptimizer, "__init__")
+    def take_views(original: Callable[..., None], self: Any, params: list[dict[str, Any]], **options: Any) -> None:
+        """In fp32, shards are views of parameters, which torch takes only if they keep a gradient."""
+        for one in (one for group in params for one in group["params"] if not one.is_leaf):
+            one.retain_grad()
+        original(self, params, **options)
+
     @replaces(DistributedOptimizer, "state_dict")
     def without_classes(original: Callable[..., Any], self: Any) -> Any:
         """Groups name the classes of their optimizers, and a checkpoint with classes is not loaded."""

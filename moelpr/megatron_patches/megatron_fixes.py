@@ -33,7 +33,7 @@ def install() -> None:
     """Apply all fixes, once per process. Call it before anything imports the patched names."""
     _use_prebuilt_dataset_helper()
     _count_adam_steps_per_group()
-    _make_fp32_optimizer_shards_without_gradients()
+    _load_fp32_optimizer_shards()
     _load_optimizers_without_parameters()
     _load_optimizers_with_other_learning_rates()
     _continue_the_schedule_of_a_reset_optimizer()
@@ -102,16 +102,15 @@ def _count_steps_of_empty_groups(adam: Any) -> None:
         return result
 
 
-def _make_fp32_optimizer_shards_without_gradients() -> None:
-    """In fp32 the distributed optimizer's shards are views of the parameters, of which autograd should know nothing.
+def _load_fp32_optimizer_shards() -> None:
+    """In fp32 the distributed optimizer's shards are views of the parameters, and loading copies into them in place.
 
-    Loading copies into them in place ("a view of a leaf Variable that requires grad is being used in-place"), and the
-    optimizer on the host makes its own of them ("can't optimize a non-leaf Tensor").
+    With gradients enabled, this fails with "a view of a leaf Variable that requires grad is being used in-place".
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    build = DistributedOptimizer._build_model_and_main_param_groups
-    DistributedOptimizer._build_model_and_main_param_groups = staticmethod(torch.no_grad()(build))
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(load)
 
 
 def _load_optimizers_without_parameters() -> None:

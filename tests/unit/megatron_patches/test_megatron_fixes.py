@@ -68,10 +68,10 @@ def test_the_distributed_optimizer_still_expects_a_step_count_on_every_rank() ->
     )
 
 
-def test_megatron_still_makes_fp32_optimizer_shards_with_gradients_enabled() -> None:
-    build = inspect.getsource(inspect.unwrap(DistributedOptimizer._build_model_and_main_param_groups))
-    assert "shard_model_param = model_param.view(-1)[param_range.start : param_range.end]" in build
-    assert "no_grad" not in build
+def test_megatron_still_copies_into_optimizer_shards_with_gradients_enabled() -> None:
+    copy = inspect.unwrap(DistributedOptimizer._set_main_param_and_optimizer_states)
+    assert "dst_tensors[key].copy_(tensors[key])" in inspect.getsource(copy)
+    assert "no_grad" not in inspect.getsource(copy)
 
 
 def test_megatron_still_expects_optimizer_state_from_a_rank_without_any() -> None:

@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from moelpr.arguments.flags import split_by_flags, values_of
 from moelpr.arguments.requested import LENGTH_FLAGS
 from moelpr.checkpoints.chain import RELEASE
-from moelpr.data.language_bits import LanguageBitsWriter, language_bits_path
+from moelpr.data.language_bits import LanguageBitsWriter, language_bits_path, loss_bits_path
 from moelpr.model_spec import FILE_NAME, ModelSpec
 from moelpr.store.run_folder import TRACKER_FILE
 
@@ -95,9 +95,11 @@ class StandIns:
         builder = IndexedDatasetBuilder(f"{made}.bin", dtype=np.int32)
         builder.add_document(np.zeros(len(bits) * 8, np.int32), [len(bits) * 8])
         builder.finalize(f"{made}.idx")
-        with LanguageBitsWriter(language_bits_path(made)) as writer:
-            writer.append(np.array(bits * 8, np.uint8))
-            writer.finalize()
+        is_of_conversations = len(bits) > 1 and values_of(self.argv).get("--stage") == "sft"
+        for path in (language_bits_path(made), *([loss_bits_path(made)] if is_of_conversations else [])):
+            with LanguageBitsWriter(path) as writer:
+                writer.append(np.array(bits * 8, np.uint8))
+                writer.finalize()
         self._names[made] = prefix
         self.missing.append(f"the corpus {prefix}")
         return f"{language}{equals}{made}"

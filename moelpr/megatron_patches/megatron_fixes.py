@@ -310,16 +310,20 @@ def _check_gradients_after_the_backward_pass() -> None:
 
 
 def _compute_the_gradient_norm_on_its_device() -> None:
-    """Without Transformer Engine and Apex, Megatron copies the norm of each gradient to the host, one by one."""
+    """Without Transformer Engine and Apex, Megatron copies the norm of each gradient to the host, one by one.
+
+    With --log-params-norm, so it does with the norm of each parameter.
+    """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
+    from megatron.training.utils import common_utils
 
     def l2_norm(chunk_size: int, noop_flag: Any, lists: list[list[torch.Tensor]], *_: Any) -> tuple[Any, None]:
         norms = [torch.norm(tensor) for tensors in lists for tensor in tensors]
         return torch.norm(torch.stack(norms)).float().reshape(1), None
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = l2_norm
+        clip_grads.l2_norm_impl = common_utils.multi_tensor_l2norm = l2_norm
 
 
 def _let_compiled_functions_have_more_variants() -> None:

@@ -55,6 +55,7 @@ MODELS = {
     "rows-untied": ModelSpec("qwen2", "bfloat16", _UNTIED, MoeSpec(4, 2, _LAYERS), new_tokens=_ROWS),
     "factors": ModelSpec("qwen2", "bfloat16", SHAPE | FACTORS, MoeSpec(4, 2, _LAYERS)),
     "window": ModelSpec("qwen2", "bfloat16", _WINDOW, MoeSpec(4, 2, _LAYERS)),
+    "dense": ModelSpec("qwen2", "bfloat16", _UNTIED, None),
 }
 # What no layout has: flags and models, with their number of ranks.
 _ACTIVATION = "--recompute-granularity selective --recompute-modules moe_act"
@@ -63,7 +64,97 @@ OTHERS = {
     "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
     "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
 }
-SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2]]
+# Every allowed flag that changes a step and is in no layout, as many together as there can be (test_dry_run.py).
+_WSD = (
+    "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1 --lr-warmup-init 1e-5 --lr-decay-iters 3"
+)
+_GROWING_DECAY = "--weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1"
+_UNEVEN = "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3"
+_KERNELS = (
+    "--transformer-impl local --attention-backend auto --no-gradient-accumulation-fusion --no-rope-fusion "
+    "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm"
+)
+FLAGS = {
+    "flags: conversations": (
+        (2, "all-moe", "sft"),
+        f"{EP2} {OVERLAP} --lpr-loss reference --bf16 --moe-router-dtype fp64 --attention-softmax-in-fp32 "
+        "--ddp-num-buckets 2 --clip-grad 0.5 --adam-beta1 0.8 --adam-beta2 0.9 --min-lr 1e-5 --lr-decay-style cosine "
+        "--lr-warmup-fraction 0.1 --log-params-norm --log-num-zeros-in-grad --timing-log-level 2",
+    ),
+    "flags: conversations, pipeline": (
+        (4, "all-moe", "sft"),
+        f"--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 {_UNEVEN} {_KERNELS} "
+        "--hidden-dropout 0.1 --init-method-std 0.01 --make-vocab-size-divisible-by 64 --recompute-activations",
+    ),
+    "flags: fp16": (
+        (2, "all-moe", "stage1"),
+        f"--fp16 --initial-loss-scale 4096 --min-loss-scale 1 --loss-scale-window 100 --hysteresis 2 {_GROWING_DECAY} "
+        "--accumulate-allreduce-grads-in-fp32 --expert-model-parallel-size 2 --optimizer sgd --sgd-momentum 0.5 "
+        f"--lr-warmup-iters 1 {_WSD}",
+    ),
+    "flags: fp16, constant scale": ((1, "all-moe", "stage2"), "--fp16 --loss-scale 128"),
+    "flags: fp32": ((1, "all-moe", "stage2"), "--fp32 --train-everything --decoupled-lr 1e-4 --decoupled-min-lr 1e-5"),
+    "flags: optimizer on the host": (
+        (2, "all-moe", "stage1"),
+        "--optimizer-cpu-offload --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1000000 "
+        "--main-grads-dtype bf16 --use-precision-aware-optimizer --seed 7",
+    ),
+    "flags: gradients in bf16": (
+        (4, "rows", "stage1"),
+        "--grad-reduce-in-bf16 --use-distributed-optimizer --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --microbatch-group-size-per-virtual-pipeline-stage 2",
+    ),
+    "flags: layers by a list": (
+        (2, "all-moe", "stage1"),
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*3L --recompute-granularity full "
+        "--recompute-method block --recompute-num-layers 1",
+    ),
+    "flags: embedding and loss count as layers": (
+        (3, "all-moe", "stage1"),
+        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
+        "--account-for-loss-in-pipeline-split --global-batch-size 6 --no-overlap-p2p-communication",
+    ),
+    "flags: dense": (
+        (2, "dense", "dense"),
+        "--pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce",
+    ),
+}
+# Allowed flags that are in no case, by reason.
+_WITHOUT_CASE = {
+    "Transformer Engine's kernels do not run without values": """
+        attention-dropout context-parallel-size fp32-residual-connection log-max-attention-logit moe-grouped-gemm
+        moe-permute-fusion moe-router-fusion save-activations-interval save-dgrads-interval
+    """,
+    "Apex's kernels do not either": "defer-embedding-wgrad-compute",
+    "of the checkpoint, as those of the models above": """
+        norms-after num-original-experts original-copies residual-multiplier softmax-scale
+    """,
+    "what is read, in which order and for how many steps, not what a step does": """
+        data-args-path data-cache-path data-path dataloader-type distributed-timeout-minutes exit-duration-in-mins
+        exit-interval exit-signal-handler grace-seconds iterations-to-skip lr-decay-samples lr-warmup-samples
+        lr-wsd-decay-samples manual-gc manual-gc-interval mid-level-dataset-surplus mix no-mmap-bin-files
+        num-dataset-builder-threads num-workers per-split-data-args-path result-rejected-tracker-filename split
+        test-data-path train-data-path train-samples valid-data-path verify-corpus
+    """,
+    "checkpoints, which a dry run neither reads nor writes": """
+        async-save ckpt-step dist-ckpt-optim-fully-reshardable finetune load no-load-optim no-load-rng no-save-optim
+        no-save-rng no-verify override-opt-param-scheduler override-opt_param-scheduler persistent-save-interval
+        pretrained-checkpoint save use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
+    """,
+    "validation, which it does not run": """
+        eval-global-batch-size eval-interval eval-iters eval-micro-batch-size full-validation multiple-validation-sets
+        probe-interval probe-limit probe-tasks validation-data validation-set-names
+    """,
+    "the log": """
+        log-memory-interval log-memory-to-tensorboard log-progress log-throughput log-timers-to-tensorboard
+        log-validation-ppl-to-tensorboard log-world-size-to-tensorboard mlflow-experiment tensorboard-dir
+        tensorboard-log-interval tensorboard-queue-size timing-log-option tracker-run trackio-project wandb-entity
+        wandb-exp-name wandb-project wandb-save-dir warn-expert-share warn-lpr-fall warn-original-rise warn-window
+    """,
+    "the command line": "allow-untested debug help help-all recipe stage",
+}
+WITHOUT_CASE = {flag for flags in _WITHOUT_CASE.values() for flag in flags.split()}
+SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
 
 
 @dataclass(frozen=True)
@@ -84,11 +175,20 @@ def cases() -> dict[str, Callable[[], Case]]:
         # Every fourth layer of Qwen3.5 has full attention.
         **{name: partial(recipe_case, name, 4 if "3.5" in name else 2) for name in [*RECIPES, *MORE_RECIPES]},
         **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
+        **{name: partial(tiny_case, *one, flags) for name, (one, flags) in FLAGS.items()},
     }
 
 
+def flags_in_cases() -> set[str]:
+    """The flags of all cases, without dashes."""
+    texts = [layout.flags for layout in LAYOUTS.values()] + [flags for *_, flags in OTHERS.values()]
+    words = " ".join([SETTINGS, BOTH_LOSSES, NEW_ROWS_TOO, *texts, *(flags for _, flags in FLAGS.values())]).split()
+    paths = (recipes.RECIPES / f"{name}.yaml" for name in [*RECIPES, *MORE_RECIPES])
+    return {flag[2:] for flag in [*words, *(key for path in paths for key in read_recipe(path))] if flag[:2] == "--"}
+
+
 def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
-    losses = {"stage0": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
+    losses = {"stage0": "", "dense": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
     words = f"--stage {stage} {SETTINGS} {losses.get(stage, BOTH_LOSSES)} {flags}"
     return Case(ranks, hybrid() if model == "hybrid" else MODELS[model], [*words.split(), *DATA])
 

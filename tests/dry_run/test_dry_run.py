@@ -12,7 +12,7 @@ import pytest
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
 from moelpr.project.training import check_words
-from tests.dry_run.cases import RECIPES, SUITE
+from tests.dry_run.cases import RECIPES, SUITE, WITHOUT_CASE, flags_in_cases
 from tests.support.tiny_project import write_project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,6 +80,14 @@ def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:
     assert one["moved"] == pytest.approx(one["traffic"], rel=0.02)
     one = outcomes["qwen3-8b-stage2"]
     assert one["moved"][0] == pytest.approx(one["traffic"][0] * 7 / 8, rel=0.02)
+
+
+def test_every_allowed_flag_is_in_a_case_or_has_a_reason_not_to_be() -> None:
+    from moelpr.arguments.flags import own_arguments
+    from moelpr.arguments.supported import SUPPORTED
+
+    allowed = SUPPORTED | {flag[2:] for flag in own_arguments().flags() if flag.startswith("--")}
+    assert allowed - flags_in_cases() == WITHOUT_CASE
 
 
 def check(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:

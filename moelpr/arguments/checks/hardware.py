@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
+from moelpr.arguments.checks.layout import is_uneven
 from moelpr.arguments.requested import RequestedRun
 from moelpr.layouts import PlannedLayout, Recompute, divisors, layout_problems
 from moelpr.megatron_patches import cpu
@@ -71,7 +72,7 @@ def expected_memory(run: RequestedRun) -> int | None:
 def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     """The run for the planner's formulas; None for invalid settings and for what they do not support."""
     args, layout, spec = run.args, run.layout, run.spec
-    if spec is None or (args.stage == "dense") != (spec.moe is None) or layout.cp * layout.vpp > 1:
+    if spec is None or (args.stage == "dense") != (spec.moe is None) or layout.cp * layout.vpp > 1 or is_uneven(run):
         return None
     sizes = args.seq_length, args.micro_batch_size, run.global_batch_size
     problems = layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False)

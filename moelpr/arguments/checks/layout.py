@@ -19,7 +19,7 @@ def check_layout(run: RequestedRun) -> Iterable[str]:
     sizes = args.seq_length, args.micro_batch_size, args.global_batch_size
     options = {
         "sequence_parallel": args.sequence_parallel,
-        "even_pipeline": not _is_uneven(run),
+        "even_pipeline": not is_uneven(run),
         "torch_grouped_gemm": not cpu.is_needed() and not args.moe_grouped_gemm,
     }
     yield from layout_problems(run.layout, run.world_size, spec, *sizes, **options)
@@ -30,7 +30,7 @@ def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
     stages, micro, batch = run.layout.pp, run.args.micro_batch_size, run.args.global_batch_size
     virtual = run.args.num_virtual_stages_per_pipeline_rank
     layers_per_stage = run.shape.get("num_layers", 0) // stages
-    if virtual is not None and virtual >= 1 and layers_per_stage % virtual and not _is_uneven(run):
+    if virtual is not None and virtual >= 1 and layers_per_stage % virtual and not is_uneven(run):
         yield (
             f"--num-virtual-stages-per-pipeline-rank {virtual} does not divide the {layers_per_stage} layers of each "
             f"pipeline stage; use {one_of(divisors(layers_per_stage))}"
@@ -59,7 +59,8 @@ def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
             )
 
 
-def _is_uneven(run: RequestedRun) -> bool:
+def is_uneven(run: RequestedRun) -> bool:
+    """Whether pipeline stages may have different numbers of layers."""
     return any(getattr(run.args, name) for name in _UNEVEN)
 
 

@@ -41,6 +41,7 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.training import argument_utils, checkpointing, global_vars, training
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import maybe_msc
+from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelpr.megatron_patches import megatron_fixes
@@ -362,6 +363,7 @@ def test_the_gradient_norm_is_megatrons_and_is_read_once() -> None:
     tensors = [torch.randn(size) for size in (7, 1, 300)]
     with Reads() as reads:
         found, _ = clip_grads.l2_norm_impl(2048, None, [tensors], False)
+    assert common_utils.multi_tensor_l2norm is clip_grads.l2_norm_impl
     assert reads.number == 0
     assert torch.equal(found, local_multi_tensor_l2_norm(2048, None, [tensors], False)[0])
 

@@ -47,6 +47,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "convert": Tool("checkpoint_convert.hf_to_mcore", "convert a Hugging Face model, and add experts"),
         "export": Tool("checkpoint_convert.mcore_to_hf", "export a checkpoint as a Hugging Face model"),
         "verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
+        "calibrate": Tool("checkpoint_convert.calibrate", "keep text of other languages with the original expert"),
         "graft": Tool("checkpoint_convert.graft", "add what made the base a chat model"),
         "gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
         "card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),

@@ -181,7 +181,8 @@ class Queue:
         kept = tasks.preprocess(
             self.data / "kept", [self.other / "*.jsonl"], self.base, "kept", *options, made_from=("other", "base")
         )
-        found = [_tagged(users, other, files=(OTHER_SOURCES,)), _tagged(users, kept)]
+        needs_other = users | {*settings.CALIBRATED}
+        found = [_tagged(needs_other, other, files=(OTHER_SOURCES,)), _tagged(users, kept)]
         for setting in settings.RIVALS:
             users = settings.users_of(setting.name)
             if (row := setting.training) and row.stage in ("lora", "ffn"):
@@ -229,7 +230,24 @@ class Queue:
         for name, share in settings.INTERPOLATED.items():
             task = tasks.export(self.run / "new", name, "--interpolate-experts", f"{share:g}")
             found += [_tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
-        return found
+        return [*found, *(task for name in settings.CALIBRATED for task in self._calibrated(name))]
+
+    def _calibrated(self, name: str) -> list[Task]:
+        """An export with calibrated routers; kept text is that of the training, and in other languages."""
+        run, save = settings.CALIBRATED[name], self.run / f"{name}-hf"
+        export = tasks.export(self.run / run)
+        words: Words = ["-m", "moelpr", "calibrate", "--model", self.run / f"{run}-hf", "--base", self.base]
+        words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
+        files = self._train_files(LANGUAGES)
+
+        def command() -> Words:
+            kept = {path.stem: path for path in sorted(self.other.glob("*.jsonl"))}
+            return [*words, *(word for text, path in (files | kept).items() for word in ("--data", f"{text}={path}"))]
+
+        made_from, is_complete = ("base", export.name, "split", "other"), (save / "config.json").is_file
+        task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
+        users = {setting for setting, source in settings.CALIBRATED.items() if source == run}
+        return [_tagged(users, export, disk_gib=1.2), _tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
 
     def _blended(self, blend: Mapping[str, float], corpora: str = "") -> Words:
         """--data-path of a blend of text: with weights, unless it is all of one kind."""

@@ -48,6 +48,9 @@ SHORT = (
     "new",
     "new-0.85",
     "new-0.7",
+    "new-calibrated",
+    "stage1-calibrated",
+    "copies-calibrated",
     "new-kept-5",
     "new-kept-25",
     "full-10-0.0003",
@@ -107,7 +110,7 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, LORA_SWITCHED)
+        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, *CALIBRATED, LORA_SWITCHED)
         return (*self.before, *self.models[:is_trained])
 
 
@@ -118,6 +121,12 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
 NEW_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
 INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
+# Setting -> the run whose export's routers are calibrated.
+CALIBRATED = {
+    "new-calibrated": "new",
+    "stage1-calibrated": NEW_STAGE1,
+    "copies-calibrated": f"copies-seed-{SEEDS[0]}",
+}
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 NEW = "MoE-LPR, stage 1 with new experts only"
 
@@ -192,6 +201,14 @@ RIVALS = (
     *(
         Setting(name, f"{NEW}, its new experts {share:.0%} of the way", (NEW_STAGE1, "new"), is_extra=True)
         for name, share in INTERPOLATED.items()
+    ),
+    Setting("new-calibrated", f"{NEW}, calibrated routers", (NEW_STAGE1, "new"), is_extra=True),
+    Setting("stage1-calibrated", f"{NEW}, calibrated routers instead of review", (NEW_STAGE1,), is_extra=True),
+    Setting(
+        "copies-calibrated",
+        "MoE-LPR, K copies, calibrated routers",
+        (STAGE1_OF["copies"], CALIBRATED["copies-calibrated"]),
+        is_extra=True,
     ),
     Setting(HALFWAY, "halfway between base and full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
     Setting(NEAR, "35% of the way from base to full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
@@ -271,5 +288,5 @@ def minimum_rate(rate: float) -> float:
 
 def model_folder(run: Path, base: Path, model: str) -> Path:
     """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
-    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS, *INTERPOLATED))
+    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS, *INTERPOLATED, *CALIBRATED))
     return base if model == BASE else run / f"{model}-hf" if is_hf else run / model

@@ -48,6 +48,11 @@ HEAD = {
 CHART = {
     "MoE-LPR": {"MoE-LPR": "copies", "5% kept text": "copies-kept-5", "25% kept text": "copies-kept-25"},
     "MoE-LPR, stage 1 with new experts only": {"new only": "new", "85% of the way": "new-0.85", "70%": "new-0.7"},
+    "MoE-LPR, calibrated routers": {
+        "calibrated": "new-calibrated",
+        "instead of review": "stage1-calibrated",
+        "today's stage 1": "copies-calibrated",
+    },
     "the same, with kept text": {"new, 5% kept text": "new-kept-5", "25%": "new-kept-25"},
     "full fine-tuning with replay text": {
         "10% replay": "full-10-0.0003",

@@ -24,6 +24,7 @@ class Places:
         is_downloaded: Whether the base is a model of the Hub, which is downloaded into the project's folder.
         expanded: Codes of the expanded languages; `original` likewise.
         conversations: Codes of the languages that have some.
+        exported: What export writes: `export`, or what calibration makes it of.
         languages: All languages by code, expanded ones first.
     """
 
@@ -38,6 +39,9 @@ class Places:
         self.languages: dict[str, Language] = dict(self.project.languages)
         self.tokenizer = self.folder / "tokenizer" if self.project.vocabulary else self.base
         self.upcycled, self.export, self.chat = (self.folder / name for name in ("upcycled", "hf", "chat"))
+        is_calibrated = bool(self.project.languages.kept)
+        self.exported = self.folder / "uncalibrated" if is_calibrated else self.export
+        self.last_model_step = "calibrate" if is_calibrated else "export"
         self.evaluation = self.folder / "evaluation"
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
         self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1", "stage2"]

@@ -79,6 +79,9 @@ class Languages:
     """The languages to add: code → text."""
     original: dict[str, LanguageText] = field(default_factory=dict)
     """What the model must keep: code → a little text. Code and mathematics too, under any name."""
+    kept: dict[str, str] = field(default_factory=dict)
+    """More text to keep, for which nothing is trained: name → a file, folder, pattern or URI. Many other languages,
+    code, dialogues: with it, the export's routers are calibrated (default: none)."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}
@@ -93,6 +96,13 @@ class Languages:
         if not self.expanded or not self.original:
             missing = "original" if self.expanded else "expanded"
             raise UserError(f"no {missing} language is given; add one under languages.{missing}, with its text")
+        if given := [name for name in self.kept if canonical(name) in names]:
+            raise UserError(f"languages.kept.{given[0]} is {names[canonical(given[0])]} too; remove one")
+        keys = {language.json_key for _, language in self}
+        if self.kept and len(keys) > 1:
+            raise UserError(
+                f"languages.kept needs one json_key for all languages, not {' and '.join(sorted(keys))}; rename a key"
+            )
 
     def __iter__(self) -> Iterator[tuple[str, Language]]:
         """Canonical code and settings, expanded languages first."""
@@ -244,6 +254,14 @@ class Project:
     """Settings of --on kubernetes."""
     skypilot: SkyPilotSettings = field(default_factory=SkyPilotSettings)
     """Settings of --on skypilot."""
+
+    def __post_init__(self) -> None:
+        copies = self.experts.copies
+        if self.languages.kept and copies is not None and copies < self.experts.topk:
+            raise UserError(
+                f"languages.kept needs as many copies of the original expert as a token chooses, {self.experts.topk}, "
+                f"not {copies}; remove experts.copies"
+            )
 
     @property
     def folder(self) -> Path:

@@ -133,10 +133,16 @@ def _check(file: ProjectFile) -> None:
                 f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
                 "OWNER/NAME@REVISION); correct it"
             )
-    for group in ("expanded", "original"):
-        for name, language in getattr(project.languages, group).items():
+    kept = {name: Language([text]) for name, text in project.languages.kept.items()}
+    has_corpora = project.corpora is not None
+    for group, texts in (
+        ("expanded", project.languages.expanded),
+        ("original", project.languages.original),
+        ("kept", kept),
+    ):
+        for name, language in texts.items():
             try:
-                _check_text(language, has_corpora=project.corpora is not None)
+                _check_text(language, has_corpora=has_corpora and group != "kept")
             except UserError as error:
                 place = "languages", group, name
                 raise UserError(f"{file.at(*place)}{'.'.join(place)}: {error}") from None

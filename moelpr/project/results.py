@@ -5,7 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import PLAN_FILE, Places
-from moelpr.project.reading import versions
+from moelpr.project.reading import local_files, versions
 from moelpr.project.steps import settings, words
 from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
@@ -16,7 +16,8 @@ _CONTINUATION_TOKENS = 40
 
 def result_tasks(places: Places) -> list[Task]:
     """The tasks after training, in order."""
-    found = [export(places), *([graft(places)] if places.project.chat else []), evaluate(places), routing(places)]
+    found = [export(places), *([calibrate(places)] if places.project.languages.kept else [])]
+    found += [*([graft(places)] if places.project.chat else []), evaluate(places), routing(places)]
     found += [*([benchmarks(places)] if places.project.benchmarks else []), card(places), report(places)]
     return [*found, *([track(places)] if places.trackers else [])]
 
@@ -25,12 +26,39 @@ def export(places: Places) -> Task:
     """Write the result as a Hugging Face model."""
     fixed: dict[str, Any] = {
         "load": places.folder / places.stages[-1],
-        "save": places.export,
+        "save": places.exported,
         "chat-template-from": places.project.chat_template,
         "base-model": places.model_name if places.is_downloaded else None,
         "overwrite": True,
     }
-    return _writes_model(places, "export", fixed, places.export, places.stages[-1])
+    return _writes_model(places, "export", fixed, places.exported, places.stages[-1])
+
+
+def calibrate(places: Places) -> Task:
+    """Keep text of other languages with the original expert."""
+    texts = {code: one.text[0] if one.text else places.held_out(code) for code, one in places.languages.items()}
+    texts |= places.project.languages.kept
+    fixed: dict[str, Any] = {
+        "model": places.exported,
+        "base": places.base,
+        "data": [f"{name}={text}" for name, text in texts.items()],
+        "expanded-languages": ",".join(places.expanded),
+        "json-key": next(iter(places.languages.values())).json_key,
+        "save": places.export,
+        "overwrite": True,
+    }
+    return Task(
+        name="calibrate",
+        command=words("calibrate", places.own("calibrate"), fixed, repeated=("data",)),
+        settings=settings(places.own("calibrate")),
+        made_from=("export", *places.base_task),
+        files=tuple(path for text in texts.values() for path in local_files([text])),
+        versions=versions(*texts.values()),
+        is_complete=(places.export / CONFIG_FILE).is_file,
+        disk_gib=places.layouts.export_gib,
+        memory_gib=1.2 * places.layouts.export_gib + 2,
+        gpus_per_node=places.layouts.evaluation_gpus,
+    )
 
 
 def graft(places: Places) -> Task:
@@ -42,7 +70,7 @@ def graft(places: Places) -> Task:
         "save": places.chat,
         "overwrite": True,
     }
-    return _writes_model(places, "graft", fixed, places.chat, "export", *places.base_task)
+    return _writes_model(places, "graft", fixed, places.chat, places.last_model_step, *places.base_task)
 
 
 def _writes_model(places: Places, step: str, fixed: dict[str, Any], save: Path, *made_from: str) -> Task:
@@ -79,7 +107,7 @@ def _measure(places: Places, step: str, models: list[str], more: dict[str, Any],
         name=step,
         command=words(step, places.own(step), fixed | more, repeated=("model", "data")),
         settings=settings(places.own(step)),
-        made_from=("export", *places.base_task, *places.text_tasks),
+        made_from=(places.last_model_step, *places.base_task, *places.text_tasks),
         files=tuple(Path(path) for path in given if not is_remote(path)),
         versions=versions(*filter(is_remote, map(str, given))),
         is_complete=(places.evaluation / output).is_file,
@@ -104,7 +132,7 @@ def benchmarks(places: Places) -> Task:
         name="benchmarks",
         command=words("benchmarks", places.own("benchmarks"), fixed, repeated=("model",)),
         settings=settings(places.own("benchmarks")),
-        made_from=("export", *places.base_task),
+        made_from=(places.last_model_step, *places.base_task),
         files=(Path(chosen.tasks),) if chosen.tasks else (),
         is_complete=(places.evaluation / "harness.json").is_file,
         memory_gib=1.2 * places.layouts.export_gib + 2,
@@ -120,7 +148,7 @@ def card(places: Places) -> Task:
         "evaluated": NAME,
         "languages": ",".join(places.languages),
     }
-    made_from = ("export", "evaluate", *(["benchmarks"] if places.project.benchmarks else []))
+    made_from = (places.last_model_step, "evaluate", *(["benchmarks"] if places.project.benchmarks else []))
     return Task(name="card", command=words("card", places.own("card"), fixed, str(places.export)), made_from=made_from)
 
 

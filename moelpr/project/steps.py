@@ -18,6 +18,7 @@ STEPS = {
     "stage2": "train stage2",
     "sft": "train sft",
     "export": "export",
+    "calibrate": "calibrate",
     "graft": "graft",
     "evaluate": "evaluate text",
     "routing": "evaluate routing",
@@ -30,7 +31,7 @@ STEPS = {
 OWN_FLAGS = frozenset(
     "input output-prefix tokenizer-type tokenizer-model language original-languages hf-path save load base instruct "
     "model data output extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite "
-    "conversations chat-template-from".split()
+    "conversations chat-template-from expanded-languages".split()
 )
 # They decide how fast a step is, not what it writes: nothing is done again when they change.
 SPEED_FLAGS = frozenset(

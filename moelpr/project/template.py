@@ -22,6 +22,8 @@ languages:
   # To keep: a little text of every language that the model must not lose, of code and mathematics too.
   original:
 {original}
+  # kept: {{code: code.jsonl, pl: pl.jsonl}}  # other languages, code and dialogues: nothing is trained, the original
+  #                                          # expert goes on with them
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
 # With conversations in some, an original one too, a chat stage follows:  en: {{text: …, conversations: en-chat.jsonl}}
 

@@ -68,6 +68,17 @@ def test_every_step_is_there_and_reads_only_steps_before_it(write: Write) -> Non
         assert {*task.inputs} <= {*STEPS[:place]}
     optional = tasks(write(vocabulary={"new_tokens": 9}, chat="a/b", benchmarks={}, model="owner/name"))
     assert {*optional} - {*STEPS} == {"download", "vocabulary", "stage0", "graft", "benchmarks"}
+    kept = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "en.jsonl"}}
+    with_kept = tasks(write(languages=kept))
+    given = flags(with_kept["calibrate"])
+    assert [word for word in with_kept["calibrate"].words() if "=" in word] == [
+        "el=el.jsonl",
+        "en=en.jsonl",
+        "code=en.jsonl",
+    ]
+    assert given["--expanded-languages"] == ["el"] and given["--save"] == ["out/hf"]
+    assert given["--model"] == flags(with_kept["export"])["--save"] == ["out/uncalibrated"]
+    assert "calibrate" in with_kept["evaluate"].made_from and "export" in with_kept["calibrate"].made_from
     assert optional["stage1"].made_from[0] == "stage0" and optional["preprocess-el"].made_from == ("vocabulary",)
 
 

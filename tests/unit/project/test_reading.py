@@ -24,6 +24,9 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
     assert read_project(write(experts={"new": "auto"})).project.experts.new is None
 
 
+WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -48,6 +51,16 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
         (
             {"languages": {"expanded": {False: "el.jsonl"}, "original": ORIGINAL}},
             "a key is read as False; put it in quotes",
+        ),
+        ({"languages": WITH_KEPT | {"kept": {"code": "no.jsonl"}}}, r"languages.kept.code: there is no file no.jsonl"),
+        (
+            {"languages": WITH_KEPT | {"kept": {"ell": "en.jsonl"}}},
+            r"languages.kept.ell is expanded.el too; remove one",
+        ),
+        ({"languages": WITH_KEPT, "experts": {"copies": 1}}, r"needs as many copies .* chooses, 2, not 1; remove"),
+        (
+            {"languages": WITH_KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "body"}}}},
+            r"languages.kept needs one json_key for all languages, not body and text",
         ),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),

@@ -1,0 +1,102 @@
+"""Calibrate the routers of an export, so that text of no expanded language goes to the original expert.
+
+    moelpr calibrate --model runs/stage2-hf --base Qwen3-0.6B --expanded-languages el,hu \\
+        --data el=el.jsonl --data hu=hu.jsonl --data en=en.jsonl --data other=pack.jsonl --save runs/calibrated-hf
+
+Review shows routers a little text of the original languages; what else the base can do, they have not seen. This adds
+one direction to the router's rows of the original expert's copies, in every layer: the one that best tells all other
+text of --data from that of the expanded languages. No gradient, a few thousand tokens of each text are enough. Pass
+text in many languages, code and dialogues. Only routers change, and the model stays of its stock class.
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoint_convert.common.arguments import add_output_options
+from moelpr.languages import canonical
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.process.text_tables import table_text
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    what = "export of an upcycled model with as many copies of the original expert as choices (moelpr export)"
+    add("--model", type=Path, required=True, metavar="DIR", help=what)
+    add("--base", type=Path, required=True, metavar="DIR", help="the dense base that it was upcycled from")
+    what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern; repeat for several"
+    add("--data", action="append", required=True, metavar="NAME=FILE", help=what)
+    what = "languages of --data that were added; all other --data is text to keep"
+    add("--expanded-languages", required=True, metavar="el,hu,...", help=what)
+    what = "fraction of the tokens of text to keep all of whose choices become original (default: %(default)s)"
+    add("--keep-original", type=float, default=0.95, metavar="FRACTION", help=what)
+    add("--max-tokens", type=int, default=2048, metavar="N", help="tokens of each text (default: %(default)s)")
+    add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
+    what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
+    add("--device", default="auto", help=what)
+    what = "of the computation; auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=what)
+    add_output_options(parser, "Hugging Face directory")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = _parse_arguments()
+    if not 0 < args.keep_original < 1:
+        raise UserError(f"--keep-original must be above 0 and below 1, got {args.keep_original}")
+    if args.max_tokens < 2:
+        raise UserError(f"--max-tokens must be at least 2, got {args.max_tokens}")
+    files = _named(args.data)
+    languages = [canonical(name.strip()) for name in args.expanded_languages.split(",") if name.strip()]
+    if missing := [name for name in languages if name not in files]:
+        raise UserError(f"--expanded-languages {','.join(missing)} must be among --data ({', '.join(files)})")
+    if not languages or len(languages) == len(files):
+        what = "text to keep" if languages else "an expanded language"
+        raise UserError(f"--data has no text of {what}; pass text of both kinds, and name the expanded languages")
+    from checkpoint_convert.conversions.calibrated_routers import write_calibrated
+    from moelpr.evaluate.models import check_device
+    from moelpr.text.reading import read_documents
+
+    check_device(args.device)
+    texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
+    found = write_calibrated(
+        args.model,
+        args.base,
+        args.save,
+        {name: documents for name, documents in texts.items() if name not in languages},
+        {name: texts[name] for name in languages},
+        args.keep_original,
+        args.max_tokens,
+        device=args.device,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        verify=args.verify,
+    )
+    rows = [
+        [
+            text,
+            *(f"{shares.all_original:.1%}" for shares in pair),
+            *(f"{shares.new_gate_weight:.1%}" for shares in pair),
+        ]
+        for text, pair in ((text, (found.before[text], found.after[text])) for text in found.before)
+    ]
+    head = ["held-out text", "all original, before", "after", "weight of new experts, before", "after"]
+    print(table_text(head, rows, [0]))
+    print(f"{args.save}: {args.model} with calibrated routers")
+
+
+def _named(items: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for item in items:
+        name, _, path = item.partition("=")
+        if not name or not path:
+            raise UserError(f"--data must be NAME=FILE, such as el=el.jsonl, got {item}")
+        if (name := canonical(name)) in named:
+            raise UserError(f"--data has {name} twice ({named[name]} and {path}); give each its own name")
+        named[name] = path
+    return named
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,142 @@
+"""Writes an export again with calibrated routers: rows of the original expert's copies that text to keep goes to."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.hf.companions import copy_companion, copy_companions
+from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
+from checkpoint_convert.hf.safetensors_writer import write_weights
+from moelpr.evaluate.calibration import Calibration, Shares, calibrate, read_inputs
+from moelpr.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.process.errors import UserError
+from moelpr.store.checksums import Verify
+from moelpr.store.records import STRICT, Record
+
+# The names of a router's weight in the files of all stock classes.
+_ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router\.layer)\.weight")
+
+
+@dataclass(frozen=True, config=STRICT)
+class CalibratedRouters(Record):
+    """How the routers of an export were calibrated.
+
+    Attributes:
+        model: Name of the folder of the export.
+        texts: Names of the texts to keep and of the expanded languages.
+        keep_original: Fraction of the tokens of text to keep all of whose choices should be original.
+        before: Text, kept or expanded → where its held-out tokens went.
+        after: The same with calibrated routers.
+    """
+
+    FILE_NAME: ClassVar[str] = "calibration.json"
+    REMEDY: ClassVar[str] = "calibrate the export again with moelpr calibrate"
+
+    model: str
+    texts: dict[str, list[str]]
+    keep_original: float
+    before: dict[str, Shares]
+    after: dict[str, Shares]
+
+
+def write_calibrated(
+    model: Path,
+    base: Path,
+    save: Path,
+    kept: Mapping[str, Sequence[str]],
+    expanded: Mapping[str, Sequence[str]],
+    share: float,
+    max_tokens: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    verify: Verify = Verify.FULL,
+) -> Calibration:
+    """Calibrate the routers of `model` and write it to `save`; only their weights change.
+
+    Args:
+        model: Export of a model with as many copies of the original expert as choices.
+        base: The dense base that it was upcycled from.
+        kept: Name → documents whose tokens should go to the original expert.
+        expanded: Language → documents whose tokens should go where they go now.
+        share: Fraction of the tokens of `kept` all of whose choices should be original.
+        max_tokens: Tokens of each text that are used.
+
+    Raises:
+        UserError: The models do not fit each other or the method; `save` is then unchanged.
+    """
+    require_hf({"model": model, "base": base}, "moelpr calibrate")
+    check_output(save, [model, base], overwrite, (CalibratedRouters.FILE_NAME,))
+    with open_model(model, device, dtype, verify) as loaded:
+        places, topk = loaded.num_original_places, loaded.topk
+        if not loaded.routers:
+            raise UserError(f"{model} is dense and has no routers; pass an export of an upcycled model")
+        if places < topk:
+            raise UserError(
+                f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a "
+                f"new expert always has a part; upcycle with --original-copies {topk}"
+            )
+        routers = {layer: router.weight.detach().clone() for layer, router in loaded.routers.items()}  # type: ignore[operator]
+        of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens)
+    with open_model(base, device, dtype, verify) as loaded:
+        of_kept = read_inputs(loaded, _ffns(loaded, routers), kept, max_tokens)
+    found = calibrate(routers, places, topk, of_kept, of_expanded, share)
+    texts = {"kept": list(kept), "expanded": list(expanded)}
+    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after)
+    _write(model, save, found.shifts, places, record, overwrite, verify)
+    return found
+
+
+def _ffns(base: LoadedModel, routers: Mapping[int, Tensor]) -> dict[int, nn.Module]:
+    """The FFNs of the base's layers, which read what the routers of the upcycled model read."""
+    layers = list(getattr(base.model.get_decoder(), "layers", []))
+    hidden = next(iter(routers.values())).shape[1]
+    if base.routers or max(routers) >= len(layers) or base.model.config.get_text_config().hidden_size != hidden:
+        raise UserError(
+            f"--base {base.directory} is not the dense model that --model was upcycled from: it must have a hidden "
+            f"size of {hidden} and more than {max(routers)} layers without experts"
+        )
+    return {layer: getattr(layers[layer], "mlp", None) or layers[layer].shared_mlp for layer in routers}
+
+
+def _write(
+    model: Path,
+    save: Path,
+    shift_of: Mapping[int, Tensor],
+    places: int,
+    record: CalibratedRouters,
+    overwrite: bool,
+    verify: Verify,
+) -> None:
+    source = HfReader(model, verify=verify)
+    whole = [source, HfReader(model, verify=verify, text=False)]
+    tensors = {name: reader for reader in whole for name in reader.names}
+    dtype: torch.dtype = getattr(torch, common_dtype([(reader, name) for name, reader in tensors.items()]))
+    shifts = {name: shift_of[int(match[1])] for name in tensors if (match := _ROUTER.fullmatch(name))}
+    assert len(shifts) == len(shift_of), "every router has a name that is known"
+    shapes = [(name, reader.shape(name)) for name, reader in tensors.items()]
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name].read(name)
+        if name in shifts:
+            tensor = tensor.float()
+            tensor[:places] += shifts[name]
+        return tensor
+
+    num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
+    sums = {name: shift.norm().item() for name, shift in shifts.items()}  # those of other text are others
+    with output_folder(save, overwrite, num_bytes, [model], shifts=sums) as (folder, journal, bar):
+        copy_companions(model, folder, skip=(CARD_FILE,))
+        for name in (CARD_FILE, BASE_CARD_FILE):
+            if (model / name).is_file():
+                copy_companion(model, name, folder / name)
+        record.write(folder)
+        write_weights(journal, shapes, dtype, DEFAULT_SHARD_BYTES, read, bar)

@@ -1,0 +1,200 @@
+"""A direction for the router of each MoE layer that tells text to keep from text of the expanded languages.
+
+Training shows routers little text, so they send much of what they have not seen to new experts. Ridge regression on
+what the routers read, x [H], finds a direction u [H] for which u · x is near 1 on text to keep and near
+`EXPANDED_TARGET` on expanded text. With δ u added to the router's rows of the original expert's copies, δ > 0, all
+choices of a token are original if u · x is large enough, and its output is the base's.
+
+Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from moelpr.evaluate.models import LoadedModel
+from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, tokenize
+from moelpr.metrics.routing_sums import text_vector
+from moelpr.process.errors import UserError
+from moelpr.store.records import STRICT
+
+EXPANDED_TARGET = -0.2  # below 0, so that expanded text loses no weight on new experts
+_RIDGE = 0.01  # of the mean of the diagonal
+_PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
+_MARGIN = 1.01  # for the rounding of a model's dtype
+_MIN_SCORE = 0.2  # tokens with less u · x may need a larger δ than any layer gets
+
+
+@pydantic_dataclass(frozen=True, config=STRICT)
+class Shares:
+    """Where held-out tokens go, as means over layers.
+
+    Attributes:
+        all_original: Fraction of tokens whose choices are all original.
+        new_gate_weight: Mean gate weight of new experts.
+    """
+
+    all_original: float
+    new_gate_weight: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes:
+        shifts: Layer number, from 0 → what to add to the router's row of each copy of the original expert [H].
+        before, after: Text ("kept", "expanded") → where its tokens go.
+    """
+
+    shifts: dict[int, Tensor]
+    before: dict[str, Shares]
+    after: dict[str, Shares]
+
+
+class Inputs:
+    """What the routers of a model read: sums for the regression, and held-out rows as they are."""
+
+    def __init__(self) -> None:
+        self.gram: dict[int, Tensor] = {}  # layer → Σ w x xᵀ [H, H]
+        self.mean: dict[int, Tensor] = {}  # layer → Σ w x [H]
+        self.held_out: dict[int, list[Tensor]] = {}  # layer → [tokens, H]
+
+    def add(self, layer: int, rows_TH: Tensor, weight: float) -> None:
+        """Add rows that the direction is fitted to."""
+        rows_TH = rows_TH.float()
+        self.gram[layer] = self.gram.get(layer, 0) + weight * rows_TH.T @ rows_TH
+        self.mean[layer] = self.mean.get(layer, 0) + weight * rows_TH.sum(0)
+
+    def hold_out(self, layer: int, rows_TH: Tensor) -> None:
+        self.held_out.setdefault(layer, []).append(rows_TH.cpu())
+
+
+@torch.inference_mode()
+def read_inputs(
+    loaded: LoadedModel, modules: Mapping[int, nn.Module], texts: Mapping[str, Sequence[str]], max_tokens: int
+) -> Inputs:
+    """Run a model on texts, each of which counts the same, and keep the inputs of some modules.
+
+    Args:
+        modules: Layer number → a module whose first argument is what the layer's router reads.
+        texts: Name → documents, whose first `max_tokens` are used, in pieces that are read by themselves.
+
+    Raises:
+        UserError: A text is too short, or the tokenizer does not support it.
+    """
+    found = Inputs()
+    settings = Settings(context=0).resolve({})
+    with tqdm(total=len(texts), desc=f"reading {loaded.directory.name}", unit=" texts", disable=None) as bar:
+        for name, documents in texts.items():
+            pieces = list(_pieces(tokenize(loaded, name, documents), max_tokens))
+            held_out = pieces[_HELD_OUT - 1 :: _HELD_OUT]
+            if not held_out:
+                raise UserError(
+                    f"the text {name} has {sum(map(len, pieces))} tokens in {len(pieces)} pieces; pass at least "
+                    f"{_HELD_OUT} documents, or longer ones"
+                )
+            fitted = [ids for number, ids in enumerate(pieces, start=1) if number % _HELD_OUT]
+            weight = 1 / (len(texts) * sum(map(len, fitted)))
+            _run(loaded, modules, fitted, settings, partial(found.add, weight=weight))
+            _run(loaded, modules, held_out, settings, found.hold_out)
+            bar.update()
+    return found
+
+
+def calibrate(
+    routers: Mapping[int, Tensor], num_original: int, topk: int, kept: Inputs, expanded: Inputs, share: float
+) -> Calibration:
+    """The shift of each layer with which all choices of `share` of the held-out text to keep are original.
+
+    Args:
+        routers: Layer number → the router's weight [E, H], whose first `num_original` rows are the original expert's.
+
+    Raises:
+        UserError: Text to keep cannot be told from expanded text.
+    """
+    shifts, vectors = {}, []
+    for layer, weight_EH in routers.items():
+        weight_EH = weight_EH.float().cpu()
+        direction_H = _direction(kept, expanded, layer).cpu()
+        rows = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
+        shifts[layer] = _strength(rows[0], weight_EH, direction_H, num_original, share) * direction_H
+        shifted_EH = weight_EH.clone()
+        shifted_EH[:num_original] += shifts[layer]
+        vectors.append(
+            [[_last_two(rows_TH @ w.T, topk, num_original) for w in (weight_EH, shifted_EH)] for rows_TH in rows]
+        )
+    means = torch.tensor(vectors).mean(0).tolist()  # text, before or after, all original and gate weight
+    before, after = (
+        {name: Shares(*means[text][time]) for text, name in enumerate(("kept", "expanded"))} for time in (0, 1)
+    )
+    if after["expanded"].new_gate_weight < 0.5 * before["expanded"].new_gate_weight:
+        raise UserError(
+            f"to keep {share:.0%} of the tokens of text to keep, new experts would fall from a mean gate weight of "
+            f"{before['expanded'].new_gate_weight:.0%} to {after['expanded'].new_gate_weight:.0%} on expanded text; "
+            "keep less, or check that no text to keep is in an expanded language"
+        )
+    return Calibration(shifts, before, after)
+
+
+def _pieces(documents: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
+    length = max(1, max_tokens // _PIECES)
+    for ids in documents:
+        for start in range(0, len(ids), length):
+            if max_tokens <= 0:
+                return
+            yield ids[start : min(start + length, start + max_tokens)]
+            max_tokens -= length
+
+
+def _run(
+    loaded: LoadedModel,
+    modules: Mapping[int, nn.Module],
+    documents: list[list[int]],
+    settings: Settings,
+    take: Callable[[int, Tensor], None],
+) -> None:
+    """Give `take` the layers' inputs for all tokens of the documents."""
+    for batch in make_batches(loaded, documents, settings):
+        tokens, _, is_counted = make_tensors(batch, loaded.device)
+        with ExitStack() as hooks:
+            for layer, module in modules.items():
+                hook = partial(_take, partial(take, layer), is_counted.flatten())
+                hooks.callback(module.register_forward_pre_hook(hook).remove)
+            loaded.logits(tokens)
+
+
+def _take(take: Callable[[Tensor], None], is_counted_T: Tensor, module: nn.Module, inputs: Any) -> None:
+    rows_TH = inputs[0].flatten(0, -2)
+    take(rows_TH[is_counted_T.to(rows_TH.device)])
+
+
+def _direction(kept: Inputs, expanded: Inputs, layer: int) -> Tensor:
+    """u [H] = (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w t x for the targets t."""
+    gram_HH = kept.gram[layer] + expanded.gram[layer].to(kept.gram[layer].device)
+    target_H = kept.mean[layer] + EXPANDED_TARGET * expanded.mean[layer].to(gram_HH.device)
+    gram_HH.diagonal().add_(_RIDGE * gram_HH.diagonal().mean())
+    return torch.linalg.solve(gram_HH, target_H)
+
+
+def _strength(rows_TH: Tensor, weight_EH: Tensor, direction_H: Tensor, num_original: int, share: float) -> float:
+    """The smallest δ with which all choices of `share` of the tokens are original, within a limit."""
+    logits_TE, score_T = rows_TH @ weight_EH.T, rows_TH @ direction_H
+    missing_T = logits_TE[:, num_original:].amax(1) - logits_TE[:, :num_original].amin(1)
+    needed_T = torch.where(score_T > 0, missing_T.clamp(min=0) / score_T, torch.inf)
+    needed_T[missing_T <= 0] = 0
+    limit = missing_T.clamp(min=0).max().item() / _MIN_SCORE
+    return _MARGIN * min(limit, needed_T.quantile(share, interpolation="higher").item())
+
+
+def _last_two(logits_TE: Tensor, topk: int, num_original: int) -> list[float]:
+    """Fraction of tokens whose choices are all original, and mean gate weight of new experts."""
+    sums = text_vector(logits_TE, topk, num_original, torch.ones(len(logits_TE)))
+    return (sums[-2:] / len(logits_TE)).tolist()

@@ -1,0 +1,124 @@
+"""Calibrated routers keep text with the original expert, whose output is the base's, and change nothing else."""
+
+import json
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert import calibrate as calibrator
+from checkpoint_convert.conversions.calibrated_routers import CalibratedRouters, write_calibrated
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.evaluate.calibration import Inputs, calibrate
+from moelpr.families.new_experts import NewExperts
+from moelpr.process.errors import UserError
+from tests.support.hf_models import load_stock, save_tokenizer, tensors_of
+
+
+def documents(shortest: int, seed: int = 0) -> list[str]:
+    """Runs of a, each a token, of eight lengths."""
+    draw = random.Random(seed)
+    return ["b".join("a" * (shortest + draw.randrange(8)) for _ in range(12)) for _ in range(20)]
+
+
+KEPT, EXPANDED = {"short": documents(2), "shorter": documents(12)}, {"el": documents(50)}
+
+
+def upcycled(base: Path, folder: Path, copies: int = 2) -> Path:
+    save_tokenizer(base, 99)
+    hf_to_mcore(base, folder / "megatron", NewExperts(3, original_copies=copies), start=Start(noise=0.5))
+    mcore_to_hf(folder / "megatron", folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "share"),
+    [
+        ("LlamaForCausalLM", {"tie_word_embeddings": True}, 0.98),
+        ("Qwen2ForCausalLM", {}, 0.98),
+        ("Qwen3ForCausalLM", {}, 0.98),
+        ("GraniteForCausalLM", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}, 0.7),
+        ("Olmo2ForCausalLM", {}, 0.98),
+    ],
+)
+def test_only_routers_change_and_kept_text_has_the_bases_logits(
+    architecture: str, changes: dict, share: float, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model(architecture, **changes)
+    model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
+    found = write_calibrated(model, base, save, KEPT, EXPANDED, share, 1000)
+    old, new = tensors_of(model), tensors_of(save)
+    assert old.keys() == new.keys()
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert len(changed) == len(found.shifts) and all(".gate." in name or ".router." in name for name in changed)
+    for name in changed:
+        assert torch.equal(new[name][2:], old[name][2:])
+        torch.testing.assert_close(new[name][0] - old[name][0], new[name][1] - old[name][1])
+    record = CalibratedRouters.read(save)
+    assert record.texts == {"kept": ["short", "shorter"], "expanded": ["el"]} and record.after == found.after
+    before, after = found.before, found.after
+    assert before["kept"].all_original < 0.5 and after["kept"].all_original > share - 0.01
+    assert after["kept"].new_gate_weight < 0.2 < 0.8 * before["expanded"].new_gate_weight < 0.9
+    assert after["expanded"].new_gate_weight > 0.5 * before["expanded"].new_gate_weight
+    tokens = torch.tensor([[0, 3 + i % 6, 2, 3 + i // 6] for i in range(36)])
+    of_base, of_model, of_save = (load_stock(folder)(tokens).logits for folder in (base, model, save))
+    same_before, same_after = ((of_base - one).abs().amax(-1) < 1e-4 for one in (of_model, of_save))
+    assert not same_before.any()
+    assert share < 0.9 or same_after.float().mean() > 0.25  # a token and all before it, in all layers
+
+
+def test_the_shift_is_the_smallest_that_keeps_the_share() -> None:
+    torch.manual_seed(0)
+    center_H = torch.randn(24)
+    texts = []
+    for sign in (1, -1):
+        rows = torch.randn(2000, 24) + sign * center_H
+        inputs = Inputs()
+        inputs.add(0, rows[:1500], 1 / 1500)
+        inputs.hold_out(0, rows[1500:])
+        texts.append(inputs)
+    weight_EH = 0.1 * torch.randn(5, 24)
+    weight_EH[1] = weight_EH[0]
+    found = calibrate({0: weight_EH}, 2, 2, *texts, share=0.9)
+    assert found.after["kept"].all_original == pytest.approx(0.9, abs=0.005)
+    less_EH = weight_EH.clone()
+    less_EH[:2] += 0.95 * found.shifts[0]
+    choices = (torch.cat(texts[0].held_out[0]) @ less_EH.T).topk(2).indices
+    assert (choices < 2).all(1).float().mean() < 0.9
+    with pytest.raises(UserError, match="new experts would fall from a mean gate weight of .*; keep less"):
+        calibrate({0: weight_EH}, 2, 2, texts[0], texts[0], share=0.9)
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(
+    make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_qwen2()
+    model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
+    run = [save, KEPT, EXPANDED, 0.9, 1000]
+    with pytest.raises(UserError, match="is dense and has no routers"):
+        write_calibrated(base, base, *run)
+    with pytest.raises(UserError, match="is not the dense model that --model was upcycled from"):
+        write_calibrated(model, model, *run)
+    with pytest.raises(UserError, match="the text el has 1 tokens in 1 pieces; pass at least 5 documents"):
+        write_calibrated(model, base, save, KEPT, {"el": ["a"]}, 0.9, 1000)
+    (tmp_path / "one").mkdir()
+    with pytest.raises(UserError, match="only 1 of them can be the original one.*--original-copies 2"):
+        write_calibrated(upcycled(base, tmp_path / "one", 1), base, *run)
+    assert not save.exists()
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in EXPANDED["el"]))
+    flags = f"--model {model} --base {base} --save {save} --data el={file}".split()
+    for more, message in (
+        (["--expanded-languages", "hu"], "must be among --data"),
+        (["--expanded-languages", "el"], "no text of text to keep"),
+        (["--expanded-languages", "el", "--keep-original", "1.5"], "above 0 and below 1"),
+        (["--expanded-languages", "el", "--data", f"ell={file}"], "--data has el twice"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["calibrate", *flags, *more])
+        with pytest.raises(UserError, match=message):
+            calibrator.main()

@@ -246,8 +246,9 @@ class Queue:
 
         made_from, is_complete = ("base", export.name, "split", "other"), (save / "config.json").is_file
         task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
-        users = {setting for setting, source in settings.CALIBRATED.items() if source == run}
-        return [_tagged(users, export, disk_gib=1.2), _tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
+        is_made = export.name in EXPORTS and not self.is_short  # for its continuations
+        found = [] if is_made else [_tagged(_calibrated_of(run), export, disk_gib=1.2)]
+        return [*found, _tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
 
     def _blended(self, blend: Mapping[str, float], corpora: str = "") -> Words:
         """--data-path of a blend of text: with weights, unless it is all of one kind."""
@@ -353,7 +354,10 @@ class Queue:
     def _continuations(self) -> list[Task]:
         """Exports, and what up to four models write after the same words."""
         exports = {"copies": "copies-seed-1", "full": "full"}
-        found = [_tagged({x}, tasks.export(self.run / model), disk_gib=2) for x, model in exports.items()]
+        found = [
+            _tagged({x} | _calibrated_of(model), tasks.export(self.run / model), disk_gib=2)
+            for x, model in exports.items()
+        ]
         names = [f"{language}.{number}" for language in LANGUAGES for number in range(1, PROMPTS + 1)]
         prompts = {name: self.text / f"prompt.{name}.jsonl" for name in names}
         output = self.run / "continuations"
@@ -526,6 +530,11 @@ def moe_options(name: str) -> list[str]:
 
 def _tagged(tags: Tags, task: Task, **fields: Any) -> Task:
     return replace(task, tags=frozenset(tags), **fields)
+
+
+def _calibrated_of(run: str) -> set[str]:
+    """The settings whose models are a run's export with calibrated routers."""
+    return {setting for setting, source in settings.CALIBRATED.items() if source == run}
 
 
 def _minutes(kind: str, steps: int) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import num_microbatches_calculator
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -71,7 +71,7 @@ class MegatronStep:
     `batch` are the tensors that a dataset returns (moelpr.data.batch), each [batch, sequence].
     """
 
-    def __init__(self, model: GPTModel, batch: dict[str, Tensor]) -> None:
+    def __init__(self, model: HybridModel, batch: dict[str, Tensor]) -> None:
         config = model.config
         self.model, self.batch = model, batch
         wrapped = Float16Module(config, model) if config.bf16 else model

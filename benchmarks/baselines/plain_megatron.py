@@ -4,14 +4,15 @@ from functools import partial
 from typing import Any
 from unittest.mock import patch
 
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
-from moelpr.model import loading
-from moelpr.model.builder import block_spec
+from moelpr.model import builder
+from moelpr.model.builder import layer_spec
+from moelpr.model.loading import build_model
 from moelpr.model_spec import ModelSpec
 
 
@@ -26,16 +27,15 @@ _LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallel
 _SEQUENTIAL = partial(SequentialMLP, submodules=_LINEARS)
 
 
-def plain_block_spec(*args: Any, experts: Any = _SEQUENTIAL, **kwargs: Any) -> Any:
-    """moelpr's layers (norms, attention) with Megatron's MoE layer in each, without Transformer Engine."""
-    spec = block_spec(*args, **kwargs)
-    for layer in spec.layer_specs:
-        layer.submodules.mlp = partial(PlainMoELayer, submodules=MoESubmodules(experts=experts))
+def plain_layer_spec(*args: Any, experts: Any = _SEQUENTIAL) -> Any:
+    """A layer of moelpr's (norms, attention) with Megatron's MoE layer, without Transformer Engine."""
+    spec = layer_spec(*args)
+    spec.submodules.mlp = partial(PlainMoELayer, submodules=MoESubmodules(experts=experts))
     return spec
 
 
-def build(spec: ModelSpec, **settings: object) -> GPTModel:
+def build(spec: ModelSpec, **settings: object) -> HybridModel:
     """A model of `spec`'s shape with all E experts in the group."""
     assert spec.moe is not None
-    with patch.object(loading, "block_spec", plain_block_spec):
-        return loading.build_model(spec, num_moe_experts=spec.moe.num_experts, **settings)
+    with patch.object(builder, "layer_spec", plain_layer_spec):
+        return build_model(spec, num_moe_experts=spec.moe.num_experts, **settings)

@@ -84,6 +84,7 @@ _REFUSED = {
     "a resumed run would go on with a wrong step count on the GPU; remove it": "optimizer-offload-fraction",
     "its steps have no checksums and replace that of --ckpt-step; use --save-interval": "non-persistent-ckpt-type",
     "other formats can be neither exported nor resumed under another layout; remove it": "ckpt-format",
+    "Megatron's HybridModel ignores it; remove it": "cpu-offloading-num-layers fp8-output-proj",
     "it does not check the first step for NaN, and saves steps that cannot be loaded; remove it": "rerun-mode",
     "no checkpoint of this trainer has it, and an export would compute without it; remove it": """
         multi-latent-attention mtp-num-layers hybrid-layer-pattern hybrid-override-pattern no-rope-freq

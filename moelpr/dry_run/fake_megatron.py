@@ -26,20 +26,21 @@ def install(meter: Meter) -> None:
     import megatron.core.rerun_state_machine as rerun_state_machine
     import megatron.core.tensor_parallel.random as random
     import megatron.training.training as training
-    from megatron.training.models.gpt import GPTModelBuilder
+
+    from moelpr.model.builder import MoELPRModelBuilder
 
     random._set_cuda_rng_state = lambda *args, **kwargs: None  # it writes the generator's state directly
     training.set_jit_fusion_options = lambda *args, **kwargs: None
     training.report_memory = lambda *args, **kwargs: None
     # Steps without a line in the log are counted; hooks read its signature.
     training.training_log = functools.wraps(training.training_log)(lambda *args, **kwargs: False)
-    build = GPTModelBuilder.build_model
+    build = MoELPRModelBuilder.build_model
 
     def build_on_device(*args: Any, **kwargs: Any) -> Any:
         with DEVICE:
             return build(*args, **kwargs)
 
-    GPTModelBuilder.build_model = build_on_device
+    MoELPRModelBuilder.build_model = build_on_device  # type: ignore[method-assign]
     # A module cannot be moved to a fake GPU, but it is there already, in the dtype of its configuration.
     for name in ("cuda", "bfloat16", "half"):
         setattr(torch.nn.Module, name, lambda self, device=None: self)

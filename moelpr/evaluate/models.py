@@ -48,7 +48,7 @@ class LoadedModel:
     """A causal language model in evaluation mode, with its tokenizer."""
 
     directory: Path
-    model: Any  # a transformers PreTrainedModel with a language-model head, or Megatron's GPTModel with our MoE layers
+    model: Any  # a transformers PreTrainedModel with a language-model head, or Megatron's model with our MoE layers
     tokenizer: Any  # a transformers PreTrainedTokenizerBase
     start_id: int  # the token that precedes every document: BOS, or EOS if the tokenizer has no BOS
     eos_id: int | None

@@ -9,7 +9,6 @@ import logging
 import os
 import queue
 import shutil
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -40,6 +39,8 @@ def install() -> None:
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
     _replace_the_tracker_file_at_once()
+    _divide_virtual_stages_unevenly()
+    _load_checkpoints_by_the_names_in_them()
     _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
@@ -49,15 +50,6 @@ def install() -> None:
     _let_compiled_functions_have_more_variants()
     rotary.install()
     host_optimizer.install()
-
-
-def gpt_config_from_args(args: Namespace, transformer: Any) -> Any:
-    """Megatron's function of this name, which ignores --rope-scaling-factor and always uses 8."""
-    from megatron.training import argument_utils
-
-    config = argument_utils.gpt_config_from_args(args, transformer)
-    config.rope_scaling_factor = args.rope_scaling_factor
-    return config
 
 
 def _use_prebuilt_dataset_helper() -> None:
@@ -241,6 +233,30 @@ def _replace_the_tracker_file_at_once() -> None:
         return open_temporary(Path(path))
 
     maybe_msc.open = open_file
+
+
+def _divide_virtual_stages_unevenly() -> None:
+    """HybridModel takes virtual stages from its pattern only, and then refuses a number for the first or last stage.
+
+    Our pattern has the layers of every stage, with these numbers.
+    """
+    from megatron.core.models.hybrid import hybrid_layer_allocation
+
+    @replaces(hybrid_layer_allocation, "select_pipeline_segment")
+    def select(original: Callable[..., Any], pattern: str, pp_group: Any, vp_stage: int | None, **others: Any) -> Any:
+        return original(pattern, pp_group, vp_stage, **others | {"first_stage_layers": None, "last_stage_layers": None})
+
+
+def _load_checkpoints_by_the_names_in_them() -> None:
+    """Megatron takes our runs for those of GPTModel, which it would translate: one layer of theirs becomes two.
+
+    Our layers have the names of GPTModel's.
+    """
+    from megatron.training import checkpointing
+
+    @replaces(checkpointing, "_maybe_setup_gpt_to_hybrid_load")
+    def without_translation(*_: Any) -> tuple[None, bool]:
+        return None, False
 
 
 def _save_orders_of_samples_at_once() -> None:

@@ -1,21 +1,33 @@
-"""The layers of our GPT models: Megatron's dense layers, and layers with an LPRMoELayer."""
+"""Our models on Megatron's HybridModel: blocks of Megatron's dense layers, and blocks with an LPRMoELayer.
 
+What HybridModel lacks and how it is mended: docs/design/megatron-trainer.md.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, ClassVar
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from torch import Tensor
 
+from moelpr.megatron_patches.replacing import replaces
 from moelpr.model.attention import SDPACoreAttention
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.experts import GroupedExperts
@@ -25,16 +37,93 @@ from moelpr.model.norms import RMSNorm, WholeRMSNorm
 from moelpr.model.residual import NormedAdd, scaled_bias_dropout_add
 from moelpr.model.router import LPRRouter
 
+_NO_STATE = "output_layer._extra_state"
 
-def block_spec(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The specs of the layers of this pipeline stage."""
-    config: MoELPRConfig = model_config.transformer
-    use_te = config.transformer_impl == "transformer_engine"
-    layers = [
-        (_moe_layer if config.is_moe_layer[layer] else _dense_layer)(config, use_te, config.is_linear_layer[layer])
-        for layer in _local_layers(config, vp_stage)
-    ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_norm(use_te))
+
+@dataclass(kw_only=True)
+class MoELPRModelConfig(HybridModelConfig):
+    """Megatron's description of a model, with the scaling of Llama 3's rotary embedding."""
+
+    builder: ClassVar[str] = "moelpr.model.builder.MoELPRModelBuilder"
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+
+
+class MoELPRModelBuilder(HybridModelBuilder):
+    """Builds a stage of the pipeline, with what Megatron's GPTModel has and HybridModel lacks."""
+
+    _model_config: MoELPRModelConfig
+
+    def build_model(self, *args: Any, **kwargs: Any) -> HybridModel:
+        given, config = self._model_config, self._model_config.transformer
+        given.hybrid_layer_pattern = layer_pattern(config)
+        layers = HybridStackSubmodules(attention_layer=DecoderLayer)
+        given.hybrid_stack_spec = ModuleSpec(module=DecoderStack, submodules=layers)
+        model = super().build_model(*args, **kwargs)
+        model.rotary_pos_emb.rotary_interleaved = config.rotary_interleaved
+        if given.rope_scaling:
+            unscaled = model.rotary_pos_emb.inv_freq
+            model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(unscaled, given.rope_scaling_factor)
+        if model.post_process and config.defer_embedding_wgrad_compute:
+            for buffer in ("embedding_activation_buffer", "grad_output_buffer"):
+                kept: list[Tensor] = []
+                setattr(model, buffer, kept)
+                setattr(model.output_layer, buffer, kept)
+
+        @replaces(model, "sharded_state_dict")
+        def saved(full_state: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+            """Without a state of the output layer, which is always empty."""
+            return {key: part for key, part in full_state(*args, **kwargs).items() if not key.endswith(_NO_STATE)}
+
+        return model
+
+
+class DecoderStack(HybridStack):
+    """The layers of a stage. Names, and so the keys in checkpoints, are those of Megatron's TransformerBlock."""
+
+    def __init__(self, config: MoELPRConfig, **kwargs: Any) -> None:
+        super().__init__(config, post_layer_norm=False, **kwargs)  # its norm is Transformer Engine's
+        self.post_layer_norm = True
+        if self.post_process:
+            norm = _norm(config.transformer_impl == "transformer_engine")
+            self.final_layernorm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+
+    @property
+    def final_norm(self) -> Any:
+        """HybridStack's name of the last norm."""
+        return self.final_layernorm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The hidden states after these layers; with dropout that differs between parts of a sequence."""
+        with get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
+            output = super().forward(*args, **kwargs)
+        # A stage that does nothing would return its input, which the schedule frees.
+        return output if self.layers or self.pre_process or self.post_process else output.clone()
+
+
+class DecoderLayer(TransformerLayer):
+    """A whole block, attention and FFN, of the kind that the model has at its place."""
+
+    def __init__(self, config: MoELPRConfig, layer_number: int, pp_layer_offset: int, **kwargs: Any) -> None:
+        # `pp_layer_offset` is for caches in inference, and linear attention does not take it.
+        super().__init__(config, layer_spec(config, layer_number - 1).submodules, layer_number, **kwargs)
+
+
+def layer_pattern(config: MoELPRConfig) -> str:
+    """HybridModel's pattern: a `*` for each layer, and `|` between stages, in the order of their layers."""
+    layout = config.pipeline_model_parallel_layout
+    # Without pp_rank, Megatron's function counts this rank's layers in a layout.
+    of_layout = layout and partial(layout.get_num_layers_to_build, LayerType.decoder)
+    count = of_layout or partial(get_num_layers_to_build, config)
+    chunks = range(config.virtual_pipeline_model_parallel_size or 0) or [None]
+    ranks = range(config.pipeline_model_parallel_size)
+    return "|".join("*" * count(vp_stage=chunk, pp_rank=rank) for chunk in chunks for rank in ranks)
+
+
+def layer_spec(config: MoELPRConfig, layer: int) -> ModuleSpec:
+    """The parts of a layer, counted from 0."""
+    make = _moe_layer if config.is_moe_layer[layer] else _dense_layer
+    return make(config, config.transformer_impl == "transformer_engine", config.is_linear_layer[layer])
 
 
 def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
@@ -110,11 +199,3 @@ def _norm(use_te: bool) -> type:
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
-
-
-def _local_layers(config: MoELPRConfig, vp_stage: int | None) -> list[int]:
-    """0-based numbers of the layers of this pipeline stage."""
-    if config.pipeline_model_parallel_layout is not None:
-        return config.pipeline_model_parallel_layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))

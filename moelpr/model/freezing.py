@@ -1,7 +1,7 @@
 """Freeze the parameters that a stage does not train, and report their number."""
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 
 from moelpr.model.new_rows import rows_that_train, train_new_rows_only
 from moelpr.model_spec import NewTokens
@@ -10,12 +10,12 @@ from moelpr.stages import Part, Stage, part_of, trained_parts, trains_new_rows_o
 
 
 def freeze(
-    model_chunks: list[GPTModel],
+    model_chunks: list[HybridModel],
     stage: Stage,
     train_everything: bool = False,
     train_new_embeddings: bool = False,
     new_tokens: NewTokens | None = None,
-) -> list[GPTModel]:
+) -> list[HybridModel]:
     """Disable gradients of the parameters that the stage does not train; returns the same chunks.
 
     Call it before the model is wrapped for data parallelism, so that frozen parameters get no gradient buffer and no
@@ -40,7 +40,7 @@ def freeze(
     return model_chunks
 
 
-def parameter_report(model_chunks: list[GPTModel]) -> str:
+def parameter_report(model_chunks: list[HybridModel]) -> str:
     """A table of this rank's parameters, trainable and frozen, by part of the model."""
     counts: dict[Part, list[int]] = {}
     for chunk in model_chunks:

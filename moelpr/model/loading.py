@@ -4,12 +4,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from moelpr.checkpoints.chain import checkpoint_chain, verify_files
-from moelpr.model.builder import block_spec
+from moelpr.model.builder import MoELPRModelBuilder, MoELPRModelConfig
 from moelpr.model.config import FIXED_FOR_MOE, MoELPRConfig, shape_of
 from moelpr.model.weights import load_weights
 from moelpr.model_spec import ModelSpec
@@ -39,12 +38,11 @@ def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:
     return MoELPRConfig(**(values | settings))  # type: ignore[arg-type]
 
 
-def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
+def build_model(spec: ModelSpec, **settings: object) -> HybridModel:
     """A model with random weights; call inside `bootstrap.single_process`. `settings` are fields of MoELPRConfig."""
     shape = spec.megatron_args
-    config = GPTModelConfig(
+    config = MoELPRModelConfig(
         transformer=transformer_config(spec, **settings),
-        transformer_layer_spec=block_spec,
         vocab_size=shape["vocab_size"],
         seq_length=shape["max_position_embeddings"],
         share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
@@ -54,11 +52,11 @@ def build_model(spec: ModelSpec, **settings: object) -> GPTModel:
         rope_scaling=shape.get("use_rope_scaling", False),
         rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
     )
-    model = GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
+    model = MoELPRModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups(), True, True)
     return model.to(torch.cuda.current_device()) if torch.cuda.is_available() else model
 
 
-def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -> GPTModel:
+def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -> HybridModel:
     """The fp32 model in a folder of the converter or the trainer; call inside `bootstrap.single_process`.
 
     Raises:
@@ -73,7 +71,7 @@ def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -
 
 
 @torch.no_grad()
-def logits(model: GPTModel, tokens_BS: torch.Tensor) -> torch.Tensor:
+def logits(model: HybridModel, tokens_BS: torch.Tensor) -> torch.Tensor:
     """fp32 logits [batch, sequence, vocabulary]."""
     model.eval()
     positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -25,7 +25,7 @@ from moelpr.stages import VOCABULARY_PARTS, part_of
 ROWS = "rows_that_train"
 
 
-def train_new_rows_only(model_chunks: list[GPTModel], new_tokens: NewTokens) -> None:
+def train_new_rows_only(model_chunks: list[HybridModel], new_tokens: NewTokens) -> None:
     """Mark the matrices of the vocabulary, and have Megatron zero the gradients of their old rows in each step."""
     for chunk in model_chunks:
         for name, parameter in chunk.named_parameters():

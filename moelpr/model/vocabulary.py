@@ -6,12 +6,12 @@ mask, the loss would depend on the number of rows, and so on the layout.
 """
 
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 
-def mask_padding(model_chunks: list[GPTModel], vocab_size: int) -> list[GPTModel]:
+def mask_padding(model_chunks: list[HybridModel], vocab_size: int) -> list[HybridModel]:
     """Set the logits of IDs >= `vocab_size` to the smallest finite value; returns the same chunks."""
     for chunk in model_chunks:
         if chunk.post_process:

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedStateDict,
     ShardedTensorFactory,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from moelpr.checkpoints.torch_dist import read_metadata
@@ -27,7 +27,7 @@ _LOAD_ERRORS = (OSError, RuntimeError, KeyError, ValueError, CheckpointingExcept
 
 
 def load_weights(
-    chunks: list[GPTModel], links: list[Path], only_frozen: bool = False, load: Loader = dist_checkpointing.load
+    chunks: list[HybridModel], links: list[Path], only_frozen: bool = False, load: Loader = dist_checkpointing.load
 ) -> None:
     """Load this rank's part of the model. Every rank must call this.
 
@@ -73,7 +73,7 @@ def load_weights(
         )
 
 
-def omit_extra_state(chunks: list[GPTModel]) -> None:
+def omit_extra_state(chunks: list[HybridModel]) -> None:
     """Keep the `_extra_state` of Transformer Engine's modules, which is empty without FP8, out of checkpoints.
 
     A run can then resume with and without Transformer Engine. Loading is still strict, because every module gets its
@@ -91,20 +91,20 @@ def omit_extra_state(chunks: list[GPTModel]) -> None:
             replaces(chunk, "sharded_state_dict")(state_without_extra)
 
 
-def save_trained_only(chunks: list[GPTModel]) -> None:
+def save_trained_only(chunks: list[HybridModel]) -> None:
     """Reduce the chunks' sharded state to what trains, so that Megatron saves and loads nothing else."""
     for chunk in chunks:
         _omit_frozen(chunk)
 
 
-def trained_entries(chunk: GPTModel) -> Callable[[str], bool]:
+def trained_entries(chunk: HybridModel) -> Callable[[str], bool]:
     """A predicate on names in the chunk's state dict: True if the entry trains or belongs to a module that trains."""
     trains = {name: parameter.requires_grad for name, parameter in chunk.named_parameters()}
     modules = {name.rpartition(".")[0] for name, is_trained in trains.items() if is_trained}
     return lambda name: trains.get(name, name.rpartition(".")[0] in modules)
 
 
-def _omit_frozen(chunk: GPTModel) -> None:
+def _omit_frozen(chunk: HybridModel) -> None:
     trains = trained_entries(chunk)
 
     @replaces(chunk, "sharded_state_dict")

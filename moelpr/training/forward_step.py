@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.utils import get_attr_wrapped_model, get_model_config
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
@@ -72,14 +72,13 @@ def lpr_token_weight(counts: GlobalCounts, num_microbatches: int, per_token_loss
 def _bits_for_this_stage(batch: Batch, model: torch.nn.Module) -> Tensor | None:
     """Language bits [batch, sequence] (uint8); None for a dense model, which has no routers.
 
-    Under sequence parallelism, GPTModel splits them along the sequence only on the stage with the embedding; other
-    stages must pass their own part.
+    Under sequence parallelism they are those of this rank's part of the sequence.
     """
     config = get_model_config(model)
     if config.num_moe_experts is None:
         return None
     bits = batch.is_original.to(torch.uint8)
-    if config.sequence_parallel and not get_attr_wrapped_model(model, "pre_process"):
+    if config.sequence_parallel:
         tp_size = parallel_state.get_tensor_model_parallel_world_size()
         bits = bits.chunk(tp_size, dim=1)[parallel_state.get_tensor_model_parallel_rank()].contiguous()
     return bits

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
-from megatron.training.models.gpt import GPTModel
 
 from moelpr.arguments.settings import RunSettings
 from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
@@ -23,7 +23,7 @@ from moelpr.process.ranks import is_first_rank
 from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
 
 
-def starting_weights(settings: RunSettings) -> Callable[[list[GPTModel]], None]:
+def starting_weights(settings: RunSettings) -> Callable[[list[HybridModel]], None]:
     """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
 
     Raises:
@@ -40,7 +40,7 @@ def starting_weights(settings: RunSettings) -> Callable[[list[GPTModel]], None]:
     for link in links:
         read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
 
-    def load(chunks: list[GPTModel]) -> None:
+    def load(chunks: list[HybridModel]) -> None:
         verify_files(links, settings.verify)
         args = get_args()
         if not args.use_cpu_initialization:

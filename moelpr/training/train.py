@@ -5,8 +5,11 @@ import argparse
 import torch
 from megatron.core.enums import ModelType
 from megatron.training import get_args, pretrain, print_rank_0
-from megatron.training.argument_utils import core_transformer_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    hybrid_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 
 from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
 from moelpr.arguments.settings import RunSettings
@@ -14,8 +17,8 @@ from moelpr.checkpoints.chain import write_checksums
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.layouts import PlannedLayout
-from moelpr.megatron_patches import bootstrap, checkpoint_sums, hooks, megatron_fixes
-from moelpr.model.builder import block_spec
+from moelpr.megatron_patches import bootstrap, checkpoint_sums, hooks
+from moelpr.model.builder import MoELPRModelConfig
 from moelpr.model.config import MoELPRConfig
 from moelpr.model.freezing import freeze, parameter_report
 from moelpr.model.new_rows import ROWS
@@ -99,7 +102,7 @@ def operations_per_sequence(settings: RunSettings, seq_length: int) -> float:
     return stage_flops(spec, model_parts(spec), PlannedLayout(tp=1, pp=1, ep=1, etp=1, dp=1), workload, 0).once
 
 
-def model_config(args: argparse.Namespace) -> GPTModelConfig:
+def model_config(args: argparse.Namespace) -> MoELPRModelConfig:
     """The model that `args` describe.
 
     Raises:
@@ -107,10 +110,10 @@ def model_config(args: argparse.Namespace) -> GPTModelConfig:
     """
     try:
         transformer = core_transformer_config_from_args(args, config_class=MoELPRConfig)
-        config = megatron_fixes.gpt_config_from_args(args, transformer)
+        config = hybrid_config_from_args(args, transformer, MoELPRModelConfig)
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
-    config.transformer_layer_spec = block_spec
+    config.rope_scaling, config.rope_scaling_factor = args.use_rope_scaling, args.rope_scaling_factor
     return config
 
 

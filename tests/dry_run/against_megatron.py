@@ -32,16 +32,15 @@ def dry_run(case: Case, is_megatrons: bool) -> whole_run.Outcome:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    from benchmarks.baselines.plain_megatron import plain_block_spec
-    from moelpr.model import layer
+    from benchmarks.baselines.plain_megatron import plain_layer_spec
+    from moelpr.model import builder, layer
     from moelpr.model.experts import GroupedExperts
-    from moelpr.training import train
 
     rotate = "_apply_rotary_pos_emb_bshd"
     with (
         patch.object(rope_utils, rotate, inspect.unwrap(getattr(rope_utils, rotate))),
         patch.object(layer, "NewExpertsDispatcher", MoEAlltoAllTokenDispatcher),
-        patch.object(train, "block_spec", partial(plain_block_spec, experts=GroupedExperts)),
+        patch.object(builder, "layer_spec", partial(plain_layer_spec, experts=GroupedExperts)),
     ):
         return whole_run.check([*case.argv, "--stage1-experts", "new"], 1, case.ranks, lambda: case.spec)
 

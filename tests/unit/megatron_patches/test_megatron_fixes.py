@@ -23,6 +23,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.hybrid import hybrid_layer_allocation
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
@@ -38,8 +40,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.utils import local_multi_tensor_l2_norm
-from megatron.training import argument_utils, checkpointing, global_vars, training
-from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training import checkpointing, global_vars, training
 from megatron.training.checkpointing import maybe_msc
 from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,15 +176,21 @@ def test_megatron_still_loads_the_schedule_with_the_optimizer_only() -> None:
     )
 
 
-def test_megatron_still_ignores_the_rope_scaling_factor() -> None:
-    assert "rope_scaling_factor" not in inspect.getsource(gpt_config_from_args), "remove our gpt_config_from_args"
+def test_stages_of_a_hybrid_model_may_have_any_number_of_layers() -> None:
+    megatron_fixes.install()
+    select, pipes = hybrid_layer_allocation.select_pipeline_segment, "*|***"
+    with pytest.raises(ValueError, match="Cannot specify num_layers_in_first_pipeline_stage"):
+        inspect.unwrap(select)(pipes, None, 1, first_stage_layers=1)
+    assert select(pipes, None, 1, first_stage_layers=1) == (["*"] * 3, 1)
 
 
-def test_the_rope_scaling_factor_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = argparse.Namespace(rope_scaling_factor=8.0)
-    monkeypatch.setattr(argument_utils, "gpt_config_from_args", lambda args, transformer: config)
-    args = argparse.Namespace(rope_scaling_factor=32.0)
-    assert megatron_fixes.gpt_config_from_args(args, None).rope_scaling_factor == 32.0
+def test_a_checkpoint_is_loaded_into_a_hybrid_model_as_it_is() -> None:
+    megatron_fixes.install()
+    settings, load = argparse.Namespace(hybrid_layer_pattern=None), checkpointing._maybe_setup_gpt_to_hybrid_load
+    given = settings, settings, [HybridModel.__new__(HybridModel)]
+    with pytest.raises(RuntimeError, match="requires --hybrid-layer-pattern"):
+        inspect.unwrap(load)(*given)
+    assert load(*given) == (None, False)
 
 
 @pytest.mark.parametrize(("name", "group"), [("load_balancing_loss", "reduce_group"), ("z_loss", "avg_group")])

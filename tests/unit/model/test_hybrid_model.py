@@ -1,79 +1,128 @@
-"""Megatron's HybridModel, where GPTModel's successors go, hosts our layers: docs/design/megatron-trainer.md."""
+"""Our models on HybridModel are those that Megatron's GPTModel makes of the same layers, bit for bit.
+
+GPTModel is what old checkpoints and runs were written by: docs/design/megatron-trainer.md.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.hybrid import hybrid_block
-from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    TransformerLayer,
-    TransformerLayerSubmodules,
-)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from moelpr.model.builder import RMSNorm, _dense_layer, _moe_layer
-from moelpr.model.loading import build_model, logits, transformer_config
+from moelpr.model.builder import DecoderStack, layer_pattern, layer_spec
+from moelpr.model.loading import build_model, transformer_config
+from moelpr.model.norms import RMSNorm
+from moelpr.model.router import LPRLossNormalizer
 from moelpr.model_spec import ModelSpec, MoeSpec
 
+UNTIED = {"untie_embeddings_and_output_weights": True}
+LLAMA_3 = UNTIED | {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rotary_base": 500000}
+GRANITE = {"rotary_interleaved": True, "residual_multiplier": 0.22, "softmax_scale": 0.2}
+GRANITE |= {"use_mup": True, "mup_embedding_mult": 12.0, "mup_output_mult": 0.1}
+OLMO_2 = {"norms_after": True, "qk_layernorm": True}
+QWEN_3_5 = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": [1, 0, 1]}
+QWEN_3_5 |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_conv_kernel_dim": 4}
+QWEN_3_5 |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "rotary_percent": 0.5}
+QWEN_3_5 |= {"attention_output_gate": True, "apply_layernorm_1p": True, "qk_layernorm": True}
+SHAPES = {"tied": {}, "untied": UNTIED, "llama 3": LLAMA_3, "granite": GRANITE, "olmo 2": OLMO_2, "qwen 3.5": QWEN_3_5}
+DENSE, ALL_MOE, SOME_MOE = None, MoeSpec(4, topk=2, layers=(0, 1, 2)), MoeSpec(4, topk=2, layers=(0, 2))
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+CASES = [(shape, moe, {}) for shape in SHAPES for moe in (DENSE, ALL_MOE)]
+CASES += [("tied", SOME_MOE, {}), ("tied", ALL_MOE, FULL), ("qwen 3.5", SOME_MOE, FULL)]
 
-def hybrid_model(spec: ModelSpec) -> HybridModel:
-    """The model of `spec` as a stack of layers that are either attention or an FFN."""
-    layers = range(spec.megatron_args["num_layers"])
-    moe_flags = [flag for layer in layers for flag in (0, int(spec.is_moe_layer(layer)))]
-    config = transformer_config(spec, num_layers=len(moe_flags), moe_layer_freq=moe_flags, is_hybrid_model=True)
-    dense, moe = (make(config, False, False).submodules for make in (_dense_layer, _moe_layer))
 
-    def layer(kind: type, given: Any, *names: str) -> ModuleSpec:
-        parts = {name: getattr(given, name) for name in names}
-        return ModuleSpec(module=kind, submodules=TransformerLayerSubmodules(**parts))
-
-    ffn = "pre_mlp_layernorm", "mlp", "mlp_bda"
-    stack = HybridStackSubmodules(
-        attention_layer=layer(TransformerLayer, dense, "input_layernorm", "self_attention", "self_attn_bda"),
-        mlp_layer=layer(MLPLayer, dense, *ffn),
-        moe_layer=layer(MoETransformerLayer, moe, *ffn),
-    )
-    return HybridModel(
+def gpt_model(spec: ModelSpec, **settings: Any) -> GPTModel:
+    config, shape = transformer_config(spec, **settings), spec.megatron_args
+    layers = [layer_spec(config, layer) for layer in range(config.num_layers)]
+    return GPTModel(
         config,
-        ModuleSpec(module=HybridStack, submodules=stack),
-        spec.megatron_args["vocab_size"],
-        spec.megatron_args["max_position_embeddings"],
-        hybrid_layer_pattern="".join("*E" if spec.is_moe_layer(layer) else "*-" for layer in layers),
-        share_embeddings_and_output_weights=True,
+        TransformerBlockSubmodules(layers, RMSNorm),
+        shape["vocab_size"],
+        shape["max_position_embeddings"],
+        share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
         position_embedding_type="rope",
-        rotary_base=spec.megatron_args["rotary_base"],
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        rotary_base=shape["rotary_base"],
+        rotary_percent=shape["rotary_percent"],
+        rope_scaling=shape.get("use_rope_scaling", False),
+        rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
     )
 
 
-def hybrid_name(name: str) -> str:
-    """A block becomes two layers."""
-    if name.startswith("decoder.layers."):
-        _, _, layer, rest = name.split(".", 3)
-        return f"decoder.layers.{2 * int(layer) + rest.startswith(('mlp.', 'pre_mlp_'))}.{rest}"
-    return name.replace("final_layernorm", "final_norm")
+def trained(model: Any) -> torch.Tensor:
+    """The losses of a micro-batch with half of its languages original; gradients are in the parameters."""
+    LPRLossNormalizer.weight = torch.tensor(0.01)
+    tokens = torch.arange(80).reshape(2, 40) * 7 % 99
+    bits = torch.arange(80).reshape(2, 40) % 40 < 20
+    losses = model.train()(tokens, tokens, None, labels=tokens.roll(-1), padding_mask=bits.to(torch.uint8))
+    losses.sum().backward()
+    return losses
 
 
-def test_it_computes_the_same_bit_for_bit_with_another_last_norm(megatron, dense_spec: ModelSpec, monkeypatch) -> None:
-    spec = replace(dense_spec, moe=MoeSpec(num_new_experts=4, topk=2, layers=(0, 2)))
-    gpt = build_model(spec)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    monkeypatch.setattr(hybrid_block, "TENorm", RMSNorm)
-    hybrid = hybrid_model(spec)
-    hybrid.load_state_dict({hybrid_name(name): tensor for name, tensor in gpt.state_dict().items()})
-    tokens = torch.arange(40).reshape(2, 20) * 7 % 99
-    assert torch.equal(logits(hybrid, tokens), logits(gpt, tokens))
+@pytest.mark.parametrize(("shape", "moe", "settings"), CASES)
+def test_it_is_gpt_model_bit_for_bit(megatron, dense_spec, shape: str, moe: MoeSpec | None, settings: dict) -> None:
+    spec = replace(dense_spec, megatron_args=dense_spec.megatron_args | SHAPES[shape], moe=moe)
+    models: list[Any] = []
+    for build in (gpt_model, build_model):
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        models.append(build(spec, **settings, **{"lpr_loss_coeff": 0.1} if moe else {}))
+    gpt, ours = models
+    assert isinstance(ours, HybridModel)
+    # The distributed optimizer divides parameters in this order.
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in gpt.named_parameters()]
+    saved, expected = ours.sharded_state_dict(), gpt.sharded_state_dict()
+    assert list(saved) == list(expected)
+    for name, entry in expected.items():
+        assert type(saved[name]) is type(entry) and saved[name].key == entry.key, name
+    for (name, parameter), other in zip(ours.named_parameters(), gpt.parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    gpt.load_state_dict(ours.state_dict())
+    assert torch.equal(trained(ours), trained(gpt))
+    for (name, parameter), other in zip(ours.named_parameters(), gpt.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad) and parameter.grad.any(), name
 
 
-def test_its_last_norm_is_still_transformer_engines(megatron, dense_spec: ModelSpec) -> None:
-    """When this fails, HybridModel can be built without a GPU: look again at what the design page says."""
-    with pytest.raises(Exception, match="(?i)transformer.?engine|TENorm|NoneType"):
-        hybrid_model(dense_spec)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pipeline_model_parallel_size": 1},
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 2},
+        {"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 3},
+        {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 2}
+        | {"num_layers_in_last_pipeline_stage": 6, "virtual_pipeline_model_parallel_size": 2},
+        {"pipeline_model_parallel_size": 7, "account_for_embedding_in_pipeline_split": True}
+        | {"account_for_loss_in_pipeline_split": True, "virtual_pipeline_model_parallel_size": 2},
+    ],
+)
+def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, settings: dict[str, Any]) -> None:
+    spec = replace(dense_spec, megatron_args=dense_spec.megatron_args | {"num_layers": 12})
+    config = transformer_config(spec, **settings, pipeline_dtype=torch.float32)
+    stages = layer_pattern(config).split("|")
+    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    assert len(stages) == ranks * chunks and sum(map(len, stages)) == 12
+    for stage in range(len(stages)):
+        chunk, rank = divmod(stage, ranks)
+        offset = get_transformer_layer_offset(config, chunk if chunks > 1 else None, rank)
+        assert sum(map(len, stages[:stage])) == offset or not stages[stage]
+
+
+def test_a_stage_without_layers_copies_its_input(megatron, dense_spec: ModelSpec) -> None:
+    """The schedule frees the outputs of stages."""
+    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    ends: Any = {"pre_process": False, "post_process": False, "submodules": HybridStackSubmodules()}
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stack = DecoderStack(transformer_config(dense_spec), layer_type_list=[], pg_collection=groups, **ends)
+    given = torch.randn(4, 2, 32)
+    stack.set_input_tensor(given)
+    found = stack(None, None)
+    assert torch.equal(found, given) and found.data_ptr() != given.data_ptr()

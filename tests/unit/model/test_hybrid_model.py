@@ -10,6 +10,7 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -126,3 +127,14 @@ def test_a_stage_without_layers_copies_its_input(megatron, dense_spec: ModelSpec
     stack.set_input_tensor(given)
     found = stack(None, None)
     assert torch.equal(found, given) and found.data_ptr() != given.data_ptr()
+
+
+def test_the_output_layers_gradient_can_wait(megatron, dense_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's schedule takes what --defer-embedding-wgrad-compute keeps from the model."""
+    monkeypatch.setattr(tensor_parallel_layers, "_grad_accum_fusion_available", True)
+    settings: dict[str, Any] = {"pipeline_model_parallel_size": 3, "pipeline_dtype": torch.float32}
+    settings |= {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True}
+    for build in (gpt_model, build_model):
+        model: Any = build(dense_spec, **settings)
+        for name in ("embedding_activation_buffer", "grad_output_buffer"):
+            assert getattr(model, name) is getattr(model.output_layer, name) == []

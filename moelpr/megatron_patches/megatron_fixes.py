@@ -41,6 +41,7 @@ def install() -> None:
     _replace_the_tracker_file_at_once()
     _divide_virtual_stages_unevenly()
     _load_checkpoints_by_the_names_in_them()
+    _allow_multipliers()
     _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
@@ -257,6 +258,13 @@ def _load_checkpoints_by_the_names_in_them() -> None:
     @replaces(checkpointing, "_maybe_setup_gpt_to_hybrid_load")
     def without_translation(*_: Any) -> tuple[None, bool]:
         return None, False
+
+
+def _allow_multipliers() -> None:
+    """HybridModel warns that muP, which Granite's multipliers are here, is not validated with it; our tests do that."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    HybridModel.mup_warning_printed = True  # type: ignore[attr-defined]
 
 
 def _save_orders_of_samples_at_once() -> None:

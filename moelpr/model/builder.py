@@ -56,7 +56,6 @@ class MoELPRModelBuilder(HybridModelBuilder):
 
     def build_model(self, *args: Any, **kwargs: Any) -> HybridModel:
         given, config = self._model_config, self._model_config.transformer
-        HybridModel.mup_warning_printed = True  # that it is not validated; our tests do
         given.hybrid_layer_pattern = layer_pattern(config)
         layers = HybridStackSubmodules(attention_layer=DecoderLayer)
         given.hybrid_stack_spec = ModuleSpec(module=DecoderStack, submodules=layers)

@@ -48,6 +48,7 @@ def install() -> None:
     _sum_files_while_they_are_written()
     _check_gradients_after_the_backward_pass()
     _compute_the_gradient_norm_on_its_device()
+    _compute_the_parameter_norm_without_copies()
     _let_compiled_functions_have_more_variants()
     rotary.install()
     host_optimizer.install()
@@ -334,20 +335,37 @@ def _check_gradients_after_the_backward_pass() -> None:
 
 
 def _compute_the_gradient_norm_on_its_device() -> None:
-    """Without Transformer Engine and Apex, Megatron copies the norm of each gradient to the host, one by one.
-
-    With --log-params-norm, so it does with the norm of each parameter.
-    """
+    """Without Transformer Engine and Apex, Megatron copies the norm of each gradient to the host, one by one."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
-    from megatron.training.utils import common_utils
 
     def l2_norm(chunk_size: int, noop_flag: Any, lists: list[list[torch.Tensor]], *_: Any) -> tuple[Any, None]:
         norms = [torch.norm(tensor) for tensors in lists for tensor in tensors]
         return torch.norm(torch.stack(norms)).float().reshape(1), None
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = common_utils.multi_tensor_l2norm = l2_norm
+        clip_grads.l2_norm_impl = l2_norm
+
+
+def _compute_the_parameter_norm_without_copies() -> None:
+    """For --log-params-norm, Megatron copies all frozen parameters in fp32 at once, and all norms to the host.
+
+    With --use-precision-aware-optimizer it leaves out all that train, whose masters are elsewhere.
+    """
+    from megatron.training import global_vars
+    from megatron.training.utils import common_utils
+
+    @replaces(common_utils, "_get_param_data")
+    def data_of(original: Callable[..., Any], parameter: Any, makes_copy: bool, bf16: bool) -> Any:
+        has_no_master = getattr(global_vars._GLOBAL_ARGS, "use_precision_aware_optimizer", False)
+        if has_no_master or makes_copy or not hasattr(parameter, "main_param"):
+            return parameter.data, False
+        return original(parameter, makes_copy, bf16)
+
+    @replaces(common_utils, "_compute_norm_2")
+    def norm_2(original: Callable[..., Any], tensors: list[torch.Tensor]) -> Any:
+        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+        return torch.stack(norms).square().sum().reshape(1) if norms else original(tensors)
 
 
 def _let_compiled_functions_have_more_variants() -> None:

@@ -75,11 +75,11 @@ _KERNELS = (
     "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm"
 )
 FLAGS = {
-    "flags: conversations": (
+    "flags: conversations, documents apart": (
         (2, "all-moe", "sft"),
         f"{EP2} {OVERLAP} --lpr-loss reference --bf16 --moe-router-dtype fp64 --attention-softmax-in-fp32 "
         "--ddp-num-buckets 2 --clip-grad 0.5 --adam-beta1 0.8 --adam-beta2 0.9 --min-lr 1e-5 --lr-decay-style cosine "
-        "--lr-warmup-fraction 0.1 --log-params-norm --log-num-zeros-in-grad --timing-log-level 2",
+        "--lr-warmup-fraction 0.1",
     ),
     "flags: conversations, pipeline": (
         (4, "all-moe", "sft"),
@@ -94,6 +94,10 @@ FLAGS = {
     ),
     "flags: fp16, constant scale": ((1, "all-moe", "stage2"), "--fp16 --loss-scale 128"),
     "flags: fp32": ((1, "all-moe", "stage2"), "--fp32 --train-everything --decoupled-lr 1e-4 --decoupled-min-lr 1e-5"),
+    "flags: norms and times": (
+        (2, "all-moe", "stage1"),
+        f"{OVERLAP} --log-params-norm --log-num-zeros-in-grad --timing-log-level 2",
+    ),
     "flags: optimizer on the host": (
         (2, "all-moe", "stage1"),
         "--optimizer-cpu-offload --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1000000 "

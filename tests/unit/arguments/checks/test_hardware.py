@@ -109,6 +109,8 @@ def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dens
 
     assert expected_memory(gathered(start=dense, stage="stage1")) is None
     assert expected_memory(gathered("--micro-batch-size", "0")) is None
+    uneven = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+    assert expected_memory(gathered(*uneven.split(), ranks=2)) is None
 
 
 def test_settings_that_need_less_are_those_that_the_run_does_not_have(gathered) -> None:

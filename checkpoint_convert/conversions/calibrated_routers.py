@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -15,8 +15,9 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.evaluate.calibration import Calibration, Shares, calibrate, read_inputs
+from moelpr.evaluate.calibration import Shares, calibrate, read_inputs, token_losses
 from moelpr.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.families.hf_config import read_config
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.records import STRICT, Record
@@ -35,6 +36,9 @@ class CalibratedRouters(Record):
         keep_original: Fraction of the tokens of text to keep all of whose choices should be original.
         before: Text, kept or expanded → where its held-out tokens went.
         after: The same with calibrated routers.
+        distance: How far the log-probabilities of held-out tokens to keep are from the base's, before and after: the
+            mean difference in nats.
+        loss: The loss of held-out expanded text in nats per token, before and after.
     """
 
     FILE_NAME: ClassVar[str] = "calibration.json"
@@ -45,6 +49,8 @@ class CalibratedRouters(Record):
     keep_original: float
     before: dict[str, Shares]
     after: dict[str, Shares]
+    distance: tuple[float, float]
+    loss: tuple[float, float]
 
 
 def write_calibrated(
@@ -59,7 +65,7 @@ def write_calibrated(
     dtype: str = "auto",
     overwrite: bool = False,
     verify: Verify = Verify.FULL,
-) -> Calibration:
+) -> CalibratedRouters:
     """Calibrate the routers of `model` and write it to `save`; only their weights change.
 
     Args:
@@ -75,6 +81,10 @@ def write_calibrated(
     """
     require_hf({"model": model, "base": base}, "moelpr calibrate")
     check_output(save, [model, base], overwrite, (CalibratedRouters.FILE_NAME,))
+    num_layers, hidden = _sizes(model)
+    with open_model(base, device, dtype, verify) as loaded:
+        of_kept = read_inputs(loaded, _ffns(loaded, num_layers, hidden), kept, max_tokens)
+        of_base = token_losses(loaded, of_kept.pieces)
     with open_model(model, device, dtype, verify) as loaded:
         places, topk = loaded.num_original_places, loaded.topk
         if not loaded.routers:
@@ -84,27 +94,46 @@ def write_calibrated(
                 f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a "
                 f"new expert always has a part; upcycle with --original-copies {topk}"
             )
-        routers = {layer: router.weight.detach().clone() for layer, router in loaded.routers.items()}  # type: ignore[operator]
         of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens)
-    with open_model(base, device, dtype, verify) as loaded:
-        of_kept = read_inputs(loaded, _ffns(loaded, routers), kept, max_tokens)
-    found = calibrate(routers, places, topk, of_kept, of_expanded, share)
+        routers: dict[int, Any] = {layer: router.weight for layer, router in loaded.routers.items()}
+        found = calibrate(routers, places, topk, of_kept, of_expanded, share)
+
+        def measured() -> tuple[float, float]:
+            distance = (token_losses(loaded, of_kept.pieces) - of_base).abs().mean().item()
+            return distance, token_losses(loaded, of_expanded.pieces).mean().item()
+
+        before = measured()
+        for layer, weight in routers.items():
+            weight.data[:places] += found.shifts[layer].to(weight)
+        after = measured()
+    if after[0] >= before[0]:
+        raise UserError(
+            f"calibrated routers would leave the base further than trained ones do, by {after[0]:.3f} instead of "
+            f"{before[0]:.3f} nats per token of held-out text to keep; keep the export as it is, or pass more text"
+        )
     texts = {"kept": list(kept), "expanded": list(expanded)}
-    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after)
+    distance, loss = zip(before, after, strict=True)
+    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after, distance, loss)
     _write(model, save, found.shifts, places, record, overwrite, verify)
-    return found
+    return record
 
 
-def _ffns(base: LoadedModel, routers: Mapping[int, Tensor]) -> dict[int, nn.Module]:
+def _sizes(model: Path) -> tuple[int, int]:
+    """The number of layers and the hidden size of an export."""
+    config = read_config(model)
+    config = config.get("text_config", config)
+    return config["num_hidden_layers"], config["hidden_size"]
+
+
+def _ffns(base: LoadedModel, num_layers: int, hidden: int) -> dict[int, nn.Module]:
     """The FFNs of the base's layers, which read what the routers of the upcycled model read."""
     layers = list(getattr(base.model.get_decoder(), "layers", []))
-    hidden = next(iter(routers.values())).shape[1]
-    if base.routers or max(routers) >= len(layers) or base.model.config.get_text_config().hidden_size != hidden:
+    if base.routers or len(layers) != num_layers or base.model.config.get_text_config().hidden_size != hidden:
         raise UserError(
-            f"--base {base.directory} is not the dense model that --model was upcycled from: it must have a hidden "
-            f"size of {hidden} and more than {max(routers)} layers without experts"
+            f"--base {base.directory} is not the dense model that --model was upcycled from: it must have "
+            f"{num_layers} layers without experts and a hidden size of {hidden}"
         )
-    return {layer: getattr(layers[layer], "mlp", None) or layers[layer].shared_mlp for layer in routers}
+    return {number: getattr(layer, "mlp", None) or layer.shared_mlp for number, layer in enumerate(layers)}
 
 
 def _write(

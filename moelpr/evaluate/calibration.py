@@ -15,21 +15,23 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.scoring import Settings, make_batches, make_tensors, tokenize
+from moelpr.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
 from moelpr.metrics.routing_sums import text_vector
 from moelpr.process.errors import UserError
 from moelpr.store.records import STRICT
 
 EXPANDED_TARGET = -0.2  # below 0, so that expanded text loses no weight on new experts
+_SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
 _MARGIN = 1.01  # for the rounding of a model's dtype
-_MIN_SCORE = 0.2  # tokens with less u · x may need a larger δ than any layer gets
+_MAX_NOISE = 1.0  # how far expanded tokens may be moved against each other, in multiples of what training did
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -66,6 +68,7 @@ class Inputs:
         self.gram: dict[int, Tensor] = {}  # layer → Σ w x xᵀ [H, H]
         self.mean: dict[int, Tensor] = {}  # layer → Σ w x [H]
         self.held_out: dict[int, list[Tensor]] = {}  # layer → [tokens, H]
+        self.pieces: list[list[int]] = []  # the held-out text
 
     def add(self, layer: int, rows_TH: Tensor, weight: float) -> None:
         """Add rows that the direction is fitted to."""
@@ -91,7 +94,6 @@ def read_inputs(
         UserError: A text is too short, or the tokenizer does not support it.
     """
     found = Inputs()
-    settings = Settings(context=0).resolve({})
     with tqdm(total=len(texts), desc=f"reading {loaded.directory.name}", unit=" texts", disable=None) as bar:
         for name, documents in texts.items():
             pieces = list(_pieces(tokenize(loaded, name, documents), max_tokens))
@@ -103,10 +105,22 @@ def read_inputs(
                 )
             fitted = [ids for number, ids in enumerate(pieces, start=1) if number % _HELD_OUT]
             weight = 1 / (len(texts) * sum(map(len, fitted)))
-            _run(loaded, modules, fitted, settings, partial(found.add, weight=weight))
-            _run(loaded, modules, held_out, settings, found.hold_out)
+            _run(loaded, modules, fitted, partial(found.add, weight=weight))
+            _run(loaded, modules, held_out, found.hold_out)
+            found.pieces += held_out
             bar.update()
     return found
+
+
+@torch.inference_mode()
+def token_losses(loaded: LoadedModel, pieces: list[list[int]]) -> Tensor:
+    """The loss of each token of some pieces, in nats, on the CPU [tokens]; in the same order for all models."""
+    found = []
+    for batch in make_batches(loaded, pieces, _SETTINGS):
+        tokens, targets, _ = make_tensors(batch, loaded.device)
+        losses = F.cross_entropy(loaded.logits(tokens).flatten(0, 1).float(), targets.flatten(), reduction="none")
+        found.append(losses[targets.flatten() != IGNORED].cpu())
+    return torch.cat(found)
 
 
 def calibrate(
@@ -125,7 +139,7 @@ def calibrate(
         weight_EH = weight_EH.float().cpu()
         direction_H = _direction(kept, expanded, layer).cpu()
         rows = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
-        shifts[layer] = _strength(rows[0], weight_EH, direction_H, num_original, share) * direction_H
+        shifts[layer] = _strength(rows[0], rows[1], weight_EH, direction_H, num_original, share) * direction_H
         shifted_EH = weight_EH.clone()
         shifted_EH[:num_original] += shifts[layer]
         vectors.append(
@@ -158,11 +172,10 @@ def _run(
     loaded: LoadedModel,
     modules: Mapping[int, nn.Module],
     documents: list[list[int]],
-    settings: Settings,
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Give `take` the layers' inputs for all tokens of the documents."""
-    for batch in make_batches(loaded, documents, settings):
+    for batch in make_batches(loaded, documents, _SETTINGS):
         tokens, _, is_counted = make_tensors(batch, loaded.device)
         with ExitStack() as hooks:
             for layer, module in modules.items():
@@ -184,14 +197,25 @@ def _direction(kept: Inputs, expanded: Inputs, layer: int) -> Tensor:
     return torch.linalg.solve(gram_HH, target_H)
 
 
-def _strength(rows_TH: Tensor, weight_EH: Tensor, direction_H: Tensor, num_original: int, share: float) -> float:
-    """The smallest δ with which all choices of `share` of the tokens are original, within a limit."""
-    logits_TE, score_T = rows_TH @ weight_EH.T, rows_TH @ direction_H
-    missing_T = logits_TE[:, num_original:].amax(1) - logits_TE[:, :num_original].amin(1)
-    needed_T = torch.where(score_T > 0, missing_T.clamp(min=0) / score_T, torch.inf)
-    needed_T[missing_T <= 0] = 0
-    limit = missing_T.clamp(min=0).max().item() / _MIN_SCORE
-    return _MARGIN * min(limit, needed_T.quantile(share, interpolation="higher").item())
+def _strength(
+    kept_TH: Tensor, expanded_TH: Tensor, weight_EH: Tensor, direction_H: Tensor, num_original: int, share: float
+) -> float:
+    """The smallest δ with which all choices of `share` of the kept tokens are original, within a limit.
+
+    Among expanded tokens u · x differs too: δ u · x may differ no more than what the router learned to tell them apart.
+    """
+    needed_T = _missing(kept_TH, weight_EH, num_original)
+    score_T = kept_TH @ direction_H
+    needed_T = torch.where(needed_T <= 0, 0.0, torch.where(score_T > 0, needed_T / score_T, torch.inf))
+    learned = _missing(expanded_TH, weight_EH, num_original).std()
+    limit = _MAX_NOISE * learned / (expanded_TH @ direction_H).std()
+    return min(limit.item(), _MARGIN * needed_T.quantile(share, interpolation="higher").item())
+
+
+def _missing(rows_TH: Tensor, weight_EH: Tensor, num_original: int) -> Tensor:
+    """What the logits of all original places lack to be above those of all new experts [T]."""
+    logits_TE = rows_TH @ weight_EH.T
+    return logits_TE[:, num_original:].amax(1) - logits_TE[:, :num_original].amin(1)
 
 
 def _last_two(logits_TE: Tensor, topk: int, num_original: int) -> list[float]:

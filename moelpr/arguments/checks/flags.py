@@ -65,6 +65,8 @@ def check_optimizer(run: RequestedRun) -> Iterable[str]:
         yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
     if run.args.optimizer_cpu_offload and (name != "adam" or not run.args.use_distributed_optimizer):
         yield "--optimizer-cpu-offload requires --optimizer adam and --use-distributed-optimizer; add them"
+    if run.args.optimizer_cpu_offload and run.args.async_save:
+        yield "--async-save would save the state of --optimizer-cpu-offload while the next step changes it; remove one"
     if name not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:
         yield f"--optimizer {name} requires the package emerging-optimizers, which is not installed; use adam or sgd"
 

@@ -24,6 +24,10 @@ def test_parallel_sizes_are_at_least_1(upcycled: str, problems) -> None:
         (["--train-samples", "10"], "--train-iters and --train-samples"),
         (["--optimizer", "sgd", "--use-distributed-optimizer"], "--use-distributed-optimizer does not support"),
         (["--optimizer-cpu-offload"], "--optimizer-cpu-offload requires --optimizer adam and --use-distributed"),
+        (
+            ["--optimizer-cpu-offload", "--use-distributed-optimizer", "--async-save"],
+            "--async-save would save the state of --optimizer-cpu-offload",
+        ),
         (["--optimizer", "lion"], "--optimizer lion requires the package emerging-optimizers"),
         (["--seq-length", "65"], "--seq-length must be at most 64"),
         (["--min-lr", "1"], "--min-lr must be at most --lr 0.001, got 1.0"),

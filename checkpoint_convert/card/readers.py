@@ -10,7 +10,6 @@ from typing import Any
 
 from moelpr.families.families import Family
 from moelpr.families.moe_classes import (
-    ERNIE_MOE,
     FLEX_OLMO,
     GRANITE_MOE,
     MIXTRAL,
@@ -38,7 +37,6 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     has_own_head_dim = head_dim not in (None, config["hidden_size"] // (config["num_attention_heads"] or 1))
     shared_expert = "it requires a shared expert and does not normalize top-k weights"
     other_head_dim = f"it assumes that heads are not {head_dim} wide"
-    untried = "it was not tried with this class"
     irregular = "it requires full attention in every k-th layer"
     no_window = f"it ignores the sliding window of {window} tokens"
     rules = (
@@ -61,7 +59,6 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
         ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
         ("llama.cpp", FLEX_OLMO, True, "its converter does not know this class"),
         ("mlx", FLEX_OLMO, True, "it does not know this class"),
-        *(("vllm", kind, True, untried) for kind in (ERNIE_MOE, FLEX_OLMO, QWEN3_5_MOE)),
     )
     for name, kind, applies, reason in rules:
         if name == reader and [kind.architecture] == config["architectures"] and applies:

@@ -37,6 +37,16 @@ EXPORTS = {
     "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}, None, QWEN),
     "llama-as-granitemoe": ("LlamaForCausalLM", {"tie_word_embeddings": True}, "granitemoe", GRANITE),
 }
+HYBRID = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+HYBRID |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+STACKS = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+# In vLLM only.
+MORE = {
+    "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.22}, None, GRANITE),
+    "ernie": ("Ernie4_5ForCausalLM", {"head_dim": 16}, None, QWEN),
+    "olmo2": ("Olmo2ForCausalLM", {}, None, QWEN),
+    "qwen3.5": ("Qwen3_5ForCausalLM", HYBRID, None, STACKS),
+}
 LAYERS, EXPERTS = 4, 4
 
 
@@ -48,7 +58,7 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """Experts that differ, in two shards."""
-    architecture, changes, as_class, _ = EXPORTS[name]
+    architecture, changes, as_class, _ = (EXPORTS | MORE)[name]
     sizes = {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels require multiples of 16
     dense = make_model(architecture, **changes, **sizes)
     hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
@@ -58,8 +68,8 @@ def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
 
 def expert(tensors: dict[str, Tensor], name: str, layer: int, number: int) -> tuple[Tensor, Tensor]:
     """The rows of gate and up projection, and the down projection."""
-    prefix, names = f"model.layers.{layer}.", EXPORTS[name][3]
-    if names == GRANITE:
+    prefix, names = f"model.layers.{layer}.", (EXPORTS | MORE)[name][3]
+    if names in (GRANITE, STACKS):
         fc1, fc2 = (tensors[prefix + stack][number] for stack in names)
         return fc1, fc2
     gate, up, down = (tensors[prefix + part.format(j=number)] for part in names)
@@ -180,6 +190,7 @@ def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize("name", [*EXPORTS, *MORE], indirect=True)
 def test_vllm_loads_every_weight_where_it_belongs(export, name, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     tensors = tensors_of(export)

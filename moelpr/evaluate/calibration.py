@@ -28,7 +28,7 @@ from moelpr.store.records import STRICT
 
 EXPANDED_TARGET = -0.2  # below 0, so that expanded text loses no weight on new experts
 _SETTINGS = Settings(context=0).resolve({})
-_RIDGE = 0.01  # of the mean of the diagonal
+_RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
 _MARGIN = 1.01  # for the rounding of a model's dtype
 _MAX_NOISE = 1.0  # how far expanded tokens may be moved against each other, in multiples of what training did

@@ -5,6 +5,7 @@ import random
 import re
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -15,6 +16,7 @@ from examples.real_model.unseen_results import collect_unseen, unseen_picture, u
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.report.numbers import percent
 
 WORDS = [f"word{number}" for number in range(100)]
 
@@ -91,7 +93,8 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     tables, picture = unseen_tables(results), unseen_picture(results)
     for setting in results["settings"].values():
         assert setting["label"] in tables
-    assert "+1.0%" in picture and "10% replay" in picture
+    further = math.expm1(fmean(results["settings"]["full-10-0.0003"]["kl"].values()))
+    assert percent(further) in picture and "10% replay" in picture
     assert collect_unseen(run / "empty") == {}
 
 

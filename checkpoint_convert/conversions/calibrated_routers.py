@@ -83,7 +83,7 @@ def write_calibrated(
     check_output(save, [model, base], overwrite, (CalibratedRouters.FILE_NAME,))
     num_layers, hidden = _sizes(model)
     with open_model(base, device, dtype, verify) as loaded:
-        of_kept = read_inputs(loaded, _ffns(loaded, num_layers, hidden), kept, max_tokens)
+        of_kept = read_inputs(loaded, _ffns(loaded, num_layers, hidden), kept, max_tokens, with_start=True)
         of_base = token_losses(loaded, of_kept.pieces)
     with open_model(model, device, dtype, verify) as loaded:
         places, topk = loaded.num_original_places, loaded.topk
@@ -94,7 +94,7 @@ def write_calibrated(
                 f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a "
                 f"new expert always has a part; upcycle with --original-copies {topk}"
             )
-        of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens)
+        of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens, with_start=False)
         routers: dict[int, Any] = {layer: router.weight for layer, router in loaded.routers.items()}
         found = calibrate(routers, places, topk, of_kept, of_expanded, share)
 

@@ -5,7 +5,8 @@ what the routers read, x [H], finds a direction u [H] for which u · x is near 1
 `EXPANDED_TARGET` on expanded text. With δ u added to the router's rows of the original expert's copies, δ > 0, all
 choices of a token are original if u · x is large enough, and its output is the base's.
 
-Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too.
+Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too. The
+token that starts a document belongs to it, because all others attend to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,13 +83,18 @@ class Inputs:
 
 @torch.inference_mode()
 def read_inputs(
-    loaded: LoadedModel, modules: Mapping[int, nn.Module], texts: Mapping[str, Sequence[str]], max_tokens: int
+    loaded: LoadedModel,
+    modules: Mapping[int, nn.Module],
+    texts: Mapping[str, Sequence[str]],
+    max_tokens: int,
+    with_start: bool,
 ) -> Inputs:
     """Run a model on texts, each of which counts the same, and keep the inputs of some modules.
 
     Args:
         modules: Layer number → a module whose first argument is what the layer's router reads.
         texts: Name → documents, whose first `max_tokens` are used, in pieces that are read by themselves.
+        with_start: Whether the token that every piece starts with counts, too.
 
     Raises:
         UserError: A text is too short, or the tokenizer does not support it.
@@ -104,9 +110,9 @@ def read_inputs(
                     f"{_HELD_OUT} documents, or longer ones"
                 )
             fitted = [ids for number, ids in enumerate(pieces, start=1) if number % _HELD_OUT]
-            weight = 1 / (len(texts) * sum(map(len, fitted)))
-            _run(loaded, modules, fitted, partial(found.add, weight=weight))
-            _run(loaded, modules, held_out, found.hold_out)
+            weight = 1 / (len(texts) * sum(len(ids) - 1 + with_start for ids in fitted))
+            _run(loaded, modules, fitted, with_start, partial(found.add, weight=weight))
+            _run(loaded, modules, held_out, with_start, found.hold_out)
             found.pieces += held_out
             bar.update()
     return found
@@ -172,11 +178,13 @@ def _run(
     loaded: LoadedModel,
     modules: Mapping[int, nn.Module],
     documents: list[list[int]],
+    with_start: bool,
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Give `take` the layers' inputs for all tokens of the documents."""
     for batch in make_batches(loaded, documents, _SETTINGS):
-        tokens, _, is_counted = make_tensors(batch, loaded.device)
+        tokens, targets, is_counted = make_tensors(batch, loaded.device)
+        is_counted = targets != IGNORED if with_start else is_counted
         with ExitStack() as hooks:
             for layer, module in modules.items():
                 hook = partial(_take, partial(take, layer), is_counted.flatten())

@@ -45,6 +45,7 @@ def upcycled(base: Path, folder: Path, copies: int = 2) -> Path:
         ("Qwen3ForCausalLM", {}, 0.98),
         ("GraniteForCausalLM", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}, 0.7),
         ("Olmo2ForCausalLM", {}, 0.98),
+        ("Ernie4_5ForCausalLM", {"head_dim": 16}, 0.98),
     ],
 )
 def test_only_routers_change_and_kept_text_has_the_bases_logits(

@@ -5,6 +5,7 @@
 FILE contains a JSON list of argument lists of moelpr.pretrain.
 """
 
+import gc
 import json
 import os
 import sys
@@ -30,7 +31,18 @@ def main() -> None:
             if end.code:
                 raise
         destroy_global_state()
+        free_groups()
     torch.distributed.destroy_process_group()
+
+
+def free_groups() -> None:
+    """End the threads of the last training's process groups, each of which polls a hundred times a second."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not distributed_c10d.GroupMember.WORLD:
+            distributed_c10d.destroy_process_group(group)
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import queue
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,6 +33,8 @@ def install() -> None:
     _use_prebuilt_dataset_helper()
     _count_adam_steps_per_group()
     _load_fp32_optimizer_shards()
+    _save_no_more_padding_than_flat_buffers_have()
+    _save_reshardable_state_of_padded_buckets()
     _load_optimizers_without_parameters()
     _load_optimizers_with_other_learning_rates()
     _continue_the_schedule_of_a_reset_optimizer()
@@ -105,6 +107,45 @@ def _load_fp32_optimizer_shards() -> None:
 
     load = DistributedOptimizer._set_main_param_and_optimizer_states
     DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(load)
+
+
+def _save_no_more_padding_than_flat_buffers_have() -> None:
+    """If tied embeddings train in a pipeline, saving the distributed optimizer may fail: "has out of bounds chunk".
+
+    The bucket before them is saved up to the next multiple of 64 elements, but padded to its end, which may be later.
+    """
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    @replaces(DistributedOptimizer, "sharded_param_state_dp_reshardable")
+    def cut_padding(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        for part in nested_values(state):
+            if isinstance(part, ShardedTensor):
+                (start,), (end,) = part.global_offset, part.global_shape
+                if len(part.data) > end - start:
+                    part.data = part.data[: end - start]
+                    part.local_shape = part.data.shape
+        return state
+
+
+def _save_reshardable_state_of_padded_buckets() -> None:
+    """With --dist-ckpt-optim-fully-reshardable, parameters behind a padded bucket are saved with others' state.
+
+    Buckets are gathered without their padding, but cut where parameters start with it.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    @replaces(DistributedOptimizer, "sharded_param_state_fully_reshardable")
+    def gather_padding_too(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = [(buffer, buffer.numel) for buffer in self.buffers]
+        sizes += [(bucket, bucket.grad_data.numel()) for buffer in self.buffers for bucket in buffer.buckets]
+        with ExitStack() as restore:
+            for part, padded in sizes:
+                restore.callback(setattr, part, "numel_unpadded", part.numel_unpadded)
+                part.numel_unpadded = padded
+            return original(self, *args, **kwargs)
 
 
 def _load_optimizers_without_parameters() -> None:

@@ -133,7 +133,7 @@ LAYOUTS: dict[str, Layout] = {
     "rows TP2+SP ETP2": Layout(2, TP2, "rows 1", "rows", ROWS_STAGES),
     "rows PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "rows 1", "rows", ROWS_STAGES),
     "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL}", "rows 1", "rows", ("stage0",)),
-    "rows PP2 DP2 overlapped": Layout(4, f"{PP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
+    "rows PP2 VPP2 DP2 overlapped": Layout(4, f"{PP2} {VPP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
     "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
     # RoPE of neighbouring channels, and Granite's multipliers.
     "factors 1": Layout(1, "", "factors 1", "factors"),

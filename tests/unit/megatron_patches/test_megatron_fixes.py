@@ -90,11 +90,12 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
     class Model(MegatronModule):
         def __init__(self, config: TransformerConfig) -> None:
             super().__init__(config)
-            self.vocabulary = torch.nn.Parameter(torch.ones(4, 4))
             self.weight = torch.nn.Parameter(torch.ones(4, 4))
+            self.vocabulary = torch.nn.Parameter(torch.ones(4, 4))
+            self.vocabulary.shared_embedding = True  # the norms before it are 4 elements of a bucket of 64, or 128
             self.norm = torch.nn.Parameter(torch.ones(4))
 
-    is_flat, dtype = kind == "distributed", torch.bfloat16 if kind == "float16" else torch.float32
+    is_flat, dtype = kind.startswith("distributed"), torch.bfloat16 if kind == "float16" else torch.float32
     config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, params_dtype=dtype)
     model = Model(config).to(dtype)
     chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=is_flat), model)
@@ -110,13 +111,13 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("keeps_saved", [False, True])
-@pytest.mark.parametrize("kind", ["fp32", "float16", "distributed"])
+@pytest.mark.parametrize("kind", ["fp32", "float16", "distributed", "distributed, flat buffers"])
 def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_path, monkeypatch) -> None:
     """Through a checkpoint; --decoupled-lr too."""
 
     def sharded(model: Any, optimizer: Any, is_loading: bool = False) -> dict:
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_sharding_type": "dp_reshardable" if "buffers" in kind else "fully_reshardable",
             "distrib_optim_fully_reshardable_mem_efficient": False,
         }
         return optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=is_loading, metadata=metadata)

@@ -80,8 +80,7 @@ class Languages:
     original: dict[str, LanguageText] = field(default_factory=dict)
     """What the model must keep: code → a little text. Code and mathematics too, under any name."""
     kept: dict[str, str] = field(default_factory=dict)
-    """More text to keep, for which nothing is trained: name → a file, folder, pattern or URI. Many other languages,
-    code, dialogues: with it, the export's routers are calibrated (default: none)."""
+    """More text to keep (other languages, code, dialogues), for calibrated routers: name → a file, folder or pattern."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}

@@ -80,7 +80,7 @@ class Languages:
     original: dict[str, LanguageText] = field(default_factory=dict)
     """What the model must keep: code → a little text. Code and mathematics too, under any name."""
     kept: dict[str, str] = field(default_factory=dict)
-    """More text to keep (other languages, code, dialogues), for calibrated routers: name → a file, folder or pattern."""
+    """More text to keep (other languages, code, dialogues), for calibrated routers: name → file, folder or pattern."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}

@@ -108,8 +108,9 @@ def write_calibrated(
         after = measured()
     if after[0] >= before[0]:
         raise UserError(
-            f"calibrated routers would leave the base further than trained ones do, by {after[0]:.3f} instead of "
-            f"{before[0]:.3f} nats per token of held-out text to keep; keep the export as it is, or pass more text"
+            "on held-out text to keep, calibrated routers would be further from the base than trained ones are, by "
+            f"{after[0]:.3f} instead of {before[0]:.3f} nats per token; keep the export as it is (in languages.yaml, "
+            "remove languages.kept), or pass more text"
         )
     texts = {"kept": list(kept), "expanded": list(expanded)}
     distance, loss = zip(before, after, strict=True)

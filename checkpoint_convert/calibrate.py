@@ -29,7 +29,8 @@ def _parse_arguments() -> argparse.Namespace:
     add("--data", action="append", required=True, metavar="NAME=FILE", help=what)
     what = "languages of --data that were added; all other --data is text to keep"
     add("--expanded-languages", required=True, metavar="el,hu,...", help=what)
-    what = "fraction of the tokens of text to keep all of whose choices become original (default: %(default)s)"
+    what = "fraction of the tokens of text to keep all of whose choices should become original; fewer do if routing of "
+    what += "expanded text would suffer (default: %(default)s)"
     add("--keep-original", type=float, default=0.95, metavar="FRACTION", help=what)
     add("--max-tokens", type=int, default=2048, metavar="N", help="tokens of each text (default: %(default)s)")
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
@@ -45,8 +46,8 @@ def main() -> None:
     args = _parse_arguments()
     if not 0 < args.keep_original < 1:
         raise UserError(f"--keep-original must be above 0 and below 1, got {args.keep_original}")
-    if args.max_tokens < 2:
-        raise UserError(f"--max-tokens must be at least 2, got {args.max_tokens}")
+    if args.max_tokens < 100:
+        raise UserError(f"--max-tokens must be at least 100, got {args.max_tokens}")
     files = _named(args.data)
     languages = [canonical(name.strip()) for name in args.expanded_languages.split(",") if name.strip()]
     if missing := [name for name in languages if name not in files]:

@@ -108,8 +108,8 @@ def write_calibrated(
         after = measured()
     if after[0] >= before[0]:
         raise UserError(
-            "on held-out text to keep, calibrated routers would be further from the base than trained ones are, by "
-            f"{after[0]:.3f} instead of {before[0]:.3f} nats per token; keep the export as it is (in languages.yaml, "
+            "on held-out text to keep, calibrated routers would be no closer to the base than trained ones are, "
+            f"{after[0]:.3f} and {before[0]:.3f} nats per token away; keep the export as it is (in languages.yaml, "
             "remove languages.kept), or pass more text"
         )
     texts = {"kept": list(kept), "expanded": list(expanded)}
@@ -120,10 +120,17 @@ def write_calibrated(
 
 
 def _sizes(model: Path) -> tuple[int, int]:
-    """The number of layers and the hidden size of an export."""
+    """The number of layers and the hidden size of an export.
+
+    Raises:
+        UserError: Its config.json lacks them.
+    """
     config = read_config(model)
     config = config.get("text_config", config)
-    return config["num_hidden_layers"], config["hidden_size"]
+    try:
+        return config["num_hidden_layers"], config["hidden_size"]
+    except KeyError as error:
+        raise UserError(f"{model}/config.json lacks {error}; pass an export of an upcycled model") from error
 
 
 def _ffns(base: LoadedModel, num_layers: int, hidden: int) -> dict[int, nn.Module]:

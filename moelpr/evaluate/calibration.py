@@ -102,7 +102,7 @@ def read_inputs(
     found = Inputs()
     with tqdm(total=len(texts), desc=f"reading {loaded.directory.name}", unit=" texts", disable=None) as bar:
         for name, documents in texts.items():
-            pieces = list(_pieces(tokenize(loaded, name, documents), max_tokens))
+            pieces = [ids for ids in _pieces(tokenize(loaded, name, documents), max_tokens) if len(ids) > 1]
             held_out = pieces[_HELD_OUT - 1 :: _HELD_OUT]
             if not held_out:
                 raise UserError(

@@ -4,12 +4,15 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from checkpoint_convert import calibrate as calibrator
+from checkpoint_convert.conversions import calibrated_routers
 from checkpoint_convert.conversions.calibrated_routers import CalibratedRouters, write_calibrated
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
@@ -81,7 +84,8 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     assert share < 0.9 or same_after.float().mean() > 0.25  # a token and all before it, in all layers
 
 
-def test_the_shift_is_the_smallest_that_keeps_the_share() -> None:
+def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)
     torch.manual_seed(0)
     center_H = torch.randn(24)
     texts = []
@@ -102,6 +106,29 @@ def test_the_shift_is_the_smallest_that_keeps_the_share() -> None:
     with pytest.raises(UserError, match="new experts would fall from a mean gate weight of .*; keep less"):
         calibrate({0: weight_EH}, 2, 2, texts[0], texts[0], share=0.9)
 
+    monkeypatch.setattr(calibration, "_MAX_NOISE", 0.2)
+    limited = calibrate({0: weight_EH}, 2, 2, *texts, share=0.9)
+    expanded = torch.cat(texts[1].held_out[0])
+    logits = expanded @ weight_EH.T
+    learned = (logits[:, 2:].amax(1) - logits[:, :2].amin(1)).std()
+    assert (expanded @ limited.shifts[0]).std() == pytest.approx(0.2 * learned.item(), rel=1e-4)
+    assert limited.after["kept"].all_original < 0.85
+
+
+def test_routers_that_are_no_closer_to_the_base_are_not_written(
+    make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_effect(*args: Any, **kwargs: Any) -> Any:
+        found = calibrate(*args, **kwargs)
+        return replace(found, shifts={layer: 0 * shift for layer, shift in found.shifts.items()})
+
+    base = make_qwen2()
+    model = upcycled(base, tmp_path)
+    monkeypatch.setattr(calibrated_routers, "calibrate", without_effect)
+    with pytest.raises(UserError, match="no closer to the base than trained ones are.*remove languages.kept"):
+        write_calibrated(model, base, tmp_path / "save", KEPT, EXPANDED, 0.9, 1000)
+    assert not (tmp_path / "save").exists()
+
 
 def test_what_cannot_be_calibrated_is_one_sentence(
     make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +140,7 @@ def test_what_cannot_be_calibrated_is_one_sentence(
         write_calibrated(base, base, *run)
     with pytest.raises(UserError, match="is not the dense model that --model was upcycled from"):
         write_calibrated(model, model, *run)
-    with pytest.raises(UserError, match="the text el has 1 tokens in 1 pieces; pass at least 5 documents"):
+    with pytest.raises(UserError, match="the text el has 0 tokens in 0 pieces; pass at least 5 documents"):
         write_calibrated(model, base, save, KEPT, {"el": ["a"]}, 0.9, 1000)
     (tmp_path / "one").mkdir()
     with pytest.raises(UserError, match="only 1 of them can be the original one.*--original-copies 2"):

@@ -189,7 +189,7 @@ class Queue:
                 found += [self._adapted(setting.name, row), self._evaluate(setting.name)]
             elif row:
                 start, options = self.run / row.start, row.options
-                text: dict[str, Any] = {"share": row.share, "blend": row.blend, "highest": row.rate}
+                text: dict[str, Any] = {"share": row.share, "blend": row.blend, "highest": row.rate, "seed": row.seed}
                 train = self._train(setting.name, row.stage, start, users, options=options, **text)
                 found += [train, self._evaluate(setting.name)]
         return [*found, *self._means()]
@@ -202,7 +202,7 @@ class Queue:
         words += ["--data-path", *self._blended(row.blend), "--save", hf, "--train-iters", str(steps)]
         words += [
             "--seed",
-            str(SEEDS[0]),
+            str(row.seed),
             *(("--only-ffn",) if row.stage == "ffn" else options),
             "--lr",
             f"{row.rate:g}",

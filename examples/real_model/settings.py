@@ -49,7 +49,7 @@ SHORT = (
     "new-0.85",
     "new-0.7",
     "new-calibrated",
-    "stage1-calibrated",
+    "long-calibrated",
     "copies-calibrated",
     "new-kept-5",
     "new-kept-25",
@@ -72,6 +72,7 @@ class Training:
         rate: Highest learning rate; None: that of the stage.
         share: Its tokens, as a multiple of those of stage 1.
         options: More flags of the trainer.
+        seed: Of the order of its text, and of adapters.
     """
 
     stage: str
@@ -80,6 +81,7 @@ class Training:
     rate: float | None = None
     share: float = 1 + REVIEW_SHARE
     options: tuple[str, ...] = ()
+    seed: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,19 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
-NEW_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "halfway", "near", "full-10-0.0003"
+NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
 INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
+# Name, rate and seed of stage 1 with new experts only and the tokens of review, too.
+LONG: tuple[tuple[str, float | None, int], ...] = (
+    ("", None, 1),
+    *((f"-seed-{seed}", None, seed) for seed in SEEDS[1:]),
+    ("-0.0006", 6e-4, 1),
+)
 # Setting -> the run whose export's routers are calibrated.
 CALIBRATED = {
     "new-calibrated": "new",
-    "stage1-calibrated": NEW_STAGE1,
+    **{f"long-calibrated{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
@@ -134,6 +142,11 @@ NEW = "MoE-LPR, stage 1 with new experts only"
 def _replay(percent: int) -> dict[str, float]:
     """Parts of the text with so much of it in the original languages."""
     return {"expanded": 100 - percent, "original": percent} if percent else {"expanded": 1}
+
+
+def _variant(name: str) -> str:
+    """What the end of a name says: "-seed-2" is ", seed 2"."""
+    return f", {'' if 'seed' in name else 'rate '}{name[1:].replace('-', ' ')}" if name else ""
 
 
 def _with(percent: int) -> str:
@@ -156,6 +169,17 @@ RIVALS = (
         is_extra=True,
         training=Training("stage1", "upcycled-copies", {"expanded": 1}, share=1, options=("--stage1-experts", "new")),
     ),
+    *(
+        Setting(
+            f"{LONG_STAGE1}{name}",
+            f"{NEW}, with review's tokens in it, too{_variant(name)}",
+            is_extra=True,
+            training=Training(
+                "stage1", "upcycled-copies", {"expanded": 1}, rate, options=("--stage1-experts", "new"), seed=seed
+            ),
+        )
+        for name, rate, seed in LONG
+    ),
     _review("new", NEW),
     _review("new-gamma-0.3", f"{NEW}, \u03b3 0.3", gamma=0.3),
     *(
@@ -171,13 +195,14 @@ RIVALS = (
     ),
     *(
         Setting(
-            f"full-{percent}-{rate:g}",
-            f"full fine-tuning, {_with(percent)}, rate {rate:g}",
+            f"full-{percent}-{rate:g}{name}",
+            f"full fine-tuning, {_with(percent)}, rate {rate:g}{_variant(name)}",
             is_extra=True,
-            training=Training("dense", "dense", _replay(percent), rate),
+            training=Training("dense", "dense", _replay(percent), rate, seed=seed),
         )
         for percent in (0, 1, 10)
         for rate in (1e-4, 3e-4)
+        for name, seed in (("", 1), *((f"-seed-{seed}", seed) for seed in SEEDS[1:] if (percent, rate) == (10, 3e-4)))
     ),
     *(
         Setting(
@@ -203,7 +228,15 @@ RIVALS = (
         for name, share in INTERPOLATED.items()
     ),
     Setting("new-calibrated", f"{NEW}, calibrated routers", (NEW_STAGE1, "new"), is_extra=True),
-    Setting("stage1-calibrated", f"{NEW}, calibrated routers instead of review", (NEW_STAGE1,), is_extra=True),
+    *(
+        Setting(
+            f"long-calibrated{name}",
+            f"{NEW}, calibrated routers instead of review{_variant(name)}",
+            (f"{LONG_STAGE1}{name}",),
+            is_extra=True,
+        )
+        for name, *_ in LONG
+    ),
     Setting(
         "copies-calibrated",
         "MoE-LPR, K copies, calibrated routers",

@@ -1,9 +1,9 @@
 """A direction for the router of each MoE layer that tells text to keep from text of the expanded languages.
 
 Training shows routers little text, so they send much of what they have not seen to new experts. Ridge regression on
-what the routers read, x [H], finds a direction u [H] for which u · x is near 1 on text to keep and near
-`EXPANDED_TARGET` on expanded text. With δ u added to the router's rows of the original expert's copies, δ > 0, all
-choices of a token are original if u · x is large enough, and its output is the base's.
+what the routers read, x [H], finds a direction u [H] for which u · x is near 1 on text to keep and near a target below
+0 on expanded text. With δ u added to the router's rows of the original expert's copies, δ > 0, all choices of a token
+are original if u · x is large enough, and its output is the base's; where u · x < 0, new experts gain weight.
 
 Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too. The
 token that starts a document belongs to it, because all others attend to it.
@@ -27,12 +27,12 @@ from moelpr.metrics.routing_sums import text_vector
 from moelpr.process.errors import UserError
 from moelpr.store.records import STRICT
 
-EXPANDED_TARGET = -0.2  # below 0, so that expanded text loses no weight on new experts
+TARGETS = (-0.2, -0.4, -0.6, -0.8)  # of expanded text; the lower, the more of its weight goes to new experts
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
 _MARGIN = 1.01  # for the rounding of a model's dtype
-_MAX_NOISE = 1.0  # how far expanded tokens may be moved against each other, in multiples of what training did
+_MAX_NOISE = 4.0  # how far expanded tokens may be moved against each other, in multiples of what training did
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -50,7 +50,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found.
+    """What calibration found for one of `TARGETS`.
 
     Attributes:
         shifts: Layer number, from 0 → what to add to the router's row of each copy of the original expert [H].
@@ -129,10 +129,10 @@ def token_losses(loaded: LoadedModel, pieces: list[list[int]]) -> Tensor:
     return torch.cat(found)
 
 
-def calibrate(
+def calibrations(
     routers: Mapping[int, Tensor], num_original: int, topk: int, kept: Inputs, expanded: Inputs, share: float
-) -> Calibration:
-    """The shift of each layer with which all choices of `share` of the held-out text to keep are original.
+) -> list[Calibration]:
+    """For each of `TARGETS`, the shifts with which all choices of `share` of the held-out text to keep are original.
 
     Args:
         routers: Layer number → the router's weight [E, H], whose first `num_original` rows are the original expert's.
@@ -140,10 +140,31 @@ def calibrate(
     Raises:
         UserError: Text to keep cannot be told from expanded text.
     """
+    found = [_calibrate(routers, num_original, topk, kept, expanded, share, target) for target in TARGETS]
+    weights = [(one.before["expanded"].new_gate_weight, one.after["expanded"].new_gate_weight) for one in found]
+    if all(after < 0.5 * before for before, after in weights):
+        before, after = weights[-1]
+        raise UserError(
+            f"to keep {share:.0%} of the tokens of text to keep, new experts would fall from a mean gate weight of "
+            f"{before:.0%} to {after:.0%} on expanded text; keep less, or check that no text to keep is in an expanded "
+            "language"
+        )
+    return [one for one, (before, after) in zip(found, weights, strict=True) if after >= 0.5 * before]
+
+
+def _calibrate(
+    routers: Mapping[int, Tensor],
+    num_original: int,
+    topk: int,
+    kept: Inputs,
+    expanded: Inputs,
+    share: float,
+    target: float,
+) -> Calibration:
     shifts, vectors = {}, []
     for layer, weight_EH in routers.items():
         weight_EH = weight_EH.float().cpu()
-        direction_H = _direction(kept, expanded, layer).cpu()
+        direction_H = _direction(kept, expanded, layer, target).cpu()
         rows = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
         shifts[layer] = _strength(rows[0], rows[1], weight_EH, direction_H, num_original, share) * direction_H
         shifted_EH = weight_EH.clone()
@@ -155,12 +176,6 @@ def calibrate(
     before, after = (
         {name: Shares(*means[text][time]) for text, name in enumerate(("kept", "expanded"))} for time in (0, 1)
     )
-    if after["expanded"].new_gate_weight < 0.5 * before["expanded"].new_gate_weight:
-        raise UserError(
-            f"to keep {share:.0%} of the tokens of text to keep, new experts would fall from a mean gate weight of "
-            f"{before['expanded'].new_gate_weight:.0%} to {after['expanded'].new_gate_weight:.0%} on expanded text; "
-            "keep less, or check that no text to keep is in an expanded language"
-        )
     return Calibration(shifts, before, after)
 
 
@@ -197,10 +212,10 @@ def _take(take: Callable[[Tensor], None], is_counted_T: Tensor, module: nn.Modul
     take(rows_TH[is_counted_T.to(rows_TH.device)])
 
 
-def _direction(kept: Inputs, expanded: Inputs, layer: int) -> Tensor:
-    """u [H] = (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w t x for the targets t."""
+def _direction(kept: Inputs, expanded: Inputs, layer: int, target: float) -> Tensor:
+    """u [H] = (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w y x, where y is 1 or the target."""
     gram_HH = kept.gram[layer] + expanded.gram[layer].to(kept.gram[layer].device)
-    target_H = kept.mean[layer] + EXPANDED_TARGET * expanded.mean[layer].to(gram_HH.device)
+    target_H = kept.mean[layer] + target * expanded.mean[layer].to(gram_HH.device)
     gram_HH.diagonal().add_(_RIDGE * gram_HH.diagonal().mean())
     return torch.linalg.solve(gram_HH, target_H)
 
@@ -210,7 +225,7 @@ def _strength(
 ) -> float:
     """The smallest δ with which all choices of `share` of the kept tokens are original, within a limit.
 
-    Among expanded tokens u · x differs too: δ u · x may differ no more than what the router learned to tell them apart.
+    Among expanded tokens u · x differs too: δ u · x may differ no more than `_MAX_NOISE` times what the router learned.
     """
     needed_T = _missing(kept_TH, weight_EH, num_original)
     score_T = kept_TH @ direction_H

@@ -44,7 +44,8 @@ class Places:
         self.last_model_step = "calibrate" if is_calibrated else "export"
         self.evaluation = self.folder / "evaluation"
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
-        self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1", "stage2"]
+        self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1"]
+        self.stages += ["stage2"] if self.project.replay else []
         self.stages += ["sft"] if self.conversations else []
 
     @cached_property

@@ -34,6 +34,10 @@ def _or_auto(value: Any) -> Any:
     return {} if value == "auto" or value is None else value
 
 
+def _or_none(value: Any) -> Any:
+    return None if value == "none" else {} if value is None else value
+
+
 def _as_count(value: Any) -> Any:
     return parse_count(str(value)) if isinstance(value, str | float) else value
 
@@ -221,8 +225,10 @@ class Project:
     """What stage 1 trains on."""
     mix: Mix = field(default_factory=Mix)
     """How the expanded languages share stage 1."""
-    replay: Replay = field(default_factory=Replay)
-    """The text of stage 2."""
+    replay: Annotated[
+        Replay | None, BeforeValidator(_or_none, json_schema_input_type=Replay | Literal["none"] | None)
+    ] = field(default_factory=Replay)
+    """The text of stage 2, or none: stage 1 trains new experts only, and calibrated routers replace stage 2."""
     held_out: Count = 500
     """Documents of each language to evaluate on, which nothing is trained on."""
     experts: Annotated[Experts, BeforeValidator(_or_auto, json_schema_input_type=Experts | Literal["auto"])] = field(
@@ -261,6 +267,14 @@ class Project:
                 f"languages.kept needs as many copies of the original expert as a token chooses, {self.experts.topk}, "
                 f"not {copies}; remove experts.copies"
             )
+
+        if self.replay is None and not self.languages.kept:
+            raise UserError(
+                "replay: none leaves out stage 2, so routers need languages.kept: add text in other languages, code or "
+                "dialogues, or remove replay"
+            )
+        if self.replay is None and any(language.conversations for _, language in self.languages):
+            raise UserError("conversations need stage 2, which replay: none leaves out; remove one of them")
 
     @property
     def folder(self) -> Path:

@@ -32,6 +32,7 @@ budget: {{epochs: 1}}
 # How the new languages share it: by their size to this power (0: equally), or by a weight for each.
 mix: {{temperature: 0.3}}
 # Stage 2 trains only the routers, on so many documents of each language.
+# Or none, with text under kept: stage 1 then trains new experts only, and calibrated routers replace stage 2.
 replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
 
 # New experts per layer (auto: the most that fit, up to 8), and how many a token chooses.

@@ -5,6 +5,7 @@ from typing import Any
 
 from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
+from moelpr.project.project import Replay
 from moelpr.project.reading import local_files, text_bytes, versions
 from moelpr.project.steps import settings, stage_flags, words
 from moelpr.workflow.task import Task
@@ -21,7 +22,8 @@ def text_tasks(places: Places) -> list[Task]:
     found = [download(places)] if places.is_downloaded else []
     found += [vocabulary(places)] if project.vocabulary else []
     if not project.corpora:
-        found += [*(preprocess(places, code) for code in places.languages), replay(places)]
+        found += [preprocess(places, code) for code in places.languages]
+        found += [replay(places, project.replay)] if project.replay else []
     return [*found, *(conversations(places, code) for code in places.conversations)]
 
 
@@ -62,7 +64,7 @@ def preprocess(places: Places, code: str) -> Task:
         "json-keys": language.json_key,
         "filter": language.filter,
         "validation-share": share,
-        "max-samples": 2 * places.project.replay.original_documents if is_original else None,
+        "max-samples": 2 * (places.project.replay or Replay()).original_documents if is_original else None,
     }
     return _tokenize(
         places,
@@ -127,9 +129,8 @@ def _tokenize(
     )
 
 
-def replay(places: Places) -> Task:
+def replay(places: Places, sizes: Replay) -> Task:
     """Sample the text of stage 2 from the corpora of all languages."""
-    sizes = places.project.replay
     fixed: dict[str, Any] = {
         "input": [places.corpus(code) for code in places.languages],
         "output-prefix": places.corpus("replay"),

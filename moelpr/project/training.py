@@ -112,6 +112,7 @@ def _fixed(places: Places, stage: str, before: str, data: Sequence[str], length:
         "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
         "data-path": data,
         "save": places.folder / stage,
+        "stage1-experts": "new" if stage == "stage1" and not places.project.replay else None,
         "train-new-embeddings": bool(places.project.vocabulary) and stage == "stage1",
         "validation-data": validation(places, stage),
         **(_STAGE0_FLAGS if stage == "stage0" else {}),
@@ -175,6 +176,7 @@ def length(places: Places, stage: str) -> dict[str, Any]:
     if stage == "sft" or LENGTH_FLAGS & places.own(stage).keys():  # the recipe of sft has its length
         return {}
     if stage == "stage2":
+        assert project.replay is not None
         return {"train-epochs": project.replay.epochs}
     if project.corpora and project.budget.epochs:
         return {"train-epochs": project.budget.epochs}

@@ -79,6 +79,14 @@ def test_every_step_is_there_and_reads_only_steps_before_it(write: Write) -> Non
     assert given["--expanded-languages"] == ["el"] and given["--save"] == ["out/hf"]
     assert given["--model"] == flags(with_kept["export"])["--save"] == ["out/uncalibrated"]
     assert "calibrate" in with_kept["evaluate"].made_from and "export" in with_kept["calibrate"].made_from
+    without = tasks(write(languages=kept, replay="none"))
+    assert {*with_kept} - {*without} == {"replay", "stage2"}
+    assert flags(without["export"])["--load"] == ["out/stage1"]
+    write_manifest(Path("out/data"), "el", 1000)
+    assert flags(without["stage1"])["--stage1-experts"] == ["new"]
+    assert "--stage1-experts" not in flags(with_kept["stage1"])
+    own = tasks(write(languages=kept, replay="none", steps={"stage1": {"stage1-experts": "all"}}))
+    assert flags(own["stage1"])["--stage1-experts"] == ["all"]
     assert optional["stage1"].made_from[0] == "stage0" and optional["preprocess-el"].made_from == ("vocabulary",)
 
 

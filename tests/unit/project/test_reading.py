@@ -62,6 +62,14 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
             {"languages": WITH_KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "body"}}}},
             r"languages.kept needs one json_key for all languages, not body and text",
         ),
+        ({"replay": "none"}, r"replay: none leaves out stage 2, so routers need languages.kept"),
+        (
+            {
+                "languages": WITH_KEPT | {"expanded": {"el": {"text": "el.jsonl", "conversations": "el.jsonl"}}},
+                "replay": "none",
+            },
+            r"conversations need stage 2, which replay: none leaves out",
+        ),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: it requires held_out: FILE"),

@@ -18,7 +18,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.evaluate import calibration
-from moelpr.evaluate.calibration import Inputs, calibrate
+from moelpr.evaluate.calibration import Inputs, calibrations
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import load_stock, save_tokenizer, tensors_of
@@ -74,7 +74,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     assert record.texts == {"kept": ["short", "shorter"], "expanded": ["el"]} and record == found
     assert found.distance[1] < 0.5 * found.distance[0]
     before, after = found.before, found.after
-    assert before["kept"].all_original < 0.5 and after["kept"].all_original > share - 0.01
+    assert before["kept"].all_original < 0.5 and after["kept"].all_original > share - 0.05
     assert after["kept"].new_gate_weight < 0.2 < 0.8 * before["expanded"].new_gate_weight < 0.9
     assert after["expanded"].new_gate_weight > 0.5 * before["expanded"].new_gate_weight
     tokens = torch.tensor([[0, 3 + i % 6, 2, 3 + i // 6] for i in range(36)])
@@ -87,7 +87,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
 def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)
     torch.manual_seed(0)
-    center_H = torch.randn(24)
+    center_H = 0.4 * torch.randn(24)
     texts = []
     for sign in (1, -1):
         rows = torch.randn(2000, 24) + sign * center_H
@@ -97,17 +97,20 @@ def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.Monk
         texts.append(inputs)
     weight_EH = 0.1 * torch.randn(5, 24)
     weight_EH[1] = weight_EH[0]
-    found = calibrate({0: weight_EH}, 2, 2, *texts, share=0.9)
+    found, *others = calibrations({0: weight_EH}, 2, 2, *texts, share=0.9)
+    assert [one.after["kept"].all_original for one in others] == pytest.approx([0.9] * 3, abs=0.01)
+    weights = [one.after["expanded"].new_gate_weight for one in (found, *others)]
+    assert weights == sorted(weights) and weights[0] < weights[-1]
     assert found.after["kept"].all_original == pytest.approx(0.9, abs=0.005)
     less_EH = weight_EH.clone()
     less_EH[:2] += 0.95 * found.shifts[0]
     choices = (torch.cat(texts[0].held_out[0]) @ less_EH.T).topk(2).indices
     assert (choices < 2).all(1).float().mean() < 0.9
     with pytest.raises(UserError, match="new experts would fall from a mean gate weight of .*; keep less"):
-        calibrate({0: weight_EH}, 2, 2, texts[0], texts[0], share=0.9)
+        calibrations({0: weight_EH}, 2, 2, texts[0], texts[0], share=0.9)
 
     monkeypatch.setattr(calibration, "_MAX_NOISE", 0.2)
-    limited = calibrate({0: weight_EH}, 2, 2, *texts, share=0.9)
+    limited = calibrations({0: weight_EH}, 2, 2, *texts, share=0.9)[0]
     expanded = torch.cat(texts[1].held_out[0])
     logits = expanded @ weight_EH.T
     learned = (logits[:, 2:].amax(1) - logits[:, :2].amin(1)).std()
@@ -119,13 +122,13 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
     make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_effect(*args: Any, **kwargs: Any) -> Any:
-        found = calibrate(*args, **kwargs)
-        return replace(found, shifts={layer: 0 * shift for layer, shift in found.shifts.items()})
+        found = calibrations(*args, **kwargs)
+        return [replace(one, shifts={layer: 0 * shift for layer, shift in one.shifts.items()}) for one in found]
 
     base = make_qwen2()
     model = upcycled(base, tmp_path)
-    monkeypatch.setattr(calibrated_routers, "calibrate", without_effect)
-    with pytest.raises(UserError, match="no closer to the base than trained ones are.*remove languages.kept"):
+    monkeypatch.setattr(calibrated_routers, "calibrations", without_effect)
+    with pytest.raises(UserError, match="no better than trained ones.*remove languages.kept"):
         write_calibrated(model, base, tmp_path / "save", KEPT, EXPANDED, 0.9, 1000)
     assert not (tmp_path / "save").exists()
 

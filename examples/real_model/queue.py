@@ -238,6 +238,7 @@ class Queue:
         export = tasks.export(self.run / run)
         words: Words = ["-m", "moelpr", "calibrate", "--model", self.run / f"{run}-hf", "--base", self.base]
         words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
+        words += ["--keep-original", f"{share:g}"] if (share := settings.KEEP_ORIGINAL.get(name)) else []
         files = self._train_files(LANGUAGES)
 
         def command() -> Words:
@@ -247,6 +248,7 @@ class Queue:
         made_from, is_complete = ("base", export.name, "split", "other"), (save / "config.json").is_file
         task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
         is_made = export.name in EXPORTS and not self.is_short  # for its continuations
+        is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)
         found = [] if is_made else [_tagged(_calibrated_of(run), export, disk_gib=1.2)]
         return [*found, _tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
 

@@ -133,8 +133,10 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
 CALIBRATED = {
     "new-calibrated": "new",
     **{f"long-calibrated{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
+    "long-calibrated-80": LONG_STAGE1,
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
+KEEP_ORIGINAL = {"long-calibrated-80": 0.8}  # other settings have the default of moelpr calibrate
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 NEW = "MoE-LPR, stage 1 with new experts only"
 
@@ -236,6 +238,12 @@ RIVALS = (
             is_extra=True,
         )
         for name, *_ in LONG
+    ),
+    Setting(
+        "long-calibrated-80",
+        f"{NEW}, calibrated routers instead of review, --keep-original 0.8",
+        (LONG_STAGE1,),
+        is_extra=True,
     ),
     Setting(
         "copies-calibrated",

@@ -51,7 +51,8 @@ CHART = {
     "MoE-LPR, stage 1 with new experts only": {"new only": "new", "85% of the way": "new-0.85", "70%": "new-0.7"},
     "MoE-LPR, calibrated routers": {
         "calibrated": "new-calibrated",
-        "instead of review": "stage1-calibrated",
+        "instead of review": "long-calibrated",
+        "80% kept": "long-calibrated-80",
         "today's stage 1": "copies-calibrated",
     },
     "the same, with kept text": {"new, 5% kept text": "new-kept-5", "25%": "new-kept-25"},

@@ -20,6 +20,7 @@ from moelpr.evaluate.models import LoadedModel, open_model, require_hf
 from moelpr.families.hf_config import read_config
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
+from moelpr.store.files import write_text
 from moelpr.store.records import STRICT, Record
 
 # The names of a router's weight in the files of all stock classes.
@@ -150,6 +151,19 @@ def _ffns(base: LoadedModel, num_layers: int, hidden: int) -> dict[int, nn.Modul
     return {number: getattr(layer, "mlp", None) or layer.shared_mlp for number, layer in enumerate(layers)}
 
 
+def _card(card: str, record: CalibratedRouters) -> str:
+    """The card of the export, with what was calibrated before the section on its use."""
+    before, after = (f"{shares['kept'].all_original:.1%}" for shares in (record.before, record.after))
+    text = (
+        "### Calibrated routers\n\n"
+        "One direction was added to the original expert's rows of each router, without training. "
+        f"Of held-out tokens of text to keep ({', '.join(record.texts['kept'])}), {after} now choose original experts "
+        f"only, instead of {before} (mean over layers).\n\n"
+    )
+    head, use, rest = card.partition("## Use\n")
+    return head + (text if use else f"\n{text}") + use + rest
+
+
 def _write(
     model: Path,
     save: Path,
@@ -181,5 +195,8 @@ def _write(
         for name in (CARD_FILE, BASE_CARD_FILE):
             if (model / name).is_file():
                 copy_companion(model, name, folder / name)
+        if (folder / CARD_FILE).is_file():
+            card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
+            write_text(folder / CARD_FILE, _card(card, record))
         record.write(folder)
         write_weights(journal, shapes, dtype, DEFAULT_SHARD_BYTES, read, bar)

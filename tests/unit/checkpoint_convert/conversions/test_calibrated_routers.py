@@ -70,6 +70,8 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     for name in changed:
         assert torch.equal(new[name][2:], old[name][2:])
         torch.testing.assert_close(new[name][0] - old[name][0], new[name][1] - old[name][1])
+    card = (save / "README.md").read_text()
+    assert card.index("## Training") < card.index("### Calibrated routers") < card.index("## Use")
     record = CalibratedRouters.read(save)
     assert record.texts == {"kept": ["short", "shorter"], "expanded": ["el"]} and record == found
     assert found.distance[1] < 0.5 * found.distance[0]

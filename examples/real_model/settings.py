@@ -46,17 +46,15 @@ FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
 SHORT = (
     "copies",
     "new",
-    "new-0.85",
-    "new-0.7",
-    "new-calibrated",
     "long-calibrated",
+    "new-calibrated",
     "copies-calibrated",
-    "new-kept-5",
-    "new-kept-25",
     "full-10-0.0003",
     "ffn-10",
     "halfway",
     "near",
+    "lora-16-10-0.003",
+    "lora-switched",
 )
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 

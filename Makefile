@@ -15,8 +15,8 @@ results: venv ## all settings on a real pretrained model, about eight hours on 2
 	examples/real_model/install.sh
 	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
 
-test: venv ## the default test suite in two processes: no network, no GPU
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+test: venv ## the default test suite: no network, no GPU
+	.venv/bin/python -m pytest
 
 test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
 	.venv/bin/python -m tests.faults $(FAULTS)

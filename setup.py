@@ -17,16 +17,7 @@ EXTRAS = {
     "chat": ["gradio"],
 }
 # What the extras add is tested too.
-TEST = [
-    *EXTRAS["clean"],
-    "gigatoken",
-    "hypothesis",
-    "kubeflow-trainer-api",
-    "pytest",
-    "pytest-timeout",
-    "pytest-xdist",
-    "s3fs",
-]
+TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout", "s3fs"]
 
 setup(
     name="moelpr",

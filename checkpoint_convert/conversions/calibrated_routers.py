@@ -88,13 +88,6 @@ def write_calibrated(
         of_base = token_losses(loaded, of_kept.pieces)
     with open_model(model, device, dtype, verify) as loaded:
         places, topk = loaded.num_original_places, loaded.topk
-        if not loaded.routers:
-            raise UserError(f"{model} is dense and has no routers; pass an export of an upcycled model")
-        if places < topk:
-            raise UserError(
-                f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a "
-                f"new expert always has a part; upcycle with --original-copies {topk}"
-            )
         of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens, with_start=False)
         routers: dict[int, Any] = {layer: router.weight for layer, router in loaded.routers.items()}
         trained = {layer: weight.detach().clone() for layer, weight in routers.items()}
@@ -127,13 +120,21 @@ def write_calibrated(
 
 
 def _sizes(model: Path) -> tuple[int, int]:
-    """The number of layers and the hidden size of an export.
+    """The number of layers and the hidden size of an export, whose tokens can choose original experts only.
 
     Raises:
-        UserError: Its config.json lacks them.
+        UserError: They cannot, or its config.json lacks something.
     """
     config = read_config(model)
     config = config.get("text_config", config)
+    topk = config.get("num_experts_per_tok") or config.get("moe_k")
+    if not topk:
+        raise UserError(f"{model} is dense and has no routers; pass an export of an upcycled model")
+    if (places := config.get("num_original_experts", 1)) < topk:
+        raise UserError(
+            f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a new "
+            f"expert always has a part; upcycle with --original-copies {topk}"
+        )
     try:
         return config["num_hidden_layers"], config["hidden_size"]
     except KeyError as error:

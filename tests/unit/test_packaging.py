@@ -149,6 +149,4 @@ def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
         commands.add("lint-imports")
     if name == "pytest-timeout":
         commands.add("timeout")  # its setting in pyproject.toml
-    if name == "pytest-xdist":
-        commands.add("loadfile")  # a value of its flag in the Makefile
     assert modules & ours or any(re.search(rf"(?<![\w.-]){re.escape(command)}\b", tools) for command in commands)

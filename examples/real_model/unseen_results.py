@@ -49,7 +49,6 @@ CHART = {
     "MoE-LPR": {"MoE-LPR": "copies", "new experts only": "new"},
     "MoE-LPR, calibrated routers": {
         "instead of review": "long-calibrated",
-        "80% kept": "long-calibrated-80",
         "after review": "new-calibrated",
         "after today's stages": "copies-calibrated",
     },

@@ -110,7 +110,7 @@ def write_calibrated(
             "calibrated routers would be no better than trained ones: held-out text to keep would be "
             f"{after[0]:.3f} nats per token from the base, now {before[0]:.3f}, and the loss of expanded text "
             f"{after[1]:.3f}, now {before[1]:.3f}; keep the export as it is (in languages.yaml, remove "
-            "languages.kept), or pass more text"
+            "languages.kept and any replay: none), or pass more text"
         )
     texts = {"kept": list(kept), "expanded": list(expanded)}
     distance, loss = zip(before, after, strict=True)

@@ -23,6 +23,7 @@ from examples.real_model.settings import (
 from examples.real_model.signs import Verdict, change, margin, signs
 from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
 from moelpr.languages import language_name
+from moelpr.process.errors import UserError
 from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.page import Row, Table, markdown_table
@@ -47,11 +48,18 @@ _NUMBERS = re.compile(r"\[\s+(-?[\d.e-]+(?:,\s+-?[\d.e-]+)*)\s+\]")  # a list of
 
 
 def write_results(run: Path) -> None:
-    """Write what is done as real-model.json, .md and .svg into the queue's folder; of a short one, unseen-short.*."""
+    """Write what is done as real-model.json, .md and .svg into the queue's folder; of a short one, unseen-short.*.
+
+    Raises:
+        UserError: Not even the base has been evaluated, or the text is missing or damaged.
+    """
     if is_short(run):
-        write_text(run / f"{SHORT}.json", dump(found := collect_unseen(run)))
+        if not (found := collect_unseen(run)):
+            raise UserError(f"{run} has no evaluation of the base; run make results first")
+        write_text(run / f"{SHORT}.json", dump(found))
         write_text(run / f"{SHORT}.md", unseen_tables(found) + "\n")
-        write_text(run / f"{SHORT}.svg", unseen_picture(found) + "\n")
+        if found["settings"]:
+            write_text(run / f"{SHORT}.svg", unseen_picture(found) + "\n")
         return
     results = collect(run)
     write_text(run / f"{NAME}.json", dump(results))

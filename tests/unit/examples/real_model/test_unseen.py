@@ -11,12 +11,15 @@ import pytest
 
 from examples.languages import EXPANDED
 from examples.real_model import unseen
+from examples.real_model.page import write_results
 from examples.real_model.settings import BASE, LORA_SWITCHED, SWITCHED
 from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.process.errors import UserError
 from moelpr.report.numbers import percent
+from moelpr.store.files import write_text
 
 WORDS = [f"word{number}" for number in range(100)]
 
@@ -96,6 +99,13 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     further = math.expm1(fmean(results["settings"]["full-10-0.0003"]["kl"].values()))
     assert percent(further) in picture and "10% replay" in picture
     assert collect_unseen(run / "empty") == {}
+
+
+def test_a_short_queue_without_the_base_has_no_page(tmp_path: Path) -> None:
+    write_text(tmp_path / "queue.txt", "--short\n")
+    with pytest.raises(UserError, match="no evaluation of the base"):
+        write_results(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["queue.txt"]
 
 
 def test_texts_are_those_that_neither_training_nor_replay_has() -> None:

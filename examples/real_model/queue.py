@@ -1,5 +1,6 @@
 """The tasks of the queue in their order: a believable page early, further seeds last."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -182,7 +183,7 @@ class Queue:
             self.data / "kept", [self.other / "*.jsonl"], self.base, "kept", *options, made_from=("other", "base")
         )
         needs_other = users | {*settings.CALIBRATED}
-        found = [_tagged(needs_other, other, files=(OTHER_SOURCES,)), _tagged(users, kept)]
+        found = [_tagged(needs_other, other, files=(OTHER_SOURCES,)), _tagged(users, kept), *self._written_replay()]
         for setting in settings.RIVALS:
             users = settings.users_of(setting.name)
             if (row := setting.training) and row.stage in ("lora", "ffn"):
@@ -193,6 +194,17 @@ class Queue:
                 train = self._train(setting.name, row.stage, start, users, options=options, **text)
                 found += [train, self._evaluate(setting.name)]
         return [*found, *self._means()]
+
+    def _written_replay(self) -> list[Task]:
+        """Replay text that the base writes from its start token, as those have who have none."""
+        name = settings.WRITTEN_REPLAY
+        users = {setting.name for setting in settings.RIVALS if setting.training and name in setting.training.blend}
+        documents = math.ceil(self.tokens * (1 + settings.REVIEW_SHARE) * 0.1 / 96)  # of about so many tokens
+        options = f"--languages und --documents {documents} --batch-size 48 --max-tokens 128 --seed 2".split()
+        write = _tagged(users, self._written(name, *options))
+        made_from, files = (name, "base"), [self.run / name / "*.jsonl"]
+        corpus = tasks.preprocess(self.data / name, files, self.base, "original", made_from=made_from)
+        return [write, _tagged(users, corpus, minutes=0.2)]
 
     def _adapted(self, name: str, row: settings.Training) -> Task:
         """Training by peft or of the FFNs, as the table says."""

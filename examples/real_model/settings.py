@@ -118,6 +118,7 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
+WRITTEN_REPLAY = "written"  # replay text that the base itself writes
 NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
 INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
@@ -203,6 +204,12 @@ RIVALS = (
         for percent in (0, 1, 10)
         for rate in (1e-4, 3e-4)
         for name, seed in (("", 1), *((f"-seed-{seed}", seed) for seed in SEEDS[1:] if (percent, rate) == (10, 3e-4)))
+    ),
+    Setting(
+        "full-written",
+        "full fine-tuning, 10% replay text that the base wrote",
+        is_extra=True,
+        training=Training("dense", "dense", {"expanded": 90, WRITTEN_REPLAY: 10}, 3e-4),
     ),
     *(
         Setting(

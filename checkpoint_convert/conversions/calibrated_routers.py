@@ -1,4 +1,4 @@
-"""Writes an export again with calibrated routers: rows of the original expert's copies that text to keep goes to."""
+"""Writes an export again with calibrated routers: rows of the original expert's copies that text to keep chooses."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.evaluate.calibration import Shares, calibrations, read_inputs, token_losses
+from moelpr.evaluate.calibration import Shares, calibrations, distance, mean_loss, predictions, read_inputs
 from moelpr.evaluate.models import LoadedModel, open_model, require_hf
 from moelpr.families.hf_config import read_config
 from moelpr.process.errors import UserError
@@ -37,8 +37,7 @@ class CalibratedRouters(Record):
         keep_original: Fraction of the tokens of text to keep all of whose choices should be original.
         before: Text, kept or expanded → where its held-out tokens went.
         after: The same with calibrated routers.
-        distance: How far the log-probabilities of held-out tokens to keep are from the base's, before and after: the
-            mean difference in nats.
+        distance: KL(base‖model) on held-out text to keep, in nats per token, before and after.
         loss: The loss of held-out expanded text in nats per token, before and after.
     """
 
@@ -85,25 +84,20 @@ def write_calibrated(
     num_layers, hidden = _sizes(model)
     with open_model(base, device, dtype, verify) as loaded:
         of_kept = read_inputs(loaded, _ffns(loaded, num_layers, hidden), kept, max_tokens, with_start=True)
-        of_base = token_losses(loaded, of_kept.pieces)
+        of_base = predictions(loaded, of_kept.pieces)
     with open_model(model, device, dtype, verify) as loaded:
         places, topk = loaded.num_original_places, loaded.topk
         of_expanded = read_inputs(loaded, loaded.routers, expanded, max_tokens, with_start=False)
         routers: dict[int, Any] = {layer: router.weight for layer, router in loaded.routers.items()}
         trained = {layer: weight.detach().clone() for layer, weight in routers.items()}
 
-        def measured(shifts: Mapping[int, Tensor]) -> tuple[float, float]:
-            for layer, weight in routers.items():
-                weight.data.copy_(trained[layer])
-                if layer in shifts:
-                    weight.data[:places] += shifts[layer].to(weight)
-            distance = (token_losses(loaded, of_kept.pieces) - of_base).abs().mean().item()
-            return distance, token_losses(loaded, of_expanded.pieces).mean().item()
+        def measured(rows: Mapping[int, Tensor]) -> tuple[float, float]:
+            for layer, row_H in rows.items():
+                routers[layer].data[:places] = row_H.to(routers[layer])
+            return distance(loaded, of_kept.pieces, of_base), mean_loss(loaded, of_expanded.pieces)
 
         before = measured({})
-        tried = [
-            (measured(one.shifts), one) for one in calibrations(trained, places, topk, of_kept, of_expanded, share)
-        ]
+        tried = [(measured(one.rows), one) for one in calibrations(trained, places, topk, of_kept, of_expanded, share)]
     after, found = min(tried, key=lambda pair: sum(pair[0]))
     if sum(after) >= sum(before):
         raise UserError(
@@ -113,9 +107,9 @@ def write_calibrated(
             "languages.kept and any replay: none), or pass more text"
         )
     texts = {"kept": list(kept), "expanded": list(expanded)}
-    distance, loss = zip(before, after, strict=True)
-    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after, distance, loss)
-    _write(model, save, found.shifts, places, record, overwrite, verify)
+    distances, losses = zip(before, after, strict=True)
+    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after, distances, losses)
+    _write(model, save, found.rows, places, record, overwrite, verify)
     return record
 
 
@@ -157,7 +151,7 @@ def _card(card: str, record: CalibratedRouters) -> str:
     before, after = (f"{shares['kept'].all_original:.1%}" for shares in (record.before, record.after))
     text = (
         "### Calibrated routers\n\n"
-        "One direction was added to the original expert's rows of each router, without training. "
+        "The original expert's rows of each router are one direction, which was found without training. "
         f"Of held-out tokens of text to keep ({', '.join(record.texts['kept'])}), {after} now choose original experts "
         f"only, instead of {before} (mean over layers).\n\n"
     )
@@ -168,7 +162,7 @@ def _card(card: str, record: CalibratedRouters) -> str:
 def _write(
     model: Path,
     save: Path,
-    shift_of: Mapping[int, Tensor],
+    row_of: Mapping[int, Tensor],
     places: int,
     record: CalibratedRouters,
     overwrite: bool,
@@ -178,20 +172,20 @@ def _write(
     whole = [source, HfReader(model, verify=verify, text=False)]
     tensors = {name: reader for reader in whole for name in reader.names}
     dtype: torch.dtype = getattr(torch, common_dtype([(reader, name) for name, reader in tensors.items()]))
-    shifts = {name: shift_of[int(match[1])] for name in tensors if (match := _ROUTER.fullmatch(name))}
-    assert len(shifts) == len(shift_of), "every router has a name that is known"
+    rows = {name: row_of[int(match[1])] for name in tensors if (match := _ROUTER.fullmatch(name))}
+    assert len(rows) == len(row_of), "every router has a name that is known"
     shapes = [(name, reader.shape(name)) for name, reader in tensors.items()]
 
     def read(name: str) -> Tensor:
         tensor = tensors[name].read(name)
-        if name in shifts:
+        if name in rows:
             tensor = tensor.float()
-            tensor[:places] += shifts[name]
+            tensor[:places] = rows[name]
         return tensor
 
     num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    sums = {name: shift.norm().item() for name, shift in shifts.items()}  # those of other text are others
-    with output_folder(save, overwrite, num_bytes, [model], shifts=sums) as (folder, journal, bar):
+    norms = {name: row_H.norm().item() for name, row_H in rows.items()}  # those of other text are others
+    with output_folder(save, overwrite, num_bytes, [model], rows=norms) as (folder, journal, bar):
         copy_companions(model, folder, skip=(CARD_FILE,))
         for name in (CARD_FILE, BASE_CARD_FILE):
             if (model / name).is_file():

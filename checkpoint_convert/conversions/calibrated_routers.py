@@ -101,8 +101,8 @@ def write_calibrated(
     after, found = min(tried, key=lambda pair: sum(pair[0]))
     if sum(after) >= sum(before):
         raise UserError(
-            "calibrated routers would be no better than trained ones: held-out text to keep would be at "
-            f"KL {after[0]:.3f} nats per token from the base, now {before[0]:.3f}, and the loss of expanded text "
+            "calibrated routers would be no better than trained ones: KL(base‖model) on held-out text to keep would be "
+            f"{after[0]:.3f} nats per token, now {before[0]:.3f}, and the loss of expanded text "
             f"{after[1]:.3f}, now {before[1]:.3f}; keep the export as it is (in languages.yaml, remove "
             "languages.kept and any replay: none), or pass more text"
         )

@@ -199,7 +199,8 @@ class Queue:
         """Replay text that the base writes from its start token, as those have who have none."""
         name = settings.WRITTEN_REPLAY
         users = {setting.name for setting in settings.RIVALS if setting.training and name in setting.training.blend}
-        documents = math.ceil(self.tokens * (1 + settings.REVIEW_SHARE) * 0.1 / 96)  # of about so many tokens
+        tokens_per_document = 96  # about; at most 128
+        documents = math.ceil(self.tokens * (1 + settings.REVIEW_SHARE) * 0.1 / tokens_per_document)
         options = f"--languages und --documents {documents} --batch-size 48 --max-tokens 128 --seed 2".split()
         write = _tagged(users, self._written(name, *options))
         made_from, files = (name, "base"), [self.run / name / "*.jsonl"]

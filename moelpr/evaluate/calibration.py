@@ -214,14 +214,17 @@ def _calibrate(
     for layer, weight_EH in routers.items():
         weight_EH = weight_EH.float().cpu()
         direction_H = _direction(kept, expanded, layer, target).cpu()
-        texts = [torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded)]
+        kept_TH, expanded_TH = (torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded))
         changed_EH = weight_EH.clone()
         changed_EH[:num_original] = weight_EH[num_original:].mean(0)
-        strength = _strength(*texts, changed_EH, direction_H, num_original, share)
+        strength = _strength(kept_TH, expanded_TH, changed_EH, direction_H, num_original, share)
         changed_EH[:num_original] += strength * direction_H
         rows[layer] = changed_EH[0]
         vectors.append(
-            [[_last_two(text_TH @ w.T, topk, num_original) for w in (weight_EH, changed_EH)] for text_TH in texts]
+            [
+                [_last_two(text_TH @ w.T, topk, num_original) for w in (weight_EH, changed_EH)]
+                for text_TH in (kept_TH, expanded_TH)
+            ]
         )
     means = torch.tensor(vectors).mean(0).tolist()  # text, before or after, all original and gate weight
     before, after = (

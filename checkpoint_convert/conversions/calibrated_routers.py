@@ -17,6 +17,7 @@ from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from moelpr.evaluate.calibration import Shares, calibrations, distance, mean_loss, predictions, read_inputs
 from moelpr.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.families.families import COPIES_KEY
 from moelpr.families.hf_config import read_config
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
@@ -128,6 +129,11 @@ def _sizes(model: Path) -> tuple[int, int]:
         raise UserError(
             f"a token of {model} chooses {topk} experts and only {places} of them can be the original one, so a new "
             f"expert always has a part; upcycle with --original-copies {topk}"
+        )
+    if earlier := places - config.get(COPIES_KEY, 1):
+        raise UserError(
+            f"{model} has the experts of earlier rounds ({earlier} of {places} original ones), and calibration keeps "
+            "one dense base; calibrate the export of a model with one round"
         )
     try:
         return config["num_hidden_layers"], config["hidden_size"]

@@ -186,6 +186,11 @@ def test_what_cannot_be_calibrated_is_one_sentence(
     (tmp_path / "one").mkdir()
     with pytest.raises(UserError, match="only 1 of them can be the original one.*--original-copies 2"):
         write_calibrated(upcycled(base, tmp_path / "one", 1), base, *run)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_original_experts": 3}))
+    with pytest.raises(UserError, match=r"has the experts of earlier rounds \(1 of 3 original ones\)"):
+        write_calibrated(model, base, *run)
+    (model / "config.json").write_text(json.dumps(config))
     assert not save.exists()
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in EXPANDED["el"]))

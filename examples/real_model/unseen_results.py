@@ -50,11 +50,11 @@ CHART = {
     "MoE-LPR, calibrated routers": {
         "instead of review": "long-calibrated",
         "after review": "new-calibrated",
-        "after today's stages": "copies-calibrated",
+        "after both stages": "copies-calibrated",
     },
     "full fine-tuning with replay text": {
-        "10% replay": "full-10-0.0003",
         "10%, written by the base": "full-written",
+        "10% replay": "full-10-0.0003",
         "1%": "full-1-0.0003",
         "none": "full-0-0.0003",
     },

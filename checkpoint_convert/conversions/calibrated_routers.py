@@ -15,7 +15,8 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.evaluate.calibration import Shares, calibrations, distance, mean_loss, predictions, read_inputs
+from moelpr.evaluate.calibration import Shares, calibrations, read_inputs
+from moelpr.evaluate.divergence import distance, mean_loss, predictions
 from moelpr.evaluate.models import LoadedModel, open_model, require_hf
 from moelpr.families.families import COPIES_KEY
 from moelpr.families.hf_config import read_config

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,7 +33,6 @@ _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
 _MARGIN = 1.01  # for the rounding of a model's dtype
 _MAX_NOISE = 4.0  # how far expanded tokens may be moved against each other, in multiples of how new experts differ
-_MOST_LIKELY = 256  # the base's tokens that a distance tells apart; all others count as one
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -118,64 +116,6 @@ def read_inputs(
             found.pieces += held_out
             bar.update()
     return found
-
-
-@torch.inference_mode()
-def mean_loss(loaded: LoadedModel, pieces: list[list[int]]) -> float:
-    """The mean loss of the tokens of some pieces, in nats."""
-    losses = [F.cross_entropy(logits, targets, reduction="none") for logits, targets in _logits(loaded, pieces)]
-    return torch.cat(losses).mean().item()
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model predicts after each token of some pieces: its most likely tokens, and all others as one.
-
-    Attributes:
-        tokens: IDs of the most likely tokens [tokens, M].
-        log_probabilities: Theirs, and that of all others [tokens, M + 1].
-    """
-
-    tokens: Tensor
-    log_probabilities: Tensor
-
-
-@torch.inference_mode()
-def predictions(loaded: LoadedModel, pieces: list[list[int]]) -> Predictions:
-    """The most likely tokens of a model, on the CPU."""
-    found = []
-    for logits, _ in _logits(loaded, pieces):
-        tokens = logits.topk(min(_MOST_LIKELY, logits.shape[1] - 1)).indices
-        found.append((tokens.int().cpu(), _grouped(logits, tokens).cpu()))
-    tokens, log_probabilities = map(torch.cat, zip(*found, strict=True))
-    return Predictions(tokens, log_probabilities)
-
-
-@torch.inference_mode()
-def distance(loaded: LoadedModel, pieces: list[list[int]], of_base: Predictions) -> float:
-    """KL(base‖model) in nats per token; at most that of the whole vocabulary, since some tokens count as one."""
-    total, first = 0.0, 0
-    for logits, _ in _logits(loaded, pieces):
-        of_tokens = slice(first, first := first + len(logits))
-        base = of_base.log_probabilities[of_tokens].to(logits.device)
-        model = _grouped(logits, of_base.tokens[of_tokens].to(logits.device))
-        total += F.kl_div(model, base, reduction="sum", log_target=True).item()
-    return total / first
-
-
-def _logits(loaded: LoadedModel, pieces: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [tokens, V] and targets [tokens] of each batch; in the same order for all models of a vocabulary."""
-    for batch in make_batches(loaded, pieces, _SETTINGS):
-        tokens, targets, _ = make_tensors(batch, loaded.device)
-        is_token = targets != IGNORED
-        yield loaded.logits(tokens)[is_token].float(), targets[is_token]
-
-
-def _grouped(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probabilities of some tokens, and that of all others together."""
-    some = logits.log_softmax(-1).gather(-1, tokens.long())
-    others = torch.log1p(-some.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-    return torch.cat([some, others], dim=-1)
 
 
 def calibrations(

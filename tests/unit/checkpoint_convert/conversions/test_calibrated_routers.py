@@ -17,8 +17,9 @@ from checkpoint_convert.conversions.calibrated_routers import CalibratedRouters,
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.evaluate import calibration
-from moelpr.evaluate.calibration import Inputs, calibrations, distance, predictions
+from moelpr.evaluate import calibration, divergence
+from moelpr.evaluate.calibration import Inputs, calibrations
+from moelpr.evaluate.divergence import distance, predictions
 from moelpr.evaluate.models import open_model
 from moelpr.families.new_experts import NewExperts
 from moelpr.process.errors import UserError
@@ -151,7 +152,7 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
 def test_the_distance_is_kl_in_nats_per_token(
     most_likely: int, make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "_MOST_LIKELY", most_likely)
+    monkeypatch.setattr(divergence, "_MOST_LIKELY", most_likely)
     base = make_qwen2()
     model, pieces = upcycled(base, tmp_path), [[2, 3, 2, 4], [5, 2, 3]]
     with open_model(base, "cpu", "float32") as loaded:

@@ -4,8 +4,8 @@
 
 Writes docs/real-model.json, its pictures in docs/images, the section of docs/results.md and the line of README.md
 between their marks; of a short queue, docs/unseen-short.json, its picture and its section of docs/results.md. What RUN
-has not measured keeps the numbers that docs/real-model.json has of the same base, text and tokens; so several machines
-can share the work. Settings that nobody has measured are named.
+has not measured keeps the numbers of the JSON file in docs/, of a whole queue only if base, text and tokens are the
+same; so several machines can share the work. Settings that nobody has measured are named.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from examples.readme_results import replace_between
 from examples.real_model.arguments import parser_of
 from examples.real_model.measurements import collect, is_short, merged
 from examples.real_model.page import NAME, SHORT, charts, dump, readme_table, section
-from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
+from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables, with_recorded
 from examples.tasks import ROOT
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
@@ -36,7 +36,7 @@ def main() -> None:
     if is_short(args.run):
         if not (found := collect_unseen(args.run)):
             raise UserError(f"--run {args.run} has no evaluation of the base yet; rerun make results RESULTS=--short")
-        write_short(found)
+        write_short(with_recorded(found, _recorded(SHORT)))
         return
     results = merged(collect(args.run), _recorded(NAME))
     if "copies" not in results["settings"]:

@@ -92,6 +92,12 @@ def collect_unseen(run: Path) -> dict[str, Any]:
     return {"base": {text: round(_repeated(base, text), DIGITS) for text in ("copying", "recall")}, "settings": found}
 
 
+def with_recorded(found: Json, recorded: Json) -> dict[str, Any]:
+    """Numbers of a run, with those that were recorded of settings that it has not measured."""
+    settings_found = {**recorded.get("settings", {}), **found["settings"]}
+    return {**found, "settings": {name: settings_found[name] for name in SETTINGS if name in settings_found}}
+
+
 def _asks(text: str) -> bool:
     """Whether a user of an expanded language asks, so that adapters would be on."""
     return unseen.is_expanded(text) or text.startswith("mixed")

@@ -63,7 +63,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
 ) -> None:
     monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)  # these routers have learned nothing that could be lost
     monkeypatch.setattr(calibration, "TARGETS", (-0.2,))  # a lower one may keep less than the share
-    monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # nor have the experts
+    monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # the experts have learned nothing either
     base = make_model(architecture, **changes)
     model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
     found = write_calibrated(model, base, save, KEPT, EXPANDED, share, 1000)

@@ -13,7 +13,7 @@ from examples.languages import EXPANDED
 from examples.real_model import unseen
 from examples.real_model.page import write_results
 from examples.real_model.settings import BASE, LORA_SWITCHED, SWITCHED
-from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
+from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables, with_recorded
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
@@ -99,6 +99,14 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     further = math.expm1(fmean(results["settings"]["full-10-0.0003"]["kl"].values()))
     assert percent(further) in picture and "10% replay" in picture
     assert collect_unseen(run / "empty") == {}
+
+
+def test_a_run_keeps_what_another_has_measured(run: Path) -> None:
+    found = collect_unseen(run)
+    recorded = {"base": {}, "settings": {"halfway": {"label": "half"}, "copies": {"label": "old"}}}
+    together = with_recorded(found, recorded)
+    assert {*together["settings"]} == {*found["settings"], "halfway"}
+    assert together["settings"]["copies"] == found["settings"]["copies"] and together["base"] == found["base"]
 
 
 def test_a_short_queue_without_the_base_has_no_page(tmp_path: Path) -> None:

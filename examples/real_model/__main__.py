@@ -41,6 +41,8 @@ def main() -> None:
     short = f"a trial in two hours: {SHORT_TOKENS:,} tokens, no search for learning rates, and only the evaluation of "
     short += f"unseen text (without --only: {', '.join(SHORT)})"
     add("--short", action="store_true", help=short)
+    plain = "train the base on plain text first (languages of the replay text, half of the unseen ones, and code)"
+    add("--plain", action="store_true", help=plain)
     usual, extra = ([setting.name for setting in ALL.values() if setting.is_extra == x] for x in (False, True))
     only = f"settings to train (default: {', '.join(usual)}; others: {', '.join(extra)})"
     add("--only", nargs="+", choices=list(ALL), metavar="NAME", help=only)
@@ -52,7 +54,7 @@ def main() -> None:
         raise UserError(f"--tokens must be positive, got {tokens}")
     if args.base is not None:
         read_config(args.base)
-    queue = Queue(args.run, args.base, tokens, args.short)
+    queue = Queue(args.run, args.base, tokens, args.short, args.plain)
     names = set(args.only or (SHORT if args.short else usual))
     run = Workflow(args.run, queue.tasks())
     chosen = [task for task in run.tasks.values() if task.tags & names]
@@ -79,7 +81,8 @@ def main() -> None:
 def check_same_settings(queue: Queue) -> None:
     """A folder belongs to one base and one number of tokens."""
     record = queue.run / "queue.txt"
-    text = f"--base {queue.base} --tokens {queue.tokens}{' --short' * queue.is_short}\n"
+    flags = f"{' --short' * queue.is_short}{' --plain' * queue.is_plain}"
+    text = f"--base {queue.given} --tokens {queue.tokens}{flags}\n"
     before = record.read_text(encoding="utf-8", errors="replace") if record.is_file() else text
     if before.strip() != text.strip():
         raise UserError(

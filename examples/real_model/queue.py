@@ -36,6 +36,8 @@ SPEED = {
 MEMORY_GIB = {"stage0": 9.5, "stage1": 9.5, "stage2": 5.0, "dense": 5.5, "plain": 16.5}
 DISK_GIB = {"stage0": 0.8, "stage1": 3.4, "stage2": 0.1, "dense": 2.0, "plain": 5.3}
 
+DOWNLOADED: dict[str, Any] = {"files": (SOURCES,), "memory_gib": 2}  # what scripts that download need
+
 Tags = Iterable[str]
 
 
@@ -43,13 +45,23 @@ class Queue:
     """All tasks of a run folder; their tags are the settings that need them."""
 
     def __init__(
-        self, run: Path, base: Path | None = None, tokens: int = settings.TOKENS, is_short: bool = False
+        self,
+        run: Path,
+        base: Path | None = None,
+        tokens: int = settings.TOKENS,
+        is_short: bool = False,
+        is_plain: bool = False,
     ) -> None:
         """`base`: Hugging Face directory; by default SmolLM2-135M-Instruct, which is downloaded.
 
         `is_short`: Learning rates aren't searched for, and models are evaluated on `unseen` text only.
+        `is_plain`: The base is trained on plain text first, so that no setting improves it by doing that.
         """
-        self.run, self.base, self.tokens, self.is_short = run, base or run / "base-hf", tokens, is_short
+        self.run, self.tokens, self.is_short, self.is_plain = run, tokens, is_short, is_plain
+        downloaded = (run / "tuned" if is_plain else run) / "base-hf"
+        self.given = base or downloaded
+        self._is_base_downloaded = self.given == downloaded
+        self.base = run / "base-hf" if is_plain else self.given
         self.corpus, self.text, self.data, self.other = run / "corpus", run / "text", run / "data", run / "other"
 
     def tasks(self) -> list[Task]:
@@ -83,7 +95,7 @@ class Queue:
         found = [each for task in found for each in self._with_unseen(task)]
         if self._is_base_downloaded:
             return found
-        return [replace(task, files=(*task.files, self.base)) if "base" in task.made_from else task for task in found]
+        return [replace(task, files=(*task.files, self.given)) if "base" in task.made_from else task for task in found]
 
     def _with_unseen(self, task: Task) -> list[Task]:
         """The evaluation on unseen text next to that on held-out text, or alone if the queue is short."""
@@ -92,21 +104,33 @@ class Queue:
             return [task]
         return [*([] if self.is_short else [task]), self._evaluate_unseen(model)]
 
-    @property
-    def _is_base_downloaded(self) -> bool:
-        return self.base == self.run / "base-hf"
-
     def _text(self) -> list[Task]:
         """Base and text, the validation part and prompts, and one corpus per language group."""
-        downloaded = {"files": (SOURCES,), "memory_gib": 2}
-        base = self._script("base", ALL, self.base / "config.json", 1, disk_gib=1, **downloaded)
+        base = self._script("base", ALL, self.given / "config.json", 1, self.given.parent, **DOWNLOADED, disk_gib=1)
         return [
-            *([base] if self._is_base_downloaded else []),
-            self._script("text", ALL, self.corpus / Facts.FILE_NAME, 3, disk_gib=0.3, **downloaded),
+            *([replace(base, name="tuned" if self.is_plain else "base")] if self._is_base_downloaded else []),
+            self._script("text", ALL, self.corpus / Facts.FILE_NAME, 3, **DOWNLOADED, disk_gib=0.3),
+            *(self._plain_base() if self.is_plain else []),
             self._script("split", ALL, self.text, 0.2, made_from=("text",)),
             *self._preprocess(ALL, self.base),
             *(self._written(name, *options) for name, options in unseen.WRITTEN.items()),
             self._script("unseen", ALL, self.run / unseen.FOLDER, 0.3, made_from=("text",)),
+        ]
+
+    def _plain_base(self) -> list[Task]:
+        """The base after training on plain text, which `given` becomes."""
+        text, start, trained = self.run / "plain-text", self.run / "tuned-dense", self.run / "plain-base"
+        of_given = {"made_from": ("tuned",)} if self._is_base_downloaded else {"files": (self.given,)}
+        corpus = tasks.preprocess(self.data / "plain", [text / "*.jsonl"], self.given, "original", made_from=())
+        corpus, convert = (
+            replace(task, **of_given) for task in (corpus, tasks.convert(start, self.given, "--dense", made_from=()))
+        )
+        return [
+            self._script("plain_text", ALL, text, 0.2, made_from=("text",)),
+            _tagged(ALL, replace(corpus, made_from=("plain_text", *corpus.made_from)), minutes=0.2),
+            _tagged(ALL, convert, disk_gib=1.4),
+            self._train(trained.name, "dense", start, ALL, share=settings.PLAIN_SHARE, blend={"plain": 1}),
+            _tagged(ALL, tasks.export(trained, "base"), disk_gib=1),
         ]
 
     def _written(self, name: str, *options: str) -> Task:
@@ -117,9 +141,12 @@ class Queue:
         task = Task(name=name, command=words, made_from=("base",), is_complete=is_complete)
         return _tagged(ALL, task, files=(unseen.REQUESTS,), minutes=1.5)
 
-    def _script(self, name: str, tags: Tags, output: Path, minutes: float, **fields: Any) -> Task:
-        """Run a script of this folder, which writes `output`."""
-        words = ["-m", f"examples.real_model.{name}", "--run", self.run, "--overwrite"]
+    def _script(
+        self, name: str, tags: Tags, output: Path, minutes: float, folder: Path | None = None, **fields: Any
+    ) -> Task:
+        """Run a script of this folder, which writes `output` into the folder of the queue, or another."""
+        words: Words = ["-m", f"examples.real_model.{name}", "--run", folder or self.run, "--overwrite"]
+        words += ["--cache", self.run / "downloads"] if folder not in (None, self.run) else []
         task = Task(name=name, command=words, is_complete=output.exists, minutes=minutes)
         return _tagged(tags, task, **fields)
 

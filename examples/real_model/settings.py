@@ -56,6 +56,8 @@ SHORT = (
     "lora-16-10-0.003",
     "lora-switched",
 )
+# `--plain`: the base is trained on plain text first; with so many tokens, as a multiple of those of stage 1.
+PLAIN_SHARE = 2.75
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 

@@ -107,7 +107,7 @@ def write_language(folder: Path, language: str, documents: Mapping[str, Mapping[
     unseen_grams = {gram for lines in unseen.values() for gram in grams_of(lines, language)}
     train, removed = [], []
     for kind in TRAINED:
-        kept, left_out = choose_train(documents[kind], kind, language, unseen_grams)
+        kept, left_out = choose_train(documents[kind], kind, language, unseen_grams, TRAIN_BYTES[kind])
         train += kept
         removed += left_out
     train.sort(key=lambda line: hash_of(line["id"]))
@@ -150,14 +150,14 @@ def choose_held_out(lines: Lines, language: str) -> Lines:
 
 
 def choose_train(
-    documents: Mapping[str, list[str]], kind: str, language: str, unseen_grams: set[Any]
+    documents: Mapping[str, list[str]], kind: str, language: str, unseen_grams: set[Any], most_bytes: int
 ) -> tuple[Lines, Lines]:
-    """TRAIN_BYTES of the other documents, and the paragraphs left out because they share an n-gram with unseen text."""
+    """`most_bytes` of the other documents, and the paragraphs left out because they share an n-gram with unseen text."""
     lines: Lines = []
     removed: Lines = []
     size = 0
     for name in sorted(documents, key=hash_of):
-        if is_held_out(name) or size >= TRAIN_BYTES[kind]:
+        if is_held_out(name) or size >= most_bytes:
             continue
         shared = [not unseen_grams.isdisjoint(ngrams(text, language)) for text in documents[name]]
         for is_removed, target in ((False, lines), (True, removed)):

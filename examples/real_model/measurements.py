@@ -32,7 +32,7 @@ from examples.real_model.settings import (
     Setting,
 )
 from examples.real_model.text import Facts
-from examples.real_model.unseen_results import collect_unseen
+from examples.real_model.unseen_results import collect_unseen, wrong_language
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
@@ -92,7 +92,7 @@ def collect(run: Path) -> Json:
         },
         "routing": routing(run, kinds["out"]),
         "continuations": (read_json(run / "continuations" / "results.json") or {}).get("continuations", {}),
-        "wrong_language": (read_json(run / "wrong-language" / "results.json") or {}).get("wrong_language", {}),
+        "wrong_language": wrong_language(run),
         "unseen": collect_unseen(run),
     }
 
@@ -166,6 +166,11 @@ def queue_tokens(run: Path) -> int | None:
 def is_short(run: Path) -> bool:
     """Whether the queue of a folder was started with --short."""
     return "--short" in _queue_settings(run)
+
+
+def is_plain(run: Path) -> bool:
+    """Whether the base of a folder was trained on plain text."""
+    return "--plain" in _queue_settings(run)
 
 
 def _queue_settings(run: Path) -> str:

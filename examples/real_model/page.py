@@ -10,7 +10,7 @@ from typing import Any
 
 from examples.frontier_results import value_range
 from examples.languages import GROUPS, LANGUAGES
-from examples.real_model.measurements import collect, is_short, missing
+from examples.real_model.measurements import collect, is_plain, is_short, missing
 from examples.real_model.settings import (
     BLENDS,
     LORA_16,
@@ -21,18 +21,17 @@ from examples.real_model.settings import (
     STAGE0_SHARE,
 )
 from examples.real_model.signs import Verdict, change, margin, signs
-from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables
+from examples.real_model.unseen_results import collect_short, unseen_picture, unseen_tables, wrong_language_section
 from moelpr.languages import language_name
 from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
 from moelpr.report.numbers import Interval, percent
 from moelpr.report.page import Row, Table, markdown_table
 from moelpr.report.plots import Panel, Series, heat_maps, trade_off_chart
-from moelpr.store import records
 from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
-NAME, ROUTING, UNSEEN, SHORT = "real-model", "real-model-routing", "unseen", "unseen-short"  # files
+NAME, ROUTING, UNSEEN = "real-model", "real-model-routing", "unseen"  # files
+SHORT, PLAIN = "unseen-short", "unseen-plain"  # of short queues: of the base, and of that which has read plain text
 PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
 # Line of the chart -> its settings; only stages of the same training are joined.
@@ -54,18 +53,24 @@ def write_results(run: Path) -> None:
         UserError: Not even the base has been evaluated, or the text is missing or damaged.
     """
     if is_short(run):
-        if not (found := collect_unseen(run)):
+        name = short_name(run)
+        if not (found := collect_short(run)):
             raise UserError(f"{run} has no evaluation of the base; run make results first")
-        write_text(run / f"{SHORT}.json", dump(found))
-        write_text(run / f"{SHORT}.md", unseen_tables(found) + "\n")
+        write_text(run / f"{name}.json", dump(found))
+        write_text(run / f"{name}.md", unseen_tables(found) + "\n")
         if found["settings"]:
-            write_text(run / f"{SHORT}.svg", unseen_picture(found) + "\n")
+            write_text(run / f"{name}.svg", unseen_picture(found) + "\n")
         return
     results = collect(run)
     write_text(run / f"{NAME}.json", dump(results))
     write_text(run / f"{NAME}.md", section(results) + "\n")
     for name, svg in charts(results).items():
         write_text(run / f"{name}.svg", svg + "\n")
+
+
+def short_name(run: Path) -> str:
+    """Name of the files of a short queue: one for each base."""
+    return PLAIN if is_plain(run) else SHORT
 
 
 def dump(results: Json) -> str:
@@ -133,7 +138,7 @@ def section(results: Json, images: str = "") -> str:
         _costs(results),
         _rates(results),
         f"![First choices that are an original expert]({images}{ROUTING}.svg)" if ROUTING in drawn else "",
-        _wrong_language(results),
+        wrong_language_section(results.get("wrong_language", {}), CONTINUED),
         _continuations(results),
         _vocabulary(results),
         *(
@@ -254,16 +259,6 @@ def _rates(results: Json) -> str:
         "Learning rates, each tried on a quarter of the tokens (mean change of the expanded languages on a validation "
     )
     return "\n".join([title + "part of the training text):", "", *items]) if items else ""
-
-
-def _wrong_language(results: Json) -> str:
-    """How often models go on in another language, a row per language."""
-    if not (found := results.get("wrong_language")):
-        return ""
-    rates = records.validate(dict[str, dict[str, WrongLanguage]], found, "wrong_language", "rerun make results")
-    named = {language: {CONTINUED.get(x, x): rate for x, rate in its.items()} for language, its in rates.items()}
-    table = wrong_language_table(named)
-    return f"{markdown_table(table)}\n\n{table.note}"
 
 
 def _continuations(results: Json) -> str:

@@ -2,8 +2,8 @@
 
     python -m examples.real_model.plain_text --run runs/plain
 
-Writes RUN/plain-text/NAME.jsonl from the package of the interface texts: documents in the original languages and in half
-of the eight unseen ones, and Python code. What is held out is left out, with all that shares an n-gram with it.
+Writes RUN/plain-text/NAME.jsonl from the package of the interface texts: documents in the original languages and in
+half of the eight unseen ones, and Python code. What is held out is left out, with all that shares an n-gram with it.
 """
 
 import re

@@ -23,8 +23,13 @@ from moelpr.workflow.workflow import Workflow
 
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 PROMPTS = 3  # per language
-CONTINUED = (BASE, "copies-seed-1", "full", "lora")  # models whose continuations are shown
-EXPORTS = ("base", "export-copies-seed-1", "export-full", "lora")  # the tasks that write them for transformers
+# Models that write continuations -> the task that writes each for transformers; in a short queue, others.
+CONTINUED = {BASE: "base", "copies-seed-1": "export-copies-seed-1", "full": "export-full", "lora": "lora"}
+SHORT_CONTINUED = {
+    BASE: "base",
+    settings.LONG_CALIBRATED: settings.LONG_CALIBRATED,
+    settings.HALFWAY_OF: f"export-{settings.HALFWAY_OF}",
+}
 SAVE_INTERVAL = 40  # steps
 EVALUATION_TOKENS, UNSEEN_TOKENS = 125_000, 75_000  # per model
 # Tokens per second on two cores of a Xeon with AVX-512 and bf16 matrix products.
@@ -91,6 +96,7 @@ class Queue:
             *self._replay(),
             *self._lora(settings.LORA_16, rank=16),
             *self._rivals(),
+            *([self._wrong_language()] if self.is_short else ()),
         ]
         found = [each for task in found for each in self._with_unseen(task)]
         if self._is_base_downloaded:
@@ -125,11 +131,13 @@ class Queue:
         corpus, convert = (
             replace(task, **of_given) for task in (corpus, tasks.convert(start, self.given, "--dense", made_from=()))
         )
+        size: dict[str, Any] = {"share": settings.PLAIN_SHARE, "highest": settings.FOUND_RATES["full"]}
+        train = self._train(trained.name, "dense", start, ALL, blend={"plain": 1}, **size)
         return [
             self._script("plain_text", ALL, text, 0.2, made_from=("text",)),
             _tagged(ALL, replace(corpus, made_from=("plain_text", *corpus.made_from)), minutes=0.2),
             _tagged(ALL, convert, disk_gib=1.4),
-            self._train(trained.name, "dense", start, ALL, share=settings.PLAIN_SHARE, blend={"plain": 1}),
+            train,
             _tagged(ALL, tasks.export(trained, "base"), disk_gib=1),
         ]
 
@@ -259,7 +267,7 @@ class Queue:
     def _means(self) -> list[Task]:
         """Means of the base's weights and those of a fine-tuned model."""
         of = settings.HALFWAY_OF
-        found = [_tagged(settings.MEANS, tasks.export(self.run / of), disk_gib=0.6)]
+        found = [_tagged({*settings.MEANS, of}, tasks.export(self.run / of), disk_gib=0.6)]
         for name, share in settings.MEANS.items():
             save = self.run / f"{name}-hf"
             words: Words = ["-m", "examples.real_model.halfway", self.base, self.run / f"{of}-hf", "--save", save]
@@ -287,7 +295,7 @@ class Queue:
 
         made_from, is_complete = ("base", export.name, "split", "other"), (save / "config.json").is_file
         task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
-        is_made = export.name in EXPORTS and not self.is_short  # for its continuations
+        is_made = export.name in CONTINUED.values() and not self.is_short  # for its continuations
         is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)
         found = [] if is_made else [_tagged(_calibrated_of(run), export, disk_gib=1.2)]
         return [*found, _tagged({name}, task, disk_gib=1.2), self._evaluate(name)]
@@ -407,28 +415,35 @@ class Queue:
         task = Task(
             name="continuations",
             command=lambda: tasks.evaluation_words("text", self._exports(), prompts, output, *options),
-            made_from=("split", *EXPORTS),
+            made_from=("split", *self._continued.values()),
             is_complete=(output / "results.json").is_file,
         )
         return [*found, _tagged(("copies", "full", "lora"), task, minutes=5)]
 
     def _wrong_language(self) -> Task:
-        """How often up to four models go on in another language."""
+        """How often some models go on in another language; in a short queue, also the unseen languages."""
         output = self.run / "wrong-language"
-        text = {x: self.corpus / f"held-out.interface.{x}.jsonl" for x in LANGUAGES}
+        if self.is_short:
+            text = {x: self.run / unseen.FOLDER / f"{x}.interface.jsonl" for x in (*LANGUAGES, *unseen.LANGUAGES)}
+        else:
+            text = {x: self.corpus / f"held-out.interface.{x}.jsonl" for x in LANGUAGES}
         options = "--continuations 32 --prompts 16 --max-documents 16 --language-id py3langid --dtype bfloat16".split()
         task = Task(
             name="wrong-language",
             command=lambda: tasks.evaluation_words("text", self._exports(), text, output, *options),
-            made_from=("text", *EXPORTS),
+            made_from=("unseen" if self.is_short else "text", *self._continued.values()),
             is_complete=(output / "results.json").is_file,
         )
-        return _tagged(("copies", "full", "lora"), task, minutes=8)
+        return _tagged((model.removesuffix("-seed-1") for model in self._continued if model != BASE), task, minutes=8)
+
+    @property
+    def _continued(self) -> dict[str, str]:
+        return SHORT_CONTINUED if self.is_short else CONTINUED
 
     def _exports(self) -> dict[str, Path]:
-        """The models of CONTINUED that have been made."""
+        """The models that write continuations, if they have been made."""
         done = Workflow(self.run, ()).wall_times_s()
-        made = [model for model, task in zip(CONTINUED, EXPORTS, strict=True) if task in done]
+        made = [model for model, task in self._continued.items() if task in done]
         return {BASE: self.base} | {model: self.run / f"{model}-hf" for model in made if model != BASE}
 
     def _convert(self, save: Path, tags: Tags, *options: str, made_from: tuple[str, ...] = ("base",)) -> Task:

@@ -3,9 +3,10 @@
     python -m examples.real_model.results --run runs/real-model
 
 Writes docs/real-model.json, its pictures in docs/images, the section of docs/results.md and the line of README.md
-between their marks; of a short queue, docs/unseen-short.json, its picture and its section of docs/results.md. What RUN
-has not measured keeps the numbers of the JSON file in docs/, of a whole queue only if base, text and tokens are the
-same; so several machines can share the work. Settings that nobody has measured are named.
+between their marks; of a short queue, docs/unseen-short.json (with --plain, docs/unseen-plain.json), its picture and
+its section of docs/results.md. What RUN has not measured keeps the numbers of the JSON file in docs/, of a whole queue
+only if base, text and tokens are the same; so several machines can share the work. Settings that nobody has measured
+are named.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from examples.readme_results import replace_between
 from examples.real_model.arguments import parser_of
 from examples.real_model.measurements import collect, is_short, merged
-from examples.real_model.page import NAME, SHORT, charts, dump, readme_table, section
-from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables, with_recorded
+from examples.real_model.page import NAME, PLAIN, SHORT, charts, dump, readme_table, section, short_name
+from examples.real_model.unseen_results import collect_short, unseen_picture, unseen_tables, with_recorded
 from examples.tasks import ROOT
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
@@ -29,14 +30,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.recorded:
         write_page(_recorded(NAME))
-        write_short(_recorded(SHORT))
+        for name in (SHORT, PLAIN):
+            write_short(name, _recorded(name))
         return
     if not (args.run / "corpus").is_dir():
         raise UserError(f"--run {args.run} contains no text; run make results first")
     if is_short(args.run):
-        if not (found := collect_unseen(args.run)):
+        name = short_name(args.run)
+        if not (found := collect_short(args.run)):
             raise UserError(f"--run {args.run} has no evaluation of the base yet; rerun make results RESULTS=--short")
-        write_short(with_recorded(found, _recorded(SHORT)))
+        write_short(name, with_recorded(found, _recorded(name)))
         return
     results = merged(collect(args.run), _recorded(NAME))
     if "copies" not in results["settings"]:
@@ -60,11 +63,11 @@ def write_page(results: dict[str, Any]) -> None:
     replace_between(ROOT / "README.md", NAME, table)
 
 
-def write_short(results: dict[str, Any]) -> None:
+def write_short(name: str, results: dict[str, Any]) -> None:
     """Put a short queue's numbers into the documentation."""
-    write_text(ROOT / "docs" / f"{SHORT}.json", dump(results))
-    write_text(ROOT / "docs" / "images" / f"{SHORT}.svg", unseen_picture(results) + "\n")
-    replace_between(ROOT / "docs" / "results.md", SHORT, unseen_tables(results))
+    write_text(ROOT / "docs" / f"{name}.json", dump(results))
+    write_text(ROOT / "docs" / "images" / f"{name}.svg", unseen_picture(results) + "\n")
+    replace_between(ROOT / "docs" / "results.md", name, unseen_tables(results))
 
 
 if __name__ == "__main__":

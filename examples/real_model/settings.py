@@ -24,6 +24,7 @@ BLENDS: dict[str, dict[str, float]] = {
     "stage2": {"original": 1, "expanded": 2},
 }
 LORA_16 = "lora-16"  # a rank that users of peft choose; the setting "lora" has the largest one that makes sense
+LONG_CALIBRATED = "long-calibrated"  # stage 1 with new experts only and all tokens, then calibrated routers
 # Rates of which the best for the expanded languages is searched, on a validation part of the text. Full fine-tuning and
 # LoRA get it; for MoE-LPR, the search tells whether that of STAGE_RATES is as good.
 RATES = {
@@ -46,7 +47,7 @@ FOUND_RATES = {"full": 3e-4, "copies": 3e-4, "lora": 1e-3, LORA_16: 3e-3}
 SHORT = (
     "copies",
     "new",
-    "long-calibrated",
+    LONG_CALIBRATED,
     "new-calibrated",
     "copies-calibrated",
     "full-10-0.0003",
@@ -133,7 +134,7 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
 # Setting -> the run whose export's routers are calibrated.
 CALIBRATED = {
     "new-calibrated": "new",
-    **{f"long-calibrated{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
+    **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "long-calibrated-80": LONG_STAGE1,
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
@@ -239,7 +240,7 @@ RIVALS = (
     Setting("new-calibrated", f"{NEW}, calibrated routers", (NEW_STAGE1, "new"), is_extra=True),
     *(
         Setting(
-            f"long-calibrated{name}",
+            f"{LONG_CALIBRATED}{name}",
             f"{NEW}, calibrated routers instead of review{_variant(name)}",
             (f"{LONG_STAGE1}{name}",),
             is_extra=True,

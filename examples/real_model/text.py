@@ -152,7 +152,7 @@ def choose_held_out(lines: Lines, language: str) -> Lines:
 def choose_train(
     documents: Mapping[str, list[str]], kind: str, language: str, unseen_grams: set[Any], most_bytes: int
 ) -> tuple[Lines, Lines]:
-    """`most_bytes` of the other documents, and the paragraphs left out because they share an n-gram with unseen text."""
+    """`most_bytes` of the other documents, and paragraphs left out because they share an n-gram with unseen text."""
     lines: Lines = []
     removed: Lines = []
     size = 0

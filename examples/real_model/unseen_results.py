@@ -16,9 +16,12 @@ from examples.real_model.settings import BASE, SETTINGS
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
 from moelpr.report.numbers import Interval, number_text, percent
 from moelpr.report.page import Table, markdown_table
 from moelpr.report.plots import Series, trade_off_chart
+from moelpr.store import records
+from moelpr.store.run_folder import read_json
 
 Json = Mapping[str, Any]
 Scores = Mapping[str, LanguageScore]
@@ -89,13 +92,29 @@ def collect_unseen(run: Path) -> dict[str, Any]:
             "repeated": {text: round(_repeated(score, text), DIGITS) for text in ("copying", "recall")},
             "routing": _routing(score),
         }
-    return {"base": {text: round(_repeated(base, text), DIGITS) for text in ("copying", "recall")}, "settings": found}
+    repeated = {text: round(_repeated(base, text), DIGITS) for text in ("copying", "recall")}
+    return {"base": repeated, "settings": found}
+
+
+def collect_short(run: Path) -> dict[str, Any]:
+    """All numbers of a short queue; {} without the base."""
+    found = collect_unseen(run)
+    return found | {"wrong_language": wrong_language(run)} if found else {}
+
+
+def wrong_language(run: Path) -> Json:
+    """Language -> model -> how often it goes on in another language; {} if that has not been measured."""
+    return (read_json(run / "wrong-language" / "results.json") or {}).get("wrong_language", {})
 
 
 def with_recorded(found: Json, recorded: Json) -> dict[str, Any]:
-    """Numbers of a run, with those that were recorded of settings that it has not measured."""
+    """Numbers of a run, with those that were recorded of what it has not measured."""
     settings_found = {**recorded.get("settings", {}), **found["settings"]}
-    return {**found, "settings": {name: settings_found[name] for name in SETTINGS if name in settings_found}}
+    return {
+        **found,
+        "settings": {name: settings_found[name] for name in SETTINGS if name in settings_found},
+        "wrong_language": found["wrong_language"] or recorded.get("wrong_language", {}),
+    }
 
 
 def _asks(text: str) -> bool:
@@ -190,7 +209,19 @@ def unseen_tables(results: Json) -> str:
     ]
     tables = [Table(["change against base", *HEAD.values()], rows), Table(["", *head], others)]
     tables += [Table(["routing, mean over layers", *routing], routes)] if routes else []
-    return "\n\n".join(map(markdown_table, tables))
+    labels = {name: setting["label"] for name, setting in results["settings"].items()}
+    parts = [*map(markdown_table, tables), wrong_language_section(results.get("wrong_language", {}), labels)]
+    return "\n\n".join(filter(None, parts))
+
+
+def wrong_language_section(found: Json, labels: Mapping[str, str]) -> str:
+    """Markdown: how often models go on in another language, a row per language; "" if that has not been measured."""
+    if not found:
+        return ""
+    rates = records.validate(dict[str, dict[str, WrongLanguage]], found, "wrong_language", "rerun make results")
+    named = {language: {labels.get(x, x): rate for x, rate in its.items()} for language, its in rates.items()}
+    table = wrong_language_table(named)
+    return f"{markdown_table(table)}\n\n{table.note}"
 
 
 def _routes(routing: Json) -> Sequence[str]:

@@ -134,6 +134,19 @@ def test_what_a_step_reads_was_written_by_an_earlier_one(run: Path, commands: St
     assert {f"unseen-{setting.name}" for setting in RIVALS if setting.name != LORA_SWITCHED} <= set(commands)
 
 
+def test_a_plain_base_is_what_all_settings_start_from(run: Path, commands: Started) -> None:
+    run_all(Queue(run, is_plain=True))
+    names, base = list(commands), str(run / "base-hf")
+    train, made = commands["plain-base"], commands["base"]
+    assert train[train.index("--pretrained-checkpoint") + 1] == str(run / "tuned-dense")
+    assert train[train.index("--data-path") + 1] == str(run / "data" / "plain_text_document")
+    assert made[made.index("--save") + 1] == base
+    for name in names[names.index("base") + 1 :]:
+        assert "tuned" not in " ".join(commands[name]).replace(str(run), "")
+        if "--hf-path" in commands[name]:
+            assert commands[name][commands[name].index("--hf-path") + 1] == base
+
+
 def test_a_believable_page_comes_early(run: Path) -> None:
     names = [task.name for task in Queue(run).tasks()]
     models = "base copies-seed-1 full lora one-copy-seed-1 no-lpr-seed-1 plain copies-seed-2".split()

@@ -1,6 +1,7 @@
 """The text of the real model, from tiny packages of the same layout as the real ones."""
 
 import json
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.languages import LANGUAGES
-from examples.real_model import package_text, text
+from examples.real_model import package_text, plain_text, text
 from examples.real_model.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
 from examples.real_model.text import TRAINED, build_corpus, is_held_out, ngrams
 from tests.support.debian_packages import write_deb
@@ -116,6 +117,25 @@ def test_a_held_out_document_is_trained_on_in_no_language(corpus: Path) -> None:
         kind = path.name.split(".")[1]
         lines = read(path)
         assert lines and {line["id"] for line in lines} <= unseen and {line["kind"] for line in lines} == {kind}
+
+
+def test_plain_text_has_nothing_that_is_held_out_and_no_code_that_is_measured(packages: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "homeassistant"
+    shutil.copy(packages / "homeassistant", wheel)
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for name in ("sensor", "light"):
+            archive.writestr(f"homeassistant/components/a/{name}.py", f"import {name}\n")
+        for page in range(7000, 7000 + PAGES):  # each repeats one of the other documents
+            repeated = json.dumps({"0": f"{paragraph('es', page - 2000, 0)} and so on"})
+            archive.writestr(f"homeassistant/components/b{page}/translations/es.json", repeated)
+            archive.writestr(f"homeassistant/components/b{page}/translations/en.json", "{}")
+    (tmp_path / "plain").mkdir()
+    plain_text.write_texts(tmp_path / "plain", wheel)
+    pairs = [(f"a{page}", f"b{page + 2000}") for page in range(5000, 5000 + PAGES)]
+    trained = {name for pair in pairs if not any(map(is_held_out, pair)) for name in pair}
+    names = {line["id"].removeprefix("interface/") for line in read(tmp_path / "plain" / "es.jsonl")}
+    assert 0 < len(trained) < 2 * PAGES and names == trained
+    assert [line["text"] for line in read(tmp_path / "plain" / "code.jsonl")] == ["import light"]
 
 
 def test_pages_lose_markup_repeats_and_what_is_not_translated(corpus: Path) -> None:

@@ -1,5 +1,6 @@
 """The measurement of what no replay text contains: its texts, and what their numbers say."""
 
+import json
 import math
 import random
 import re
@@ -13,7 +14,13 @@ from examples.languages import EXPANDED
 from examples.real_model import unseen
 from examples.real_model.page import write_results
 from examples.real_model.settings import BASE, LORA_SWITCHED, SWITCHED
-from examples.real_model.unseen_results import collect_unseen, unseen_picture, unseen_tables, with_recorded
+from examples.real_model.unseen_results import (
+    collect_short,
+    collect_unseen,
+    unseen_picture,
+    unseen_tables,
+    with_recorded,
+)
 from moelpr.evaluate.result_cache import ResultCache
 from moelpr.evaluate.routing import Routing
 from moelpr.evaluate.scoring import LanguageScore
@@ -101,12 +108,21 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     assert collect_unseen(run / "empty") == {}
 
 
+def test_a_short_queue_says_how_often_models_go_on_in_another_language(run: Path) -> None:
+    rate = {"rate": {"value": 0.5, "low": 0.25, "high": 0.75}, "decided": 12, "undecided": 0}
+    write_text(run / "wrong-language" / "results.json", json.dumps({"wrong_language": {"pl": {BASE: rate}}}))
+    assert "| pl" in unseen_tables(collect_short(run)) and "50%" in unseen_tables(collect_short(run))
+    assert "| pl" not in unseen_tables(collect_unseen(run))
+
+
 def test_a_run_keeps_what_another_has_measured(run: Path) -> None:
-    found = collect_unseen(run)
+    found = collect_short(run)
     recorded = {"base": {}, "settings": {"halfway": {"label": "half"}, "copies": {"label": "old"}}}
+    recorded["wrong_language"] = {"pl": {}}
     together = with_recorded(found, recorded)
     assert {*together["settings"]} == {*found["settings"], "halfway"}
     assert together["settings"]["copies"] == found["settings"]["copies"] and together["base"] == found["base"]
+    assert together["wrong_language"] == {"pl": {}}
 
 
 def test_a_short_queue_without_the_base_has_no_page(tmp_path: Path) -> None:

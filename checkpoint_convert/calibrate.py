@@ -32,6 +32,9 @@ def _parse_arguments() -> argparse.Namespace:
     what = "fraction of the tokens of text to keep all of whose choices should become original; fewer do if routing of "
     what += "expanded text would suffer (default: %(default)s)"
     add("--keep-original", type=float, default=0.95, metavar="FRACTION", help=what)
+    what = "most KL(base‖model) on held-out text to keep, in nats per token, for which as much as possible of what "
+    what += "was learned is kept (default: the smallest sum of this distance and the loss of expanded text)"
+    add("--max-distance", type=float, metavar="NATS", help=what)
     add("--max-tokens", type=int, default=2048, metavar="N", help="tokens of each text (default: %(default)s)")
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
@@ -46,6 +49,8 @@ def main() -> None:
     args = _parse_arguments()
     if not 0 < args.keep_original < 1:
         raise UserError(f"--keep-original must be above 0 and below 1, got {args.keep_original}")
+    if args.max_distance is not None and not args.max_distance > 0:
+        raise UserError(f"--max-distance must be positive, got {args.max_distance}")
     if args.max_tokens < 100:
         raise UserError(f"--max-tokens must be at least 100, got {args.max_tokens}")
     files = _named(args.data)
@@ -69,6 +74,7 @@ def main() -> None:
         {name: texts[name] for name in languages},
         args.keep_original,
         args.max_tokens,
+        args.max_distance,
         device=args.device,
         dtype=args.dtype,
         overwrite=args.overwrite,
@@ -84,10 +90,13 @@ def main() -> None:
     ]
     head = ["held-out text", "all original, before", "after", "weight of new experts, before", "after"]
     print(table_text(head, rows, [0]))
-    print(
-        "Held-out text to keep: KL(base‖model) {:.3f} nats per token, before {:.3f}.".format(*reversed(found.distance)),
-        "Expanded text: a loss of {:.3f} nats per token, before {:.3f}.".format(*reversed(found.loss)),
-    )
+    after = (found.distance[1], found.loss[1])
+    rows = [["trained routers", f"{found.distance[0]:.3f}", f"{found.loss[0]:.3f}"]]
+    rows += [
+        ["calibrated, chosen" if pair == after else "calibrated", *(f"{number:.3f}" for number in pair)]
+        for pair in found.tried
+    ]
+    print(table_text(["nats per held-out token", "text to keep, KL(base‖model)", "expanded text, loss"], rows, [0]))
     print(f"{args.save}: {args.model} with calibrated routers")
 
 

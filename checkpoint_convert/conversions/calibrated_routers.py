@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.evaluate.calibration import Shares, calibrations, read_inputs
+from moelpr.evaluate.calibration import Calibration, Shares, calibrations, read_inputs
 from moelpr.evaluate.divergence import distance, mean_loss, predictions
 from moelpr.evaluate.models import LoadedModel, open_model, require_hf
 from moelpr.families.families import COPIES_KEY
@@ -41,6 +42,7 @@ class CalibratedRouters(Record):
         after: The same with calibrated routers.
         distance: KL(base‖model) on held-out text to keep, in nats per token, before and after.
         loss: The loss of held-out expanded text in nats per token, before and after.
+        tried: Distance and loss of each calibration that was tried.
     """
 
     FILE_NAME: ClassVar[str] = "calibration.json"
@@ -53,6 +55,7 @@ class CalibratedRouters(Record):
     after: dict[str, Shares]
     distance: tuple[float, float]
     loss: tuple[float, float]
+    tried: list[tuple[float, float]] = field(default_factory=list)
 
 
 def write_calibrated(
@@ -63,6 +66,7 @@ def write_calibrated(
     expanded: Mapping[str, Sequence[str]],
     share: float,
     max_tokens: int,
+    max_distance: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
     overwrite: bool = False,
@@ -77,6 +81,8 @@ def write_calibrated(
         expanded: Language → documents whose tokens should go where they go now.
         share: Fraction of the tokens of `kept` all of whose choices should be original.
         max_tokens: Tokens of each text that are used.
+        max_distance: The most KL(base‖model) on held-out text to keep, in nats per token, at which the loss of expanded
+            text is to be smallest; None: the sum of both is.
 
     Raises:
         UserError: The models do not fit each other or the method; `save` is then unchanged.
@@ -100,19 +106,45 @@ def write_calibrated(
 
         before = measured({})
         tried = [(measured(one.rows), one) for one in calibrations(trained, places, topk, of_kept, of_expanded, share)]
-    after, found = min(tried, key=lambda pair: sum(pair[0]))
-    if sum(after) >= sum(before):
+    after, found = _chosen(tried, before, max_distance)
+    texts = {"kept": list(kept), "expanded": list(expanded)}
+    distances, losses = zip(before, after, strict=True)
+    numbers = [pair for pair, _ in tried]
+    record = CalibratedRouters(
+        model.resolve().name, texts, share, found.before, found.after, distances, losses, numbers
+    )
+    _write(model, save, found.rows, places, record, overwrite, verify)
+    return record
+
+
+def _chosen(
+    tried: Sequence[tuple[tuple[float, float], Calibration]], before: tuple[float, float], max_distance: float | None
+) -> tuple[tuple[float, float], Calibration]:
+    """The best calibration, with its distance and loss.
+
+    Raises:
+        UserError: None is better than no calibration, or all are further from the base than `max_distance`.
+    """
+    if max_distance is None:
+        after, found = min(tried, key=lambda pair: sum(pair[0]))
+        is_better = sum(after) < sum(before)
+    else:
+        within = [pair for pair in tried if pair[0][0] <= max_distance]
+        if not within:
+            raise UserError(
+                f"calibrated routers would be at least {min(pair[0][0] for pair in tried):.3f} nats per token from the "
+                f"base, more than --max-distance {max_distance:g}; pass a larger one, or more text to keep"
+            )
+        after, found = min(within, key=lambda pair: pair[0][1])
+        is_better = any(new < old for new, old in zip(after, before, strict=True))
+    if not is_better:
         raise UserError(
             "calibrated routers would be no better than trained ones: KL(base‖model) on held-out text to keep would be "
             f"{after[0]:.3f} nats per token, now {before[0]:.3f}, and the loss of expanded text "
             f"{after[1]:.3f}, now {before[1]:.3f}; keep the export as it is (in languages.yaml, remove "
             "languages.kept and any replay: none), or pass more text"
         )
-    texts = {"kept": list(kept), "expanded": list(expanded)}
-    distances, losses = zip(before, after, strict=True)
-    record = CalibratedRouters(model.resolve().name, texts, share, found.before, found.after, distances, losses)
-    _write(model, save, found.rows, places, record, overwrite, verify)
-    return record
+    return after, found
 
 
 def _sizes(model: Path) -> tuple[int, int]:

@@ -286,7 +286,7 @@ class Queue:
         export = tasks.export(self.run / run)
         words: Words = ["-m", "moelpr", "calibrate", "--model", self.run / f"{run}-hf", "--base", self.base]
         words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
-        words += ["--keep-original", f"{share:g}"] if (share := settings.KEEP_ORIGINAL.get(name)) else []
+        words += settings.CALIBRATE_OPTIONS.get(name, ())
         files = self._train_files(LANGUAGES)
 
         def command() -> Words:

@@ -131,14 +131,20 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
     *((f"-seed-{seed}", None, seed) for seed in SEEDS[1:]),
     ("-0.0006", 6e-4, 1),
 )
+FAR, MAX_DISTANCE = "long-calibrated-far", 0.15  # calibrated for more learning: nats per token on text to keep
 # Setting -> the run whose export's routers are calibrated.
 CALIBRATED = {
     "new-calibrated": "new",
     **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "long-calibrated-80": LONG_STAGE1,
+    **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in ("", *(f"-seed-{seed}" for seed in SEEDS[1:]))},
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
-KEEP_ORIGINAL = {"long-calibrated-80": 0.8}  # other settings have the default of moelpr calibrate
+# Setting -> its flags of moelpr calibrate.
+CALIBRATE_OPTIONS = {
+    "long-calibrated-80": ("--keep-original", "0.8"),
+    **{name: ("--max-distance", f"{MAX_DISTANCE:g}") for name in CALIBRATED if name.startswith(FAR)},
+}
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 NEW = "MoE-LPR, stage 1 with new experts only"
 
@@ -246,6 +252,17 @@ RIVALS = (
             is_extra=True,
         )
         for name, *_ in LONG
+    ),
+    *(
+        Setting(
+            name,
+            f"{NEW}, calibrated routers instead of review, --max-distance {MAX_DISTANCE:g}"
+            f"{_variant(name.removeprefix(FAR))}",
+            (CALIBRATED[name],),
+            is_extra=True,
+        )
+        for name in CALIBRATED
+        if name.startswith(FAR)
     ),
     Setting(
         "long-calibrated-80",

@@ -2,6 +2,9 @@
 
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
+# Test files run side by side, those that start trainings first; the tests of a file share what they trained.
+PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 .DEFAULT_GOAL := help
 .PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-real-model gpu-check check format venv clean
 
@@ -16,7 +19,7 @@ results: venv ## all settings on a real pretrained model, about eight hours on 2
 	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
 
 test: venv ## the default test suite: no network, no GPU
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(PARALLEL)
 
 test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
 	.venv/bin/python -m tests.faults $(FAULTS)

@@ -17,7 +17,8 @@ EXTRAS = {
     "chat": ["gradio"],
 }
 # What the extras add is tested too.
-TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout", "s3fs"]
+TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout"]
+TEST += ["pytest-xdist", "s3fs"]
 
 setup(
     name="moelpr",

@@ -146,6 +146,9 @@ CALIBRATE_OPTIONS = {
     **{name: ("--max-distance", f"{MAX_DISTANCE:g}") for name in CALIBRATED if name.startswith(FAR)},
 }
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
+# Models that write continuations -> the task that writes each for transformers; in a short queue, others.
+CONTINUED = {BASE: "base", "copies-seed-1": "export-copies-seed-1", "full": "export-full", "lora": "lora"}
+SHORT_CONTINUED = {BASE: "base", LONG_CALIBRATED: LONG_CALIBRATED, HALFWAY_OF: f"export-{HALFWAY_OF}"}
 NEW = "MoE-LPR, stage 1 with new experts only"
 
 
@@ -329,6 +332,11 @@ def users_of(run: str) -> set[str]:
     """The settings of the table that need a conversion or a run."""
     start = {setting.name for setting in RIVALS if setting.training and setting.training.start == run} | {run}
     return {setting.name for setting in RIVALS if start & {setting.name, *setting.before}}
+
+
+def calibrated_of(run: str) -> set[str]:
+    """The settings whose models are a run's export with calibrated routers."""
+    return {setting for setting, source in CALIBRATED.items() if source == run}
 
 
 def steps_of(tokens: float) -> int:

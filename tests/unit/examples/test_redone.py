@@ -105,7 +105,7 @@ def test_another_base_of_the_demo_redoes_the_frontier(tmp_path, started, monkeyp
 def test_other_sources_redo_the_real_models_text_and_what_was_made_of_it(tmp_path, started, monkeypatch) -> None:
     sources = tmp_path / "sources.yaml"
     sources.write_text("")
-    monkeypatch.setattr("examples.real_model.queue.SOURCES", sources)
+    monkeypatch.setattr("examples.real_model.task_maker.SOURCES", sources)
     tasks = [replace(task, is_complete=lambda: True) for task in Queue(tmp_path).tasks()]
     tasks = [task for task in tasks if task.name in ("base", "text", "split", "unseen")]
     Workflow(tmp_path, tasks).run()

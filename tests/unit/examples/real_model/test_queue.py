@@ -109,7 +109,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Started:
     started = Started()
     monkeypatch.setattr("moelpr.workflow.workflow.execute", started)
     monkeypatch.setattr("examples.real_model.rates.best_rate", lambda run, setting: 5e-4)
-    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 0.5)
+    monkeypatch.setattr(Queue, "tokens_left", lambda self: 0.5)
     return started
 
 
@@ -237,8 +237,8 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [folder, *(chain(starts[folder]) if folder in starts else [])]
 
     monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
-    monkeypatch.setattr("examples.real_model.queue.checkpoint_chain", chain)
-    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 0.5)
+    monkeypatch.setattr("examples.real_model.task_maker.checkpoint_chain", chain)
+    monkeypatch.setattr(Queue, "tokens_left", lambda self: 0.5)
     for folder in ("evaluation", "validation"):
         shutil.rmtree(run / folder)
     for model in CHANGES:
@@ -358,7 +358,7 @@ def test_numbers_are_changes_against_base_by_kind_and_group(run: Path) -> None:
 
 
 def test_an_extended_vocabulary_reads_as_much_text_or_as_many_tokens(run, commands, monkeypatch) -> None:
-    monkeypatch.setattr(Queue, "_tokens_left", lambda self: 360 / 900)
+    monkeypatch.setattr(Queue, "tokens_left", lambda self: 360 / 900)
     run_all(Queue(run, tokens=100 * STEP_TOKENS))
 
     def steps(name: str) -> list[int]:
@@ -381,11 +381,11 @@ def test_the_tokens_that_are_left_are_those_of_the_corpora(run: Path, monkeypatc
         number = tokens.get(prefix.name.removesuffix("_text_document"))
         return None if number is None else SimpleNamespace(tokens=number)
 
-    monkeypatch.setattr("examples.real_model.queue.Manifest.read", read)
-    assert Queue(run)._tokens_left() == 0.4
+    monkeypatch.setattr("examples.real_model.task_maker.Manifest.read", read)
+    assert Queue(run).tokens_left() == 0.4
     del tokens["extended-expanded"]
     with pytest.raises(UserError, match="has no manifest; remove .*preprocess-extended-expanded.json"):
-        Queue(run)._tokens_left()
+        Queue(run).tokens_left()
 
 
 def test_the_readme_has_the_means_of_what_is_done(run: Path) -> None:

@@ -6,7 +6,7 @@ prints is made from these types and their descriptions.
 
 from collections.abc import Iterator
 from dataclasses import field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -16,6 +16,7 @@ from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import parse_count
 from moelpr.store.records import DOCUMENTED
+from moelpr.text.sources import find_files
 from moelpr.workflow.kubernetes import KubernetesSettings
 from moelpr.workflow.skypilot import SkyPilotSettings
 from moelpr.workflow.slurm import SlurmSettings
@@ -28,6 +29,19 @@ def _as_text(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _as_named(value: Any) -> Any:
+    """Files without names are texts of their own, each named like the file; a folder or pattern stands for many."""
+    if not isinstance(value, str | list):
+        return value
+    found: dict[str, str] = {}
+    for path in find_files(_as_list(value)):
+        name = PurePath(path).name.partition(".")[0]
+        if name in found:
+            raise UserError(f"languages.kept has two files named {name} ({found[name]} and {path}); name them yourself")
+        found[name] = path
+    return found
 
 
 def _or_auto(value: Any) -> Any:
@@ -83,8 +97,10 @@ class Languages:
     """The languages to add: code → text."""
     original: dict[str, LanguageText] = field(default_factory=dict)
     """What the model must keep: code → a little text. Code and mathematics too, under any name."""
-    kept: dict[str, str] = field(default_factory=dict)
-    """More text to keep (other languages, code, dialogues), for calibrated routers: name → file, folder or pattern."""
+    kept: Annotated[
+        dict[str, str], BeforeValidator(_as_named, json_schema_input_type=dict[str, str] | list[str] | str)
+    ] = field(default_factory=dict)
+    """More text to keep, for calibrated routers: name → file, folder or pattern; without names, each file is a text."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}

@@ -22,8 +22,8 @@ languages:
   # To keep: a little text of every language that the model must not lose, of code and mathematics too.
   original:
 {original}
-  # kept: {{code: code.jsonl, pl: pl.jsonl}}  # other languages, code and dialogues: nothing is trained, the original
-  #                                          # expert goes on with them
+  # Other languages, code and dialogues, a file each: nothing is trained on them, the original expert goes on with them.
+  # kept: other/*.jsonl
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
 # With conversations in some, an original one too, a chat stage follows:  en: {{text: …, conversations: en-chat.jsonl}}
 

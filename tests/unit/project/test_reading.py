@@ -24,6 +24,17 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
     assert read_project(write(experts={"new": "auto"})).project.experts.new is None
 
 
+def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
+    Path("other").mkdir()
+    for name in ("code.jsonl", "pl.jsonl.gz"):
+        (Path("other") / name).write_text("x")
+    languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}}
+    expected = {"code": "other/code.jsonl", "pl": "other/pl.jsonl.gz"}
+    assert read_project(write(languages=languages | {"kept": "other"})).project.languages.kept == expected
+    more = read_project(write(languages=languages | {"kept": ["other/*.jsonl*", "es.jsonl"]})).project.languages.kept
+    assert more == expected | {"es": "es.jsonl"}
+
+
 WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
 
 
@@ -56,6 +67,14 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
         (
             {"languages": WITH_KEPT | {"kept": {"ell": "en.jsonl"}}},
             r"languages.kept.ell is expanded.el too; remove one",
+        ),
+        (
+            {"languages": WITH_KEPT | {"kept": "no/*.jsonl"}},
+            r"line \d+: no file matches no/\*.jsonl; check the pattern",
+        ),
+        (
+            {"languages": WITH_KEPT | {"kept": ["es.jsonl", "./es.jsonl"]}},
+            r"kept has two files named es \(es.jsonl and ./es.jsonl\)",
         ),
         ({"languages": WITH_KEPT, "experts": {"copies": 1}}, r"needs as many copies .* chooses, 2, not 1; remove"),
         (

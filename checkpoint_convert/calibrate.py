@@ -25,7 +25,8 @@ def _parse_arguments() -> argparse.Namespace:
     what = "export of an upcycled model with as many copies of the original expert as choices (moelpr export)"
     add("--model", type=Path, required=True, metavar="DIR", help=what)
     add("--base", type=Path, required=True, metavar="DIR", help="the dense base that it was upcycled from")
-    what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern; repeat for several"
+    what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern, of which the first "
+    what += "--max-tokens are read; repeat for several texts, which count the same"
     add("--data", action="append", required=True, metavar="NAME=FILE", help=what)
     what = "languages of --data that were added; all other --data is text to keep"
     add("--expanded-languages", required=True, metavar="el,hu,...", help=what)

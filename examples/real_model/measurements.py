@@ -32,7 +32,7 @@ from examples.real_model.settings import (
     Setting,
 )
 from examples.real_model.text import Facts
-from examples.real_model.unseen_results import collect_unseen, wrong_language
+from examples.real_model.unseen_results import BASE_TOLERANCE, collect_unseen, wrong_language
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
@@ -44,7 +44,6 @@ from moelpr.store.run_folder import read_json
 
 Json = dict[str, Any]
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown
-BASE_TOLERANCE = 1e-3  # relative difference of the base's bits per byte between machines
 DIGITS = 5
 
 

@@ -16,6 +16,7 @@ from examples.real_model.settings import BASE, SETTINGS
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
+from moelpr.process.errors import UserError
 from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
 from moelpr.report.numbers import Interval, number_text, percent
 from moelpr.report.page import Table, markdown_table
@@ -67,6 +68,7 @@ CHART = {
     "LoRA, rank 16, switched per request": {"switched": "lora-switched"},
 }
 DIGITS = 5
+BASE_TOLERANCE = 1e-3  # relative difference of the base's numbers between machines
 
 
 def collect_unseen(run: Path) -> dict[str, Any]:
@@ -108,7 +110,14 @@ def wrong_language(run: Path) -> Json:
 
 
 def with_recorded(found: Json, recorded: Json) -> dict[str, Any]:
-    """Numbers of a run, with those that were recorded of what it has not measured."""
+    """Numbers of a run, with those that were recorded of what it has not measured.
+
+    Raises:
+        UserError: They are of another base or of other text.
+    """
+    base = recorded.get("base", {})
+    if any(abs(found["base"][text] - number) > BASE_TOLERANCE * number for text, number in base.items()):
+        raise UserError("the numbers so far are of another base or other text; remove their file to start again")
     settings_found = {**recorded.get("settings", {}), **found["settings"]}
     return {
         **found,

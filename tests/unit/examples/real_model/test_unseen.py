@@ -123,6 +123,9 @@ def test_a_run_keeps_what_another_has_measured(run: Path) -> None:
     assert {*together["settings"]} == {*found["settings"], "halfway"}
     assert together["settings"]["copies"] == found["settings"]["copies"] and together["base"] == found["base"]
     assert together["wrong_language"] == {"pl": {}}
+    assert with_recorded(found, together)["settings"].keys() == together["settings"].keys()
+    with pytest.raises(UserError, match="another base or other text"):
+        with_recorded(found, together | {"base": {"recall": 1.01 * found["base"]["recall"]}})
 
 
 def test_a_short_queue_without_the_base_has_no_page(tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ HEAD = {
 CHART = {
     "MoE-LPR": {"MoE-LPR": "copies", "new experts only": "new"},
     "MoE-LPR, calibrated routers": {
-        "instead of review": "long-calibrated",
+        f"--max-distance {settings.MAX_DISTANCE:g}": settings.FAR,
+        "instead of review": settings.LONG_CALIBRATED,
         "after review": "new-calibrated",
-        "after both stages": "copies-calibrated",
     },
     "full fine-tuning with replay text": {
         "10%, written by the base": "full-written",

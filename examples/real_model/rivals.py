@@ -15,15 +15,13 @@ from moelpr.workflow.task import Task
 def rivals(maker: TaskMaker) -> list[Task]:
     """The settings of the table, and the kept text that some of them have in review."""
     users = {setting.name for setting in settings.RIVALS if setting.training and "kept" in setting.training.blend}
-    pack: Words = ["-m", "examples.other_text", "--output", maker.other, "--cache", maker.run / "downloads"]
-    pack += ["--without", ",".join(unseen.LANGUAGES), "--overwrite"]
-    other = Task(name="other", command=pack, is_complete=(maker.other / "pack.manifest.json").is_file)
+    other = _pack(maker, "other", "--without", ",".join(unseen.LANGUAGES))
     options = ("--expanded-languages", ",".join(EXPANDED))
     kept = tasks.preprocess(
         maker.data / "kept", [maker.other / "*.jsonl"], maker.base, "kept", *options, made_from=("other", "base")
     )
-    needs_other = users | {*settings.CALIBRATED}
-    found = [tagged(needs_other, other, files=(OTHER_SOURCES,)), tagged(users, kept), *_written_replay(maker)]
+    found = [tagged(users | {*settings.CALIBRATED} - {settings.KNOWN}, other), tagged(users, kept)]
+    found += [tagged({settings.KNOWN}, _pack(maker, "other-known")), *_written_replay(maker)]
     for setting in settings.RIVALS:
         users = settings.users_of(setting.name)
         if (row := setting.training) and row.stage in ("lora", "ffn"):
@@ -34,6 +32,15 @@ def rivals(maker: TaskMaker) -> list[Task]:
             train = maker.train(setting.name, row.stage, start, users, options=options, **text)
             found += [train, maker.evaluate(setting.name)]
     return [*found, *_means(maker)]
+
+
+def _pack(maker: TaskMaker, name: str, *options: str) -> Task:
+    """Text in other languages, code and dialogues."""
+    folder = maker.run / name
+    words: Words = ["-m", "examples.other_text", "--output", folder, "--cache", maker.run / "downloads"]
+    words += [*options, "--overwrite"]
+    is_complete = (folder / "pack.manifest.json").is_file
+    return Task(name=name, command=words, files=(OTHER_SOURCES,), is_complete=is_complete)
 
 
 def _written_replay(maker: TaskMaker) -> list[Task]:
@@ -91,13 +98,13 @@ def _calibrated(maker: TaskMaker, name: str) -> list[Task]:
     words: Words = ["-m", "moelpr", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
     words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
     words += settings.CALIBRATE_OPTIONS.get(name, ())
-    files = maker.train_files(LANGUAGES)
+    files, other = maker.train_files(LANGUAGES), "other-known" if name == settings.KNOWN else "other"
 
     def command() -> Words:
-        kept = {path.stem: path for path in sorted(maker.other.glob("*.jsonl"))}
+        kept = {path.stem: path for path in sorted((maker.run / other).glob("*.jsonl"))}
         return [*words, *(word for text, path in (files | kept).items() for word in ("--data", f"{text}={path}"))]
 
-    made_from, is_complete = ("base", export.name, "split", "other"), (save / "config.json").is_file
+    made_from, is_complete = ("base", export.name, "split", other), (save / "config.json").is_file
     task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
     is_made = export.name in settings.CONTINUED.values() and not maker.is_short  # for its continuations
     is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)

@@ -132,11 +132,13 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
     ("-0.0006", 6e-4, 1),
 )
 FAR, MAX_DISTANCE = "long-calibrated-far", 0.15  # calibrated for more learning: nats per token on text to keep
+KNOWN = "long-calibrated-known"  # kept text is also in the languages that the others have never seen
 # Setting -> the run whose export's routers are calibrated.
 CALIBRATED = {
     "new-calibrated": "new",
     **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "long-calibrated-80": LONG_STAGE1,
+    KNOWN: LONG_STAGE1,
     **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in ("", *(f"-seed-{seed}" for seed in SEEDS[1:]))},
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
@@ -266,6 +268,12 @@ RIVALS = (
         )
         for name in CALIBRATED
         if name.startswith(FAR)
+    ),
+    Setting(
+        KNOWN,
+        f"{NEW}, calibrated routers instead of review, the eight languages among the kept text",
+        (LONG_STAGE1,),
+        is_extra=True,
     ),
     Setting(
         "long-calibrated-80",

@@ -21,7 +21,14 @@ from examples.real_model.settings import (
     STAGE0_SHARE,
 )
 from examples.real_model.signs import Verdict, change, margin, signs
-from examples.real_model.unseen_results import collect_short, unseen_picture, unseen_tables, wrong_language_section
+from examples.real_model.unseen_results import (
+    HEAD,
+    PLAIN_HEAD,
+    collect_short,
+    unseen_picture,
+    unseen_tables,
+    wrong_language_section,
+)
 from moelpr.languages import language_name
 from moelpr.process.errors import UserError
 from moelpr.report.numbers import Interval, percent
@@ -32,6 +39,7 @@ from moelpr.store.files import write_text
 Json = Mapping[str, Any]
 NAME, ROUTING, UNSEEN = "real-model", "real-model-routing", "unseen"  # files
 SHORT, PLAIN = "unseen-short", "unseen-plain"  # of short queues: of the base, and of that which has read plain text
+COLUMNS = {SHORT: HEAD, PLAIN: PLAIN_HEAD}
 PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}
 # Line of the chart -> its settings; only stages of the same training are joined.
@@ -57,7 +65,7 @@ def write_results(run: Path) -> None:
         if not (found := collect_short(run)):
             raise UserError(f"{run} has no evaluation of the base; run make results first")
         write_text(run / f"{name}.json", dump(found))
-        write_text(run / f"{name}.md", unseen_tables(found) + "\n")
+        write_text(run / f"{name}.md", unseen_tables(found, COLUMNS[name]) + "\n")
         if found["settings"]:
             write_text(run / f"{name}.svg", unseen_picture(found) + "\n")
         return

@@ -219,10 +219,12 @@ class Queue(TaskMaker):
         """How often some models go on in another language; in a short queue, also the unseen languages."""
         output = self.run / "wrong-language"
         if self.is_short:
-            text = {x: self.run / unseen.FOLDER / f"{x}.interface.jsonl" for x in (*LANGUAGES, *unseen.LANGUAGES)}
+            number, languages = unseen.SENTENCES, (*LANGUAGES, *unseen.LANGUAGES)
+            text = {x: self.run / unseen.FOLDER / f"prompts.{x}.jsonl" for x in languages}
         else:
-            text = {x: self.corpus / f"held-out.interface.{x}.jsonl" for x in LANGUAGES}
-        options = "--continuations 32 --prompts 16 --max-documents 16 --language-id py3langid --dtype bfloat16".split()
+            number, text = 16, {x: self.corpus / f"held-out.interface.{x}.jsonl" for x in LANGUAGES}
+        options = f"--continuations 32 --prompts {number} --max-documents {number} --language-id py3langid".split()
+        options += ["--dtype", "bfloat16"]
         task = Task(
             name="wrong-language",
             command=lambda: tasks.evaluation_words("text", self._exports(), text, output, *options),

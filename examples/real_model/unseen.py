@@ -8,13 +8,15 @@ Writes RUN/unseen/NAME.jsonl from the packages of the text, next to held-out tex
 - `code` (Python of Home Assistant), `arithmetic`, and `long`, English of more than 2,048 tokens;
 - `mixed.LANG`: a request in English about sentences in an expanded language, which it repeats in English;
 - `copying`, a list of words twice, and `recall`, pairs of words twice; `copying-start` and `recall-start` are the first
-  parts alone, whose bits are to be subtracted.
+  parts alone, whose bits are to be subtracted;
+- `prompts.LANG`: sentences of all these languages, whose first words models continue.
 
 What the base writes itself (`moelpr generate`) is in RUN/samples and RUN/replies: from its start token, and in reply to
 requests in its chat format. A model that gives it less probability has left the base: the difference is an estimate of
 KL(base‖model).
 """
 
+import itertools
 import json
 import random
 import re
@@ -25,6 +27,7 @@ from pathlib import Path
 from examples.demo_corpus import WHEEL, read_documents, write_lines
 from examples.languages import EXPANDED, ORIGINAL, held_out_files
 from examples.real_model.arguments import parse
+from examples.real_model.package_text import MARKUP
 from examples.real_model.text import HELD_OUT_CHARACTERS, Facts, hash_of, is_held_out
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
@@ -42,7 +45,9 @@ WRITTEN = {
     "replies": f"--prompts {REQUESTS} --documents 20 --batch-size 2 --max-tokens 64 --min-tokens 16".split(),
 }
 ALONE = ("code", "arithmetic", "long", "copying", "copying-start", "recall", "recall-start")
+SENTENCES = 24  # whose first words are continued, per language
 _ITEMS, _LONG_CHARACTERS = 24, 10_000
+_WORDS, _CHARACTERS = 14, 40  # of such a sentence; in languages without spaces, characters
 
 
 def files(run: Path) -> dict[str, Path]:
@@ -80,6 +85,8 @@ def write_texts(output: Path, corpus: Path, wheel: Path) -> None:
         **copying(words),
         **recall(words),
     }
+    for name, found in sentences(wheel).items():
+        write_lines(output / f"{name}.jsonl", [{"text": text} for text in found])
     for name, found in texts.items():
         write_lines(output / f"{name}.jsonl", [{"text": text} for text in found[: FEWER.get(name, DOCUMENTS)]])
 
@@ -93,6 +100,22 @@ def interface(wheel: Path) -> dict[str, list[str]]:
         name for name in sorted(shared, key=hash_of) if is_held_out(name) and low <= len(found["en"][name]) <= high
     ]
     return {language: [found[language][name] for name in chosen] for language in LANGUAGES}
+
+
+def sentences(wheel: Path) -> Mapping[str, list[str]]:
+    """Long sentences of held-out documents in every language."""
+    chosen = {}
+    for language, documents in read_documents(wheel, (*ORIGINAL, *EXPANDED, *LANGUAGES)).items():
+        lines = (
+            line
+            for name in sorted(documents, key=hash_of)
+            if is_held_out(name)
+            for line in documents[name].split("\n")
+            if not MARKUP.search(line)
+            and (len(line) >= _CHARACTERS if language in ("zh", "ja") else len(line.split()) >= _WORDS)
+        )
+        chosen[f"prompts.{language}"] = [*itertools.islice(lines, SENTENCES)]
+    return chosen
 
 
 def code(wheel: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from examples.languages import EXPANDED, ORIGINAL
 from examples.real_model import settings, unseen
+from examples.real_model.plain_text import UNSEEN_READ
 from examples.real_model.settings import BASE, SETTINGS
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
@@ -31,6 +32,7 @@ TEXTS = {
     "learned": [f"{x}.interface" for x in EXPANDED],
     "original": [f"{x}.interface" for x in ORIGINAL],
     "unseen": [f"{x}.interface" for x in unseen.LANGUAGES],
+    "read": [f"{x}.interface" for x in UNSEEN_READ],
     "code": ["code"],
     "arithmetic": ["arithmetic"],
     "long": ["long"],
@@ -48,6 +50,8 @@ HEAD = {
     "long": "2,048 tokens of English",
     "mixed": "mixed requests",
 }
+# Of a base that has read plain text.
+PLAIN_HEAD = HEAD | {"read": f"those of them that it has read ({', '.join(UNSEEN_READ)})"}
 # Line of the picture -> its settings: what someone weighs who has to choose.
 CHART = {
     "MoE-LPR": {"MoE-LPR": "copies", "new experts only": "new"},
@@ -195,13 +199,17 @@ def unseen_picture(results: Json) -> str:
     )
 
 
-def unseen_tables(results: Json) -> str:
-    """Markdown: changes, then what else shows whether the base is still there, then routing."""
+def unseen_tables(results: Json, head: Mapping[str, str] = HEAD) -> str:
+    """Markdown: changes, then what else shows whether the base is still there, then routing.
+
+    Args:
+        head: Text → head of its column.
+    """
     rows, others, routes = [], [], []
     nothing = {"copying": results["base"]["copying"], "recall": results["base"]["recall"]}
     others.append(["base", "0", "0", *(f"{value:.2f}" for value in nothing.values()), "", ""])
     for setting in results["settings"].values():
-        intervals = {text: Interval(*setting["change"][text]) for text in HEAD}
+        intervals = {text: Interval(*setting["change"][text]) for text in head}
         cells = [x.text(percent) if text in ENDPOINTS else percent(x.value) for text, x in intervals.items()]
         rows.append([setting["label"], *cells])
         leads = [Interval(*lead).text(percent) for lead in setting["against"].values()] or ["", ""]
@@ -210,13 +218,13 @@ def unseen_tables(results: Json) -> str:
         if setting["routing"]:
             routes.append([setting["label"], *_routes(setting["routing"])])
     label = SETTINGS[COMPARED].label
-    head = ["KL on the base's samples, nats per token", "on its replies", "copying, bits per token", "recall"]
-    head += [f"{HEAD[end]}, minus {label}" for end in ENDPOINTS]
+    measures = ["KL on the base's samples, nats per token", "on its replies", "copying, bits per token", "recall"]
+    measures += [f"{HEAD[end]}, minus {label}" for end in ENDPOINTS]
     groups = ("original", "unseen", "expanded")
     routing = [
         f"{what}, {group} languages" for what in ("all choices original", "weight of new experts") for group in groups
     ]
-    tables = [Table(["change against base", *HEAD.values()], rows), Table(["", *head], others)]
+    tables = [Table(["change against base", *head.values()], rows), Table(["", *measures], others)]
     tables += [Table(["routing, mean over layers", *routing], routes)] if routes else []
     labels = {name: setting["label"] for name, setting in results["settings"].items()}
     parts = [*map(markdown_table, tables), wrong_language_section(results.get("wrong_language", {}), labels)]

@@ -38,7 +38,7 @@ from moelpr.store.files import write_text
 
 Json = Mapping[str, Any]
 NAME, ROUTING, UNSEEN = "real-model", "real-model-routing", "unseen"  # files
-SHORT, PLAIN = "unseen-short", "unseen-plain"  # of short queues: of the base, and of that which has read plain text
+SHORT, PLAIN = "unseen-short", "unseen-plain"  # files of short queues: the base, and that which has read plain text
 COLUMNS = {SHORT: HEAD, PLAIN: PLAIN_HEAD}
 PARTS = {"in": "trained kinds", "out": "other kinds"}
 CONTINUED = {"base": "base", "copies-seed-1": "MoE-LPR, K copies", "full": "full fine-tuning", "lora": "LoRA"}

@@ -15,7 +15,13 @@ from examples.readme_results import replace_between
 from examples.real_model.arguments import parser_of
 from examples.real_model.measurements import collect, is_short, merged
 from examples.real_model.page import COLUMNS, NAME, PLAIN, SHORT, charts, dump, readme_table, section, short_name
-from examples.real_model.unseen_results import collect_short, unseen_picture, unseen_tables, with_recorded
+from examples.real_model.unseen_results import (
+    choices_table,
+    collect_short,
+    unseen_picture,
+    unseen_tables,
+    with_recorded,
+)
 from examples.tasks import ROOT
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
@@ -68,6 +74,9 @@ def write_short(name: str, results: dict[str, Any]) -> None:
     write_text(ROOT / "docs" / f"{name}.json", dump(results))
     write_text(ROOT / "docs" / "images" / f"{name}.svg", unseen_picture(results) + "\n")
     replace_between(ROOT / "docs" / "results.md", name, unseen_tables(results, COLUMNS[name]))
+    if all(recorded := [_recorded(SHORT), _recorded(PLAIN)]):
+        for page in (ROOT / "docs" / "results.md", ROOT / "README.md"):
+            replace_between(page, "choices", choices_table(*recorded))
 
 
 if __name__ == "__main__":

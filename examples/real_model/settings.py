@@ -33,6 +33,7 @@ RATES = {
 }
 BETA2 = 0.95
 SEEDS = (1, 2, 3)
+SEED_NAMES = ("", *(f"-seed-{seed}" for seed in SEEDS[1:]))  # ends of the names of settings with one seed each
 
 # With new tokens: stage 0 gets a fraction of the tokens of stage 1, and stage 1 the others.
 NUM_NEW_TOKENS, STAGE0_SHARE = 8000, 0.2
@@ -139,7 +140,7 @@ CALIBRATED = {
     **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "long-calibrated-80": LONG_STAGE1,
     KNOWN: LONG_STAGE1,
-    **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in ("", *(f"-seed-{seed}" for seed in SEEDS[1:]))},
+    **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in SEED_NAMES},
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
 # Setting -> its flags of moelpr calibrate.

@@ -45,9 +45,9 @@ WRITTEN = {
     "replies": f"--prompts {REQUESTS} --documents 20 --batch-size 2 --max-tokens 64 --min-tokens 16".split(),
 }
 ALONE = ("code", "arithmetic", "long", "copying", "copying-start", "recall", "recall-start")
-SENTENCES = 24  # whose first words are continued, per language
+SENTENCES = 24  # sentences per language, whose first words are continued
 _ITEMS, _LONG_CHARACTERS = 24, 10_000
-_WORDS, _CHARACTERS = 14, 40  # of such a sentence; in languages without spaces, characters
+_WORDS, _CHARACTERS = 14, 40  # the least that such a sentence has
 
 
 def files(run: Path) -> dict[str, Path]:

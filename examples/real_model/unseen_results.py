@@ -5,7 +5,7 @@ expanded languages on a kind of text that was never trained on, and `unseen`, la
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from examples.languages import EXPANDED, ORIGINAL
 from examples.real_model import settings, unseen
 from examples.real_model.plain_text import UNSEEN_READ
-from examples.real_model.settings import BASE, SETTINGS
+from examples.real_model.settings import BASE, SEED_NAMES, SETTINGS
 from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.evaluate.result_cache import cached_results
 from moelpr.evaluate.scoring import LanguageScore
@@ -50,7 +50,7 @@ HEAD = {
     "long": "2,048 tokens of English",
     "mixed": "mixed requests",
 }
-# Of a base that has read plain text.
+# Columns for a base that has read plain text.
 PLAIN_HEAD = HEAD | {"read": f"those of them that it has read ({', '.join(UNSEEN_READ)})"}
 # Line of the picture -> its settings: what someone weighs who has to choose.
 CHART = {
@@ -70,6 +70,16 @@ CHART = {
     "mean of base and full fine-tuning": {"half": "halfway", "35%": "near"},
     "LoRA, rank 16": {"LoRA, 10% replay": "lora-16-10-0.003"},
     "LoRA, rank 16, switched per request": {"switched": "lora-switched"},
+}
+# Row of the table for who has to choose -> its settings, which differ in their seed.
+CHOICES = {
+    "MoE-LPR, calibrated routers instead of review": [f"{settings.LONG_CALIBRATED}{name}" for name in SEED_NAMES],
+    f"the same with --max-distance {settings.MAX_DISTANCE:g}": [f"{settings.FAR}{name}" for name in SEED_NAMES],
+    "MoE-LPR, review, K copies": ["copies"],
+    "full fine-tuning, 10% replay text": [f"{settings.HALFWAY_OF}{name}" for name in SEED_NAMES],
+    "its mean with the base": [settings.HALFWAY],
+    "LoRA, rank 16, 10% replay text": ["lora-16-10-0.003"],
+    "LoRA, rank 16, on for expanded languages only": [settings.LORA_SWITCHED],
 }
 DIGITS = 5
 BASE_TOLERANCE = 1e-3  # relative difference of the base's numbers between machines
@@ -199,6 +209,33 @@ def unseen_picture(results: Json) -> str:
     )
 
 
+def choices_table(short: Json, plain: Json) -> str:
+    """Markdown: what someone weighs who has to choose, of both bases; over seeds the mean and the range."""
+    columns = [(short, "unseen"), (plain, "read")]
+    rows = []
+    for label, names in CHOICES.items():
+        row = [label]
+        for results, kept in columns:
+            found = [results["settings"][name] for name in names if name in results["settings"]]
+            changes = [[one["change"][text][0] for one in found] for text in ("learned", kept)]
+            row += [_over_seeds(numbers, percent) for numbers in changes]
+            row.append(_over_seeds([fmean(one["kl"].values()) for one in found], _nats_text))
+        rows.append(row)
+    head = ["learned", "eight unseen languages", "KL, nats per token"]
+    head += ["learned, second base", "four unseen languages that it has read", "KL, nats per token"]
+    return markdown_table(Table(["change against base", *head], rows))
+
+
+def _over_seeds(numbers: Sequence[float], text: Callable[[float], str]) -> str:
+    if len(numbers) < 2:
+        return text(numbers[0]) if numbers else ""
+    return f"{text(fmean(numbers))} ({text(min(numbers))} to {text(max(numbers))})"
+
+
+def _nats_text(number: float) -> str:
+    return f"{round(number, 3) + 0.0:.3f}".replace("-", "\u2212")
+
+
 def unseen_tables(results: Json, head: Mapping[str, str] = HEAD) -> str:
     """Markdown: changes, then what else shows whether the base is still there, then routing.
 
@@ -213,7 +250,7 @@ def unseen_tables(results: Json, head: Mapping[str, str] = HEAD) -> str:
         cells = [x.text(percent) if text in ENDPOINTS else percent(x.value) for text, x in intervals.items()]
         rows.append([setting["label"], *cells])
         leads = [Interval(*lead).text(percent) for lead in setting["against"].values()] or ["", ""]
-        nats = [f"{round(number, 3) + 0.0:.3f}".replace("-", "\u2212") for number in setting["kl"].values()]
+        nats = [_nats_text(number) for number in setting["kl"].values()]
         others.append([setting["label"], *nats, *(f"{number:.2f}" for number in setting["repeated"].values()), *leads])
         if setting["routing"]:
             routes.append([setting["label"], *_routes(setting["routing"])])

@@ -15,6 +15,7 @@ from examples.real_model import unseen
 from examples.real_model.page import write_results
 from examples.real_model.settings import BASE, LORA_SWITCHED, SWITCHED
 from examples.real_model.unseen_results import (
+    choices_table,
     collect_short,
     collect_unseen,
     unseen_picture,
@@ -106,6 +107,16 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     further = math.expm1(fmean(results["settings"]["full-10-0.0003"]["kl"].values()))
     assert percent(further) in picture and "10% replay" in picture
     assert collect_unseen(run / "empty") == {}
+
+
+def test_who_has_to_choose_sees_both_bases_and_the_range_over_seeds(run: Path) -> None:
+    write(run, "full-10-0.0003-seed-2", 1.06)
+    short = collect_unseen(run)
+    table = choices_table(short, {"settings": {"copies": short["settings"]["copies"]}})
+    full = next(line for line in table.splitlines() if "full fine-tuning" in line)
+    assert "+5.0% (+4.0% to +6.0%)" in full and full.rstrip("| ").endswith(")")
+    copies = next(line for line in table.splitlines() if "K copies" in line)
+    assert copies.count("+1.0%") == 2 and copies.count("\u221250.0%") == 2
 
 
 def test_a_short_queue_says_how_often_models_go_on_in_another_language(run: Path) -> None:

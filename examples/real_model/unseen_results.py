@@ -74,7 +74,8 @@ CHART = {
 # Row of the table for who has to choose -> its settings, which differ in their seed.
 CHOICES = {
     "MoE-LPR, calibrated routers instead of review": [f"{settings.LONG_CALIBRATED}{name}" for name in SEED_NAMES],
-    f"the same with --max-distance {settings.MAX_DISTANCE:g}": [f"{settings.FAR}{name}" for name in SEED_NAMES],
+    "the same, all eight languages among the kept text": [settings.KNOWN],
+    f"the first with --max-distance {settings.MAX_DISTANCE:g}": [f"{settings.FAR}{name}" for name in SEED_NAMES],
     "MoE-LPR, review, K copies": ["copies"],
     "full fine-tuning, 10% replay text": [f"{settings.HALFWAY_OF}{name}" for name in SEED_NAMES],
     "its mean with the base": [settings.HALFWAY],

@@ -2,7 +2,7 @@
 
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
-# Test files run side by side, those that start trainings first; the tests of a file share what they trained.
+# With pytest-xdist, test files run side by side, those that start trainings first; the tests of a file share them.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

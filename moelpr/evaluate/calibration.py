@@ -137,15 +137,20 @@ def calibrations(
         UserError: Text to keep cannot be told from expanded text.
     """
     found = [_calibrate(routers, num_original, topk, kept, expanded, share, target) for target in TARGETS]
-    weights = [(one.before["expanded"].new_gate_weight, one.after["expanded"].new_gate_weight) for one in found]
-    if all(after < 0.5 * before for before, after in weights):
-        before, after = weights[-1]
+    if not (usable := [one for one in found if _is_usable(one)]):
+        before, after = (time["expanded"].new_gate_weight for time in (found[0].before, found[0].after))
         raise UserError(
             f"to keep {share:.0%} of the tokens of text to keep, new experts would fall from a mean gate weight of "
             f"{before:.0%} to {after:.0%} on expanded text; keep less, or check that no text to keep is in an expanded "
             "language"
         )
-    return [one for one, (before, after) in zip(found, weights, strict=True) if after >= 0.5 * before]
+    return usable
+
+
+def _is_usable(found: Calibration) -> bool:
+    """Whether both texts go where they should; to the same side go those that nothing tells apart."""
+    before, after = ({text: its.new_gate_weight for text, its in time.items()} for time in (found.before, found.after))
+    return after["kept"] < before["kept"] and after["expanded"] >= 0.5 * before["expanded"]
 
 
 def _calibrate(

@@ -38,8 +38,8 @@ def main() -> None:
     add("--base", type=Path, metavar="DIR", help=base)
     tokens = "tokens of stage 1, full fine-tuning and LoRA; other stages in proportion (default: 163,840)"
     add("--tokens", type=int, metavar="N", help=tokens)
-    short = f"a trial in two hours: {SHORT_TOKENS:,} tokens, no search for learning rates, and only the evaluation of "
-    short += f"unseen text (without --only: {', '.join(SHORT)})"
+    short = f"a trial in less than three hours: {SHORT_TOKENS:,} tokens, no search for learning rates, and only the "
+    short += f"evaluation of unseen text (without --only: {', '.join(SHORT)})"
     add("--short", action="store_true", help=short)
     plain = "train the base on plain text first (languages of the replay text, half of the unseen ones, and code)"
     add("--plain", action="store_true", help=plain)

@@ -2,7 +2,8 @@
 
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
-# With pytest-xdist, test files run side by side, those that start trainings first; the tests of a file share them.
+# With pytest-xdist, test files run side by side, in the order of their folders: those that train come first. The tests
+# of a file stay together, because they share what was trained.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help

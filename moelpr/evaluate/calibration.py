@@ -27,14 +27,8 @@ from moelpr.metrics.routing_sums import text_vector
 from moelpr.process.errors import UserError
 from moelpr.store.records import STRICT
 
-TARGETS = (
-    -0.2,
-    -0.4,
-    -0.6,
-    -0.8,
-    -1.2,
-    -1.6,
-)  # what expanded text should score; the lower, the more of it goes to new experts
+# What expanded text should score; the lower, the more of it goes to new experts.
+TARGETS = (-0.2, -0.4, -0.6, -0.8, -1.2, -1.6)
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be

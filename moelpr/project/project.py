@@ -33,10 +33,11 @@ def _as_list(value: Any) -> Any:
 
 def _as_named(value: Any) -> Any:
     """Files without names are texts of their own, each named like the file; a folder or pattern stands for many."""
-    if not isinstance(value, str | list):
+    paths = _as_list(value)
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value
     found: dict[str, str] = {}
-    for path in find_files(_as_list(value)):
+    for path in find_files(paths):
         name = PurePath(path).name.partition(".")[0]
         if name in found:
             raise UserError(f"languages.kept has two files named {name} ({found[name]} and {path}); name them yourself")

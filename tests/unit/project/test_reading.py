@@ -76,6 +76,7 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
             {"languages": WITH_KEPT | {"kept": ["es.jsonl", "./es.jsonl"]}},
             r"kept has two files named es \(es.jsonl and ./es.jsonl\)",
         ),
+        ({"languages": WITH_KEPT | {"kept": [3]}}, r"line \d+: languages.kept should be an object, got \[3\]"),
         ({"languages": WITH_KEPT, "experts": {"copies": 1}}, r"needs as many copies .* chooses, 2, not 1; remove"),
         (
             {"languages": WITH_KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "body"}}}},

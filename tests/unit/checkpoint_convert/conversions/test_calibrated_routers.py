@@ -66,7 +66,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # the experts have learned nothing either
     base = make_model(architecture, **changes)
     model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
-    found = write_calibrated(model, base, save, KEPT, EXPANDED, share, 1000)
+    found = write_calibrated(model, base, save, KEPT, EXPANDED, share, 1000, max_distance=9)
     old, new = tensors_of(model), tensors_of(save)
     assert old.keys() == new.keys()
     changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
@@ -78,6 +78,7 @@ def test_only_routers_change_and_kept_text_has_the_bases_logits(
     assert card.index("## Training") < card.index("### Calibrated routers") < card.index("## Use")
     record = CalibratedRouters.read(save)
     assert record.texts == {"kept": ["short", "shorter"], "expanded": ["el"]} and record == found
+    assert record.max_distance == 9 and record.tried == [(found.distance[1], found.loss[1])]
     assert found.distance[1] < 0.5 * found.distance[0]
     before, after = found.before, found.after
     assert before["kept"].all_original < 0.5 and after["kept"].all_original > share - 0.01

@@ -7,7 +7,7 @@ from examples import tasks
 from examples.languages import EXPANDED, LANGUAGES
 from examples.other_text import SOURCES as OTHER_SOURCES
 from examples.real_model import settings, unseen
-from examples.real_model.task_maker import TaskMaker, minutes_of, tagged
+from examples.real_model.task_maker import TaskMaker, minutes_of, moe_options, tagged
 from examples.tasks import Words
 from moelpr.workflow.task import Task
 
@@ -20,8 +20,10 @@ def rivals(maker: TaskMaker) -> list[Task]:
     kept = tasks.preprocess(
         maker.data / "kept", [maker.other / "*.jsonl"], maker.base, "kept", *options, made_from=("other", "base")
     )
-    found = [tagged(users | {*settings.CALIBRATED} - {settings.KNOWN}, other), tagged(users, kept)]
+    found = [tagged(users | {*settings.CALIBRATED} - {*settings.PACKS}, other), tagged(users, kept)]
     found += [tagged({settings.KNOWN}, _pack(maker, "other-known")), *_written_replay(maker)]
+    top3 = maker.run / "upcycled-top-3"
+    found += [maker.convert(top3, settings.users_of(top3.name), *moe_options("copies", topk=3))]
     for setting in settings.RIVALS:
         users = settings.users_of(setting.name)
         if (row := setting.training) and row.stage in ("lora", "ffn"):
@@ -98,13 +100,13 @@ def _calibrated(maker: TaskMaker, name: str) -> list[Task]:
     words: Words = ["-m", "moelpr", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
     words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
     words += settings.CALIBRATE_OPTIONS.get(name, ())
-    files, pack = maker.train_files(LANGUAGES), "other-known" if name == settings.KNOWN else "other"
+    files, pack = maker.train_files(LANGUAGES), settings.PACKS.get(name, "other")
 
     def command() -> Words:
-        kept = {path.stem: path for path in sorted((maker.run / pack).glob("*.jsonl"))}
+        kept = {path.stem: path for path in sorted((maker.run / pack).glob("*.jsonl"))} if pack else {}
         return [*words, *(word for text, path in (files | kept).items() for word in ("--data", f"{text}={path}"))]
 
-    made_from, is_complete = ("base", export.name, "split", pack), (save / "config.json").is_file
+    made_from, is_complete = ("base", export.name, "split", *([pack] if pack else [])), (save / "config.json").is_file
     task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
     is_made = export.name in settings.CONTINUED.values() and not maker.is_short  # for its continuations
     is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)

@@ -122,6 +122,7 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
+LONGER, TIMES_LONGER = "full-10-longer", 1.9  # a step of MoE-LPR takes so many times as long on one core
 WRITTEN_REPLAY = "written"  # replay text that the base itself writes
 NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
@@ -134,12 +135,17 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
 )
 FAR, MAX_DISTANCE = "long-calibrated-far", 0.15  # calibrated for more learning: nats per token on text to keep
 KNOWN = "long-calibrated-known"  # kept text is also in the languages that the others have never seen
+NO_PACK = "long-calibrated-replayed"  # no other text to keep than that in the replayed languages
+PACKS = {KNOWN: "other-known", NO_PACK: ""}  # setting -> its folder of kept text; by default other
+AMOUNTS = {f"long-calibrated-{number}": number for number in (128, 512)}  # tokens of each text; by default 2,048
+TOP3_STAGE1, TOP3 = "top-3-stage1", "top-3-calibrated"  # three choices per token
 # Setting -> the run whose export's routers are calibrated.
 CALIBRATED = {
     "new-calibrated": "new",
     **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
     "long-calibrated-80": LONG_STAGE1,
-    KNOWN: LONG_STAGE1,
+    **dict.fromkeys((KNOWN, NO_PACK, *AMOUNTS), LONG_STAGE1),
+    TOP3: TOP3_STAGE1,
     **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in SEED_NAMES},
     "copies-calibrated": f"copies-seed-{SEEDS[0]}",
 }
@@ -147,6 +153,7 @@ CALIBRATED = {
 CALIBRATE_OPTIONS = {
     "long-calibrated-80": ("--keep-original", "0.8"),
     **{f"{FAR}{name}": ("--max-distance", f"{MAX_DISTANCE:g}") for name in SEED_NAMES},
+    **{name: ("--max-tokens", f"{number}") for name, number in AMOUNTS.items()},
 }
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 # Models that write continuations -> the task that writes each for transformers; in a short queue, others.
@@ -221,6 +228,12 @@ RIVALS = (
         for name, seed in (("", 1), *((f"-seed-{seed}", seed) for seed in SEEDS[1:] if (percent, rate) == (10, 3e-4)))
     ),
     Setting(
+        LONGER,
+        f"full fine-tuning, 10% replay text, {TIMES_LONGER:g} times the tokens, which takes as long as MoE-LPR",
+        is_extra=True,
+        training=Training("dense", "dense", _replay(10), 3e-4, share=TIMES_LONGER * (1 + REVIEW_SHARE)),
+    ),
+    Setting(
         "full-written",
         "full fine-tuning, 10% replay text that the base wrote",
         is_extra=True,
@@ -272,6 +285,33 @@ RIVALS = (
         KNOWN,
         f"{NEW}, calibrated routers instead of review, the eight languages among the kept text",
         (LONG_STAGE1,),
+        is_extra=True,
+    ),
+    Setting(
+        NO_PACK,
+        f"{NEW}, calibrated routers instead of review, no kept text but the replayed languages",
+        (LONG_STAGE1,),
+        is_extra=True,
+    ),
+    *(
+        Setting(
+            name,
+            f"{NEW}, calibrated routers instead of review, {number} tokens of each text",
+            (LONG_STAGE1,),
+            is_extra=True,
+        )
+        for name, number in AMOUNTS.items()
+    ),
+    Setting(
+        TOP3_STAGE1,
+        f"{NEW}, three choices per token, before calibration",
+        is_extra=True,
+        training=Training("stage1", "upcycled-top-3", {"expanded": 1}, options=("--stage1-experts", "new")),
+    ),
+    Setting(
+        TOP3,
+        f"{NEW}, three choices per token, calibrated routers instead of review",
+        (TOP3_STAGE1,),
         is_extra=True,
     ),
     Setting(

@@ -257,9 +257,9 @@ def fixed_options(ranks: int) -> list[str]:
     ).split()
 
 
-def moe_options(name: str) -> list[str]:
-    copies = TOPK if name == "copies" else 1
-    options = f"--num-new-experts {settings.NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {copies}".split()
+def moe_options(name: str, topk: int = TOPK) -> list[str]:
+    copies = topk if name == "copies" else 1
+    options = f"--num-new-experts {settings.NUM_NEW_EXPERTS} --topk {topk} --original-copies {copies}".split()
     return options + (["--new-experts", "random"] if name == "random" else [])
 
 

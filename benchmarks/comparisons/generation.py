@@ -1,0 +1,83 @@
+"""What more active parameters cost when stock transformers reads a prompt and writes tokens.
+
+The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an export
+with three new ones has, and two or three choices per token: all of the original expert, or spread over all. Weights
+are random. A single request, in the given dtype. Set OMP_NUM_THREADS.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from benchmarks.timing import Times, Turns
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 49152,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+NEW_EXPERTS = 3
+
+DEFAULTS = {"layers": 30, "hidden": 576, "ffn": 1536, "prompt": 512, "written": 16, "dtype": "bfloat16"}
+
+
+def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
+    torch.manual_seed(1)
+    models = {"base": _model(settings)}
+    for topk in (2, 3):
+        for is_kept in (True, False):
+            models[f"K = {topk}, {'original experts' if is_kept else 'all experts'}"] = _model(settings, topk, is_kept)
+    prompt = torch.randint(1, SHAPE["vocab_size"], (1, settings.prompt))
+    for case, length, work in (
+        (f"reading {settings.prompt} tokens", settings.prompt, _read),
+        (f"writing {settings.written} tokens", 1, partial(_write, written=settings.written)),
+    ):
+        yield case, turns.take({name: partial(work, model, prompt[:, :length]) for name, model in models.items()})
+
+
+def _model(settings: Namespace, topk: int = 0, is_kept: bool = False) -> nn.Module:
+    """A dense model, or one whose tokens take `topk` experts: the first ones if `is_kept`, else any."""
+    shape = SHAPE | {"num_hidden_layers": settings.layers, "hidden_size": settings.hidden}
+    shape |= {"intermediate_size": settings.ffn, "max_position_embeddings": settings.prompt + settings.written}
+    dtype = getattr(torch, settings.dtype)
+    if not topk:
+        return LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).eval()
+    experts = {"num_local_experts": topk + NEW_EXPERTS, "num_experts_per_tok": topk}
+    model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(dtype).eval()
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if is_kept else _choose_any)
+    return model
+
+
+def _choose_first(topk: int, router: nn.Module, inputs: Any, output: Any) -> Any:
+    logits, weights, chosen = output
+    return logits, weights, torch.arange(topk).expand_as(chosen)
+
+
+def _choose_any(router: nn.Module, inputs: Any, output: Any) -> Any:
+    logits, weights, chosen = output
+    return logits, weights, torch.rand(len(chosen), logits.shape[-1]).topk(chosen.shape[-1]).indices
+
+
+@torch.inference_mode()
+def _read(model: Any, prompt: torch.Tensor) -> None:
+    model(prompt, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def _write(model: Any, prompt: torch.Tensor, written: int) -> None:
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=written,
+        max_new_tokens=written,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )

@@ -1,8 +1,8 @@
 """What more active parameters cost when stock transformers reads a prompt and writes tokens.
 
-The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an export
-with three new ones has, and two or three choices per token: all of the original expert, or spread over all. Weights
-are random. A single request, in the given dtype. Set OMP_NUM_THREADS.
+The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an
+export with three new ones has, and two or three choices per token: all of the original expert, or spread over all.
+Weights are random. A single request, in the given dtype. Set OMP_NUM_THREADS.
 """
 
 from argparse import Namespace

@@ -15,13 +15,18 @@ from moelpr.workflow.task import Task
 def rivals(maker: TaskMaker) -> list[Task]:
     """The settings of the table, and the kept text that some of them have in review."""
     users = {setting.name for setting in settings.RIVALS if setting.training and "kept" in setting.training.blend}
-    other = _pack(maker, "other", "--without", ",".join(unseen.LANGUAGES))
+    other = _pack(maker, settings.OTHER, "--without", ",".join(unseen.LANGUAGES))
     options = ("--expanded-languages", ",".join(EXPANDED))
     kept = tasks.preprocess(
         maker.data / "kept", [maker.other / "*.jsonl"], maker.base, "kept", *options, made_from=("other", "base")
     )
-    found = [tagged(users | {*settings.CALIBRATED} - {*settings.PACKS}, other), tagged(users, kept)]
-    found += [tagged({settings.KNOWN}, _pack(maker, "other-known")), *_written_replay(maker)]
+    users_of_pack = {
+        pack: {name for name, calibrated in settings.CALIBRATED.items() if calibrated.pack == pack}
+        for pack in (settings.OTHER, settings.OTHER_KNOWN)
+    }
+    found = [tagged(users | users_of_pack[settings.OTHER], other), tagged(users, kept)]
+    known = _pack(maker, settings.OTHER_KNOWN)
+    found += [tagged(users_of_pack[settings.OTHER_KNOWN], known), *_written_replay(maker)]
     top3 = maker.run / "upcycled-top-3"
     found += [maker.convert(top3, settings.users_of(top3.name), *moe_options("copies", topk=3))]
     for setting in settings.RIVALS:
@@ -90,17 +95,17 @@ def _means(maker: TaskMaker) -> list[Task]:
     for name, share in settings.INTERPOLATED.items():
         task = tasks.export(maker.run / "new", name, "--interpolate-experts", f"{share:g}")
         found += [tagged({name}, task, disk_gib=1.2), maker.evaluate(name)]
-    return [*found, *(task for name in settings.CALIBRATED for task in _calibrated(maker, name))]
+    return [*found, *(task for name, its in settings.CALIBRATED.items() for task in _calibrated(maker, name, its))]
 
 
-def _calibrated(maker: TaskMaker, name: str) -> list[Task]:
+def _calibrated(maker: TaskMaker, name: str, calibrated: settings.Calibrated) -> list[Task]:
     """An export with calibrated routers; kept text is that of the training, and in other languages."""
-    run, save = settings.CALIBRATED[name], maker.run / f"{name}-hf"
+    run, pack, save = calibrated.run, calibrated.pack, maker.run / f"{name}-hf"
     export = tasks.export(maker.run / run)
     words: Words = ["-m", "moelpr", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
     words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
-    words += settings.CALIBRATE_OPTIONS.get(name, ())
-    files, pack = maker.train_files(LANGUAGES), settings.PACKS.get(name, "other")
+    words += calibrated.options
+    files = maker.train_files(LANGUAGES)
 
     def command() -> Words:
         kept = {path.stem: path for path in sorted((maker.run / pack).glob("*.jsonl"))} if pack else {}
@@ -109,6 +114,6 @@ def _calibrated(maker: TaskMaker, name: str) -> list[Task]:
     made_from, is_complete = ("base", export.name, "split", *([pack] if pack else [])), (save / "config.json").is_file
     task = Task(name=name, command=command, made_from=made_from, is_complete=is_complete, minutes=2)
     is_made = export.name in settings.CONTINUED.values() and not maker.is_short  # for its continuations
-    is_made |= name != next(other for other in settings.CALIBRATED if settings.CALIBRATED[other] == run)
+    is_made |= name != next(other for other, its in settings.CALIBRATED.items() if its.run == run)
     found = [] if is_made else [tagged(settings.calibrated_of(run), export, disk_gib=1.2)]
     return [*found, tagged({name}, task, disk_gib=1.2), maker.evaluate(name)]

@@ -60,6 +60,7 @@ SHORT = (
 )
 # `--plain`: the base is trained on plain text first; with so many tokens, as a multiple of those of stage 1.
 PLAIN_SHARE = 2.75
+OTHER, OTHER_KNOWN = "other", "other-known"  # folders of text that replay lacks
 BASE, STAGE1_OF = "base", {"copies": "copies-stage1", "one-copy": "one-copy-stage1", "random": "random-stage1"}
 
 
@@ -87,6 +88,21 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A run's export whose routers are calibrated.
+
+    Attributes:
+        run: The run.
+        options: More flags of moelpr calibrate.
+        pack: Folder of more text to keep than that of the training; "" if there is none.
+    """
+
+    run: str
+    options: tuple[str, ...] = ()
+    pack: str = OTHER
+
+
+@dataclass(frozen=True)
 class Setting:
     """One way to train.
 
@@ -97,6 +113,7 @@ class Setting:
         seeds: Number of models, which differ in the order of the text.
         is_extra: Whether it is only trained if --only names it.
         training: How, if a row of a table says so.
+        calibrated: What it is, if its routers are calibrated.
     """
 
     name: str
@@ -105,6 +122,7 @@ class Setting:
     seeds: int = 1
     is_extra: bool = False
     training: Training | None = None
+    calibrated: Calibrated | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -114,7 +132,8 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, *CALIBRATED, LORA_SWITCHED)
+        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, LORA_SWITCHED)
+        is_trained &= self.calibrated is None
         return (*self.before, *self.models[:is_trained])
 
 
@@ -135,26 +154,8 @@ LONG: tuple[tuple[str, float | None, int], ...] = (
 )
 FAR, MAX_DISTANCE = "long-calibrated-far", 0.15  # calibrated for more learning: nats per token on text to keep
 KNOWN = "long-calibrated-known"  # kept text is also in the languages that the others have never seen
-NO_PACK = "long-calibrated-replayed"  # no other text to keep than that in the replayed languages
-PACKS = {KNOWN: "other-known", NO_PACK: ""}  # setting -> its folder of kept text; by default other
-AMOUNTS = {f"long-calibrated-{number}": number for number in (128, 512)}  # tokens of each text; by default 2,048
-TOP3_STAGE1, TOP3 = "top-3-stage1", "top-3-calibrated"  # three choices per token
-# Setting -> the run whose export's routers are calibrated.
-CALIBRATED = {
-    "new-calibrated": "new",
-    **{f"{LONG_CALIBRATED}{name}": f"{LONG_STAGE1}{name}" for name, *_ in LONG},
-    "long-calibrated-80": LONG_STAGE1,
-    **dict.fromkeys((KNOWN, NO_PACK, *AMOUNTS), LONG_STAGE1),
-    TOP3: TOP3_STAGE1,
-    **{f"{FAR}{name}": f"{LONG_STAGE1}{name}" for name in SEED_NAMES},
-    "copies-calibrated": f"copies-seed-{SEEDS[0]}",
-}
-# Setting -> its flags of moelpr calibrate.
-CALIBRATE_OPTIONS = {
-    "long-calibrated-80": ("--keep-original", "0.8"),
-    **{f"{FAR}{name}": ("--max-distance", f"{MAX_DISTANCE:g}") for name in SEED_NAMES},
-    **{name: ("--max-tokens", f"{number}") for name, number in AMOUNTS.items()},
-}
+AMOUNTS = (128, 512)  # tokens of each text that calibration reads; by default 2,048
+TOP3_STAGE1 = "top-3-stage1"  # three choices per token
 LORA_SWITCHED, SWITCHED = "lora-switched", f"{LORA_16}-0-0.003"
 # Models that write continuations -> the task that writes each for transformers; in a short queue, others.
 CONTINUED = {BASE: "base", "copies-seed-1": "export-copies-seed-1", "full": "export-full", "lora": "lora"}
@@ -184,6 +185,13 @@ def _review(name: str, label: str, kept: float = 0, gamma: float = 0.1, start: s
     return Setting(name, label, (start,), is_extra=True, training=training)
 
 
+def _calibrated(name: str, label: str, run: str = LONG_STAGE1, options: str = "", pack: str = OTHER) -> Setting:
+    """Stage 1 with new experts only, then calibrated routers instead of review."""
+    calibrated = Calibrated(run, tuple(options.split()), pack)
+    return Setting(name, f"{NEW}, {label}", (run,), is_extra=True, calibrated=calibrated)
+
+
+INSTEAD = "calibrated routers instead of review"
 # What a reviewer would try instead, and what might be better: each is only trained if --only names it.
 RIVALS = (
     Setting(
@@ -262,45 +270,34 @@ RIVALS = (
         Setting(name, f"{NEW}, its new experts {share:.0%} of the way", (NEW_STAGE1, "new"), is_extra=True)
         for name, share in INTERPOLATED.items()
     ),
-    Setting("new-calibrated", f"{NEW}, calibrated routers", (NEW_STAGE1, "new"), is_extra=True),
+    Setting(
+        "new-calibrated",
+        f"{NEW}, calibrated routers",
+        (NEW_STAGE1, "new"),
+        is_extra=True,
+        calibrated=Calibrated("new"),
+    ),
     *(
-        Setting(
-            f"{LONG_CALIBRATED}{name}",
-            f"{NEW}, calibrated routers instead of review{_variant(name)}",
-            (f"{LONG_STAGE1}{name}",),
-            is_extra=True,
-        )
+        _calibrated(f"{LONG_CALIBRATED}{name}", f"{INSTEAD}{_variant(name)}", f"{LONG_STAGE1}{name}")
         for name, *_ in LONG
     ),
     *(
-        Setting(
+        _calibrated(
             f"{FAR}{name}",
-            f"{NEW}, calibrated routers instead of review, --max-distance {MAX_DISTANCE:g}{_variant(name)}",
-            (f"{LONG_STAGE1}{name}",),
-            is_extra=True,
+            f"{INSTEAD}, --max-distance {MAX_DISTANCE:g}{_variant(name)}",
+            f"{LONG_STAGE1}{name}",
+            f"--max-distance {MAX_DISTANCE:g}",
         )
         for name in SEED_NAMES
     ),
-    Setting(
-        KNOWN,
-        f"{NEW}, calibrated routers instead of review, the eight languages among the kept text",
-        (LONG_STAGE1,),
-        is_extra=True,
-    ),
-    Setting(
-        NO_PACK,
-        f"{NEW}, calibrated routers instead of review, no kept text but the replayed languages",
-        (LONG_STAGE1,),
-        is_extra=True,
-    ),
+    _calibrated("long-calibrated-80", f"{INSTEAD}, --keep-original 0.8", options="--keep-original 0.8"),
+    _calibrated(KNOWN, f"{INSTEAD}, the eight languages among the kept text", pack=OTHER_KNOWN),
+    _calibrated("long-calibrated-replayed", f"{INSTEAD}, only the replayed languages as kept text", pack=""),
     *(
-        Setting(
-            name,
-            f"{NEW}, calibrated routers instead of review, {number} tokens of each text",
-            (LONG_STAGE1,),
-            is_extra=True,
+        _calibrated(
+            f"{LONG_CALIBRATED}-{number}", f"{INSTEAD}, {number} tokens of each text", options=f"--max-tokens {number}"
         )
-        for name, number in AMOUNTS.items()
+        for number in AMOUNTS
     ),
     Setting(
         TOP3_STAGE1,
@@ -308,23 +305,13 @@ RIVALS = (
         is_extra=True,
         training=Training("stage1", "upcycled-top-3", {"expanded": 1}, options=("--stage1-experts", "new")),
     ),
-    Setting(
-        TOP3,
-        f"{NEW}, three choices per token, calibrated routers instead of review",
-        (TOP3_STAGE1,),
-        is_extra=True,
-    ),
-    Setting(
-        "long-calibrated-80",
-        f"{NEW}, calibrated routers instead of review, --keep-original 0.8",
-        (LONG_STAGE1,),
-        is_extra=True,
-    ),
+    _calibrated("top-3-calibrated", f"three choices per token, {INSTEAD}", TOP3_STAGE1),
     Setting(
         "copies-calibrated",
         "MoE-LPR, K copies, calibrated routers",
-        (STAGE1_OF["copies"], CALIBRATED["copies-calibrated"]),
+        (STAGE1_OF["copies"], f"copies-seed-{SEEDS[0]}"),
         is_extra=True,
+        calibrated=Calibrated(f"copies-seed-{SEEDS[0]}"),
     ),
     Setting(HALFWAY, "halfway between base and full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
     Setting(NEAR, "35% of the way from base to full fine-tuning, 10% replay text", (HALFWAY_OF,), is_extra=True),
@@ -351,6 +338,7 @@ SETTINGS = _by_name(
     Setting(LORA_16, "LoRA, rank 16", is_extra=True),
     *RIVALS,
 )
+CALIBRATED = {setting.name: setting.calibrated for setting in RIVALS if setting.calibrated}
 # Models that are evaluated on what neither training nor replay contains.
 UNSEEN = {
     SETTINGS[name].models[0]
@@ -383,7 +371,7 @@ def users_of(run: str) -> set[str]:
 
 def calibrated_of(run: str) -> set[str]:
     """The settings whose models are a run's export with calibrated routers."""
-    return {setting for setting, source in CALIBRATED.items() if source == run}
+    return {setting.name for setting in RIVALS if setting.calibrated and setting.calibrated.run == run}
 
 
 def steps_of(tokens: float) -> int:

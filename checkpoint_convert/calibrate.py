@@ -1,7 +1,7 @@
 """Calibrate the routers of an export, so that text of no expanded language goes to the original expert.
 
     moelpr calibrate --model runs/stage2-hf --base Qwen3-0.6B --expanded-languages el,hu \\
-        --data el=el.jsonl --data hu=hu.jsonl --data en=en.jsonl --data other=pack.jsonl --save runs/calibrated-hf
+        --data el=el.jsonl --data hu=hu.jsonl --data en=en.jsonl --data 'other/*.jsonl' --save runs/calibrated-hf
 
 Review shows routers a little text of the original languages; what else the base can do, they have not seen. This gives
 the router's rows of the original expert's copies, in every layer, the direction that best tells all other text of
@@ -17,6 +17,7 @@ from moelpr.languages import canonical
 from moelpr.process.command import CommandParser, run_command
 from moelpr.process.errors import UserError
 from moelpr.process.text_tables import table_text
+from moelpr.text.sources import named_files
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -26,8 +27,9 @@ def _parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, required=True, metavar="DIR", help=what)
     add("--base", type=Path, required=True, metavar="DIR", help="the dense base that it was upcycled from")
     what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern, of which the first "
-    what += "--max-tokens are read; repeat for several texts, which count the same"
-    add("--data", action="append", required=True, metavar="NAME=FILE", help=what)
+    what += "--max-tokens are read; without NAME=, each file is a text, named like it; repeat for several texts, which "
+    what += "count the same"
+    add("--data", action="append", required=True, metavar="[NAME=]FILE", help=what)
     what = "languages of --data that were added; all other --data is text to keep"
     add("--expanded-languages", required=True, metavar="el,hu,...", help=what)
     what = "fraction of the tokens of text to keep all of whose choices should become original; fewer do if routing of "
@@ -103,14 +105,21 @@ def main() -> None:
 
 def _named(items: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
-    for item in items:
-        name, _, path = item.partition("=")
-        if not name or not path:
-            raise UserError(f"--data must be NAME=FILE, such as el=el.jsonl, got {item}")
+    for name, path in (pair for item in items for pair in _pairs(item)):
         if (name := canonical(name)) in named:
             raise UserError(f"--data has {name} twice ({named[name]} and {path}); give each its own name")
         named[name] = path
     return named
+
+
+def _pairs(item: str) -> list[tuple[str, str]]:
+    """Names and files of one --data; without a name, each file is a text."""
+    name, has_name, path = item.partition("=")
+    if not has_name:
+        return [*named_files([item], "--data").items()]
+    if not name or not path:
+        raise UserError(f"--data must be NAME=FILE, such as el=el.jsonl, or files without a name, got {item}")
+    return [(name, path)]
 
 
 if __name__ == "__main__":

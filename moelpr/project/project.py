@@ -6,7 +6,7 @@ prints is made from these types and their descriptions.
 
 from collections.abc import Iterator
 from dataclasses import field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -16,7 +16,7 @@ from moelpr.languages import canonical
 from moelpr.process.errors import UserError
 from moelpr.process.quantities import parse_count
 from moelpr.store.records import DOCUMENTED
-from moelpr.text.sources import find_files
+from moelpr.text.sources import named_files
 from moelpr.workflow.kubernetes import KubernetesSettings
 from moelpr.workflow.skypilot import SkyPilotSettings
 from moelpr.workflow.slurm import SlurmSettings
@@ -36,13 +36,7 @@ def _as_named(value: Any) -> Any:
     paths = _as_list(value)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value
-    found: dict[str, str] = {}
-    for path in find_files(paths):
-        name = PurePath(path).name.partition(".")[0]
-        if name in found:
-            raise UserError(f"languages.kept has two files named {name} ({found[name]} and {path}); name them yourself")
-        found[name] = path
-    return found
+    return named_files(paths, "languages.kept")
 
 
 def _or_auto(value: Any) -> Any:

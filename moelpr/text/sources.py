@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from moelpr.process.command import check_is_utf8
@@ -115,6 +115,21 @@ def find_files(names: list[str]) -> list[str]:
         more = f" and {len(left_out) - _SHOWN_NAMES:,} more" if len(left_out) > _SHOWN_NAMES else ""
         shown = ", ".join(sorted(left_out)[:_SHOWN_NAMES]) + more
         print(f"note: not text to train on, so not read unless it is named: {shown}", file=sys.stderr)
+    return found
+
+
+def named_files(paths: list[str], what: str) -> dict[str, str]:
+    """Name → file of all that `find_files` finds; the name is the file's, without its endings.
+
+    Raises:
+        UserError: As `find_files`, or two files have one name; the message calls the paths `what`.
+    """
+    found: dict[str, str] = {}
+    for path in find_files(paths):
+        name = PurePath(path).name.partition(".")[0]
+        if name in found:
+            raise UserError(f"{what} has two files named {name} ({found[name]} and {path}); name them yourself")
+        found[name] = path
     return found
 
 

@@ -216,7 +216,18 @@ def test_what_cannot_be_calibrated_is_one_sentence(
         (["--expanded-languages", "el", "--keep-original", "1.5"], "above 0 and below 1"),
         (["--expanded-languages", "el", "--max-distance", "-0.1"], "--max-distance must be positive, got -0.1"),
         (["--expanded-languages", "el", "--data", f"ell={file}"], "--data has el twice"),
+        (["--expanded-languages", "el", "--data", "=x"], "--data must be NAME=FILE, such as el=el.jsonl, or files"),
+        (["--expanded-languages", "el", "--data", f"{tmp_path}/*.xz"], "no file matches"),
     ):
         monkeypatch.setattr(sys, "argv", ["calibrate", *flags, *more])
         with pytest.raises(UserError, match=message):
             calibrator.main()
+
+
+def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl.gz", "ell.jsonl"):
+        (tmp_path / name).touch()
+    found = calibrator._named([f"en={tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl*"])
+    assert found == {"en": f"{tmp_path}/b.jsonl"} | {
+        name: f"{tmp_path}/{file}" for name, file in (("a", "a.jsonl.gz"), ("b", "b.jsonl"), ("el", "ell.jsonl"))
+    }

@@ -18,7 +18,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.evaluate import calibration, divergence
-from moelpr.evaluate.calibration import Calibration, Inputs, calibrations
+from moelpr.evaluate.calibration import Calibration, Inputs, Shares, calibrations
 from moelpr.evaluate.divergence import distance, predictions
 from moelpr.evaluate.models import open_model
 from moelpr.families.new_experts import NewExperts
@@ -222,6 +222,28 @@ def test_what_cannot_be_calibrated_is_one_sentence(
         monkeypatch.setattr(sys, "argv", ["calibrate", *flags, *more])
         with pytest.raises(UserError, match=message):
             calibrator.main()
+
+
+@pytest.mark.parametrize(("distance", "flags"), [(0.3, []), (0.1, []), (0.3, ["--max-distance", "0.4"])])
+def test_routers_that_are_still_far_from_the_base_are_a_warning(
+    distance: float,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    both = {text: Shares(0.9, 0.1) for text in ("kept", "expanded")}
+    texts = {"kept": ["en"], "expanded": ["el"]}
+    record = CalibratedRouters("m", texts, 0.95, both, both, (0.5, distance), (3, 3), [(distance, 3.0)])
+    monkeypatch.setattr(calibrated_routers, "write_calibrated", lambda *_, **__: record)
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": "a"}))
+    words = f"--model m --base b --save s --data en={file} --data el={file} --expanded-languages el".split()
+    monkeypatch.setattr(sys, "argv", ["calibrate", *words, *flags])
+    calibrator.main()
+    printed = capsys.readouterr()
+    assert "calibrated, chosen" in printed.out
+    assert ("0.30 nats per token from the base" in printed.err) == (distance > 0.2 and not flags)
 
 
 def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:

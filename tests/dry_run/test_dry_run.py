@@ -13,6 +13,7 @@ from moelpr.project.places import Places
 from moelpr.project.reading import read_project
 from moelpr.project.training import check_words
 from tests.dry_run.cases import RECIPES, SUITE, WITHOUT_CASE, flags_in_cases
+from tests.support.limits import PROCESS_S
 from tests.support.tiny_project import write_project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +26,7 @@ MOST_WAITS_OF_A_STEP = 14
 def outcomes() -> dict[str, dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.dry_run.cases", "suite"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PROCESS_S, env=environment)
     assert done.returncode == 0, done.stderr
     return {name: one for line in done.stdout.splitlines() for name, one in json.loads(line).items()}
 
@@ -92,7 +93,7 @@ def test_every_allowed_flag_is_in_a_case_or_has_a_reason_not_to_be() -> None:
 
 def check(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "moelpr", "check", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PROCESS_S)
 
 
 def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tmp_path: Path, monkeypatch) -> None:

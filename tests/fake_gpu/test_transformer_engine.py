@@ -9,6 +9,7 @@ from benchmarks import common
 from moelpr.checkpoints.torch_dist import TorchDistReader
 from tests.distributed import layout_runs
 from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, STEPS, TOLERANCE
+from tests.support.limits import PROCESS_S
 
 LOCAL = "--transformer-impl local"
 TE = "--transformer-impl transformer_engine"
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     plan = folder / "commands.json"
     common.write_json(commands, plan)
-    common.run_ranks(1, "tests.fake_gpu.train_with_stub", plan, log=folder / "log", timeout_s=280)
+    common.run_ranks(1, "tests.fake_gpu.train_with_stub", plan, log=folder / "log", timeout_s=PROCESS_S)
     return folder
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.functional.test_training import records
+from tests.support.limits import PROCESS_S
 from tests.unit.evaluate.conftest import dense_dir, tokenizer
 from tests.unit.evaluate.test_harness import local_tasks
 
@@ -23,7 +24,7 @@ def train(save: Path, upcycled: Path, corpus: Path, *words: str | Path) -> subpr
     flags = ["--pretrained-checkpoint", upcycled, "--data-path", corpus, "--save", save, "--save-interval", "1", *words]
     command = [ROOT / "launch" / "stage1.sh", *STEPS.split(), *map(str, flags)]
     environment = {**os.environ, "NPROC_PER_NODE": "1", "OMP_NUM_THREADS": "1", "MOELPR_PYTHON": sys.executable}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_S)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from moelpr.model_spec import ModelSpec
 from moelpr.process.command import STOPPED
 from moelpr.store.checksums import verify_folder
 from tests.support.hf_models import RunsCode, replace_object
+from tests.support.limits import PROCESS_S
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
@@ -41,7 +42,7 @@ HELD_OUT = {"en": 7 + np.arange(80), "el": 150 + np.arange(80)}
 def launch(script: str, *words: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
     command = [ROOT / "launch" / f"{script}.sh", *STEPS.split(), *map(str, words)]
     environment = {**os.environ, "NPROC_PER_NODE": str(ranks), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_S)
 
 
 def run_to_the_end(script: str, *words: str | Path, ranks: int = 1) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.limits import PROCESS_S
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,7 +21,9 @@ ALL = ("tests/gpu", "trainer", "dry_steps", "train_step", "expert_traffic")
 def test_a_dry_run_measures_the_parts_and_writes_the_table(ranks: int, parts: tuple[str, ...], tmp_path: Path) -> None:
     command = [ROOT / "launch/first_contact.sh", "--dry-run", "--ranks", str(ranks), "--output", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--parts", *parts], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, "--parts", *parts], env=environment, capture_output=True, text=True, timeout=PROCESS_S
+    )
     logs = "".join(f"{log.name}:\n{log.read_text()[-3000:]}\n" for log in tmp_path.glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     results = json.loads((tmp_path / "results.json").read_text())

@@ -9,6 +9,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from tests.support.limits import PROCESS_S
+
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parents[2] / "moelpr" / "data" / "csrc" / "language_bits.cpp"
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-shared", "-fPIC"]
@@ -37,7 +39,7 @@ sys.exit(pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", *sys.argv[
 
 def compile_with_sanitizers(source: Path, output: Path, *words: str) -> None:
     done = subprocess.run(
-        ["c++", *SANITIZE, *words, str(source), "-o", str(output)], capture_output=True, text=True, timeout=200
+        ["c++", *SANITIZE, *words, str(source), "-o", str(output)], capture_output=True, text=True, timeout=PROCESS_S
     )
     if done.returncode:
         pytest.skip(f"the compiler has no sanitizers: {done.stderr.strip().splitlines()[-1]}")
@@ -79,7 +81,7 @@ def test_the_tests_of_the_format_pass_under_sanitizers(environment: dict[str, st
     compile_with_sanitizers(SOURCE, module, "-std=c++17", "-fvisibility=hidden", *includes)
     tests = [str(FOLDER / "test_language_bits.py")]
     command, place = [sys.executable, "-c", RUN, str(module), *tests], FOLDER.parents[2]
-    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=PROCESS_S)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
     assert " passed" in done.stdout

@@ -31,8 +31,10 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
     torch.manual_seed(1)
     models = {"base": _model(settings)}
     for topk in (2, 3):
-        for is_kept in (True, False):
-            models[f"K = {topk}, {'original experts' if is_kept else 'all experts'}"] = _model(settings, topk, is_kept)
+        for only_original in (True, False):
+            models[f"K = {topk}, {'original experts' if only_original else 'all experts'}"] = _model(
+                settings, topk, only_original
+            )
     prompt = torch.randint(1, SHAPE["vocab_size"], (1, settings.prompt))
     for case, length, work in (
         (f"reading {settings.prompt} tokens", settings.prompt, _read),
@@ -41,8 +43,8 @@ def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
         yield case, turns.take({name: partial(work, model, prompt[:, :length]) for name, model in models.items()})
 
 
-def _model(settings: Namespace, topk: int = 0, is_kept: bool = False) -> nn.Module:
-    """A dense model, or one whose tokens take `topk` experts: the first ones if `is_kept`, else any."""
+def _model(settings: Namespace, topk: int = 0, only_original: bool = False) -> nn.Module:
+    """A dense model, or one whose tokens take `topk` experts: the first ones if `only_original`, else any."""
     shape = SHAPE | {"num_hidden_layers": settings.layers, "hidden_size": settings.hidden}
     shape |= {"intermediate_size": settings.ffn, "max_position_embeddings": settings.prompt + settings.written}
     dtype = getattr(torch, settings.dtype)
@@ -51,7 +53,7 @@ def _model(settings: Namespace, topk: int = 0, is_kept: bool = False) -> nn.Modu
     experts = {"num_local_experts": topk + NEW_EXPERTS, "num_experts_per_tok": topk}
     model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(dtype).eval()
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if is_kept else _choose_any)
+        layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if only_original else _choose_any)
     return model
 
 

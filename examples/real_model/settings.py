@@ -113,7 +113,7 @@ class Setting:
         seeds: Number of models, which differ in the order of the text.
         is_extra: Whether it is only trained if --only names it.
         training: How, if a row of a table says so.
-        calibrated: What it is, if its routers are calibrated.
+        calibrated: Which export it is, if its routers are calibrated.
     """
 
     name: str
@@ -141,7 +141,7 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
     return {setting.name: setting for setting in settings}
 
 
-LONGER, TIMES_LONGER = "full-10-longer", 1.9  # a step of MoE-LPR takes so many times as long on one core
+TIMES_LONGER = 1.9  # than full fine-tuning, about: a step of stage 1 on one core
 WRITTEN_REPLAY = "written"  # replay text that the base itself writes
 NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
@@ -236,8 +236,8 @@ RIVALS = (
         for name, seed in (("", 1), *((f"-seed-{seed}", seed) for seed in SEEDS[1:] if (percent, rate) == (10, 3e-4)))
     ),
     Setting(
-        LONGER,
-        f"full fine-tuning, 10% replay text, {TIMES_LONGER:g} times the tokens, which takes as long as MoE-LPR",
+        "full-10-longer",
+        f"full fine-tuning, 10% replay text, {TIMES_LONGER:g} times the tokens, which take about as long as MoE-LPR",
         is_extra=True,
         training=Training("dense", "dense", _replay(10), 3e-4, share=TIMES_LONGER * (1 + REVIEW_SHARE)),
     ),
@@ -371,7 +371,7 @@ def users_of(run: str) -> set[str]:
 
 def calibrated_of(run: str) -> set[str]:
     """The settings whose models are a run's export with calibrated routers."""
-    return {setting.name for setting in RIVALS if setting.calibrated and setting.calibrated.run == run}
+    return {name for name, calibrated in CALIBRATED.items() if calibrated.run == run}
 
 
 def steps_of(tokens: float) -> int:

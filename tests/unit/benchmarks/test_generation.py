@@ -14,12 +14,12 @@ SETTINGS = Namespace(layers=1, hidden=36, ffn=24, prompt=8, written=2, dtype="fl
 @pytest.mark.parametrize("topk", [2, 3])
 def test_tokens_take_original_experts_only_or_all(topk: int) -> None:
     tokens = torch.arange(8).unsqueeze(0)
-    for is_kept in (True, False):
-        model = generation._model(SETTINGS, topk, is_kept)
+    for only_original in (True, False):
+        model = generation._model(SETTINGS, topk, only_original)
         before = model(tokens).logits
         for weight in model.model.layers[0].mlp.experts.parameters():
             weight.data[topk:] += 1
-        assert torch.equal(model(tokens).logits, before) == is_kept
+        assert torch.equal(model(tokens).logits, before) == only_original
 
 
 def test_both_cases_compare_every_model_with_the_base() -> None:

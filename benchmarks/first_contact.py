@@ -13,7 +13,7 @@ limit and in processes of its own, so that one that fails or hangs costs only it
 - benchmarks.train_step on one GPU, with random routing;
 - benchmarks.expert_traffic on all GPUs, with random routing.
 
-DIR gets log.md, a table to paste into docs/LOG.md; results.json, all numbers; and the output of each part. The exit
+DIR gets log.md, the measured table; results.json, all numbers; and the output of each part. The exit
 code is 1 if a part failed. With --dry-run everything is tiny and on CPU ranks, and the numbers mean nothing.
 """
 
@@ -324,7 +324,7 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
 
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
-    """A section of docs/LOG.md."""
+    """Return log.md's section."""
     tests, trainer, dry, steps, traffic = parts
     shape, sizes = spec.megatron_args, machine.sizes
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())

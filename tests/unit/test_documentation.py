@@ -19,9 +19,7 @@ from moelpr.arguments.flags import all_arguments
 from moelpr.data.language_bits import LanguageBitsWriter
 
 ROOT = Path(__file__).parents[2]
-LOG = ROOT / "docs/LOG.md"  # a record of the past: it names what existed then
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-CURRENT = [path for path in DOCUMENTS if path != LOG]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
 SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live")
@@ -69,7 +67,7 @@ def test_named_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+(?:-[a-z]+)*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {
         name
-        for path in CURRENT
+        for path in DOCUMENTS
         for name in re.findall(r"(?:^ *|`)make ([a-z]+(?:-[a-z]+)*)", path.read_text("utf-8"), re.MULTILINE)
     }
     assert "test" in named
@@ -78,7 +76,7 @@ def test_named_make_targets_exist() -> None:
 
 def test_named_paths_exist() -> None:
     missing = []
-    for page in CURRENT:
+    for page in DOCUMENTS:
         for path in re.findall(rf"`((?:{FOLDERS})/[^`\s]*)`", page.read_text("utf-8")):
             is_example = path in ("moelpr/a/b.py", "tests/unit/a/test_b.py")
             if not is_example and not any(ROOT.glob(path.rstrip("/"))):
@@ -170,7 +168,7 @@ def help_of(name: str) -> str:
 def test_flags_of_documented_commands_exist() -> None:
     used = [
         (page.relative_to(ROOT).as_posix(), name, flag)
-        for page in CURRENT
+        for page in DOCUMENTS
         for name, flags in commands(page.read_text("utf-8"))
         for flag in flags
     ]

@@ -34,12 +34,13 @@ setup(
         "checkpoint_convert.card": ["templates/*"],
         "data_tools.generation": ["*.yaml"],
         "moelpr.chat": ["*.css", "*.js"],
-        "moelpr.launch": ["dense.sh", "stage?.sh", "train.sh", "recipes/*.yaml", "slurm/*"],
+        "moelpr.launch": ["*.sh", "recipes/*", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
         "moelpr.dry_run": ["*.cpp"],
         "moelpr.evaluate": ["*.yaml"],
         "moelpr.report": ["templates/*"],
     },
+    exclude_package_data={"moelpr.launch": ["*_venv.sh"]},  # they make the .venv of a clone
     entry_points={"console_scripts": ["moelpr = moelpr.__main__:main"]},
     ext_modules=[
         Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),

@@ -1,4 +1,4 @@
-"""The package, built as an archive and installed elsewhere: all commands run, without the repository and Megatron."""
+"""The package, built as a wheel and installed elsewhere: all commands run, without the repository and Megatron."""
 
 import json
 import os
@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from moelpr.__main__ import TOOLS
+from moelpr.__main__ import STAGES, TOOLS
 from moelpr.project.template import template
 from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: F401
 from tests.support.run_folders import make_run
 
 ROOT = Path(__file__).parents[2]
+# What only a clone needs.
+OF_THE_REPOSITORY = re.compile(r"launch/(container/|\w+_venv\.sh)")
+LAUNCHERS = [path.name for path in sorted(ROOT.glob("launch/*.sh")) if not path.name.endswith("_venv.sh")]
 # A Python that cannot import Megatron and what comes with it; the rest of the program follows.
 WITHOUT_MEGATRON = """
 import importlib.abc, json, sys
@@ -47,24 +50,27 @@ run_command(pretrain.main)
 """
 
 
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+OFFLINE = ("--no-deps", "--no-index", "--quiet")
+
+
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source archive, as `python -m build --sdist` makes it."""
-    folder = tmp_path_factory.mktemp("sdist")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source archive that `python -m build --sdist` makes."""
+    folder = tmp_path_factory.mktemp("dist")
     code = "import setuptools.build_meta as build, sys; build.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", code, folder, cwd=ROOT)
-    return next(folder.iterdir())
+    archive = next(folder.iterdir())
+    run(*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", folder, archive, CFLAGS="-O0")
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
-def environment(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment that has moelpr and finds its dependencies in .venv."""
-    venv, wheels = tmp_path_factory.mktemp("installed") / "venv", tmp_path_factory.mktemp("wheels")
-    pip = sys.executable, "-m", "pip", "--disable-pip-version-check"
-    offline = "--no-deps", "--no-index", "--quiet"
-    run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", wheels, archive, CFLAGS="-O0")
+    venv = tmp_path_factory.mktemp("installed") / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv)
-    run(*pip, "--python", venv / "bin/python", "install", *offline, next(wheels.iterdir()))
+    run(*PIP, "--python", venv / "bin/python", "install", *OFFLINE, wheel)
     packages = venv / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return venv
@@ -78,14 +84,24 @@ def run(*words: object, cwd: Path | None = None, **variables: str) -> str:
     return done.stdout
 
 
-def test_the_archive_has_what_the_repository_has_of_packages_and_launchers(archive: Path) -> None:
-    tracked = run(
-        "git", "ls-files", "moelpr", "data_tools", "checkpoint_convert", "launch/recipes", "launch/slurm", cwd=ROOT
-    )
-    with tarfile.open(archive) as file:
-        packed = {name.partition("/")[2] for name in file.getnames()}
-    launchers = {"launch/train.sh", "launch/dense.sh", *(f"launch/stage{number}.sh" for number in range(3))}
-    assert (launchers | set(tracked.splitlines())) - packed == set()
+def test_the_wheel_has_what_the_repository_has_of_packages_and_launchers(wheel: Path) -> None:
+    tracked = run("git", "ls-files", "moelpr", "data_tools", "checkpoint_convert", "launch", cwd=ROOT).splitlines()
+    with zipfile.ZipFile(wheel) as file:
+        packed = {re.sub("^moelpr/launch/", "launch/", name) for name in file.namelist()}
+    assert {name for name in tracked if not OF_THE_REPOSITORY.match(name)} - packed == set()
+    assert {name for name in packed if OF_THE_REPOSITORY.match(name)} == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_shows_its_help(stage: str, environment: Path, tmp_path: Path) -> None:
+    usage = run(environment / "bin" / "moelpr", "train", stage, "--help", cwd=tmp_path)
+    assert "--nproc-per-node" in usage and "--pretrained-checkpoint" in usage
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_launcher_shows_its_help(name: str, environment: Path, tmp_path: Path) -> None:
+    launcher = next(environment.glob("lib/*/site-packages/moelpr/launch")) / name
+    assert run(launcher, "--help", cwd=tmp_path)
 
 
 def test_the_command_runs_the_installed_packages_from_any_folder(environment: Path, tmp_path: Path) -> None:
@@ -144,7 +160,7 @@ def test_all_but_training_works_without_megatron(
         "run languages.yaml --dry-run",
         "status languages.yaml",
     ]
-    words = [[name, "--help"] for name in TOOLS] + [line.split() for line in lines]
+    words = [[*name.split(), "--help"] for name in TOOLS] + [line.split() for line in lines]
     run(environment / "bin" / "python", "-c", WITHOUT_MEGATRON + RUN_COMMANDS, json.dumps(words), cwd=tmp_path)
     before, after = tensors_of(model), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()

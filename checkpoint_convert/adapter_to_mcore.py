@@ -1,6 +1,6 @@
 """Combine an adapter of the published MoE-LPR code and its dense model to a Megatron checkpoint.
 
-    moelpr import-adapter --adapter DIR --hf-path BASE --save DIR
+    moelpr model import-adapter --adapter DIR --hf-path BASE --save DIR
 
 Routers and new experts come from the adapter, everything else from the base. Weights stream, one tensor at a time.
 """

@@ -1,6 +1,6 @@
-"""Combine a base model and a delta (moelpr export --delta) to the Hugging Face model that the delta was made from.
+"""Make the Hugging Face model that a delta (moelpr model export --delta) was made from, of its base and the delta.
 
-    moelpr apply-delta --base DIR --delta DIR --save DIR
+    moelpr model apply-delta --base DIR --delta DIR --save DIR
 
 The result is byte-identical to the export without --delta. Weights stream, one tensor at a time, and each must have the
 checksum that the delta records.

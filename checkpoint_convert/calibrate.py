@@ -1,6 +1,6 @@
 """Calibrate the routers of an export, so that text of no expanded language goes to the original expert.
 
-    moelpr calibrate --model runs/stage2-hf --base Qwen3-0.6B --expanded-languages el,hu \\
+    moelpr model calibrate --model runs/stage2-hf --base Qwen3-0.6B --expanded-languages el,hu \\
         --data el=el.jsonl --data hu=hu.jsonl --data en=en.jsonl --data 'other/*.jsonl' --save runs/calibrated-hf
 
 Review shows routers a little text of the original languages; what else the base can do, they have not seen. This gives
@@ -26,7 +26,7 @@ FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibr
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    what = "export of an upcycled model with as many copies of the original expert as choices (moelpr export)"
+    what = "export of an upcycled model with as many copies of the original expert as choices (moelpr model export)"
     add("--model", type=Path, required=True, metavar="DIR", help=what)
     add("--base", type=Path, required=True, metavar="DIR", help="the dense base that it was upcycled from")
     what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern, of which the first "

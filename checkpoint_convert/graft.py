@@ -1,6 +1,6 @@
 """Add what post-training changed in a base to a model that was upcycled from this base, so that it can chat.
 
-    moelpr graft --base DIR --instruct DIR --model DIR --save DIR
+    moelpr model graft --base DIR --instruct DIR --model DIR --save DIR
 
 Every tensor becomes MODEL + SCALE * (INSTRUCT - BASE), every expert with the difference of the FFN; routers are
 unchanged. Tokenizer, chat template and generation settings come from the instruct model. Nothing is trained.
@@ -22,7 +22,7 @@ def _parse_arguments() -> argparse.Namespace:
     dense = "Hugging Face directory, or OWNER/NAME on the Hub"
     add("--base", type=Path, required=True, metavar="DIR", help=f"the dense base: {dense}")
     add("--instruct", type=Path, required=True, metavar="DIR", help=f"the base after its post-training: {dense}")
-    upcycled = "export of the model that was upcycled from the base (moelpr export)"
+    upcycled = "export of the model that was upcycled from the base (moelpr model export)"
     add("--model", type=Path, required=True, metavar="DIR", help=upcycled)
     add("--scale", type=float, default=1.0, metavar="X", help="factor of the difference (default: 1)")
     only = "the attention's projections, the FFNs, or all, which includes norms, embeddings and output layer"

@@ -1,6 +1,6 @@
 """Convert a Hugging Face model to a Megatron checkpoint and upcycle its FFNs to experts.
 
-    moelpr convert --hf-path DIR --save DIR --num-new-experts 4 --topk 2
+    moelpr model convert --hf-path DIR --save DIR --num-new-experts 4 --topk 2
 
 Experts 0 to K - 1 are the dense FFN, and N new experts start equal to it, so the model still computes what the dense
 model did; tokens that choose only the first K keep the dense output. --original-copies 1 is the paper's single one.
@@ -28,7 +28,7 @@ def _parse_arguments() -> argparse.Namespace:
     experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
     experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
     extended = (
-        "a tokenizer that moelpr extend-tokenizer made from the model's: each new token gets a row of the "
+        "a tokenizer that moelpr data extend-tokenizer made from the model's: each new token gets a row of the "
         "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's own)"
     )
     add("--extended-tokenizer", type=Path, metavar="DIR", help=extended)

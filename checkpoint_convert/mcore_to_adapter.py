@@ -1,6 +1,6 @@
 """Export a Megatron checkpoint as an adapter that the published MoE-LPR code loads.
 
-    moelpr export-adapter --load DIR --save DIR --base-model NAME
+    moelpr model export-adapter --load DIR --save DIR --base-model NAME
 
 The adapter contains routers and new experts; everything else must be the base's. Weights stream, one tensor at a time.
 """

@@ -1,11 +1,11 @@
 """Export a Megatron checkpoint as a Hugging Face model that stock transformers loads, without custom code.
 
-    moelpr export --load DIR --save DIR
+    moelpr model export --load DIR --save DIR
 
 A dense model is exported as its own class, an upcycled one as the stock MoE class of its family or as another that can
 hold it (--as): docs/serving.md lists which programs run which class.
 Weights stream from the checkpoint to safetensors, one tensor at a time. With --gguf, DIR-gguf gets the same model for
-llama.cpp, Ollama and LM Studio; moelpr gguf does that for an export that exists.
+llama.cpp, Ollama and LM Studio; moelpr model gguf does that for an export that exists.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def _parse_arguments() -> argparse.Namespace:
     size = "largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)"
     base = "name of the base on the Hub, for the model card (default: the name of its folder)"
     stock = "stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a Qwen)"
-    delta = "write only routers and new experts; moelpr apply-delta adds the base"
+    delta = "write only routers and new experts; moelpr model apply-delta adds the base"
     add("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help=size)
     add("--base-model", metavar="NAME", help=base)
     add("--as", dest="as_class", choices=MOE_CLASSES, help=stock)

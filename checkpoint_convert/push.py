@@ -1,7 +1,7 @@
 """Upload an export, a graft or its GGUF files to the Hugging Face Hub.
 
-    moelpr push EXPORT OWNER/NAME --dry-run
-    moelpr push EXPORT OWNER/NAME
+    moelpr model push EXPORT OWNER/NAME --dry-run
+    moelpr model push EXPORT OWNER/NAME
 
 --dry-run prints the files with their sizes and the head of the model card, and sends nothing. The repository is private
 unless --public is given. Only a model's own files are uploaded, none with a secret or a path of this machine; an
@@ -19,7 +19,7 @@ from moelpr.process.text_tables import table_text
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="EXPORT", help="folder written by moelpr export, graft or gguf")
+    add("folder", type=Path, metavar="EXPORT", help="folder written by moelpr model export, graft or gguf")
     add("repository", metavar="OWNER/NAME", help="model on the Hub, which is made if it does not exist")
     add("--dry-run", action="store_true", help="show what would be uploaded, without asking the Hub")
     add("--public", action="store_true", help="let everybody see a new repository (default: private)")
@@ -45,7 +45,7 @@ def main() -> None:
         print(f"{address}: {len(upload.files)} files, {total}")
     missing = [key for key in ("base_model", "language", "model-index") if not upload.card.data.to_dict().get(key)]
     if missing:
-        print(f"note: the card has no {', '.join(missing)}; moelpr card adds them")
+        print(f"note: the card has no {', '.join(missing)}; moelpr model card adds them")
     if upload.left_out:
         print(f"note: not uploaded: {', '.join(upload.left_out[:5])}{' …' if len(upload.left_out) > 5 else ''}")
 

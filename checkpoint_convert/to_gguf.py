@@ -1,7 +1,7 @@
 """Write an export as a GGUF file for llama.cpp, Ollama and LM Studio, also in fewer bits.
 
-    moelpr gguf EXPORT --quantize Q4_K_M --ollama
-    moelpr gguf EXPORT --quantize Q4_K_M --imatrix en=en.jsonl --imatrix el=el.jsonl
+    moelpr model gguf EXPORT --quantize Q4_K_M --ollama
+    moelpr model gguf EXPORT --quantize Q4_K_M --imatrix en=en.jsonl --imatrix el=el.jsonl
 
 llama.cpp's own converter and quantizer write it (extra `gguf`). Before, the export is checked against what llama.cpp
 computes, and after, its tokenizer against the export's. With --imatrix, rounding errors count as much as the weights
@@ -21,7 +21,7 @@ from moelpr.store.checksums import NO_VERIFY
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr export, apply-delta or graft")
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
     add("--save", type=Path, metavar="DIR", help="folder to write (default: EXPORT-gguf)")
     add_gguf_options(parser, TYPES)
     text = "text of a language, as JSON lines or Parquet, on which weights' importance is measured; repeat for all"

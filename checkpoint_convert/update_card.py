@@ -1,8 +1,9 @@
 """Complete the model card of an export with evaluation results and metadata, so that it can be uploaded as it is.
 
-    moelpr card DIR --results runs/evaluation/results.json
+    moelpr model card DIR --results runs/evaluation/results.json
 
-The results become the card's model-index, and their languages the model's. `moelpr push DIR OWNER/NAME` uploads it.
+The results become the card's model-index, and their languages the model's. `moelpr model push DIR
+OWNER/NAME` uploads it.
 """
 
 import argparse
@@ -15,7 +16,12 @@ from moelpr.process.errors import UserError
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder written by moelpr export, moelpr apply-delta or moelpr graft")
+    add(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="folder written by moelpr model export, moelpr model apply-delta or moelpr model graft",
+    )
     results = "JSON of moelpr.evaluate, of held-out text or of the harness"
     add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)
     add("--evaluated", metavar="NAME", help="the model's name in the results (default: the one evaluated from DIR)")

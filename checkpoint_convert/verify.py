@@ -1,9 +1,9 @@
 """Compare two models, each a Hugging Face model or a Megatron checkpoint: tensor by tensor, and on real text.
 
-    moelpr verify A B [--text FILE …]
-    moelpr verify --frozen BASE UPCYCLED [--text FILE …]
-    moelpr verify --graft BASE INSTRUCT MODEL GRAFT [--text FILE …]
-    moelpr verify EXPORT --reader llama.cpp
+    moelpr model verify A B [--text FILE …]
+    moelpr model verify --frozen BASE UPCYCLED [--text FILE …]
+    moelpr model verify --graft BASE INSTRUCT MODEL GRAFT [--text FILE …]
+    moelpr model verify EXPORT --reader llama.cpp
 
 Exit code 0 if they are equal within the tolerances, 1 if they differ, 2 for invalid input. With --frozen, every tensor
 of the base is compared with the tensor of the upcycled model that must equal it (attention, norms, embeddings,
@@ -38,7 +38,7 @@ def _parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     model = "Hugging Face directory or Megatron checkpoint folder"
     tolerance = "largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)"
-    graft = "compare A plus the difference of INSTRUCT and BASE with B, which moelpr graft wrote"
+    graft = "compare A plus the difference of INSTRUCT and BASE with B, which moelpr model graft wrote"
     text = (
         'also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text; if one model has new '
         "tokens, texts without them, and the logits of all other tokens"

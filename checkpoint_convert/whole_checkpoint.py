@@ -1,6 +1,6 @@
 """Convert a checkpoint of a run with --save-trained-only to a complete checkpoint, which needs no other folder.
 
-    moelpr whole-checkpoint --load runs/stage2 --save runs/stage2-whole
+    moelpr model whole-checkpoint --load runs/stage2 --save runs/stage2-whole
 
 It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """

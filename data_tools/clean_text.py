@@ -1,8 +1,8 @@
 r"""Clean text before it is tokenized: by language, near duplicates, and what evaluations contain.
 
-    moelpr clean --input data/el --output clean/el --language-id glotlid.bin --languages el \
+    moelpr data clean --input data/el --output clean/el --language-id glotlid.bin --languages el \
         --decontaminate data/el-test.jsonl belebele_ell_Grek
-    moelpr preprocess --input clean/el ...
+    moelpr data preprocess --input clean/el ...
 
 The steps, in this order: language identification (--language-id), removal of documents that share 12 words in a row
 with a text of --decontaminate, and removal of near duplicates (MinHash), of which one stays. They are datatrove's, and

@@ -2,7 +2,7 @@
 
 The old tokens keep their IDs. Original-language text is tokenized as before: a merge that would change a document of
 --original is refused. Byte-level BPE (Qwen, Llama 3) and SentencePiece BPE with byte fallback (Llama 2, Mistral) are
-supported; the result is a Hugging Face fast tokenizer with vocabulary_extension.json, for `moelpr convert
+supported; the result is a Hugging Face fast tokenizer with vocabulary_extension.json, for `moelpr model convert
 --extended-tokenizer`. docs/vocabulary.md has examples.
 """
 

@@ -1,6 +1,6 @@
 r"""Let a base model write text by itself, as replay for those who have none of what it was trained on.
 
-    moelpr generate --model Qwen3-8B-Base --output data/generated --documents 20000 --language-id glotlid.bin
+    moelpr data generate --model Qwen3-8B-Base --output data/generated --documents 20000 --language-id glotlid.bin
 
 The texts begin with the model's start token, or with short prompts in many languages and in code (--languages,
 --prompts). They are written to OUTPUT/LANGUAGE.jsonl, the text of original languages for languages.yaml or moelpr
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         language_of = load_identifier(arguments.language_id, frozenset(), arguments.min_confidence).language
     from moelpr.evaluate.models import check_device, load_model, read_max_positions, require_hf
 
-    require_hf({str(arguments.model): arguments.model}, "moelpr generate")
+    require_hf({str(arguments.model): arguments.model}, "moelpr data generate")
     check_device(arguments.device)
     most = read_max_positions(arguments.model)
     if most is not None and arguments.max_tokens >= most:

@@ -3,7 +3,7 @@
 The three files are compared with each other, with the checksum in the .lang, and with the checksums and counts of the
 manifest. Documents are shown as text if a tokenizer is given, otherwise as token IDs.
 
-    moelpr inspect data/el_text_document --json
+    moelpr data inspect data/el_text_document --json
 """
 
 import argparse

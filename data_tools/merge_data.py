@@ -1,9 +1,9 @@
 """Join corpora: write the bytes that a single preprocessing job over all the input would write, including the manifest.
 
-    moelpr merge --output-prefix data/expanded_text_document --num-shards 8
-    moelpr merge --output-prefix data/all --input data/el_text_document data/hu_text_document
+    moelpr data merge --output-prefix data/expanded_text_document --num-shards 8
+    moelpr data merge --output-prefix data/all --input data/el_text_document data/hu_text_document
 
-The first joins the shards that `moelpr preprocess --num-shards 8` wrote next to --output-prefix.
+The first joins the shards that `moelpr data preprocess --num-shards 8` wrote next to --output-prefix.
 """
 
 import argparse

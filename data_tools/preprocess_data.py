@@ -5,7 +5,7 @@ The flags are those of Megatron-LM's tool of the same name, plus the language bi
 span of a document (--spans-key spans), by a registry (--dataset), or detected by py3langid (--detect-language).
 With --conversations, documents are lists of messages, which the tokenizer's chat template turns into text.
 
-Several jobs share the work with --num-shards N, each with its own --shard; moelpr merge joins their outputs
+Several jobs share the work with --num-shards N, each with its own --shard; moelpr data merge joins their outputs
 into the bytes that a single job would have written. docs/corpora.md has examples of everything.
 """
 

@@ -1,6 +1,6 @@
 r"""Sample random documents of tokenized corpora into a new corpus, for example the replay text of stage 2.
 
-    moelpr sample --output-prefix data/replay \
+    moelpr data sample --output-prefix data/replay \
         --input data/en_text_document data/zh_text_document data/el_text_document data/hu_text_document \
         --original-documents 50000 --expanded-documents 100000
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     check_output(arguments.output_prefix, arguments.overwrite)
     corpora, manifests = open_corpora(arguments.input)
     if corpora[0].loss_bits is not None:
-        raise UserError(f"{corpora[0].prefix} has conversations; sample them with moelpr preprocess --max-samples")
+        raise UserError(f"{corpora[0].prefix} has conversations; sample them with moelpr data preprocess --max-samples")
     samples: list[Sample] = []
     for number, corpus in enumerate(corpora):
         samples += sample_from(corpus, manifests[number] if manifests else None, arguments)

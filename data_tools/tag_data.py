@@ -1,8 +1,8 @@
 """Add language bits and a manifest to a corpus that Megatron's own tool has tokenized, without copying its tokens.
 
-    moelpr tag data/el_text_document --language el --expanded-languages el \
+    moelpr data tag data/el_text_document --language el --expanded-languages el \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen1.5-1.8B
-    moelpr tag data/mixed_text_document --document-languages languages.txt --original-languages en,es,zh \
+    moelpr data tag data/mixed_text_document --document-languages languages.txt --original-languages en,es,zh \
         --tokenizer-type HuggingFaceTokenizer --tokenizer-model Qwen1.5-1.8B --output-prefix tagged/mixed
 
 The .bin and .idx are read completely and stay as they are. The .lang and the manifest are written next to them, or

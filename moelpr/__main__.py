@@ -26,6 +26,7 @@ class Tool(NamedTuple):
 # These have one module, which reads the subcommand itself.
 PROJECT = "moelpr.project.__main__"
 TRAIN = "train"
+HELP = ("-h", "--help")
 GROUPS: dict[str, dict[str, Tool]] = {
     "From text to model, from one file": {
         "init": Tool(PROJECT, "write a commented languages.yaml for a model and languages"),
@@ -34,28 +35,32 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "status": Tool(PROJECT, "show what is done, and when the rest will be"),
     },
     "Text": {
-        "clean": Tool("data_tools.clean_text", "remove other languages, near duplicates and evaluation text"),
-        "preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),
-        "tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
-        "merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),
-        "sample": Tool("data_tools.sample_data", "sample documents of corpora, for example for replay"),
-        "generate": Tool("data_tools.generate_text", "let the base model write text, as replay for those without"),
-        "inspect": Tool("data_tools.inspect_data", "show and verify a corpus"),
-        "extend-tokenizer": Tool("data_tools.extend_tokenizer", "add tokens for new languages to a tokenizer"),
+        "data clean": Tool("data_tools.clean_text", "remove other languages, near duplicates and evaluation text"),
+        "data preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),
+        "data tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
+        "data merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),
+        "data sample": Tool("data_tools.sample_data", "sample documents of corpora, for example for replay"),
+        "data generate": Tool("data_tools.generate_text", "let the base model write text, as replay for those without"),
+        "data inspect": Tool("data_tools.inspect_data", "show and verify a corpus"),
+        "data extend-tokenizer": Tool("data_tools.extend_tokenizer", "add tokens for new languages to a tokenizer"),
     },
     "Model": {
-        "convert": Tool("checkpoint_convert.hf_to_mcore", "convert a Hugging Face model, and add experts"),
-        "export": Tool("checkpoint_convert.mcore_to_hf", "export a checkpoint as a Hugging Face model"),
-        "verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
-        "calibrate": Tool("checkpoint_convert.calibrate", "keep text of other languages with the original expert"),
-        "graft": Tool("checkpoint_convert.graft", "add what made the base a chat model"),
-        "gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
-        "card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
-        "push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
-        "apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
-        "import-adapter": Tool("checkpoint_convert.adapter_to_mcore", "convert an adapter of the published code"),
-        "export-adapter": Tool("checkpoint_convert.mcore_to_adapter", "export an adapter for the published code"),
-        "whole-checkpoint": Tool("checkpoint_convert.whole_checkpoint", "complete a checkpoint of trained weights"),
+        "model convert": Tool("checkpoint_convert.hf_to_mcore", "convert a Hugging Face model, and add experts"),
+        "model export": Tool("checkpoint_convert.mcore_to_hf", "export a checkpoint as a Hugging Face model"),
+        "model verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
+        "model calibrate": Tool(
+            "checkpoint_convert.calibrate", "keep text of other languages with the original expert"
+        ),
+        "model graft": Tool("checkpoint_convert.graft", "add what made the base a chat model"),
+        "model gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
+        "model card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
+        "model push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
+        "model apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
+        "model import-adapter": Tool("checkpoint_convert.adapter_to_mcore", "convert an adapter of the published code"),
+        "model export-adapter": Tool("checkpoint_convert.mcore_to_adapter", "export an adapter for the published code"),
+        "model whole-checkpoint": Tool(
+            "checkpoint_convert.whole_checkpoint", "complete a checkpoint of trained weights"
+        ),
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),
@@ -85,61 +90,70 @@ def main() -> None:
 
 def run(words: list[str]) -> None:
     """Run a subcommand with its arguments; its usage and its errors have its name."""
-    name, *arguments = words or ["--help"]
-    if name in ("-h", "--help"):
-        print(usage())
-    elif name == "--version":
+    if words[:1] == ["--version"]:
         print(f"moelpr {__version__}")
-    elif (name := find(name)) == TRAIN:
+        return
+    if (groups := asked_for_list(words)) is not None:
+        print(usage(groups))
+        return
+    name, arguments = find(words)
+    if name == TRAIN:
         train(arguments)
-    elif name in STAGES:
-        train([name, *arguments])
-    else:
-        module = TOOLS[name].module
-        sys.argv = ["moelpr", name, *arguments] if module == PROJECT else [f"moelpr {name}", *arguments]
-        importlib.import_module(module).main()
+        return
+    module = TOOLS[name].module
+    sys.argv = ["moelpr", name, *arguments] if module == PROJECT else [f"moelpr {name}", *arguments]
+    importlib.import_module(module).main()
 
 
-def find(name: str) -> str:
-    """The subcommand that is meant: by its name, or by that of its file (`preprocess_data`)."""
-    modules = {
-        tool.module.removesuffix(".__main__"): own for own, tool in TOOLS.items() if tool.module not in ("", PROJECT)
-    }
-    known = {module.rpartition(".")[2].replace("_", "-"): own for module, own in modules.items()}
-    known |= {own: own for own in [*STAGES, *TOOLS]}
-    if (found := known.get(name.replace("_", "-"))) is None:
-        raise UserError(f"there is no subcommand {name}{nearest(name, known)} moelpr --help lists them")
-    return found
+def asked_for_list(words: list[str]) -> list[str] | None:
+    """The titles of the groups whose list is asked for: of all, or those of `data` or `model`."""
+    first, second = [*words, "--help", "--help"][:2]
+    if first in HELP:
+        return list(GROUPS)
+    titles = [title for title, group in GROUPS.items() if any(name.startswith(f"{first} ") for name in group)]
+    return titles if titles and second in HELP else None
+
+
+def find(words: list[str]) -> tuple[str, list[str]]:
+    """The subcommand that `words` start with, of one or two of them, and the words after it.
+
+    Raises:
+        UserError: There is no such subcommand.
+    """
+    for length in (2, 1):
+        if (name := " ".join(words[:length])) in TOOLS:
+            return name, words[length:]
+    is_group = any(name.startswith(f"{words[0]} ") for name in TOOLS)
+    given = " ".join(words[: 1 + is_group])
+    last = given.split(" ")[-1]
+    by_last = dict.fromkeys(STAGES, TRAIN) | {name.split()[-1]: name for name in TOOLS}
+    meant = difflib.get_close_matches(last, by_last, n=1)
+    hint = f" did you mean {by_last[meant[0]]}?" if meant else ""
+    raise UserError(f"there is no subcommand {given};{hint} moelpr --help lists them")
 
 
 def train(arguments: list[str]) -> None:
     """Become the launcher of a stage, which is to use this Python."""
     stage, *arguments = arguments or ["--help"]
-    if stage in ("-h", "--help"):
+    if stage in HELP:
         print("usage: moelpr train STAGE [arguments]; moelpr train STAGE --help lists them\n")
         print(table(STAGES))
         return
     if stage not in STAGES:
-        raise UserError(f"there is no stage {stage}{nearest(stage, STAGES)} the stages are {', '.join(STAGES)}")
+        raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
     launcher = str(launch_folder() / f"{stage}.sh")
     os.environ["MOELPR_PYTHON"] = sys.executable
     os.execv(launcher, [launcher, *arguments])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a clause: a semicolon, after it what may be meant."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ";"
-
-
-def usage() -> str:
+def usage(groups: Iterable[str]) -> str:
     parts = ["usage: moelpr SUBCOMMAND [arguments]; moelpr SUBCOMMAND --help lists them"]
-    parts += [f"{title}:\n" + table({name: tool.help for name, tool in of.items()}) for title, of in GROUPS.items()]
+    parts += [f"{title}:\n" + table({name: tool.help for name, tool in GROUPS[title].items()}) for title in groups]
     return "\n\n".join([*parts, "moelpr --version prints the version."])
 
 
 def table(rows: dict[str, str]) -> str:
-    return "\n".join(f"  {name:<17} {text}" for name, text in rows.items())
+    return "\n".join(f"  {name:<23} {text}" for name, text in rows.items())
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class ModelSpec(Record):
     REMEDY: ClassVar[str] = "restore the file, or convert the model again"
     MISSING: ClassVar[str] = (
         f"has no {FILE_NAME}, so the model's shape is unknown; "
-        "pass a folder written by moelpr convert or by moelpr's trainer"
+        "pass a folder written by moelpr model convert or by moelpr's trainer"
     )
 
     family: str

@@ -1,4 +1,4 @@
-"""`moelpr clean` against datatrove's own reader, MinHash and writer in its own executor, with the same words.
+"""`moelpr data clean` against datatrove's own reader, MinHash and writer in its own executor, with the same words.
 
 Both find near duplicates in the same JSON lines, of random words; a fifth of the documents are copies. moelpr also
 counts by language and writes what it removes.

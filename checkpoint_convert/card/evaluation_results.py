@@ -127,7 +127,9 @@ def update_card(
     """
     card = read_card(folder)
     if card is None:
-        raise UserError(f"{folder} has no {CARD_FILE}; pass a folder that moelpr export or moelpr graft wrote")
+        raise UserError(
+            f"{folder} has no {CARD_FILE}; pass a folder that moelpr model export or moelpr model graft wrote"
+        )
     if base_model and not is_hub_name(base_model):
         raise UserError(f"--base-model must be OWNER/NAME on the Hugging Face Hub, got {base_model}")
     if wrong := [code for code in languages or [] if not re.fullmatch(_LANGUAGE, code)]:

@@ -67,7 +67,7 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
 
 
 def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) -> str:
-    """Say which readers run the export with this config.json, and which --as of moelpr export the others need."""
+    """Say which readers run the export with this config.json, and which --as of moelpr model export the others need."""
     if spec.moe is None:
         return "Runs wherever its base runs."
     others: dict[str, list[str]] = {}
@@ -79,7 +79,9 @@ def readers_sentence(family: Family, spec: ModelSpec, config: dict[str, Any]) ->
                 if kind.misfit(spec) is None
                 and obstacle(reader, family.written_as(kind).export_config({}, spec, spec.dtype)) is None
             ]
-            remedy = f"use moelpr export --as {' or '.join(fitting)}" if fitting else f"no class will do, as {reason}"
+            remedy = (
+                f"use moelpr model export --as {' or '.join(fitting)}" if fitting else f"no class will do, as {reason}"
+            )
             others.setdefault(remedy, []).append(name)
     running = [name for reader, name in READERS.items() if reader != "vllm" and obstacle(reader, config) is None]
     loads = "; vLLM should run it, but only its loader was tested" if obstacle("vllm", config) is None else ""

@@ -47,7 +47,7 @@ class CalibratedRouters(Record):
     """
 
     FILE_NAME: ClassVar[str] = "calibration.json"
-    REMEDY: ClassVar[str] = "calibrate the export again with moelpr calibrate"
+    REMEDY: ClassVar[str] = "calibrate the export again with moelpr model calibrate"
 
     model: str
     texts: dict[str, list[str]]
@@ -89,7 +89,7 @@ def write_calibrated(
     Raises:
         UserError: The models do not fit each other or the method; `save` is then unchanged.
     """
-    require_hf({"model": model, "base": base}, "moelpr calibrate")
+    require_hf({"model": model, "base": base}, "moelpr model calibrate")
     check_output(save, [model, base], overwrite, (CalibratedRouters.FILE_NAME,))
     num_layers, hidden = _sizes(model)
     with open_model(base, device, dtype, verify) as loaded:

@@ -86,7 +86,7 @@ class DeltaConfig(Record):
 
     FILE_NAME: ClassVar[str] = "delta_config.json"
     REMEDY: ClassVar[str] = "copy the delta again"
-    MISSING: ClassVar[str] = "is not a delta: it has no delta_config.json; moelpr export --delta writes one"
+    MISSING: ClassVar[str] = "is not a delta: it has no delta_config.json; moelpr model export --delta writes one"
     INDENT: ClassVar[int | None] = 1
 
     base_model: str

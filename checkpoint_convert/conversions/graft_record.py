@@ -30,8 +30,8 @@ class Graft(Record):
     """
 
     FILE_NAME: ClassVar[str] = "graft.json"
-    REMEDY: ClassVar[str] = "make the graft again with moelpr graft"
-    MISSING: ClassVar[str] = "is not a graft: it has no graft.json; moelpr graft writes one"
+    REMEDY: ClassVar[str] = "make the graft again with moelpr model graft"
+    MISSING: ClassVar[str] = "is not a graft: it has no graft.json; moelpr model graft writes one"
 
     base: str
     instruct: str

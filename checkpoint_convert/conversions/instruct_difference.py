@@ -99,7 +99,7 @@ class GraftReader:
                 if torch.equal(base.to(getattr(torch, name_of_dtype)).to(tensor.dtype), tensor):
                     raise UserError(
                         f"{self._model.folder} was trained in {name_of_dtype}, which rounded the base's weights, but "
-                        f"is stored in another dtype; export it again with moelpr export --dtype {name_of_dtype}"
+                        f"is stored in another dtype; export it again with moelpr model export --dtype {name_of_dtype}"
                     )
             raise UserError(
                 f"{self._base.folder} is not the base of {self._model.folder}: its {origin} differs from {name}, which "
@@ -165,7 +165,7 @@ def add_difference(model: Tensor, base: Tensor, instruct: Tensor, scale: float, 
 
 def _open(folder: Path, verify: Verify) -> tuple[HfReader, Described]:
     if is_megatron(folder):
-        raise UserError(f"{folder} is a Megatron checkpoint; export it with moelpr export and pass the export")
+        raise UserError(f"{folder} is a Megatron checkpoint; export it with moelpr model export and pass the export")
     model = Described.read(folder)
     reader = open_tensors(folder, verify=verify)
     assert isinstance(reader, HfReader)

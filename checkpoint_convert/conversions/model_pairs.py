@@ -76,7 +76,7 @@ def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[P
         if first != second:
             raise UserError(
                 f"{base.folder} is a {first} and {upcycled.folder} a {second}, which join tensors differently; export "
-                "the latter again with moelpr export --as and the base's class, or pass its checkpoint folder"
+                "the latter again with moelpr model export --as and the base's class, or pass its checkpoint folder"
             )
     num_places = base_spec.moe.num_experts if base_spec.moe else 1
     num_experts = spec.moe.num_experts if spec.moe else 1

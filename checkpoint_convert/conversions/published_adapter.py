@@ -236,7 +236,7 @@ def mcore_to_adapter(
         UserError: the input is invalid, or no adapter can express the model; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (AdapterConfig.FILE_NAME,))
-    instead = "export it with moelpr export"
+    instead = "export it with moelpr model export"
     spec = ModelSpec.read(load)
     moe, tokens = spec.moe, spec.new_tokens
 

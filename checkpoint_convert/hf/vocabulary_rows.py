@@ -30,7 +30,7 @@ def read_extension(extended: Path, model: Path) -> VocabularyExtension:
     if old.fingerprint() != extension.old_fingerprint or max(old_ids.values(), default=0) + 1 != first:
         raise UserError(
             f"{extended} extends another tokenizer than that of {model}; extend the model's own with "
-            f"moelpr extend-tokenizer --tokenizer {model}"
+            f"moelpr data extend-tokenizer --tokenizer {model}"
         )
     if any(new_ids.get(token) != id for token, id in old_ids.items()):
         raise UserError(f"the tokenizer in {extended} gives old tokens other IDs than {model} does; extend it again")

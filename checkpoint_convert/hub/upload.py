@@ -17,7 +17,7 @@ from moelpr.families.hub import is_hub_name
 from moelpr.process.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.store import records
 
-# A model and its records, or a folder of moelpr gguf; nothing else, so neither optimizer states nor logs.
+# A model and its records, or a folder of moelpr model gguf; nothing else, so neither optimizer states nor logs.
 _UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "*.gguf", "Modelfile")
 _TEXT = (".json", ".jinja", ".md", ".txt")
 _MOST_TEXT = 1 << 20  # bytes; a tokenizer is larger, and is no text that somebody wrote
@@ -46,13 +46,17 @@ class Upload:
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = [name for name in found if any(fnmatch(name, pattern) for pattern in _UPLOADED)]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):
-            raise UserError(f"{folder} contains no model; pass a folder that moelpr export, graft or gguf wrote")
+            raise UserError(f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf wrote")
         for name in files:
             _check_text(folder / name, allow_paths)
         if (card := read_card(folder)) is None:
-            raise UserError(f"{folder} has no README.md; a model on the Hub needs a card, as moelpr export writes it")
+            raise UserError(
+                f"{folder} has no README.md; a model on the Hub needs a card, as moelpr model export writes it"
+            )
         if not card.data.get("license"):
-            raise UserError(f"the card of {folder} names no licence; add it with moelpr card {folder} --license ID")
+            raise UserError(
+                f"the card of {folder} names no licence; add it with moelpr model card {folder} --license ID"
+            )
         sizes = {name: (folder / name).stat().st_size for name in files}
         return cls(folder, sizes, [name for name in found if name not in files], card)
 

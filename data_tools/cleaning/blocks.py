@@ -42,7 +42,7 @@ PARQUET_COLUMNS = (LANGUAGE, "metadata")  # next to that of the text
 
 
 class TextReader(BaseReader):
-    """Reads what `moelpr preprocess` reads; each task an equal share of the bytes, so large files are split.
+    """Reads what `moelpr data preprocess` reads; each task an equal share of the bytes, so large files are split.
 
     The other keys of a document become its metadata; its language is the canonical code under "language".
 
@@ -226,11 +226,11 @@ class Parquet(_Counted, ParquetWriter):
 
 
 class CorpusWriter(PipelineStep):
-    """Tokenizes the documents of a task with `moelpr preprocess`; `moelpr merge` joins the corpora of all tasks.
+    """Tokenizes the documents of a task with `moelpr data preprocess`; `moelpr data merge` joins the corpora.
 
     Args:
         output_prefix: Task I writes the corpus `output_prefix`-I_text_document.
-        flags: Flags of `moelpr preprocess` for tokenizer and language; documents have their language under "language".
+        flags: Flags of preprocess for tokenizer and language; documents have their language under "language".
     """
 
     type, name = "writer", "moelpr's corpus"
@@ -248,7 +248,7 @@ class CorpusWriter(PipelineStep):
             file.flush()
             if not os.path.getsize(file.name):
                 return
-            command = [sys.executable, "-m", "moelpr", "preprocess", "--input", file.name, "--overwrite"]
+            command = [sys.executable, "-m", "moelpr", "data", "preprocess", "--input", file.name, "--overwrite"]
             command += ["--output-prefix", f"{self.output_prefix}-{rank:05d}", "--workers", "1", *self.flags]
             if (
                 done := subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The pipelines of `moelpr clean`, and the executors of datatrove that run them.
+"""The pipelines of `moelpr data clean`, and the executors of datatrove that run them.
 
 A task that is complete leaves a mark in the logs, and is not run again. Every task writes files of its own, which
 depend on its share of the input only, so a job that was killed goes on to the same bytes.

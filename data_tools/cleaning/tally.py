@@ -87,7 +87,7 @@ class Tally(Record):
 
 @dataclass(frozen=True, config=STRICT)
 class CleaningReport(Record):
-    """What `moelpr clean` has kept, and what each of its steps has removed.
+    """What `moelpr data clean` has kept, and what each of its steps has removed.
 
     Attributes:
         settings: What the result depends on: inputs, flags and versions.
@@ -97,7 +97,7 @@ class CleaningReport(Record):
 
     FILE_NAME: ClassVar[str] = "report.json"
     ASCII: ClassVar[bool] = False
-    MISSING: ClassVar[str] = "has no report of a cleaning; pass the folder _removed that moelpr clean has written"
+    MISSING: ClassVar[str] = "has no report of a cleaning; pass the folder _removed that moelpr data clean has written"
 
     settings: dict[str, object]
     kept: Tally

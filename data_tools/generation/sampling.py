@@ -26,7 +26,7 @@ _MOST_IN_VAIN = 20
 
 @dataclass(frozen=True, config=STRICT)
 class GeneratedText(Record):
-    """How `moelpr generate` made the texts in its folder.
+    """How `moelpr data generate` made the texts in its folder.
 
     Attributes:
         model: The folder of the model.

@@ -1,4 +1,4 @@
-"""The command line of moelpr preprocess, and checks of options that exclude or require each other."""
+"""The command line of moelpr data preprocess, and checks of options that exclude or require each other."""
 
 import argparse
 import os

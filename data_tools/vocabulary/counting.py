@@ -67,7 +67,7 @@ class TextFiles:
 
 
 class DocumentReader:
-    """Reads the documents of batches as `moelpr preprocess` does."""
+    """Reads the documents of batches as `moelpr data preprocess` does."""
 
     def __init__(self, files: TextFiles) -> None:
         self._parser = DocumentParser(OneLanguage(files.languages), [[files.key]] * len(files.languages))

@@ -102,7 +102,7 @@ def _calibrated(maker: TaskMaker, name: str, calibrated: settings.Calibrated) ->
     """An export with calibrated routers; kept text is that of the training, and in other languages."""
     run, pack, save = calibrated.run, calibrated.pack, maker.run / f"{name}-hf"
     export = tasks.export(maker.run / run)
-    words: Words = ["-m", "moelpr", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
+    words: Words = ["-m", "moelpr", "model", "calibrate", "--model", maker.run / f"{run}-hf", "--base", maker.base]
     words += ["--expanded-languages", ",".join(EXPANDED), "--dtype", "bfloat16", "--save", save, "--overwrite"]
     words += calibrated.options
     files = maker.train_files(LANGUAGES)

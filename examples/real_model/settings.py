@@ -93,7 +93,7 @@ class Calibrated:
 
     Attributes:
         run: The run.
-        options: More flags of moelpr calibrate.
+        options: More flags of moelpr model calibrate.
         pack: Folder of more text to keep than that of the training; "" if there is none.
     """
 

@@ -11,9 +11,9 @@ Writes RUN/unseen/NAME.jsonl from the packages of the text, next to held-out tex
   parts alone, whose bits are to be subtracted;
 - `prompts.LANG`: sentences of all these languages, whose first words models continue.
 
-What the base writes itself (`moelpr generate`) is in RUN/samples and RUN/replies: from its start token, and in reply to
-requests in its chat format. A model that gives it less probability has left the base: the difference is an estimate of
-KL(base‖model).
+What the base writes itself (`moelpr data generate`) is in RUN/samples and RUN/replies: from its start token, and
+in reply to requests in its chat format. A model that gives it less probability has left the base: the difference is an
+estimate of KL(base‖model).
 """
 
 import itertools
@@ -40,7 +40,7 @@ SKIPPED = 32  # tokens at the start of a document, which a base tuned for chat p
 DOCUMENTS, FEWER = 12, {"long": 3, **{f"mixed.{x}": 4 for x in EXPANDED}}  # per text
 KINDS = ("help", "interface")
 REQUESTS = Path(__file__).with_name("requests.yaml")
-# What the base writes -> options of moelpr generate.
+# What the base writes -> options of moelpr data generate.
 WRITTEN = {
     "samples": "--languages und --documents 48 --batch-size 48 --max-tokens 128 --min-tokens 64".split(),
     "replies": f"--prompts {REQUESTS} --documents 20 --batch-size 2 --max-tokens 64 --min-tokens 16".split(),

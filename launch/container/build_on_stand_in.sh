@@ -139,12 +139,12 @@ with open("text.jsonl", "w") as file:
     for i in range(200):
         file.write(json.dumps({"text": f"document {i} of the trial, in the image"}) + "\n")
 PYTHON
-$e preprocess --input text.jsonl --language expanded --output-prefix corpus --tokenizer-type HuggingFaceTokenizer \
+$e data preprocess --input text.jsonl --language expanded --output-prefix corpus --tokenizer-type HuggingFaceTokenizer \
     --tokenizer-model hf --append-eod
-$e convert --hf-path hf --save upcycled --num-new-experts 2
+$e model convert --hf-path hf --save upcycled --num-new-experts 2
 $e train stage1 --recipe paper-stage1 --nproc-per-node 2 --pretrained-checkpoint upcycled --data-path corpus_text_document --save run \
     --micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-3 --train-iters 2 --log-interval 1 | tail -n 2
-$e export --load run --save export
+$e model export --load run --save export
 ls export/config.json
 '
 section "done"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Entry point of the container: a subcommand of moelpr, or any other command.
 #   docker run … moelpr train stage1 --recipe /opt/moelpr/launch/recipes/paper-stage1.yaml …
-#   docker run … moelpr preprocess --help
+#   docker run … moelpr data preprocess --help
 #   docker run … moelpr bash
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -22,9 +22,9 @@ __help | _h)
     ;;
 first_contact) exec "${prepare[@]}" "$root/launch/first_contact.sh" "$@" ;;
 pretrain | torchrun) exec "${prepare[@]}" "$python" -m "moelpr.$command" "$@" ;;
-train | stage[012] | dense | run) exec "${prepare[@]}" "$python" -m moelpr "$command" "$@" ;;
+train | run) exec "${prepare[@]}" "$python" -m moelpr "$command" "$@" ;;
 esac
-if "$python" -c 'import sys; from moelpr.__main__ import find; find(sys.argv[1])' "$command" 2>/dev/null; then
+if "$python" -c 'import sys; from moelpr.__main__ import find; find(sys.argv[1:])' "$command" "$@" 2>/dev/null; then
     exec "$python" -m moelpr "$command" "$@"
 fi
 if ! command -v "$command" >/dev/null; then

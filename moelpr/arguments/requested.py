@@ -207,10 +207,10 @@ def _checkpoint_folder(own: str | None, pretrained: str | None) -> Path:
         if folder and (Path(folder) / TRACKER_FILE).exists():
             return Path(folder)
     if pretrained is None:
-        raise UserError("a checkpoint is required; pass --pretrained-checkpoint DIR (moelpr convert makes one)")
+        raise UserError("a checkpoint is required; pass --pretrained-checkpoint DIR (moelpr model convert makes one)")
     raise UserError(
         f"--pretrained-checkpoint {pretrained} is not a Megatron checkpoint: {TRACKER_FILE} is missing; make one with "
-        "moelpr convert, or pass the --save folder of an earlier stage"
+        "moelpr model convert, or pass the --save folder of an earlier stage"
     )
 
 

@@ -67,7 +67,7 @@ _REFUSED = {
     "its file would replace all other settings; use --recipe": "yaml-cfg",
     "the trainer builds its own layers; remove it": "spec",
     "weights come from the checkpoint; remove it": "init-model-with-meta-device load-main-params-from-ckpt",
-    "use moelpr convert --num-new-experts N instead": "moe-use-upcycling",
+    "use moelpr model convert --num-new-experts N instead": "moe-use-upcycling",
     "it is computed from --balance-loss-coeff; use that": "moe-aux-loss-coeff",
     "it follows from the vocabulary and --tensor-model-parallel-size; remove it": "padded-vocab-size",
     "frozen weights would stay on the CPU; remove it": "use-cpu-initialization",

@@ -20,7 +20,7 @@ from moelpr.store.checksums import NO_VERIFY
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(prog=program_name("python -m moelpr.chat"), description=__doc__)
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr export, apply-delta or graft")
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
     add("--port", type=int, default=7860, metavar="N", help="port of the page (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")

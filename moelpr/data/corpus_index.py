@@ -18,7 +18,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequenc
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-REBUILD = "rebuild the corpus with moelpr preprocess"
+REBUILD = "rebuild the corpus with moelpr data preprocess"
 _AT_ONCE = 1 << 20  # sequences or documents checked at once, so that memory stays small
 
 

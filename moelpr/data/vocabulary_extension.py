@@ -9,12 +9,12 @@ from moelpr.process.errors import UserError
 from moelpr.store.records import STRICT, Record
 
 VOCABULARY_EXTENSION_FILE = "vocabulary_extension.json"
-_REMEDY = "pass a folder that moelpr extend-tokenizer wrote"
+_REMEDY = "pass a folder that moelpr data extend-tokenizer wrote"
 
 
 @dataclass(frozen=True, config=STRICT)
 class VocabularyExtension(Record):
-    """New tokens of a tokenizer, as moelpr extend-tokenizer writes them next to it.
+    """New tokens of a tokenizer, as moelpr data extend-tokenizer writes them next to it.
 
     Attributes:
         first_new_id: ID of the first new token: the old tokenizer's highest ID + 1, added tokens included.

@@ -41,7 +41,9 @@ class Gguf:
         params.vocab_only, params.n_gpu_layers = vocab_only, 0
         self._model = self._c.lib.llama_model_load_from_file(str(path).encode(), params)
         if self._model == self._c.ffi.NULL:
-            raise UserError(f"llama.cpp cannot load {path}; write it again with moelpr gguf, or use a newer llama.cpp")
+            raise UserError(
+                f"llama.cpp cannot load {path}; write it again with moelpr model gguf, or use a newer llama.cpp"
+            )
         self._vocab = self._c.lib.llama_model_get_vocab(self._model)
         self._context, self._length = self._c.ffi.NULL, 0
 

@@ -142,7 +142,7 @@ def require_hf(models: Mapping[str, Path], user: str) -> None:
     if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
         raise UserError(
             f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
-            "with moelpr export"
+            "with moelpr model export"
         )
 
 
@@ -177,7 +177,7 @@ def open_model(
     if torch_device.type != ("cpu" if cpu.is_needed() else "cuda"):
         raise UserError(
             f"--device {device}: a Megatron checkpoint runs on the GPU if there is one; export it with "
-            "moelpr export, or hide the GPU (CUDA_VISIBLE_DEVICES=)"
+            "moelpr model export, or hide the GPU (CUDA_VISIBLE_DEVICES=)"
         )
     if torch_device.type == "cuda":
         torch.cuda.set_device(torch_device)

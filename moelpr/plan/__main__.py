@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
     add_expert_flags(parser)
     add_either = parser.add_mutually_exclusive_group().add_argument
-    extended = "tokenizer with new tokens, as in moelpr convert (default: the model's)"
+    extended = "tokenizer with new tokens, as in moelpr model convert (default: the model's)"
     add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)
     new_tokens = "number of new tokens of a tokenizer that does not exist yet; each gets a further row"
     add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)

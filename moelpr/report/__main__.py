@@ -58,7 +58,7 @@ def report_parser() -> argparse.ArgumentParser:
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save of the trainer), in the order of training"
     )
     add("--evaluation", **files, help="JSON files of `moelpr evaluate`: results, routing and benchmarks per language")
-    add("--verification", **files, help="outputs of `moelpr verify --json`")
+    add("--verification", **files, help="outputs of `moelpr model verify --json`")
     add("--claims", type=Path, metavar="FILE", help="claims to judge by the evaluation, like examples/demo-claims.yaml")
     add("--facts", type=Path, metavar="FILE", help="facts to add: YAML or JSON mapping of title to {name: value}")
     add("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")

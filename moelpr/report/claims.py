@@ -18,7 +18,7 @@ from moelpr.store.yaml_files import read_mapping
 
 
 class Verification(TypedDict, total=False):
-    """The result of `moelpr verify --json`, with fields that are only shown.
+    """The result of `moelpr model verify --json`, with fields that are only shown.
 
     Attributes:
         equal: Whether the models are equal within the tolerances.
@@ -38,7 +38,7 @@ class Verification(TypedDict, total=False):
 
 
 def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:
-    """File name without its suffix -> the last JSON line that `moelpr verify --json` printed.
+    """File name without its suffix -> the last JSON line that `moelpr model verify --json` printed.
 
     Raises:
         UserError: A file is missing, or has no such line.
@@ -47,7 +47,7 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:
     for path in paths:
         if path.stem in checks:
             raise UserError(f"--verification {path} has the name of another one; rename it")
-        remedy = "pass outputs of `moelpr verify A B --json` as --verification"
+        remedy = "pass outputs of `moelpr model verify A B --json` as --verification"
         lines = [line for line in records.content(path, remedy).splitlines() if line.startswith(b"{")]
         checks[path.stem] = records.parse(Verification, lines[-1] if lines else b"", str(path), remedy)
     return checks
@@ -62,7 +62,7 @@ def read_facts(path: Path) -> dict[str, dict[str, str]]:
 
 
 def check_result(check: Mapping[str, Any]) -> str:
-    """The result of moelpr verify in words."""
+    """The result of moelpr model verify in words."""
     keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
     found = {name: check[key] for key, name in keys.items() if key in check}
     parts = [f"{name} {'Inf or NaN' if value is None else f'{value:.2g}'}" for name, value in found.items()]

@@ -38,7 +38,7 @@ class Report:
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
-    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr verify
+    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr model verify
     claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
 
@@ -222,9 +222,8 @@ def _checks_table(report: Report) -> list[Block]:
         same = number_text(check.get("same_next_token"), "{:.2%}")
         title = Cell(meanings[name], name) if name in meanings else name
         rows.append(Row([title, found, f"{check.get('num_tensors', 0):,}", same]))
-    note = (
-        "Measured by moelpr verify. Shown: equal within its tolerances, by default 0 for a tensor and 1e-4 for a logit."
-    )
+    note = "Measured by moelpr model verify. Equal: within its tolerances, "
+    note += "by default 0 for a tensor and 1e-4 for a logit."
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
 
 

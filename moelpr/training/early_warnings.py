@@ -139,7 +139,7 @@ class EarlyWarnings:
             return []
         message = (
             f"the LPR loss does not fall: {loss:.4g} over the last {len(self._block)} steps, {first:.4g} over the "
-            "first; raise --lpr-loss-coeff or --lr, and check the language bits (moelpr inspect)"
+            "first; raise --lpr-loss-coeff or --lr, and check the language bits (moelpr data inspect)"
         )
         return [EarlyWarning("lpr_loss_stays", message)]
 

@@ -275,6 +275,6 @@ def _shard(corpus: Path, number: int, shards: int) -> Path:
 
 def _joining(corpus: Path, shards: int) -> str:
     """A line that joins shards, unless an interrupted job has."""
-    words = ["moelpr", "merge", "--output-prefix", str(corpus), "--num-shards", str(shards)]
+    words = ["moelpr", "data", "merge", "--output-prefix", str(corpus), "--num-shards", str(shards)]
     first = shlex.quote(str(_shard(corpus, 0, shards)))
     return f"[[ ! -e {first} ]] || (run_tool -m {shlex.join(words)} --remove-input --overwrite)"

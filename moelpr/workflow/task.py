@@ -15,9 +15,9 @@ class Task:
 
     Attributes:
         name: The name of the task, its mark and its log.
-        command: A subcommand (`moelpr convert …`), a launcher (`launch/stage1.sh …`), or arguments of Python (`tool.py
-            …`, `-m module …`). A function returns it when the task's turn comes, if results of earlier tasks decide it;
-            it may raise a UserError.
+        command: A subcommand (`moelpr model convert …`), a launcher (`launch/stage1.sh …`), or arguments of Python
+            (`tool.py …`, `-m module …`). A function returns it when the task's turn comes, if earlier tasks decide
+            it; it may raise a UserError.
         settings: Further words of the command that decide how fast it is, not what it writes, such as a layout. It is
             not done again when they change.
         made_from: Names of the tasks whose output it reads. It is done again when one of them was.

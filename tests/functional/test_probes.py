@@ -52,7 +52,19 @@ def test_probes_have_the_scores_of_exports(material: Path, local_tasks: Path) ->
     assert [record["iteration"] for record in records(save)] == sorted(record["iteration"] for record in records(save))
     assert probes[0]["waited_s"] > 0, "a training on CPUs waits, and says for how long"
     assert "stage1 step 4, probe: Doors/" in done.stderr and "for which training waited" in done.stderr
-    export = [sys.executable, "-m", "moelpr", "export", "--load", save, "--iteration", "4", "--save", material / "hf"]
+    export = [
+        sys.executable,
+        "-m",
+        "moelpr",
+        "model",
+        "export",
+        "--load",
+        save,
+        "--iteration",
+        "4",
+        "--save",
+        material / "hf",
+    ]
     harness = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""GGUF files by `moelpr gguf`: tokens, bits per byte and prompts are transformers', before and after quantizing."""
+"""GGUF files by `moelpr model gguf`: tokens, bits per byte and prompts are transformers', also when quantized."""
 
 import json
 import shutil

@@ -21,7 +21,7 @@ def test_cleaning_on_slurm_equals_this_machine(cluster: Cluster, tmp_path: Path)
     texts = [" ".join("".join(draw.choices("abcdef", k=4)) for _ in range(30)) for _ in range(20)]
     lines = [json.dumps({"text": draw.choice(texts)}) + "\n" for _ in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    clean = [sys.executable, "-m", "moelpr", "clean", "--input", str(tmp_path / "a.jsonl"), "--tasks", "3"]
+    clean = [sys.executable, "-m", "moelpr", "data", "clean", "--input", str(tmp_path / "a.jsonl"), "--tasks", "3"]
     environment = cluster.environment | {"PYTHONPATH": str(ROOT)}
     slurm = ["--executor", "slurm", "--partition", "low", "--time", "00:10:00", "--workers", "2"]
     here = ["--output", str(tmp_path / "here"), "--workers", "1"]

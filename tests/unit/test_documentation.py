@@ -26,7 +26,6 @@ SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.rep
 LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "sft.sh", "dense.sh")
 # The subcommands of `moelpr` that can be asked for help.
 OURS = {name for name, tool in TOOLS.items() if tool.module and find_spec(tool.module.removesuffix(".__main__"))}
-OURS |= {*STAGES}
 FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 
 
@@ -112,8 +111,8 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
                 started = word
             elif script in SCRIPTS or (script in LAUNCHERS and word.startswith("launch/")):
                 started = script
-            elif words[position - 1 : position] == ["moelpr"] and word in OURS:
-                started = named_itself(word)
+            elif words[position - 1 : position] == ["moelpr"] and (own := ours(words[position:])):
+                started = named_itself(own)
             elif words[position - 1 : position] == ["train"] and word in STAGES:
                 started = f"{word}.sh"
             elif f"{name} {word}" in SUBCOMMANDS:
@@ -129,10 +128,13 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             yield name, flags
 
 
+def ours(words: list[str]) -> str | None:
+    """The subcommand of `moelpr` that `words` start with, if it can be asked for help."""
+    return next((name for name in (" ".join(words[:2]), words[0]) if name in OURS), None)
+
+
 def named_itself(subcommand: str) -> str:
     """The name under which a subcommand of `moelpr` is found here."""
-    if subcommand in STAGES:
-        return f"{subcommand}.sh"
     module = TOOLS[subcommand].module.removesuffix(".__main__")
     if module == "moelpr.project":
         return f"{module} {subcommand}"

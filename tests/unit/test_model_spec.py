@@ -83,5 +83,5 @@ def test_an_invalid_file_is_a_user_error(tmp_path, moe_spec, change, message) ->
 
 
 def test_a_folder_without_the_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"no {FILE_NAME}.*moelpr convert"):
+    with pytest.raises(UserError, match=f"no {FILE_NAME}.*moelpr model convert"):
         ModelSpec.read(tmp_path)

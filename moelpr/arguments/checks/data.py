@@ -73,7 +73,7 @@ def check_conversations(run: RequestedRun) -> Iterable[str]:
         if not any(map(has_conversations, prefixes)):
             yield (
                 f"--stage sft requires conversations, but {' '.join(prefixes)} has none; make a corpus of them with "
-                "moelpr preprocess --conversations"
+                "moelpr data preprocess --conversations"
             )
     for prefix in filter(has_conversations, _existing_corpora(run)):
         try:
@@ -340,7 +340,7 @@ def check_validation_flags(run: RequestedRun) -> Iterable[str]:
 
 
 def _missing(prefix: str) -> str:
-    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr preprocess"
+    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr data preprocess"
 
 
 def _blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:

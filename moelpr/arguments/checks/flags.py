@@ -19,7 +19,7 @@ _REQUIRED = {
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),
     "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": _LENGTHS,
-    "--data-path PREFIX (moelpr preprocess makes a corpus)": (*DATA_FLAGS, "mock_data"),
+    "--data-path PREFIX (moelpr data preprocess makes a corpus)": (*DATA_FLAGS, "mock_data"),
 }
 
 _EXCLUSIVE = (_LENGTHS, DATA_FLAGS, ("fp16", "bf16", "fp32"))

@@ -40,12 +40,12 @@ def check_checkpoint_kind(run: RequestedRun) -> Iterable[str]:
     if run.args.stage == "dense" and run.spec.moe is not None:
         yield (
             f"--stage dense requires a dense checkpoint, but {run.checkpoint} has experts; use --stage stage1 or "
-            "stage2, or convert the model with moelpr convert --dense"
+            "stage2, or convert the model with moelpr model convert --dense"
         )
     if run.args.stage in MOE_STAGES and run.spec.moe is None:
         yield (
             f"--stage {run.args.stage} requires an upcycled checkpoint, but {run.checkpoint} is dense; upcycle it with "
-            "moelpr convert --num-new-experts N"
+            "moelpr model convert --num-new-experts N"
         )
 
 
@@ -147,7 +147,7 @@ def check_new_tokens(run: RequestedRun) -> Iterable[str]:
     if (args.stage == "stage0" or args.train_new_embeddings) and run.spec is not None and run.spec.new_tokens is None:
         yield (
             f"{trains} requires a model with new tokens, but {run.checkpoint} has none; convert the model with "
-            "moelpr convert --extended-tokenizer DIR"
+            "moelpr model convert --extended-tokenizer DIR"
         )
     if args.train_new_embeddings and args.stage not in ("stage1", None):
         does = "trains them anyway" if args.stage in ("stage0", "dense") else "does not train them"

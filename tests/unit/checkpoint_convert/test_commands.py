@@ -91,7 +91,7 @@ def test_the_last_line_and_the_card_say_which_programs_run_an_export(upcycled, t
     monkeypatch.setattr(sys, "argv", ["export", "--load", str(upcycled), "--save", str(tmp_path / "out")])
     exporter.main()
     *_, line = capsys.readouterr().out.splitlines()
-    assert line.endswith("For llama.cpp (Ollama, LM Studio) and MLX, use moelpr export --as granitemoe.")
+    assert line.endswith("For llama.cpp (Ollama, LM Studio) and MLX, use moelpr model export --as granitemoe.")
     assert line in (tmp_path / "out" / "README.md").read_text()
     sys.argv += ["--as", "granitemoe", "--overwrite"]
     exporter.main()

@@ -85,7 +85,7 @@ def test_dataset_can_be_pickled_for_loader_workers(write_corpus: Callable) -> No
 def test_corpus_without_bits_is_rejected(write_corpus: Callable) -> None:
     prefix, *_ = write_corpus("corpus")
     prefix.with_suffix(".lang").unlink()
-    with pytest.raises(UserError, match=r"corpus.lang .*No such file.*moelpr preprocess"):
+    with pytest.raises(UserError, match=r"corpus.lang .*No such file.*moelpr data preprocess"):
         TaggedIndexedDataset(str(prefix))
 
 

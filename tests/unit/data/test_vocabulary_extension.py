@@ -27,5 +27,5 @@ def test_values_out_of_range_are_refused(tmp_path: Path, changes: dict[str, obje
 
 
 def test_a_folder_without_the_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"moelpr extend-tokenizer"):
+    with pytest.raises(UserError, match=r"moelpr data extend-tokenizer"):
         VocabularyExtension.read(tmp_path)

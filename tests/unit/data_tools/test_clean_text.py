@@ -133,7 +133,7 @@ def test_workers_and_kills_do_not_change_a_byte(tmp_path: Path, write_lines: Cal
     clean_text.main([*words, "--output", str(tmp_path / "one" / "out"), "--workers", "1"])
     whole = files_of(tmp_path / "one" / "out")
     output = tmp_path / "two" / "out"
-    command = [sys.executable, "-m", "moelpr", "clean", *words, "--output", str(output), "--workers", "2"]
+    command = [sys.executable, "-m", "moelpr", "data", "clean", *words, "--output", str(output), "--workers", "2"]
     logs = output.parent / ".out.partial" / "logs"
     for complete in ("filter/completions/00001", "compare/completions/00003"):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

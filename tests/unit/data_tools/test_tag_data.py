@@ -309,7 +309,16 @@ def test_existing_bits_are_replaced_only_on_request(megatrons, hf_tokenizer, tmp
 
 
 def test_errors_are_one_sentence_with_exit_code_2(megatrons, hf_tokenizer) -> None:
-    words = [sys.executable, "-m", "moelpr", "tag", f"{megatrons}.idx", "--tokenizer-type", "HuggingFaceTokenizer"]
+    words = [
+        sys.executable,
+        "-m",
+        "moelpr",
+        "data",
+        "tag",
+        f"{megatrons}.idx",
+        "--tokenizer-type",
+        "HuggingFaceTokenizer",
+    ]
     words += ["--tokenizer-model", str(hf_tokenizer), "--document-languages", str(megatrons.with_name("none"))]
     done = subprocess.run([*words, "--original-languages", "en"], capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "none" in done.stderr

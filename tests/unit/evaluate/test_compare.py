@@ -111,7 +111,7 @@ def test_models_side_by_side_see_the_same_windows(dense_dir, moe_dir, texts, mon
 
 def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts):
     dense_spec.write(tmp_path)
-    with pytest.raises(UserError, match="--continuations .*moelpr export"):
+    with pytest.raises(UserError, match="--continuations .*moelpr model export"):
         compare_models({"m": tmp_path}, texts, continuation_tokens=4)
 
 

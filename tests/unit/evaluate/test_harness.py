@@ -335,4 +335,4 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
 def test_a_megatron_checkpoint_must_be_exported_first(rejected, tmp_path, dense_spec):
     dense_spec.write(tmp_path)
     message = rejected("harness", "--model", tmp_path, "--languages", "en", "--original-languages", "en")
-    assert "moelpr export" in message
+    assert "moelpr model export" in message

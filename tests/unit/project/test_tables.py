@@ -32,7 +32,7 @@ def test_a_time_is_in_its_largest_unit(minutes: float, text: str) -> None:
 
 
 def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
-    """`moelpr preprocess --json-keys content` writes PREFIX_content_document."""
+    """`moelpr data preprocess --json-keys content` writes PREFIX_content_document."""
     languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": {"text": "en.jsonl", "json_key": "content"}}}
     places = Places(read_project(write(languages=languages)))
     assert places.corpus("en").name == "en_content_document" and places.corpus("el").name == "el_text_document"

@@ -108,7 +108,7 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
     assert read_verifications([path]) == {"check-export": {"equal": True, "num_tensors": 7, "max_abs_diff": None}}
     for content in ("text", '{"other": 1}', '{"equal'):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"check-export\.log: .*moelpr verify A B --json"):
+        with pytest.raises(UserError, match=r"check-export\.log: .*moelpr model verify A B --json"):
             read_verifications([path])
     with pytest.raises(UserError, match="nowhere"):
         read_verifications([tmp_path / "nowhere"])

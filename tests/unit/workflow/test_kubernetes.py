@@ -48,11 +48,11 @@ def settings(**values: Any) -> KubernetesSettings:
 
 def tasks(run: Path) -> list[Task]:
     texts = [Task(name=f"preprocess-{code}", command=["moelpr", code], cpus=8) for code in ("el", "hu")]
-    convert = Task(name="convert", command=["moelpr", "convert"], memory_gib=16)
+    convert = Task(name="convert", command=["moelpr", "model", "convert"], memory_gib=16)
     made_from = ("convert", "preprocess-el", "preprocess-hu")
     stage1 = Task(name="stage1", command=["moelpr"], made_from=made_from, continues=run / "1", nodes=4, gpus_per_node=8)
     stage2 = replace(stage1, name="stage2", made_from=("stage1", "preprocess-el"), continues=run / "2")
-    export = Task(name="export", command=["moelpr", "export"], made_from=("stage2",))
+    export = Task(name="export", command=["moelpr", "model", "export"], made_from=("stage2",))
     return [
         *texts,
         convert,

@@ -183,7 +183,7 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
     assert 'moelpr preprocess-el --num-shards 3 --shard "$SLURM_ARRAY_TASK_ID"\n' in array
     joins = (run / "slurm" / "preprocess-el.sbatch").read_text()
     corpus = run / "data" / "el_text_document"
-    assert f"moelpr merge --output-prefix {corpus} --num-shards 3 --remove-input --overwrite" in joins
+    assert f"moelpr data merge --output-prefix {corpus} --num-shards 3 --remove-input --overwrite" in joins
     made_as = re.search(r"--task preprocess-el --made-as (\w+)", joins)
     assert made_as
 

@@ -278,6 +278,6 @@ def test_a_changed_command_is_shown_by_its_flags() -> None:
     assert difference(before, before.replace(" --bf16", "")) == " (no --bf16)"
     assert difference(before, before + " --fp32") == " (--fp32)"
     assert (
-        difference(before, "moelpr export")
+        difference(before, "moelpr model export")
         == " (no --lr, not 1e-3; no --data-path, not 1 a 2 b; no --bf16; and 1 more)"
     )

@@ -23,7 +23,7 @@ def test_every_missing_corpus_is_named(upcycled: str, problems, tmp_path: Path) 
     there = tmp_path / "corpus"
     found = problems("stage1", upcycled, "--data-path", "0.5", "nowhere", "0.3", str(there), "0.2", "elsewhere")
     assert [line.split()[0] for line in found] == ["nowhere.bin", "elsewhere.bin"]
-    assert all("moelpr preprocess" in line for line in found)
+    assert all("moelpr data preprocess" in line for line in found)
 
 
 def test_data_that_is_given_twice_or_unreadable_is_rejected(upcycled: str, problems, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_damaged_corpus_does_not_start(upcycled, problems, accepted, tmp_path,
     damage(Path(f"{prefix}.{name}"), DAMAGE[name])
     for extent in ([], ["--verify-corpus", "full"]):
         (found,) = problems(*command, *extent)
-        assert found.startswith(f"{prefix}.{name} ") and "damaged" in found and "moelpr preprocess" in found
+        assert found.startswith(f"{prefix}.{name} ") and "damaged" in found and "moelpr data preprocess" in found
     accepted(*command, "--verify-corpus", "none")
     monkeypatch.setenv("LOCAL_RANK", "1")  # one rank per node reads
     accepted(*command)
@@ -197,7 +197,7 @@ def test_invalid_validation_corpora_are_rejected(upcycled: str, problems, tmp_pa
     for items, named in [
         ([str(tmp_path / "en")], ["--validation-data", "LANG=PREFIX", str(tmp_path / "en")]),
         ([good, good], ["--validation-data", "en"]),
-        (["el=nowhere"], ["nowhere.bin", "moelpr preprocess"]),
+        (["el=nowhere"], ["nowhere.bin", "moelpr data preprocess"]),
         ([mixed], [f"--validation-data {mixed}", "original", "expanded"]),
         ([short], [f"--validation-data {short}", "got 1"]),
     ]:

@@ -101,7 +101,7 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
 
 LLAMA = {"add_qkv_bias": False}
 SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
-EXPORT = "use moelpr export"
+EXPORT = "use moelpr model export"
 VLLM = "; vLLM should run it, but only its loader was tested"
 WIDE = "it assumes that heads are not 16 wide"
 

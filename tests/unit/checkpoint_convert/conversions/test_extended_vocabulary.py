@@ -165,10 +165,10 @@ def no_tokenizer(extended: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_fingerprint, "extends another tokenizer than that of .*moelpr extend-tokenizer --tokenizer"),
+        (other_fingerprint, "extends another tokenizer than that of .*moelpr data extend-tokenizer --tokenizer"),
         (fewer_new_ids, "does not have the new IDs .* 60 to 103"),
         (other_old_ids, "gives old tokens other IDs"),
-        (no_record, "has no vocabulary_extension.json; pass a folder that moelpr extend-tokenizer wrote"),
+        (no_record, "has no vocabulary_extension.json; pass a folder that moelpr data extend-tokenizer wrote"),
         (no_tokenizer, "the tokenizer in .*extended cannot be opened"),
     ],
 )

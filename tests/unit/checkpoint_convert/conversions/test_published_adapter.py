@@ -199,7 +199,7 @@ def test_an_adapter_with_all_parameters_replaces_the_base(qwen2, write_adapter, 
     for name in ("model.norm.weight", "model.layers.1.mlp.experts.0.up_proj.weight", "lm_head.weight"):
         original = name.replace("experts.0.", "")
         assert torch.equal(reader.read(name), tensors_of(qwen2)[original] + 1), name
-    with pytest.raises(UserError, match="had changed the base's weights too.*moelpr export"):
+    with pytest.raises(UserError, match="had changed the base's weights too.*moelpr model export"):
         mcore_to_adapter(tmp_path / "megatron", tmp_path / "again", "base")
 
 
@@ -334,16 +334,16 @@ def test_a_base_that_training_rounded_has_no_adapter_in_its_own_dtype(make_qwen2
 
 def test_a_model_that_an_adapter_cannot_express_is_rejected(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "dense", None)
-    with pytest.raises(UserError, match="is dense.*moelpr export"):
+    with pytest.raises(UserError, match="is dense.*moelpr model export"):
         mcore_to_adapter(tmp_path / "dense", tmp_path / "out", "base")
     hf_to_mcore(qwen2, tmp_path / "moe", NewExperts(4))
     spec = json.loads((tmp_path / "moe" / "model_spec.json").read_text())
     spec["moe"] |= {"num_original_experts": 2, "num_new_experts": 3}
     (tmp_path / "lifelong").mkdir()
     (tmp_path / "lifelong" / "model_spec.json").write_text(json.dumps(spec))
-    with pytest.raises(UserError, match="2 original experts.*moelpr export"):
+    with pytest.raises(UserError, match="2 original experts.*moelpr model export"):
         mcore_to_adapter(tmp_path / "lifelong", tmp_path / "out", "base")
     hf_to_mcore(qwen2, tmp_path / "copies", NewExperts(4, original_copies=2))
-    with pytest.raises(UserError, match="2 copies.*moelpr export"):
+    with pytest.raises(UserError, match="2 copies.*moelpr model export"):
         mcore_to_adapter(tmp_path / "copies", tmp_path / "out", "base")
     assert not (tmp_path / "out").exists()

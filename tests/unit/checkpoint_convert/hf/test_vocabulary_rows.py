@@ -144,7 +144,9 @@ def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tm
 
 
 def test_an_adapter_of_the_published_code_has_no_new_tokens(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has 45 new tokens, but the published code .*; export it with moelpr export"):
+    with pytest.raises(
+        UserError, match=r"has 45 new tokens, but the published code .*; export it with moelpr model export"
+    ):
         mcore_to_adapter(checkpoint, tmp_path / "adapter", "base")
 
 

@@ -1,4 +1,4 @@
-"""`moelpr push` against a server that answers as the Hub does."""
+"""`moelpr model push` against a server that answers as the Hub does."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def push(hub: LocalHub, folder: Path, *flags: str, name: str = "me/model", token
     home = str(folder.parent / "hub-home")
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": home, "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-m", "moelpr", "push", str(folder), name, *flags]
+    command = [sys.executable, "-m", "moelpr", "model", "push", str(folder), name, *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 

@@ -32,7 +32,6 @@ setup(
     package_dir={"moelpr.launch": "launch"},
     package_data={
         "checkpoint_convert.card": ["templates/*"],
-        "data_tools.generation": ["*.yaml"],
         "moelpr.chat": ["*.css", "*.js"],
         "moelpr.launch": ["*.sh", "recipes/*", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],

@@ -72,7 +72,6 @@ class Queue(TaskMaker):
             *(self._plain_base() if self.is_plain else []),
             self.script("split", ALL, self.text, 0.2, made_from=("text",)),
             *self.preprocess(ALL, self.base),
-            *(self.written(name, *options) for name, options in unseen.WRITTEN.items()),
             self.script("unseen", ALL, self.run / unseen.FOLDER, 0.3, made_from=("text",)),
         ]
 

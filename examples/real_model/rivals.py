@@ -1,6 +1,5 @@
 """What a reviewer would try instead, and what might be better: the tasks of the settings of `settings.RIVALS`."""
 
-import math
 from typing import Any
 
 from examples import tasks
@@ -26,7 +25,7 @@ def rivals(maker: TaskMaker) -> list[Task]:
     }
     found = [tagged(users | users_of_pack[settings.OTHER], other), tagged(users, kept)]
     known = _pack(maker, settings.OTHER_KNOWN)
-    found += [tagged(users_of_pack[settings.OTHER_KNOWN], known), *_written_replay(maker)]
+    found.append(tagged(users_of_pack[settings.OTHER_KNOWN], known))
     top3 = maker.run / "upcycled-top-3"
     found += [maker.convert(top3, settings.users_of(top3.name), *moe_options("copies", topk=3))]
     for setting in settings.RIVALS:
@@ -48,19 +47,6 @@ def _pack(maker: TaskMaker, name: str, *options: str) -> Task:
     words += [*options, "--overwrite"]
     is_complete = (folder / "pack.manifest.json").is_file
     return Task(name=name, command=words, files=(OTHER_SOURCES,), is_complete=is_complete)
-
-
-def _written_replay(maker: TaskMaker) -> list[Task]:
-    """Replay text that the base writes from its start token, as those have who have none."""
-    name = settings.WRITTEN_REPLAY
-    users = {setting.name for setting in settings.RIVALS if setting.training and name in setting.training.blend}
-    tokens_per_document = 96  # about; at most 128
-    documents = math.ceil(maker.tokens * (1 + settings.REVIEW_SHARE) * 0.1 / tokens_per_document)
-    options = f"--languages und --documents {documents} --batch-size 48 --max-tokens 128 --seed 2".split()
-    write = tagged(users, maker.written(name, *options))
-    made_from, files = (name, "base"), [maker.run / name / "*.jsonl"]
-    corpus = tasks.preprocess(maker.data / name, files, maker.base, "original", made_from=made_from)
-    return [write, tagged(users, corpus, minutes=0.2)]
 
 
 def _adapted(maker: TaskMaker, name: str, row: settings.Training) -> Task:

@@ -142,7 +142,6 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
 
 
 TIMES_LONGER = 1.9  # than full fine-tuning, about: a step of stage 1 on one core
-WRITTEN_REPLAY = "written"  # replay text that the base itself writes
 NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
 INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
@@ -240,12 +239,6 @@ RIVALS = (
         f"full fine-tuning, 10% replay text, {TIMES_LONGER:g} times the tokens, which take about as long as MoE-LPR",
         is_extra=True,
         training=Training("dense", "dense", _replay(10), 3e-4, share=TIMES_LONGER * (1 + REVIEW_SHARE)),
-    ),
-    Setting(
-        "full-written",
-        "full fine-tuning, 10% replay text that the base wrote",
-        is_extra=True,
-        training=Training("dense", "dense", {"expanded": 90, WRITTEN_REPLAY: 10}, 3e-4),
     ),
     *(
         Setting(

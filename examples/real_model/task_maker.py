@@ -68,14 +68,6 @@ class TaskMaker:
         task = Task(name=name, command=words, is_complete=output.exists, minutes=minutes)
         return tagged(ALL, task, files=(SOURCES,), memory_gib=2, **fields)
 
-    def written(self, name: str, *options: str) -> Task:
-        """Text that the base writes."""
-        words: Words = ["-m", "data_tools.generate_text", "--model", self.base, "--output", self.run / name]
-        words += [*options, "--temperature", "1", "--top-p", "1", "--dtype", "bfloat16", "--overwrite"]
-        is_complete = (self.run / name / "generated.manifest.json").is_file
-        task = Task(name=name, command=words, made_from=("base",), is_complete=is_complete)
-        return tagged(ALL, task, files=(unseen.REQUESTS,), minutes=1.5)
-
     def preprocess(self, tags: Tags, tokenizer: Path, prefix: str = "") -> list[Task]:
         """A corpus per language group."""
         made_from = ("split", "tokenizer" if prefix else "base")
@@ -133,7 +125,7 @@ class TaskMaker:
         task = Task(
             name=f"unseen-{model}",
             command=command,
-            made_from=("unseen", *unseen.WRITTEN, *dict.fromkeys(["base", model])),
+            made_from=("unseen", *dict.fromkeys(["base", model])),
             is_complete=lambda: rates.bits_per_byte(output, model).keys() >= unseen.files(self.run).keys(),
         )
         minutes = 0.5 + UNSEEN_TOKENS / SPEED["evaluate"] / 60

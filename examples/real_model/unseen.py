@@ -10,10 +10,6 @@ Writes RUN/unseen/NAME.jsonl from the packages of the text, next to held-out tex
 - `copying`, a list of words twice, and `recall`, pairs of words twice; `copying-start` and `recall-start` are the first
   parts alone, whose bits are to be subtracted;
 - `prompts.LANG`: sentences of all these languages, whose first words models continue.
-
-What the base writes itself (`moelpr data generate`) is in RUN/samples and RUN/replies: from its start token, and
-in reply to requests in its chat format. A model that gives it less probability has left the base: the difference is an
-estimate of KL(base‖model).
 """
 
 import itertools
@@ -39,12 +35,6 @@ FOLDER, EVALUATION = "unseen", "unseen-evaluation"
 SKIPPED = 32  # tokens at the start of a document, which a base tuned for chat predicts badly
 DOCUMENTS, FEWER = 12, {"long": 3, **{f"mixed.{x}": 4 for x in EXPANDED}}  # per text
 KINDS = ("help", "interface")
-REQUESTS = Path(__file__).with_name("requests.yaml")
-# What the base writes -> options of moelpr data generate.
-WRITTEN = {
-    "samples": "--languages und --documents 48 --batch-size 48 --max-tokens 128 --min-tokens 64".split(),
-    "replies": f"--prompts {REQUESTS} --documents 20 --batch-size 2 --max-tokens 64 --min-tokens 16".split(),
-}
 ALONE = ("code", "arithmetic", "long", "copying", "copying-start", "recall", "recall-start")
 SENTENCES = 24  # sentences per language, whose first words are continued
 _ITEMS, _LONG_CHARACTERS = 24, 10_000
@@ -52,11 +42,10 @@ _WORDS, _CHARACTERS = 14, 40  # the least that such a sentence has
 
 
 def files(run: Path) -> dict[str, Path]:
-    """Text -> its file, or a pattern of files."""
+    """Text -> its file."""
     names = [f"{x}.{kind}" for kind in KINDS for x in (*ORIGINAL, *EXPANDED)]
     names += [f"{x}.interface" for x in LANGUAGES] + [f"mixed.{x}" for x in EXPANDED]
-    found = {name: run / FOLDER / f"{name}.jsonl" for name in (*names, *ALONE)}
-    return found | {name: run / name / "*.jsonl" for name in WRITTEN}
+    return {name: run / FOLDER / f"{name}.jsonl" for name in (*names, *ALONE)}
 
 
 def is_expanded(text: str) -> bool:
@@ -64,7 +53,7 @@ def is_expanded(text: str) -> bool:
 
 
 def write_texts(output: Path, corpus: Path, wheel: Path) -> None:
-    """Write all texts but those of the base.
+    """Write all texts.
 
     Args:
         corpus: The folder of `examples.real_model.text`.

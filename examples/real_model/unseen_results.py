@@ -4,8 +4,7 @@ All numbers leave out the first tokens of documents (`unseen.SKIPPED`). The two 
 expanded languages on a kind of text that was never trained on, and `unseen`, languages that no text of a setting has.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -61,7 +60,6 @@ CHART = {
         "after review": "new-calibrated",
     },
     "full fine-tuning with replay text": {
-        "10%, written by the base": "full-written",
         "10% replay": "full-10-0.0003",
         "1%": "full-1-0.0003",
         "none": "full-0-0.0003",
@@ -105,7 +103,6 @@ def collect_unseen(run: Path) -> dict[str, Any]:
             "label": SETTINGS[name].label,
             "change": {text: _rounded(interval_of(change)) for text, change in changes[name].items()},
             "against": {} if name == COMPARED else {text: _rounded(lead) for text, lead in leads.items()},
-            "kl": {text: round(_nats(score, text) - _nats(base, text), DIGITS) for text in unseen.WRITTEN},
             "repeated": {text: round(_repeated(score, text), DIGITS) for text in ("copying", "recall")},
             "routing": _routing(score),
         }
@@ -161,11 +158,6 @@ def _changes(base: Scores, model: Scores) -> dict[str, Estimate]:
     return means | {text: each[text] for text in TEXTS["unseen"]}
 
 
-def _nats(score: Scores, text: str) -> float:
-    """Nats per token."""
-    return math.log(2) * sum(score[text].document_bits) / sum(score[text].document_tokens)
-
-
 def _repeated(score: Scores, text: str) -> float:
     """Bits per token of what a document says a second time."""
     whole, start = score[text], score[f"{text}-start"]
@@ -192,11 +184,11 @@ def _rounded(interval: Interval) -> list[float]:
 
 
 def unseen_picture(results: Json) -> str:
-    """Learning against distance from what the base writes, which no replay text contains."""
+    """Learning against the loss on languages that no replay text contains."""
     found, series = results["settings"], []
     for name, members in CHART.items():
         points = {
-            label: [(found[setting]["change"]["learned"][0], math.expm1(fmean(found[setting]["kl"].values())))]
+            label: [(found[setting]["change"]["learned"][0], found[setting]["change"]["unseen"][0])]
             for label, setting in members.items()
             if setting in found
         }
@@ -206,7 +198,7 @@ def unseen_picture(results: Json) -> str:
         "Learning, and what is lost of the base",
         series,
         x_axis="expanded languages, a kind of text never trained on: bits per byte against base",
-        y_axis="perplexity of what the base writes (base: 0)",
+        y_axis="eight languages that no text of a setting has (base: 0)",
     )
 
 
@@ -219,22 +211,17 @@ def choices_table(short: Json, plain: Json) -> str:
         for results, kept in columns:
             found = [results["settings"][name] for name in names if name in results["settings"]]
             changes = [[one["change"][text][0] for one in found] for text in ("learned", kept)]
-            row += [_over_seeds(numbers, percent) for numbers in changes]
-            row.append(_over_seeds([fmean(one["kl"].values()) for one in found], _nats_text))
+            row += [_over_seeds(numbers) for numbers in changes]
         rows.append(row)
-    head = ["learned", "eight unseen languages", "KL, nats per token"]
-    head += ["learned, second base", "four unseen languages that it has read", "KL, nats per token"]
+    head = ["learned", "eight unseen languages"]
+    head += ["learned, second base", "four unseen languages that it has read"]
     return markdown_table(Table(["change against base", *head], rows))
 
 
-def _over_seeds(numbers: Sequence[float], text: Callable[[float], str]) -> str:
+def _over_seeds(numbers: Sequence[float]) -> str:
     if len(numbers) < 2:
-        return text(numbers[0]) if numbers else ""
-    return f"{text(fmean(numbers))} ({text(min(numbers))} to {text(max(numbers))})"
-
-
-def _nats_text(number: float) -> str:
-    return f"{round(number, 3) + 0.0:.3f}".replace("-", "\u2212")
+        return percent(numbers[0]) if numbers else ""
+    return f"{percent(fmean(numbers))} ({percent(min(numbers))} to {percent(max(numbers))})"
 
 
 def unseen_tables(results: Json, head: Mapping[str, str] = HEAD) -> str:
@@ -245,19 +232,17 @@ def unseen_tables(results: Json, head: Mapping[str, str] = HEAD) -> str:
     """
     rows, others, routes = [], [], []
     nothing = {"copying": results["base"]["copying"], "recall": results["base"]["recall"]}
-    others.append(["base", "0", "0", *(f"{value:.2f}" for value in nothing.values()), "", ""])
+    others.append(["base", *(f"{value:.2f}" for value in nothing.values()), "", ""])
     for setting in results["settings"].values():
         intervals = {text: Interval(*setting["change"][text]) for text in head}
         cells = [x.text(percent) if text in ENDPOINTS else percent(x.value) for text, x in intervals.items()]
         rows.append([setting["label"], *cells])
         leads = [Interval(*lead).text(percent) for lead in setting["against"].values()] or ["", ""]
-        nats = [_nats_text(number) for number in setting["kl"].values()]
-        others.append([setting["label"], *nats, *(f"{number:.2f}" for number in setting["repeated"].values()), *leads])
+        others.append([setting["label"], *(f"{number:.2f}" for number in setting["repeated"].values()), *leads])
         if setting["routing"]:
             routes.append([setting["label"], *_routes(setting["routing"])])
     label = SETTINGS[COMPARED].label
-    measures = ["KL on the base's samples, nats per token", "on its replies", "copying, bits per token", "recall"]
-    measures += [f"{HEAD[end]}, minus {label}" for end in ENDPOINTS]
+    measures = ["copying, bits per token", "recall", *(f"{HEAD[end]}, minus {label}" for end in ENDPOINTS)]
     groups = ("original", "unseen", "expanded")
     routing = [
         f"{what}, {group} languages" for what in ("all choices original", "weight of new experts") for group in groups

@@ -1,12 +1,10 @@
 """The measurement of what no replay text contains: its texts, and what their numbers say."""
 
 import json
-import math
 import random
 import re
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 
@@ -48,16 +46,6 @@ def test_sums_are_right() -> None:
             assert sum(map(int, terms.split(" + "))) == int(result)
 
 
-def test_a_chat_request_ends_where_the_reply_begins() -> None:
-    from moelpr.store.yaml_files import read_mapping
-
-    requests = read_mapping(unseen.REQUESTS, "requests")["chat"]
-    assert len({*requests}) == 30
-    assert all(
-        x.startswith("<|im_start|>user\n") and x.endswith("<|im_end|>\n<|im_start|>assistant\n") for x in requests
-    )
-
-
 def write(run: Path, model: str, factor: float, routing: bool = False) -> None:
     """A model whose bits are `factor` times the base's on text of other than expanded languages, half on those."""
     for text in unseen.files(run):
@@ -87,9 +75,6 @@ def test_changes_are_against_the_base_and_leads_against_moe_lpr(run: Path) -> No
     assert found["copies"]["change"]["unseen"] == pytest.approx([0.01] * 3, abs=1e-4)
     assert found["copies"]["change"]["learned"] == pytest.approx([-0.5] * 3, abs=1e-4)
     assert found["full-10-0.0003"]["against"]["unseen"] == pytest.approx([0.03] * 3, abs=1e-4)
-    draw = random.Random("samples")
-    bits = sum(draw.uniform(80, 120) for _ in "12345")
-    assert found["full-10-0.0003"]["kl"]["samples"] == pytest.approx(0.04 * math.log(2) * bits / 250, abs=1e-4)
     assert found["copies"]["routing"]["unseen"] == {"all_original_share": 0.75, "new_gate_weight": 0.25}
 
 
@@ -104,8 +89,7 @@ def test_the_page_has_every_setting_that_is_done(run: Path) -> None:
     tables, picture = unseen_tables(results), unseen_picture(results)
     for setting in results["settings"].values():
         assert setting["label"] in tables
-    further = math.expm1(fmean(results["settings"]["full-10-0.0003"]["kl"].values()))
-    assert percent(further) in picture and "10% replay" in picture
+    assert percent(0.04) in picture and "10% replay" in picture
     assert collect_unseen(run / "empty") == {}
 
 

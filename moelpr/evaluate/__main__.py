@@ -70,6 +70,7 @@ def measure_text(args: argparse.Namespace) -> "Results":
         models,
         {language: read_documents(path, args.json_key, args.max_documents) for language, path in data.items()},
         Settings(args.sequence_length, args.context, args.batch_size, args.skip_tokens),
+        base=args.base,
         continuation_tokens=args.continuations,
         num_prompts=args.prompts,
         device=args.device,
@@ -118,6 +119,11 @@ def make_parser() -> CommandParser:
     add = text.add_argument
     add("--seed", type=at_least(0), default=1, metavar="N", help="random seed of the bootstrap (default: %(default)s)")
     what = (
+        "also measure the distance of each other model from this one: KL(base‖model) in nats per token, exactly; both "
+    )
+    what += "are in memory, and read the same tokens"
+    add("--base", type=Path, metavar="DIR", help=what)
+    what = (
         "also continue the first words of documents, greedily, by up to TOKENS tokens, and measure how often "
         "in another language (default: %(default)s, none; Hugging Face directories only)"
     )
@@ -133,7 +139,7 @@ def make_parser() -> CommandParser:
     routing = commands.add_parser(
         "routing", parents=[text_arguments()], help="where each language's tokens go", description=_ROUTING
     )
-    routing.set_defaults(continuations=0, prompts=1, language_id=None)
+    routing.set_defaults(base=None, continuations=0, prompts=1, language_id=None)
     what = (
         "a layer breaks the prior if more than this fraction of a language's first choices is wrong (original "
         "languages: a new expert; expanded languages: an original one); at least 0, below 1 (default: %(default)s)"

@@ -1,6 +1,6 @@
 """Compare several models, loaded one after another, on the same text.
 
-They are scored, and they may continue a prompt from each language's text.
+They are scored, their distance from a base may be measured, and they may continue a prompt from each language's text.
 """
 
 import hashlib
@@ -8,12 +8,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from moelpr.evaluate.divergence import document_distances
 from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
 from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
@@ -24,7 +25,8 @@ _PROMPTS_AT_ONCE = 16
 PROMPT_WORDS = 7
 PROMPT_CHARACTERS = 10  # in scripts without spaces between words
 _NO_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0e7f]")  # kana, Han, Thai
-_PROMPT = "continuation "  # before a language: a continuation's name in the cache
+# Before a language: the name of its continuations and distances from the base in the cache.
+_PROMPT, _DISTANCE = "continuation ", "distance "
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Comparison:
     continuations: dict[str, Continuation]  # language -> continuations of the first words of a document
     # Language -> model, or the text itself -> continuations of several documents.
     continued: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    base: Path | None = None  # the distance of the other models from it is measured
 
     def scores_on(self, language: str) -> dict[str, LanguageScore]:
         """Model -> score on one language."""
@@ -49,6 +52,7 @@ def compare_models(
     documents: Mapping[str, Sequence[str]],
     settings: Settings | None = None,
     *,
+    base: Path | None = None,
     continuation_tokens: int = 0,
     num_prompts: int = 1,
     device: str = "auto",
@@ -61,14 +65,16 @@ def compare_models(
     Args:
         models: Name -> directory.
         documents: Language -> texts.
+        base: A model with the same tokenizer, from which the distance of all others is measured.
         continuation_tokens: The length of the continuations of prompts, in tokens; 0: none.
         num_prompts: Documents per language whose first words are continued.
         device, dtype, verify: See `moelpr.evaluate.models.load_model`.
 
     Raises:
-        UserError: A setting does not fit a model; no model has been opened yet.
+        UserError: A setting does not fit a model, before any is opened; or the tokens of a model are not the base's.
     """
-    settings = (settings or Settings()).resolve({name: read_max_positions(path) for name, path in models.items()})
+    opened = models if base is None else {**models, f"--base {base}": base}
+    settings = (settings or Settings()).resolve({name: read_max_positions(path) for name, path in opened.items()})
     cache = cache or ResultCache(None)
     if continuation_tokens:
         require_hf(models, "--continuations")
@@ -82,25 +88,43 @@ def compare_models(
         language: {**windows, "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
         for language, texts in documents.items()
     }
+    distances = {}
+    if base:
+        identity = fingerprint_model(base)
+        distances = {_DISTANCE + language: {**key, "base": identity} for language, key in keys.items()}
     for language, pairs in prompts.items():
         keys[_PROMPT + language] = {"prompts": [prompt for prompt, _ in pairs], "tokens": continuation_tokens}
 
     def measure(name: str, missing: list[str]) -> Iterator[tuple[str, Json]]:
         with open_model(models[name], device, dtype, verify) as loaded:
+            if far := [part for part in missing if part in distances]:
+                assert base
+                with open_model(base, device, dtype, verify) as of_base:
+                    for part in far:
+                        language = part.removeprefix(_DISTANCE)
+                        nats = document_distances(of_base, loaded, language, documents[language], settings)
+                        yield part, {"nats": nats}
             texts = {language: documents[language] for language in missing if language in documents}
             for language, score in score_each(loaded, texts, settings, name):
                 yield language, asdict(score)
-            for part in missing[len(texts) :]:
+            for part in missing[len(far) + len(texts) :]:
                 pairs = prompts[part.removeprefix(_PROMPT)]
                 yield part, {"texts": continue_prompts(loaded, [prompt for prompt, _ in pairs], continuation_tokens)}
 
     results = {}
     for name, directory in models.items():
         of = {"model": fingerprint_model(directory), "dtype": resolve_dtype(dtype, choose_device(device))}
-        model_keys = {part: {**of, **key} for part, key in keys.items()}
+        is_base = base is not None and base.resolve() == directory.resolve()
+        model_keys = {part: {**of, **key} for part, key in (keys if is_base else distances | keys).items()}
         results[name] = cache.complete(name, model_keys, partial(measure, name))
     scores = {
-        name: {language: LanguageScore.from_json(found[language]) for language in documents}
+        name: {
+            language: replace(
+                LanguageScore.from_json(found[language]),
+                document_distances=found.get(_DISTANCE + language, {}).get("nats"),
+            )
+            for language in documents
+        }
         for name, found in results.items()
     }
     continuations, continued = {}, {}
@@ -111,7 +135,7 @@ def compare_models(
         lengths = [max(map(len, texts)) for texts in zip(*by_model.values(), strict=True)]
         own = [reference[:length] for (_, reference), length in zip(pairs, lengths, strict=True)]
         continued[language] = by_model | {TEXT_ITSELF: own}
-    return Comparison(dict(models), settings, scores, continuation_tokens, continuations, continued)
+    return Comparison(dict(models), settings, scores, continuation_tokens, continuations, continued, base)
 
 
 def choose_prompts(documents: Sequence[str], number: int) -> list[tuple[str, str]]:

@@ -39,9 +39,9 @@ def estimates(
     for number in range(NUM_SAMPLES if len(columns) > 1 else 0):
         times = np.bincount(rng.integers(size, size=size), minlength=size)
         sums[number] = times[rows] @ columns
-    result = {}
-    for index, (model, score) in enumerate(scores.items()):
-        samples = metrics(*sums[:, 4 * index : 4 * index + 4].T)
+    result, first = {}, 0
+    for model, score in scores.items():
+        samples = metrics(*sums[:, first : (first := first + len(score.columns))].T)
         result[model] = {metric: np.append(value, samples[metric]) for metric, value in score.metrics.items()}
     return result
 

@@ -1,10 +1,10 @@
-"""What a model predicts on some text: its loss, and its distance from a base that reads the same tokens.
+"""The distance of a model from a base that reads the same tokens: KL(base‖model), and the loss of the model.
 
-The distance is KL(base‖model) with the base's most likely tokens one by one and all others together, for which few
-numbers of the base have to be kept. It is at most KL over the whole vocabulary.
+`document_distances` is exact and needs both models in memory. Calibration opens one model at a time, so it keeps the
+base's most likely tokens one by one and all others together (`predictions`, `distance`): at most the exact distance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors
+from moelpr.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
+from moelpr.process.errors import UserError
 
 _SETTINGS = Settings(context=0).resolve({})
 _MOST_LIKELY = 256  # tokens
+_CHUNK_BYTES = 32 << 20  # a model's log-probabilities in fp64
+
+
+@torch.inference_mode()
+def document_distances(
+    base: LoadedModel, loaded: LoadedModel, language: str, texts: Sequence[str], settings: Settings
+) -> list[float]:
+    """Σ KL(base‖model) over the predicted tokens of each document, in nats, over the whole vocabulary in fp64.
+
+    Raises:
+        UserError: The models do not read the same tokens.
+    """
+    documents = tokenize(loaded, language, texts)
+    read_by = [(one.start_id, one.vocab_size) for one in (base, loaded)]
+    if read_by[0] != read_by[1] or documents != tokenize(base, language, texts):
+        raise UserError(
+            f"KL(base‖model) requires one tokenizer, and that of {loaded.directory} is not that of --base "
+            f"{base.directory}; leave out --base, or that model"
+        )
+    nats = [0.0] * len(documents)
+    chunk = max(1, _CHUNK_BYTES // (8 * loaded.vocab_size))
+    for batch in make_batches(loaded, documents, settings):
+        inputs, targets, _ = make_tensors(batch, loaded.device)
+        rows = base.logits(inputs.to(base.device)), loaded.logits(inputs), targets != IGNORED
+        for window, of_base, of_model, is_predicted in zip(batch, *rows, strict=True):
+            pairs = zip(of_base.split(chunk), of_model.split(chunk), is_predicted.split(chunk), strict=True)
+            for expected, found, counted in pairs:
+                old, new = (logits.to(loaded.device).double().log_softmax(-1) for logits in (expected, found))
+                of_tokens = F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
+                nats[window.document] += of_tokens[counted].clamp(min=0).sum().item()
+    return nats
 
 
 @torch.inference_mode()

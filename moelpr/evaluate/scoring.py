@@ -65,16 +65,16 @@ class Settings:
         return replace(self, sequence_length=length, context=context)
 
 
-def metrics(bits: Any, size: Any, tokens: Any, correct: Any) -> dict[str, Any]:
+def metrics(bits: Any, size: Any, tokens: Any, correct: Any, nats: Any = None) -> dict[str, Any]:
     """Metrics from sums over documents (numbers or arrays), in the order of `LanguageScore`.
 
-    Perplexity and accuracy (fraction of tokens that were the most likely next token) are per token, so they cannot be
-    compared between models with different tokenizers.
+    Perplexity, accuracy (fraction of tokens that were the most likely next token) and distance from the base are per
+    token, so they cannot be compared between models with different tokenizers.
     """
     with np.errstate(over="ignore"):  # a model that has diverged has an infinite one
         perplexity = np.exp2(bits / tokens)
     per_token = {"perplexity": perplexity, "accuracy": correct / tokens, "bytes_per_token": size / tokens}
-    return {"bits_per_byte": bits / size} | per_token
+    return {"bits_per_byte": bits / size} | per_token | ({} if nats is None else {"distance": nats / tokens})
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ class LanguageScore:
     document_correct: list[int]  # tokens that were the model's most likely next token
     unknown_tokens: int  # tokens that represent text the tokenizer cannot encode
     routing: Routing | None  # None for a dense model
+    document_distances: list[float] | None = None  # KL(base‖model) in nats; None without a base
 
     @property
     def columns(self) -> list[Sequence[float]]:
         """The lists that the metrics are computed from."""
-        return [self.document_bits, self.document_bytes, self.document_tokens, self.document_correct]
+        counts = self.document_bits, self.document_bytes, self.document_tokens, self.document_correct
+        return [*counts, *([] if self.document_distances is None else [self.document_distances])]
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -46,7 +46,7 @@ class TextResults(Results):
         for group in MEANS if original else ():
             members = [found[code] for code in data if (code in original) == (group == "mean original")]
             if members:
-                found[group] = {m: {name: mean([by[m][name] for by in members]) for name in METRICS} for m in models}
+                found[group] = {m: {x: mean([by[m][x] for by in members]) for x in members[0][m]} for m in models}
         tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
         self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in models}
         # language or mean -> model -> metric -> interval
@@ -125,13 +125,16 @@ class TextResults(Results):
             "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
             "Perplexity per token (lower is better)": self._table(perplexity, per_token),
         }
+        if any("distance" in found for by_model in self._rows.values() for found in by_model.values()):
+            title = "Distance from the base: KL(base‖model), nats per token"
+            tables[title] = self._table(self._cells("distance", "{:.4f}"), "0: it predicts what the base does.")
         if self._wrong:
             tables["Continued in another language"] = wrong_language_table(self._wrong)
         return {title: table for title, table in tables.items() if len(table.head) > 1}
 
     def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
         return {
-            row: {model: estimates[metric].text(form.format) for model, estimates in by_model.items()}
+            row: {model: found[metric].text(form.format) for model, found in by_model.items() if metric in found}
             for row, by_model in self._rows.items()
         }
 
@@ -155,7 +158,9 @@ class TextResults(Results):
         return continuation_samples(self._comparison.continuations, {}, "One sample does not show quality.")
 
     def to_json(self) -> dict[str, Any]:
-        settings = {"seed": self._seed, "continuation_tokens": self._comparison.continuation_tokens}
+        of = self._comparison
+        settings: dict[str, Any] = {"seed": self._seed, "continuation_tokens": of.continuation_tokens}
+        settings |= {"base": str(of.base)} if of.base else {}
         return {
             **settings_json(self._comparison, self._data, self._original, settings),
             "models": {

@@ -37,8 +37,8 @@ def both(tmp_path_factory: pytest.TempPathFactory, dense_dir: Path) -> dict[str,
 
 
 @pytest.mark.usefixtures("megatron")
-def test_a_checkpoint_and_its_export_have_equal_scores_and_routing(both, texts):
-    scores = compare_models(both, texts, Settings(16, 4)).scores
+def test_a_checkpoint_and_its_export_have_equal_scores_routing_and_distance_from_the_base(both, texts):
+    scores = compare_models(both, texts, Settings(16, 4), base=both["dense"]).scores
     for name in ("dense", "moe", "second"):
         for language in texts:
             ours, theirs = scores[name][language], scores[f"{name}-hf"][language]
@@ -47,7 +47,10 @@ def test_a_checkpoint_and_its_export_have_equal_scores_and_routing(both, texts):
             assert ours.document_tokens == theirs.document_tokens
             if name == "dense":
                 assert ours.routing is theirs.routing is None
+                assert ours.document_distances is None
+                assert theirs.document_distances == pytest.approx([0] * len(texts[language]), abs=1e-6)
             else:
+                assert ours.document_distances == pytest.approx(theirs.document_distances, rel=1e-3)
                 assert ours.routing.layers == theirs.routing.layers == [0, 2]
                 for found, expected in zip(astuple(ours.routing), astuple(theirs.routing), strict=True):
                     found, expected = torch.tensor(found).double(), torch.tensor(expected).double()

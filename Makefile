@@ -2,12 +2,12 @@
 
 SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
 
-# With pytest-xdist, test files run side by side, in the order of their folders: those that train come first. The tests
-# of a file stay together, because they share what was trained.
+# With pytest-xdist, test files run side by side, the longest first (tests/durations.json). The tests of a file stay
+# together, because they share what was trained.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-real-model gpu-check check format venv clean
+.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-real-model gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -19,35 +19,38 @@ results: venv ## all settings on a real pretrained model, about eight hours on 2
 	examples/real_model/install.sh
 	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
 
-test: venv ## the default test suite: no network, no GPU
-	.venv/bin/python -m pytest $(PARALLEL)
+test: venv ## the tests that start no training: no network, no GPU
+	.venv/bin/python -m pytest $(PARALLEL) tests/unit tests/launch
+
+test-all: venv ## all tests that need neither network nor GPU; PYTEST=--store-durations records how long files take
+	.venv/bin/python -m pytest $(PARALLEL) $(PYTEST)
 
 test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--seed 2 --minutes 60" for a longer one
 	.venv/bin/python -m tests.faults $(FAULTS)
 
 test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, installs Debian's packages
 	@tests/slurm/install.sh
-	.venv/bin/python -m pytest -m slurm tests/slurm
+	.venv/bin/python -m pytest tests/slurm
 
 test-browser: venv ## reports and the chat page in a real Chromium; as root, installs Debian's packages
 	@tests/browser/install.sh
-	.venv-chat/bin/python -m pytest -m browser tests/browser
+	.venv-chat/bin/python -m pytest tests/browser
 
 test-mergekit: venv ## upcycling against mergekit, which is installed into .venv-mergekit
 	@tests/mergekit/install.sh
-	.venv/bin/python -m pytest -m mergekit tests/mergekit
+	.venv/bin/python -m pytest tests/mergekit
 
 test-trl: venv ## samples of conversations against TRL's, which is installed into .venv-trl
 	@tests/trl/install.sh
-	.venv/bin/python -m pytest -m trl tests/trl
+	.venv/bin/python -m pytest tests/trl
 
 test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
 	@tests/readers/install.sh
-	.venv-readers/bin/python -m pytest -m readers tests/readers
+	.venv-readers/bin/python -m pytest tests/readers
 
 test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-trackers (200 MB)
 	@tests/trackers/install.sh
-	.venv-trackers/bin/python -m pytest -m trackers tests/trackers
+	.venv-trackers/bin/python -m pytest tests/trackers
 
 test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-model
 	@examples/real_model/install.sh

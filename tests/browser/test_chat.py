@@ -17,7 +17,6 @@ from moelpr.families.new_experts import NewExperts
 from tests.browser import chat_page
 from tests.support.hf_models import make_model  # noqa: F401
 
-pytestmark = pytest.mark.browser
 pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-chat")
 pytest.importorskip("playwright")
 

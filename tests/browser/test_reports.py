@@ -18,8 +18,6 @@ from moelpr.report.runs import read_run
 from tests.browser.browser import Seen, look, missing_programs, print_pages, screenshot
 from tests.support.run_folders import LANGUAGES, make_run
 
-pytestmark = pytest.mark.browser
-
 PHONE, DESKTOP = 390, 1280
 DEMO_CLAIMS = Path(__file__).parents[2] / "examples/demo-claims.yaml"
 

@@ -20,7 +20,6 @@ MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin/mergekit-moe"
 NUM_EXPERTS = 4
 
 
-@pytest.mark.mergekit
 @pytest.mark.parametrize(
     ("architecture", "dtype"), [("LlamaForCausalLM", "float32"), ("MistralForCausalLM", "bfloat16")]
 )

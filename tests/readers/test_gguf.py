@@ -22,8 +22,6 @@ from moelpr.process.errors import UserError
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE
 from tests.support.hf_models import make_model  # noqa: F401
 
-pytestmark = pytest.mark.readers
-
 TEXT = ["Η Αθήνα είναι η πρωτεύουσα της Ελλάδας.", "There are 12 cats, isn't it?  光が見える 3 33 333"] * 4
 _GO = """package main
 import ("encoding/json"; "os"; "text/template")

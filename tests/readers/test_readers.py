@@ -24,8 +24,6 @@ from moelpr.families.new_experts import NewExperts
 from tests.readers import llama_cpp
 from tests.support.hf_models import edit_tensors, load_stock, make_model, save_multimodal, save_tokenizer  # noqa: F401
 
-pytestmark = pytest.mark.readers
-
 VOCAB = 99
 NUM_TOKENS = 12
 TOLERANCE = 1e-4

@@ -14,8 +14,6 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.material import ROOT, differences
 from tests.slurm.project import TASKS, ProjectChain
 
-pytestmark = pytest.mark.slurm
-
 
 @pytest.fixture(scope="module")
 def chain(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> ProjectChain:

@@ -8,12 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.slurm.cluster import Cluster
 from tests.slurm.material import ROOT
-
-pytestmark = pytest.mark.slurm
 
 
 def test_cleaning_on_slurm_equals_this_machine(cluster: Cluster, tmp_path: Path) -> None:

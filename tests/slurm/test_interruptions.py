@@ -7,8 +7,6 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.material import STEPS, Stage, differences
 
-pytestmark = pytest.mark.slurm
-
 
 @pytest.fixture(scope="module")
 def stage(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Stage:

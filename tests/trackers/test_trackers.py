@@ -14,7 +14,6 @@ import pytest
 
 from tests.functional.test_training import STEPS, material, metrics, stage1_command, stage2_command
 
-pytestmark = pytest.mark.trackers
 ROOT = Path(__file__).resolve().parents[2]
 SECRETS = {
     "WANDB_API_KEY": "a" * 39 + "9",

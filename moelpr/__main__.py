@@ -35,7 +35,6 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "status": Tool(PROJECT, "show what is done, and when the rest will be"),
     },
     "Text": {
-        "data clean": Tool("data_tools.clean_text", "remove other languages, near duplicates and evaluation text"),
         "data preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),
         "data tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
         "data merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),

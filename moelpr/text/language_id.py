@@ -63,7 +63,7 @@ class FastTextModel:
         try:
             import fasttext
         except ImportError:
-            raise UserError(f"fastText's models need fasttext-predict; run {install_command('clean')}") from None
+            raise UserError(f"fastText's models need fasttext-predict; run {install_command('language-id')}") from None
         try:
             self._model = fasttext.load_model(str(path))
             labels, _ = self._model.predict("text", k=-1, threshold=-1.0)

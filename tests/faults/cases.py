@@ -249,7 +249,6 @@ def hostile_file(case: Case) -> Outcome:
 WRITERS: dict[str, tuple[str, Judge]] = {
     "preprocess a large file": ("--resume", same_files),
     "preprocess conversations": ("--resume", same_files),
-    "clean": ("", same_files),
     "merge large corpora": ("", same_files),
     "sample a large corpus": ("", same_files),
     "tag a large corpus": ("", same_files),

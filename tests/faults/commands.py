@@ -66,12 +66,6 @@ COMMANDS = {
         suffix: Command("data_tools.preprocess_data", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
         for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
     },
-    "clean": Command(
-        "data_tools.clean_text",
-        "--input text/text.jsonl --output out/clean --language-id py3langid --decontaminate text/en.jsonl --tasks 3 "
-        "--workers 2",
-        "text",
-    ),
     "merge": Command("data_tools.merge_data", f"--output-prefix out/all --input {_CORPORA}", "corpus"),
     "merge large corpora": Command(
         "data_tools.merge_data", f"--output-prefix out/all --input {' '.join(['large/a_text_document'] * 8)}", "large"

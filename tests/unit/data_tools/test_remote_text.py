@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from pyarrow import parquet
 from pyarrow.parquet import encryption
 
-from data_tools import clean_text, merge_data, preprocess_data
+from data_tools import merge_data, preprocess_data
 from data_tools.preprocessing import job
 from moelpr.data.manifest import Manifest
 from moelpr.process.errors import MachineError, UserError
@@ -278,16 +278,6 @@ def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> Non
     uri = server.uri("hf", FOLDER)
     assert read_documents(uri, max_documents=50) == read_documents(folder / FOLDER, max_documents=50)
     assert estimate([uri], "text", hf_tokenizer) == estimate([folder / FOLDER], "text", hf_tokenizer)
-
-
-@pytest.mark.parametrize("path", ["jsonl", f"{FOLDER}/train", "jsonl.zst"])
-def test_cleaning_reads_it_as_a_local_folder(server: TextServer, folder: Path, tmp_path: Path, path: str) -> None:
-    def cleaned(source: str, name: str) -> dict[str, bytes]:
-        flags = ["--tasks", "3", "--workers", "1", "--json-key", "text"]
-        clean_text.main(["--input", source, "--output", str(tmp_path / name), *flags])
-        return {file.name: file.read_bytes() for file in (tmp_path / name).glob("*.zst")}
-
-    assert cleaned(server.uri("s3", path), "remote") == cleaned(str(folder / path), "local") != {}
 
 
 @pytest.mark.parametrize(

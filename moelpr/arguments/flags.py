@@ -57,11 +57,6 @@ _HELP = {
     "--trackio-project": "Log to this project of trackio (default: none).",
     "--tracker-run": "Record of the run in trackers; several stages that share one are one run there, and the first "
     "makes it (default: tracker.json in --save, a run per stage).",
-    "--probe-tasks": "Table of benchmarks on which saved steps are scored while training goes on, as --tasks of moelpr "
-    "evaluate harness takes it, and the folder of your own tasks if it has any: on a spare GPU, else on the CPU, for "
-    "which a training on CPUs waits (default: none).",
-    "--probe-interval": "Steps from probe to probe, a multiple of --save-interval (default: --save-interval).",
-    "--probe-limit": "Questions of each task of a probe (default: %(default)s).",
     "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
     "--allow-untested": "Flags of Megatron, without dashes, to accept although this trainer is not tested with them "
     "(default: none).",
@@ -106,9 +101,6 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--mlflow-experiment", metavar="NAME")
     add("--trackio-project", metavar="NAME")
     add("--tracker-run", metavar="FILE")
-    add("--probe-tasks", nargs="+", metavar="FILE")
-    add("--probe-interval", type=int, metavar="STEPS")
-    add("--probe-limit", type=int, default=200, metavar="N")
     add("--fp32", action="store_true")
     add("--allow-untested", nargs="+", action="extend", metavar="FLAG")
     add("--debug", action="store_true")

@@ -75,28 +75,6 @@ class WarningEvent(TypedDict):
     message: NotRequired[str]
 
 
-class ProbeEvent(TypedDict):
-    """Scores on benchmarks of a step that was saved.
-
-    Attributes:
-        iteration: The step after which the scores were there.
-        event: "probe".
-        step: The step that was scored.
-        stage: The stage that trains.
-        scores: Benchmark/language -> score, from 0 to 100.
-        seconds: How long the probe took.
-        waited_s: How long training waited for it.
-    """
-
-    iteration: int
-    event: Literal["probe"]
-    step: int
-    stage: NotRequired[str]
-    scores: dict[str, Number]
-    seconds: NotRequired[Number]
-    waited_s: NotRequired[Number]
-
-
 class OtherEvent(TypedDict):
     """An event of another version."""
 
@@ -114,7 +92,6 @@ _EVENTS = {
         (None, _Step),
         ("validation", ValidationEvent),
         ("warning", WarningEvent),
-        ("probe", ProbeEvent),
     )
 }
 _OTHER = TypeAdapter[Any](OtherEvent)
@@ -127,7 +104,6 @@ class RunMetrics:
     steps: list[Step] = field(default_factory=list)
     validations: list[ValidationEvent] = field(default_factory=list)
     warnings: list[WarningEvent] = field(default_factory=list)
-    probes: list[ProbeEvent] = field(default_factory=list)
 
 
 class LineParser:
@@ -175,7 +151,6 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
     steps: dict[int, Step] = {}
     passes: dict[int, ValidationEvent] = {}
     warnings: list[WarningEvent] = []
-    probes: dict[int, ProbeEvent] = {}
     with_layers: list[int] = []  # steps after the first ones that still have their values per layer
     for record in read_records(path):
         iteration, event = record["iteration"], record.get("event")
@@ -183,15 +158,13 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
             warnings.append(record)
         elif event == "validation":
             passes[iteration] = record
-        elif event == "probe":
-            probes[record["step"]] = record
         elif event is None:
             steps[iteration] = record
             if layers_at_ends is not None and len(steps) > layers_at_ends:
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
                     _keep_means(steps[with_layers.pop(0)])
-    return RunMetrics(_sorted(steps), _sorted(passes), warnings, _sorted(probes))
+    return RunMetrics(_sorted(steps), _sorted(passes), warnings)
 
 
 def _sorted[R](records: dict[int, R]) -> list[R]:

@@ -97,8 +97,6 @@ def values_of(record: Mapping[str, Any]) -> dict[str, float]:
     if record.get("event") == "validation":
         units = {language: bits_of(result) for language, result in record["languages"].items()}
         return {f"validation {unit}/{language}": bits for language, (unit, bits) in units.items() if bits is not None}
-    if record.get("event") == "probe":
-        return {f"probe/{name}": value for name, value in record["scores"].items() if value is not None}
     if "event" in record:
         return {}
     means = {m.tracked: mean_of(record.get(m)) for m in METRICS if m.tracked}

@@ -40,9 +40,6 @@ def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
         for group, title in GROUP_NAMES.items():
             curves = [curve_of(bits, name, language_name(name)) for name in groups if groups[name] == group]
             yield f"held-out text, {title} (bits per {unit})", curves, False, False
-    probes = [{**record["scores"], "iteration": record["step"]} for record in run.metrics.probes]
-    benchmarks = dict.fromkeys(name for record in run.metrics.probes for name in record["scores"])
-    yield "probes (score, 0 to 100)", [curve_of(probes, name, name) for name in benchmarks], False, False
     for title, (*metrics,) in groupby((m for m in METRICS if m.in_chart), key=lambda m: m.heading):
         first = 1 if TOKENS_PER_S in metrics else 0  # the first step includes the start of the program
         by_metric = {m: curve_of(run.metrics.steps[first:], m, GROUP_NAMES.get(m.group, "")) for m in metrics}

@@ -16,7 +16,7 @@ import numpy as np
 from megatron.training import get_args, get_tensorboard_writer
 from tqdm import tqdm
 
-from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, ProbeEvent, Step, ValidationEvent, WarningEvent, bits_of
+from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
 from moelpr.metrics.schema import METRICS, STEP_TIME_S
 from moelpr.metrics.tracking import Tracking, values_of
 from moelpr.process import ranks
@@ -70,13 +70,6 @@ class RunLog:
             )
             self._append(event, before_iteration=iteration + 1)
             self.print(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
-
-    def probe(self, event: ProbeEvent) -> None:
-        """Write the scores of a probe."""
-        self._append(event | {"stage": self.stage}, before_iteration=event["iteration"] + 1)
-        scores = ", ".join(f"{name} {value}" for name, value in event["scores"].items())
-        waited = f", for which training waited {event['waited_s']} s" if event["waited_s"] else ""
-        self.print(f"{self.stage} step {event['step']}, probe: {scores} ({event['seconds']} s{waited})")
 
     def print(self, line: str) -> None:
         """Print a line on stderr, above the progress bar if there is one."""

@@ -29,7 +29,6 @@ from moelpr.model.router import Decisions, LPRRouter
 from moelpr.process import ranks
 from moelpr.store.run_folder import as_step
 from moelpr.training.early_warnings import EarlyWarnings
-from moelpr.training.probes import Probes
 from moelpr.training.run_log import RunLog, finite
 
 
@@ -45,25 +44,10 @@ def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
     log = StepLog(run_log, tracker)
     with (
         closing(run_log),
-        _probes(log),
         hooks.after_training_log(log.step),
         hooks.after_step_is_written(log.step_is_written),
     ):
         yield log
-
-
-@contextmanager
-def _probes(log: "StepLog") -> Iterator[None]:
-    """Score saved steps on benchmarks, if the flags ask for it."""
-    args = get_args()
-    if not args.probe_tasks or not ranks.is_last_rank():
-        yield
-        return
-    args.probe_interval = args.probe_interval or args.save_interval
-    log.probes = Probes(args, log.run_log.probe, lambda line: log.run_log.print(f"moelpr: warning: {line}"))
-    yield
-    if log.iteration == args.train_iters:  # a run that is asked to stop has no time
-        log.probes.close(log.iteration)
 
 
 def _tracking(settings: RunSettings, is_new: bool) -> Tracking | None:
@@ -126,8 +110,6 @@ class StepLog:
 
     def __init__(self, run_log: RunLog, tracker: MetricsTracker) -> None:
         self.run_log, self.tracker = run_log, tracker
-        self.probes: Probes | None = None
-        self.iteration = 0
         self._last_time = time.monotonic()
         self._longest_step_s = 0.0
         self._is_delayed = True  # whether the step contains other work: the start, or a checkpoint
@@ -139,7 +121,7 @@ class StepLog:
         peak_memory_gib = _peak_memory_gib()
         if not ranks.is_last_rank():
             return
-        self.iteration, now = iteration, time.monotonic()
+        now = time.monotonic()
         step_time_s, self._last_time = now - self._last_time, now
         if not self._is_delayed:
             self._longest_step_s = max(self._longest_step_s, step_time_s)
@@ -168,9 +150,6 @@ class StepLog:
                 of_groups = getattr(routing, share)().unbind(dim=1)
                 record |= {f"{share}_{g}": _rounded(of) for g, of in zip(schema.GROUP_NAMES, of_groups, strict=True)}
         self.run_log.step(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
-        if self.probes:
-            self.probes.step(iteration)
-            self.restart_clock()
 
     def step_is_written(self, _: Path, seconds: float) -> None:
         """Warn on the last rank if a run that is asked to stop may be killed before this is done again."""

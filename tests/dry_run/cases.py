@@ -147,7 +147,7 @@ _WITHOUT_CASE = {
     """,
     "validation, which it does not run": """
         eval-global-batch-size eval-interval eval-iters eval-micro-batch-size full-validation multiple-validation-sets
-        probe-interval probe-limit probe-tasks validation-data validation-set-names
+        validation-data validation-set-names
     """,
     "the log": """
         log-memory-interval log-memory-to-tensorboard log-progress log-throughput log-timers-to-tensorboard

@@ -31,7 +31,6 @@ _OTHER_FILES = {
     "recipe.yaml": "moelpr.store.run_folder:Settings",
     "metrics.jsonl, a validation pass": "moelpr.metrics.run_metrics:ValidationEvent",
     "metrics.jsonl, a warning": "moelpr.metrics.run_metrics:WarningEvent",
-    "metrics.jsonl, a probe": "moelpr.metrics.run_metrics:ProbeEvent",
     ".journal of a Hugging Face folder, an entry": "moelpr.store.checksums:WrittenFile",
     ".journal of a Megatron checkpoint, an entry": "moelpr.checkpoints.torch_dist:_DistcpFile",
     ".journal of a preprocessing job, an entry": "data_tools.preprocessing.job:State",

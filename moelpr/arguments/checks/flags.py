@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterable
 from importlib.util import find_spec
-from pathlib import Path
 
 from moelpr.arguments.checks.data import DATA_FLAGS
 from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
 from moelpr.metrics.trackers import TRACKERS, missing_packages
-from moelpr.process.versions import install_command
 
 _LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 
@@ -118,27 +116,6 @@ def check_decay(run: RequestedRun) -> Iterable[str]:
         yield f"--weight-decay-incr-style {style} requires --start-weight-decay and --end-weight-decay; add them"
     elif end < start:
         yield f"--end-weight-decay must be at least --start-weight-decay {start}, got {end}"
-
-
-def check_probes(run: RequestedRun) -> Iterable[str]:
-    """Probes score saved steps with lm-evaluation-harness."""
-    args = run.args
-    if not args.probe_tasks:
-        if args.probe_interval:
-            yield f"{run.flag('probe_interval')} requires --probe-tasks; add it, or remove this flag"
-        return
-    flag = run.flag("probe_tasks")
-    if find_spec("lm_eval") is None:
-        yield f"{flag} needs lm-evaluation-harness, which is not installed; run {install_command('eval')}"
-    if len(args.probe_tasks) > 2 or not Path(args.probe_tasks[0]).is_file():
-        yield f"{flag} takes a table of tasks, a file, and optionally a folder, got {' '.join(args.probe_tasks)}"
-    if not args.save or not args.save_interval:
-        yield f"{flag} requires --save and --save-interval, because saved steps are probed; add them"
-    elif args.probe_interval is not None and (args.probe_interval < 1 or args.probe_interval % args.save_interval):
-        yield (
-            f"{run.flag('probe_interval')} must be a multiple of --save-interval {args.save_interval}, got "
-            f"{args.probe_interval}"
-        )
 
 
 def check_trackers(run: RequestedRun) -> Iterable[str]:

@@ -18,11 +18,10 @@ def write(folder: Path, *records: dict, end: str = "") -> Path:
 def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
     validation, warning = {"iteration": 0, "event": "validation", "languages": {}}, {"iteration": 1, "event": "warning"}
     unknown = {"iteration": 1, "event": "of a later version"}
-    probe = {"iteration": 2, "event": "probe", "step": 1, "scores": {"arc/el": 30.0}}
-    path = write(tmp_path, validation, {"iteration": 1}, warning, unknown, {"iteration": 2}, probe)
+    path = write(tmp_path, validation, {"iteration": 1}, warning, unknown, {"iteration": 2})
     found = read_run_metrics(path)
     assert found.steps == [{"iteration": 1}, {"iteration": 2}]
-    assert (found.validations, found.warnings, found.probes) == ([validation], [warning], [probe])
+    assert (found.validations, found.warnings) == ([validation], [warning])
 
 
 def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:

@@ -119,16 +119,6 @@ def test_runs_with_different_languages_share_one_table(tmp_path: Path) -> None:
     assert row_of(markdown, "Greek")[-1] == "–" and row_of(markdown, "Swahili").count("–") == 2
 
 
-def test_probes_are_curves_per_benchmark(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "stage1", "stage1", 20)
-    with (run / "metrics.jsonl").open("a") as file:
-        for step, score in ((10, 25.0), (20, 31.5)):
-            probe = {"iteration": step + 1, "event": "probe", "step": step, "scores": {"arc/el": score}}
-            file.write(json.dumps(probe) + "\n")
-    page, _ = pages(run)
-    assert "probes (score, 0 to 100)" in page and "arc/el" in page
-
-
 def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
     """No recipe, versions, command, memory, token shares or validation; an unknown field and an unknown event."""
     steps = [{"iteration": step, "lm_loss": 3.0 - step / 10, "tokens": 7} for step in range(1, 6)]

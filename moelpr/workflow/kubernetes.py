@@ -1,18 +1,16 @@
 """Render the tasks of a workflow that are not done as Kubernetes manifests, and apply them with the user's kubectl.
 
-All tasks are one JobSet, of which each job starts when those that it depends on are complete; or trainings are
-TrainJobs of Kubeflow, which know no dependencies, so each call applies what can start. A pod runs `moelpr run FILE
---task NAME`; it gets the file from a ConfigMap.
+All tasks are one JobSet, whose jobs start when those that they depend on are complete. A pod runs `moelpr run FILE
+--task NAME`, and gets the file from a ConfigMap.
 """
 
 import re
-import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -27,7 +25,6 @@ from moelpr.workflow.workflow import Workflow
 
 Quantity = int | str
 Manifest = dict[str, Any]
-_JOBSET, _TRAINJOB = ("jobset.x-k8s.io/v1alpha2", "JobSet"), ("trainer.kubeflow.org/v1alpha1", "TrainJob")
 _FILES, _PORT = "/etc/moelpr", 29500
 _MOST_NEEDS = 5  # JobSet's limit of dependsOn
 _MOST_LETTERS = 63 - len("-abcde")  # a pod's name is its host's, and ends with letters of its own
@@ -43,10 +40,6 @@ class KubernetesSettings:
     """PersistentVolumeClaim with text, base and output (required), which all nodes can write (ReadWriteMany)."""
     folder: str = "/work"
     """Where the claim is mounted, from which relative paths start."""
-    kind: Literal["jobset", "trainjob"] = "jobset"
-    """What a training is: a job of the JobSet of all tasks, or a TrainJob of Kubeflow Trainer."""
-    runtime: str = "torch-distributed"
-    """Training runtime of TrainJobs."""
     namespace: str | None = None
     """Namespace (default: kubectl's)."""
     gpu: str = "nvidia.com/gpu"
@@ -58,7 +51,7 @@ class KubernetesSettings:
     retries: Annotated[int, Field(ge=0)] = 4
     """How often a failed node of a task is started again; stops and lost machines do not count."""
     secrets: list[str] = field(default_factory=list)
-    """Secrets whose keys become environment variables, such as HF_TOKEN; TrainJobs have those of their runtime."""
+    """Secrets whose keys become environment variables, such as HF_TOKEN."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables."""
     labels: dict[str, str] = field(default_factory=dict)
@@ -68,7 +61,7 @@ class KubernetesSettings:
 
 
 def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, render_only: bool = False) -> None:
-    """Write the manifests of what is not done to `kubernetes/` in the workflow's folder, and apply what can start.
+    """Write the manifests of what is not done to `kubernetes/` in the workflow's folder, and apply them.
 
     Args:
         file: What `moelpr run` takes.
@@ -84,69 +77,31 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
     outlooks = workflow.outlook_of_jobs()
     for one in outlooks:
         print(f"{one.task.name}: {one.state}" + (f", because {one.reason}" if one.reason else ""))
-    chain = Chain([one.task for one in outlooks if one.state != "done"], workflow.folder, settings, file)
-    for part in chain.parts():
-        path = workflow.folder / "kubernetes" / f"{part.name}.yaml"
-        write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), part.manifest)))
-        if render_only:
-            print(path)
-        elif part.can_start:
-            _apply(part, path, settings.namespace)
-            print(f"{path}: applied")
-        else:
-            print(f"{path}: cannot start yet; run this again when the others have ended")
-
-
-@dataclass(frozen=True)
-class Part:
-    """An object of the cluster: a JobSet, or a TrainJob."""
-
-    manifest: Manifest
-    can_start: bool
-
-    @property
-    def name(self) -> str:
-        return str(self.manifest["metadata"]["name"])
-
-    @property
-    def is_finished(self) -> bool:
-        ended = ("Completed", "Complete", "Failed")
-        return any(
-            one["type"] in ended and one["status"] == "True" for one in self.manifest["status"].get("conditions", ())
-        )
+    tasks = [one.task for one in outlooks if one.state != "done"]
+    if not tasks:
+        return
+    chain = Chain(tasks, workflow.folder, settings, file)
+    path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
+    write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
+    if not render_only:
+        _apply(chain.name, path, settings.namespace)
+    print(path if render_only else f"{path}: applied")
 
 
 class Chain:
-    """The manifests of tasks, whose objects have names that start with the workflow's."""
+    """The manifests of tasks, which have the workflow's name."""
 
     def __init__(self, tasks: list[Task], folder: Path, settings: KubernetesSettings, file: Path) -> None:
         self._tasks = {task.name: task for task in tasks}
         self._settings, self._file = settings, file
         longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
         name = _label(folder.resolve().name)
-        self._name = (name if name[:1].isalpha() else f"run-{name}")[: _MOST_LETTERS - longest].rstrip("-")
-        self._phases: dict[str, int] = {}  # task → how often something else must end before it is applied
-        for task in tasks:
-            needs = [self._tasks[name] for name in self._needs(task)]
-            waits = [self._phases[need.name] + (self._is_own(need) or self._is_own(task)) for need in needs]
-            self._phases[task.name] = max(waits, default=0)
-
-    def parts(self) -> Iterator[Part]:
-        """All objects, in the order in which they start."""
-        for phase in sorted({*self._phases.values()}):
-            now = [task for task in self._tasks.values() if self._phases[task.name] == phase]
-            if jobs := [task for task in now if not self._is_own(task)]:
-                yield Part(self._job_set(f"{self._name}-{phase}" if phase else self._name, jobs), phase == 0)
-            yield from (Part(self._train_job(task), phase == 0) for task in now if self._is_own(task))
+        self.name = (name if name[:1].isalpha() else f"run-{name}")[: _MOST_LETTERS - longest].rstrip("-")
 
     def config_map(self) -> Manifest:
         """The file that the pods read."""
         data = {self._file.name: self._file.read_text(encoding="utf-8")}
-        return self._object("v1", "ConfigMap", self._name, data=data)
-
-    def _is_own(self, task: Task) -> bool:
-        """Whether a task is a TrainJob instead of a part of a JobSet."""
-        return self._settings.kind == "trainjob" and task.continues is not None
+        return self._object("v1", "ConfigMap", data=data)
 
     def _needs(self, task: Task) -> list[str]:
         """The tasks that a task waits for, without those that another of them waits for."""
@@ -158,31 +113,34 @@ class Chain:
         needs = {need for need in self._tasks[name].inputs if need in self._tasks}
         return needs.union(*(self._behind(need) for need in needs))
 
-    def _job_set(self, name: str, tasks: list[Task]) -> Manifest:
+    def job_set(self) -> Manifest:
+        """All tasks."""
         depends: dict[str, list[str]] = {}
-        for task in tasks:
+        for task in self._tasks.values():
             needs = [need for need in self._needs(task) if need in depends]
             for before, need in zip(needs, needs[_MOST_NEEDS:], strict=False):  # wait for too many in turn
                 depends[need] = list(dict.fromkeys([*depends[need], before]))[-_MOST_NEEDS:]
             depends[task.name] = needs[-_MOST_NEEDS:]
         jobs: list[Manifest] = []
-        for task in tasks:
+        for task in self._tasks.values():
             after = [{"name": _label(need), "status": "Complete"} for need in depends[task.name]]
-            job = {"name": _label(task.name), "template": {"spec": self._job(name, task)}}
+            job = {"name": _label(task.name), "template": {"spec": self._job(task)}}
             jobs.append(job | ({"dependsOn": after} if after else {}))
-        return self._object(*_JOBSET, name, spec={"network": {"enableDNSHostnames": True}, "replicatedJobs": jobs})
+        spec = {"network": {"enableDNSHostnames": True}, "replicatedJobs": jobs}
+        return self._object("jobset.x-k8s.io/v1alpha2", "JobSet", spec=spec)
 
-    def _job(self, job_set: str, task: Task) -> Manifest:
+    def _job(self, task: Task) -> Manifest:
         settings = self._settings
+        mounts = {"work": settings.folder, "file": _FILES, "shm": "/dev/shm"}
         container = {
             "name": "moelpr",
             "image": settings.image,
-            "args": self._words(task),
+            "args": ["moelpr", "run", f"{_FILES}/{self._file.name}", "--task", task.name],
             "workingDir": settings.folder,
-            "env": self._variables(job_set, task),
+            "env": self._variables(task),
             "envFrom": [{"secretRef": {"name": name}} for name in settings.secrets],
             "resources": self._resources(task),
-            "volumeMounts": self._mounts(),
+            "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
         }
         rules = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -201,34 +159,15 @@ class Chain:
             },
         }
 
-    def _train_job(self, task: Task) -> Manifest:
-        settings = self._settings
-        trainer: Manifest = {
-            "image": settings.image,
-            "args": ["bash", "-c", f"cd {shlex.quote(settings.folder)} && exec {shlex.join(self._words(task))}"],
-            "numNodes": task.nodes,
-            "numProcPerNode": max(1, task.gpus_per_node),
-            "env": _variables(settings.env),
-            "resourcesPerNode": self._resources(task),
-        }
-        job = {"spec": {"template": {"spec": self._pod({"name": "node", "volumeMounts": self._mounts()})}}}
-        patch = {"template": {"spec": {"replicatedJobs": [{"name": "node", "template": job}]}}}
-        spec = {
-            "runtimeRef": {"name": settings.runtime},
-            "trainer": trainer,
-            "runtimePatches": [{"manager": "moelpr", "trainingRuntimeSpec": patch}],
-        }
-        return self._object(*_TRAINJOB, f"{self._name}-{_label(task.name)}", spec=spec)
-
-    def _object(self, version: str, kind: str, name: str, **content: Manifest) -> Manifest:
+    def _object(self, version: str, kind: str, **content: Manifest) -> Manifest:
         namespace = {"namespace": self._settings.namespace} if self._settings.namespace else {}
-        metadata = {"name": name, **namespace, "labels": dict(self._settings.labels)}
+        metadata = {"name": self.name, **namespace, "labels": dict(self._settings.labels)}
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
 
     def _pod(self, container: Manifest) -> Manifest:
         volumes = [
             {"name": "work", "persistentVolumeClaim": {"claimName": self._settings.claim}},
-            {"name": "file", "configMap": {"name": self._name}},
+            {"name": "file", "configMap": {"name": self.name}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},  # for data loaders and NCCL; the default is 64 MiB
         ]
         own: Manifest = {
@@ -239,28 +178,21 @@ class Chain:
         more = self._settings.pod.items()
         return own | {key: [*own[key], *value] if isinstance(own.get(key), list) else value for key, value in more}
 
-    def _mounts(self) -> list[Manifest]:
-        paths = {"work": self._settings.folder, "file": _FILES, "shm": "/dev/shm"}
-        return [{"name": name, "mountPath": path} for name, path in paths.items()]
-
-    def _words(self, task: Task) -> list[str]:
-        return ["moelpr", "run", f"{_FILES}/{self._file.name}", "--task", task.name]
-
-    def _variables(self, job_set: str, task: Task) -> list[Manifest]:
+    def _variables(self, task: Task) -> list[Manifest]:
         """The user's variables, and of a training those of torchrun, as Kubeflow sets them."""
-        if not task.continues:
-            return _variables(self._settings.env)
-        values = {
-            "PET_NNODES": str(task.nodes),
-            "PET_NPROC_PER_NODE": str(max(1, task.gpus_per_node)),
-            "PET_MASTER_ADDR": f"{job_set}-{_label(task.name)}-0-0.{job_set}",
-            "PET_MASTER_PORT": str(_PORT),
-            "MOELPR_GRACE_SECONDS": str(self._settings.grace_s),
-            "JOIN_TIMEOUT": "900",  # nodes load an image, which takes minutes
-        }
-        place = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-        rank = {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": place}}}
-        return [*_variables(values | self._settings.env), rank]
+        values, rank = {}, []
+        if task.continues:
+            values = {
+                "PET_NNODES": str(task.nodes),
+                "PET_NPROC_PER_NODE": str(max(1, task.gpus_per_node)),
+                "PET_MASTER_ADDR": f"{self.name}-{_label(task.name)}-0-0.{self.name}",
+                "PET_MASTER_PORT": str(_PORT),
+                "MOELPR_GRACE_SECONDS": str(self._settings.grace_s),
+                "JOIN_TIMEOUT": "900",  # nodes load an image, which takes minutes
+            }
+            place = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+            rank = [{"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": place}}}]
+        return [*({"name": name, "value": value} for name, value in (values | self._settings.env).items()), *rank]
 
     def _resources(self, task: Task) -> Manifest:
         gpus: Mapping[str, Quantity] = {self._settings.gpu: task.gpus_per_node} if task.gpus_per_node else {}
@@ -268,10 +200,6 @@ class Chain:
             return {"limits": _texts({**gpus, **self._settings.training})}
         needs: Mapping[str, Quantity] = {"cpu": task.cpus, "memory": f"{max(1, round(task.memory_gib))}Gi"}
         return {"requests": _texts(needs), "limits": _texts(gpus)}
-
-
-def _variables(values: Mapping[str, str]) -> list[Manifest]:
-    return [{"name": name, "value": value} for name, value in values.items()]
 
 
 def _texts(values: Mapping[str, Quantity]) -> dict[str, str]:
@@ -283,18 +211,18 @@ def _label(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _apply(part: Part, path: Path, namespace: str | None) -> None:
-    """Create the object of a manifest, in place of a finished one of that name."""
-    kind = part.manifest["kind"].lower()
-    found = _kubectl(namespace, "get", kind, part.name, "--ignore-not-found", "--output", "json")
+def _apply(name: str, path: Path, namespace: str | None) -> None:
+    """Create a JobSet, in place of a finished one of that name."""
+    found = _kubectl(namespace, "get", "jobset", name, "--ignore-not-found", "--output", "json")
     if found.strip():
-        before = Part({"status": {}} | records.parse_json(found, "what kubectl prints", "try again"), False)
-        if not before.is_finished:
+        status = records.parse_json(found, "what kubectl prints", "try again").get("status", {})
+        conditions = {one["type"] for one in status.get("conditions", ()) if one["status"] == "True"}
+        if not conditions & {"Completed", "Failed"}:
             raise UserError(
-                f"{kind} {part.name} is not finished; wait for it (kubectl get pods), or delete it (kubectl delete "
-                f"{kind} {part.name})"
+                f"jobset {name} is not finished; wait for it (kubectl get pods), or delete it (kubectl delete jobset "
+                f"{name})"
             )
-        _kubectl(namespace, "delete", kind, part.name, "--wait")
+        _kubectl(namespace, "delete", "jobset", name, "--wait")
     _kubectl(namespace, "apply", "--filename", str(path))
 
 

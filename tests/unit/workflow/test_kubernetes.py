@@ -1,4 +1,4 @@
-"""Manifests are what the published models of JobSet and Kubeflow Trainer describe, and start tasks in their order."""
+"""Manifests are what the published model of JobSet describes, and start tasks in their order."""
 
 import json
 import os
@@ -22,7 +22,6 @@ from moelpr.workflow.workflow import Workflow
 MODELS = {
     "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
     "JobSet": models.JobsetV1alpha2JobSet,
-    "TrainJob": models.TrainerV1alpha1TrainJob,
 }
 REQUIRED = {"image": "registry/moelpr:1", "claim": "work"}
 ALL = {
@@ -75,14 +74,11 @@ def manifests(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("values", [{}, ALL])
-@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
-def test_manifests_have_only_fields_that_the_published_models_have(tmp_path, file, values, kind) -> None:
-    if kind == "trainjob":  # a patch of a runtime's pods has fewer fields
-        values = {key: value for key, value in values.items() if key != "secrets"}
+def test_manifests_have_only_fields_that_the_published_models_have(tmp_path, file, values) -> None:
     run = tmp_path / "Our_run"
-    launch(Workflow(run, tasks(run)), settings(**values, kind=kind), file, render_only=True)
-    found = [one for path in (run / "kubernetes").glob("*.yaml") for one in manifests(path)]
-    assert {one["kind"] for one in found} == {"ConfigMap", "JobSet", *(["TrainJob"] if kind == "trainjob" else [])}
+    launch(Workflow(run, tasks(run)), settings(**values), file, render_only=True)
+    found = manifests(run / "kubernetes" / "our-run.yaml")
+    assert [one["kind"] for one in found] == ["ConfigMap", "JobSet"]
     for one in found:
         model = MODELS[one["kind"]].from_dict(one)
         assert model is not None
@@ -149,9 +145,9 @@ def test_a_task_starts_after_all_that_it_reads_whatever_the_chain(inputs: list[s
         Task(name=f"t{own}", command=["c"], made_from=tuple(f"t{name}" for name in sorted(names) if name < own))
         for own, names in enumerate(inputs)
     ]
-    [part] = Chain(chain, Path("run"), settings(), Path("file")).parts()
+    job_set = Chain(chain, Path("run"), settings(), Path("file")).job_set()
     after: dict[str, set[str]] = {}
-    for job in part.manifest["spec"]["replicatedJobs"]:
+    for job in job_set["spec"]["replicatedJobs"]:
         needs = [one["name"] for one in job.get("dependsOn", ())]
         assert len(needs) <= 5 and set(needs) <= after.keys()
         after[job["name"]] = set(needs).union(*(after[need] for need in needs))
@@ -161,14 +157,14 @@ def test_a_task_starts_after_all_that_it_reads_whatever_the_chain(inputs: list[s
 @pytest.mark.parametrize("name", ["greek", "Runs_of " + 80 * "x", "2026 model"])
 def test_names_of_pods_are_names_of_hosts(name: str) -> None:
     task = Task(name="preprocess-zho_Hant", command=["c"], nodes=128)
-    [part] = Chain([task], Path(name), settings(), Path("file")).parts()
-    pod = f"{part.name}-{part.manifest['spec']['replicatedJobs'][0]['name']}-0-127-abcde"
+    chain = Chain([task], Path(name), settings(), Path("file"))
+    pod = f"{chain.name}-{chain.job_set()['spec']['replicatedJobs'][0]['name']}-0-127-abcde"
     assert len(pod) <= 63 and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", pod)  # as JobSet's webhook checks it
 
 
 # kubectl keeps objects as files, whose state the test writes.
 KUBECTL = """case "$*" in
-*get*) cat "$STUBS/$(grep -oP '(jobset|trainjob) \\K[\\w-]+' <<<"$*")" 2>/dev/null; true ;;
+*get*) cat "$STUBS/greek" 2>/dev/null; true ;;
 *) echo "$@" >>"$STUBS/calls" ;;
 esac"""
 
@@ -200,26 +196,22 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
     ]
 
 
-def test_train_jobs_are_applied_when_what_they_read_is_done(tmp_path, file, kubectl, capsys) -> None:
+def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
     run = tmp_path / "greek"
+    workflow = Workflow(run, [replace(task, is_complete=lambda: True) for task in tasks(run)])
+    workflow.logs.mkdir(parents=True)
 
-    def applied(*done: str) -> list[str]:
-        workflow = Workflow(run, [replace(task, is_complete=lambda: True) for task in tasks(run)])
-        workflow.logs.mkdir(parents=True, exist_ok=True)
+    def finish(*done: str) -> None:
         for name in done:
             workflow.adopt(name, str(next(one.id for one in workflow.outlook() if one.task.name == name)))
-        (kubectl / "calls").write_text("")
-        launch(workflow, settings(kind="trainjob"), file)
-        return [Path(line).stem for line in (kubectl / "calls").read_text().splitlines()]
+        launch(workflow, settings(), file)
 
-    assert applied() == ["greek"]  # the text and upcycling
-    assert "greek-stage1.yaml: cannot start yet" in capsys.readouterr().out
-    assert applied("preprocess-el", "preprocess-hu", "convert") == ["greek-stage1"]
-    assert applied("stage1") == ["greek-stage2"]
-    assert applied("stage2") == ["greek"]
+    finish("preprocess-el", "preprocess-hu", "convert", "stage1", "stage2")
     names = [job["name"] for job in manifests(run / "kubernetes" / "greek.yaml")[1]["spec"]["replicatedJobs"]]
     assert names == ["export", "eval"]
-    assert applied("export", "eval") == []
+    (kubectl / "calls").write_text("")
+    finish("export", "eval")
+    assert (kubectl / "calls").read_text() == ""
 
 
 def test_what_is_missing_is_one_sentence(tmp_path, file, monkeypatch) -> None:

@@ -29,6 +29,8 @@ SIZES = {
     "vocabulary": "vocabulary size, in tokens",
     "sequences": "sequences per step",
     "length": "sequence length, in tokens",
+    "prompt": "tokens that are read",
+    "written": "tokens that are written",
     "rounds": "number of measured rounds",
 }
 
@@ -51,6 +53,10 @@ def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentP
 
 def add_json(parser: argparse.ArgumentParser, flag: str = "--json") -> None:
     parser.add_argument(flag, type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
+
+
+def add_cpu_time(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, which other processes disturb less")
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

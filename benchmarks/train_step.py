@@ -31,7 +31,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import STAGES, add_demo, add_json, argument_parser, install_megatron, print_table, write_json
+from benchmarks.common import (
+    STAGES,
+    add_cpu_time,
+    add_demo,
+    add_json,
+    argument_parser,
+    install_megatron,
+    print_table,
+    write_json,
+)
 from benchmarks.imposed_routing import RecordedRouting, impose, recorded_routing
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.model_spec import ModelSpec
@@ -55,7 +64,7 @@ def main() -> None:
     parser = argument_parser(
         __doc__, layers=4, hidden=512, ffn=1536, head=64, vocabulary=4096, sequences=4, length=256, rounds=5
     )
-    parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, which other processes disturb less")
+    add_cpu_time(parser)
     parser.add_argument(
         "--hybrid", action="store_true", help="a model with linear attention, against transformers' own"
     )

@@ -1,8 +1,8 @@
 """`checksums.json`: size and CRC-32 of the files next to it, so that a flipped bit or an incomplete copy is noticed.
 
 A step folder has one, and so has a Hugging Face directory that a converter wrote. CRC-32 detects every flipped bit, and
-anything longer except once in 4 billion; it protects against disks and copies, not against an attacker. zlib's makes
-4 GB/s on one core (benchmarks/comparisons/checksums.py), so the disk is the limit.
+anything longer except once in 4 billion; it protects against disks and copies, not against an attacker. zlib's is
+faster than a disk.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 // Bits of the .lang payload: token i is bit (i % 8), counted from the least significant, of byte (i / 8).
 //
-// Only loops that numpy does measurably slower are here (python -m benchmarks language_bits prints by how much); files,
-// checks and messages are in language_bits.py. Every loop has the same three parts: single bits up to a byte border,
+// Only loops that numpy does slower are here; files, checks and messages are in language_bits.py. Every loop has the
+// same three parts: single bits up to a byte border,
 // whole bytes, single bits again.
 
 #include <pybind11/numpy.h>

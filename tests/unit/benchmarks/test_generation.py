@@ -5,10 +5,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-from benchmarks.comparisons import generation
+from benchmarks import generation
 from benchmarks.timing import Turns
 
-SETTINGS = Namespace(layers=1, hidden=36, ffn=24, prompt=8, written=2, dtype="float32")
+SETTINGS = Namespace(layers=1, hidden=72, ffn=24, prompt=8, written=2)
 
 
 @pytest.mark.parametrize("topk", [2, 3])

@@ -1,8 +1,11 @@
-"""What more active parameters cost when stock transformers reads a prompt and writes tokens.
+"""Time of a prompt and of written tokens in stock transformers, against the dense base.
+
+    python -m benchmarks.generation [--cpu-time] [--json FILE]
 
 The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an
 export with three new ones has, and two or three choices per token: all of the original expert, or spread over all.
-Weights are random. A single request, in the given dtype. Set OMP_NUM_THREADS.
+Weights are random. A single request in bf16. Contenders take turns; ratios are medians over the rounds. Set
+OMP_NUM_THREADS.
 """
 
 from argparse import Namespace
@@ -14,7 +17,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from benchmarks.timing import Times, Turns
+from benchmarks.common import add_cpu_time, add_json, argument_parser, print_table, write_json
+from benchmarks.timing import Times, Turns, median_s, time_ratio
+from moelpr.process.command import run_command
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
@@ -24,7 +29,19 @@ SHAPE: dict[str, Any] = {
 }
 NEW_EXPERTS = 3
 
-DEFAULTS = {"layers": 30, "hidden": 576, "ffn": 1536, "prompt": 512, "written": 16, "dtype": "bfloat16"}
+
+def main() -> None:
+    parser = argument_parser(__doc__, layers=30, hidden=576, ffn=1536, prompt=512, written=16, rounds=7)
+    add_cpu_time(parser)
+    add_json(parser)
+    args = parser.parse_args()
+    rows = [
+        {"case": case, "model": name, "seconds": median_s(times)[name], "ratio": time_ratio(times, name, "base")}
+        for case, times in run(Turns(args.rounds, args.cpu_time), args)
+        for name in times
+    ]
+    print_table(rows)
+    write_json(rows, args.json)
 
 
 def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
@@ -47,11 +64,10 @@ def _model(settings: Namespace, topk: int = 0, only_original: bool = False) -> n
     """A dense model, or one whose tokens take `topk` experts: the first ones if `only_original`, else any."""
     shape = SHAPE | {"num_hidden_layers": settings.layers, "hidden_size": settings.hidden}
     shape |= {"intermediate_size": settings.ffn, "max_position_embeddings": settings.prompt + settings.written}
-    dtype = getattr(torch, settings.dtype)
     if not topk:
-        return LlamaForCausalLM(LlamaConfig(**shape)).to(dtype).eval()
+        return LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).eval()
     experts = {"num_local_experts": topk + NEW_EXPERTS, "num_experts_per_tok": topk}
-    model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(dtype).eval()
+    model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(torch.bfloat16).eval()
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if only_original else _choose_any)
     return model
@@ -83,3 +99,7 @@ def _write(model: Any, prompt: torch.Tensor, written: int) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
+
+
+if __name__ == "__main__":
+    run_command(main)

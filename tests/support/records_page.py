@@ -3,7 +3,7 @@
     python -m tests.support.records_page
 
 It writes the sections between two markers. Each type's text and the meaning of its fields are its docstring, or those
-of its fields. A new record is found; another type of file needs a line in `_OTHER_FILES`.
+of its fields.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from pkgutil import resolve_name
-from textwrap import fill
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from moelpr.metrics.schema import METRICS
@@ -26,37 +25,15 @@ from moelpr.store.records import Record
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- records: made by python -m tests.support.records_page -->", "<!-- end of records -->"
 _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
-# Files that are not records: what is described, and its type.
-_OTHER_FILES = {
-    "recipe.yaml": "moelpr.store.run_folder:Settings",
+# Files that users read or write, whose fields are listed; other records get a line.
+_SHOWN = {
+    "PREFIX.manifest.json": "moelpr.data.manifest:Manifest",
+    "calibration.json": "checkpoint_convert.conversions.calibrated_routers:CalibratedRouters",
     "metrics.jsonl, a validation pass": "moelpr.metrics.run_metrics:ValidationEvent",
     "metrics.jsonl, a warning": "moelpr.metrics.run_metrics:WarningEvent",
-    ".journal of a Hugging Face folder, an entry": "moelpr.store.checksums:WrittenFile",
-    ".journal of a Megatron checkpoint, an entry": "moelpr.checkpoints.torch_dist:_DistcpFile",
-    ".journal of a preprocessing job, an entry": "data_tools.preprocessing.job:State",
-    "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
     "results.json and routing.json of an evaluation": "moelpr.report.evaluation_files:EvaluationFile",
-    "results.json and harness.json, as model cards read them": "checkpoint_convert.card.evaluation_results:Evaluation",
-    "parts/MODEL/NAME.json of an evaluation": "moelpr.evaluate.result_cache:KeptResult",
+    "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
     "--tasks, an entry": "moelpr.evaluate.benchmarks:Benchmark",
-    "--verification": "moelpr.report.claims:Verification",
-    "--claims": "moelpr.report.claims:Claims",
-    "adapter_config.json": "checkpoint_convert.conversions.published_adapter:AdapterConfig",
-    "config.json": "moelpr.families.hf_config:_Config",
-    "tokenizer.json": "moelpr.data.tokenizers.loading:_TokenizerJson",
-    "tokenizer_config.json": "moelpr.data.tokenizers.loading:_TokenizerConfig",
-    "model.safetensors.index.json": "moelpr.evaluate.models:WeightIndex",
-    "metadata.json of a step folder": "moelpr.checkpoints.torch_dist:_MegatronConfig",
-    "examples/sources.yaml, an entry": "examples.downloads:Source",
-    "examples/real_model/claims.yaml, an entry": "examples.real_model.signs:Claim",
-}
-# Files whose type has no fields.
-_UNTYPED = {
-    "versions.json": "Package → version at the last start of a run (`moelpr/process/versions.py`).",
-    "vocab.json": "Token → ID (`moelpr/data/tokenizers/loading.py`).",
-    "--facts": "Title → name → value, as the report shows them (`moelpr/report/claims.py`).",
-    "report.json": "The numbers of a run's report (`moelpr/report/run_report.py`).",
-    "results.json of first contact": "The outcome of each part (`benchmarks/first_contact.py`).",
 }
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
 
@@ -80,21 +57,15 @@ def record_types() -> list[type[Record]]:
 
 def section() -> str:
     """The section in Markdown, with its markers."""
-    intro = (
-        "Every JSON file below has a `format_version`, 1 unless another one is named; a file without it has version 1. "
-        "A reader accepts its own version only, and refuses unknown fields and wrong types in one sentence."
-    )
-    other_intro = (
-        "These have no `format_version`. For files of other programs, only fields that are read are listed. The first "
-        'line of a `.journal` is `{"job": …}`: everything that the output depends on.'
-    )
+    parts = [START, "## Records", f"### metrics.jsonl, a training step\n\n{_metrics()}"]
     shown: set[Any] = set()
-    records = [_described(kind.FILE_NAME, kind, shown, kind.VERSION) for kind in record_types()]
-    parts = [START, "## Records", fill(intro, 120), *records, "## Other JSON and YAML files", fill(other_intro, 120)]
-    parts += [f"### metrics.jsonl, a training step\n\n{_metrics()}"]
-    parts += [_described(name, resolve_name(place), shown) for name, place in _OTHER_FILES.items()]
-    untyped = "\n".join(f"| {name} | {text} |" for name, text in _UNTYPED.items())
-    return "\n\n".join([*parts, f"| other file | contents |\n|---|---|\n{untyped}", END])
+    parts += [_described(name, resolve_name(place), shown) for name, place in _SHOWN.items()]
+    lines = [
+        f"| `{kind.FILE_NAME}` | {describe(kind).text} (`{kind.__module__.replace('.', '/')}.py`) |"
+        for kind in record_types()
+        if kind not in shown and not kind.__module__.startswith("examples.")
+    ]
+    return "\n\n".join([*parts, "### Other files", "\n".join(["| file | contents |", "|---|---|", *lines]), END])
 
 
 def keys() -> str:
@@ -120,15 +91,12 @@ def current(page: Path) -> str:
     return before + PAGES[page]() + rest.partition(END)[2]
 
 
-def _described(title: str, kind: Any, shown: set[Any], version: int = 1) -> str:
+def _described(title: str, kind: Any, shown: set[Any]) -> str:
     """The paragraphs about a type of file, and about the types of its fields that are not in `shown`, which grows."""
-    described = describe(kind)
-    place = f"`{kind.__module__.replace('.', '/')}.py`"
-    text = f"{described.text} Version {version}." if version != 1 else described.text
-    parts = [f"### {title}", fill(f"{text} ({place})", 120), _table(kind)]
+    parts = [f"### {title}", describe(kind).text, _table(kind)]
     for part in _nested(kind):
         if part not in shown:
-            parts += [fill(f"**{type_name(part)}**: {describe(part).text}", 120), _table(part)]
+            parts += [f"**{type_name(part)}**: {describe(part).text}", _table(part)]
     shown.update([kind, *_nested(kind)])
     return "\n\n".join(parts)
 

@@ -22,7 +22,14 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.families.hf_config import read_config
 from moelpr.families.new_experts import NewExperts
 from tests.readers import llama_cpp
-from tests.support.hf_models import edit_tensors, load_stock, make_model, save_multimodal, save_tokenizer  # noqa: F401
+from tests.support.hf_models import (
+    InDouble,
+    edit_tensors,
+    in_double,
+    load_stock,
+    make_model,  # noqa: F401
+    save_multimodal,
+)
 
 VOCAB = 99
 NUM_TOKENS = 12
@@ -110,11 +117,12 @@ def expected(export: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
 
 @torch.no_grad()
 def in_transformers(folder: Path, prompt: list[int]) -> tuple[list[int], Tensor]:
-    """Greedy tokens, and the log-probabilities [NUM_TOKENS, VOCAB] before each."""
-    model, tokens = load_stock(folder), list(prompt)
+    """Greedy tokens, and the log-probabilities [NUM_TOKENS, VOCAB] before each, computed in fp64."""
+    model, tokens = in_double(load_stock(folder)), list(prompt)
     log_probs = []
     for _ in range(NUM_TOKENS):
-        log_probs.append(model(torch.tensor([tokens])).logits[0, -1].log_softmax(dim=-1))
+        with InDouble():
+            log_probs.append(model(torch.tensor([tokens])).logits[0, -1].log_softmax(dim=-1))
         tokens.append(int(log_probs[-1].argmax()))
     return tokens[len(prompt) :], torch.stack(log_probs)
 

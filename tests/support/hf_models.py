@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models of every family, made by stock transformers, and what tests do with them."""
 
+import copy
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.checkpoints.torch_dist import TorchDistReader
@@ -206,6 +208,48 @@ def load_stock(folder: Path, architecture: str | None = None):
 def stock_logits(model) -> Tensor:
     """Logits of TOKENS, from a model or its folder."""
     return (load_stock(model) if isinstance(model, Path) else model)(TOKENS).logits
+
+
+class InDouble(TorchFunctionMode):
+    """Computes in fp64 what a model of fp64 weights asks to compute in fp32, for example its norms."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.float:
+            func = Tensor.double
+        words = {name: _double(word) for name, word in (kwargs or {}).items()}
+        return func(*map(_double, args), **words)
+
+
+def in_double(model):
+    """A copy with fp64 weights; torch's grouped GEMM, the default of experts, does not compute in fp64."""
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def _double(argument: object) -> object:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def assert_as_exact(found: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """Check that `found` is about as close to `exact`, which is in fp64, as another computation in fp32.
+
+    How close that is depends on the processor, and for linear attention on the length: 1e-6 to 1e-4 of logits around 2.
+    """
+    assert exact.dtype == torch.float64
+    own_error = (reference - exact).abs().max().item()
+    rounding = torch.finfo(torch.float32).eps * exact.abs().max().item()
+    assert (found - exact).abs().max().item() <= 4 * max(own_error, rounding)
+
+
+def assert_logits(found: Tensor, model, tokens: Tensor = TOKENS) -> None:
+    """Check logits against those of a model in stock transformers, or of its folder."""
+    model = load_stock(model) if isinstance(model, Path) else model
+    with torch.no_grad():
+        reference = model(tokens).logits
+        with InDouble():
+            exact = in_double(model)(tokens).logits
+    assert_as_exact(found, reference, exact)
 
 
 def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], object] = id) -> Tensor:

@@ -23,6 +23,7 @@ from tests.support.hf_models import (
     SHAPE,
     TOKENS,
     assert_import_fails,
+    assert_logits,
     edit_json,
     files_of,
     load_stock,
@@ -155,8 +156,7 @@ def test_dense_models_return_bitwise_identical(make_model, tmp_path, name, dtype
 def test_our_model_computes_what_transformers_computes(model: tuple[Path, str, str], tmp_path: Path) -> None:
     source, architecture, _ = model
     hf_to_mcore(source, tmp_path / "dense", None)
-    expected = stock_logits(load_stock(source, architecture))
-    assert (our_logits(tmp_path / "dense") - expected).abs().max() <= 1e-5
+    assert_logits(our_logits(tmp_path / "dense"), load_stock(source, architecture))
 
 
 def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(model, tmp_path) -> None:
@@ -165,8 +165,8 @@ def test_the_export_is_a_stock_moe_that_computes_what_our_model_does(model, tmp_
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=chosen(architecture, moe_architecture))
     assert largest_difference(compare(tmp_path / "megatron", tmp_path / "hf")) == 0.0
     dense, exported = load_stock(source, architecture), load_stock(tmp_path / "hf", moe_architecture)
-    assert (stock_logits(exported) - stock_logits(dense)).abs().max() <= 1e-5
-    assert (our_logits(tmp_path / "megatron") - stock_logits(exported)).abs().max() <= 1e-5
+    assert_logits(stock_logits(exported), dense)
+    assert_logits(our_logits(tmp_path / "megatron"), exported)
 
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(dense.generate(TOKENS, **settings), exported.generate(TOKENS, **settings))
@@ -179,7 +179,7 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=chosen(architecture, moe_architecture))
     exported = load_stock(tmp_path / "hf", moe_architecture)
     ours = our_logits(tmp_path / "megatron")
-    assert (ours - stock_logits(exported)).abs().max() <= 5e-5
+    assert_logits(ours, exported)
     assert (ours - stock_logits(load_stock(source, architecture))).abs().max() > 1e-3
 
 
@@ -404,7 +404,7 @@ def test_a_llama_with_a_window_that_transformers_ignores_has_none(make_model, tm
     for as_class in ("mixtral", "granitemoe"):
         mcore_to_hf(tmp_path / "megatron", tmp_path / as_class, as_class=as_class)
         assert json.loads((tmp_path / as_class / "config.json").read_text()).get("sliding_window") is None
-        torch.testing.assert_close(stock_logits(tmp_path / as_class), stock_logits(source), rtol=0, atol=2e-5)
+        assert_logits(stock_logits(tmp_path / as_class), source)
     edit_json(tmp_path / "granitemoe" / "config.json", sliding_window=6)
     assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", NewExperts(1)).megatron_args
 

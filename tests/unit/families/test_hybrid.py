@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from checkpoint_convert.compare.tensors import compare, compare_frozen
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -18,9 +19,13 @@ from moelpr.process.errors import UserError
 from moelpr.stages import Part, part_of
 from tests.support.hf_models import (
     TOKENS,
+    InDouble,
+    assert_as_exact,
     assert_import_fails,
+    assert_logits,
     assert_same,
     edit_json,
+    in_double,
     load_stock,
     our_logits,
     save_multimodal,
@@ -53,9 +58,7 @@ def multimodal(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_are_those_of_transformers_at_any_length(dense: Path, tmp_path: Path, length: int) -> None:
     hf_to_mcore(dense, tmp_path / "megatron", None)
     tokens = torch.randint(99, (2, length), generator=torch.Generator().manual_seed(length))
-    with torch.no_grad():
-        expected = load_stock(dense)(tokens).logits
-    assert (our_logits(tmp_path / "megatron", tokens) - expected).abs().max() <= 1e-5
+    assert_logits(our_logits(tmp_path / "megatron", tokens), dense, tokens)
 
 
 def test_a_multimodal_checkpoint_is_upcycled_as_its_language_model(dense, multimodal, tmp_path) -> None:
@@ -150,7 +153,7 @@ def test_an_export_gets_more_experts(dense: Path, tmp_path: Path) -> None:
     hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(2))
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
     assert all(not verdict.differs(0) for verdict in compare_frozen(tmp_path / "first-hf", tmp_path / "second-hf"))
-    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 2e-5
+    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
 
 
 @pytest.mark.parametrize("lengths", [[7, 70, 1, 12], [90]])
@@ -161,12 +164,6 @@ def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, len
     hf_to_mcore(dense, tmp_path / "megatron", None)
     tokens = torch.randint(99, (2, 90), generator=torch.Generator().manual_seed(0))
     per_sequence = lengths, lengths[::-1]
-    stock = load_stock(dense)
-    with torch.no_grad():
-        expected = [
-            torch.cat([stock(part[None]).logits[0] for part in row.split(own)])
-            for row, own in zip(tokens, per_sequence, strict=True)
-        ]
     bootstrap.install_patches()
     from moelpr.model import loading
     from moelpr.model.attention import document_edges
@@ -175,7 +172,10 @@ def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, len
     with bootstrap.single_process(), torch.no_grad():
         model = loading.load_model(tmp_path / "megatron").eval()
         found = model(tokens, positions, attention_mask=document_edges(positions))
-    assert (found - torch.stack(expected)).abs().max() <= 1e-5
+    stock = load_stock(dense)
+    for logits, row, own in zip(found, tokens, per_sequence, strict=True):
+        for part, document in zip(logits.split(own), row.split(own), strict=True):
+            assert_logits(part, stock, document[None])
 
 
 def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Path) -> None:
@@ -186,18 +186,25 @@ def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Pa
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     tokens = torch.randint(99, (2, 150), generator=torch.Generator().manual_seed(0))
     stock = load_stock(tmp_path / "hf")
-    torch.nn.functional.cross_entropy(stock(tokens).logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    exact = in_double(stock)
+    backward(stock(tokens).logits, tokens)
+    with InDouble():
+        backward(exact(tokens).logits, tokens)
     bootstrap.install_patches()
     from moelpr.model import loading
 
     with bootstrap.single_process():
         model = loading.load_model(tmp_path / "megatron").eval()
-        logits = model(tokens, torch.arange(150).expand_as(tokens), attention_mask=None)
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        backward(model(tokens, torch.arange(150).expand_as(tokens), attention_mask=None), tokens)
         ours = [layer.mlp.experts.linear_fc2.weight.grad for layer in model.decoder.layers]
-    for layer, gradient in zip(stock.model.layers, ours, strict=True):
-        expected = layer.mlp.experts.down_proj.grad[1:]
-        assert expected.abs().max() > 1e-4 and (gradient - expected).abs().max() <= 1e-4 * expected.abs().max()
+    for gradient, *layers in zip(ours, stock.model.layers, exact.model.layers, strict=True):
+        expected = [layer.mlp.experts.down_proj.grad[1:] for layer in layers]
+        assert expected[1].abs().max() > 1e-4
+        assert_as_exact(gradient, *expected)
+
+
+def backward(logits: Tensor, tokens: Tensor) -> None:
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
 
 
 def test_the_planner_counts_every_parameter(dense: Path, tmp_path: Path) -> None:

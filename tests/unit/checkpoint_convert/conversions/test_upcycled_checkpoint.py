@@ -21,6 +21,7 @@ from moelpr.stages import Part
 from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,
+    assert_logits,
     edit_tensors,
     load_stock,
     megatron_tensors_of,
@@ -170,7 +171,7 @@ def test_upcycled_model_in_stock_transformers_equals_the_dense_one(make_qwen2, t
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
     model = load_stock(tmp_path / "hf", "Qwen2MoeForCausalLM")
     assert model.config.mlp_only_layers == [i for i in range(4) if i not in expected]
-    assert (stock_logits(model) - stock_logits(load_stock(source, "Qwen2ForCausalLM"))).abs().max() <= 1e-5
+    assert_logits(stock_logits(model), load_stock(source, "Qwen2ForCausalLM"))
     # Equal for whatever the routers say only if they say something: they must not be zero or all alike.
     routers = [tensor for name, tensor in tensors_of(tmp_path / "hf").items() if name.endswith("mlp.gate.weight")]
     assert len(routers) == len(expected)
@@ -221,7 +222,7 @@ def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(fi
 def test_a_second_round_is_exported_as_it_is_trained(first_round: Path, tmp_path: Path) -> None:
     hf_to_mcore(first_round, tmp_path / "second", NewExperts(2), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
     assert (
         our_logits(tmp_path / "second") - stock_logits(first_round)
     ).abs().max() > 1e-3  # what was compared can differ
@@ -256,7 +257,7 @@ def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Pat
         chosen = router_choices(first_round)
     # Whether expert 0 leads is a matter of the token's sign; tokens of both kinds are there.
     assert 0 < chosen.float().mean() < 1
-    assert (our_logits(tmp_path / "second") - stock_logits(first_round)).abs().max() <= 5e-5
+    assert_logits(our_logits(tmp_path / "second"), first_round)
 
 
 def router_choices(folder: Path) -> Tensor:
@@ -277,7 +278,7 @@ def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tm
     spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (1, 3), num_original_experts=3)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
     for layers in ({"moe_layers": [1]}, {"moe_every_k_layers": 2}):
         with pytest.raises(UserError, match="--moe-layers and --moe-every-k-layers"):
             hf_to_mcore(folder, tmp_path / "other", NewExperts(1, **layers))
@@ -302,7 +303,7 @@ def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(mak
         assert [torch.equal(after[copy], before[name]) for copy in copies] == [True, True, False]
     router = after["model.layers.0.mlp.gate.weight"]
     assert router.shape[0] == 6 and not torch.equal(router[0], router[1])
-    assert (our_logits(tmp_path / "two") - stock_logits(tmp_path / "hf")).abs().max() <= 5e-5
+    assert_logits(our_logits(tmp_path / "two"), tmp_path / "hf")
     assert (our_logits(tmp_path / "two") - stock_logits(dense)).abs().max() > 1e-3  # its new experts differ
 
 
@@ -325,7 +326,7 @@ def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second-hf"))
     for name, tensor in before.items():
         assert torch.equal(after[name][:4] if name.endswith(ROUTERS) else after[name], tensor), name
-    assert (our_logits(tmp_path / "second") - stock_logits(tmp_path / "second-hf")).abs().max() <= 5e-5
+    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
 
 
 def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[..., Path], tmp_path: Path) -> None:

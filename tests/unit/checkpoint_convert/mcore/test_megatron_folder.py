@@ -20,7 +20,7 @@ from moelpr.families.new_experts import NewExperts
 from moelpr.families.tables import megatron_shape, pieces
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
-from tests.support.hf_models import assert_nothing_left, edit_json
+from tests.support.hf_models import assert_logits, assert_nothing_left, edit_json
 
 
 def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
@@ -144,7 +144,6 @@ def test_megatrons_dense_model_loads_strictly_with_a_padded_vocabulary_and_comes
 
 def test_megatrons_dense_model_computes_hfs_logits(megatron, make_qwen2, tmp_path) -> None:
     from megatron.core import dist_checkpointing
-    from transformers import AutoModelForCausalLM
 
     source = make_qwen2()
     spec = hf_to_mcore(source, tmp_path / "megatron", None)
@@ -157,8 +156,7 @@ def test_megatrons_dense_model_computes_hfs_logits(megatron, make_qwen2, tmp_pat
     future = torch.ones(20, 20, dtype=torch.bool).triu(1)[None, None]
     with torch.no_grad():
         ours = model(tokens, positions, future)
-        theirs = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
-    assert (ours - theirs).abs().max() <= 1e-5
+    assert_logits(ours, source, tokens)
 
 
 def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path, monkeypatch) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Start one training stage on this node with torchrun. Called by stage0.sh, stage1.sh, stage2.sh, sft.sh, dense.sh:
+# Start one training stage on this node with torchrun. Called by stage0.sh, stage1.sh, stage2.sh, sft.sh, dense.sh, ffn.sh:
 #
 #   launch/STAGE.sh [LAUNCHER OPTIONS] [TRAINER ARGUMENTS]
 #

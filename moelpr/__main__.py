@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),
         "check": Tool("moelpr.dry_run.__main__", "run a stage's command line without a GPU: errors, memory, time"),
-        TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2, sft or dense"),
+        TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2, sft, dense or ffn"),
     },
     "Results": {
         "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
@@ -79,6 +79,7 @@ STAGES = {
     "stage2": "review: train the routers on text of all languages",
     "sft": "chat: train new experts and routers on conversations",
     "dense": "train a dense model",
+    "ffn": "train the FFNs of a dense model",
 }
 
 

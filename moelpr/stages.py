@@ -3,14 +3,16 @@
 from enum import Enum
 from typing import Literal, get_args
 
-Stage = Literal["dense", "stage0", "stage1", "stage2", "sft"]
+Stage = Literal["dense", "ffn", "stage0", "stage1", "stage2", "sft"]
 MoeStage = Literal["stage1", "stage2"]  # those of the paper
 # The experts that tokens can choose in stage 1: all (the paper), or only those that it trains.
 Stage1Experts = Literal["all", "new"]
 MOE_STAGES: tuple[Stage, ...] = (*get_args(MoeStage), "sft")
+DENSE_STAGES: tuple[Stage, ...] = ("dense", "ffn")  # for models without experts
 
 STAGE_HELP: dict[Stage, str] = {
     "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
+    "ffn": "(FFNs only): train the FFNs of a dense model, what MoE-LPR trains, but without experts",
     "stage0": "(new tokens): train only the embedding and output rows of new tokens on expanded-language text",
     "stage1": "(post-pretraining): train the new experts and the routers on expanded-language text",
     "stage2": "(review): train the routers only, on a little replay text of all languages",
@@ -49,6 +51,7 @@ VOCABULARY_PARTS = frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER})
 
 _TRAINED: dict[Stage, frozenset[Part]] = {
     "dense": frozenset(Part),
+    "ffn": frozenset({Part.DENSE_FFN}),
     "stage0": VOCABULARY_PARTS,
     "stage1": frozenset({Part.NEW_EXPERTS, Part.ROUTER}),
     "stage2": frozenset({Part.ROUTER}),

@@ -18,6 +18,7 @@ from moelpr.model.config import shape_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process import ranks
 from moelpr.process.errors import UserError
+from moelpr.stages import DENSE_STAGES
 from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, recorded_settings, saved_step
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, validation is optional, and
@@ -91,8 +92,8 @@ class RequestedRun:
 
     @property
     def is_moe(self) -> bool:
-        """Whether experts are trained: the model has some, and the stage is not `dense` (reported separately)."""
-        return self.spec is not None and self.spec.moe is not None and self.args.stage != "dense"
+        """Whether experts are trained: the model has some, and the stage is of such (reported separately)."""
+        return self.spec is not None and self.spec.moe is not None and self.args.stage not in DENSE_STAGES
 
     @property
     def is_resumed(self) -> bool:

@@ -23,7 +23,7 @@ from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.gpus import GPUS
 from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
-from moelpr.stages import Stage
+from moelpr.stages import DENSE_STAGES, Stage
 
 # Options of the launcher that change nothing here.
 _IGNORED = ("--node-rank", "--master-addr", "--master-port", "--join-timeout")
@@ -66,7 +66,7 @@ def _upcycled(args: argparse.Namespace) -> ModelSpec | None:
         return None
     family, base = read_base(config_folder(args.hf_path))
     spec = base
-    if args.stage != "dense":
+    if args.stage not in DENSE_STAGES:
         if args.num_new_experts is None:
             raise UserError(f"--hf-path requires new experts for {args.stage}; pass --num-new-experts N")
         spec = with_new_experts(family, base, new_experts(args, base))

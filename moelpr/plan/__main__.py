@@ -31,7 +31,7 @@ from moelpr.process.errors import UserError
 from moelpr.process.machine import format_bytes
 from moelpr.process.quantities import count_argument
 from moelpr.process.text_tables import table_text
-from moelpr.stages import Part, Stage, Stage1Experts
+from moelpr.stages import DENSE_STAGES, Part, Stage, Stage1Experts
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
@@ -73,12 +73,14 @@ def _shares(args: argparse.Namespace) -> dict[str, Share]:
 
 def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> ModelSpec:
     family, base = read_base(config_folder(args.hf_path))
-    if args.stage == "dense":
+    if args.stage in DENSE_STAGES:
         flags = "num_new_experts topk original_copies moe_layers moe_every_k_layers train_everything".split()
         if given := [name for name in flags if getattr(args, name)]:
-            raise UserError(f"--stage dense trains a dense model; remove --{given[0].replace('_', '-')}")
+            raise UserError(f"--stage {args.stage} trains a dense model; remove --{given[0].replace('_', '-')}")
         if base.moe is not None:
-            raise UserError(f"--stage dense requires a dense model, but {args.hf_path} has experts; use --stage stage1")
+            raise UserError(
+                f"--stage {args.stage} requires a dense model, but {args.hf_path} has experts; use --stage stage1"
+            )
         return _with_new_tokens(base, args)
     if args.num_new_experts is None:
         raise UserError(f"--stage {args.stage} requires new experts; pass --num-new-experts N, or auto")
@@ -247,7 +249,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     path = "directory with the model's config.json, or the model's name on the Hub (required)"
     add("--hf-path", type=Path, required=True, metavar="DIR", help=path)
-    experts = f"new experts per MoE layer, or auto: the most that fit, up to {MOST_EXPERTS} (none for --stage dense)"
+    experts = (
+        f"new experts per MoE layer, or auto: the most that fit, up to {MOST_EXPERTS} (none for --stage dense and ffn)"
+    )
     add("--num-new-experts", type=_number_or_auto, metavar="N", help=experts)
     add("--gpus", type=count, metavar="G", help="total number of GPUs (default with --gpu auto: this machine's)")
     kinds = f"the GPUs, whose step time is predicted: {', '.join(GPUS)}, or auto, this machine's"

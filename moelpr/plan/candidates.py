@@ -13,6 +13,7 @@ from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 from moelpr.process.errors import UserError
+from moelpr.stages import DENSE_STAGES
 
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
 MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested
@@ -35,7 +36,7 @@ class Candidate:
 
     def flags(self, workload: Workload) -> list[str]:
         """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
-        argv = self.layout.flags(has_experts=workload.stage != "dense")
+        argv = self.layout.flags(has_experts=workload.stage not in DENSE_STAGES)
         if workload.optimizer_cpu_offload:
             argv += [
                 "--optimizer-cpu-offload",

@@ -234,12 +234,11 @@ def needs_input_gradient(
 ) -> bool:
     """Whether the backward pass continues below the FFN of `layer`.
 
-    It ends at the first MoE layer unless the embedding trains, except that an input from another pipeline stage, and
-    with recompute the embedding's output, always require a gradient.
+    It ends at the first FFN that trains unless the embedding does, except that an input from another pipeline stage,
+    and with recompute the embedding's output, always require a gradient.
     """
-    if spec.moe is None or Part.EMBEDDING in trained:
-        return True
-    return pp_rank > 0 or layout.recompute != "none" or layer > spec.moe.layers[0]
+    first = spec.moe.layers[0] if spec.moe else 0
+    return Part.EMBEDDING in trained or pp_rank > 0 or layout.recompute != "none" or layer > first
 
 
 def trains_output(spec: ModelSpec, trained: frozenset[Part]) -> bool:
@@ -307,10 +306,10 @@ class Activations:
             inside = self._experts(self.spec.moe)
         else:
             trains = Part.DENSE_FFN in self.trained
-            outside += hidden if needs_gradient and (keeps_output or trains) else 0
+            outside += hidden if trains or (needs_gradient and keeps_output) else 0
             # Gate, up and silu(gate), and what the down projection reads.
             values = (2 if self.workload.kernels.fused_swiglu else 3) + trains
-            inside = self.all_tokens * values * self.ffn * self.element if needs_gradient else 0.0
+            inside = self.all_tokens * values * self.ffn * self.element if needs_gradient or trains else 0.0
         if self.layout.recompute == "full":
             # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
             shared = hidden if self.norm_element == self.element else 0.0

@@ -95,7 +95,7 @@ def stage_flops(
     Forward, each weight is multiplied once per token or row, and attention computes the causal half of its scores and
     values. Backward, a product costs as much again for the gradient of its weight if that trains, and for the gradient
     of its input (attention: of both) if something trained is below. In the first MoE layer nothing is, and its new
-    experts need only the gradient of their hidden rows, a third.
+    experts need only the gradient of their hidden rows, a third; so do the FFNs of the first layer in the stage ffn.
     """
     trained = workload.trained
     shape = spec.megatron_args
@@ -116,8 +116,8 @@ def stage_flops(
         once += forward + sum(products[part] for part in trained)
         if needs_input_gradient(spec, layout, layer, pp_rank, trained):
             once += forward + core
-        elif Part.NEW_EXPERTS in trained:
-            once += products[Part.NEW_EXPERTS] / 3
+        else:
+            once += sum(products[part] for part in trained & {Part.NEW_EXPERTS, Part.DENSE_FFN}) / 3
         if layout.recompute == "full":
             again += forward
         elif layout.recompute == "selective" and spec.is_moe_layer(layer):

@@ -118,6 +118,10 @@ FLAGS = {
         "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
         "--account-for-loss-in-pipeline-split --global-batch-size 6 --no-overlap-p2p-communication",
     ),
+    "flags: ffn": (
+        (2, "dense", "ffn"),
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
     "flags: dense": (
         (2, "dense", "dense"),
         "--pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce",
@@ -192,7 +196,7 @@ def flags_in_cases() -> set[str]:
 
 
 def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
-    losses = {"stage0": "", "dense": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
+    losses = {"stage0": "", "dense": "", "ffn": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
     words = f"--stage {stage} {SETTINGS} {losses.get(stage, BOTH_LOSSES)} {flags}"
     return Case(ranks, hybrid() if model == "hybrid" else MODELS[model], [*words.split(), *DATA])
 

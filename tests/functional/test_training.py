@@ -211,9 +211,10 @@ def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Pat
 
 
 @pytest.mark.parametrize(
-    ("script", "start", "flags"), [("dense", "dense", []), ("stage1", "upcycled", ["--train-everything"])]
+    ("script", "start", "flags"),
+    [("dense", "dense", []), ("ffn", "dense", []), ("stage1", "upcycled", ["--train-everything"])],
 )
-def test_every_tensor_trains(material: Path, script: str, start: str, flags: list[str]) -> None:
+def test_every_tensor_trains_or_only_the_ffns(material: Path, script: str, start: str, flags: list[str]) -> None:
     from moelpr.checkpoints.torch_dist import TorchDistReader
 
     save = material / f"everything-{script}"
@@ -223,7 +224,12 @@ def test_every_tensor_trains(material: Path, script: str, start: str, flags: lis
     before, trained = TorchDistReader(material / start / "release"), model_tensors(tensors(save, 3))
     assert trained.keys() == set(before.keys)
     for key, value in trained.items():
-        assert not torch.equal(value, before.read(key)), key
+        moves = script != "ffn" or key.endswith((".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight"))
+        assert torch.equal(value, before.read(key)) != moves, key
+    written = sum(tensor.nbytes for tensor in tensors(save, 3).values())  # the optimizer's of what is trained, too
+    assert written == checkpoint_bytes(
+        argparse.Namespace(**yaml.safe_load((save / "recipe.yaml").read_text())), ModelSpec.read(save)
+    )
 
 
 def test_a_resumed_run_is_bitwise_identical_to_the_uninterrupted_one(material: Path, stage1: Path) -> None:

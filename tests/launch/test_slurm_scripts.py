@@ -101,7 +101,7 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
 @pytest.mark.parametrize(
     ("arguments", "variables", "expected"),
     [
-        (["stage3"], {}, ["stage0, stage1, stage2, sft or dense", "'stage3'"]),
+        (["stage3"], {}, ["stage0, stage1, stage2, sft, dense or ffn", "'stage3'"]),
         (["stage1", "--lr", "1"], {}, ["--save DIR"]),
         (["--apptainer"], {}, ["--apptainer"]),
         (["--container-mounts", "a:b", *STAGE], {}, ["--container-mounts", "--container-image or --apptainer"]),

@@ -102,5 +102,5 @@ def test_training_becomes_the_launcher_with_this_python() -> None:
 
 
 def test_each_stage_has_the_launchers_help() -> None:
-    assert [name in moelpr("train", "--help").stdout for name in command.STAGES] == [True] * 5
+    assert [name in moelpr("train", "--help").stdout for name in command.STAGES] == [True] * 6
     assert "--nproc-per-node" in moelpr("train", "stage1", "--help").stdout

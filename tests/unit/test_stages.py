@@ -27,6 +27,7 @@ def test_the_part_of_a_name(name: str, part: Part) -> None:
 
 def test_the_stages_train_what_the_paper_says() -> None:
     assert trained_parts("dense") == frozenset(Part)
+    assert trained_parts("ffn") == {Part.DENSE_FFN}
     assert trained_parts("stage0") == {Part.EMBEDDING, Part.OUTPUT_LAYER}
     assert trained_parts("stage1") == {Part.NEW_EXPERTS, Part.ROUTER}
     assert trained_parts("stage1", train_new_embeddings=True) == trained_parts("stage0") | trained_parts("stage1")

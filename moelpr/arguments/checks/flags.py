@@ -12,7 +12,7 @@ _LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 
 # What to pass if none of the arguments is given.
 _REQUIRED = {
-    "--stage stage1 (or stage0, stage2, sft, dense)": ("stage",),
+    "--stage stage1 (or stage0, stage2, sft, dense, ffn)": ("stage",),
     "--micro-batch-size SEQUENCES": ("micro_batch_size",),
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),

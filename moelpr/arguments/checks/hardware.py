@@ -11,6 +11,7 @@ from moelpr.megatron_patches import cpu
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
 from moelpr.process import machine, ranks
+from moelpr.stages import DENSE_STAGES
 
 # What torch, Megatron and Python occupy in a rank without a GPU, in addition to the code that all ranks share.
 PROCESS_BYTES = 450 << 20
@@ -72,7 +73,12 @@ def expected_memory(run: RequestedRun) -> int | None:
 def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     """The run for the planner's formulas; None for invalid settings and for what they do not support."""
     args, layout, spec = run.args, run.layout, run.spec
-    if spec is None or (args.stage == "dense") != (spec.moe is None) or layout.cp * layout.vpp > 1 or is_uneven(run):
+    if (
+        spec is None
+        or (args.stage in DENSE_STAGES) != (spec.moe is None)
+        or layout.cp * layout.vpp > 1
+        or is_uneven(run)
+    ):
         return None
     sizes = args.seq_length, args.micro_batch_size, run.global_batch_size
     problems = layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False)

@@ -7,7 +7,7 @@ from moelpr.arguments.flags import all_arguments, own_arguments, suggestion
 from moelpr.arguments.requested import RequestedRun
 from moelpr.model.config import FIXED_FOR_MOE
 from moelpr.process.versions import install_command
-from moelpr.stages import MOE_STAGES
+from moelpr.stages import DENSE_STAGES, MOE_STAGES
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")
@@ -37,10 +37,10 @@ def check_checkpoint_kind(run: RequestedRun) -> Iterable[str]:
     """The stage fits the checkpoint: dense, or upcycled."""
     if run.spec is None:
         return
-    if run.args.stage == "dense" and run.spec.moe is not None:
+    if run.args.stage in DENSE_STAGES and run.spec.moe is not None:
         yield (
-            f"--stage dense requires a dense checkpoint, but {run.checkpoint} has experts; use --stage stage1 or "
-            "stage2, or convert the model with moelpr model convert --dense"
+            f"--stage {run.args.stage} requires a dense checkpoint, but {run.checkpoint} has experts; use "
+            "--stage stage1 or stage2, or convert the model with moelpr model convert --dense"
         )
     if run.args.stage in MOE_STAGES and run.spec.moe is None:
         yield (
@@ -108,11 +108,11 @@ def _other_flags(run: RequestedRun) -> Iterable[tuple[str, str]]:
 def check_method(run: RequestedRun) -> Iterable[str]:
     """Flags that the MoE-LPR layer or the stage would ignore."""
     args, explicit = run.args, run.explicit_args
-    if args.stage == "dense":
+    if args.stage in DENSE_STAGES:
         for name in _EXPERT_FLAGS:
             is_size_1 = name.endswith("parallel_size") and getattr(args, name) == 1
             if name in explicit and not is_size_1:
-                yield f"{run.flag(name)} does not apply to --stage dense; remove it, or use --stage stage1"
+                yield f"{run.flag(name)} does not apply to --stage {args.stage}; remove it, or use --stage stage1"
     if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
 

@@ -12,6 +12,7 @@ from moelpr.layouts import Layout
 from moelpr.model.config import shape_of
 from moelpr.model_spec import ModelSpec
 from moelpr.process.errors import UserError
+from moelpr.stages import DENSE_STAGES
 from moelpr.store.run_folder import TRACKER_FILE
 
 # Saved with the optimizer state, and then used instead of other values.
@@ -109,12 +110,12 @@ def _bucket_size(settings: Mapping[str, Any], layout: Layout) -> int | None:
 
 def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     trains_experts = settings.get("stage") in ("stage1", "sft") or bool(settings.get("train_everything"))
-    trains_all = settings.get("stage") == "dense" or bool(settings.get("train_everything"))
+    trains_layers = settings.get("stage") in DENSE_STAGES or bool(settings.get("train_everything"))
     names = ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
     return {
         # Transformer Engine's layers order and divide the same weights differently.
         "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
-        "transformer_impl": settings.get("transformer_impl") if trains_all else None,
+        "transformer_impl": settings.get("transformer_impl") if trains_layers else None,
         **{name: settings.get(name) for name in ("optimizer", *_ADAM, *_UNEVEN_PIPELINE, "ddp_num_buckets")},
         "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
         # The gradients' dtype, with the flag that usually decides it; in a bf16 run, Megatron sets the other flag.
@@ -123,7 +124,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str
             settings.get("fp16") and settings.get("accumulate_allreduce_grads_in_fp32")
         ),
         # Routers and rows of new tokens fill no bucket.
-        "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_all else None,
+        "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_layers else None,
         **{name: bool(settings.get(name)) for name in names},
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,

@@ -26,7 +26,7 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     stage_memories,
 )
-from moelpr.stages import Part, Stage
+from moelpr.stages import DENSE_STAGES, Part, Stage
 from tests.distributed.measured_memory import SavedTensors
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
@@ -204,8 +204,14 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
 ) -> None:
     """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
-    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage != "dense" else None, new_tokens)
-    losses = {"dense": {}, "stage0": {}, "stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": {"lpr_loss_coeff": 0.1}}
+    spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage not in DENSE_STAGES else None, new_tokens)
+    losses = {
+        "dense": {},
+        "ffn": {},
+        "stage0": {},
+        "stage1": {"moe_aux_loss_coeff": 0.01},
+        "stage2": {"lpr_loss_coeff": 0.1},
+    }
     settings: dict[str, object] = (losses | {"sft": losses["stage2"]})[stage]
     if recompute == "selective":
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -248,7 +254,7 @@ def spec_of(layers: tuple[int, ...] = (0, 1, 2, 3), num_original_experts: int = 
 @pytest.mark.parametrize(("stage", "new_embeddings", "everything"), TRAININGS)
 def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_embeddings, everything) -> None:
     spec = spec_of(layers, m, untie_embeddings_and_output_weights=is_untied)
-    spec = spec.as_dense() if stage == "dense" else spec
+    spec = spec.as_dense() if stage in DENSE_STAGES else spec
     (model,) = freeze([build_model(spec)], stage, everything, new_embeddings, NewTokens(100, 28, 110))
     workload = Workload(stage, 64, 1, 1, new_embeddings=new_embeddings, train_everything=everything)
     rank = stage_memories(spec, model_parts(spec), PlannedLayout(), workload)[0]

@@ -72,7 +72,7 @@ def read_registry(registry: Path, names: list[str], folder: Path) -> list[Datase
             near = get_close_matches(name, entries, 3) or sorted(entries)[:5]
             raise UserError(f"the registry {registry} has no dataset {name}; choose one of {', '.join(near)}")
         where = f"the dataset {name} in {registry}"
-        remedy = "correct it (docs/corpora.md#inputs); nothing is downloaded from hubs"
+        remedy = "correct it (docs/corpora.md#languages); nothing is downloaded from hubs"
         entry = records.validate(_Entry, entries[name], where, remedy)
         path = folder / entry.file_name
         if not path.exists():

@@ -90,30 +90,20 @@ def stopped_code() -> int:
     return 0 if os.environ.get(STOPPED_IS_SUCCESS) == "1" else STOPPED
 
 
-def prepare_process() -> None:
-    """Open standard streams that are closed, and show no traceback of a signal or of a stream that failed."""
-    # Otherwise Python sets the stream to None, and the next file that is opened gets its number.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
-    sys.excepthook = _show_exception
-    sys.unraisablehook = show_unraisable
-
-
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main` and exit with the right code.
 
     A `UserError` exits with code 2 and its message, a full disk or Ctrl-C with code 1 and a message. Anything else is a
     bug and keeps its traceback (code 1). With `--debug` on the command line, every error keeps its traceback.
     """
-    _use_utf8()
     debug = "--debug" in sys.argv
     if signal.getsignal(SIGTERM) is signal.SIG_DFL:
         signal.signal(SIGTERM, _exit_by_signal)
     atexit.register(_raise_no_signals)
     try:
         try:
+            if locale.getpreferredencoding(False).lower() != "utf-8":
+                raise UserError("the locale's encoding is not UTF-8; set PYTHONUTF8=1")
             with reports_panics():
                 main()
         except SystemError as error:
@@ -122,7 +112,7 @@ def run_command(main: Callable[[], None]) -> None:
                 raise error.__cause__ from None
             raise
         finally:
-            sys.stdout.flush()  # here, because Python itself can't report that it fails
+            print(end="", flush=True)  # here, because Python itself can't report that it fails
     except BrokenPipeError:
         # The reader (head, less) has closed the pipe, so there is no one to report to.
         _discard_unwritable()
@@ -168,7 +158,8 @@ def _raise_no_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def show_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report Ctrl-C during imports in one line."""
     if issubclass(kind, KeyboardInterrupt) and "--debug" not in sys.argv:
         _print_error("interrupted")
     else:
@@ -176,21 +167,14 @@ def _show_exception(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def show_unraisable(found: Any) -> None:
-    """Report an exception that Python can't raise, as it came from a destructor or a callback."""
-    is_interrupt = isinstance(found.exc_value, KeyboardInterrupt)
-    if is_interrupt or (isinstance(found.exc_value, SystemExit) and found.exc_value.code == 128 + SIGTERM):
-        number = SIGINT if is_interrupt else SIGTERM
-        again = threading.Timer(0.01, os.kill, (os.getpid(), number))  # when it can be raised
-        again.daemon = True
-        again.start()
-    elif not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
-        # Otherwise it is a stream above a file whose writing failed, which is reported: torch's, of checkpoints.
+    """Leave out streams above a file whose writing has failed and been reported: torch's, of checkpoints."""
+    if not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
         sys.__unraisablehook__(found)
 
 
 def _discard_unwritable() -> None:
     """Connect standard streams that can't be written to /dev/null, or Python would report it when it exits."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
             stream.flush()
         except OSError:
@@ -210,19 +194,10 @@ def check_is_utf8(path: str, what: str) -> None:
         raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error
 
 
-def _use_utf8() -> None:
-    """Start this command again in Python's UTF-8 mode if names and files would be ASCII (PYTHONUTF8=0, LC_ALL=C)."""
-    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
-        os.environ["PYTHONUTF8"] = "1"  # for its child processes
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-
-
 def _message(error: BaseException) -> str | None:
     """The message for an error that a user can cause; None for a bug."""
     if isinstance(error, (UserError, MachineError)):
         return str(error).strip().rsplit("UserError: ", 1)[-1]  # a data loader's worker wraps it in its traceback
-    if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return f"{error.filename or 'the output'} exceeds the limit of a file's size; raise it with ulimit -f unlimited"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:40]}… is too long for the name of a file; pass a shorter one"
     if isinstance(error, OSError) and error.errno in DISK_FULL:

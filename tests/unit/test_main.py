@@ -62,11 +62,6 @@ def test_a_tool_has_the_subcommands_name_in_usage_and_errors() -> None:
     assert done.stderr.startswith("moelpr model convert: error: ")
 
 
-def test_a_tool_starts_again_in_utf8_with_all_its_arguments() -> None:
-    done = moelpr("data", "inspect", "no_such_corpus", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C")
-    assert done.returncode == 2 and done.stderr.startswith("moelpr data inspect: error: no_such_corpus")
-
-
 def test_a_group_lists_its_subcommands_and_there_are_few_at_the_top() -> None:
     top = {name.split()[0] for name in command.TOOLS}
     assert len(top) <= 16

@@ -33,7 +33,6 @@ def raised_in_c(error: BaseException) -> SystemError:
     [
         (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
-        (OSError(errno.EFBIG, "File too large", "x.bin"), 1, "x.bin exceeds the limit of a file's size"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "x… is too long for the name of a file"),
         (UserError("no file a\nb\x1b[31m\ud800"), 2, r"error: no file a\nb\x1b[31m\ud800"),
         (MachineError("the disk can't be read"), 1, "error: the disk can't be read"),
@@ -147,15 +146,11 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     assert (rank.returncode, errors) == (-signal.SIGTERM, "")
 
 
-def test_names_that_are_not_ascii_are_read_and_written_without_utf8_mode(tmp_path: Path) -> None:
-    script = tmp_path / "tool.py"
-    script.write_text(
-        "import sys\nfrom moelpr.process.command import run_command\n"
-        "run_command(lambda: open(sys.argv[1], 'w').write(sys.argv[1]) and None)\n"
-    )
-    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, script, "\u00e9\u65e5"], env=environment, cwd=tmp_path, check=True)
-    assert (tmp_path / "\u00e9\u65e5").read_text(encoding="utf-8") == "\u00e9\u65e5"
+def test_another_encoding_than_utf8_is_one_sentence() -> None:
+    variables = "PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=C"
+    done = run_in_shell(f"{variables} $PROGRAM", PRINTS.format(1, ""))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "PYTHONUTF8=1" in done.stderr
+    assert run_in_shell("LC_ALL=C $PROGRAM", PRINTS.format(1, "")).returncode == 0
 
 
 def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001
@@ -207,18 +202,12 @@ run_command(main)
 
 
 @pytest.mark.parametrize("size", [1, 10**6])
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 0", "2>&1 | head -c 0"])
-def test_closed_streams_and_pipes_cause_no_traceback(redirection: str, size: int) -> None:
+@pytest.mark.parametrize("redirection", ["| head -c 0", "2>&1 | head -c 0"])
+def test_a_reader_that_closes_the_pipe_causes_no_traceback(redirection: str, size: int) -> None:
     for end, code in (("", 0), ("    raise UserError('a')\n", 2)):
         done = run_in_shell(f"$PROGRAM {redirection}; exit ${{PIPESTATUS[0]}}", PRINTS.format(size, end))
-        assert done.returncode in ((code, 1) if "|" in redirection else (code,))
+        assert done.returncode in (code, 1)
         assert done.stderr in ("", "-c: error: a\n")
-
-
-def test_a_file_does_not_get_the_number_of_a_closed_stream(tmp_path: Path) -> None:
-    code = "import moelpr, os, sys\nfile = open(sys.argv[1], 'w')\nos.write(1, b'lost')\nos.system('echo lost')"
-    assert run_in_shell(f"$PROGRAM {tmp_path}/file >&-", code).returncode == 0
-    assert (tmp_path / "file").read_text() == ""
 
 
 def test_a_full_disk_behind_stdout_is_one_message() -> None:
@@ -233,33 +222,20 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
     assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"
 
 
-SIGNALLED = """
-import atexit, moelpr, signal, sys, time
+AT_EXIT = """
+import atexit, signal
 from moelpr.process.command import run_command
 
-class Destroyed:
-    def __del__(self):
-        signal.raise_signal(signal.{0})
-        time.sleep(0)
-
-def main():
-    if "{1}" == "at work":
-        Destroyed()
-        time.sleep(9)
-        print("goes on")
 signal.signal(signal.SIGINT, signal.default_int_handler)
-if "{1}" == "at exit":
-    atexit.register(lambda: signal.raise_signal(signal.{0}))
-run_command(main)
+atexit.register(lambda: signal.raise_signal(signal.{}))
+run_command(lambda: None)
 """
 
 
-@pytest.mark.parametrize("moment", ["at work", "at exit"])
-@pytest.mark.parametrize(("name", "code", "words"), [("SIGTERM", 143, ""), ("SIGINT", 1, "-c: error: interrupted\n")])
-def test_a_signal_in_a_destructor_or_at_exit_ends_the_command_without_a_traceback(moment, name, code, words) -> None:
-    done = run_in_shell("exec $PROGRAM", SIGNALLED.format(name, moment))
-    expected = (-signal.Signals[name], "") if moment == "at exit" else (code, words)
-    assert (done.returncode, done.stderr) == expected and done.stdout == ""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_at_exit_ends_the_command_without_a_traceback(name: str) -> None:
+    done = run_in_shell("exec $PROGRAM", AT_EXIT.format(name))
+    assert (done.returncode, done.stderr) == (-signal.Signals[name], "")
 
 
 def test_a_stream_above_a_failed_file_is_not_reported_again() -> None:

@@ -1,12 +1,10 @@
 """Training and validation corpora: they exist, and their token IDs are the model's."""
 
 import functools
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -23,9 +21,6 @@ from moelpr.process import ranks
 from moelpr.process.errors import UserError
 from moelpr.store.checksums import Verify
 from moelpr.store.run_folder import HF_FOLDER
-
-# What the order of samples depends on, next to the corpora and the length of the run.
-_ORDER = ("seed", "seq_length", "split", "dataloader_type")
 
 DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
@@ -236,93 +231,10 @@ def check_cache_folders(run: RequestedRun) -> Iterable[str]:
             yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
 
 
-def note_other_data(run: RequestedRun) -> Iterable[str]:
-    """A resumed run goes on at the same place of another order."""
-    if not _has_steps_left(run):
-        return
-    record, args = run.record or {}, run.args
-    defaults = {"split": "100,0,0", "dataloader_type": "single"}
-    before, now = (
-        defaults | {name: values[name] for name in _ORDER if values.get(name) is not None}
-        for values in (record, vars(args))
-    )
-    changed = [name for name in now if name in before and before[name] != now[name]]
-    if args.data_path and record.get("data_path"):
-        old, new = (_places(items) for items in (record["data_path"], args.data_path))
-        if old != new and all(Path(f"{place}.idx").exists() for place in old if "/" in place):  # else they were moved
-            changed.append("data_path")
-    if changed:
-        flags = ", ".join(run.flag(name) for name in changed)
-        yield (
-            f"{flags} changed since the run's last start: it goes on at the same place of another order of samples, "
-            "and repeats and omits some text"
-        )
-
-
-def _places(items: Iterable[str]) -> list[str]:
-    """The weights and the absolute prefixes of a --data-path."""
-    return [item if _is_number(item) else os.path.realpath(item) for item in items]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _has_steps_left(run: RequestedRun) -> bool:
-    """Whether this is a resumed run that may have steps left."""
-    step = run.saved_step if run.step is None else run.step
-    return run.is_resumed and not (run.args.train_iters and step is not None and run.args.train_iters <= step)
-
-
-def note_reordered_data(run: RequestedRun) -> Iterable[str]:
-    """A resumed run of another length may read some text again, and omit other text."""
-    args, record = run.args, run.record or {}
-    if not _has_steps_left(run):
-        return
-    batch = run.global_batch_size
-    before, now = _run_samples({"global_batch_size": batch} | record), _run_samples(vars(args), batch)
-    prefixes, weights = training_blend(run)
-    if before in (0, now) or (weights is None and len(prefixes) > 1):  # then each corpus is read once
-        return
-    changed = []
-    for prefix, weight in zip(prefixes, weights or [1.0], strict=True):
-        if has_conversations(prefix):
-            continue  # their order does not depend on it
-        try:
-            tokens = int(CorpusIndex.open(prefix).num_tokens * training_share(args.split))
-        except UserError:
-            continue  # the dataset reports it
-        share = weight / sum(weights) * (1 + args.mid_level_dataset_surplus) if weights else 1.0
-        if tokens and _order(before * share, tokens, args.seq_length) != _order(now * share, tokens, args.seq_length):
-            changed.append(prefix)
-    if changed:
-        yield (
-            f"the run takes {now:,} samples instead of {before:,}; over more than one epoch, Megatron's order of "
-            f"{', '.join(changed)} depends on that, so the run goes on in another one and repeats and omits some text"
-        )
-
-
-def _run_samples(settings: Mapping[str, Any], batch: int | None = None) -> int:
-    """Samples of the whole run; 0 if the record of a run does not have them."""
-    by_steps = (settings.get("train_iters") or 0) * (batch or settings["global_batch_size"])
-    return int(settings.get("train_samples") or by_steps)
-
-
 def training_share(split: str | None) -> float:
     """The share of each corpus that --split leaves for training."""
     shares = [float(share) for share in (split or "1").split(",")]
     return shares[0] / sum(shares)
-
-
-def _order(samples: float, tokens: int, seq_length: int) -> tuple[int, bool]:
-    """What Megatron's order of a corpus depends on: its epochs, and whether the last one is shuffled by itself."""
-    epochs = max(1, math.ceil((math.ceil(samples) * seq_length + 1) / tokens))
-    in_last_epoch = math.ceil(samples) - ((epochs - 1) * tokens - 1) // seq_length
-    return epochs, epochs > 1 and in_last_epoch < int(0.8 * ((tokens - 1) // seq_length))
 
 
 def _can_be_cached(folder: Path) -> bool:

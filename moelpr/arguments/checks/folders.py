@@ -42,7 +42,7 @@ def check_save_disk(run: RequestedRun) -> Iterable[str]:
     if run.args.save is None:
         return
     save = Path(run.args.save)
-    existing = _existing(save)
+    existing = next(folder for folder in (save, *save.absolute().parents) if folder.exists())
     if not existing.is_dir():
         yield f"cannot create --save {save}: {existing} is a file; use another folder"
     elif not os.access(existing, os.W_OK | os.X_OK):
@@ -59,38 +59,6 @@ def check_save_disk(run: RequestedRun) -> Iterable[str]:
             )
 
 
-def note_disk_of_all_checkpoints(run: RequestedRun) -> Iterable[str]:
-    """A run that keeps more checkpoints than the disk of --save can hold would fail after days."""
-    if run.args.save is None or run.spec is None or not (number := _num_checkpoints(run)):
-        return
-    save = Path(run.args.save)
-    disk, each = shutil.disk_usage(_existing(save)), checkpoint_bytes(run.args, run.spec)
-    if disk.total > 0 and each <= disk.free < number * each:
-        yield (
-            f"warning: the disk of --save {save} has {format_bytes(disk.free)} free, and the run will have up to "
-            f"{number} more checkpoints there at a time, {format_bytes(number * each)}; keep fewer with "
-            "--save-retain-interval, or free some space"
-        )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder itself, or the nearest around it that exists."""
-    return next(one for one in (folder, *folder.absolute().parents) if one.exists())
-
-
-def _num_checkpoints(run: RequestedRun) -> int:
-    """How many more there are at the fullest moment; 0 if the length of the run is unknown."""
-    args, start = run.args, (run.saved_step or 0) if run.is_resumed else 0
-    steps = args.train_iters or (args.train_samples or 0) // (args.global_batch_size or 1)
-    if not args.save_interval or steps <= start:
-        return 0
-    saved = -(-steps // args.save_interval) - start // args.save_interval
-    if not (kept := run.save_retain_interval):
-        return saved
-    # Besides those that stay, the last one and the one that is being written.
-    return min(saved, steps // kept - start // kept + 2)
-
-
 def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
     """Bytes of the tensors in one checkpoint of a run."""
     return memory.checkpoint_bytes(
@@ -101,12 +69,3 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
         args.save_trained_only,
         not args.no_save_optim,
     )
-
-
-def note_rounded_retain_interval(run: RequestedRun) -> Iterable[str]:
-    """A recipe's --save-retain-interval follows another --save-interval."""
-    if (kept := run.save_retain_interval) != run.args.save_retain_interval:
-        yield (
-            f"--save-retain-interval {run.args.save_retain_interval} is rounded to {kept}, a multiple of "
-            f"--save-interval {run.args.save_interval}"
-        )

@@ -75,23 +75,6 @@ def test_a_disk_that_reports_no_size_is_accepted(upcycled: str, accepted, tmp_pa
     accepted("stage1", upcycled, "--save", str(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    ("retain", "free", "number"), [((), 29, 30), ((), 30, 0), ((10,), 4, 5), ((10,), 5, 0), ((1000,), 1, 2)]
-)
-def test_checkpoints_that_the_disk_cannot_hold_together_are_a_warning(
-    upcycled: str, accepted, tmp_path: Path, monkeypatch, capsys, retain: tuple[int, ...], free: int, number: int
-) -> None:
-    """30 steps: all are kept, or steps 10, 20 and 30, with the one before and the one that is being written."""
-    each = 761 * 1024 + 200
-    monkeypatch.setattr("moelpr.arguments.checks.folders.checkpoint_bytes", lambda args, spec: each)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free * each))
-    flags = ["--save-retain-interval", str(*retain)] if retain else []
-    argv = ["--save", str(tmp_path / "run"), "--train-iters", "30", "--save-interval", "1", *flags]
-    accepted("stage1", upcycled, *argv)
-    said = capsys.readouterr().err
-    assert (f"up to {number} more checkpoints" in said) == bool(number), said
-
-
 def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_trained(moe_spec: ModelSpec) -> None:
     """Three layers: hidden 32, FFN 48, 4 heads and 2 groups of 8, 5 experts, vocabulary 128, tied."""
     experts = 3 * 5 * 3 * 32 * 48
@@ -118,9 +101,8 @@ def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_tr
     assert size("stage1", train_new_embeddings=True) == full * 2 + (new + routers + 128 * 32) * 12
 
 
-def test_a_recipes_retain_interval_follows_the_save_interval(upcycled: str, accepted, capsys) -> None:
+def test_a_recipes_retain_interval_follows_the_save_interval(upcycled: str, accepted) -> None:
     found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "300")
     assert found["save_retain_interval"] == 10200
-    assert "--save-retain-interval 10000 is rounded to 10200" in capsys.readouterr().err
     found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "500")
-    assert found["save_retain_interval"] == 10000 and "rounded" not in capsys.readouterr().err
+    assert found["save_retain_interval"] == 10000

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import difflib
 import functools
 import os
 import re
@@ -10,7 +9,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, NoReturn, get_args
 
 from moelpr.data.mixing import Mix
-from moelpr.process.errors import UserError
+from moelpr.process.errors import UserError, did_you_mean
 from moelpr.process.quantities import count_argument
 from moelpr.stages import STAGE_HELP, Stage1Experts
 
@@ -165,9 +164,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ "did you mean …?" with the most similar of the known names; if none is similar, where they are listed."""
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    return f"did you mean {nearest[0]}?" if nearest else _SEE_HELP
+    """Ask for the nearest of the known flags; if none is near, say where they are listed."""
+    return did_you_mean(name, known, _SEE_HELP)
 
 
 def own_arguments() -> Parser:

@@ -6,7 +6,6 @@ asked to stop before its last step.
 
 import argparse
 import atexit
-import difflib
 import errno
 import locale
 import os
@@ -29,6 +28,7 @@ from moelpr.process.errors import (
     MachineError,
     StoppedError,
     UserError,
+    did_you_mean,
     is_lost_connection,
     reports_panics,
     taken_port,
@@ -72,8 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         for word in takewhile(lambda word: word != "--", words) if self._subparsers is None else ():
             flag = word.split("=")[0]
             if flag.startswith("--") and not any(name.startswith(flag) for name in known):
-                nearest = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"unrecognized argument {flag}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+                self.error("; ".join(filter(None, (f"unrecognized argument {flag}", did_you_mean(flag, known)))))
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

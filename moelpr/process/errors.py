@@ -2,8 +2,9 @@
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the errno of an OSError
 
@@ -23,6 +24,12 @@ class StoppedError(MachineError):
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, without a full stop, to be part of one of our sentences."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Ask for the nearest of the known names; if none is near, give the other hint."""
+    nearest = get_close_matches(name, [*known], n=1)
+    return f"did you mean {nearest[0]}?" if nearest else otherwise
 
 
 def is_lost_connection(error: BaseException) -> bool:

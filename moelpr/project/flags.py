@@ -1,6 +1,5 @@
 """Check the flags that a project sets for its steps, against the commands that will get them."""
 
-import difflib
 import os
 import re
 import subprocess
@@ -8,7 +7,7 @@ import sys
 from collections.abc import Collection
 
 from moelpr.arguments.supported import SUPPORTED
-from moelpr.process.errors import UserError
+from moelpr.process.errors import UserError, did_you_mean
 from moelpr.project.reading import ProjectFile
 from moelpr.project.steps import STEPS
 
@@ -26,8 +25,7 @@ def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
         known |= {*map(str, allowed if isinstance(allowed, list) else [allowed])}
         for flag in flags:
             if flag not in known:
-                nearest = difflib.get_close_matches(flag, known, n=1)
-                hint = f"did you mean {nearest[0]}?" if nearest else f"see moelpr {STEPS[step]} --help"
+                hint = did_you_mean(flag, known, f"see moelpr {STEPS[step]} --help")
                 raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is no flag of this step; {hint}")
 
 

@@ -1,6 +1,5 @@
 """Read languages.yaml: every error names the file, the line, the key, and what would work."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from moelpr.process.errors import UserError
+from moelpr.process.errors import UserError, did_you_mean
 from moelpr.project.project import Language, Project
 from moelpr.project.steps import OWN_FLAGS, STEPS
 from moelpr.store import records
@@ -149,8 +148,7 @@ def _check(file: ProjectFile) -> None:
     _check_conversations(file)
     for step, flags in project.steps.items():
         if step not in STEPS:
-            nearest = difflib.get_close_matches(step, STEPS, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"the steps are {', '.join(STEPS)}"
+            hint = did_you_mean(step, STEPS, f"the steps are {', '.join(STEPS)}")
             raise UserError(f"{file.at('steps', step)}steps.{step} is unknown; {hint}")
         for flag in OWN_FLAGS & flags.keys():
             raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is set by moelpr run; remove it")
@@ -228,8 +226,7 @@ def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:
     for part in path:
         place = _child(_resolve(place, schema), part)
     keys = list(_resolve(place, schema).get("properties", {}))
-    nearest = difflib.get_close_matches(str(name), keys, n=1)
-    return f"; did you mean {nearest[0]}?" if nearest else f"; expected {', '.join(keys)}"
+    return f"; {did_you_mean(str(name), keys, f'expected {", ".join(keys)}')}"
 
 
 def _child(place: dict[str, Any], part: str | int) -> dict[str, Any]:

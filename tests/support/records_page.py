@@ -17,7 +17,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from moelpr.metrics.schema import METRICS
 from moelpr.project.project import Project
 from moelpr.store.files import write_text
 from moelpr.store.records import Record
@@ -57,7 +56,7 @@ def record_types() -> list[type[Record]]:
 
 def section() -> str:
     """The section in Markdown, with its markers."""
-    parts = [START, "## Records", f"### metrics.jsonl, a training step\n\n{_metrics()}"]
+    parts = [START, "## Records"]
     shown: set[Any] = set()
     parts += [_described(name, resolve_name(place), shown) for name, place in _SHOWN.items()]
     lines = [
@@ -99,14 +98,6 @@ def _described(title: str, kind: Any, shown: set[Any]) -> str:
             parts += [f"**{type_name(part)}**: {describe(part).text}", _table(part)]
     shown.update([kind, *_nested(kind)])
     return "\n\n".join(parts)
-
-
-def _metrics() -> str:
-    """The table of a training step's metrics."""
-    shapes = {"": "number", "L": "list of number, per MoE layer", "LE": "list of list of number, per layer and expert"}
-    rows = [f"| `{metric}` | {shapes[metric.axes]} | {metric.heading} |" for metric in METRICS]
-    head = ["| field | type | meaning |", "|---|---|---|", "| `iteration` | integer | The step. |"]
-    return "\n".join([*head, "| `stage` | text | The stage that trains. |", *rows])
 
 
 def _table(kind: Any) -> str:

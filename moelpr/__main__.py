@@ -67,6 +67,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     },
     "Results": {
         "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
+        "compare": Tool("moelpr.project.compare", "compare finished projects: what they have learned and lost"),
         "chat": Tool("moelpr.chat.__main__", "talk to an export on a local page, and see where tokens go"),
         "report": Tool("moelpr.report.__main__", "make the report of runs, or follow one (report live)"),
         "track": Tool("moelpr.metrics.__main__", "send runs and results to W&B, MLflow or trackio"),

@@ -7,15 +7,15 @@ moelpr evaluate harness --model base=DIR --model stage2=DIR --languages en,el --
 
 import argparse
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moelpr.evaluate.arguments import at_least, computing_arguments, named_paths, reading_arguments
 from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, check_is_utf8, program_name, run_command
+from moelpr.process.command import CommandParser, program_name, run_command
 from moelpr.process.errors import UserError
-from moelpr.store.checksums import NO_VERIFY
 
 if TYPE_CHECKING:
     from moelpr.evaluate.results import Results
@@ -146,9 +146,12 @@ def make_parser() -> CommandParser:
     )
     routing.add_argument("--threshold", type=fraction, default=0.5, metavar="FRACTION", help=what)
 
-    common = common_arguments("Hugging Face directory; repeat for several; the first is the reference")
+    models = model_argument("Hugging Face directory; repeat for several; the first is the reference")
     harness = commands.add_parser(
-        "harness", parents=[common], help="the paper's benchmarks, by lm-evaluation-harness", description=_HARNESS
+        "harness",
+        parents=[models, computing_arguments()],
+        help="the paper's benchmarks, by lm-evaluation-harness",
+        description=_HARNESS,
     )
     add = harness.add_argument
     add("--languages", type=languages, required=True, metavar="en,el,...", help="language codes of --tasks")
@@ -174,42 +177,23 @@ def text_arguments() -> CommandParser:
     """The arguments of `text` and `routing`."""
     models = "Hugging Face directory, Megatron checkpoint folder or .gguf file (extra `gguf`); repeat for several; the "
     models += "first is the reference"
-    parser = CommandParser(add_help=False, parents=[common_arguments(models)])
+    parser = CommandParser(
+        add_help=False, parents=[model_argument(models), computing_arguments(), reading_arguments("all")]
+    )
     add = parser.add_argument
     what = "held-out text of a language: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or "
     what += "pattern; repeat for several"
     add("--data", action="append", required=True, metavar="LANG=FILE", help=what)
     what = "languages of --data that the base supports; all others are expanded languages (default: unknown)"
     add("--original-languages", type=languages, default=[], metavar="en,es,...", help=what)
-    add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
-    add("--max-documents", type=at_least(1), metavar="N", help="documents per language (default: all)")
-    what = "window in tokens (default: 512, or the models' maximum if that is less)"
-    add("--sequence-length", type=at_least(1), metavar="N", help=what)
-    what = "overlap of consecutive windows of a document, in tokens (default: a quarter of the window)"
-    add("--context", type=int, metavar="N", help=what)
-    add("--batch-size", type=at_least(1), metavar="N", help="full windows per batch (default: what fits in memory)")
-    what = (
-        "tokens at the start of each document that are context and do not count, such as 32 for a base tuned for chat, "
-    )
-    what += "which predicts the start of a plain text badly (default: %(default)s)"
-    add("--skip-tokens", type=at_least(0), default=0, metavar="N", help=what)
-    add("--json", action="store_true", help="print one line of JSON instead of tables")
     parser.set_defaults(measure=measure_text)
     return parser
 
 
-def common_arguments(models: str) -> CommandParser:
-    """The arguments of all commands; `models` describes --model."""
+def model_argument(models: str) -> CommandParser:
+    """The argument --model, which `models` describes."""
     parser = CommandParser(add_help=False)
-    add = parser.add_argument
-    add("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
-    what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
-    add("--device", default="auto", help=what)
-    what = "auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=what)
-    what = "folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume"
-    add("--output", type=Path, metavar="DIR", help=what)
-    add("--no-verify", **NO_VERIFY)
+    parser.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR", help=models)
     return parser
 
 
@@ -222,35 +206,8 @@ def check_languages(original: list[str], languages: Collection[str], flag: str) 
         raise UserError(f"--original-languages {','.join(unknown)} must be among {flag} ({', '.join(languages)})")
 
 
-def named_paths(items: list[str], flag: str) -> dict[str, str]:
-    """NAME=DIR or LANG=FILE arguments by name; the name of a bare --model path is that of its last folder."""
-    form, example = ("NAME=DIR", "base") if flag == "--model" else ("LANG=FILE", "en")
-    named: dict[str, str] = {}
-    for item in items:
-        name, separator, path = item.partition("=")
-        if not separator and flag == "--model":
-            name, path = Path(item).resolve().name, item
-        check_is_utf8(item, f"{flag} argument")
-        if not name or not path:
-            raise UserError(f"{flag} must be {form}, such as {example}={item.strip('=')}, got {item}")
-        name = name if flag == "--model" else canonical(name)
-        if name in named:
-            raise UserError(f"{flag} has {name} twice ({named[name]} and {path}); give each its own name as {form}")
-        named[name] = path
-    return named
-
-
 def named_models(items: list[str]) -> dict[str, Path]:
     return {name: Path(path) for name, path in named_paths(items, "--model").items()}
-
-
-def at_least(minimum: int) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not value.isdecimal() or int(value) < minimum:
-            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {value}")
-        return int(value)
-
-    return parse
 
 
 def fraction(value: str) -> float:

@@ -11,13 +11,20 @@ from moelpr.report.svg import MUTED, width_of, write_label
 Box = tuple[float, float, float, float]  # left, low, right, high
 
 
-def label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]]) -> None:
-    """Write each label near its point (x, y), where it covers least; a line leads to one that is farther away."""
+def label_points(axes: Axes, labels: Sequence[tuple[str, tuple[float, float]]], bars: Sequence[Box] = ()) -> None:
+    """Write each label near its point (x, y), where it covers least; a line leads to one that is farther away.
+
+    Args:
+        bars: Lines, horizontal or vertical, that labels should not cover either.
+    """
     axes.get_xlim(), axes.get_ylim()  # they make matplotlib choose the limits, which the positions depend on
     scale = 72 / axes.figure.dpi
     points = [axes.transData.transform(place) * scale for _, place in labels]
     (left, low), (_, high) = axes.bbox.get_points() * scale
     taken = [_around(x, y, 5) for x, y in points]
+    for bar in bars:
+        (start, bottom), (end, top) = (axes.transData.transform(corner) * scale for corner in (bar[:2], bar[2:]))
+        taken.append((start - 4, bottom - 1, end + 4, top + 1))
     sides = [(across, up) for across in (9, 27, 54, 90) for up in range(9, 130, 15)]
     shifts = [(across * a, up * b) for across, up in sides for a in (1, -1) for b in (1, -1)]
     for (text, place), (x, y) in zip(labels, points, strict=True):

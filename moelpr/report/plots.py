@@ -211,11 +211,53 @@ def trade_off_chart(
     axes.grid()
     axes.margins(0.12)  # for labels
     axes.set(xlabel=x_axis, ylabel=y_axis)
+    _percent_ticks(axes)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
+    label_points(axes, labels)
+    return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
+
+
+def _percent_ticks(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # as fine as the tenths of a percent of the labels
         axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
-    label_points(axes, labels)
+
+
+@styled
+def learned_lost_chart(
+    title: str, panels: Mapping[str, Mapping[str, tuple[Interval, Interval]]], *, x_axis: str
+) -> str:
+    """Settings of which each has two relative changes against a base, which is at (0, 0): points with their intervals.
+
+    Args:
+        panels: label of the y axis -> setting -> changes (x, y); the panels are next to each other.
+        x_axis: label of the x axis, which all panels share.
+    """
+    figure, described = None, []
+    for number, (y_axis, settings) in enumerate(panels.items()):
+        figure, axes = new_axes(360, 280, 470 * number, figure=figure)
+        axes.set_title("" if number else title, pad=14)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.axvline(0, color=INK, linewidth=1)
+        labels, bars = [("base", (0.0, 0.0))], []
+        for index, (name, (x, y)) in enumerate(settings.items()):
+            color = SERIES[index % len(SERIES)]
+            described.append(f"{name}: {x_axis} {x.text(percent)}, {y_axis} {y.text(percent)}")
+            if not (math.isfinite(x.value) and math.isfinite(y.value)):
+                continue
+            for left, low, right, high in ((x.low, y.value, x.high, y.value), (x.value, y.low, x.value, y.high)):
+                axes.plot([left, right], [low, high], color=color, linewidth=1.6, marker="|" if low == high else "_")
+                bars += [(left, low, right, high)] if math.isfinite(left + low + right + high) else []
+            (point,) = axes.plot(x.value, y.value, color=color, marker=_MARKERS[index % len(_MARKERS)], markersize=8)
+            point.set_gid(f"{TIP}{described[-1]}")
+            labels.append((name, (x.value, y.value)))
+        axes.plot(0, 0, color=INK, marker="o", markersize=6)
+        axes.grid()
+        axes.margins(0.15)  # for labels
+        axes.set(xlabel=f"{x_axis} (\u2190 better)", ylabel=f"{y_axis} (\u2193 better)")
+        _percent_ticks(axes)
+        label_points(axes, labels, bars)
+    assert figure is not None
     return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
 
 

@@ -91,9 +91,10 @@ def import_everything() -> None:
 
 _IMPORTED_LATER = """
 moelpr.training.train moelpr.model.loading moelpr.evaluate.compare moelpr.evaluate.text_results
-moelpr.evaluate.routing_results moelpr.report.run_report moelpr.report.live tests.faults.cases pyarrow.parquet
-sentencepiece torch.utils.tensorboard transformers.models.auto.modeling_auto transformers.models.qwen2.modeling_qwen2
-transformers.models.qwen2_moe.modeling_qwen2_moe transformers.models.qwen2.tokenization_qwen2
+moelpr.evaluate.routing_results moelpr.project.comparison moelpr.report.run_report moelpr.report.live
+tests.faults.cases pyarrow.parquet sentencepiece torch.utils.tensorboard transformers.models.auto.modeling_auto
+transformers.models.qwen2.modeling_qwen2 transformers.models.qwen2_moe.modeling_qwen2_moe
+transformers.models.qwen2.tokenization_qwen2
 """.split()
 
 

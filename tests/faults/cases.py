@@ -182,7 +182,10 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("resume", f"{inside(HALF, STEP)} out/run/*.txt", same_run, 0.1),
         Reading("resume", "out/run/*.json out/run/*.yaml out/run/iter_*/*.yaml out/run/metrics.jsonl", anything, 0.05),
     ),
-    "recipes": (Reading("settings", "recipe.yaml", recipe_holds),),
+    "recipes": (
+        Reading("settings", "recipe.yaml", recipe_holds),
+        Reading("compare", "project.yaml", anything, 0.1),
+    ),
     "metrics": (
         Reading("live", RUN, anything, 1),
         Reading("report", RUN, anything, 0.3),
@@ -212,7 +215,7 @@ def wrong_arguments(case: Case) -> Outcome:
     """A command line with wrong, missing and additional arguments."""
     # Few of those that take seconds.
     names = [name for name in COMMANDS if not COMMANDS[name].script and "large" not in name]
-    slow = ("evaluate", "report", "train", "resume")
+    slow = ("evaluate", "compare", "report", "train", "resume")
     name = case.random.choices(names, [0.1 if candidate.startswith(slow) else 1 for candidate in names])[0]
     case.prepare(name)
     flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", help_of(name, case))

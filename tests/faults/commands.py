@@ -151,6 +151,11 @@ COMMANDS = {
         "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl --output out/evaluation",
         "hf text evaluation:out/evaluation",
     ),
+    "compare": Command(
+        "moelpr.project.compare",
+        "project.yaml --data more=text/text.jsonl --output out/comparison",
+        "project.yaml hf text export:project/hf",
+    ),
     "report": Command("moelpr.report.__main__", "stage1 --output out/report", "stage1"),
     "live": Command("moelpr.report.__main__", "live stage1 --once", "stage1"),
     "plan": Command(

@@ -35,6 +35,14 @@ train-iters: 2
 save-interval: 1
 log-interval: 1
 """
+PROJECT = """\
+model: hf
+output: project
+budget: {epochs: 1}
+languages:
+  expanded: {el: {text: text/el.jsonl, held_out: text/el.jsonl}}
+  original: {en: {text: text/en.jsonl, held_out: text/en.jsonl}}
+"""
 TEMPLATE = """\
 {% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
@@ -109,6 +117,7 @@ def write_sources(folder: Path) -> None:
     tokenizer.save_pretrained(save_random_model(config, folder / "hf"))
     save_extended_tokenizer(folder / "hf", folder / "extended", [("q", "q"), ("qq", "q")])
     (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "project.yaml").write_text(PROJECT)
 
 
 def write_text(folder: Path) -> None:

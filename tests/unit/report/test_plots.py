@@ -15,6 +15,7 @@ from moelpr.report.plots import (
     cell_colors,
     change_chart,
     heat_maps,
+    learned_lost_chart,
     line_chart,
     thinning_note,
 )
@@ -22,6 +23,9 @@ from moelpr.report.plots import (
 SVG = "{http://www.w3.org/2000/svg}"
 FALLING = Curve("original languages", list(range(100)), [5 - step / 50 for step in range(100)])
 RISING = Curve("$\\alpha$ <b> & \u4e2d\u6587", list(range(100)), [1 + step / 50 for step in range(100)])
+
+SETTINGS = {"a": (Interval(-0.1, -0.2, -0.05), Interval(0.1, 0.05, 0.15)), "<c>": (Interval(-0.3), Interval(0.02))}
+SETTINGS["diverged"] = (Interval(math.nan), Interval(math.inf))
 
 
 def texts(svg: str) -> list[str]:
@@ -35,10 +39,11 @@ def charts() -> dict[str, str]:
         "lines": line_chart("loss", [FALLING, RISING]),
         "changes": change_chart("changes", rows, axis="bits per byte against base"),
         "maps": heat_maps("maps", [panel, panel]),
+        "learned": learned_lost_chart("learned", {"lost <b>": SETTINGS, "other": SETTINGS}, x_axis="expanded"),
     }
 
 
-@pytest.mark.parametrize("name", ["lines", "changes", "maps"])
+@pytest.mark.parametrize("name", ["lines", "changes", "maps", "learned"])
 def test_chart_is_self_contained_accessible_and_reproducible(name: str) -> None:
     svg = charts()[name]
     root = ElementTree.fromstring(svg)
@@ -67,6 +72,13 @@ def test_curves_differ_in_dash_and_marker() -> None:
     assert "stroke-dasharray" in svg
     markers = {use.get("href") for use in ElementTree.fromstring(svg).iter(f"{SVG}use")}
     assert len(markers) >= 3  # two curves and the ticks
+
+
+def test_what_was_learned_and_lost_is_drawn_with_intervals_but_not_what_has_no_number() -> None:
+    svg = charts()["learned"]
+    assert [texts(svg).count(name) for name in ("a", "<c>", "base", "diverged")] == [2, 2, 2, 0]
+    assert "a: expanded \u221210.0% [\u221220.0%, \u22125.0%], other +10.0% [+5.0%, +15.0%]" in svg
+    assert "diverged: expanded unavailable" in svg
 
 
 def test_small_numbers_stay_on_the_axis() -> None:

@@ -1,0 +1,167 @@
+"""Compare finished projects of one base on the same texts: what each has learned, and what it has lost.
+
+    moelpr compare moe-lpr.yaml full.yaml lora.yaml --data fr=fr.jsonl --output runs/comparison
+
+Learned is the mean change of bits per byte over the expanded languages' held-out text, lost that over text to keep: the
+original languages' held-out text, and languages.kept. --data adds text that no project was shown. All changes are
+against the base, paired by document. The table also has KL(base‖model), and the changes against the first project.
+Nothing is measured twice in the output folder.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from moelpr.evaluate.arguments import computing_arguments, named_paths, reading_arguments
+from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import UserError
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project
+from moelpr.text.reading import read_documents
+
+_BASE = "base"  # its name among the models
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    projects = labelled([Places(read_project(path)) for path in args.files])
+    check(projects)
+    documents, groups = read_texts(projects, named_paths(args.data, "--data"), args.json_key, args.max_documents)
+    # After the arguments and the text: torch and matplotlib are slow to import.
+    from moelpr.evaluate.compare import compare_models
+    from moelpr.evaluate.models import check_device, read_max_positions
+    from moelpr.evaluate.result_cache import ResultCache
+    from moelpr.evaluate.scoring import Settings
+    from moelpr.project.comparison import Compared
+
+    check_device(args.device)
+    first = next(iter(projects.values()))
+    models = {_BASE: first.base} | {label: places.export for label, places in projects.items()}
+    settings = Settings(args.sequence_length, args.context, args.batch_size, args.skip_tokens).resolve(
+        {name: read_max_positions(path) for name, path in models.items()}
+    )
+    score = partial(
+        compare_models,
+        documents=documents,
+        settings=settings,
+        device=args.device,
+        dtype=args.dtype,
+        verify=args.verify,
+        cache=ResultCache(args.output),
+    )
+    own_tokens = {label for label, places in projects.items() if places.project.vocabulary}
+    scores = score({name: path for name, path in models.items() if name not in own_tokens}, base=first.base).scores
+    scores |= score({label: models[label] for label in own_tokens}).scores
+    results = Compared(projects, groups, settings, scores.pop(_BASE), scores)
+    results.write(args.output)
+    if args.json:
+        print(results.json_text())
+    else:
+        results.print()
+
+
+def _parser() -> argparse.ArgumentParser:
+    documents = "held_out of the first project"
+    parser = CommandParser(description=__doc__, parents=[computing_arguments(), reading_arguments(documents)])
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="languages.yaml", help="file of a finished project (moelpr run)")
+    what = "more text, which no project was shown: JSON lines or Parquet, a file, folder or pattern; repeat for several"
+    add("--data", action="append", default=[], metavar="NAME=FILE", help=what)
+    parser.set_defaults(output=Path("comparison"))
+    return parser
+
+
+def labelled(projects: Sequence[Places]) -> dict[str, Places]:
+    """Name each project by its method, the stem of its file or the file's path: the first that no other has.
+
+    Raises:
+        UserError: A file is given twice.
+    """
+    names = [[_method(one), one.file.path.stem, str(one.file.path)] for one in projects]
+    times = Counter([_BASE, *(name for of in names for name in {*of})])
+    found: dict[str, Places] = {}
+    for places, of in zip(projects, names, strict=True):
+        label = next((name for name in of if times[name] == 1), of[-1])
+        if label in found:
+            raise UserError(f"{label} is given twice; pass each project once")
+        found[label] = places
+    return found
+
+
+def _method(places: Places) -> str:
+    return getattr(places.project, "method", "moe-lpr")
+
+
+def check(projects: Mapping[str, Places]) -> None:
+    """Check that projects can be compared.
+
+    Raises:
+        UserError: One is unfinished, or they differ in base or languages.
+    """
+    first, *_ = projects.values()
+    for places in projects.values():
+        path = places.file.path
+        if not (places.export / CONFIG_FILE).is_file():
+            raise UserError(f"{path} is unfinished: there is no model in {places.export}; run moelpr run {path}")
+        if _base(places) != _base(first):
+            raise UserError(
+                f"the base of {path} is {places.project.model}, that of {first.file.path} is {first.project.model}; "
+                "compare projects of one base"
+            )
+        for group in ("expanded", "original"):
+            ours, theirs = ({*getattr(one, group)} for one in (places, first))
+            if ours != theirs:
+                raise UserError(
+                    f"the {group} languages of {path} are {', '.join(sorted(ours))}, those of {first.file.path} are "
+                    f"{', '.join(sorted(theirs))}; compare projects of the same languages"
+                )
+
+
+def _base(places: Places) -> str:
+    """The name of a base: a downloaded one is in each project's own folder."""
+    return places.project.model if places.is_downloaded else str(places.base.resolve())
+
+
+def read_texts(
+    projects: Mapping[str, Places], more: Mapping[str, str], json_key: str, max_documents: int | None
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Read the held-out text of projects, what they keep, and more text by name.
+
+    Returns:
+        Name → documents, and group → names of its texts.
+
+    Raises:
+        UserError: Two texts of one name differ.
+    """
+    first = next(iter(projects.values()))
+    limit = max_documents or first.project.held_out
+    groups = {"expanded": first.expanded, "kept": [*first.original], "other": [*more]}
+    found: dict[str, tuple[str, list[str]]] = {}
+
+    def add(name: str, path: str, key: str) -> None:
+        documents = read_documents(path, key, limit)
+        if name in found and found[name][1] != documents:
+            raise UserError(
+                f"the text {name} is not the same in {path} and {found[name][0]}; compare projects that share it"
+            )
+        found[name] = path, documents
+
+    for places in projects.values():
+        for code in places.languages:
+            add(code, places.held_out(code), str(places.own("evaluate").get("json-key", "text")))
+        for name, path in places.project.languages.kept.items():
+            add(name, path, next(iter(places.languages.values())).json_key)
+            groups["kept"] += [] if name in groups["kept"] else [name]
+    for name, path in more.items():
+        if name in found:
+            raise UserError(f"--data {name} names a text of the projects; give it another name")
+        add(name, path, json_key)
+    documents = {name: documents for name, (_, documents) in found.items()}
+    return documents, {group: names for group, names in groups.items() if names}
+
+
+if __name__ == "__main__":
+    run_command(main)

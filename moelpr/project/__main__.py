@@ -20,6 +20,7 @@ from moelpr.project.chain import workflow_of
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project, schema
 from moelpr.project.running import SUBMIT, run_here, run_task, submit
+from moelpr.project.steps import STEPS
 from moelpr.project.template import template
 from moelpr.project.training import check_words
 
@@ -66,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
             check = "also run each stage without a GPU, as some ranks of the cluster (moelpr check; half a minute each)"
             command.add_argument("--check", action="store_true", help=check)
     add = command.add_argument
+    trainings = [step for step, tool in STEPS.items() if tool.startswith("train")]
     redo = "training to start again after an edit, with those after it; what they had is kept in STAGE.before-1"
-    add("--redo", choices=("stage0", "stage1", "stage2", "sft"), metavar="STAGE", help=redo)
+    add("--redo", choices=trainings, metavar="STAGE", help=redo)
     where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
     add("--on", choices=("local", *SUBMIT), default="local", help=where)
     add("--render-only", action="store_true", help="write the files for the cluster, but submit nothing")

@@ -1,6 +1,7 @@
-"""The tokens of stage 1: what the budget allows and the text gives, and how the languages share it."""
+"""The tokens of the stage that has the budget: what it allows and the text gives, and how languages share them."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def check_budget(places: Places) -> None:
     """
     if places.is_downloaded and not places.base.exists():
         config_folder(Path(places.model_name), places.revision or None)  # the Hub has it, and can be reached
-    is_made = all(places.manifest(code).is_file() for code in places.expanded)
+    is_made = all(places.manifest(code).is_file() for code in places.blended)
     tokens = {} if places.project.corpora else tokens_of(places) if is_made else _at_most(estimated_tokens(places))
     if not places.project.corpora:
         shares(places, tokens)
@@ -35,8 +36,8 @@ def check_budget(places: Places) -> None:
     total, step = total_tokens(places, tokens), _step_tokens(places)
     if total < step:
         raise UserError(
-            f"{places.file.at('budget')}budget: {total:,} tokens are less than one step of stage 1, {step:,} tokens; "
-            "raise it, add text, or lower steps.stage1.global-batch-size"
+            f"{places.file.at('budget')}budget: {total:,} tokens are less than one step of {places.main_stage}, "
+            f"{step:,} tokens; raise it, add text, or lower steps.{places.main_stage}.global-batch-size"
         )
 
 
@@ -46,9 +47,9 @@ def _at_most(tokens: Mapping[str, int]) -> dict[str, int]:
 
 
 def _step_tokens(places: Places) -> int:
-    """The tokens of a step of stage 1; 0 if its flags do not say, or state its length."""
-    own = places.own("stage1")
-    flags = stage_flags("stage1", own)
+    """The tokens of a step of the main stage; 0 if its flags do not say, or state its length."""
+    own = places.own(places.main_stage)
+    flags = stage_flags(places.main_stage, own)
     try:
         return 0 if LENGTH_FLAGS & own.keys() else int(flags["global-batch-size"]) * int(flags["seq-length"])
     except (KeyError, ValueError):  # the trainer says what is wrong
@@ -56,23 +57,23 @@ def _step_tokens(places: Places) -> int:
 
 
 def tokens_of(places: Places) -> dict[str, int]:
-    """The tokens of the expanded languages' corpora.
+    """The tokens of the corpora that the main stage reads.
 
     Raises:
         UserError: One is not there.
     """
-    return {code: places.tokens(code) for code in places.expanded}
+    return {code: places.tokens(code) for code in places.blended}
 
 
 @cache
 def estimated_tokens(places: Places) -> dict[str, int]:
-    """The tokens of the expanded languages, estimated from samples of their text.
+    """The tokens of the languages that the main stage reads, estimated from samples of their text.
 
     Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
     """
     found = {}
     has_tokenizer = any((places.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    for code in places.expanded:
+    for code in places.blended:
         language = places.languages[code]
         if has_tokenizer:
             found[code] = estimate(
@@ -87,14 +88,14 @@ def estimated_tokens(places: Places) -> dict[str, int]:
 
 
 def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:
-    """The tokens of stage 1, given those of the languages."""
+    """The tokens of the main stage, given those of the languages."""
     budget = places.project.budget
     if budget.tokens:
         return budget.tokens
     if budget.epochs:
-        return round(budget.epochs * sum(tokens.values()))
+        return round(budget.epochs * sum(tokens[code] for code in places.expanded) / (1 - places.project.mix.replay))
     assert budget.hours is not None
-    speed = places.layouts.of("stage1").tokens_per_s
+    speed = places.layouts.of(places.main_stage).tokens_per_s
     if speed is None:
         raise UserError(
             f"{places.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
@@ -104,10 +105,18 @@ def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:
 
 
 def shares(places: Places, tokens: Mapping[str, int]) -> dict[str, Share]:
-    """How the expanded languages share stage 1, given the tokens of each."""
-    languages = {code: places.languages[code] for code in places.expanded}
+    """How languages share the main stage, given the tokens of each: the expanded ones, and with replay all."""
+    replay, total = places.project.mix.replay, total_tokens(places, tokens)
+    found: dict[str, Share] = {}
     try:
-        return mix(languages, tokens, total_tokens(places, tokens), places.project.mix.temperature)
+        for group, codes, part in (("expanded", places.expanded, 1 - replay), ("original", places.original, replay)):
+            languages = {code: places.languages[code] for code in codes if part}
+            available = {code: tokens[code] for code in languages}
+            shared = mix(languages, available, part * total, places.project.mix.temperature, group)
+            found |= {code: replace(share, weight=part * share.weight) for code, share in shared.items()}
+        return found
     except UserError as error:
         key = str(error).split(":")[0].split(".")
-        raise UserError(f"{places.file.at(*key)}{error}" if key[0] in ("languages", "budget") else str(error)) from None
+        raise UserError(
+            f"{places.file.at(*key)}{error}" if key[0] in ("languages", "budget", "mix") else str(error)
+        ) from None

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from moelpr.arguments.supported import SUPPORTED
 from moelpr.process.errors import UserError, did_you_mean
 from moelpr.project.reading import ProjectFile
-from moelpr.project.steps import STEPS
+from moelpr.project.steps import RECIPES, STEPS
 
 
 def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
@@ -34,4 +34,4 @@ def flags_of(step: str) -> set[str]:
     words = [sys.executable, "-m", "moelpr", *STEPS[step].split(), "--help"]
     found = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"})
     names = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", found.stdout))
-    return names | SUPPORTED if STEPS[step].startswith("train") else names
+    return names | SUPPORTED if step in RECIPES else names

@@ -13,7 +13,7 @@ from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.model_spec import ModelSpec
 from moelpr.plan.candidates import most_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
-from moelpr.plan.memory import Workload
+from moelpr.plan.memory import Workload, export_parameters, model_parts
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.process import machine
 from moelpr.process.errors import UserError
@@ -95,8 +95,7 @@ class Layouts:
 
     @property
     def export_gib(self) -> float:
-        plan = self.of("stage2").plan
-        return plan.disk.bf16_export / GIB if plan else 0.0
+        return 2 * export_parameters(self._spec, model_parts(self._spec)) / GIB if self.cluster else 0.0
 
     @property
     def evaluation_gpus(self) -> int:
@@ -109,6 +108,8 @@ class Layouts:
     def _of(self, stage: str) -> StageLayout:
         if self.cluster is None:
             return StageLayout()
+        if stage == "lora":
+            return StageLayout(gpus_per_node=1, memory_gib=2 * self.export_gib + 4)
         cluster, workload = self.cluster, self._workload(stage)
         is_free = "micro-batch-size" not in self._project.steps.get(stage, {})
         try:
@@ -141,7 +142,7 @@ class Layouts:
 
     @cached_property
     def _spec(self) -> ModelSpec:
-        return self._spec_of(self.num_new_experts)
+        return self._spec_of(self.num_new_experts) if self._project.method == "moe-lpr" else read_base(self._model)[1]
 
     def _spec_of(self, num_new_experts: int) -> ModelSpec:
         experts = self._project.experts

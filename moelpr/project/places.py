@@ -12,7 +12,7 @@ from moelpr.metrics.tracking import TrackedRun
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language
 from moelpr.project.reading import HUB_NAME, ProjectFile
-from moelpr.project.steps import stage_flags
+from moelpr.project.steps import MAIN_STAGE, stage_flags
 
 PLAN_FILE = "plan.txt"  # what a project with trackers was expected to take
 
@@ -22,6 +22,9 @@ class Places:
 
     Attributes:
         is_downloaded: Whether the base is a model of the Hub, which is downloaded into the project's folder.
+        method: What trains, the result's name in tables.
+        text: The folder of corpora and held-out text, which several projects may share.
+        stages: The trainings in order; `main_stage` has the budget, and reads the text of the languages `blended`.
         expanded: Codes of the expanded languages; `original` likewise.
         conversations: Codes of the languages that have some.
         exported: What export writes: `export`, or what calibration makes it of.
@@ -30,22 +33,29 @@ class Places:
 
     def __init__(self, file: ProjectFile) -> None:
         self.file, self.project = file, file.project
+        self.method = self.project.method
         self.folder = Path(self.project.output)
+        self.text = Path(self.project.text_output or self.folder)
         model = self.project.model
         self.is_downloaded = not Path(model).exists() and HUB_NAME.fullmatch(model) is not None
         self.model_name, _, self.revision = model.partition("@") if self.is_downloaded else (model, "", "")
-        self.base = self.folder / "base" if self.is_downloaded else Path(model)
+        self.base = self.text / "base" if self.is_downloaded else Path(model)
         self.expanded, self.original = (self.project.languages.codes(group) for group in ("expanded", "original"))
         self.languages: dict[str, Language] = dict(self.project.languages)
-        self.tokenizer = self.folder / "tokenizer" if self.project.vocabulary else self.base
-        self.upcycled, self.export, self.chat = (self.folder / name for name in ("upcycled", "hf", "chat"))
+        self.blended = [*self.expanded, *(self.original if self.project.mix.replay else [])]
+        self.tokenizer = self.text / "tokenizer" if self.project.vocabulary else self.base
+        is_moe = self.method == "moe-lpr"
+        self.converted = self.folder / ("upcycled" if is_moe else "converted")
+        self.export, self.chat = self.folder / "hf", self.folder / "chat"
         is_calibrated = bool(self.project.languages.kept)
         self.exported = self.folder / "uncalibrated" if is_calibrated else self.export
-        self.last_model_step = "calibrate" if is_calibrated else "export"
+        self.last_model_step = "calibrate" if is_calibrated else "lora" if self.method == "lora" else "export"
         self.evaluation = self.folder / "evaluation"
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
-        self.stages = [*(["stage0"] if self.project.vocabulary else []), "stage1"]
-        self.stages += ["stage2"] if self.project.replay else []
+        self.main_stage = MAIN_STAGE[self.method]
+        self.replay = self.project.replay if is_moe else None
+        self.stages = [*(["stage0"] if self.project.vocabulary else []), self.main_stage]
+        self.stages += ["stage2"] if self.replay else []
         self.stages += ["sft"] if self.conversations else []
 
     @cached_property
@@ -76,8 +86,9 @@ class Places:
 
     def corpus(self, name: str) -> Path:
         """The prefix of a corpus: of a language, of its held-out text (CODE_validation), or replay."""
-        language = self.languages.get(name.removesuffix("_validation"))
-        return self.folder / "data" / f"{name}_{language.json_key if language else 'text'}_document"
+        if language := self.languages.get(name.removesuffix("_validation")):
+            return self.text / "data" / f"{name}_{language.json_key}_document"
+        return self.folder / "data" / f"{name}_text_document"
 
     def chat_corpus(self, code: str) -> Path:
         """The prefix of the corpus of a language's conversations."""
@@ -96,4 +107,4 @@ class Places:
 
     def held_out(self, code: str) -> str:
         """The text of a language that is evaluated on."""
-        return self.languages[code].held_out or str(self.folder / "data" / f"{code}_validation.jsonl")
+        return self.languages[code].held_out or str(self.text / "data" / f"{code}_validation.jsonl")

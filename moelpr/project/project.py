@@ -58,6 +58,7 @@ def _without_auto(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_as_count, json_schema_input_type=int | str), Field(ge=1)]
 Number = Annotated[float, Field(gt=0)]
 OrAuto = BeforeValidator(_without_auto, json_schema_input_type=int | str | None)
+Method = Literal["moe-lpr", "full", "ffn", "lora"]
 Flags = dict[str, bool | int | float | str | list[str | int | float]]
 
 
@@ -132,6 +133,8 @@ class Languages:
 class Mix:
     temperature: Annotated[float, Field(ge=0, le=1)] = 0.3
     """A language's share of stage 1 is proportional to its tokens to this power: 0 for equal shares, 1 for its size."""
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Fraction of these tokens that is text of the original languages, mixed in (default: none)."""
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -172,6 +175,20 @@ class Experts:
     """Places of the original expert among them (default: as many as a token chooses)."""
     every_k_layers: Count | None = None
     """Upcycle every k-th layer only (default: every layer)."""
+
+
+@dataclass(frozen=True, config=DOCUMENTED)
+class Lora:
+    """Adapters of method lora."""
+
+    rank: Count = 16
+    """Rank."""
+    alpha: Count | None = None
+    """Numerator of their scale, alpha / rank (default: twice the rank)."""
+    modules: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
+        default_factory=lambda: ["all-linear"]
+    )
+    """Modules that get one, such as [q_proj, v_proj] (default: all linear layers but the output layer)."""
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -219,9 +236,9 @@ class Corpora:
     """Tokenized corpora with language bits that exist already, as --data-path takes them; nothing is preprocessed."""
 
     stage1: Annotated[list[str | int | float], BeforeValidator(_as_list)]
-    """Prefixes, or weights and prefixes."""
-    stage2: Annotated[list[str | int | float], BeforeValidator(_as_list)]
-    """Prefixes, or weights and prefixes."""
+    """Prefixes, or weights and prefixes; of another method its only text."""
+    stage2: Annotated[list[str | int | float], BeforeValidator(_as_list)] = field(default_factory=list)
+    """Prefixes, or weights and prefixes (required if there is a stage 2)."""
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -233,7 +250,11 @@ class Project:
     languages: Languages
     """The languages to add and those to keep, with their text."""
     budget: Budget
-    """What stage 1 trains on."""
+    """What stage 1, or another method, trains on."""
+    method: Method = "moe-lpr"
+    """What trains: new experts; or, to compare with, all weights, only the FFNs, or adapters by peft on one GPU."""
+    text_output: str | None = None
+    """Folder for corpora, held-out text and a downloaded base, which several projects share (default: output)."""
     mix: Mix = field(default_factory=Mix)
     """How the expanded languages share stage 1."""
     replay: Annotated[
@@ -246,6 +267,8 @@ class Project:
         default_factory=Experts
     )
     """How the model grows, or auto."""
+    lora: Lora = field(default_factory=Lora)
+    """Rank and place of the adapters."""
     hardware: Annotated[Hardware, BeforeValidator(_or_auto, json_schema_input_type=Hardware | Literal["auto"])] = field(
         default_factory=Hardware
     )

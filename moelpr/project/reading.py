@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from moelpr.process.errors import UserError, did_you_mean
 from moelpr.project.project import Language, Project
-from moelpr.project.steps import OWN_FLAGS, STEPS
+from moelpr.project.steps import OWN_FLAGS, STEPS, steps_of
 from moelpr.store import records
 from moelpr.store.yaml_files import key_lines, parse_mapping
 from moelpr.text import remote
@@ -21,6 +21,16 @@ from moelpr.text.sources import find_files
 
 # OWNER/NAME, and a revision.
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+# Keys that other methods would ignore.
+_MOE_LPR_ONLY = {
+    "experts",
+    "replay",
+    "vocabulary",
+    "chat",
+    "chat_template",
+    ("languages", "kept"),
+    ("corpora", "stage2"),
+}
 
 
 @dataclass(frozen=True)
@@ -146,12 +156,30 @@ def _check(file: ProjectFile) -> None:
                 place = "languages", group, name
                 raise UserError(f"{file.at(*place)}{'.'.join(place)}: {error}") from None
     _check_conversations(file)
+    _check_method(file)
     for step, flags in project.steps.items():
         if step not in STEPS:
             hint = did_you_mean(step, STEPS, f"the steps are {', '.join(STEPS)}")
             raise UserError(f"{file.at('steps', step)}steps.{step} is unknown; {hint}")
         for flag in OWN_FLAGS & flags.keys():
             raise UserError(f"{file.at('steps', step, flag)}steps.{step}.{flag} is set by moelpr run; remove it")
+
+
+def _check_method(file: ProjectFile) -> None:
+    """Check that nothing is given that the method would ignore."""
+    project, steps = file.project, steps_of(file.project.method)
+    is_moe = project.method == "moe-lpr"
+    for key in file.lines:
+        is_ignored = key[0] == "lora" and project.method != "lora"
+        is_ignored |= key[0] == "steps" and len(key) > 1 and key[1] in STEPS and key[1] not in steps
+        is_ignored |= not is_moe and (key[0] in _MOE_LPR_ONLY or key[:2] in _MOE_LPR_ONLY or key[-1] == "conversations")
+        if is_ignored:
+            name = ".".join(map(str, key))
+            raise UserError(f"{file.at(*map(str, key))}{name} does not apply to method: {project.method}; remove it")
+    if project.corpora and project.mix.replay:
+        raise UserError(f"{file.at('mix', 'replay')}mix.replay has no effect with corpora; give them weights instead")
+    if project.corpora and is_moe and project.replay and not project.corpora.stage2:
+        raise UserError(f"{file.at('corpora')}corpora.stage2 is missing; add the corpora of stage 2")
 
 
 def _check_conversations(file: ProjectFile) -> None:

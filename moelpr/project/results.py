@@ -10,14 +10,15 @@ from moelpr.project.steps import settings, words
 from moelpr.text.remote import is_remote
 from moelpr.workflow.task import Task
 
-NAME = "moe-lpr"  # the result's name in tables
 _CONTINUATION_TOKENS = 40
 
 
 def result_tasks(places: Places) -> list[Task]:
     """The tasks after training, in order."""
-    found = [export(places), *([calibrate(places)] if places.project.languages.kept else [])]
-    found += [*([graft(places)] if places.project.chat else []), evaluate(places), routing(places)]
+    found = [] if places.method == "lora" else [export(places)]
+    found += [calibrate(places)] if places.project.languages.kept else []
+    found += [*([graft(places)] if places.project.chat else []), evaluate(places)]
+    found += [routing(places)] if places.method == "moe-lpr" else []
     found += [*([benchmarks(places)] if places.project.benchmarks else []), card(places), report(places)]
     return [*found, *([track(places)] if places.trackers else [])]
 
@@ -142,38 +143,36 @@ def benchmarks(places: Places) -> Task:
 
 def card(places: Places) -> Task:
     """Complete the model card with languages and results."""
-    names = ["results", *(["harness"] if places.project.benchmarks else [])]
+    measured = {name: step for name, step in _measured(places).items() if step != "routing"}
     fixed: dict[str, Any] = {
-        "results": [places.evaluation / f"{name}.json" for name in names],
-        "evaluated": NAME,
+        "results": [places.evaluation / f"{name}.json" for name in measured],
+        "evaluated": places.method,
         "languages": ",".join(places.languages),
     }
-    made_from = (places.last_model_step, "evaluate", *(["benchmarks"] if places.project.benchmarks else []))
+    made_from = (places.last_model_step, *measured.values())
     return Task(name="card", command=words("card", places.own("card"), fixed, str(places.export)), made_from=made_from)
 
 
 def report(places: Places) -> Task:
     """Write the report of the stages and their evaluation."""
-    has_benchmarks = places.project.benchmarks is not None
-    names = ["results", "routing", *(["harness"] if has_benchmarks else [])]
+    measured = _measured(places)
     fixed: dict[str, Any] = {
-        "evaluation": [places.evaluation / f"{name}.json" for name in names],
+        "evaluation": [places.evaluation / f"{name}.json" for name in measured],
         "output": places.folder,
     }
     runs = [str(places.folder / stage) for stage in places.stages]
     return Task(
         name="report",
         command=words("report", places.own("report"), fixed, *runs),
-        made_from=(*places.stages, "evaluate", "routing", *(["benchmarks"] if has_benchmarks else [])),
+        made_from=(*places.stages, *measured.values()),
         is_complete=(places.folder / "report.html").is_file,
     )
 
 
 def track(places: Places) -> Task:
     """Send results, report and plan to the trackers, and what they lack of the stages."""
-    names = ["results", "routing", *(["harness"] if places.project.benchmarks else [])]
     fixed: dict[str, Any] = {
-        "results": [places.evaluation / f"{name}.json" for name in names],
+        "results": [places.evaluation / f"{name}.json" for name in _measured(places)],
         "files": [places.evaluation, places.folder / "report.html", places.folder / PLAN_FILE, places.file.path],
     }
     runs = [str(places.folder / stage) for stage in places.stages]
@@ -181,5 +180,11 @@ def track(places: Places) -> Task:
     return Task(name="track", command=command, made_from=("report",))
 
 
+def _measured(places: Places) -> dict[str, str]:
+    """The results, each with the step that measures it."""
+    found = {"results": "evaluate"} | ({"routing": "routing"} if places.method == "moe-lpr" else {})
+    return found | ({"harness": "benchmarks"} if places.project.benchmarks else {})
+
+
 def _models(places: Places) -> list[str]:
-    return [f"base={places.base}", f"{NAME}={places.export}"]
+    return [f"base={places.base}", f"{places.method}={places.export}"]

@@ -11,6 +11,7 @@ from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.reading import ProjectFile
 from moelpr.project.tables import changes, plan
 from moelpr.store.files import LOCK_FILE, locked, make_folder, write_text
+from moelpr.training.lora import require_peft
 from moelpr.workflow import kubernetes, skypilot, slurm
 from moelpr.workflow.outlay import check_machine
 from moelpr.workflow.workflow import Outlook, Workflow
@@ -25,6 +26,8 @@ def run_here(file: ProjectFile, redo: str | None, is_dry: bool) -> None:
         print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
         return
     check(file, outlooks)
+    if file.project.method == "lora":
+        require_peft()
     make_folder(workflow.folder)
     _keep_plan(Places(file))
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
@@ -106,6 +109,8 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
     check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
     check_budget(Places(file))
     for one in outlooks:
+        if one.task.shared and one.refusal:
+            raise UserError(one.refusal)
         if one.refusal:
             raise UserError(
                 f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {one.task.name} to train "

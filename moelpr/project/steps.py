@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.recipes import read_recipe, recipe_argv
+from moelpr.project.project import Method
 
 # Step → the subcommand that it runs.
 STEPS = {
@@ -17,6 +18,9 @@ STEPS = {
     "stage1": "train stage1",
     "stage2": "train stage2",
     "sft": "train sft",
+    "dense": "train dense",
+    "ffn": "train ffn",
+    "lora": "train lora",
     "export": "model export",
     "calibrate": "model calibrate",
     "graft": "model graft",
@@ -27,11 +31,14 @@ STEPS = {
     "report": "report",
     "track": "track",
 }
+# Method → the step that trains with the budget. The other steps of a method differ, too.
+MAIN_STAGE: dict[Method, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
+_MOE_LPR_ONLY = frozenset("vocabulary replay conversations stage0 stage1 stage2 sft calibrate graft routing".split())
 # A project decides these by itself; every other flag of a step can be set under its name.
 OWN_FLAGS = frozenset(
     "input output-prefix tokenizer-type tokenizer-model language original-languages hf-path save load base instruct "
     "model data output extended-tokenizer tokenizer original pretrained-checkpoint data-path resume overwrite "
-    "conversations chat-template-from expanded-languages".split()
+    "conversations chat-template-from expanded-languages dense export rank alpha modules".split()
 )
 # They decide how fast a step is, not what it writes: nothing is done again when they change.
 SPEED_FLAGS = frozenset(
@@ -43,8 +50,18 @@ SPEED_FLAGS = frozenset(
 # A user who sets one of these for a stage decides how long it trains.
 LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
 RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}
+RECIPES |= {"dense": "paper-dense", "ffn": "paper-dense"}
 
 Flags = Mapping[str, Any]
+
+
+def steps_of(method: Method) -> list[str]:
+    """The steps that a project may have, by its method."""
+    without = {*MAIN_STAGE.values()} - {MAIN_STAGE[method]}
+    if method == "moe-lpr":
+        return [step for step in STEPS if step not in without]
+    without |= _MOE_LPR_ONLY | ({"convert", "export"} if method == "lora" else set())
+    return [step for step in STEPS if step not in without]
 
 
 def words(step: str, own: Flags, fixed: Flags, *positional: str, repeated: tuple[str, ...] = ()) -> list[str]:
@@ -70,8 +87,8 @@ def settings(own: Flags) -> list[str]:
 
 
 def recipe_of(stage: str, own: Flags) -> Path | None:
-    """The recipe of a stage, which the user's flags may name; with `recipe: false` it has no recipe."""
-    name = own.get("recipe", RECIPES[stage])
+    """The recipe of a stage, which the user's flags may name; with `recipe: false` it has none, and lora never has."""
+    name = own.get("recipe", RECIPES.get(stage))
     return Path(str(name)) if name else None
 
 

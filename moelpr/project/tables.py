@@ -82,7 +82,7 @@ def _needs(places: Places, task: Task) -> list[str]:
     if layout is None or layout.plan is None:
         time = "" if layout else duration(task.minutes)
         memory = f"{task.memory_gib:.3g} GiB"
-        return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus else "", memory, _disk(task), ""]
+        return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus and not layout else "", memory, _disk(task), ""]
     known = _has_time(places, task)
     used = layout.plan.memory_bytes / GIB
     return [
@@ -113,12 +113,13 @@ def _disk(task: Task) -> str:
 
 
 def _languages(places: Places) -> str:
-    tokens = {code: places.tokens(code) for code in places.expanded if places.manifest(code).is_file()}
+    tokens = {code: places.tokens(code) for code in places.blended if places.manifest(code).is_file()}
     note = ""
-    if len(tokens) < len(places.expanded):
+    if len(tokens) < len(places.blended):
         tokens, note = estimated_tokens(places), " (tokens are estimated)"
     total, table = total_tokens(places, tokens), share_table(shares(places, tokens), "language")
-    return f"Stage 1 reads {format_count(total)} tokens{note}:\n{table}"
+    stage = "Stage 1" if places.main_stage == "stage1" else f"Stage {places.main_stage}"
+    return f"{stage} reads {format_count(total)} tokens{note}:\n{table}"
 
 
 def _progress(task: Task) -> tuple[str, float] | None:

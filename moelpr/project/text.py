@@ -23,7 +23,7 @@ def text_tasks(places: Places) -> list[Task]:
     found += [vocabulary(places)] if project.vocabulary else []
     if not project.corpora:
         found += [preprocess(places, code) for code in places.languages]
-        found += [replay(places, project.replay)] if project.replay else []
+        found += [replay(places, places.replay)] if places.replay else []
     return [*found, *(conversations(places, code) for code in places.conversations)]
 
 
@@ -32,7 +32,9 @@ def download(places: Places) -> Task:
     command = ["-m", "huggingface_hub.cli.hf", "download", places.model_name, "--local-dir", str(places.base)]
     command += [word for pattern in _DOWNLOADED for word in ("--include", pattern)]
     command += ["--revision", places.revision] if places.revision else []
-    return Task(name="download", command=command, is_complete=(places.base / CONFIG_FILE).is_file)
+    return Task(
+        name="download", command=command, is_complete=(places.base / CONFIG_FILE).is_file, shared=_shared(places)
+    )
 
 
 def vocabulary(places: Places) -> Task:
@@ -50,12 +52,14 @@ def vocabulary(places: Places) -> Task:
         files=tuple(path for language in places.languages.values() for path in local_files(language.text)),
         versions=versions(*(name for language in places.languages.values() for name in language.text)),
         is_complete=(places.tokenizer / "vocabulary_extension.json").is_file,
+        shared=_shared(places),
     )
 
 
 def preprocess(places: Places, code: str) -> Task:
-    """Tokenize the text of a language, of which some is held out; of an original one, no more than replay can use."""
-    language, is_original = places.languages[code], code in places.original
+    """Tokenize the text of a language, of which some is held out; of an original one, no more than stage 2 can use."""
+    language, project = places.languages[code], places.project
+    is_sample = code in places.original and not (project.mix.replay or project.text_output)
     size = text_bytes(language)
     share = None if language.held_out else held_out_share(size)
     corpora = [places.corpus(code), *([places.corpus(f"{code}_validation")] if share else [])]
@@ -64,17 +68,18 @@ def preprocess(places: Places, code: str) -> Task:
         "json-keys": language.json_key,
         "filter": language.filter,
         "validation-share": share,
-        "max-samples": 2 * (places.project.replay or Replay()).original_documents if is_original else None,
+        "max-samples": 2 * (project.replay or Replay()).original_documents if is_sample else None,
     }
     return _tokenize(
         places,
         "preprocess",
         code,
         language.text,
-        places.folder / "data" / code,
+        places.text / "data" / code,
         fixed,
         is_complete=places.manifest(code).is_file,
-        corpora=() if is_original else tuple(corpora),  # a sample is made by one job
+        corpora=() if is_sample else tuple(corpora),  # a sample is made by one job
+        shared=_shared(places),
         minutes=0.1 + size / _BYTES_PER_MINUTE,
         disk_gib=2 * size / 2**30,
     )
@@ -144,6 +149,11 @@ def replay(places: Places, sizes: Replay) -> Task:
         made_from=tuple(f"preprocess-{code}" for code in places.languages),
         is_complete=Path(f"{places.corpus('replay')}.idx").is_file,
     )
+
+
+def _shared(places: Places) -> Path | None:
+    """The folder in which other projects may have done a task."""
+    return places.text if places.project.text_output else None
 
 
 def held_out_share(size: int) -> float:

@@ -1,10 +1,12 @@
 """The training tasks of a project: upcycling and the stages, with as many tokens as the budget and the text allow."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from moelpr.arguments.recipes import find_recipe
+from moelpr.families.hf_config import CONFIG_FILE
 from moelpr.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.process.errors import UserError
@@ -21,22 +23,21 @@ _STAGE0_FLAGS = {"lr": 1e-3, "balance-loss-coeff": 0.0}
 
 
 def training_tasks(places: Places) -> list[Task]:
-    """Upcycling and the stages, in order."""
+    """Conversion and the stages, in order; or LoRA."""
+    if places.method == "lora":
+        return [lora(places)]
     befores = ["convert", *places.stages]
     return [convert(places), *(stage(places, name, befores[place]) for place, name in enumerate(places.stages))]
 
 
 def convert(places: Places) -> Task:
-    """Upcycle the base."""
-    experts, project = places.project.experts, places.project
+    """Upcycle the base; for a method without experts, convert it as it is."""
+    project = places.project
     fixed: dict[str, Any] = {
         "hf-path": places.base,
-        "save": places.upcycled,
+        "save": places.converted,
         "extended-tokenizer": places.tokenizer if project.vocabulary else None,
-        "num-new-experts": places.layouts.num_new_experts,
-        "topk": experts.topk,
-        "original-copies": experts.copies,
-        "moe-every-k-layers": experts.every_k_layers,
+        **(_experts(places) or {"dense": True}),
         "overwrite": True,
     }
     return Task(
@@ -44,8 +45,56 @@ def convert(places: Places) -> Task:
         command=words("convert", places.own("convert"), fixed),
         made_from=("vocabulary",) if project.vocabulary else places.base_task,
         files=() if places.is_downloaded else (places.base,),
-        is_complete=(places.upcycled / SPEC_FILE).is_file,
+        is_complete=(places.converted / SPEC_FILE).is_file,
         disk_gib=places.layouts.export_gib,
+    )
+
+
+def _experts(places: Places) -> dict[str, Any]:
+    """How the model grows, as flags without dashes; empty if it does not."""
+    experts = places.project.experts
+    if places.method != "moe-lpr":
+        return {}
+    return {
+        "num-new-experts": places.layouts.num_new_experts,
+        "topk": experts.topk,
+        "original-copies": experts.copies,
+        "moe-every-k-layers": experts.every_k_layers,
+    }
+
+
+def lora(places: Places) -> Task:
+    """Train adapters on the base, and merge them into it."""
+    save, own, adapters, layout = (
+        places.folder / "lora",
+        places.own("lora"),
+        places.project.lora,
+        places.layouts.of("lora"),
+    )
+
+    def command() -> list[str]:
+        fixed = {
+            "hf-path": places.base,
+            "data-path": data(places, "lora"),
+            "save": save,
+            "export": places.export,
+            "base-model": places.model_name if places.is_downloaded else None,
+            **asdict(adapters),
+            **length(places, "lora"),
+        }
+        return words("lora", own, fixed)
+
+    return Task(
+        name="lora",
+        command=command,
+        settings=settings(own),
+        made_from=(*places.base_task, *_sources(places, "lora")),
+        files=(*(() if places.is_downloaded else (places.base,)), *corpus_files(places, "lora")),
+        is_complete=lambda: (save / FINISHED_FILE).is_file() and (places.export / CONFIG_FILE).is_file(),
+        continues=save,
+        memory_gib=layout.memory_gib,
+        disk_gib=places.layouts.export_gib,
+        gpus_per_node=layout.gpus_per_node,
     )
 
 
@@ -82,7 +131,9 @@ def check_words(places: Places, name: str) -> list[str]:
     Raises:
         UserError: The project has no GPUs, or some that are unknown.
     """
-    experts, layout, own, cluster = places.project.experts, places.layouts.of(name), places.own(name), _gpus(places)
+    if name == "lora":
+        raise UserError(f"{places.file.at('method')}--check runs stages on Megatron, which method: lora has none of")
+    layout, own, cluster = places.layouts.of(name), places.own(name), _gpus(places)
     before = ["convert", *places.stages][places.stages.index(name)]
     try:
         text = data(places, name), length(places, name)
@@ -94,10 +145,7 @@ def check_words(places: Places, name: str) -> list[str]:
         "nproc-per-node": layout.gpus_per_node,
         "gpu": next(name for name, gpu in GPUS.items() if gpu == cluster.gpu),
         "hf-path": places.base if places.base.exists() else places.model_name,
-        "num-new-experts": places.layouts.num_new_experts,
-        "topk": experts.topk,
-        "original-copies": experts.copies,
-        "moe-every-k-layers": experts.every_k_layers,
+        **_experts(places),
         "num-new-tokens": places.project.vocabulary and places.project.vocabulary.new_tokens,
     }
     _, _, *flags = words(name, own, model | _fixed(places, name, before, *text))
@@ -109,10 +157,10 @@ def _fixed(places: Places, stage: str, before: str, data: Sequence[str], length:
     own = places.own(stage)
     return {
         "recipe": recipe_of(stage, own),
-        "pretrained-checkpoint": places.upcycled if before == "convert" else places.folder / before,
+        "pretrained-checkpoint": places.converted if before == "convert" else places.folder / before,
         "data-path": data,
         "save": places.folder / stage,
-        "stage1-experts": "new" if stage == "stage1" and not places.project.replay else None,
+        "stage1-experts": "new" if stage == "stage1" and not places.replay else None,
         "train-new-embeddings": bool(places.project.vocabulary) and stage == "stage1",
         "validation-data": validation(places, stage),
         **(_STAGE0_FLAGS if stage == "stage0" else {}),
@@ -141,7 +189,7 @@ def _sources(places: Places, stage: str) -> list[str]:
 
 def _codes(places: Places, stage: str) -> Collection[str]:
     """The languages whose corpora a stage reads; stage 2 has one of its own."""
-    return {"stage0": places.languages, "stage1": places.expanded, "stage2": ()}[stage]
+    return {"stage0": places.languages, "stage2": ()}.get(stage, places.blended)
 
 
 def data(places: Places, stage: str) -> list[str]:
@@ -158,7 +206,8 @@ def data(places: Places, stage: str) -> list[str]:
         return [str(places.corpus("replay"))]
     weights = {code: share.weight for code, share in shares(places, tokens_of(places)).items()}
     if stage == "stage0":
-        weights |= {code: _STAGE0_ORIGINAL / len(places.original) for code in places.original}
+        share = _STAGE0_ORIGINAL * (1 - places.project.mix.replay)
+        weights |= {code: share / len(places.original) for code in places.original}
     return [word for code, weight in weights.items() for word in (f"{weight:.6g}", str(places.corpus(code)))]
 
 
@@ -176,8 +225,8 @@ def length(places: Places, stage: str) -> dict[str, Any]:
     if stage == "sft" or LENGTH_FLAGS & places.own(stage).keys():  # the recipe of sft has its length
         return {}
     if stage == "stage2":
-        assert project.replay is not None
-        return {"train-epochs": project.replay.epochs}
+        assert places.replay is not None
+        return {"train-epochs": places.replay.epochs}
     if project.corpora and project.budget.epochs:
         return {"train-epochs": project.budget.epochs}
     total = total_tokens(places, {} if project.corpora else tokens_of(places))
@@ -192,7 +241,7 @@ def expected_tokens(places: Places, stage: str) -> float | None:
     try:
         return length(places, stage).get("train-tokens")
     except UserError:  # the text decides it, which is not tokenized yet
-        return total_tokens(places, estimated_tokens(places)) if stage == "stage1" else None
+        return total_tokens(places, estimated_tokens(places)) if stage == places.main_stage else None
 
 
 def validation(places: Places, stage: str) -> list[str] | None:

@@ -52,6 +52,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{_MACHINE}-{os.getpid()}")
 
 
+class LockedError(UserError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary file name; on success it is fsynced and renamed to `path`, on failure removed."""
@@ -131,20 +135,20 @@ def locked_folder(folder: Path, output: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(lock_file: Path, output: Path | str) -> Iterator[None]:
-    """Hold the lock in `lock_file`; on a file system without locks, hold nothing.
+def locked(lock_file: Path, output: Path | str, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock in `lock_file`, for which to wait so long; on a file system without locks, hold nothing.
 
     The kernel releases it when this process ends, however that happens; forked processes do not hold it.
 
     Raises:
-        UserError: Another process holds it, so it is writing `output`.
+        LockedError: Another process holds it, so it is writing `output`.
     """
     # The fallback is a file that would remain if this process is killed.
-    lock = filelock.FileLock(lock_file, timeout=0, fallback_to_soft=False)
+    lock = filelock.FileLock(lock_file, timeout=timeout_s, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(f"another process is writing {output}; wait for it, or choose another name") from None
+        raise LockedError(f"another process is writing {output}; wait for it, or choose another name") from None
     except FileNotFoundError:  # it has just removed its folder
         raise _just_written(output) from None
     except PermissionError:

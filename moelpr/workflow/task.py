@@ -28,6 +28,8 @@ class Task:
         continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
             changes while it exists, that is an error instead of a reason to run it again.
         unfinished: Folders in which the command keeps work that only the same command can finish.
+        shared: Folder of outputs that several workflows share. Its mark and log are there; one workflow makes it while
+            others wait, and none makes it with another command than the first.
         environment: Environment variables of the command.
         tags: Names by which tasks are chosen.
         minutes: Expected time.
@@ -49,6 +51,7 @@ class Task:
     is_complete: Callable[[], bool] = lambda: True
     continues: Path | None = None
     unfinished: tuple[Path, ...] = ()
+    shared: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     tags: frozenset[str] = frozenset()
     minutes: float = 1.0

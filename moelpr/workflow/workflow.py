@@ -6,20 +6,21 @@ these are as they were. An output that was removed is made again only when a tas
 does, so that large intermediate ones can be removed.
 """
 
+import itertools
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from moelpr.process.command import STOPPED, stopped_code
 from moelpr.process.errors import MachineError, StoppedError, UserError
-from moelpr.store.files import make_folder, remove
+from moelpr.store.files import LockedError, locked, make_folder, remove
 from moelpr.store.run_folder import COMMAND_FILE, TRACKER_FILE
 from moelpr.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.workflow.mark import Mark, difference, mark_of, relative, shown
@@ -27,6 +28,7 @@ from moelpr.workflow.task import Task
 
 Failure = UserError | MachineError
 _QUIET = {"PYTHONWARNINGS": "ignore"}
+_COMMAND_CHANGED = "its command has changed"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Workflow:
         self.folder, self.logs = folder, folder / "logs"
         self.tasks = {task.name: task for task in tasks}
         self._redo, self._check = frozenset(redo), check
+        self._stops: list[int] = []
         self._started = time.monotonic()
         self._printing = threading.Lock()
         self._locks = {name: threading.Lock() for name in self.tasks}
@@ -88,6 +91,7 @@ class Workflow:
         left_out: set[str] = set()
         failures: list[Failure] = []
         with passes_on_stops() as stops, ThreadPoolExecutor(workers) as pool:
+            self._stops = stops
             while waiting or running:
                 unfinished = {task.name for task in (*waiting, *running.values())}
                 ready = [task for task in waiting if not unfinished & {*task.inputs}]
@@ -127,6 +131,7 @@ class Workflow:
             if other in self.tasks and not self.is_done(other):
                 raise UserError(f"task {name} requires {other}, which is not done; run the whole chain")
         with passes_on_stops() as stops, _stopped_if(stops):
+            self._stops = stops
             if is_leader:
                 self._perform(task, needs_output=True, on_cluster=True)
             elif self._change(task, task.words())[1] is not None or not self.is_done(name) or not task.has_output():
@@ -200,7 +205,10 @@ class Workflow:
 
     def wall_times_s(self) -> dict[str, float]:
         """Seconds of each task that is done, in the order in which they ended."""
-        marks = sorted(self.logs.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        folders = {self.logs, *(self._logs(name) for name in self.tasks)}
+        marks = sorted(
+            (path for logs in folders for path in logs.glob("*.json")), key=lambda path: path.stat().st_mtime
+        )
         found = {path.stem: self._mark(path.stem) for path in marks}
         return {name: mark.wall_s for name, mark in found.items() if mark and mark.wall_s is not None}
 
@@ -211,7 +219,7 @@ class Workflow:
             needs_output: Run it also if only its output is missing.
             on_cluster: Other tasks are jobs of their own, so nothing is restored for it.
         """
-        with self._locks[task.name]:  # other tasks may restore it at the same time
+        with self._locks[task.name], self._alone(task):  # other tasks may restore it at the same time
             try:
                 words = task.words()
             except UserError:
@@ -231,13 +239,28 @@ class Workflow:
                 raise UserError(refusal)
             if change:
                 self._set_aside(task)
-            make_folder(self.logs)
             path = self.mark_path(task.name)
             now.write_file(path)  # if this command fails, another one's output is no longer there
             self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {self.command_line(task)}")
             start = time.monotonic()
-            self._run_command(task, words, self.logs / f"{task.name}.log", echo=on_cluster)
+            self._run_command(task, words, path.with_suffix(".log"), echo=on_cluster)
             replace(now, wall_s=round(time.monotonic() - start, 1)).write_file(path)
+
+    @contextmanager
+    def _alone(self, task: Task) -> Iterator[None]:
+        """Wait for another workflow that makes a shared task, and keep others from making it."""
+        make_folder(logs := self._logs(task.name))
+        with ExitStack() as stack:
+            for attempt in itertools.count() if task.shared else ():
+                try:
+                    stack.enter_context(locked(logs / f".{task.name}.lock", task.shared or logs, timeout_s=1.0))
+                    break
+                except LockedError as error:
+                    if self._stops:
+                        raise StoppedError(f"stopped by SIGTERM while {error}") from None
+                    if attempt == 0:
+                        self._print(f"{task.name}: {error}")
+            yield
 
     def _restore_inputs(self, task: Task) -> None:
         """Make again what other tasks had made for this one and was removed."""
@@ -247,6 +270,11 @@ class Workflow:
                 self._perform(other, needs_output=True)
 
     def _refusal(self, task: Task, change: str | None) -> str:
+        if task.shared and change and change.startswith(_COMMAND_CHANGED) and self.is_done(task.name):
+            return (
+                f"task {task.name} is shared with other projects, but {change} since one made it; give all of them "
+                f"the same text, base and settings of its step, or another folder than {task.shared}"
+            )
         if not change or not task.continues or not _has_trained(task.continues) or task.name in self._redo:
             return ""
         return (
@@ -308,7 +336,11 @@ class Workflow:
         return None
 
     def mark_path(self, name: str) -> Path:
-        return self.logs / f"{name}.json"
+        return self._logs(name) / f"{name}.json"
+
+    def _logs(self, name: str) -> Path:
+        task = self.tasks.get(name)
+        return task.shared / "logs" if task and task.shared else self.logs
 
     def _print(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
@@ -335,7 +367,7 @@ def _change(before: Mark | None, now: Mark) -> str | None:
     if before is None:
         return None
     if before.command != now.command:
-        return f"its command has changed{difference(before.command, now.command)}"
+        return f"{_COMMAND_CHANGED}{difference(before.command, now.command)}"
     for name, made in now.made_from.items():
         if before.made_from.get(name) != made:
             return f"{name} was made again"

@@ -15,6 +15,7 @@ from moelpr.project.reading import ProjectFile, parse_project, read_project
 from moelpr.project.text import held_out_share
 from moelpr.project.training import corpus_files
 from moelpr.workflow.task import Task
+from moelpr.workflow.workflow import Workflow
 from tests.unit.project.conftest import Write
 
 STEPS = (
@@ -122,7 +123,7 @@ def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> N
     assert stage1.minutes == pytest.approx(60, rel=1e-6)
     small = write(hardware={"gpu": "h100-80", "gpus": 1}, experts={"new": 64})
     with pytest.raises(
-        UserError, match=r"languages.yaml, line \d+: stage.: no layout fits on 1 GPU: .* use experts.new 8"
+        UserError, match=r"languages.yaml, line \d+: stage1: no layout fits on 1 GPU: .* use experts.new 4"
     ):
         tasks(small)
     with pytest.raises(UserError, match=r"line \d+: hardware.gpu h100 is unknown; use .*h100-80"):
@@ -164,6 +165,82 @@ def test_corpora_that_exist_take_the_place_of_text(write: Write) -> None:
     assert flags(found["stage2"])["--data-path"] == ["2", "a/el", "0.5", "a/en"]
     assert flags(found["stage1"])["--train-epochs"] == ["1.0"]
     assert [str(file) for file in corpus_files(places, "stage1")] == ["a/el.bin", "a/el.idx", "a/el.lang"]
+
+
+BASELINE_STEPS = "preprocess-el preprocess-hu preprocess-en convert dense export evaluate card report".split()
+
+
+def test_a_method_without_experts_converts_trains_and_exports_a_dense_model(write: Write) -> None:
+    for code in ("el", "hu", "en"):
+        write_manifest(Path("out/data"), code, 10**6)
+    for method, name in (("full", "dense"), ("ffn", "ffn")):
+        places = Places(read_project(write(method=method, experts=None)))
+        found = {task.name: task for task in tasks_of(places)}
+        assert [*found] == [name if step == "dense" else step for step in BASELINE_STEPS]
+        convert, train, export = (flags(found[step]) for step in ("convert", name, "export"))
+        assert convert["--dense"] == [] and "--num-new-experts" not in convert
+        assert train["--pretrained-checkpoint"] == convert["--save"] and train["--recipe"] == ["paper-dense"]
+        assert train["--train-tokens"] == ["2000000"] and "replay" not in found
+        assert export["--load"] == [f"out/{name}"] and export["--save"] == [str(places.export)] == ["out/hf"]
+        assert f"{method}=out/hf" in found["evaluate"].words() and flags(found["card"])["--evaluated"] == [method]
+        assert "routing.json" not in " ".join(found["report"].words())
+
+
+def test_lora_is_one_step_on_one_gpu(write: Write) -> None:
+    for code in ("el", "hu"):
+        write_manifest(Path("out/data"), code, 10**6)
+    changes: dict[str, Any] = {"method": "lora", "experts": None, "hardware": {"gpu": "h100-80", "gpus": 16}}
+    path = write(**changes, lora={"rank": 4, "modules": ["q_proj", "v_proj"]}, steps={"lora": {"lr": 1e-3}})
+    found = tasks(path)
+    without = ("convert", "export")
+    assert [*found] == ["lora" if step == "dense" else step for step in BASELINE_STEPS if step not in without]
+    lora = flags(found["lora"])
+    assert (found["lora"].nodes, found["lora"].gpus_per_node) == (1, 1)
+    assert lora["--rank"] == ["4"] and lora["--modules"] == ["q_proj", "v_proj"] and lora["--lr"] == ["0.001"]
+    assert lora["--export"] == ["out/hf"] and lora["--train-tokens"] == ["2000000"]
+    assert found["evaluate"].made_from[0] == "lora"
+
+
+def test_replay_in_the_mix_is_a_fraction_of_the_tokens_from_the_original_languages(write: Write) -> None:
+    for code, tokens in (("el", 3_000_000), ("hu", 1_000_000), ("en", 10**7)):
+        write_manifest(Path("out/data"), code, tokens)
+    data = ["0.6", "out/data/el_text_document", "0.2", "out/data/hu_text_document", "0.2", "out/data/en_text_document"]
+    for method, name in (("moe-lpr", "stage1"), ("full", "dense"), ("lora", "lora")):
+        file = write(method=method, experts=None, mix={"temperature": 1, "replay": 0.2})
+        found = tasks(file)
+        assert flags(found[name])["--data-path"] == data and flags(found[name])["--train-tokens"] == ["5000000"]
+        assert "preprocess-en" in found[name].made_from and "--max-samples" not in flags(found["preprocess-en"])
+    assert "--max-samples" in flags(tasks(write())["preprocess-en"])
+    too_much = write(budget={"tokens": "200M"}, mix={"replay": 0.99})
+    with pytest.raises(UserError, match=r"line \d+: mix.replay: 198M tokens would read the text more often"):
+        tasks(too_much)["stage1"].words()
+    held_out = {"expanded": {"el": {"held_out": "el.jsonl"}}, "original": {"en": {"held_out": "en.jsonl"}}}
+    with pytest.raises(UserError, match=r"line \d+: mix.replay has no effect with corpora"):
+        tasks(write(languages=held_out, corpora={"stage1": "a", "stage2": "b"}, mix={"replay": 0.1}))
+
+
+def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelpr.workflow.workflow.execute", lambda *_, **__: 0)
+
+    def workflow(**changes: Any) -> Workflow:
+        flow = workflow_of(read_project(write(text_output="text", **changes)))
+        for task in flow.tasks.values():
+            object.__setattr__(task, "is_complete", lambda: True)
+        return flow
+
+    first = workflow()
+    text = [task for task in first.tasks.values() if task.name.startswith("preprocess")]
+    first.run(text)
+    assert [*flags(text[0])["--output-prefix"]] == ["text/data/el"] and text[0].name in first.wall_times_s()
+    assert "el=text/data/el_validation.jsonl" in first.tasks["evaluate"].words()
+    other = workflow(method="full", experts=None, output="other")
+    states = {one.task.name: one.state for one in other.outlook()}
+    assert [name for name, state in states.items() if state == "done"] == [task.name for task in text]
+    assert not Path("other/logs").exists() and not Path("out/logs").exists()
+    changed = workflow(method="ffn", experts=None, output="third", steps={"preprocess": {"min-chars": 9}})
+    assert "preprocess-el is shared with other projects, but its command has changed" in changed.outlook()[0].refusal
+    with pytest.raises(UserError, match="give all of them the same text.* or another folder than text"):
+        changed.run()
 
 
 def test_conversations_are_a_last_stage_whose_result_is_exported(write: Write) -> None:

@@ -93,6 +93,21 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: it requires held_out: FILE"),
+        ({"method": "full"}, r"line \d+: experts does not apply to method: full; remove it"),
+        ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr; remove it"),
+        (
+            {"method": "ffn", "experts": None, "replay": {"epochs": 2}},
+            r"line \d+: replay does not apply to method: ffn",
+        ),
+        (
+            {"method": "lora", "experts": None, "steps": {"export": {"gguf": True}}},
+            r"line \d+: steps.export does not apply to method: lora; remove it",
+        ),
+        (
+            {"method": "full", "experts": None, "languages": WITH_KEPT},
+            r"line \d+: languages.kept does not apply to method: full",
+        ),
+        ({"steps": {"dense": {"lr": 1}}}, r"line \d+: steps.dense does not apply to method: moe-lpr"),
         ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
     ],
 )

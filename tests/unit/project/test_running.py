@@ -33,13 +33,13 @@ def run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {"tokens": 100}}, r"line \d+: budget: 100 tokens are less than one step of stage 1, 524,288"),
+        ({"budget": {"tokens": 100}}, r"line \d+: budget: 100 tokens are less than one step of stage1, 524,288"),
         ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
         (
             {"budget": {"epochs": 2}, "languages": {"expanded": WEIGHTS, "original": {"en": "en.jsonl"}}},
             r"line \d+: languages.expanded.el.weight: its 12K tokens would be read 3.6 times, more than",
         ),
-        ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage 1, 524,288"),
+        ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage1, 524,288"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
         (

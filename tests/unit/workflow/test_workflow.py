@@ -206,6 +206,21 @@ def test_the_outlook_is_what_a_run_does(tmp_path: Path, chain: Chain) -> None:
     assert (tmp_path / "export").read_text() == "xx" and states("2") == [("done", ""), ("done", "")]
 
 
+def test_a_shared_task_is_made_once_by_workflows_that_run_at_the_same_time(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    words = ["-c", f"import time; time.sleep(1); open({str(runs)!r}, 'a').write('x')"]
+    flows = [Workflow(tmp_path / name, [Task(name="s", command=words, shared=tmp_path / "text")]) for name in "ab"]
+    threads = [
+        threading.Thread(target=flow._perform, args=(flow.tasks["s"],), kwargs={"needs_output": True}) for flow in flows
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runs.read_text() == "x" and all(flow.is_done("s") for flow in flows)
+    assert {path.name for path in (tmp_path / "text" / "logs").iterdir()} >= {"s.json", "s.log"}
+
+
 def test_settings_are_no_reason_to_do_a_task_again(tmp_path: Path) -> None:
     path = tmp_path / "words"
     program = f"import sys; open({str(path)!r}, 'a').write(' '.join(sys.argv[1:]))"

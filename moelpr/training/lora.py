@@ -1,0 +1,318 @@
+"""Train LoRA adapters by peft on one GPU, on the samples that the stages read, and merge them into the base.
+
+    moelpr train lora --hf-path DIR --data-path PREFIX --train-tokens 100M --save RUN --export HF
+
+RUN gets checkpoints, from which a rerun resumes, metrics.jsonl and the adapter; --export the merged model.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from moelpr.process import machine
+from moelpr.process.command import CommandParser, run_command
+from moelpr.process.errors import StoppedError, UserError, first_line
+from moelpr.process.quantities import count_argument, format_count
+from moelpr.process.stop import SIGNALS
+from moelpr.process.versions import install_command
+from moelpr.store import yaml_files
+from moelpr.store.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
+from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
+
+# They decide neither what is learned nor where it is.
+_FREE = ("micro_batch_size", "save_interval", "export", "base_model")
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    require_peft()
+    # With several GPUs, transformers' Trainer would multiply the batch.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if args.global_batch_size % args.micro_batch_size:
+        raise UserError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size, got "
+            f"{args.micro_batch_size}"
+        )
+    args.train_iters = args.train_iters or _steps(args)
+    make_folder(args.save)
+    with locked(args.save / LOCK_FILE, args.save):
+        _claim(args)
+        adapter = args.save / "adapter"
+        if not (args.save / FINISHED_FILE).is_file():
+            train(args, adapter)
+        merge(args, adapter)
+        write_text(args.save / FINISHED_FILE, f"{args.train_iters}\n")
+
+
+def require_peft() -> None:
+    """Check that peft is installed.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"peft is not installed, which LoRA requires; run {install_command('lora')}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--hf-path", type=Path, required=True, metavar="DIR", help="the base, a Hugging Face directory")
+    corpora = "corpus, or weights and corpora in turn, as for the stages"
+    add("--data-path", nargs="+", required=True, metavar="PREFIX", help=corpora)
+    add("--save", type=Path, required=True, metavar="RUN", help="folder for checkpoints, metrics and the adapter")
+    add("--export", type=Path, required=True, metavar="HF", help="Hugging Face directory to write")
+    length = parser.add_mutually_exclusive_group(required=True).add_argument
+    length("--train-tokens", type=count_argument, metavar="N", help="tokens to train on, rounded up to whole steps")
+    length("--train-epochs", type=float, metavar="E", help="passes over all corpora, rounded down to whole steps")
+    length("--train-iters", type=int, metavar="STEPS", help="steps to train")
+    add("--rank", type=int, default=16, metavar="R", help="rank of the adapters (default: %(default)s)")
+    add("--alpha", type=int, metavar="A", help="the adapters' scale is alpha / rank (default: twice the rank)")
+    modules = "modules that get an adapter (default: all-linear, all linear layers but the output layer)"
+    add("--modules", nargs="+", default=["all-linear"], metavar="NAME", help=modules)
+    add("--global-batch-size", type=int, default=512, metavar="B", help="sequences per step (default: %(default)s)")
+    add("--micro-batch-size", type=int, default=8, metavar="B", help="sequences at a time (default: %(default)s)")
+    add("--seq-length", type=int, default=1024, metavar="L", help="tokens per sequence (default: %(default)s)")
+    add("--lr", type=float, default=2e-4, metavar="RATE", help="highest learning rate (default: %(default)s)")
+    add("--min-lr", type=float, default=0.0, metavar="RATE", help="last learning rate (default: %(default)s)")
+    warmup = "fraction of the steps in which the learning rate rises (default: %(default)s)"
+    add("--lr-warmup-fraction", type=float, default=0.01, metavar="F", help=warmup)
+    add("--save-interval", type=int, default=500, metavar="STEPS", help="steps between saves (default: %(default)s)")
+    add("--seed", type=int, default=1234, metavar="N", help="of adapters and sample order (default: %(default)s)")
+    add("--base-model", metavar="NAME", help="name of the base, for the model card (default: that of its folder)")
+    return parser
+
+
+def _steps(args: argparse.Namespace) -> int:
+    """The number of steps of a length in tokens or epochs."""
+    from moelpr.data.mixing import num_tokens
+
+    tokens = args.train_tokens or args.train_epochs * sum(map(num_tokens, _blend(args)[0]))
+    steps = tokens / (args.global_batch_size * args.seq_length)
+    if steps < 1:
+        raise UserError(
+            f"{round(tokens):,} tokens fill no step of {args.global_batch_size:,} sequences of {args.seq_length:,} "
+            "tokens; train on more, or lower --global-batch-size"
+        )
+    return math.ceil(steps) if args.train_tokens else int(steps)
+
+
+def _blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+    """Prefixes of corpora and their weights."""
+    from moelpr.data.manifest import Manifest
+
+    words, is_weighted = args.data_path, len(args.data_path) % 2 == 0
+    prefixes = words[1::2] if is_weighted else words
+    for prefix in prefixes:
+        if Manifest.read(prefix) is None:
+            raise UserError(f"--data-path {prefix} is not a corpus; make one with moelpr data preprocess")
+    return prefixes, [float(word) for word in words[::2]] if is_weighted else None
+
+
+def _claim(args: argparse.Namespace) -> None:
+    """Record the settings; a folder belongs to one training.
+
+    Raises:
+        UserError: The folder was started with other settings.
+    """
+    text = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    now = {"stage": "lora", "lr_decay_style": "cosine", **text}
+    before = read_settings(args.save) or now
+    if changed := [name for name in now if name not in _FREE and before.get(name) != now[name]]:
+        name = changed[0]
+        raise UserError(
+            f"--save {args.save} was started with {name} {before.get(name)}, not {now[name]}; remove it, or pass "
+            "another --save"
+        )
+    write_text(args.save / RECIPE_FILE, yaml_files.dump(now))
+
+
+def train(args: argparse.Namespace, adapter: Path) -> None:
+    """Train adapters with the optimizer and the schedule of the recipes; continue from the last checkpoint.
+
+    Raises:
+        StoppedError: It was asked to stop, and has saved its step.
+    """
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    model, run = _with_adapters(args), args.save
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=args.train_iters,
+        per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.global_batch_size // args.micro_batch_size,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": args.min_lr},
+        warmup_steps=math.ceil(args.lr_warmup_fraction * args.train_iters),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=args.seed,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_steps=args.save_interval,
+        save_total_limit=1,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=_samples(args, model), callbacks=[_callback(args)])
+    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    if trainer.state.global_step < args.train_iters:
+        (run / STOP_FILE).unlink(missing_ok=True)
+        raise StoppedError(f"stopped after step {trainer.state.global_step} of {args.train_iters}; rerun to resume")
+    with atomic_directory(adapter) as temporary:
+        model.save_pretrained(str(temporary))
+
+
+def _with_adapters(args: argparse.Namespace) -> Any:
+    """The base in bf16, which costs a CPU half as much as casting it in every step, with adapters in fp32."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(args.seed)
+    modules = args.modules[0] if args.modules == ["all-linear"] else args.modules
+    config = LoraConfig(r=args.rank, lora_alpha=_alpha(args), lora_dropout=0.0, target_modules=modules)
+    try:
+        model = get_peft_model(_base(args, torch.bfloat16), config)
+    except ValueError as error:
+        raise UserError(f"--modules {' '.join(args.modules)}: {first_line(error)}; name modules of the base") from None
+    trained, whole = model.get_nb_trainable_parameters()
+    print(f"rank {args.rank}, {trained:,} trained parameters of {whole:,}", flush=True)
+    return model
+
+
+def _base(args: argparse.Namespace, dtype: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        args.hf_path, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
+
+
+def _samples(args: argparse.Namespace, model: Any) -> Any:
+    """The samples that a stage with the same seed reads, in its order.
+
+    One has a token more than its length, because transformers shifts the labels itself.
+    """
+    from moelpr.megatron_patches import cpu
+
+    cpu.install()  # before Megatron is imported; does nothing if there is a GPU
+    import torch
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+
+    from moelpr.data.dataset import TaggedGPTDataset, TokenIds
+
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=_blend(args),
+        split="100,0,0",
+        tokenizer=TokenIds(vocab_size=model.config.vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    number = args.train_iters * args.global_batch_size
+    samples = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [number, 0, 0], lambda: True, config).build()[0]
+
+    class Samples(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return number
+
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            tokens = torch.cat([samples[index]["tokens"], samples[index]["labels"][-1:]])
+            return {"input_ids": tokens, "labels": tokens}
+
+    return Samples()
+
+
+def last_checkpoint(run: Path) -> str | None:
+    """The newest complete checkpoint: transformers writes trainer_state.json last, and a full disk makes it damaged."""
+    saved = [file.parent for file in run.glob("checkpoint-*/trainer_state.json") if read_json(file)]
+    steps = {int(number): folder for folder in saved if (number := folder.name.split("-")[1]).isdecimal()}
+    return str(steps[max(steps)]) if steps else None
+
+
+def _callback(args: argparse.Namespace) -> Any:
+    """Writes a line of metrics per step, as the trainer does, and stops the training when it is asked to."""
+    import torch
+    from transformers import TrainerCallback
+
+    from moelpr.metrics import schema as metrics
+
+    tokens = args.global_batch_size * args.seq_length
+    signals: list[int] = []
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.last = time.monotonic()
+            for number in SIGNALS:
+                signal.signal(number, lambda number, _: signals.append(number))
+
+        def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+            if signals or (args.save / STOP_FILE).exists():
+                control.should_save = control.should_training_stop = True
+
+        def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
+            if "loss" not in logs:
+                return
+            now = time.monotonic()
+            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory(os.getpid())
+            record = {
+                "iteration": state.global_step,
+                metrics.LM_LOSS: logs["loss"],
+                metrics.LEARNING_RATE: logs["learning_rate"],
+                metrics.GRAD_NORM: logs["grad_norm"],
+                metrics.STEP_TIME_S: now - self.last,
+                metrics.TOKENS_PER_S: tokens / (now - self.last),
+                metrics.CONSUMED_TOKENS: state.global_step * tokens,
+                metrics.PEAK_MEMORY_GIB: peak / 2**30,
+            }
+            self.last = now
+            with open(args.save / METRICS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    return Callback()
+
+
+def merge(args: argparse.Namespace, adapter: Path) -> None:
+    """Write the base, in its own dtype, with the adapter merged into it."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    with atomic_directory(args.export) as temporary:
+        PeftModel.from_pretrained(_base(args, "auto"), adapter).merge_and_unload().save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(args.hf_path, local_files_only=True).save_pretrained(temporary)
+        write_text(temporary / "README.md", _card(args))
+
+
+def _card(args: argparse.Namespace) -> str:
+    name = args.base_model or args.hf_path.resolve().name
+    header = {"library_name": "transformers", "tags": ["lora"]}
+    header |= {"base_model": args.base_model} if args.base_model else {}
+    tokens = format_count(args.train_iters * args.global_batch_size * args.seq_length)
+    settings = f"rank {args.rank}, alpha {_alpha(args)}, {', '.join(args.modules)}, learning rate {args.lr:g}"
+    text = f"`{name}`, into which LoRA adapters ({settings}) were merged that were trained on {tokens} tokens."
+    return f"---\n{yaml_files.dump(header)}---\n\n# {name} with LoRA\n\n{text}\n"
+
+
+def _alpha(args: argparse.Namespace) -> int:
+    return int(args.alpha or 2 * args.rank)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -2,7 +2,7 @@
 
     python -m tests.dry_run.against_megatron [--layers] [REGEX]
 
-prints a table of the recipes whose names match: launches, waits of the host, bytes that kernels touch and peak memory
+prints a table of the models whose names match: launches, waits of the host, bytes that kernels touch and peak memory
 of the last rank's step, and predicted tokens/s per H100. With --layers, what a second MoE layer adds to a micro-batch
 instead, without what it takes to read the original expert's weights, and the ratios to Megatron's.
 
@@ -19,9 +19,9 @@ from unittest.mock import patch
 
 from moelpr.dry_run import whole_run
 from moelpr.process.text_tables import table_text
-from tests.dry_run.cases import PER_NODE, Case, folder_of_models, recipe_case
+from tests.dry_run.cases import PER_NODE, Case, folder_of_models, real_case
 
-NAMES = "paper-stage1 qwen3-8b-stage1 qwen2.5-72b-stage1".split()
+NAMES = ("Qwen1.5-1.8B stage1", "Qwen3-8B stage1", "Qwen2.5-72B stage1")
 GPU = "h100-80"
 PHASES = "forward", "backward"
 
@@ -49,7 +49,7 @@ def added_by_a_layer(name: str, is_megatrons: bool) -> dict[str, tuple[float, fl
     """Phase → launches and bytes of a micro-batch, without those for the original expert's weights."""
     runs = []
     for layers in (1, 2):
-        case = recipe_case(name, layers, pipeline_stages=1)
+        case = real_case(name, layers, pipeline_stages=1)
         runs += dry_run(case, is_megatrons).runs
     shape, etp = runs[0].spec.megatron_args, runs[0].layout.etp
     weights = 0 if is_megatrons else 2 * 3 * shape["hidden_size"] * shape["ffn_hidden_size"] // etp
@@ -83,7 +83,7 @@ def rows_of_steps(name: str) -> Iterator[list[str]]:
     from moelpr.dry_run.tables import numbers
 
     for label, is_megatrons in (("Megatron's", True), ("ours", False)):
-        found = dry_run(recipe_case(name), is_megatrons)
+        found = dry_run(real_case(name), is_megatrons)
         last, ranks = found.runs[-1], found.runs[0].layout.world_size
         step_s = numbers(found, PER_NODE)["step_seconds"][GPU]["dry_run"]
         num_bytes = sum(number * kernel.num_bytes for kernel, number in last.counts.kernels.items())
@@ -105,7 +105,7 @@ def main() -> None:
         head, rows_of = ["launches", "waits", "GB", "peak GiB", "tokens/s per GPU"], rows_of_steps
     with folder_of_models():
         rows = [row for name in NAMES if re.search(pattern, name) for row in rows_of(name)]
-    print(table_text(["recipe", "MoE", *head], rows, [0, 1]))
+    print(table_text(["model", "MoE", *head], rows, [0, 1]))
 
 
 if __name__ == "__main__":

@@ -25,16 +25,44 @@ from moelpr.families.new_experts import NewExperts, with_new_experts
 from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.process.errors import UserError
 from tests.distributed.layout_runs import APART, BOTH_LOSSES, EP2, FACTORS, LAYOUTS, NEW_ROWS_TOO, OVERLAP, SETTINGS
-from tests.launch import test_recipes as recipes
 from tests.support.model_shapes import SHAPES, save_config
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
 DATA = ["--pretrained-checkpoint", "upcycled", "--data-path", "corpus"]
 PER_NODE = 8
 
-RECIPES = "qwen3-1.7b-stage1 qwen3-8b-stage2 qwen2.5-72b-stage1".split()
-MORE_RECIPES = [path.stem for path in map(Path, recipes.REAL) if path.stem not in RECIPES]
-# Together with the recipes: every kind of parallelism, of recompute and of model, and a pipeline stage that trains
+
+@dataclass(frozen=True)
+class Real:
+    """A stage of a model of real size on GPUs with 80 GiB: the paper's recipe, and `flags` that override it."""
+
+    model: str
+    experts: NewExperts | None
+    ranks: int
+    flags: str = ""
+
+
+ON_4_NODES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1"
+ON_40_NODES = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 5 "
+ON_40_NODES += "--expert-model-parallel-size 8 --expert-tensor-parallel-size 4"
+# The last word of a name is the stage.
+REAL = {
+    "Qwen3-1.7B stage1": Real(
+        "Qwen3-1.7B-Base", NewExperts(1, moe_every_k_layers=2), 1, "--micro-batch-size 2 --train-tokens 1B"
+    ),
+    "Qwen3-8B stage2": Real(
+        "Qwen3-8B-Base", NewExperts(8), 32, "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
+    ),
+    "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, f"{ON_40_NODES} --micro-batch-size 1"),
+}
+MORE_REAL = {
+    "Qwen1.5-1.8B stage1": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
+    "Qwen1.5-1.8B stage2": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
+    "Qwen1.5-1.8B dense": Real("Qwen1.5-1.8B", None, 8),
+    "Qwen3-8B stage1": Real("Qwen3-8B-Base", NewExperts(8), 32, f"{ON_4_NODES} --micro-batch-size 2"),
+    "Qwen3.5-9B stage1": Real("Qwen3.5-9B-Base", NewExperts(8), 32, f"{ON_4_NODES} --micro-batch-size 1"),
+}
+# Together with these: every kind of parallelism, of recompute and of model, and a pipeline stage that trains
 # nothing. Each is a name in tests/distributed and a stage.
 LAYOUT_NAMES = [
     ("TP2+SP ETP2 PP2 VPP2 overlapped, full recompute", "stage1"),
@@ -162,7 +190,7 @@ _WITHOUT_CASE = {
     "the command line": "allow-untested debug help help-all recipe stage",
 }
 WITHOUT_CASE = {flag for flags in _WITHOUT_CASE.values() for flag in flags.split()}
-SUITE = [*RECIPES, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
+SUITE = [*REAL, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
 
 
 @dataclass(frozen=True)
@@ -181,7 +209,7 @@ def cases() -> dict[str, Callable[[], Case]]:
     }
     return {
         # Every fourth layer of Qwen3.5 has full attention.
-        **{name: partial(recipe_case, name, 4 if "3.5" in name else 2) for name in [*RECIPES, *MORE_RECIPES]},
+        **{name: partial(real_case, name, 4 if "3.5" in name else 2) for name in REAL | MORE_REAL},
         **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
         **{name: partial(tiny_case, *one, flags) for name, (one, flags) in FLAGS.items()},
     }
@@ -190,9 +218,10 @@ def cases() -> dict[str, Callable[[], Case]]:
 def flags_in_cases() -> set[str]:
     """The flags of all cases, without dashes."""
     texts = [layout.flags for layout in LAYOUTS.values()] + [flags for *_, flags in OTHERS.values()]
-    words = " ".join([SETTINGS, BOTH_LOSSES, NEW_ROWS_TOO, *texts, *(flags for _, flags in FLAGS.values())]).split()
-    paths = (recipes.RECIPES / f"{name}.yaml" for name in [*RECIPES, *MORE_RECIPES])
-    return {flag[2:] for flag in [*words, *(key for path in paths for key in read_recipe(path))] if flag[:2] == "--"}
+    texts += [SETTINGS, BOTH_LOSSES, NEW_ROWS_TOO, *(flags for _, flags in FLAGS.values())]
+    reals = REAL | MORE_REAL
+    words = [word for text in [*texts, *(real.flags for real in reals.values())] for word in text.split()]
+    return {flag[2:] for flag in [*words, *(key for name in reals for key in recipe_of(name))] if flag[:2] == "--"}
 
 
 def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
@@ -206,13 +235,19 @@ def hybrid() -> ModelSpec:
     return replace(with_new_experts(family, base, NewExperts(4)), dtype="bfloat16")
 
 
-def recipe_case(name: str, layers: int | None = None, pipeline_stages: int | None = None) -> Case:
-    """A recipe's command, for its model or one with this many layers per pipeline stage; with other stages too."""
-    path = recipes.RECIPES / f"{name}.yaml"
-    planner = recipes.command_in(recipes.comment_of(path.name))
-    stages = int(read_recipe(path).get("--pipeline-model-parallel-size", 1))
-    spec, ranks = recipes.spec_of(planner), int(recipes.value_of("--gpus", planner))
-    argv = ["--stage", recipes.stage_of(path.name), "--recipe", str(path), *DATA]
+def recipe_of(name: str) -> dict[str, Any]:
+    return read_recipe(Path(f"paper-{name.split()[-1]}"))
+
+
+def real_case(name: str, layers: int | None = None, pipeline_stages: int | None = None) -> Case:
+    """A stage of a model of real size, or of one with this many layers per pipeline stage; with other stages too."""
+    real, stage = (REAL | MORE_REAL)[name], name.split()[-1]
+    family, spec = read_base(Path(real.model))
+    if real.experts:
+        spec = with_new_experts(family, spec, real.experts.with_default_copies(spec))
+    argv = ["--stage", stage, "--recipe", f"paper-{stage}", *real.flags.split(), *DATA]
+    words = dict(zip(argv, argv[1:], strict=False))
+    stages, ranks = int(words.get("--pipeline-model-parallel-size", 1)), real.ranks
     if pipeline_stages is not None:
         ranks, stages = ranks // stages * pipeline_stages, pipeline_stages
         argv += ["--pipeline-model-parallel-size", str(stages)]
@@ -275,7 +310,7 @@ def against_megatron() -> dict[str, Any]:
     """A layer's launches and bytes, forward and backward: Megatron's sums and ours."""
     from tests.dry_run.against_megatron import added_by_a_layer
 
-    both = [added_by_a_layer("qwen3-8b-stage1", is_megatrons) for is_megatrons in (True, False)]
+    both = [added_by_a_layer("Qwen3-8B stage1", is_megatrons) for is_megatrons in (True, False)]
     return {"layer": [[sum(pair) for pair in zip(*one.values(), strict=True)] for one in both]}
 
 

@@ -12,7 +12,7 @@ import pytest
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
 from moelpr.project.training import check_words
-from tests.dry_run.cases import RECIPES, SUITE, WITHOUT_CASE, flags_in_cases
+from tests.dry_run.cases import REAL, SUITE, WITHOUT_CASE, flags_in_cases
 from tests.support.limits import PROCESS_S
 from tests.support.tiny_project import write_project
 
@@ -64,7 +64,7 @@ def test_ranks_launch_the_same_collectives(outcomes: dict, name: str) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", REAL)
 def test_memory_is_the_planners(outcomes: dict, name: str) -> None:
     assert outcomes[name]["peaks"] == pytest.approx(outcomes[name]["planned"], rel=0.03)
 
@@ -77,9 +77,9 @@ def test_a_layer_is_as_lean_as_megatrons(outcomes: dict) -> None:
 
 def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:
     """On the last pipeline stage: in the first MoE layer of a model, rows of new experts need no gradient."""
-    one = outcomes["qwen2.5-72b-stage1"]
+    one = outcomes["Qwen2.5-72B stage1"]
     assert one["moved"] == pytest.approx(one["traffic"], rel=0.02)
-    one = outcomes["qwen3-8b-stage2"]
+    one = outcomes["Qwen3-8B stage2"]
     assert one["moved"][0] == pytest.approx(one["traffic"][0] * 7 / 8, rel=0.02)
 
 

@@ -7,20 +7,15 @@ from typing import Any
 # Hidden size, FFN, layers, heads, query groups, vocabulary.
 SHAPES = {
     "Qwen1.5-1.8B": (2048, 5504, 24, 16, 16, 151936),
-    "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064),
     "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064),
     "Qwen3-0.6B-Base": (1024, 3072, 28, 16, 8, 151936),
     "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 151936),
     "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
-    # As in copies of the config.json of the bases in other projects on GitHub, which agree; that of 9B is the default
-    # of transformers' class.
-    "Qwen3.5-0.8B-Base": (1024, 3584, 24, 8, 2, 248320),
-    "Qwen3.5-2B-Base": (2048, 6144, 24, 8, 2, 248320),
-    "Qwen3.5-4B-Base": (2560, 9216, 32, 16, 4, 248320),
+    # The default of transformers' class.
     "Qwen3.5-9B-Base": (4096, 12288, 32, 16, 4, 248320),
 }
-TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "Qwen3.5-0.8B-Base", "Qwen3.5-2B-Base", "Qwen3.5-4B-Base")
+TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base")
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _FAMILIES = {
     "Qwen3.5": {

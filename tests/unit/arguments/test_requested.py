@@ -18,9 +18,9 @@ def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path
     from moelpr.process.errors import UserError
 
     monkeypatch.chdir(tmp_path)
-    assert read_recipe(Path("qwen2.5-7b-stage1"))["--global-batch-size"] == 512
-    (tmp_path / "qwen2.5-7b-stage1.yaml").write_text("lr: 1.0")
-    assert read_recipe(Path("qwen2.5-7b-stage1.yaml")) == {"--lr": 1.0}
+    assert read_recipe(Path("paper-stage2"))["--global-batch-size"] == 512
+    (tmp_path / "paper-stage2.yaml").write_text("lr: 1.0")
+    assert read_recipe(Path("paper-stage2.yaml")) == {"--lr": 1.0}
     for missing in ("paper-stage9", "folder/paper-stage1"):
         with pytest.raises(UserError, match=missing):
             read_recipe(Path(missing))

@@ -164,8 +164,8 @@ def test_a_setting_far_from_the_others_is_drawn_at_the_edge_with_its_values() ->
 
 
 def test_a_title_that_is_too_long_for_the_chart_breaks_after_the_run() -> None:
-    title = "llama3.1-8b-stage1: tokens whose first choice is an original expert"
-    assert {"llama3.1-8b-stage1:", "tokens whose first choice is an original expert"} <= {
+    title = "Llama-3.1-8B-stage1: tokens whose first choice is an original expert"
+    assert {"Llama-3.1-8B-stage1:", "tokens whose first choice is an original expert"} <= {
         *texts(line_chart(title, [FALLING]))
     }
     assert "stage1: balance loss" in texts(line_chart("stage1: balance loss", [FALLING]))

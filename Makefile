@@ -54,7 +54,7 @@ test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-tr
 
 test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-model
 	@examples/real_model/install.sh
-	.venv-real-model/bin/python -m pytest tests/unit/examples/real_model/test_lora.py tests/unit/evaluate/test_harness.py
+	.venv-real-model/bin/python -m pytest tests/unit/examples/real_model/test_lora.py tests/unit/measure/evaluate/test_harness.py
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh

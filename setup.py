@@ -38,17 +38,17 @@ setup(
     license="Apache-2.0",
     # megatron-core has wheels for these two only.
     python_requires=">=3.12,<3.14",
-    # launch/ becomes a folder of the package, where moelpr.process.program_files finds it.
+    # launch/ becomes a folder of the package, where moelpr.base.program_files finds it.
     packages=[*find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]), "moelpr.launch"],
     package_dir={"moelpr.launch": "launch"},
     package_data={
         "checkpoint_convert.card": ["templates/*"],
-        "moelpr.chat": ["*.css", "*.js"],
+        "moelpr.measure.chat": ["*.css", "*.js"],
         "moelpr.launch": ["*.sh", "recipes/*", "slurm/*"],
         "moelpr.data": ["*.pyi", "csrc/*.cpp"],
-        "moelpr.dry_run": ["*.cpp"],
-        "moelpr.evaluate": ["*.yaml"],
-        "moelpr.report": ["templates/*"],
+        "moelpr.train.check": ["*.cpp"],
+        "moelpr.measure.evaluate": ["*.yaml"],
+        "moelpr.measure.report": ["templates/*"],
     },
     exclude_package_data={"moelpr.launch": ["*_venv.sh"]},  # they make the .venv of a clone
     entry_points={"console_scripts": ["moelpr = moelpr.__main__:main"]},

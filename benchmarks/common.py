@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from moelpr.stages import MoeStage
+from moelpr.model.stages import MoeStage
 
 if TYPE_CHECKING:
-    from moelpr.model_spec import ModelSpec
+    from moelpr.model.model_spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES: tuple[MoeStage, ...] = get_args(MoeStage)
@@ -72,7 +72,7 @@ def write_json(result: object, file: Path | None) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
     """Print the columns `names` of rows (default: all texts and numbers), texts aligned left and numbers right."""
-    from moelpr.process.text_tables import table_text
+    from moelpr.base.text_tables import table_text
 
     keys = dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
     columns = [*(names or keys)]
@@ -101,7 +101,7 @@ def install_megatron() -> None:
     """Prepare Megatron for this machine and silence its log; call it before anything imports Megatron."""
     import logging
 
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     bootstrap.install_patches()
     logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -138,8 +138,8 @@ def model_spec(
     config: Any, new_experts: int, topk: int = 2, dtype: str = "float32", original_copies: int = 1
 ) -> "ModelSpec":
     """The spec of a model with the shape of `config` whose layers are all MoE layers with one original expert."""
-    from moelpr.families.families import family_of
-    from moelpr.model_spec import ModelSpec, MoeSpec
+    from moelpr.model.families.families import family_of
+    from moelpr.model.model_spec import ModelSpec, MoeSpec
 
     family, _ = family_of({"model_type": config.model_type})
     layers = tuple(range(config.num_hidden_layers))
@@ -161,7 +161,7 @@ def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **ch
     """Convert a Hugging Face directory into an upcycled Megatron checkpoint whose new experts are copies or random."""
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-    from moelpr.families.new_experts import NewExperts
+    from moelpr.model.families.new_experts import NewExperts
 
     hf_to_mcore(hf, folder, NewExperts(new_experts, **choice), start=Start("random" if random else "copied"))
     return folder

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from moelpr.dry_run.whole_run import check, prepare
+from moelpr.train.check.whole_run import check, prepare
 
 
 def main() -> None:

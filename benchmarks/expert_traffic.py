@@ -35,8 +35,8 @@ from benchmarks import common
 from benchmarks.imposed_routing import impose, recorded_routing, uniform_choices
 from benchmarks.timing import Turns, median_s, time_ratio
 from benchmarks.traffic import Traffic, counted_traffic
-from moelpr.megatron_patches import cpu
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
+from moelpr.model.megatron import cpu
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs
@@ -88,7 +88,7 @@ def run_ranks(args: argparse.Namespace, ep: int) -> list[dict]:
 
 def rank_main(args: argparse.Namespace) -> list[dict]:
     common.install_megatron()
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     bootstrap.connect_ranks()
     ep = torch.distributed.get_world_size()
@@ -138,8 +138,8 @@ def choices_of(args: argparse.Namespace, pattern: str, ep: int) -> tuple[dict[st
 def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
     """Bytes and times of both stages and of the peer on `ep` ranks."""
     from benchmarks.baselines import plain_megatron
-    from moelpr.model.freezing import freeze
-    from moelpr.model.loading import build_model
+    from moelpr.model.layers.freezing import freeze
+    from moelpr.model.layers.loading import build_model
 
     experts, places, peers, chosen = choices_of(args, pattern, ep)
     config = common.qwen2_config(1, args.hidden, args.ffn, vocabulary=128, length=64)

@@ -38,18 +38,18 @@ from xml.etree import ElementTree
 import numpy as np
 
 from benchmarks import common
-from moelpr.checkpoints.chain import RELEASE
-from moelpr.layouts import PlannedLayout
-from moelpr.model_spec import ModelSpec
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.base.versions import installed_versions
+from moelpr.model.checkpoints.chain import RELEASE
+from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.gpus import GIB, GPUS, Cluster, gpu_named
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import stage_flops, step_time
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.versions import installed_versions
-from moelpr.store.files import write_text
-from moelpr.store.run_folder import TRACKER_FILE
-from moelpr.workflow.execution import execute
+from moelpr.project.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
 LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 100, "train_step": 110, "expert_traffic": 110}
@@ -169,7 +169,7 @@ def visible_gpus() -> list[tuple[str, float]]:
 def _torch_gpus() -> list[tuple[str, float]]:
     import torch
 
-    from moelpr.megatron_patches import cpu
+    from moelpr.model.megatron import cpu
 
     if message := cpu.unusable_gpus():
         raise UserError(message)

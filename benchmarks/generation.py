@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from benchmarks.common import add_cpu_time, add_json, argument_parser, print_table, write_json
 from benchmarks.timing import Times, Turns, median_s, time_ratio
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from examples.demo_tasks import COPIES, NUM_NEW_EXPERTS, TOPK
 from examples.languages import EXPANDED, held_out_files
-from moelpr.evaluate.models import load_model
-from moelpr.process.errors import UserError
-from moelpr.stages import MoeStage
-from moelpr.text.reading import read_documents
+from moelpr.base.errors import UserError
+from moelpr.data.text.reading import read_documents
+from moelpr.measure.evaluate.models import load_model
+from moelpr.model.stages import MoeStage
 
 LENGTH, WINDOWS = 128, 16  # tokens that the demo trains on at a time; such windows of each language
 MARGIN = 20.0  # far above the differences between the logits of a router that has just been initialized

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from benchmarks.baselines import plain_megatron
 from benchmarks.common import model_spec, qwen2_config, qwen3_5_config
-from moelpr.model.freezing import freeze
-from moelpr.model.loading import build_model
-from moelpr.model.losses import megatron_balance_coeff
-from moelpr.model_spec import ModelSpec
-from moelpr.stages import Stage
-from moelpr.training.forward_step import forward_step
+from moelpr.model.layers.freezing import freeze
+from moelpr.model.layers.loading import build_model
+from moelpr.model.layers.losses import megatron_balance_coeff
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
+from moelpr.train.forward_step import forward_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BALANCE_COEFF, LPR_COEFF = 0.01, 0.1

@@ -43,9 +43,9 @@ from benchmarks.common import (
 )
 from benchmarks.imposed_routing import RecordedRouting, impose, recorded_routing
 from benchmarks.timing import Turns, Work, median_s, time_ratio
-from moelpr.model_spec import ModelSpec
-from moelpr.process.command import run_command
-from moelpr.stages import MoeStage
+from moelpr.base.command import run_command
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import MoeStage
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 RATIOS = {  # slower, faster
@@ -74,7 +74,7 @@ def main() -> None:
     routing = {stage: recorded_routing(args.demo, stage) for stage in STAGES}
     install_megatron()
     from benchmarks.optimizer_steps import spec_of
-    from moelpr.megatron_patches.bootstrap import single_process
+    from moelpr.model.megatron.bootstrap import single_process
 
     with single_process():
         spec = spec_of(argparse.Namespace(**vars(args), **routing["stage2"].experts), args.hybrid)

@@ -28,9 +28,9 @@ def main() -> None:
     import torch
     from megatron.training.training import destroy_global_state
 
-    from moelpr.megatron_patches import bootstrap, cpu
-    from moelpr.process.ranks import rank
-    from moelpr.training import train as training
+    from moelpr.base.ranks import rank
+    from moelpr.model.megatron import bootstrap, cpu
+    from moelpr.train import train as training
 
     folder, has_gpu = Path(sys.argv[1]), not cpu.is_needed()
     bootstrap.connect_ranks()
@@ -66,7 +66,7 @@ def profiles_the_last_of(steps: list[dict[str, Any]], arguments: list[str]) -> I
             profiler.stop()
             record |= kernels_and_waits(profiler.events())
 
-    with patch("moelpr.training.run_log.RunLog.step", step):
+    with patch("moelpr.train.run_log.RunLog.step", step):
         yield
 
 

@@ -8,7 +8,7 @@ Routers and new experts come from the adapter, everything else from the base. We
 from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_output_options
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 
 
 def main() -> None:

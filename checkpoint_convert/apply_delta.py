@@ -9,7 +9,7 @@ checksum that the delta records.
 from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_output_options
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_output_options
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
-from moelpr.text.sources import named_files
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
+from moelpr.base.text_tables import table_text
+from moelpr.data.text.sources import named_files
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
@@ -67,8 +67,8 @@ def main() -> None:
         what = "text to keep" if languages else "an expanded language"
         raise UserError(f"--data has no text of {what}; pass text of both kinds, and name the expanded languages")
     from checkpoint_convert.conversions.calibrated_routers import write_calibrated
-    from moelpr.evaluate.models import check_device
-    from moelpr.text.reading import read_documents
+    from moelpr.data.text.reading import read_documents
+    from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
     texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}

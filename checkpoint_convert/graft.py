@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoint_convert.common.arguments import add_output_options
 from checkpoint_convert.conversions.graft_record import PARTS
 from checkpoint_convert.hf.hub import find_model
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_output_options
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
 from moelpr.plan.arguments import add_expert_flags, new_experts
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -50,7 +50,7 @@ def main() -> None:
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from checkpoint_convert.hf.hub import find_model
-    from moelpr.families.families import read_base
+    from moelpr.model.families.families import read_base
 
     start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed)
     layers = args.moe_layers, args.moe_every_k_layers

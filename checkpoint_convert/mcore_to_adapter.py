@@ -6,7 +6,7 @@ The adapter contains routers and new experts; everything else must be the base's
 """
 
 from checkpoint_convert.common.arguments import add_load_options, add_output_options
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from checkpoint_convert.common.arguments import add_gguf_options, add_load_options, add_output_options
 from checkpoint_convert.gguf import TYPES, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
-from moelpr.families.moe_classes import MOE_CLASSES
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -11,9 +11,9 @@ interrupted upload resumes when the command is run again.
 import argparse
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.machine import format_bytes
-from moelpr.process.text_tables import table_text
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.machine import format_bytes
+from moelpr.base.text_tables import table_text
 
 
 def _parse_arguments() -> argparse.Namespace:

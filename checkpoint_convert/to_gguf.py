@@ -13,9 +13,9 @@ from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_gguf_options
 from checkpoint_convert.gguf import TYPES, gguf_folder
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, run_command
-from moelpr.store.checksums import NO_VERIFY
+from moelpr.base.checksums import NO_VERIFY
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.languages import canonical
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -46,7 +46,7 @@ def _language_file(text: str) -> tuple[str, Path]:
 def main() -> None:
     args = _parse_arguments()
     from checkpoint_convert.gguf.write import write_gguf
-    from moelpr.text.reading import read_documents
+    from moelpr.data.text.reading import read_documents
 
     imatrix = {language: read_documents(path) for language, path in args.imatrix}
     settings = args.quantize, args.ollama, imatrix, args.pre_tokenizer, args.overwrite, args.verify

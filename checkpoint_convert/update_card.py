@@ -9,8 +9,8 @@ OWNER/NAME` uploads it.
 import argparse
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -22,7 +22,7 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="DIR",
         help="folder written by moelpr model export, moelpr model apply-delta or moelpr model graft",
     )
-    results = "JSON of moelpr.evaluate, of held-out text or of the harness"
+    results = "JSON of moelpr evaluate, of held-out text or of the harness"
     add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)
     add("--evaluated", metavar="NAME", help="the model's name in the results (default: the one evaluated from DIR)")
     add("--base-model", metavar="OWNER/NAME", help="base on the Hugging Face Hub")

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoint_convert.card.readers import READERS
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
-from moelpr.store.checksums import NO_VERIFY, Verify
+from moelpr.base.checksums import NO_VERIFY, Verify
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.text_tables import table_text
 
 if TYPE_CHECKING:
     from checkpoint_convert.compare.logits import TextVerdict

@@ -6,7 +6,7 @@ It contains only weights, in their dtype. Weights stream, one tensor at a time.
 """
 
 from checkpoint_convert.common.arguments import add_load_options, add_output_options
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 
 
 def main() -> None:

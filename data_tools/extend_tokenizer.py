@@ -15,13 +15,13 @@ from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import Comparison, TextFiles, compare, count_words, find_uses
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.machine import available_cpus
-from moelpr.process.text_tables import table_text
-from moelpr.store.files import atomic_directory, refuse_existing
-from moelpr.text.sources import STANDARD_INPUT, find_files, open_source
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.base.languages import canonical
+from moelpr.base.machine import available_cpus
+from moelpr.base.text_tables import table_text
+from moelpr.data.text.sources import STANDARD_INPUT, find_files, open_source
 
 
 def main(argv: list[str] | None = None) -> None:

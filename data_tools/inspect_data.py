@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
 from data_tools.preprocessing.arguments import add_tokenizer_arguments
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
 
 _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar

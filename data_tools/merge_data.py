@@ -14,12 +14,12 @@ from tqdm import tqdm
 from data_tools.corpus.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from data_tools.corpus.joining import check_same_job, merge_manifests, missing_manifests, open_corpora
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import refuse_existing
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import manifest_path
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import refuse_existing
-from moelpr.text.held_out_text import joined_text
+from moelpr.data.text.held_out_text import joined_text
 
 
 def main(argv: list[str] | None = None) -> None:

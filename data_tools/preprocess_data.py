@@ -16,8 +16,8 @@ from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.summary import print_summary
+from moelpr.base.command import run_command
 from moelpr.data.language_bits import LanguageBits, loss_bits_path
-from moelpr.process.command import run_command
 
 
 def main(argv: list[str] | None = None) -> None:

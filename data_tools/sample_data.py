@@ -25,10 +25,10 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
 from data_tools.corpus.joining import missing_manifests, open_corpora
 from data_tools.corpus.tokenized import Documents, runs_of
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
 
 BITS: tuple[Bit, Bit] = ("original", "expanded")
 _TOKENS_AT_ONCE = 1 << 20

@@ -26,14 +26,14 @@ from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokeni
 from data_tools.preprocessing.tagging import LanguageGroups
 from data_tools.tagging.languages import languages_in, write_bits
 from data_tools.tagging.tokens import check_begins, check_dtype, check_ends, read_tokens, reproduced
+from moelpr.base.command import CommandParser, check_is_utf8, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import empty, fsync_file, locked_folder, refuse_existing
+from moelpr.base.journal import partial_name
+from moelpr.base.languages import canonical, is_code
+from moelpr.base.text_tables import table_text
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
-from moelpr.languages import canonical, is_code
-from moelpr.process.command import CommandParser, check_is_utf8, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
-from moelpr.store.files import empty, fsync_file, locked_folder, refuse_existing
-from moelpr.store.journal import partial_name
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,13 +29,13 @@ from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.text import ngrams, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.machine import available_cpus
-from moelpr.store.files import refuse_existing
-from moelpr.text.language_id import Detector, FastTextModel, load_identifier
-from moelpr.text.reading import read_documents
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import refuse_existing
+from moelpr.base.languages import canonical
+from moelpr.base.machine import available_cpus
+from moelpr.data.text.language_id import Detector, FastTextModel, load_identifier
+from moelpr.data.text.reading import read_documents
 
 
 class Words(WordTokenizer):

@@ -6,7 +6,7 @@ import lzma
 import tarfile
 from pathlib import Path
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 
 def read_deb(path: Path, folder: str, suffix: str | tuple[str, ...] = "") -> dict[str, bytes]:

@@ -28,17 +28,17 @@ from examples.demo_tasks import (
 from examples.frontier_results import Frontier, value_range
 from examples.languages import GROUPS, LANGUAGES, held_out_files
 from examples.tasks import ROOT, Words, convert, export
-from moelpr.languages import language_name
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base import records
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
+from moelpr.base.yaml_files import dump
+from moelpr.measure.report.page import Table, terminal_table
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile, parse_project
 from moelpr.project.training import training_tasks
-from moelpr.report.page import Table, terminal_table
-from moelpr.store import records
-from moelpr.store.files import write_text
-from moelpr.store.yaml_files import dump
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
@@ -171,7 +171,7 @@ def report_task(run: Path) -> Task:
     """The report of everything."""
     claims, facts = Path("examples/demo-claims.yaml"), run / "facts.yaml"
     checks = [f"check-{what}" for what in ("upcycled", "frozen", "export")]
-    words: Words = ["-m", "moelpr.report", *(run / folder for folder in MODELS.values())]
+    words: Words = ["-m", "moelpr.measure.report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
     words += ["--verification", *(run / "logs" / f"{check}.log" for check in checks)]
     words += ["--claims", claims, "--facts", facts, "--output", run]

@@ -18,11 +18,11 @@ from pydantic.dataclasses import dataclass
 
 from examples.downloads import fetch_all, read_sources, sha256
 from examples.languages import LANGUAGES
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
-from moelpr.store.files import atomic_directory
-from moelpr.store.records import STRICT, Record
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory
+from moelpr.base.records import STRICT, Record
+from moelpr.base.text_tables import table_text
 
 Documents = dict[str, dict[str, list[str]]]  # language -> document ID -> texts
 

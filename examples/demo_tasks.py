@@ -5,8 +5,8 @@ from pathlib import Path
 
 from examples import tasks
 from examples.languages import ORIGINAL, held_out_files
-from moelpr.process import machine
-from moelpr.workflow.task import Task
+from moelpr.base import machine
+from moelpr.project.workflow.task import Task
 
 RECIPES = Path("launch/recipes")
 NUM_NEW_EXPERTS, TOPK, COPIES = 4, 2, 2

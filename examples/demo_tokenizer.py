@@ -3,10 +3,10 @@
 from itertools import chain
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory, refuse_existing
-from moelpr.text.reading import read_documents
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.data.text.reading import read_documents
 
 _SMALLEST_VOCABULARY = 257  # the 256 bytes and <|endoftext|>
 

@@ -17,11 +17,11 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from examples.debian_package import digest_of
-from moelpr.process.errors import MachineError, UserError
-from moelpr.process.machine import format_bytes
-from moelpr.store import records
-from moelpr.store.files import LOCK_FILE, locked, make_folder
-from moelpr.store.yaml_files import read_mapping
+from moelpr.base import records
+from moelpr.base.errors import MachineError, UserError
+from moelpr.base.files import LOCK_FILE, locked, make_folder
+from moelpr.base.machine import format_bytes
+from moelpr.base.yaml_files import read_mapping
 
 SOURCES = Path(__file__).with_name("sources.yaml")
 DOWNLOAD = ".download"  # folder in the cache; an interrupted download starts over

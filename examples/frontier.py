@@ -14,12 +14,12 @@ from pathlib import Path
 from examples.demo_tasks import REVIEW_BLEND, TOPK, evaluate, expert_options, train
 from examples.frontier_results import Frontier, frontier_chart, read_evaluation, results_tables
 from examples.tasks import ROOT, convert
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.stages import Stage1Experts
-from moelpr.store.files import write_text
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.model.stages import Stage1Experts
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 
 @dataclass(frozen=True)

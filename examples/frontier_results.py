@@ -9,13 +9,13 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 
 from examples.languages import EXPANDED, LANGUAGES, ORIGINAL
-from moelpr.languages import language_name
-from moelpr.report.evaluation_files import EvaluationFile
-from moelpr.report.numbers import percent
-from moelpr.report.page import Table, markdown_table
-from moelpr.report.plots import Series, trade_off_chart
-from moelpr.store import records
-from moelpr.store.records import STRICT, Record
+from moelpr.base import records
+from moelpr.base.languages import language_name
+from moelpr.base.records import STRICT, Record
+from moelpr.measure.report.evaluation_files import EvaluationFile
+from moelpr.measure.report.numbers import percent
+from moelpr.measure.report.page import Table, markdown_table
+from moelpr.measure.report.plots import Series, trade_off_chart
 
 
 @dataclass(frozen=True, config=STRICT)

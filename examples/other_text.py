@@ -22,12 +22,12 @@ from examples.debian_package import read_deb
 from examples.demo_corpus import DEFAULT_CACHE
 from examples.downloads import Source, fetch_all, read_sources
 from examples.languages import LANGUAGES
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory, refuse_existing
-from moelpr.store.records import STRICT, Record
-from moelpr.store.yaml_files import parse_mapping
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.base.languages import canonical
+from moelpr.base.records import STRICT, Record
+from moelpr.base.yaml_files import parse_mapping
 
 SOURCES = Path(__file__).with_name("other-sources.yaml")
 _ENDINGS = {"Python": ".py", "Rust": ".rs", "Go": ".go", "C++": ".hpp", "JavaScript": ".js", "Ruby": ".rb"}

@@ -10,13 +10,13 @@ from typing import Any
 
 from examples.frontier_results import Frontier, frontier_chart, results_tables
 from examples.tasks import ROOT
-from moelpr.languages import language_name
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.report.numbers import percent
-from moelpr.report.page import Table, markdown_table
-from moelpr.store import records
-from moelpr.store.files import write_text
+from moelpr.base import records
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
+from moelpr.measure.report.numbers import percent
+from moelpr.measure.report.page import Table, markdown_table
 
 # Names of the parts of the documents that are replaced.
 TABLE, PAPER, FRONTIER = "demo-table", "demo-and-paper", "frontier"

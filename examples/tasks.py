@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.model_spec import FILE_NAME as SPEC_FILE
-from moelpr.store.run_folder import FINISHED_FILE
-from moelpr.workflow.task import Task
+from moelpr.base.run_folder import FINISHED_FILE
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
+from moelpr.project.workflow.task import Task
 
 Words = list[str | Path]
 
@@ -56,7 +56,7 @@ def evaluation_words(
 ) -> list[str | Path]:
     """The command that evaluates models on texts."""
     words = [*named("--model", models), *named("--data", data)]
-    return ["-m", "moelpr.evaluate", command, *words, *options, "--output", output]
+    return ["-m", "moelpr.measure.evaluate", command, *words, *options, "--output", output]
 
 
 def named(flag: str, paths: Mapping[str, Path]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from moelpr.process.command import CommandParser, run_command
-from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.files import atomic_directory, refuse_existing
 
 # Flag -> its default, and the field of Qwen2Config.
 SHAPE = {

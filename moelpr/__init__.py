@@ -2,7 +2,7 @@
 
 import sys
 
-from moelpr.process import command, machine
+from moelpr.base import command, machine
 
 # Before any command imports torch, which takes seconds and reads the settings of its threads.
 machine.limit_threads()

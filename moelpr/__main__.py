@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from moelpr import __version__
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.process.program_files import launch_folder
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.program_files import launch_folder
 
 
 class Tool(NamedTuple):
@@ -62,15 +62,15 @@ GROUPS: dict[str, dict[str, Tool]] = {
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),
-        "check": Tool("moelpr.dry_run.__main__", "run a stage's command line without a GPU: errors, memory, time"),
+        "check": Tool("moelpr.train.check.__main__", "run a stage's command line without a GPU: errors, memory, time"),
         TRAIN: Tool("", "start a stage on this node: stage0, stage1, stage2, sft, dense, ffn or lora"),
     },
     "Results": {
-        "evaluate": Tool("moelpr.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
+        "evaluate": Tool("moelpr.measure.evaluate.__main__", "measure bits per byte, routing, and benchmarks"),
         "compare": Tool("moelpr.project.compare", "compare finished projects: what they have learned and lost"),
-        "chat": Tool("moelpr.chat.__main__", "talk to an export on a local page, and see where tokens go"),
-        "report": Tool("moelpr.report.__main__", "make the report of runs, or follow one (report live)"),
-        "track": Tool("moelpr.metrics.__main__", "send runs and results to W&B, MLflow or trackio"),
+        "chat": Tool("moelpr.measure.chat.__main__", "talk to an export on a local page, and see where tokens go"),
+        "report": Tool("moelpr.measure.report.__main__", "make the report of runs, or follow one (report live)"),
+        "track": Tool("moelpr.train.track.__main__", "send runs and results to W&B, MLflow or trackio"),
     },
 }
 TOOLS = {name: tool for group in GROUPS.values() for name, tool in group.items()}
@@ -144,7 +144,7 @@ def train(arguments: list[str]) -> None:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
     if stage == "lora":  # one process, without Megatron
         sys.argv = ["moelpr train lora", *arguments]
-        return importlib.import_module("moelpr.training.lora").main()
+        return importlib.import_module("moelpr.train.lora").main()
     launcher = str(launch_folder() / f"{stage}.sh")
     os.environ["MOELPR_PYTHON"] = sys.executable
     os.execv(launcher, [launcher, *arguments])

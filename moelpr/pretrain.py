@@ -6,21 +6,21 @@
 Rerun the same command to resume a killed run from its last checkpoint. A run that is asked to stop (SIGUSR1, SIGTERM or
 a file STOP in --save) saves and exits with code 75. --load and --finetune say where to start, so omit them to resume.
 
-The steps are in moelpr/training/train.py. This file stays light because helper processes of Megatron's checkpoint
+The steps are in moelpr/train/train.py. This file stays light because helper processes of Megatron's checkpoint
 writer import it again.
 """
 
 import sys
 import warnings
 
-from moelpr.process import stop
-from moelpr.process.command import run_command
-from moelpr.training.clean_stop import StopRequest
+from moelpr.base import stop
+from moelpr.base.command import run_command
+from moelpr.train.clean_stop import StopRequest
 
 
 def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        from moelpr.arguments.flags import own_arguments
+        from moelpr.train.arguments.flags import own_arguments
 
         own_arguments().print_help()
         return
@@ -30,10 +30,10 @@ def main() -> None:
     stop.watch_over_helpers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # imports warn about optional packages
-        from moelpr.megatron_patches import bootstrap
+        from moelpr.model.megatron import bootstrap
 
         bootstrap.install_patches()
-        from moelpr.training.train import train
+        from moelpr.train.train import train
 
     with request.leaves_lost_ranks_to_launcher():
         is_complete = train(sys.argv[1:], request)

@@ -5,7 +5,7 @@
 takes every option of torchrun. Plain `torchrun` works too, but then a wrong argument ends in twenty lines of traceback
 and exit code 1 instead of one message and exit code 2, a run that SIGTERM stops cleanly exits with code 1, SIGUSR1
 kills the launcher, a killed rank is reported by a C++ traceback of another one, and a missing node or an occupied port
-blocks for ten minutes or indefinitely (moelpr/process/node_preflight.py).
+blocks for ten minutes or indefinitely (moelpr/base/node_preflight.py).
 """
 
 import argparse
@@ -26,11 +26,11 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import determine_local_world_size, parse_args
 from torch.distributed.run import main as torchrun
 
-from moelpr.process import machine
-from moelpr.process.command import run_command, stopped_code
-from moelpr.process.errors import taken_port
-from moelpr.process.node_preflight import JOIN_TIMEOUT_S, node_preflight
-from moelpr.process.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
+from moelpr.base import machine
+from moelpr.base.command import run_command, stopped_code
+from moelpr.base.errors import taken_port
+from moelpr.base.node_preflight import JOIN_TIMEOUT_S, node_preflight
+from moelpr.base.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
 
 
 def main() -> None:
@@ -136,13 +136,13 @@ def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
         # Whatever is wrong, the message matters more than what the planner can add to it.
         with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            from moelpr.megatron_patches import bootstrap  # only now, because Megatron takes seconds to import
+            from moelpr.model.megatron import bootstrap  # only now, because Megatron takes seconds to import
 
             bootstrap.install_patches()
-            from moelpr.arguments.checks.hardware import expected_memory, smaller_settings
-            from moelpr.arguments.flags import all_arguments
-            from moelpr.arguments.requested import RequestedRun
-            from moelpr.arguments.requirements import apply_machine
+            from moelpr.train.arguments.checks.hardware import expected_memory, smaller_settings
+            from moelpr.train.arguments.flags import all_arguments
+            from moelpr.train.arguments.requested import RequestedRun
+            from moelpr.train.arguments.requirements import apply_machine
 
             run = RequestedRun.gather(args.training_script_args, all_arguments())
             run.world_size = ranks * int(args.nnodes.split(":")[-1])

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
-from moelpr.families.families import explicit_shape, rope_parameters
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.families.families import explicit_shape, rope_parameters
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 
 class LoopMoE(torch.nn.Module):

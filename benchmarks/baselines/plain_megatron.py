@@ -10,10 +10,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
-from moelpr.model import builder
-from moelpr.model.builder import layer_spec
-from moelpr.model.loading import build_model
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers import builder
+from moelpr.model.layers.builder import layer_spec
+from moelpr.model.layers.loading import build_model
+from moelpr.model.model_spec import ModelSpec
 
 
 class PlainMoELayer(MoELayer):

@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 
 from benchmarks.baselines.loop_moe import PeerStep
-from moelpr.families.families import family_named
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.families import family_named
+from moelpr.model.model_spec import ModelSpec
 
 
 class Router(torch.nn.Module):

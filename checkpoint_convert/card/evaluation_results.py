@@ -12,13 +12,13 @@ from pydantic.dataclasses import dataclass
 
 from checkpoint_convert.card.front_matter import read_card, texts
 from checkpoint_convert.hf.model_files import CARD_FILE
-from moelpr.families.hub import is_hub_name
-from moelpr.languages import canonical, language_name
-from moelpr.process.errors import UserError
-from moelpr.report.numbers import Interval, Measured, signed
-from moelpr.store import records
-from moelpr.store.files import write_text
-from moelpr.store.records import FOREIGN
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.languages import canonical, language_name
+from moelpr.base.records import FOREIGN
+from moelpr.measure.report.numbers import Interval, Measured, signed
+from moelpr.model.families.hub import is_hub_name
 
 METRIC_NAMES = {
     "bits_per_byte": "Bits per byte (lower is better)",
@@ -28,7 +28,7 @@ METRIC_NAMES = {
 _TASK = "text-generation"
 _LANGUAGE = r"code|multilingual|[a-z]{2,3}([-_][A-Za-z0-9]+)*"
 _REMEDY = (
-    "pass results.json or harness.json of moelpr.evaluate --output, or what it printed with --json; that of routing "
+    "pass results.json or harness.json of moelpr evaluate --output, or what it printed with --json; that of routing "
     "has no scores"
 )
 
@@ -79,7 +79,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True, config=FOREIGN)
 class Evaluation:
-    """results.json or harness.json of moelpr.evaluate, as far as a card needs it; `data` is the text of a language."""
+    """results.json or harness.json of moelpr evaluate, as far as a card needs it; `data` is the text of a language."""
 
     models: dict[str, EvaluatedModel]
     data: dict[str, str] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def update_card(
     """Add metadata to the card of an export; the text below it stays as it is.
 
     Args:
-        results: Results of `moelpr.evaluate` (text or harness) as JSON; they become the card's model-index, and their
+        results: Results of `moelpr evaluate` (text or harness) as JSON; they become the card's model-index, and their
             languages the model's.
         evaluated: Name of the model in the results; None for the one that was read from `folder`.
         languages: Codes of further languages; so are `tags`.

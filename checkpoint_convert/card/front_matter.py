@@ -8,7 +8,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from yaml import YAMLError
 
 from checkpoint_convert.hf.model_files import CARD_FILE
-from moelpr.process.errors import UserError, first_line
+from moelpr.base.errors import UserError, first_line
 
 _NORWEGIAN = "no"  # YAML 1.1 reads it as false unless it is quoted
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, is_step_name, step_folder
-from moelpr.families.hf_config import read_config
-from moelpr.metrics.run_metrics import read_run_metrics
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
-from moelpr.store.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
+from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, is_step_name, step_folder
+from moelpr.model.families.hf_config import read_config
+from moelpr.model.metrics.run_metrics import read_run_metrics
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
 
 
 @dataclass(frozen=True)

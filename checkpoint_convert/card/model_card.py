@@ -12,12 +12,12 @@ from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.base.versions import installed_versions
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.families.hub import is_hub_name
-from moelpr.metrics import schema
-from moelpr.process.versions import installed_versions
-from moelpr.stages import Part
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.model.families.hub import is_hub_name
+from moelpr.model.metrics import schema
+from moelpr.model.stages import Part
 
 # Keys in the front matter of the base's card that also apply to the export.
 LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar, Literal, Self, TypedDict
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.store.records import STRICT, Record
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base.records import STRICT, Record
+from moelpr.base.run_folder import HF_FOLDER
 
 
 class StartSettings(TypedDict, total=False):

@@ -8,8 +8,8 @@ A program that cannot load an export says so. One that ignores a setting compute
 import math
 from typing import Any
 
-from moelpr.families.families import Family
-from moelpr.families.moe_classes import (
+from moelpr.model.families.families import Family
+from moelpr.model.families.moe_classes import (
     FLEX_OLMO,
     GRANITE_MOE,
     MIXTRAL,
@@ -18,7 +18,7 @@ from moelpr.families.moe_classes import (
     QWEN3_5_MOE,
     QWEN3_MOE,
 )
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 
 # Name on the command line → name in sentences.
 READERS = {

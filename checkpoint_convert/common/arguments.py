@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from moelpr.model_spec import DTYPES
-from moelpr.store.checksums import NO_VERIFY
+from moelpr.base.checksums import NO_VERIFY
+from moelpr.model.model_spec import DTYPES
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:

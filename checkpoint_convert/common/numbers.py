@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 # The elements that are processed at a time, to bound the memory of wider copies.
 CHUNK_ELEMENTS = 16 << 20

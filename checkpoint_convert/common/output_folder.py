@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from moelpr.process.errors import UserError
-from moelpr.store.files import refuse_existing
-from moelpr.store.journal import Journal, partial_name, resumable_directory
+from moelpr.base.errors import UserError
+from moelpr.base.files import refuse_existing
+from moelpr.base.journal import Journal, partial_name, resumable_directory
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:

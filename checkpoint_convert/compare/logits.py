@@ -16,13 +16,13 @@ from torch import Tensor
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.vocabulary_rows import new_rows, tokenizer_folder
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.data.text.reading import read_documents
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.evaluate.models import is_megatron, open_model
-from moelpr.families.hf_config import read_config
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.text.reading import read_documents
+from moelpr.measure.evaluate.models import is_megatron, open_model
+from moelpr.model.families.hf_config import read_config
+from moelpr.model.model_spec import ModelSpec
 
 # Upper bound, to limit how much of a plain text is read.
 CHARACTERS_PER_TOKEN = 32

@@ -6,11 +6,11 @@ from checkpoint_convert.card.readers import READERS, obstacle
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from moelpr.families.families import read_base
-from moelpr.families.hf_config import read_config
-from moelpr.families.tables import pieces, zeros
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.hf_config import read_config
+from moelpr.model.families.tables import pieces, zeros
 
 # Keys that transformers 5 has renamed. It writes only the new names if it saves the model, MLX reads only the old ones.
 _RENAMED = ("rope_theta", "rope_scaling", "num_experts")

@@ -16,8 +16,8 @@ from checkpoint_convert.conversions.model_pairs import Described, moe_class_of, 
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import new_rows, shape_without, without_rows
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.stages import VOCABULARY_PARTS, Part
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.model.stages import VOCABULARY_PARTS, Part
 
 
 @dataclass(frozen=True)

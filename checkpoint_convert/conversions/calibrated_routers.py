@@ -16,15 +16,15 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.evaluate.calibration import Calibration, Shares, calibrations, read_inputs
-from moelpr.evaluate.divergence import distance, mean_loss, predictions
-from moelpr.evaluate.models import LoadedModel, open_model, require_hf
-from moelpr.families.families import COPIES_KEY
-from moelpr.families.hf_config import read_config
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.store.files import write_text
-from moelpr.store.records import STRICT, Record
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.records import STRICT, Record
+from moelpr.measure.evaluate.calibration import Calibration, Shares, calibrations, read_inputs
+from moelpr.measure.evaluate.divergence import distance, mean_loss, predictions
+from moelpr.measure.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.model.families.families import COPIES_KEY
+from moelpr.model.families.hf_config import read_config
 
 # The names of a router's weight in the files of all stock classes.
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|router\.layer)\.weight")

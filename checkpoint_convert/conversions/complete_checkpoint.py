@@ -6,10 +6,10 @@ from pathlib import Path
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, write_checkpoint
-from moelpr.checkpoints.chain import checkpoint_chain
-from moelpr.store.checksums import Verify
-from moelpr.store.copies import copy_folder
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base.checksums import Verify
+from moelpr.base.copies import copy_folder
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.checkpoints.chain import checkpoint_chain
 
 
 def whole_checkpoint(

@@ -28,15 +28,15 @@ from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.safetensors_writer import raw_bytes, write_weights
 from checkpoint_convert.hf.vocabulary_rows import grow, shape_without
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.families.families import family_of
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.model_spec import DTYPES, MAX_LAYERS
-from moelpr.process.errors import UserError
-from moelpr.stages import VOCABULARY_PARTS
-from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verify
-from moelpr.store.records import STRICT, Record
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base import checksums
+from moelpr.base.checksums import FileSum, Verify
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.families.families import family_of
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.model_spec import DTYPES, MAX_LAYERS
+from moelpr.model.stages import VOCABULARY_PARTS
 
 DELTA_STEM = "delta"
 

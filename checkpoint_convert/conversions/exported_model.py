@@ -32,12 +32,12 @@ from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.model.model_spec import ModelSpec
 
 
 def mcore_to_hf(

@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.stages import Part
-from moelpr.store.records import STRICT, Record
+from moelpr.base.records import STRICT, Record
+from moelpr.model.stages import Part
 
 Only = Literal["all", "attention", "ffn"]
 # The parts that get the difference; norms, embeddings and output layer only with "all".

@@ -20,10 +20,10 @@ from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.families.hub import is_hub_name
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.hub import is_hub_name
 
 MODEL_CARD_FILE = "README-model.md"
 INSTRUCT_CARD_FILE = "README-instruct.md"

@@ -11,11 +11,11 @@ from torch import Tensor
 from checkpoint_convert.common.numbers import cast, check_finite
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.vocabulary_rows import with_new_rows
+from moelpr.base.errors import UserError
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.families.tables import Piece, megatron_shape, sizes_of
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import VOCABULARY_PARTS, Part
+from moelpr.model.families.tables import Piece, megatron_shape, sizes_of
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import VOCABULARY_PARTS, Part
 
 
 @dataclass(frozen=True)

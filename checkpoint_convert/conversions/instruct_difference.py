@@ -21,12 +21,12 @@ from checkpoint_convert.conversions.model_pairs import Described, open_tensors, 
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
-from moelpr.evaluate.models import is_megatron
-from moelpr.families.tables import Piece, pieces
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import VOCABULARY_PARTS
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import is_megatron
+from moelpr.model.families.tables import Piece, pieces
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import VOCABULARY_PARTS
 
 # Settings of a model that do not change what its weights compute.
 _FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")

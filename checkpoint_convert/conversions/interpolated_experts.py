@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.process.errors import UserError
-from moelpr.stages import Part
+from moelpr.base.errors import UserError
+from moelpr.model.stages import Part
 
 
 def with_interpolated_experts(

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.evaluate.models import is_megatron
-from moelpr.families.families import Family, family_named, read_base
-from moelpr.families.hf_config import read_config
-from moelpr.families.moe_classes import MOE_CLASSES, MoeClass
-from moelpr.families.tables import Piece, pieces
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import is_megatron
+from moelpr.model.families.families import Family, family_named, read_base
+from moelpr.model.families.hf_config import read_config
+from moelpr.model.families.moe_classes import MOE_CLASSES, MoeClass
+from moelpr.model.families.tables import Piece, pieces
+from moelpr.model.model_spec import ModelSpec
 
 
 def moe_class_of(model: Path) -> MoeClass | None:

@@ -25,16 +25,16 @@ from checkpoint_convert.hf.companions import copy_companions, record_dtype
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import write_weights
 from checkpoint_convert.mcore.megatron_folder import SIGNS, MegatronReader, num_elements, write_checkpoint
-from moelpr.families.families import family_named, read_base
-from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.families.tables import Piece, pieces, sizes_of
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import Part
-from moelpr.store import records
-from moelpr.store.checksums import Verify
-from moelpr.store.records import FOREIGN
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base import records
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.records import FOREIGN
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.families.families import family_named, read_base
+from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.families.tables import Piece, pieces, sizes_of
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Part
 
 STEM = "adapter_model"
 _PREFIX = "base_model.model."

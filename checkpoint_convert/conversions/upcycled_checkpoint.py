@@ -18,15 +18,15 @@ from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import read_extension
 from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
-from moelpr.families.families import read_base
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.families.tables import Piece, pieces
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.checksums import Verify
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base import records
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.families.families import read_base
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.families.tables import Piece, pieces
+from moelpr.model.model_spec import ModelSpec
 
 
 def hf_to_mcore(

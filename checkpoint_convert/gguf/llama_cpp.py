@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
+from moelpr.base.errors import UserError
+from moelpr.base.versions import install_command
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.evaluate.llama_cpp import Gguf, library
-from moelpr.families.hf_config import read_config
-from moelpr.process.errors import UserError
-from moelpr.process.versions import install_command
+from moelpr.measure.evaluate.llama_cpp import Gguf, library
+from moelpr.model.families.hf_config import read_config
 
 IMATRIX_BYTES = 200_000  # all languages together: about 100 windows of 512 tokens
 # Runs the converter; a name as the first word is that of the pre-tokenizer, which it then does not look up.

@@ -5,7 +5,7 @@ from typing import Any
 
 from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.families.hf_config import read_config
+from moelpr.model.families.hf_config import read_config
 
 # Parameter of Ollama → that of generation_config.json.
 _PARAMETERS = {

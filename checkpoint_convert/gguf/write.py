@@ -10,10 +10,10 @@ from checkpoint_convert.gguf import llama_cpp
 from checkpoint_convert.gguf.modelfile import modelfile
 from checkpoint_convert.hf.companions import copy_companion
 from checkpoint_convert.hf.model_files import CARD_FILE
-from moelpr.process.errors import UserError
-from moelpr.process.machine import format_bytes
-from moelpr.store.checksums import Verify
-from moelpr.store.files import atomic_directory, write_text
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, write_text
+from moelpr.base.machine import format_bytes
 
 MODELFILE = "Modelfile"
 _READER = f"{READERS['llama.cpp']}: "

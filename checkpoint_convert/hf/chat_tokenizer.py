@@ -5,10 +5,10 @@ from typing import Any
 
 from checkpoint_convert.hf.kept_tokenizer import read_tokenizer_config, write_tokenizer_config
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from moelpr.base.errors import UserError, first_line
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
-from moelpr.families.hf_config import read_config
-from moelpr.process.errors import UserError, first_line
+from moelpr.model.families.hf_config import read_config
 
 # Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import check_text_is_kept, load_tokenizer, open_hf_tokenizer
-from moelpr.families.families import Family
-from moelpr.families.tables import Piece, stacked_part, zeros
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
+from moelpr.model.families.families import Family
+from moelpr.model.families.tables import Piece, stacked_part, zeros
+from moelpr.model.model_spec import ModelSpec
 
 
 def check_weights(source: HfReader, family: Family, base: ModelSpec, plan: list[Piece]) -> set[str]:

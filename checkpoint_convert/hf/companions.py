@@ -9,8 +9,8 @@ from typing import Any
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.store.copies import check_links, copy_folder
+from moelpr.base.copies import check_links, copy_folder
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 
 
 def copy_companions(

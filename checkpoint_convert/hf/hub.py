@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint_convert.hf.model_files import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
-from moelpr.families.hub import download, is_hub_name
-from moelpr.process.errors import UserError
-from moelpr.store import checksums
+from moelpr.base import checksums
+from moelpr.base.errors import UserError
+from moelpr.model.families.hub import download, is_hub_name
 
 # Not *.safetensors: repositories also keep weights of other formats, such as consolidated.safetensors.
 DOWNLOADED = (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from moelpr.base import records
+from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
-from moelpr.process.errors import UserError, reports_panics
-from moelpr.store import records
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, next to the config.json of every MoE class.
 _PLAIN_CLASS = "PreTrainedTokenizerFast"

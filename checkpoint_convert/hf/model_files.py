@@ -1,7 +1,7 @@
 """The names of the files in a Hugging Face model directory."""
 
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
-from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.model.families.hf_config import CONFIG_FILE
 
 # Weight files are STEM.safetensors, or STEM-00001-of-00002.safetensors, … with STEM.safetensors.index.json.
 MODEL_STEM = "model"

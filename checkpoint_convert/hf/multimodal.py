@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from moelpr.families.families import read_base
-from moelpr.families.hf_config import CONFIG_FILE, TEXT_CLASSES, TEXT_PREFIX
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.checksums import Verify
+from moelpr.base import records
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.hf_config import CONFIG_FILE, TEXT_CLASSES, TEXT_PREFIX
+from moelpr.model.model_spec import ModelSpec
 
 # What the processors of images and videos are read from.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")

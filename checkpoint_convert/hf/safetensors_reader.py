@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint_convert.hf.model_files import MODEL_STEM
-from moelpr.evaluate.models import WeightIndex
-from moelpr.families.hf_config import text_names
-from moelpr.families.tables import stacked_part
-from moelpr.process.command import deferred_signals
-from moelpr.process.errors import UserError, first_line
-from moelpr.store import records
-from moelpr.store.checksums import Verifier, Verify
+from moelpr.base import records
+from moelpr.base.checksums import Verifier, Verify
+from moelpr.base.command import deferred_signals
+from moelpr.base.errors import UserError, first_line
+from moelpr.measure.evaluate.models import WeightIndex
+from moelpr.model.families.hf_config import text_names
+from moelpr.model.families.tables import stacked_part
 
 # A file is reopened after this many bytes: while it is open, its mapped pages count as memory of this process.
 MAX_MAPPED_BYTES = 32 << 20

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.model_files import MODEL_STEM
 from checkpoint_convert.hf.safetensors_reader import DTYPES
-from moelpr.families.tables import stacked_part
-from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, SummedFile, WrittenFile
-from moelpr.store.journal import Journal
+from moelpr.base import checksums
+from moelpr.base.checksums import FileSum, SummedFile, WrittenFile
+from moelpr.base.journal import Journal
+from moelpr.model.families.tables import stacked_part
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
-from moelpr.evaluate.models import is_megatron
-from moelpr.process.errors import UserError
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.measure.evaluate.models import is_megatron
 
 
 def read_extension(extended: Path, model: Path) -> VocabularyExtension:

@@ -12,10 +12,10 @@ from checkpoint_convert.card.front_matter import read_card
 from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.hf.hub import DOWNLOADED
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, MODEL_STEM
-from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.families.hub import is_hub_name
-from moelpr.process.errors import DISK_FULL, MachineError, UserError, first_line
-from moelpr.store import records
+from moelpr.base import records
+from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.model.families.hub import is_hub_name
 
 # A model and its records, or a folder of moelpr model gguf; nothing else, so neither optimizer states nor logs.
 _UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "*.gguf", "Modelfile")

@@ -10,16 +10,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint_convert.common.numbers import check_finite
-from moelpr.checkpoints.chain import RELEASE, checkpoint_chain, verify_chain
-from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
-from moelpr.families.families import family_named
-from moelpr.families.moe_classes import MoeClass
-from moelpr.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
-from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.store.journal import Journal
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.journal import Journal
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.model.checkpoints.chain import RELEASE, checkpoint_chain, verify_chain
+from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from moelpr.model.families.families import family_named
+from moelpr.model.families.moe_classes import MoeClass
+from moelpr.model.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
+from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
 # Files of which a checkpoint folder that may be overwritten has at least one.
 SIGNS = (FILE_NAME, TRACKER_FILE)
@@ -28,8 +28,8 @@ SIGNS = (FILE_NAME, TRACKER_FILE)
 class MegatronReader:
     """The model in a checkpoint folder, with the tensor names of its stock Hugging Face class.
 
-    Tensors that the checkpoint omits are read from its base (see moelpr.checkpoints.chain) after verifying the base's
-    checksum. Everything else in the checkpoint (optimizer, random state) is ignored.
+    Tensors that the checkpoint omits are read from its base (moelpr.model.checkpoints.chain), whose checksum is
+    verified first. Everything else in the checkpoint (optimizer, random state) is ignored.
 
     Args:
         iteration: Saved step to read; None for the latest.

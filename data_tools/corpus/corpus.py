@@ -7,10 +7,10 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import REBUILD, CorpusIndex
 from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits, open_loss_bits
 from moelpr.data.manifest import Manifest, manifest_path
-from moelpr.process.errors import UserError
 
 
 class CorpusPaths(NamedTuple):

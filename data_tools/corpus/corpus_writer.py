@@ -12,11 +12,8 @@ from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, describe
 from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, original_tokens, runs_of, token_dtype
-from moelpr.data.corpus_index import index_header
-from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, loss_bits_path
-from moelpr.data.manifest import FileRecord, Manifest, manifest_path
-from moelpr.process.errors import UserError
-from moelpr.store.files import (
+from moelpr.base.errors import UserError
+from moelpr.base.files import (
     LOCK_FILE,
     empty,
     fsync_file,
@@ -26,7 +23,10 @@ from moelpr.store.files import (
     refuse_existing,
     temporary_name,
 )
-from moelpr.store.journal import partial_name
+from moelpr.base.journal import partial_name
+from moelpr.data.corpus_index import index_header
+from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, loss_bits_path
+from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20

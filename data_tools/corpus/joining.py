@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from data_tools.corpus.corpus import Corpus
+from moelpr.base.errors import UserError
+from moelpr.base.machine import allow_open_files
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
-from moelpr.process.errors import UserError
-from moelpr.process.machine import allow_open_files
 
 
 def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] | None]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

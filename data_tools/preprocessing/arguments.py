@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from moelpr.base.command import CommandParser
+from moelpr.base.errors import UserError
+from moelpr.base.languages import is_code as is_language
+from moelpr.base.machine import available_cpus
+from moelpr.data.text.sources import STANDARD_INPUT
 from moelpr.data.tokenizers.loading import TOKENIZER_TYPES
-from moelpr.languages import is_code as is_language
-from moelpr.process.command import CommandParser
-from moelpr.process.errors import UserError
-from moelpr.process.machine import available_cpus
-from moelpr.text.sources import STANDARD_INPUT
 
 REGISTRY_FILE = "dataset_info.json"
 # Defaults of options that require others; _check must see them as they were passed.

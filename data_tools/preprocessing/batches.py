@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.shares import Share
-from moelpr.text.documents import is_blank
-from moelpr.text.filters import Filter
-from moelpr.text.sources import Form
-from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.text.tables import bounds_of, num_bytes, open_table, rows_of
+from moelpr.data.text.documents import is_blank
+from moelpr.data.text.filters import Filter
+from moelpr.data.text.sources import Form
+from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19

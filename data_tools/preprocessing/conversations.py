@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from data_tools.preprocessing.job_tokenizer import omit_torch
 from data_tools.preprocessing.workers import started_pool
+from moelpr.base.errors import UserError, first_line, reports_panics
+from moelpr.data.text.documents import BadLine, json_type
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.process.errors import UserError, first_line, reports_panics
-from moelpr.text.documents import BadLine, json_type
 
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognizes it
 _KEYS = ("role", "content")

@@ -18,11 +18,11 @@ from data_tools.preprocessing.long_documents import encode_long_text
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tagging import LanguageGroups
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
 from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
-from moelpr.text.language_id import UNDETECTED, Detector
 
 VALIDATION = "validation"
 # The first document of a batch up to this length is encoded by both libraries, to check that they still agree.

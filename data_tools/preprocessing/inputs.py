@@ -13,12 +13,12 @@ from data_tools.preprocessing.parsing import DocumentParser
 from data_tools.preprocessing.registry import Dataset
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
-from moelpr.process.errors import UserError
-from moelpr.text import remote
-from moelpr.text.documents import BadLine
-from moelpr.text.sources import Form, Source
-from moelpr.text.streams import name_damaged
-from moelpr.text.tables import open_table
+from moelpr.base.errors import UserError
+from moelpr.data.text import remote
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.sources import Form, Source
+from moelpr.data.text.streams import name_damaged
+from moelpr.data.text.tables import open_table
 
 _SAMPLE_PLACES = 16
 _SAMPLE_CHARACTERS = 1 << 15  # per place

@@ -21,11 +21,11 @@ from data_tools.preprocessing.batches import Batch, ReadCursor
 from data_tools.preprocessing.job_spec import JobSpec
 from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
+from moelpr.base.errors import MachineError, UserError
+from moelpr.base.files import empty, locked_folder
+from moelpr.base.journal import Journal
 from moelpr.data.manifest import Manifest
 from moelpr.data.manifest import Source as ManifestSource
-from moelpr.process.errors import MachineError, UserError
-from moelpr.store.files import empty, locked_folder
-from moelpr.store.journal import Journal
 
 # A resumed job repeats what the interrupted one did after it last saved.
 SAVE_EVERY_S = 30.0

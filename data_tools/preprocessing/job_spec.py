@@ -25,16 +25,16 @@ from data_tools.preprocessing.tagging import (
     OneLanguage,
     Tagger,
 )
+from moelpr.base.command import check_is_utf8
+from moelpr.base.errors import UserError
+from moelpr.base.files import refuse_existing
+from moelpr.base.languages import canonical
 from moelpr.data.manifest import TokenizerRecord
+from moelpr.data.text.filters import Filter
+from moelpr.data.text.held_out_text import text_paths
+from moelpr.data.text.language_id import UNDETECTED, Detector
+from moelpr.data.text.sources import Form, Source, find_files, open_source
 from moelpr.data.tokenizers.gigatoken import choose_library
-from moelpr.languages import canonical
-from moelpr.process.command import check_is_utf8
-from moelpr.process.errors import UserError
-from moelpr.store.files import refuse_existing
-from moelpr.text.filters import Filter
-from moelpr.text.held_out_text import text_paths
-from moelpr.text.language_id import UNDETECTED, Detector
-from moelpr.text.sources import Form, Source, find_files, open_source
 
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (

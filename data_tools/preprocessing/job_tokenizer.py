@@ -8,10 +8,10 @@ from multiprocessing import parent_process
 from typing import NamedTuple
 
 from data_tools.preprocessing.workers import started_pool
+from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.errors import UserError, reports_panics
 
 
 class JobTokenizer(NamedTuple):

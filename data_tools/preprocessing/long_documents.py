@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.preprocessing.batches import LONG_LINE_BYTES, FileRange
+from moelpr.data.text.documents import BadLine
 from moelpr.data.tokenizers.base import Piece, Tokenizer
-from moelpr.text.documents import BadLine
 
 LONG_TEXT_CHARACTERS = 1 << 20
 _WINDOW_CHARACTERS = 1 << 13  # on which two pieces must agree

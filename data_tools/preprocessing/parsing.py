@@ -15,9 +15,9 @@ from data_tools.preprocessing.batches import FileRange
 from data_tools.preprocessing.conversations import ChatTemplate
 from data_tools.preprocessing.long_documents import LongString, without_long_strings
 from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
+from moelpr.data.text.documents import BadLine, is_blank, parse
+from moelpr.data.text.filters import Filter
 from moelpr.data.tokenizers.base import Piece
-from moelpr.text.documents import BadLine, is_blank, parse
-from moelpr.text.filters import Filter
 
 
 class Text(NamedTuple):

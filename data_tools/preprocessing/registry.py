@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import FOREIGN
 from moelpr.data.manifest import Bit
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.records import FOREIGN
-from moelpr.text.sources import Source, find_files, open_source
+from moelpr.data.text.sources import Source, find_files, open_source
 
 _BITS: dict[str, Bit] = {"old": "original", "original": "original", "new": "expanded", "expanded": "expanded"}
 

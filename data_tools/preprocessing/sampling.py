@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.shares import Share
-from moelpr.text.documents import is_blank
-from moelpr.text.sources import Form
-from moelpr.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
-from moelpr.text.tables import open_table
+from moelpr.data.text.documents import is_blank
+from moelpr.data.text.sources import Form
+from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.data.text.tables import open_table
 
 
 def sample_documents(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from moelpr.text.sources import Form, Source
+from moelpr.data.text.sources import Form, Source
 
 
 class Share(NamedTuple):

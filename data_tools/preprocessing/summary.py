@@ -9,9 +9,9 @@ from data_tools.corpus.corpus import describe
 from data_tools.corpus.tokenized import token_dtype
 from data_tools.preprocessing.arguments import KEPT
 from data_tools.preprocessing.tagging import LanguageGroups
+from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import LanguageCount, Manifest
-from moelpr.process.text_tables import table_text
-from moelpr.text.language_id import UNDETECTED
+from moelpr.data.text.language_id import UNDETECTED
 
 _PROBLEMS_SHOWN = 10
 

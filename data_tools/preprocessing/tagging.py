@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
 from moelpr.data.manifest import Bit
-from moelpr.languages import canonical
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine, json_type, text_of
-from moelpr.text.language_id import UNDETECTED, Detector
+from moelpr.data.text.documents import BadLine, json_type, text_of
+from moelpr.data.text.language_id import UNDETECTED, Detector
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from moelpr.process.command import deferred_signals
-from moelpr.process.errors import UserError, reports_panics
-from moelpr.text.tables import prepare_to_fork
+from moelpr.base.command import deferred_signals
+from moelpr.base.errors import UserError, reports_panics
+from moelpr.data.text.tables import prepare_to_fork
 
 _CHECK_EVERY_S = 5.0
 

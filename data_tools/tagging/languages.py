@@ -11,13 +11,13 @@ from data_tools.corpus.corpus_writer import append_runs
 from data_tools.corpus.tokenized import joined_runs
 from data_tools.preprocessing.tagging import LanguageGroups
 from data_tools.tagging.tokens import document_lengths
+from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import LanguageCount
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
-from moelpr.text.remote import is_remote
-from moelpr.text.sources import open_source
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.remote import is_remote
+from moelpr.data.text.sources import open_source
 
 _LONGEST_LINE = 256  # no name of a language is longer; a file without line breaks must not fill the memory
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 from data_tools.corpus.corpus import CorpusPaths
 from data_tools.corpus.tokenized import token_dtype
 from data_tools.preprocessing.job_tokenizer import JobTokenizer
+from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import BLOCK_BYTES, FileRecord
-from moelpr.process.errors import UserError
 
 _DOCUMENTS_AT_ONCE = 1 << 10
 # Texts that are tokenized again, each up to this many tokens; the last ones of a text that is cut may differ.

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.pre_tokenizers import Split
 
 from data_tools.vocabulary.merges import Character, NewToken
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 _SPACE = "\u2581"  # SentencePiece's
 # SentencePiece keeps no boundaries of words in a tokenizer, but its tokens begin with a space or contain none, and its

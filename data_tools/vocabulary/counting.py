@@ -24,10 +24,10 @@ from data_tools.preprocessing.shares import shares_of
 from data_tools.preprocessing.tagging import OneLanguage
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.sources import Source
 from moelpr.data.tokenizers.base import Tokenizer
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
-from moelpr.text.sources import Source
 
 # Distinct words of a language beyond this number are forgotten, the rarest first.
 MAX_WORDS = 1_000_000

@@ -16,12 +16,12 @@ from examples.real_model.page import write_results
 from examples.real_model.queue import Queue
 from examples.real_model.settings import ALL, PLAIN_SHARE, SHORT, SHORT_TOKENS, TOKENS
 from examples.tasks import ROOT
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import MachineError, UserError
-from moelpr.store.files import locked, make_folder, write_text
-from moelpr.workflow.outlay import check_machine, listing
-from moelpr.workflow.workflow import Workflow
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import MachineError, UserError
+from moelpr.base.files import locked, make_folder, write_text
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.project.workflow.outlay import check_machine, listing
+from moelpr.project.workflow.workflow import Workflow
 
 # The default base has so many; others need more or less in proportion.
 DEFAULT_PARAMETERS = 134_515_008

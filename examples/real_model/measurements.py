@@ -33,14 +33,14 @@ from examples.real_model.settings import (
 )
 from examples.real_model.text import Facts
 from examples.real_model.unseen_results import BASE_TOLERANCE, collect_unseen, wrong_language
-from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
-from moelpr.evaluate.result_cache import cached_results
-from moelpr.evaluate.scoring import LanguageScore
-from moelpr.metrics.run_metrics import read_run_metrics
-from moelpr.metrics.schema import LEARNING_RATE, PEAK_MEMORY_GIB, ROUTING_SHARES, STEP_TIME_S
-from moelpr.process.errors import UserError
-from moelpr.report.numbers import Interval
-from moelpr.store.run_folder import read_json
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import read_json
+from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.measure.evaluate.result_cache import cached_results
+from moelpr.measure.evaluate.scoring import LanguageScore
+from moelpr.measure.report.numbers import Interval
+from moelpr.model.metrics.run_metrics import read_run_metrics
+from moelpr.model.metrics.schema import LEARNING_RATE, PEAK_MEMORY_GIB, ROUTING_SHARES, STEP_TIME_S
 
 Json = dict[str, Any]
 ROUTED = ("copies-stage1", "copies")  # settings whose routing is shown

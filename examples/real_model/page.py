@@ -29,12 +29,12 @@ from examples.real_model.unseen_results import (
     unseen_tables,
     wrong_language_section,
 )
-from moelpr.languages import language_name
-from moelpr.process.errors import UserError
-from moelpr.report.numbers import Interval, percent
-from moelpr.report.page import Row, Table, markdown_table
-from moelpr.report.plots import Panel, Series, heat_maps, trade_off_chart
-from moelpr.store.files import write_text
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
+from moelpr.measure.report.numbers import Interval, percent
+from moelpr.measure.report.page import Row, Table, markdown_table
+from moelpr.measure.report.plots import Panel, Series, heat_maps, trade_off_chart
 
 Json = Mapping[str, Any]
 NAME, ROUTING, UNSEEN = "real-model", "real-model-routing", "unseen"  # files

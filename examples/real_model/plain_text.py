@@ -16,8 +16,8 @@ from examples.downloads import fetch_all
 from examples.languages import ORIGINAL
 from examples.real_model.arguments import parse
 from examples.real_model.text import as_line, choose_train, grams_of, hash_of, unseen_lines
-from moelpr.process.command import run_command
-from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.base.command import run_command
+from moelpr.base.files import atomic_directory, refuse_existing
 
 UNSEEN_READ = ("de", "fr", "pl", "fi")  # unseen languages that the second base has read
 KIND, TEXT_BYTES = "interface", 200_000  # bytes of a language, and of code

@@ -13,8 +13,8 @@ from examples.real_model.settings import ALL, BASE, SEEDS, SETTINGS, VOCABULARY_
 from examples.real_model.task_maker import EXTENDED, TaskMaker, minutes_of, moe_options, tagged
 from examples.real_model.text import Facts
 from examples.tasks import Words
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 PROMPTS = 3  # per language
 

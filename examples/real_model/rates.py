@@ -5,8 +5,8 @@ from statistics import fmean
 
 from examples.languages import EXPANDED
 from examples.real_model.settings import BASE, RATES
-from moelpr.evaluate.result_cache import cached_results
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.result_cache import cached_results
 
 
 def search_name(setting: str, rate: float) -> str:

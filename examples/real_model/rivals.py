@@ -8,7 +8,7 @@ from examples.other_text import SOURCES as OTHER_SOURCES
 from examples.real_model import settings, unseen
 from examples.real_model.task_maker import TaskMaker, minutes_of, moe_options, tagged
 from examples.tasks import Words
-from moelpr.workflow.task import Task
+from moelpr.project.workflow.task import Task
 
 
 def rivals(maker: TaskMaker) -> list[Task]:

@@ -12,10 +12,10 @@ from pydantic import dataclasses as typed
 
 from examples.languages import ORIGINAL
 from examples.real_model.settings import MORE_TEXT, REPLAY, SETTINGS
-from moelpr.report.claims import MEASURES
-from moelpr.report.numbers import percent
-from moelpr.store import records
-from moelpr.store.yaml_files import read_mapping
+from moelpr.base import records
+from moelpr.base.yaml_files import read_mapping
+from moelpr.measure.report.claims import MEASURES
+from moelpr.measure.report.numbers import percent
 
 Json = Mapping[str, Any]
 CLAIMS = Path(__file__).with_name("claims.yaml")

@@ -12,9 +12,9 @@ from examples.languages import LANGUAGES, held_out_files
 from examples.real_model.arguments import parse
 from examples.real_model.queue import PROMPTS
 from examples.real_model.text import Facts
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, refuse_existing
 
 EVERY = 50  # documents; one of them is set aside
 MOST = 24  # documents of the validation part, per language

@@ -12,10 +12,10 @@ from examples.real_model import rates, settings, unseen
 from examples.real_model.settings import ALL, BASE, SEEDS, TOPK, steps_of
 from examples.real_model.text import Facts
 from examples.tasks import Words
-from moelpr.checkpoints.chain import checkpoint_chain
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
-from moelpr.process.errors import UserError
-from moelpr.workflow.task import Task
+from moelpr.model.checkpoints.chain import checkpoint_chain
+from moelpr.project.workflow.task import Task
 
 EXTENDED = "extended-"  # how the names of corpora of the extended tokenizer start
 SAVE_INTERVAL = 40  # steps

@@ -24,9 +24,9 @@ from examples.downloads import fetch_all, read_sources, require_space
 from examples.languages import LANGUAGES
 from examples.real_model.arguments import parse
 from examples.real_model.package_text import Documents, read_help, read_interface, read_stories
-from moelpr.process.command import run_command
-from moelpr.store.files import atomic_directory
-from moelpr.store.records import STRICT, Record
+from moelpr.base.command import run_command
+from moelpr.base.files import atomic_directory
+from moelpr.base.records import STRICT, Record
 
 Reader = Callable[[Mapping[str, Path]], Documents]
 TRAINED: dict[str, Reader] = {"help": read_help, "stories": read_stories}

@@ -26,9 +26,9 @@ from examples.languages import EXPANDED, ORIGINAL, held_out_files
 from examples.real_model.arguments import parse
 from examples.real_model.package_text import MARKUP
 from examples.real_model.text import HELD_OUT_CHARACTERS, Facts, hash_of, is_held_out
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_directory, refuse_existing
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_directory, refuse_existing
 
 LANGUAGES = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")
 FOLDER, EVALUATION = "unseen", "unseen-evaluation"

@@ -13,16 +13,16 @@ from examples.languages import EXPANDED, ORIGINAL
 from examples.real_model import settings, unseen
 from examples.real_model.plain_text import UNSEEN_READ
 from examples.real_model.settings import BASE, SEED_NAMES, SETTINGS
-from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
-from moelpr.evaluate.result_cache import cached_results
-from moelpr.evaluate.scoring import LanguageScore
-from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import WrongLanguage, wrong_language_table
-from moelpr.report.numbers import Interval, number_text, percent
-from moelpr.report.page import Table, markdown_table
-from moelpr.report.plots import Series, trade_off_chart
-from moelpr.store import records
-from moelpr.store.run_folder import read_json
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import read_json
+from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.measure.evaluate.result_cache import cached_results
+from moelpr.measure.evaluate.scoring import LanguageScore
+from moelpr.measure.report.evaluation_files import WrongLanguage, wrong_language_table
+from moelpr.measure.report.numbers import Interval, number_text, percent
+from moelpr.measure.report.page import Table, markdown_table
+from moelpr.measure.report.plots import Series, trade_off_chart
 
 Json = Mapping[str, Any]
 Scores = Mapping[str, LanguageScore]

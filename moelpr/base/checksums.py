@@ -21,9 +21,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.store.records import STRICT, Record
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 
 FILE_NAME = "checksums.json"
 # Files without checksums are hashed in pieces of this size, so that ranks and threads share a large one. The checksum

@@ -22,8 +22,8 @@ from signal import SIGINT, SIGTERM
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from moelpr.process import ranks
-from moelpr.process.errors import (
+from moelpr.base import ranks
+from moelpr.base.errors import (
     DISK_FULL,
     MachineError,
     StoppedError,
@@ -49,7 +49,7 @@ _NO_MEGATRON = (
 class CommandParser(argparse.ArgumentParser):
     """A parser with --debug and marks on required flags, which raises `UserError` for the first wrong argument.
 
-    The trainer has a parser of its own (`moelpr.arguments.flags.Parser`), which goes on after an error.
+    The trainer has a parser of its own (`moelpr.train.arguments.flags.Parser`), which goes on after an error.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from moelpr.process.errors import UserError
-from moelpr.store.files import make_folder
+from moelpr.base.errors import UserError
+from moelpr.base.files import make_folder
 
 
 def check_links(path: Path, folder: Path) -> None:

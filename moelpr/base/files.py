@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 import psutil
 
-from moelpr.process.errors import DISK_FULL, UserError
+from moelpr.base.errors import DISK_FULL, UserError
 
 LOCK_FILE = ".lock"
 

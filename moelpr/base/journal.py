@@ -15,9 +15,9 @@ from typing import Any
 
 import pydantic_core
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.files import (
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.files import (
     LOCK_FILE,
     behind_link,
     empty,

@@ -11,7 +11,7 @@ import socket
 import time
 from contextlib import ExitStack, suppress
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 JOIN_TIMEOUT_S = 45.0  # including Python's start, a missing node is reported within a minute
 _HERE, _GO, _STOP = b"here\n", b"go\n", b"stop\n"

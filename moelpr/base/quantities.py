@@ -4,7 +4,7 @@ import argparse
 import re
 from decimal import Decimal
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MAX_COUNT = 10**18

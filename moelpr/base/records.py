@@ -16,8 +16,8 @@ import pydantic_core
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.store.files import write_text
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 # For files that users write: the docstrings of fields become descriptions in the JSON schema.

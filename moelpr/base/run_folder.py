@@ -1,16 +1,16 @@
 """The files of a run folder (`--save`) and of a checkpoint folder, and their readers.
 
-model_spec.json                     the model's family, shape and experts (moelpr.model_spec)
+model_spec.json                     the model's family, shape and experts (moelpr.model.model_spec)
 hf/                                 configuration and tokenizer of the Hugging Face model it came from
 latest_checkpointed_iteration.txt   the last saved step (Megatron's tracker file)
-iter_0000500/, release/             one saved step each (moelpr.checkpoints.chain)
+iter_0000500/, release/             one saved step each (moelpr.model.checkpoints.chain)
 base_checkpoint.json                where the frozen tensors are, if only trained tensors were saved
 recipe.yaml                         every flag with its final value; also inside each saved step
 command.json, versions.json         command line and package versions of the last start
-metrics.jsonl                       one line per training step, validation pass or warning (moelpr.metrics.run_metrics)
+metrics.jsonl                       one line per step, validation pass or warning (moelpr.model.metrics.run_metrics)
 STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
 FAILURES                            failed starts of a Slurm job (launch/slurm/stage.sbatch)
-.lock                               locked while a run writes to the folder (moelpr.training.run_lock)
+.lock                               locked while a run writes to the folder (moelpr.train.run_lock)
 """
 
 from contextlib import suppress
@@ -20,9 +20,9 @@ from typing import Annotated, Any, ClassVar, TypedDict
 from pydantic import ConfigDict, Field, with_config
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.store import records, yaml_files
-from moelpr.store.records import STRICT, Record
+from moelpr.base import records, yaml_files
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 
 HF_FOLDER = "hf"
 # Tables of contents of a saved step, next to its .distcp files. Megatron writes the second when the step is complete.

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil
 
-from moelpr.process.command import STOPPED
+from moelpr.base.command import STOPPED
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # The environment variable that moelpr.torchrun sets to its process number.

@@ -4,7 +4,7 @@ import platform
 import sys
 from importlib import metadata
 
-from moelpr.process.program_files import launch_folder
+from moelpr.base.program_files import launch_folder
 
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from moelpr.process.errors import UserError, first_line
+from moelpr.base.errors import UserError, first_line
 
 _MOST_VALUES, _LARGEST = 1_000_000, 10**30
 

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the dtype, sequences, documents + 1
 _MAGIC = b"MMIDIDX\0\0"

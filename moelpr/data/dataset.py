@@ -21,13 +21,13 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moelpr.base.errors import DISK_FULL, UserError
+from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import loss_bits_path, open_language_bits, open_loss_bits
 from moelpr.data.manifest import FileRecord, Manifest
 from moelpr.data.packing import windows_of
-from moelpr.families.hf_config import read_config
-from moelpr.process.errors import DISK_FULL, UserError
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.model.families.hf_config import read_config
 
 _SEQUENCES_AT_ONCE = 1 << 20
 _SHORTER = "raise --seq-length, or preprocess them again with --max-tokens"

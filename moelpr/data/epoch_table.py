@@ -3,10 +3,10 @@
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 
+from moelpr.base.errors import UserError
+from moelpr.base.text_tables import table_text
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.manifest import LanguageCount, Manifest
-from moelpr.process.errors import UserError
-from moelpr.process.text_tables import table_text
 
 
 def epoch_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int, seq_length: int) -> str:

@@ -14,9 +14,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moelpr.base.errors import UserError
 from moelpr.data import _language_bits
 from moelpr.data.corpus_index import REBUILD
-from moelpr.process.errors import UserError
 
 MAGIC = b"MOELPRLB"
 VERSION = 1

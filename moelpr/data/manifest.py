@@ -15,11 +15,11 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 import moelpr
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 from moelpr.data.corpus_index import REBUILD
 from moelpr.data.tokenizers.base import Tokenizer, vocabulary_checksum
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.store.records import STRICT, Record
 
 BLOCK_BYTES = 1 << 22
 SAMPLED_BLOCKS = 64

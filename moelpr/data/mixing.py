@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from moelpr.base.errors import UserError
+from moelpr.base.quantities import format_count
+from moelpr.base.text_tables import table_text
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import Manifest
-from moelpr.process.errors import UserError
-from moelpr.process.quantities import format_count
-from moelpr.process.text_tables import table_text
 
 
 class Mix(NamedTuple):

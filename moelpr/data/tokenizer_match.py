@@ -4,11 +4,11 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
-from moelpr.process.errors import UserError
 
 
 class TokenizerMatch(StrEnum):

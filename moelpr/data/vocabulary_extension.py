@@ -5,8 +5,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.store.records import STRICT, Record
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 
 VOCABULARY_EXTENSION_FILE = "vocabulary_extension.json"
 _REMEDY = "pass a folder that moelpr data extend-tokenizer wrote"

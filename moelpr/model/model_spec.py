@@ -10,9 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired, Self, TypedDi
 from pydantic import Field, with_config
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.records import STRICT, Record
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 
 FILE_NAME = "model_spec.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -179,7 +179,7 @@ class ModelSpec(Record):
     """A model: its family, its shape in Megatron's terms, its experts and its new tokens.
 
     Attributes:
-        family: A key of moelpr.families.families.FAMILIES, for example "qwen2".
+        family: A key of moelpr.model.families.families.FAMILIES, for example "qwen2".
         dtype: The dtype of the weights that it was converted from, one of DTYPES.
         megatron_args: The values of Megatron's flags (`MegatronArgs`); `vocab_size` is the embedding's rows without
             padding.

@@ -13,25 +13,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.machine import format_bytes
+from moelpr.base.quantities import count_argument
+from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import Mix, Share, mixed, num_tokens, share_table
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.families.families import read_base
-from moelpr.families.hub import config_folder
-from moelpr.families.new_experts import with_new_experts
-from moelpr.layouts import neighbors
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.families import read_base
+from moelpr.model.families.hub import config_folder
+from moelpr.model.families.new_experts import with_new_experts
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import DENSE_STAGES, Part, Stage, Stage1Experts
 from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
+from moelpr.plan.layouts import neighbors
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_NOTE, bubble
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError
-from moelpr.process.machine import format_bytes
-from moelpr.process.quantities import count_argument
-from moelpr.process.text_tables import table_text
-from moelpr.stages import DENSE_STAGES, Part, Stage, Stage1Experts
 
 _HEAD = (
     "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"

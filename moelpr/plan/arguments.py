@@ -2,8 +2,8 @@
 
 import argparse
 
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec
 
 
 def add_expert_flags(parser: argparse.ArgumentParser) -> None:

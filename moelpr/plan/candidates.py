@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-from moelpr.families.families import family_named
-from moelpr.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
-from moelpr.model_spec import ModelSpec
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import family_named
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
+from moelpr.plan.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
-from moelpr.process.errors import UserError
-from moelpr.stages import DENSE_STAGES
 
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
 MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Self
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 GIB = 1 << 30
 RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless the user chooses

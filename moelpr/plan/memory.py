@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from moelpr.families.families import family_named
-from moelpr.families.tables import pieces
-from moelpr.layouts import PlannedLayout
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import VOCABULARY_PARTS, Part, Stage, Stage1Experts, part_of, trained_parts
+from moelpr.model.families.families import family_named
+from moelpr.model.families.tables import pieces
+from moelpr.model.model_spec import ModelSpec, MoeSpec
+from moelpr.model.stages import VOCABULARY_PARTS, Part, Stage, Stage1Experts, part_of, trained_parts
+from moelpr.plan.layouts import PlannedLayout
 
 # Bytes per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}

@@ -13,13 +13,13 @@ docs/design/planner.md explains how memory and time are computed, and the choice
 import math
 from dataclasses import dataclass
 
-from moelpr.model_spec import ModelSpec
+from moelpr.base.machine import format_bytes
+from moelpr.base.quantities import format_count
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
 from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
 from moelpr.plan.gpus import Cluster
 from moelpr.plan.memory import Workload, checkpoint_bytes, export_parameters, model_parts
-from moelpr.process.machine import format_bytes
-from moelpr.process.quantities import format_count
-from moelpr.stages import Stage
 
 # The lengths and the batch size of launch/recipes/paper-stage1.yaml and paper-stage2.yaml.
 PAPER_SEQ_LENGTH: dict[Stage, int] = {"stage1": 1024, "stage2": 512}

@@ -7,9 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moelpr.layouts import PlannedLayout
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Part
 from moelpr.plan.gpus import Cluster
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import (
     GRADIENT_BYTES,
     HOST_BYTES,
@@ -26,7 +27,6 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     trains_output,
 )
-from moelpr.stages import Part
 
 # Fractions of the data sheets' rates that large matrix products, other kernels, and collectives reach.
 MATMUL_EFFICIENCY = 0.5

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, run_command
+from moelpr.base.command import CommandParser, run_command
 from moelpr.project import tables
 from moelpr.project.chain import workflow_of
 from moelpr.project.places import Places

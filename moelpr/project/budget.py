@@ -5,15 +5,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from moelpr.base.errors import UserError
 from moelpr.data.mixing import Share
-from moelpr.families.hub import config_folder
-from moelpr.process.errors import UserError
+from moelpr.data.text.estimate import estimate
+from moelpr.data.text.filters import Filter
+from moelpr.model.families.hub import config_folder
 from moelpr.project.mixing import mix
 from moelpr.project.places import Places
 from moelpr.project.reading import found_text, text_bytes
 from moelpr.project.steps import LENGTH_FLAGS, stage_flags
-from moelpr.text.estimate import estimate
-from moelpr.text.filters import Filter
 
 # Estimates of tokens may be so much too low.
 _MARGIN = 1.2

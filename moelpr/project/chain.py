@@ -5,8 +5,8 @@ from moelpr.project.reading import ProjectFile
 from moelpr.project.results import result_tasks
 from moelpr.project.text import text_tasks
 from moelpr.project.training import training_tasks
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 
 def tasks_of(places: Places) -> list[Task]:

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from moelpr.evaluate.arguments import computing_arguments, named_paths, reading_arguments
-from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.data.text.reading import read_documents
+from moelpr.measure.evaluate.arguments import computing_arguments, named_paths, reading_arguments
+from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
-from moelpr.text.reading import read_documents
 
 _BASE = "base"  # its name among the models
 
@@ -31,10 +31,10 @@ def main() -> None:
     check(projects)
     documents, groups = read_texts(projects, named_paths(args.data, "--data"), args.json_key, args.max_documents)
     # After the arguments and the text: torch and matplotlib are slow to import.
-    from moelpr.evaluate.compare import compare_models
-    from moelpr.evaluate.models import check_device, read_max_positions
-    from moelpr.evaluate.result_cache import ResultCache
-    from moelpr.evaluate.scoring import Settings
+    from moelpr.measure.evaluate.compare import compare_models
+    from moelpr.measure.evaluate.models import check_device, read_max_positions
+    from moelpr.measure.evaluate.result_cache import ResultCache
+    from moelpr.measure.evaluate.scoring import Settings
     from moelpr.project.comparison import Compared
 
     check_device(args.device)

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
-from moelpr.evaluate.results import Results
-from moelpr.evaluate.scoring import LanguageScore, Settings
+from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.measure.evaluate.results import Results
+from moelpr.measure.evaluate.scoring import LanguageScore, Settings
+from moelpr.measure.report import page
+from moelpr.measure.report.numbers import percent
+from moelpr.measure.report.plots import learned_lost_chart
 from moelpr.project.places import Places
-from moelpr.report import page
-from moelpr.report.numbers import percent
-from moelpr.report.plots import learned_lost_chart
 
 # Group of texts → the mean over it.
 GROUPS = {"expanded": "learned: expanded languages", "kept": "lost: text to keep", "other": "other text"}

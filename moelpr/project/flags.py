@@ -6,10 +6,10 @@ import subprocess
 import sys
 from collections.abc import Collection
 
-from moelpr.arguments.supported import SUPPORTED
-from moelpr.process.errors import UserError, did_you_mean
+from moelpr.base.errors import UserError, did_you_mean
 from moelpr.project.reading import ProjectFile
 from moelpr.project.steps import RECIPES, STEPS
+from moelpr.train.arguments.supported import SUPPORTED
 
 
 def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:

@@ -8,17 +8,17 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
-from moelpr.families.families import read_base
-from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.model_spec import ModelSpec
+from moelpr.base import machine
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
 from moelpr.plan.candidates import most_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.memory import Workload, export_parameters, model_parts
 from moelpr.plan.stage_plan import StagePlan, plan_stage
-from moelpr.process import machine
-from moelpr.process.errors import UserError
 from moelpr.project.reading import ProjectFile
-from moelpr.stages import Stage
 
 _CPU_EXPERTS, _MOST_EXPERTS = 4, 8
 _STEP_FLAGS = ("--global-batch-size", "--seq-length", "--stage1-experts")  # these are in the step already

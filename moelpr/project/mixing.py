@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from moelpr.base.errors import UserError
+from moelpr.base.quantities import format_count
 from moelpr.data.mixing import Share, divide
-from moelpr.process.errors import UserError
-from moelpr.process.quantities import format_count
 from moelpr.project.project import Language
 
 

@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.recipes import recipe_argv
 from moelpr.data.manifest import Manifest
-from moelpr.metrics.tracking import TrackedRun
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language
 from moelpr.project.reading import HUB_NAME, ProjectFile
 from moelpr.project.steps import MAIN_STAGE, stage_flags
+from moelpr.train.arguments.recipes import recipe_argv
+from moelpr.train.track.tracking import TrackedRun
 
 PLAN_FILE = "plan.txt"  # what a project with trackers was expected to take
 

@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.languages import canonical
-from moelpr.process.errors import UserError
-from moelpr.process.quantities import parse_count
-from moelpr.store.records import DOCUMENTED
-from moelpr.text.sources import named_files
-from moelpr.workflow.kubernetes import KubernetesSettings
-from moelpr.workflow.skypilot import SkyPilotSettings
-from moelpr.workflow.slurm import SlurmSettings
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
+from moelpr.base.quantities import parse_count
+from moelpr.base.records import DOCUMENTED
+from moelpr.data.text.sources import named_files
+from moelpr.project.workflow.kubernetes import KubernetesSettings
+from moelpr.project.workflow.skypilot import SkyPilotSettings
+from moelpr.project.workflow.slurm import SlurmSettings
 
 
 def _as_text(value: Any) -> Any:

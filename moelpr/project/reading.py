@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from moelpr.process.errors import UserError, did_you_mean
+from moelpr.base import records
+from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.yaml_files import key_lines, parse_mapping
+from moelpr.data.text import remote
+from moelpr.data.text.filters import Filter
+from moelpr.data.text.sources import find_files
 from moelpr.project.project import Language, Project
 from moelpr.project.steps import OWN_FLAGS, STEPS, steps_of
-from moelpr.store import records
-from moelpr.store.yaml_files import key_lines, parse_mapping
-from moelpr.text import remote
-from moelpr.text.filters import Filter
-from moelpr.text.sources import find_files
 
 # OWNER/NAME, and a revision.
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")

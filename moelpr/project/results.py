@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.data.text.remote import is_remote
+from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.reading import local_files, versions
 from moelpr.project.steps import settings, words
-from moelpr.text.remote import is_remote
-from moelpr.workflow.task import Task
+from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
 

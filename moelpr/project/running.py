@@ -2,19 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.project.budget import check_budget
 from moelpr.project.chain import workflow_of
 from moelpr.project.flags import check_flags
 from moelpr.project.places import PLAN_FILE, Places
 from moelpr.project.reading import ProjectFile
 from moelpr.project.tables import changes, plan
-from moelpr.store.files import LOCK_FILE, locked, make_folder, write_text
-from moelpr.training.lora import require_peft
-from moelpr.workflow import kubernetes, skypilot, slurm
-from moelpr.workflow.outlay import check_machine
-from moelpr.workflow.workflow import Outlook, Workflow
+from moelpr.project.workflow import kubernetes, skypilot, slurm
+from moelpr.project.workflow.outlay import check_machine
+from moelpr.project.workflow.workflow import Outlook, Workflow
+from moelpr.train.lora import require_peft
 
 
 def run_here(file: ProjectFile, redo: str | None, is_dry: bool) -> None:

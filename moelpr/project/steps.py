@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.recipes import read_recipe, recipe_argv
 from moelpr.project.project import Method
+from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
 # Step → the subcommand that it runs.
 STEPS = {

@@ -2,20 +2,20 @@
 
 from collections.abc import Iterable
 
+from moelpr.base.errors import UserError
+from moelpr.base.machine import format_bytes
+from moelpr.base.quantities import format_count
+from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import share_table
-from moelpr.layouts import PlannedLayout
+from moelpr.measure.report.runs import read_run
 from moelpr.plan.gpus import GIB
-from moelpr.process.errors import UserError
-from moelpr.process.machine import format_bytes
-from moelpr.process.quantities import format_count
-from moelpr.process.text_tables import table_text
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.project.budget import estimated_tokens, shares, total_tokens
 from moelpr.project.chain import tasks_of
 from moelpr.project.places import Places
 from moelpr.project.training import expected_tokens
-from moelpr.report.runs import read_run
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Outlook, Workflow
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Outlook, Workflow
 
 
 def plan(places: Places) -> str:

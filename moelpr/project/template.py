@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moelpr.store.yaml_files import dump
+from moelpr.base.yaml_files import dump
 
 _TEXT = """\
 # From text to a Hugging Face model that speaks more languages:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from moelpr.families.hf_config import CONFIG_FILE
+from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.places import Places
 from moelpr.project.project import Replay
 from moelpr.project.reading import local_files, text_bytes, versions
 from moelpr.project.steps import settings, stage_flags, words
-from moelpr.workflow.task import Task
+from moelpr.project.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
 _HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05

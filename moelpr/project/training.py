@@ -5,16 +5,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.recipes import find_recipe
-from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.model_spec import FILE_NAME as SPEC_FILE
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import FINISHED_FILE
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
-from moelpr.process.errors import UserError
 from moelpr.project.budget import estimated_tokens, shares, tokens_of, total_tokens
 from moelpr.project.places import Places
 from moelpr.project.steps import LENGTH_FLAGS, recipe_of, settings, words
-from moelpr.store.run_folder import FINISHED_FILE
-from moelpr.workflow.task import Task
+from moelpr.project.workflow.task import Task
+from moelpr.train.arguments.recipes import find_recipe
 
 # New rows also learn to be unlikely in the original languages: one part in five (docs/vocabulary.md).
 _STAGE0_SHARE, _STAGE0_ORIGINAL = 0.1, 0.25

@@ -1,7 +1,7 @@
 """How a run ends: after its last step, or earlier on request.
 
 SIGUSR1, SIGTERM or a file STOP in --save ask the trainer to stop. It finishes its step, saves, and exits with code 75
-(`moelpr.process.command.STOPPED`); the same command resumes the run. A run that has made all its steps writes a file
+(`moelpr.base.command.STOPPED`); the same command resumes the run. A run that has made all its steps writes a file
 FINISHED, and does not run again.
 
 Imported before Megatron and torch, whose imports take seconds, so that no signal is lost meanwhile.
@@ -15,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from moelpr.process.errors import UserError, is_lost_connection
-from moelpr.process.ranks import is_first_rank
-from moelpr.process.stop import SIGNALS
-from moelpr.store.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
+from moelpr.base.errors import UserError, is_lost_connection
+from moelpr.base.ranks import is_first_rank
+from moelpr.base.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
+from moelpr.base.stop import SIGNALS
 
 if TYPE_CHECKING:  # the settings import Megatron
-    from moelpr.arguments.settings import RunSettings
+    from moelpr.train.arguments.settings import RunSettings
 
 
 class StopRequest:
@@ -42,7 +42,7 @@ class StopRequest:
             for number, handler in self._previous_handlers.items():
                 signal.signal(number, handler)
             return
-        from moelpr.megatron_patches import hooks
+        from moelpr.model.megatron import hooks
 
         self.file = save / STOP_FILE
         self.listen()  # --exit-signal-handler has installed another handler

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moelpr.arguments.settings import Thresholds
-from moelpr.metrics.run_metrics import Step, ValidationEvent
-from moelpr.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
+from moelpr.model.metrics.run_metrics import Step, ValidationEvent
+from moelpr.model.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
+from moelpr.train.arguments.settings import Thresholds
 
 
 class EarlyWarning(NamedTuple):

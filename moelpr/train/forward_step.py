@@ -10,8 +10,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
-from moelpr.model.attention import document_edges
-from moelpr.model.router import LPRLossNormalizer
+from moelpr.model.layers.attention import document_edges
+from moelpr.model.layers.router import LPRLossNormalizer
 
 _reader = BatchReader()
 

@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moelpr.process import machine
-from moelpr.process.command import CommandParser, run_command
-from moelpr.process.errors import StoppedError, UserError, first_line
-from moelpr.process.quantities import count_argument, format_count
-from moelpr.process.stop import SIGNALS
-from moelpr.process.versions import install_command
-from moelpr.store import yaml_files
-from moelpr.store.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
-from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
+from moelpr.base import machine, yaml_files
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import StoppedError, UserError, first_line
+from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
+from moelpr.base.quantities import count_argument, format_count
+from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
+from moelpr.base.stop import SIGNALS
+from moelpr.base.versions import install_command
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
@@ -206,7 +205,7 @@ def _samples(args: argparse.Namespace, model: Any) -> Any:
 
     One has a token more than its length, because transformers shifts the labels itself.
     """
-    from moelpr.megatron_patches import cpu
+    from moelpr.model.megatron import cpu
 
     cpu.install()  # before Megatron is imported; does nothing if there is a GPU
     import torch
@@ -252,7 +251,7 @@ def _callback(args: argparse.Namespace) -> Any:
     import torch
     from transformers import TrainerCallback
 
-    from moelpr.metrics import schema as metrics
+    from moelpr.model.metrics import schema as metrics
 
     tokens = args.global_batch_size * args.seq_length
     signals: list[int] = []

@@ -6,16 +6,15 @@ from contextlib import contextmanager
 
 from megatron.training import get_args
 
-from moelpr.arguments.requirements import resolved_settings
-from moelpr.arguments.settings import RunSettings
-from moelpr.checkpoints.chain import step_name
-from moelpr.megatron_patches import hooks
-from moelpr.process import ranks
-from moelpr.process.versions import installed_versions
-from moelpr.store import yaml_files
-from moelpr.store.copies import copy_folder
-from moelpr.store.files import make_folder, write_text
-from moelpr.store.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
+from moelpr.base import ranks, yaml_files
+from moelpr.base.copies import copy_folder
+from moelpr.base.files import make_folder, write_text
+from moelpr.base.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
+from moelpr.base.versions import installed_versions
+from moelpr.model.checkpoints.chain import step_name
+from moelpr.model.megatron import hooks
+from moelpr.train.arguments.requirements import resolved_settings
+from moelpr.train.arguments.settings import RunSettings
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from datetime import timedelta
 
 from torch.distributed import TCPStore
 
-from moelpr.arguments.settings import RunSettings
-from moelpr.process.errors import UserError
-from moelpr.process.ranks import is_first_rank
-from moelpr.store.files import LOCK_FILE, locked, remove_temporaries
-from moelpr.store.run_folder import saved_step
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE, locked, remove_temporaries
+from moelpr.base.ranks import is_first_rank
+from moelpr.base.run_folder import saved_step
+from moelpr.train.arguments.settings import RunSettings
 
 # Rank 0 may read its corpora first (--verify-corpus full). If it ends, the launcher ends the others.
 _PATIENCE = timedelta(days=1)

@@ -16,14 +16,14 @@ import numpy as np
 from megatron.training import get_args, get_tensorboard_writer
 from tqdm import tqdm
 
-from moelpr.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
-from moelpr.metrics.schema import METRICS, STEP_TIME_S
-from moelpr.metrics.tracking import Tracking, values_of
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.store.files import write_text
-from moelpr.store.run_folder import METRICS_FILE
-from moelpr.training.early_warnings import EarlyWarning, EarlyWarnings
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.base.run_folder import METRICS_FILE
+from moelpr.model.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
+from moelpr.model.metrics.schema import METRICS, STEP_TIME_S
+from moelpr.train.early_warnings import EarlyWarning, EarlyWarnings
+from moelpr.train.track.tracking import Tracking, values_of
 
 
 class RunLog:

@@ -14,13 +14,13 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.training import get_args, print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 
-from moelpr.arguments.settings import RunSettings
-from moelpr.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
-from moelpr.checkpoints.torch_dist import read_metadata
-from moelpr.model.weights import load_weights, omit_extra_state, save_trained_only
-from moelpr.process.errors import UserError
-from moelpr.process.ranks import is_first_rank
-from moelpr.store.run_folder import BASE_CHECKPOINT_FILE
+from moelpr.base.errors import UserError
+from moelpr.base.ranks import is_first_rank
+from moelpr.base.run_folder import BASE_CHECKPOINT_FILE
+from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
+from moelpr.model.checkpoints.torch_dist import read_metadata
+from moelpr.model.layers.weights import load_weights, omit_extra_state, save_trained_only
+from moelpr.train.arguments.settings import RunSettings
 
 
 def starting_weights(settings: RunSettings) -> Callable[[list[HybridModel]], None]:

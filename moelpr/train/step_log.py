@@ -19,17 +19,17 @@ from megatron.core.utils import get_model_config
 from megatron.training import get_args
 from torch import Tensor
 
-from moelpr.arguments.settings import RunSettings
-from moelpr.megatron_patches import hooks
-from moelpr.metrics import schema
-from moelpr.metrics.routing_sums import RoutingSums
-from moelpr.metrics.trackers import TRACKERS
-from moelpr.metrics.tracking import Tracking
-from moelpr.model.router import Decisions, LPRRouter
-from moelpr.process import ranks
-from moelpr.store.run_folder import as_step
-from moelpr.training.early_warnings import EarlyWarnings
-from moelpr.training.run_log import RunLog, finite
+from moelpr.base import ranks
+from moelpr.base.run_folder import as_step
+from moelpr.model.layers.router import Decisions, LPRRouter
+from moelpr.model.megatron import hooks
+from moelpr.model.metrics import schema
+from moelpr.model.metrics.routing_sums import RoutingSums
+from moelpr.train.arguments.settings import RunSettings
+from moelpr.train.early_warnings import EarlyWarnings
+from moelpr.train.run_log import RunLog, finite
+from moelpr.train.track.trackers import TRACKERS
+from moelpr.train.track.tracking import Tracking
 
 
 @contextmanager

@@ -11,30 +11,30 @@ from megatron.training.argument_utils import (
     pretrain_cfg_container_from_args,
 )
 
-from moelpr.arguments.parse import check_arguments, refused_by_megatron, register_arguments
-from moelpr.arguments.settings import RunSettings
-from moelpr.checkpoints.chain import write_checksums
+from moelpr.base.ranks import is_first_rank
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.layouts import PlannedLayout
-from moelpr.megatron_patches import bootstrap, checkpoint_sums, hooks
-from moelpr.model.builder import MoELPRModelConfig
-from moelpr.model.config import MoELPRConfig
-from moelpr.model.freezing import freeze, parameter_report
-from moelpr.model.new_rows import ROWS
-from moelpr.model.vocabulary import mask_padding
+from moelpr.model.checkpoints.chain import write_checksums
+from moelpr.model.layers.builder import MoELPRModelConfig
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.layers.freezing import freeze, parameter_report
+from moelpr.model.layers.new_rows import ROWS
+from moelpr.model.layers.vocabulary import mask_padding
+from moelpr.model.megatron import bootstrap, checkpoint_sums, hooks
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import Workload, model_parts
 from moelpr.plan.step_time import stage_flops
-from moelpr.process.ranks import is_first_rank
-from moelpr.training import clean_stop
-from moelpr.training.clean_stop import StopRequest
-from moelpr.training.forward_step import forward_step
-from moelpr.training.run_files import run_records
-from moelpr.training.run_lock import run_lock
-from moelpr.training.run_log import report_nonfinite_exit
-from moelpr.training.starting_weights import starting_weights
-from moelpr.training.step_log import logs_steps
-from moelpr.training.validation import validates
+from moelpr.train import clean_stop
+from moelpr.train.arguments.parse import check_arguments, refused_by_megatron, register_arguments
+from moelpr.train.arguments.settings import RunSettings
+from moelpr.train.clean_stop import StopRequest
+from moelpr.train.forward_step import forward_step
+from moelpr.train.run_files import run_records
+from moelpr.train.run_lock import run_lock
+from moelpr.train.run_log import report_nonfinite_exit
+from moelpr.train.starting_weights import starting_weights
+from moelpr.train.step_log import logs_steps
+from moelpr.train.validation import validates
 
 
 def train(argv: list[str], stop: StopRequest | None = None) -> bool:
@@ -120,7 +120,7 @@ def model_config(args: argparse.Namespace) -> MoELPRModelConfig:
 def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Training, validation and test datasets."""
     args = get_args()
-    if args.validation_data:  # moelpr.training.validation reads it
+    if args.validation_data:  # moelpr.train.validation reads it
         num_samples = [num_samples[0], 0, 0]
     train, *others = build_datasets(num_samples, dataset_config(args))
     if is_first_rank() and train is not None:

@@ -21,18 +21,18 @@ from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from moelpr.arguments.settings import RunSettings
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.megatron_patches import hooks
-from moelpr.metrics.run_metrics import HeldOutLoss
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.store.run_folder import HF_FOLDER
-from moelpr.training.run_log import finite
-from moelpr.training.step_log import StepLog
+from moelpr.model.megatron import hooks
+from moelpr.model.metrics.run_metrics import HeldOutLoss
+from moelpr.train.arguments.settings import RunSettings
+from moelpr.train.run_log import finite
+from moelpr.train.step_log import StepLog
 
 MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 

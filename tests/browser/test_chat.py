@@ -11,9 +11,9 @@ import pytest
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.chat.page import Chat
-from moelpr.evaluate.models import load_model
-from moelpr.families.new_experts import NewExperts
+from moelpr.measure.chat.page import Chat
+from moelpr.measure.evaluate.models import load_model
+from moelpr.model.families.new_experts import NewExperts
 from tests.browser import chat_page
 from tests.support.hf_models import make_model  # noqa: F401
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.report.claims import Claims
-from moelpr.report.language_results import read_evaluations
-from moelpr.report.run_report import Report
-from moelpr.report.runs import read_run
+from moelpr.measure.report.claims import Claims
+from moelpr.measure.report.language_results import read_evaluations
+from moelpr.measure.report.run_report import Report
+from moelpr.measure.report.runs import read_run
 from tests.browser.browser import Seen, look, missing_programs, print_pages, screenshot
 from tests.support.run_folders import LANGUAGES, make_run
 

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import STAGES
-from moelpr.checkpoints.chain import step_folder
-from moelpr.metrics.run_metrics import Step, read_run_metrics
-from moelpr.model_spec import ModelSpec, NewTokens
-from moelpr.store.run_folder import METRICS_FILE
+from moelpr.base.run_folder import METRICS_FILE
+from moelpr.model.checkpoints.chain import step_folder
+from moelpr.model.metrics.run_metrics import Step, read_run_metrics
+from moelpr.model.model_spec import ModelSpec, NewTokens
 
 # Number of ranks → arguments of the trainer, of each training.
 type Commands = dict[int, list[list[str]]]
@@ -298,7 +298,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All model tensors of the last step."""
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}

@@ -61,7 +61,7 @@ def main() -> None:
     install_megatron()
     from megatron.training import training as megatron_training
 
-    from moelpr.training.train import train
+    from moelpr.train.train import train
 
     out = Path(sys.argv.pop(1))
     saved = SavedTensors()
@@ -91,7 +91,7 @@ def main() -> None:
 
 def count_rows(model: list[torch.nn.Module], rows: dict[str, list[int]]) -> None:
     """Append the number of rows that reach new and original experts to `rows` at every call."""
-    from moelpr.model.layer import LPRMoELayer
+    from moelpr.model.layers.layer import LPRMoELayer
 
     new, original = rows["new_rows"], rows["original_rows"]
     for layer in (module for chunk in model for module in chunk.modules() if isinstance(module, LPRMoELayer)):

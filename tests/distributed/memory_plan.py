@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import common
-from moelpr.layouts import PlannedLayout
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import CPU, Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import expert_traffic
-from moelpr.stages import Stage
 
 SEQ_LENGTH, MICRO_BATCH_SIZE, GLOBAL_BATCH_SIZE = 256, 2, 8
 VOCABULARY = 1000

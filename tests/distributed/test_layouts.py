@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moelpr.checkpoints.chain import step_folder
-from moelpr.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.checkpoints.chain import step_folder
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from tests.distributed import layout_runs as layouts
 from tests.distributed import resume_layouts
 from tests.distributed.layout_runs import LAYOUTS, STAGES, Layout

@@ -19,8 +19,8 @@ def main() -> None:
     import torch
     from megatron.training.training import destroy_global_state
 
-    from moelpr.megatron_patches import bootstrap
-    from moelpr.training.train import train
+    from moelpr.model.megatron import bootstrap
+    from moelpr.train.train import train
 
     bootstrap.connect_ranks()
     for arguments in json.loads(Path(sys.argv[1]).read_text()):

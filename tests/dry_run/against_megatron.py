@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from functools import partial
 from unittest.mock import patch
 
-from moelpr.dry_run import whole_run
-from moelpr.process.text_tables import table_text
+from moelpr.base.text_tables import table_text
+from moelpr.train.check import whole_run
 from tests.dry_run.cases import PER_NODE, Case, folder_of_models, real_case
 
 NAMES = ("Qwen1.5-1.8B stage1", "Qwen3-8B stage1", "Qwen2.5-72B stage1")
@@ -33,8 +33,8 @@ def dry_run(case: Case, is_megatrons: bool) -> whole_run.Outcome:
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     from benchmarks.baselines.plain_megatron import plain_layer_spec
-    from moelpr.model import builder, layer
-    from moelpr.model.experts import GroupedExperts
+    from moelpr.model.layers import builder, layer
+    from moelpr.model.layers.experts import GroupedExperts
 
     rotate = "_apply_rotary_pos_emb_bshd"
     with (
@@ -80,7 +80,7 @@ def rows_of_layers(name: str) -> Iterator[list[str]]:
 
 
 def rows_of_steps(name: str) -> Iterator[list[str]]:
-    from moelpr.dry_run.tables import numbers
+    from moelpr.train.check.tables import numbers
 
     for label, is_megatrons in (("Megatron's", True), ("ours", False)):
         found = dry_run(real_case(name), is_megatrons)

@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import common
-from moelpr.arguments.recipes import read_recipe
-from moelpr.dry_run import whole_run
-from moelpr.families.families import read_base
-from moelpr.families.new_experts import NewExperts, with_new_experts
-from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.train.arguments.recipes import read_recipe
+from moelpr.train.check import whole_run
 from tests.distributed.layout_runs import APART, BOTH_LOSSES, EP2, FACTORS, LAYOUTS, NEW_ROWS_TOO, OVERLAP, SETTINGS
 from tests.support.model_shapes import SHAPES, save_config
 from tests.unit.conftest import SHAPE as TINY_SHAPE
@@ -265,8 +265,8 @@ def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
 
 def outcome(case: Case) -> dict[str, Any]:
     """What the ranks of a case did, as JSON."""
-    from moelpr.dry_run.cost import disagreements, moved_by_group
     from moelpr.plan.step_time import expert_traffic
+    from moelpr.train.check.cost import disagreements, moved_by_group
 
     try:
         found = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)

@@ -84,8 +84,8 @@ def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:
 
 
 def test_every_allowed_flag_is_in_a_case_or_has_a_reason_not_to_be() -> None:
-    from moelpr.arguments.flags import own_arguments
-    from moelpr.arguments.supported import SUPPORTED
+    from moelpr.train.arguments.flags import own_arguments
+    from moelpr.train.arguments.supported import SUPPORTED
 
     allowed = SUPPORTED | {flag[2:] for flag in own_arguments().flags() if flag.startswith("--")}
     assert allowed - flags_in_cases() == WITHOUT_CASE

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.fake_gpu import transformer_engine_stub as te
 from tests.unit.conftest import SHAPE
 
@@ -19,8 +19,8 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     bootstrap.install_patches()
     from megatron.core.transformer.moe import moe_utils
 
-    from moelpr.megatron_patches.bootstrap import single_process
-    from moelpr.model.loading import build_model
+    from moelpr.model.layers.loading import build_model
+    from moelpr.model.megatron.bootstrap import single_process
 
     for name in "permute permute_with_probs unpermute sort_chunks_by_index sort_chunks_by_index_with_probs".split():
         monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(te, f"moe_{name}"))

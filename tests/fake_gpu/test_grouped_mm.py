@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.unit.conftest import SHAPE
 
 EXPERTS, HIDDEN = 4, SHAPE["hidden_size"]
@@ -41,8 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor, Tensor]
 @pytest.fixture(scope="module")
 def experts() -> Any:
     bootstrap.install_patches()
-    from moelpr.megatron_patches.bootstrap import single_process
-    from moelpr.model.loading import build_model
+    from moelpr.model.layers.loading import build_model
+    from moelpr.model.megatron.bootstrap import single_process
 
     spec = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(EXPERTS, 2, (0, 1)))
     with single_process():

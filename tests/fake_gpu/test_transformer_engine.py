@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from benchmarks import common
-from moelpr.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from tests.distributed import layout_runs
 from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, STEPS, TOLERANCE
 from tests.support.limits import PROCESS_S

@@ -1,6 +1,6 @@
 """tests.distributed.train_many with the stand-in for Transformer Engine, and with what else only GPU machines use."""
 
-from moelpr.megatron_patches import cpu
+from moelpr.model.megatron import cpu
 from tests.fake_gpu import transformer_engine_stub
 
 transformer_engine_stub.install()  # before Megatron is imported

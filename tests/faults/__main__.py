@@ -28,9 +28,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.common import install_megatron, print_table
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.process.machine import available_cpus
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.machine import available_cpus
 
 
 def main() -> None:
@@ -90,11 +90,11 @@ def import_everything() -> None:
 
 
 _IMPORTED_LATER = """
-moelpr.training.train moelpr.model.loading moelpr.evaluate.compare moelpr.evaluate.text_results
-moelpr.evaluate.routing_results moelpr.project.comparison moelpr.report.run_report moelpr.report.live
-tests.faults.cases pyarrow.parquet sentencepiece torch.utils.tensorboard transformers.models.auto.modeling_auto
-transformers.models.qwen2.modeling_qwen2 transformers.models.qwen2_moe.modeling_qwen2_moe
-transformers.models.qwen2.tokenization_qwen2
+moelpr.train.train moelpr.model.layers.loading moelpr.measure.evaluate.compare moelpr.measure.evaluate.text_results
+moelpr.measure.evaluate.routing_results moelpr.project.comparison moelpr.measure.report.run_report
+moelpr.measure.report.live tests.faults.cases pyarrow.parquet sentencepiece torch.utils.tensorboard
+transformers.models.auto.modeling_auto transformers.models.qwen2.modeling_qwen2
+transformers.models.qwen2_moe.modeling_qwen2_moe transformers.models.qwen2.tokenization_qwen2
 """.split()
 
 

@@ -19,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 
-from moelpr.process.command import STOPPED
-from moelpr.store.files import write_text
+from moelpr.base.command import STOPPED
+from moelpr.base.files import write_text
 from tests.faults import hostile
 from tests.faults.commands import (
     COMMANDS,

@@ -136,18 +136,18 @@ COMMANDS = {
     "train": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus"),
     "resume": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus half:out/run"),
     "evaluate": Command(
-        "moelpr.evaluate.__main__", "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl", "hf text"
+        "moelpr.measure.evaluate.__main__", "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl", "hf text"
     ),
     "evaluate an export": Command(
-        "moelpr.evaluate.__main__",
+        "moelpr.measure.evaluate.__main__",
         "routing --model x=export --data en=text/en.jsonl --data el=text/el.jsonl --original-languages en",
         "export text",
     ),
     "evaluate a checkpoint": Command(
-        "moelpr.evaluate.__main__", "--model x=stage1 --data en=text/en.jsonl", "stage1 checkpoint text"
+        "moelpr.measure.evaluate.__main__", "--model x=stage1 --data en=text/en.jsonl", "stage1 checkpoint text"
     ),
     "evaluate again": Command(
-        "moelpr.evaluate.__main__",
+        "moelpr.measure.evaluate.__main__",
         "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl --output out/evaluation",
         "hf text evaluation:out/evaluation",
     ),
@@ -156,8 +156,8 @@ COMMANDS = {
         "project.yaml --data more=text/text.jsonl --output out/comparison",
         "project.yaml hf text export:project/hf",
     ),
-    "report": Command("moelpr.report.__main__", "stage1 --output out/report", "stage1"),
-    "live": Command("moelpr.report.__main__", "live stage1 --once", "stage1"),
+    "report": Command("moelpr.measure.report.__main__", "stage1 --output out/report", "stage1"),
+    "live": Command("moelpr.measure.report.__main__", "live stage1 --once", "stage1"),
     "plan": Command(
         "moelpr.plan.__main__",
         "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
@@ -256,9 +256,9 @@ def tensors(folder: Path) -> dict[str, tuple[str, str]]:
     """Name -> dtype and digest, of all exports and of the last step of each checkpoint."""
     from safetensors.torch import load_file
 
-    from moelpr.checkpoints.chain import step_folder
-    from moelpr.checkpoints.torch_dist import TorchDistReader
-    from moelpr.store.run_folder import TRACKER_FILE
+    from moelpr.base.run_folder import TRACKER_FILE
+    from moelpr.model.checkpoints.chain import step_folder
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     found: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):

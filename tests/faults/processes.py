@@ -19,8 +19,8 @@ from random import Random
 from typing import NoReturn
 
 from benchmarks.common import environment
-from moelpr.process.command import run_command
-from moelpr.process.machine import available_cpus
+from moelpr.base.command import run_command
+from moelpr.base.machine import available_cpus
 
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30

@@ -4,14 +4,14 @@ import sys
 import warnings
 from pathlib import Path
 
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
 
 
 def main() -> None:
-    from moelpr.arguments.parse import check_arguments, register_arguments
-    from moelpr.arguments.requirements import resolved_settings
-    from moelpr.arguments.settings import RunSettings
-    from moelpr.store import yaml_files
+    from moelpr.base import yaml_files
+    from moelpr.train.arguments.parse import check_arguments, register_arguments
+    from moelpr.train.arguments.requirements import resolved_settings
+    from moelpr.train.arguments.settings import RunSettings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

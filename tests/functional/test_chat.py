@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_tools import preprocess_data
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from tests.functional.test_training import cut_back, export, metrics, model_tensors, records, run_to_the_end, tensors
 from tests.support.chat import MARKED, conversations_in, save_tokenizer, write_conversations
 from tests.support.hf_models import load_stock, our_logits
@@ -25,7 +25,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from benchmarks.common import qwen2_config
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-    from moelpr.families.new_experts import NewExperts
+    from moelpr.model.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder / "hf"))
@@ -91,7 +91,7 @@ def test_two_expert_parallel_ranks_train_as_one(material: Path, sft: Path) -> No
 
 def test_only_new_experts_and_routers_change_and_the_export_has_them(material: Path, sft: Path) -> None:
     from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
     trained = model_tensors(tensors(sft, 6))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from moelpr.store.yaml_files import dump, read_mapping
+from moelpr.base.yaml_files import dump, read_mapping
 from tests.support.hf_models import load_stock
 from tests.support.tiny_project import write_project
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from moelpr.base.yaml_files import dump
 from moelpr.project.chain import workflow_of
 from moelpr.project.reading import read_project
-from moelpr.store.yaml_files import dump
-from moelpr.workflow import kubernetes
-from moelpr.workflow.kubernetes import KubernetesSettings
-from moelpr.workflow.workflow import Workflow
+from moelpr.project.workflow import kubernetes
+from moelpr.project.workflow.kubernetes import KubernetesSettings
+from moelpr.project.workflow.workflow import Workflow
 from tests.faults.commands import records
 from tests.slurm.material import ROOT, differences, make_model, make_text
 

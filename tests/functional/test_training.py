@@ -21,10 +21,10 @@ import pytest
 import torch
 import yaml
 
-from moelpr.arguments.checks.folders import checkpoint_bytes
-from moelpr.model_spec import ModelSpec
-from moelpr.process.command import STOPPED
-from moelpr.store.checksums import verify_folder
+from moelpr.base.checksums import verify_folder
+from moelpr.base.command import STOPPED
+from moelpr.model.model_spec import ModelSpec
+from moelpr.train.arguments.checks.folders import checkpoint_bytes
 from tests.support.hf_models import RunsCode, replace_object
 from tests.support.limits import PROCESS_S
 
@@ -67,7 +67,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def tensors(run: Path, iteration: int) -> dict[str, torch.Tensor]:
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     reader = TorchDistReader(run / f"iter_{iteration:07d}")
     return {key: reader.read(key) for key in reader.keys}
@@ -79,8 +79,8 @@ def model_tensors(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def whole_model(run: Path, iteration: int) -> dict[str, torch.Tensor]:
     """The model's tensors, some from the run's base if the run saved only what it trained."""
-    from moelpr.checkpoints.chain import checkpoint_chain
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.chain import checkpoint_chain
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     readers = [TorchDistReader(link) for link in reversed(checkpoint_chain(run, iteration))]
     return model_tensors({key: reader.read(key) for reader in readers for key in reader.keys})
@@ -125,7 +125,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from benchmarks.common import qwen2_config
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from data_tools.corpus.corpus_writer import CorpusWriter
-    from moelpr.families.new_experts import NewExperts
+    from moelpr.model.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("material")
     torch.manual_seed(0)
@@ -202,7 +202,7 @@ def test_stage1_learns_from_four_sequences_of_32_tokens_a_step_on_two_ranks(stag
 
 
 def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Path) -> None:
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     start = TorchDistReader(material / "upcycled" / "release")
     for key, value in model_tensors(tensors(stage1, 6)).items():
@@ -215,7 +215,7 @@ def test_stage1_changes_only_new_experts_and_routers(material: Path, stage1: Pat
     [("dense", "dense", []), ("ffn", "dense", []), ("stage1", "upcycled", ["--train-everything"])],
 )
 def test_every_tensor_trains_or_only_the_ffns(material: Path, script: str, start: str, flags: list[str]) -> None:
-    from moelpr.checkpoints.torch_dist import TorchDistReader
+    from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
     save = material / f"everything-{script}"
     words = [*flags, "--pretrained-checkpoint", material / start, "--data-path", material / "expanded", "--save", save]
@@ -364,7 +364,7 @@ def test_a_resumed_stage2_is_bitwise_identical_to_the_uninterrupted_one(material
 
 
 def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, stage1: Path, stage2: Path) -> None:
-    from moelpr.process.errors import UserError
+    from moelpr.base.errors import UserError
 
     changed = shutil.copytree(stage1, material / "changed" / "stage1")
     file = max((changed / "iter_0000006").glob("*.distcp"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -21,8 +21,8 @@ SPEC = ModelSpec("qwen2", "bfloat16", SHAPE, MoeSpec(num_new_experts=4, topk=2, 
 
 @pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
-    from moelpr.megatron_patches import megatron_fixes
-    from moelpr.megatron_patches.bootstrap import single_process
+    from moelpr.model.megatron import megatron_fixes
+    from moelpr.model.megatron.bootstrap import single_process
 
     megatron_fixes.install()
     with single_process():
@@ -30,7 +30,7 @@ def megatron() -> Iterator[None]:
 
 
 def moe_layer(dtype: torch.dtype, **settings: object) -> torch.nn.Module:
-    from moelpr.model.loading import build_model
+    from moelpr.model.layers.loading import build_model
 
     torch.manual_seed(0)
     model = build_model(SPEC, bf16=dtype == torch.bfloat16, params_dtype=dtype, **settings)
@@ -53,7 +53,7 @@ def output_and_gradients(layer: torch.nn.Module, hidden: torch.Tensor) -> list[t
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_side_stream_changes_no_result(dtype: torch.dtype, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moelpr.model.layer import OverlappedOriginalExperts
+    from moelpr.model.layers.layer import OverlappedOriginalExperts
 
     layer = moe_layer(dtype, num_original_experts=m)
     hidden = torch.randn(64, 4, 256, device="cuda", dtype=dtype)
@@ -83,8 +83,8 @@ def test_the_host_waits_for_the_gpu_once_per_forward_pass(monkeypatch: pytest.Mo
 def test_documents_apart_attend_as_with_a_call_per_document(window, monkeypatch) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from moelpr.model import attention
-    from moelpr.model.loading import transformer_config
+    from moelpr.model.layers import attention
+    from moelpr.model.layers.loading import transformer_config
 
     config = transformer_config(SPEC, window_size=window)
     ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self")

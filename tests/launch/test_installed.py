@@ -30,7 +30,7 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
 """
 # Commands, a JSON list of lists of words, one after the other.
 RUN_COMMANDS = """

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.arguments.checks import find_problems
-from moelpr.arguments.checks.folders import checkpoint_bytes
-from moelpr.arguments.flags import all_arguments
-from moelpr.arguments.requested import RequestedRun
+from moelpr.base import ranks
+from moelpr.base.machine import format_bytes
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.families.families import read_base
-from moelpr.families.new_experts import with_new_experts
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.families import read_base
+from moelpr.model.families.new_experts import with_new_experts
+from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.__main__ import _parser as planner_flags
 from moelpr.plan.__main__ import main as plan
 from moelpr.plan.arguments import new_experts
-from moelpr.process import ranks
-from moelpr.process.machine import format_bytes
+from moelpr.train.arguments.checks import find_problems
+from moelpr.train.arguments.checks.folders import checkpoint_bytes
+from moelpr.train.arguments.flags import all_arguments
+from moelpr.train.arguments.requested import RequestedRun
 from tests.support.model_shapes import SHAPES, save_config
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"

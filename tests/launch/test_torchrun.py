@@ -13,14 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moelpr.process.command import STOPPED
-from moelpr.process.machine import available_cpus, peak_memory
+from moelpr.base.command import STOPPED
+from moelpr.base.machine import available_cpus, peak_memory
 
 ROOT = Path(__file__).parents[2]
 RANK = r"""
 import os, time
-from moelpr.process.command import run_command
-from moelpr.process import stop
+from moelpr.base.command import run_command
+from moelpr.base import stop
 
 def main():
     stop.end_with_launcher()
@@ -97,7 +97,7 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
 def test_a_training_that_was_asked_to_stop_is_no_error_and_not_started_again(tmp_path, variables, code) -> None:
     """Also where Kubeflow lets torchrun start failed ranks again."""
     (tmp_path / "rank.py").write_text(
-        "import os\nfrom moelpr.process import stop\n"
+        "import os\nfrom moelpr.base import stop\n"
         "os.write(1, b'started\\n')\nif os.environ['RANK'] == '1':\n    stop.exit_before_the_last_step()\n"
     )
     command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"]

@@ -213,7 +213,7 @@ def test_help_lists_the_launchers_options_and_then_shows_the_trainers(root: Path
 
 
 def test_no_flag_of_the_trainer_is_an_option_of_the_launcher() -> None:
-    from moelpr.arguments.flags import all_arguments
+    from moelpr.train.arguments.flags import all_arguments
 
     taken = {"dry_run", *map(str.lower, OPTIONS)}
     assert not taken & {flag.removeprefix("--").replace("-", "_") for flag in all_arguments().flags()}

@@ -13,7 +13,7 @@ import yaml
 
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import load_stock, make_model  # noqa: F401
 
 MERGEKIT = Path(__file__).parents[2] / ".venv-mergekit/bin/mergekit-moe"

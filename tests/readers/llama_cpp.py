@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from moelpr.families.hf_config import read_config
+from moelpr.model.families.hf_config import read_config
 
 
 def convert(folder: Path, gguf: Path, kind: str = "f32") -> None:

@@ -15,10 +15,10 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.gguf.chat_format import ChatFormat
 from checkpoint_convert.gguf.write import write_gguf
-from moelpr.evaluate.compare import compare_models
-from moelpr.evaluate.scoring import Settings
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.compare import compare_models
+from moelpr.measure.evaluate.scoring import Settings
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE
 from tests.support.hf_models import make_model  # noqa: F401
 

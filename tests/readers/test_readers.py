@@ -19,8 +19,8 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.hf_config import read_config
-from moelpr.families.new_experts import NewExperts
+from moelpr.model.families.hf_config import read_config
+from moelpr.model.families.new_experts import NewExperts
 from tests.readers import llama_cpp
 from tests.support.hf_models import (
     InDouble,

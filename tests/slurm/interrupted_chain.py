@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import ROOT, add_json, argument_parser, write_json
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
 from tests.slurm.cluster import Cluster, throwaway_cluster
 from tests.slurm.material import differences
 from tests.slurm.project import ProjectChain

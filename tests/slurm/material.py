@@ -65,7 +65,7 @@ class Stage:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-        from moelpr.families.new_experts import NewExperts
+        from moelpr.model.families.new_experts import NewExperts
 
         self.cluster, self.folder = cluster, folder
         self.start, self.data = folder / "upcycled", make_corpus(folder)

@@ -17,8 +17,8 @@ import sys
 import time
 
 from benchmarks.common import ROOT, add_json, argument_parser, write_json
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
 from tests.slurm.cluster import missing_programs, throwaway_cluster
 from tests.slurm.material import STEPS, Stage, differences
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moelpr.store.yaml_files import dump
+from moelpr.base.yaml_files import dump
 from tests.slurm.cluster import Cluster
 from tests.slurm.material import ROOT, make_model, make_text
 

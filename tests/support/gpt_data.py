@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moelpr.megatron_patches import bootstrap
+from moelpr.model.megatron import bootstrap
 
 bootstrap.install_patches()
 

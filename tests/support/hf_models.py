@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
-from moelpr.checkpoints.torch_dist import TorchDistReader
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.families.new_experts import NewExperts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -254,10 +254,10 @@ def assert_logits(found: Tensor, model, tokens: Tensor = TOKENS) -> None:
 
 def our_logits(folder: Path, tokens: Tensor = TOKENS, change: Callable[[Any], object] = id) -> Tensor:
     """Logits from the trainer's model code, after a change of the loaded model."""
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     bootstrap.install_patches()
-    from moelpr.model import loading
+    from moelpr.model.layers import loading
 
     with bootstrap.single_process():
         model = loading.load_model(folder)

@@ -11,10 +11,10 @@ import re
 import tempfile
 from pathlib import Path
 
+from moelpr.base.files import write_text
 from moelpr.project import tables
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
-from moelpr.store.files import write_text
 from tests.support.model_shapes import save_config
 from tests.support.small_tokenizers import documents_in
 

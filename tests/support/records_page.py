@@ -17,9 +17,9 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from moelpr.base.files import write_text
+from moelpr.base.records import Record
 from moelpr.project.project import Project
-from moelpr.store.files import write_text
-from moelpr.store.records import Record
 
 ROOT = Path(__file__).parents[2]
 START, END = "<!-- records: made by python -m tests.support.records_page -->", "<!-- end of records -->"
@@ -28,11 +28,11 @@ _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
 _SHOWN = {
     "PREFIX.manifest.json": "moelpr.data.manifest:Manifest",
     "calibration.json": "checkpoint_convert.conversions.calibrated_routers:CalibratedRouters",
-    "metrics.jsonl, a validation pass": "moelpr.metrics.run_metrics:ValidationEvent",
-    "metrics.jsonl, a warning": "moelpr.metrics.run_metrics:WarningEvent",
-    "results.json and routing.json of an evaluation": "moelpr.report.evaluation_files:EvaluationFile",
+    "metrics.jsonl, a validation pass": "moelpr.model.metrics.run_metrics:ValidationEvent",
+    "metrics.jsonl, a warning": "moelpr.model.metrics.run_metrics:WarningEvent",
+    "results.json and routing.json of an evaluation": "moelpr.measure.report.evaluation_files:EvaluationFile",
     "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
-    "--tasks, an entry": "moelpr.evaluate.benchmarks:Benchmark",
+    "--tasks, an entry": "moelpr.measure.evaluate.benchmarks:Benchmark",
 }
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
 

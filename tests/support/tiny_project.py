@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
-from moelpr.store.yaml_files import dump
+from moelpr.base.yaml_files import dump
 from tests.support.small_tokenizers import documents_in, save_qwen
 
 # Language → its folder, of which `train` is to be read.

@@ -12,7 +12,7 @@ import pytest
 from data_tools import preprocess_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing.conversations import ChatTemplate
-from moelpr.text.documents import BadLine
+from moelpr.data.text.documents import BadLine
 from tests.support.chat import MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
 
 ROOT = Path(__file__).parents[2]

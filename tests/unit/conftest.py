@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 SHAPE = dict(num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2)
 SHAPE |= dict(group_query_attention=True, kv_channels=8, max_position_embeddings=64, position_embedding_type="rope")
@@ -23,14 +23,14 @@ def reset_moe_state() -> Iterator[None]:
         moe_logging.destroy_moe_metrics_tracker()
     if moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    if router := sys.modules.get("moelpr.model.router"):
+    if router := sys.modules.get("moelpr.model.layers.router"):
         router.LPRLossNormalizer.weight = None
 
 
 @pytest.fixture(scope="session")
 def megatron() -> Iterator[None]:
     bootstrap.install_patches()
-    from moelpr.megatron_patches.bootstrap import single_process
+    from moelpr.model.megatron.bootstrap import single_process
 
     with single_process():
         yield

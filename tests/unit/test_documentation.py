@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from moelpr.__main__ import STAGES, TOOLS
-from moelpr.arguments.flags import all_arguments
 from moelpr.data.language_bits import LanguageBitsWriter
+from moelpr.train.arguments.flags import all_arguments
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 # Scripts are often named without their folder in prose.
 SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
-SUBCOMMANDS = ("moelpr.evaluate routing", "moelpr.evaluate harness", "moelpr.report live")
+SUBCOMMANDS = ("moelpr.measure.evaluate routing", "moelpr.measure.evaluate harness", "moelpr.measure.report live")
 LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "sft.sh", "dense.sh")
 # The subcommands of `moelpr` that can be asked for help.
 OURS = {name for name, tool in TOOLS.items() if tool.module and find_spec(tool.module.removesuffix(".__main__"))}
@@ -147,7 +147,9 @@ def help_of(name: str) -> str:
     if name in LAUNCHERS:
         launcher = subprocess.run([ROOT / "launch" / name, "--help"], capture_output=True, text=True, check=True)
         return f"{launcher.stdout} --stage {' '.join(all_arguments().flags())}"
-    default = {"moelpr.evaluate": " text", "moelpr.report": " runs"}.get(name, "")  # the subcommand that may be omitted
+    default = {"moelpr.measure.evaluate": " text", "moelpr.measure.report": " runs"}.get(
+        name, ""
+    )  # the subcommand that may be omitted
     module, *subcommand = f"{name}{default}".split()
     with pytest.MonkeyPatch.context() as patch:
         output: list[str] = []
@@ -163,7 +165,7 @@ def help_of(name: str) -> str:
             assert not end.code
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)
-    trainer = all_arguments().flags() if name == "moelpr.dry_run" else ()  # it takes a stage's command line too
+    trainer = all_arguments().flags() if name == "moelpr.train.check" else ()  # it takes a stage's command line too
     return f"{''.join(output)} {' '.join(trainer)}"
 
 
@@ -174,7 +176,7 @@ def test_flags_of_documented_commands_exist() -> None:
         for name, flags in commands(page.read_text("utf-8"))
         for flag in flags
     ]
-    assert {"hf_to_mcore.py", "moelpr.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
+    assert {"hf_to_mcore.py", "moelpr.measure.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
         name for page, name, _ in used if page == "docs/steps.md"
     }
     unknown = [use for use in used if not re.search(rf"(?<![\w-]){re.escape(use[2])}(?![\w-])", help_of(use[1]))]

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 NOT_FOR_USERS = {
     "moelpr.pretrain",
     "moelpr.torchrun",
-    "moelpr.training.lora",
+    "moelpr.train.lora",
     "moelpr.__main__",
 }  # `train` starts these
 

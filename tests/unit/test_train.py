@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from moelpr.model_spec import ModelSpec
-from moelpr.stages import Stage
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -23,7 +23,7 @@ class Trained:
 
 
 def operations(spec: ModelSpec, *trained: Any) -> float:
-    from moelpr.training.train import operations_per_sequence
+    from moelpr.train.train import operations_per_sequence
 
     settings: Any = SimpleNamespace(spec=spec, stage=Trained(*trained))
     return operations_per_sequence(settings, LENGTH)

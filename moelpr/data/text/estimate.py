@@ -7,12 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine, is_blank, parse, text_of
-from moelpr.text.filters import Filter
-from moelpr.text.sources import Form, Source, find_files, open_source
-from moelpr.text.streams import name_damaged, open_stream
-from moelpr.text.tables import open_table, rows_of
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine, is_blank, parse, text_of
+from moelpr.data.text.filters import Filter
+from moelpr.data.text.sources import Form, Source, find_files, open_source
+from moelpr.data.text.streams import name_damaged, open_stream
+from moelpr.data.text.tables import open_table, rows_of
 
 _PLACES = 24
 _DOCUMENTS = 24  # per place

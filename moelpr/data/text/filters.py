@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine, json_type
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine, json_type
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Lt: operator.lt,

@@ -1,4 +1,4 @@
-"""The text of held-out corpora as JSON lines for `moelpr.evaluate`: where it is, and how several become one."""
+"""The text of held-out corpora as JSON lines for `moelpr.measure.evaluate`: where it is, and how several become one."""
 
 import re
 import shutil
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moelpr.store.files import atomic_file
+from moelpr.base.files import atomic_file
 
 _CORPUS = re.compile(r"(?P<stem>.*_validation)_(?P<key>.+)_document(?P<shard>(\.shard-\d+-of-\d+)?)", re.DOTALL)
 

@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from moelpr.languages import canonical
-from moelpr.process.errors import UserError, first_line
-from moelpr.process.versions import install_command
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.languages import canonical
+from moelpr.base.versions import install_command
 
 PY3LANGID = "py3langid"
 UNDETECTED = "und"  # ISO 639-2's code for undetermined

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine, is_blank, parse, text_of
-from moelpr.text.sources import Form, Source, find_files, open_source
-from moelpr.text.streams import name_damaged, open_stream
-from moelpr.text.tables import open_table, rows_of
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine, is_blank, parse, text_of
+from moelpr.data.text.sources import Form, Source, find_files, open_source
+from moelpr.data.text.streams import name_damaged, open_stream
+from moelpr.data.text.tables import open_table, rows_of
 
 
 def read_documents(path: Path | str, json_key: str = "text", max_documents: int | None = None) -> list[str]:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
-from moelpr.process.errors import MachineError, UserError, first_line
-from moelpr.process.versions import install_command
+from moelpr.base.errors import MachineError, UserError, first_line
+from moelpr.base.versions import install_command
 
 # Where to log in, by a URI's scheme.
 _LOGIN = {

@@ -12,10 +12,10 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import BinaryIO, NamedTuple, NoReturn
 
-from moelpr.process.command import check_is_utf8
-from moelpr.process.errors import UserError
-from moelpr.text import remote
-from moelpr.text.held_out_text import is_held_out_text
+from moelpr.base.command import check_is_utf8
+from moelpr.base.errors import UserError
+from moelpr.data.text import remote
+from moelpr.data.text.held_out_text import is_held_out_text
 
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
-from moelpr.process.errors import DISK_FULL, UserError
-from moelpr.text.sources import Form, Source, encrypted
+from moelpr.base.errors import DISK_FULL, UserError
+from moelpr.data.text.sources import Form, Source, encrypted
 
 BLOCK_BYTES = 1 << 16
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
-from moelpr.process.errors import UserError
-from moelpr.text import remote
-from moelpr.text.filters import Bounds
-from moelpr.text.sources import Source
+from moelpr.base.errors import UserError
+from moelpr.data.text import remote
+from moelpr.data.text.filters import Bounds
+from moelpr.data.text.sources import Source
 
 _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 20

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 
 class Encoded(NamedTuple):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from moelpr.base.command import deferred_signals
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
 from moelpr.data.tokenizers.libraries import SentencePieceTokenizer
-from moelpr.process.command import deferred_signals
-from moelpr.process.errors import UserError
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
 _CACHE_BYTES = 64 << 20

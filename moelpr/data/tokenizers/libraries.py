@@ -6,8 +6,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer, sha256_of
-from moelpr.process.errors import UserError
 
 # The keys of an added token that decide where it is found in a text.
 _ADDED_TOKEN_KEYS = ("id", "content", "single_word", "lstrip", "rstrip", "normalized")

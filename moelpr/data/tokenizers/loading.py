@@ -13,11 +13,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from moelpr.base import records
+from moelpr.base.errors import UserError, first_line, reports_panics
+from moelpr.base.records import FOREIGN
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer, SlowHuggingFaceTokenizer
-from moelpr.process.errors import UserError, first_line, reports_panics
-from moelpr.store import records
-from moelpr.store.records import FOREIGN
 
 TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
 

@@ -12,13 +12,13 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import NO_VERIFY
+from moelpr.base.checksums import NO_VERIFY
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(prog=program_name("python -m moelpr.chat"), description=__doc__)
+    parser = CommandParser(prog=program_name("python -m moelpr.measure.chat"), description=__doc__)
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
@@ -33,8 +33,8 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = _parse_arguments()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from moelpr.chat.page import HOST, Chat, check_gradio, check_port
-    from moelpr.evaluate.models import check_device, open_model, require_hf
+    from moelpr.measure.chat.page import HOST, Chat, check_gradio, check_port
+    from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 
     check_gradio()
     check_port(args.port)

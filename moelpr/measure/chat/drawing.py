@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from statistics import fmean
 
-from moelpr.chat.routes import Token, original_share
+from moelpr.measure.chat.routes import Token, original_share
 
 _NEW, _EVEN, _ORIGINAL = (226, 98, 27), (226, 226, 222), (31, 111, 191)
 

@@ -7,11 +7,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from moelpr.chat.drawing import panel, routes_panel
-from moelpr.chat.routes import Token, answer, prompt_ids
-from moelpr.evaluate.models import LoadedModel
-from moelpr.process.errors import UserError
-from moelpr.process.versions import install_command
+from moelpr.base.errors import UserError
+from moelpr.base.versions import install_command
+from moelpr.measure.chat.drawing import panel, routes_panel
+from moelpr.measure.chat.routes import Token, answer, prompt_ids
+from moelpr.measure.evaluate.models import LoadedModel
 
 HOST = "127.0.0.1"  # no other machine can reach it
 _FOLDER = Path(__file__).parent

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelpr.evaluate.models import LoadedModel
+from moelpr.measure.evaluate.models import LoadedModel
 
 Route = list[list[tuple[int, float]]]  # MoE layer → its K experts, the heaviest first, with their gate weights
 

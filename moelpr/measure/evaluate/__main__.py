@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moelpr.evaluate.arguments import at_least, computing_arguments, named_paths, reading_arguments
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
+from moelpr.measure.evaluate.arguments import at_least, computing_arguments, named_paths, reading_arguments
 
 if TYPE_CHECKING:
-    from moelpr.evaluate.results import Results
+    from moelpr.measure.evaluate.results import Results
 
 
 _TEXT = """Bits per byte (lower is better), perplexity and next-token accuracy per model and language, with 95%
@@ -50,15 +50,15 @@ def measure_text(args: argparse.Namespace) -> "Results":
     """Measure for the commands `text` and `routing`, which share all measurements."""
     models, data = named_models(args.model), named_paths(args.data, "--data")
     check_languages(args.original_languages, data, "--data")
-    from moelpr.evaluate.compare import compare_models
-    from moelpr.evaluate.models import check_device
-    from moelpr.evaluate.result_cache import ResultCache
-    from moelpr.evaluate.routing_results import RoutingResults
-    from moelpr.evaluate.scoring import Settings
-    from moelpr.evaluate.text_results import TextResults
-    from moelpr.evaluate.wrong_language import MIN_CONFIDENCE
-    from moelpr.text.language_id import PY3LANGID, load_identifier
-    from moelpr.text.reading import read_documents  # after the arguments: torch and matplotlib are slow to import
+    from moelpr.data.text.language_id import PY3LANGID, load_identifier
+    from moelpr.data.text.reading import read_documents  # after the arguments: torch and matplotlib are slow to import
+    from moelpr.measure.evaluate.compare import compare_models
+    from moelpr.measure.evaluate.models import check_device
+    from moelpr.measure.evaluate.result_cache import ResultCache
+    from moelpr.measure.evaluate.routing_results import RoutingResults
+    from moelpr.measure.evaluate.scoring import Settings
+    from moelpr.measure.evaluate.text_results import TextResults
+    from moelpr.measure.evaluate.wrong_language import MIN_CONFIDENCE
 
     check_device(args.device)
     identifier = None
@@ -86,11 +86,11 @@ def measure_text(args: argparse.Namespace) -> "Results":
 def measure_harness(args: argparse.Namespace) -> "Results":
     models = named_models(args.model)
     check_languages(args.original_languages, args.languages, "--languages")
-    from moelpr.evaluate.benchmarks import PAPER_TASKS, installed_benchmarks, read_benchmarks
-    from moelpr.evaluate.harness import run_tasks
-    from moelpr.evaluate.harness_results import HarnessResults
-    from moelpr.evaluate.models import check_device, read_max_positions
-    from moelpr.evaluate.result_cache import ResultCache
+    from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, installed_benchmarks, read_benchmarks
+    from moelpr.measure.evaluate.harness import run_tasks
+    from moelpr.measure.evaluate.harness_results import HarnessResults
+    from moelpr.measure.evaluate.models import check_device, read_max_positions
+    from moelpr.measure.evaluate.result_cache import ResultCache
 
     if args.preset and args.tasks:
         raise UserError("--preset and --tasks both name the tasks; pass one of them")
@@ -108,7 +108,7 @@ def measure_harness(args: argparse.Namespace) -> "Results":
 
 def make_parser() -> CommandParser:
     parser = CommandParser(
-        prog=program_name("python -m moelpr.evaluate"),
+        prog=program_name("python -m moelpr.measure.evaluate"),
         description=__doc__,
         epilog="`text` is the default command. `%(prog)s COMMAND --help` lists a command's options.",
     )
@@ -162,7 +162,7 @@ def make_parser() -> CommandParser:
         "PAWS-X, TruthfulQA and PIQA, as far as the installed lm-eval has them for a language"
     )
     add("--preset", choices=("paper", "all"), help=what)
-    what = "YAML table of benchmarks, shots and tasks (default: moelpr/evaluate/paper_tasks.yaml)"
+    what = "YAML table of benchmarks, shots and tasks (default: moelpr/measure/evaluate/paper_tasks.yaml)"
     add("--tasks", type=Path, metavar="FILE", help=what)
     add("--include-path", type=Path, metavar="DIR", help="folder with your own task files")
     add("--limit", type=at_least(1), metavar="N", help="examples per task (default: all)")

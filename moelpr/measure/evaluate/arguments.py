@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from moelpr.languages import canonical
-from moelpr.process.command import CommandParser, check_is_utf8
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import NO_VERIFY
+from moelpr.base.checksums import NO_VERIFY
+from moelpr.base.command import CommandParser, check_is_utf8
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
 
 
 def reading_arguments(documents: str) -> CommandParser:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.evaluate.confidence import NUM_SAMPLES, Estimate, mean
-from moelpr.languages import canonical, is_code
-from moelpr.process.errors import UserError
-from moelpr.process.versions import install_command
-from moelpr.store import records
-from moelpr.store.records import STRICT
-from moelpr.store.yaml_files import read_mapping
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical, is_code
+from moelpr.base.records import STRICT
+from moelpr.base.versions import install_command
+from moelpr.base.yaml_files import read_mapping
+from moelpr.measure.evaluate.confidence import NUM_SAMPLES, Estimate, mean
 
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # Fractions in the harness's results; others (chrf, bleu) are percentages already.

@@ -21,11 +21,11 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
-from moelpr.metrics.routing_sums import text_vector
-from moelpr.process.errors import UserError
-from moelpr.store.records import STRICT
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT
+from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
+from moelpr.model.metrics.routing_sums import text_vector
 
 # What expanded text should score; the lower, the more of it goes to new experts.
 TARGETS = (-0.2, -0.4, -0.6, -0.8, -1.2, -1.6)

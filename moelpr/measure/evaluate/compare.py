@@ -14,12 +14,19 @@ from pathlib import Path
 
 import torch
 
-from moelpr.evaluate.divergence import document_distances
-from moelpr.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, require_hf, resolve_dtype
-from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_model
-from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.report.evaluation_files import TEXT_ITSELF, Continuation
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.measure.evaluate.divergence import document_distances
+from moelpr.measure.evaluate.models import (
+    LoadedModel,
+    choose_device,
+    open_model,
+    read_max_positions,
+    require_hf,
+    resolve_dtype,
+)
+from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_model
+from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
+from moelpr.measure.report.evaluation_files import TEXT_ITSELF, Continuation
 
 _PROMPTS_AT_ONCE = 16
 PROMPT_WORDS = 7
@@ -68,7 +75,7 @@ def compare_models(
         base: A model with the same tokenizer, from which the distance of all others is measured.
         continuation_tokens: The length of the continuations of prompts, in tokens; 0: none.
         num_prompts: Documents per language whose first words are continued.
-        device, dtype, verify: See `moelpr.evaluate.models.load_model`.
+        device, dtype, verify: See `moelpr.measure.evaluate.models.load_model`.
 
     Raises:
         UserError: A setting does not fit a model, before any is opened; or the tokens of a model are not the base's.

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.evaluate.scoring import LanguageScore, metrics
-from moelpr.report.numbers import Interval
+from moelpr.measure.evaluate.scoring import LanguageScore, metrics
+from moelpr.measure.report.numbers import Interval
 
 NUM_SAMPLES = 1000
 # [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
 
 _SETTINGS = Settings(context=0).resolve({})
 _MOST_LIKELY = 256  # tokens

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from moelpr.evaluate.benchmarks import DOCUMENTS, Benchmark, Scores, harness_version, shots_of
-from moelpr.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
-from moelpr.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
-from moelpr.process.errors import UserError, first_line
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError, first_line
+from moelpr.measure.evaluate.benchmarks import DOCUMENTS, Benchmark, Scores, harness_version, shots_of
+from moelpr.measure.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
+from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
 
 _CACHED = "harness "  # before a task: the name of its result in the cache
 
@@ -36,7 +36,7 @@ def run_tasks(
     Args:
         num_processes: Processes that share what is missing in the cache, each with a GPU of its own if there are GPUs.
         settings: "include_path" (folder with additional task files, or None), "limit" (questions per task, None for
-            all), "batch_size", and "device" and "dtype" of `moelpr.evaluate.models.load_model`.
+            all), "batch_size", and "device" and "dtype" of `moelpr.measure.evaluate.models.load_model`.
 
     Raises:
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moelpr.evaluate.benchmarks import Benchmark, Scores
-from moelpr.evaluate.confidence import Estimate, interval_of, mean
-from moelpr.evaluate.result_cache import Json
-from moelpr.evaluate.results import Results
-from moelpr.languages import language_name
-from moelpr.report.numbers import Interval, signed
-from moelpr.report.page import Table
+from moelpr.base.languages import language_name
+from moelpr.measure.evaluate.benchmarks import Benchmark, Scores
+from moelpr.measure.evaluate.confidence import Estimate, interval_of, mean
+from moelpr.measure.evaluate.result_cache import Json
+from moelpr.measure.evaluate.results import Results
+from moelpr.measure.report.numbers import Interval, signed
+from moelpr.measure.report.page import Table
 
 GROUPS = ("expanded", "original")
 

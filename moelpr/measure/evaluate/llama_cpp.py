@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelpr.process.errors import UserError
-from moelpr.process.versions import install_command
+from moelpr.base.errors import UserError
+from moelpr.base.versions import install_command
 
 
 @cache

@@ -18,18 +18,18 @@ import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
+from moelpr.base import checksums, records
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.machine import format_bytes, free_memory
+from moelpr.base.records import FOREIGN
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.base.versions import install_command
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.evaluate.llama_cpp import Gguf
-from moelpr.families.hf_config import CONFIG_FILE, read_config
-from moelpr.megatron_patches import bootstrap, cpu
-from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.process.errors import UserError, first_line
-from moelpr.process.machine import format_bytes, free_memory
-from moelpr.process.versions import install_command
-from moelpr.store import checksums, records
-from moelpr.store.checksums import Verify
-from moelpr.store.records import FOREIGN
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.measure.evaluate.llama_cpp import Gguf
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.megatron import bootstrap, cpu
+from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
 
 @pydantic_dataclass(frozen=True, config=FOREIGN)
@@ -169,7 +169,7 @@ def open_model(
         # Megatron warns about what is intended here: no Apex, one process; and about its own deprecations.
         warnings.simplefilter("ignore")
         bootstrap.install_patches()
-        from moelpr.model import loading  # Megatron takes seconds to import
+        from moelpr.model.layers import loading  # Megatron takes seconds to import
 
     spec = ModelSpec.read(directory)
     tokenizer = _load_tokenizer(directory / HF_FOLDER)

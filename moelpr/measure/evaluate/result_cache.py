@@ -12,14 +12,14 @@ from urllib.parse import quote, unquote
 
 from pydantic.dataclasses import dataclass
 
-from moelpr.checkpoints.chain import checkpoint_chain
-from moelpr.evaluate.models import is_gguf, is_megatron
-from moelpr.model_spec import FILE_NAME
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.files import make_folder, write_text
-from moelpr.store.records import STRICT
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.files import make_folder, write_text
+from moelpr.base.records import STRICT
+from moelpr.base.run_folder import HF_FOLDER
+from moelpr.measure.evaluate.models import is_gguf, is_megatron
+from moelpr.model.checkpoints.chain import checkpoint_chain
+from moelpr.model.model_spec import FILE_NAME
 
 Json = dict[str, Any]
 
@@ -46,7 +46,7 @@ class ResultCache:
     """Results in an evaluation's folder, one file each (`parts/MODEL/NAME.json`), so that a rerun resumes.
 
     Each file records what it was computed from, and a checksum. A result with a different key or checksum is not used,
-    but computed again. These are files and not entries of a `moelpr.store.journal.Journal`, because results outlive
+    but computed again. These are files and not entries of a `moelpr.base.journal.Journal`, because results outlive
     the job: after a model or a text has changed, the others are still used, and a damaged one is the only loss.
     """
 

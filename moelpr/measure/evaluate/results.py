@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moelpr.evaluate.compare import Comparison
-from moelpr.report import page
-from moelpr.store.files import write_text
-from moelpr.text.remote import shown
+from moelpr.base.files import write_text
+from moelpr.data.text.remote import shown
+from moelpr.measure.evaluate.compare import Comparison
+from moelpr.measure.report import page
 
 
 class Results(ABC):

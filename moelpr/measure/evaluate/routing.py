@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moelpr.evaluate.models import LoadedModel
-from moelpr.metrics.routing_sums import text_vector
+from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.model.metrics.routing_sums import text_vector
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from moelpr.evaluate.compare import Comparison
-from moelpr.evaluate.results import Results, settings_json
-from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
-from moelpr.languages import language_name
-from moelpr.process.errors import UserError
-from moelpr.report import page
-from moelpr.report.plots import Panel, heat_maps
+from moelpr.base.errors import UserError
+from moelpr.base.languages import language_name
+from moelpr.measure.evaluate.compare import Comparison
+from moelpr.measure.evaluate.results import Results, settings_json
+from moelpr.measure.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.measure.report import page
+from moelpr.measure.report.plots import Panel, heat_maps
 
 # Table and map of a number per layer and language: name -> title, note.
 LAYER_NUMBERS = {

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moelpr.evaluate.models import LoadedModel
-from moelpr.evaluate.routing import Routing, RoutingObserver
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.measure.evaluate.routing import Routing, RoutingObserver
 
 DEFAULT_SEQUENCE_LENGTH = 512
 # Limit of one batch's logits if no batch size is given. A CPU is fastest while they fit in its caches: a model of 7M

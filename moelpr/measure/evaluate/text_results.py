@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from moelpr.evaluate.compare import Comparison
-from moelpr.evaluate.confidence import Estimate, estimates, interval_of, mean
-from moelpr.evaluate.results import Results, settings_json
-from moelpr.evaluate.wrong_language import wrong_language
-from moelpr.languages import language_name
-from moelpr.report import page
-from moelpr.report.evaluation_files import continuation_samples, wrong_language_table
-from moelpr.report.numbers import Interval, percent
-from moelpr.report.plots import change_chart
-from moelpr.text.language_id import Detector, FastTextModel
+from moelpr.base.languages import language_name
+from moelpr.data.text.language_id import Detector, FastTextModel
+from moelpr.measure.evaluate.compare import Comparison
+from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.measure.evaluate.results import Results, settings_json
+from moelpr.measure.evaluate.wrong_language import wrong_language
+from moelpr.measure.report import page
+from moelpr.measure.report.evaluation_files import continuation_samples, wrong_language_table
+from moelpr.measure.report.numbers import Interval, percent
+from moelpr.measure.report.plots import change_chart
 
 METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
 # Metrics that are comparable between models with different tokenizers.

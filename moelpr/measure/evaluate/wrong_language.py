@@ -6,9 +6,9 @@ The documents' own continuations are measured too: what seems wrong there is the
 import math
 from collections.abc import Mapping, Sequence
 
-from moelpr.report.evaluation_files import WrongLanguage
-from moelpr.report.numbers import Interval
-from moelpr.text.language_id import UNDETECTED, Detector, FastTextModel
+from moelpr.data.text.language_id import UNDETECTED, Detector, FastTextModel
+from moelpr.measure.report.evaluation_files import WrongLanguage
+from moelpr.measure.report.numbers import Interval
 
 MIN_CONFIDENCE = 0.5
 # Fewer letters do not show a language, nor does text that is mostly code or numbers.

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError
 
 
 def main() -> None:
@@ -23,10 +23,10 @@ def main() -> None:
 
 def report_runs(args: argparse.Namespace) -> None:
     # After the arguments: matplotlib is slow to import.
-    from moelpr.report.claims import Claims, read_facts, read_verifications
-    from moelpr.report.language_results import read_evaluations
-    from moelpr.report.run_report import Report
-    from moelpr.report.runs import read_runs
+    from moelpr.measure.report.claims import Claims, read_facts, read_verifications
+    from moelpr.measure.report.language_results import read_evaluations
+    from moelpr.measure.report.run_report import Report
+    from moelpr.measure.report.runs import read_runs
 
     report = Report(
         runs=read_runs(args.runs),
@@ -39,7 +39,7 @@ def report_runs(args: argparse.Namespace) -> None:
 
 
 def follow_run(args: argparse.Namespace) -> None:
-    from moelpr.report.live import show
+    from moelpr.measure.report.live import show
 
     if not args.interval > 0:
         raise UserError(f"--interval must be above 0 seconds, got {args.interval:g}; for example, pass 2")
@@ -48,9 +48,9 @@ def follow_run(args: argparse.Namespace) -> None:
 
 def report_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog=program_name("python -m moelpr.report") + " [runs]",
+        prog=program_name("python -m moelpr.measure.report") + " [runs]",
         description="Write report.html, report.md and report.json of one or several runs, running or finished.",
-        epilog=f"To follow a run on a terminal: {program_name('python -m moelpr.report')} live RUN (see live --help).",
+        epilog=f"To follow a run: {program_name('python -m moelpr.measure.report')} live RUN (see live --help).",
     )
     files: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
     add = parser.add_argument
@@ -67,7 +67,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 def live_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog=program_name("python -m moelpr.report") + " live",
+        prog=program_name("python -m moelpr.measure.report") + " live",
         description="Follow a run until it is finished. Ctrl-C leaves; the run continues.",
     )
     add = parser.add_argument

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, Required, Self, TypedDict, cast
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.report.language_results import LanguageResults
-from moelpr.report.numbers import percent
-from moelpr.store import records
-from moelpr.store.records import FOREIGN, STRICT
-from moelpr.store.yaml_files import read_mapping
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import FOREIGN, STRICT
+from moelpr.base.yaml_files import read_mapping
+from moelpr.measure.report.language_results import LanguageResults
+from moelpr.measure.report.numbers import percent
 
 
 class Verification(TypedDict, total=False):

@@ -8,12 +8,12 @@ from typing import Self
 
 from pydantic.dataclasses import dataclass
 
-from moelpr.languages import language_name
-from moelpr.process.errors import UserError
-from moelpr.report import page
-from moelpr.report.numbers import Interval, Measured, signed
-from moelpr.store import records
-from moelpr.store.records import FOREIGN
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.languages import language_name
+from moelpr.base.records import FOREIGN
+from moelpr.measure.report import page
+from moelpr.measure.report.numbers import Interval, Measured, signed
 
 TEXT_ITSELF = "the text itself"  # the writer of a document's own continuation
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from moelpr.report.svg import MUTED, width_of, write_label
+from moelpr.measure.report.svg import MUTED, width_of, write_label
 
 Box = tuple[float, float, float, float]  # left, low, right, high
 

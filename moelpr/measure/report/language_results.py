@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from moelpr.metrics.run_metrics import bits_of
-from moelpr.metrics.schema import ROUTING_SHARES
-from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import BenchmarkScore, Continuation, EvaluationFile, WrongLanguage
-from moelpr.report.numbers import Interval
-from moelpr.report.runs import Run
+from moelpr.base.errors import UserError
+from moelpr.measure.report.evaluation_files import BenchmarkScore, Continuation, EvaluationFile, WrongLanguage
+from moelpr.measure.report.numbers import Interval
+from moelpr.measure.report.runs import Run
+from moelpr.model.metrics.run_metrics import bits_of
+from moelpr.model.metrics.schema import ROUTING_SHARES
 
 GROUPS = ("expanded", "original")
 

@@ -17,11 +17,11 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from moelpr.metrics.run_metrics import LineParser, bits_of
-from moelpr.metrics.schema import METRICS
-from moelpr.process.errors import UserError
-from moelpr.report.runs import Run, read_run
-from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE
+from moelpr.measure.report.runs import Run, read_run
+from moelpr.model.metrics.run_metrics import LineParser, bits_of
+from moelpr.model.metrics.schema import METRICS
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = [metric for metric in METRICS if metric.label]

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
-from moelpr.store.records import FOREIGN
+from moelpr.base.records import FOREIGN
 
 # In files, NaN and infinite numbers are null.
 Measured = Annotated[

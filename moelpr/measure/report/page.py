@@ -9,8 +9,8 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from moelpr.process.text_tables import table_text
-from moelpr.store.files import write_text
+from moelpr.base.files import write_text
+from moelpr.base.text_tables import table_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Table:
 class Figure:
     """Charts next to each other."""
 
-    svgs: Sequence[str]  # complete SVG documents of `moelpr.report.plots`
+    svgs: Sequence[str]  # complete SVG documents of `moelpr.measure.report.plots`
     caption: str = ""
     table: Table | None = None  # the same in numbers, for Markdown
     name: str = ""  # if given, the only chart is also written as NAME.svg, which Markdown shows
@@ -187,7 +187,7 @@ def markdown_table(table: Table, escape: Callable[[str], str] = str) -> str:
 
 
 def _templates(**options: Any) -> Environment:
-    loader = PackageLoader("moelpr.report")
+    loader = PackageLoader("moelpr.measure.report")
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **options)
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["table"] = lambda table: Markup(markdown_table(table, _escape))

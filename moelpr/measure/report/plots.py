@@ -19,9 +19,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from moelpr.report.labels import label_points
-from moelpr.report.numbers import Interval, finite_mean, percent
-from moelpr.report.svg import INK, MUTED, PAGE, SERIES, TIP, new_axes, styled, to_svg, width_of, write_label
+from moelpr.measure.report.labels import label_points
+from moelpr.measure.report.numbers import Interval, finite_mean, percent
+from moelpr.measure.report.svg import INK, MUTED, PAGE, SERIES, TIP, new_axes, styled, to_svg, width_of, write_label
 
 Array = NDArray[np.float64]
 

@@ -4,13 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from moelpr.languages import language_name
-from moelpr.metrics.schema import GROUP_NAMES, METRICS, ROUTING_SHARES, TOKENS_PER_S
-from moelpr.report import page, plots
-from moelpr.report.language_results import LanguageResults
-from moelpr.report.numbers import finite_mean, number_text
-from moelpr.report.page import Block, Row, Table, Text
-from moelpr.report.runs import ENDS, Run, curve_of
+from moelpr.base.languages import language_name
+from moelpr.measure.report import page, plots
+from moelpr.measure.report.language_results import LanguageResults
+from moelpr.measure.report.numbers import finite_mean, number_text
+from moelpr.measure.report.page import Block, Row, Table, Text
+from moelpr.measure.report.runs import ENDS, Run, curve_of
+from moelpr.model.metrics.schema import GROUP_NAMES, METRICS, ROUTING_SHARES, TOKENS_PER_S
 
 
 def curve_figures(runs: Sequence[Run]) -> list[Block]:

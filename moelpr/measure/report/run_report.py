@@ -10,17 +10,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from moelpr.languages import language_name
-from moelpr.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
-from moelpr.report import page, plots
-from moelpr.report.claims import Claims, Judgment, Verification, check_result
-from moelpr.report.evaluation_files import continuation_samples
-from moelpr.report.language_results import LanguageResults, held_out_results
-from moelpr.report.numbers import Interval, finite_mean, number_text, percent
-from moelpr.report.page import Block, Cell, Row, Section, Table, Text
-from moelpr.report.run_figures import curve_figures, routing_figures
-from moelpr.report.runs import Run
-from moelpr.store.files import write_text
+from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
+from moelpr.measure.report import page, plots
+from moelpr.measure.report.claims import Claims, Judgment, Verification, check_result
+from moelpr.measure.report.evaluation_files import continuation_samples
+from moelpr.measure.report.language_results import LanguageResults, held_out_results
+from moelpr.measure.report.numbers import Interval, finite_mean, number_text, percent
+from moelpr.measure.report.page import Block, Cell, Row, Section, Table, Text
+from moelpr.measure.report.run_figures import curve_figures, routing_figures
+from moelpr.measure.report.runs import Run
+from moelpr.model.metrics.schema import CONSUMED_TOKENS, GROUP_NAMES, LM_LOSS
 
 MAX_WARNINGS = 30
 _SAMPLE = "One sample per language illustrates the models; it does not measure them."

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.metrics.run_metrics import RunMetrics, Step, mean_of, read_run_metrics
-from moelpr.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER_S
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.report.plots import Curve
-from moelpr.store.run_folder import FINISHED_FILE, METRICS_FILE, read_command, read_settings, read_versions
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, read_command, read_settings, read_versions
+from moelpr.measure.report.plots import Curve
+from moelpr.model.metrics.run_metrics import RunMetrics, Step, mean_of, read_run_metrics
+from moelpr.model.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER_S
+from moelpr.model.model_spec import ModelSpec
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
 MAX_SECONDS = 1e9  # what a damaged record may add up to, and a duration can still be printed

@@ -14,13 +14,12 @@ from typing import ClassVar, Self
 
 from pydantic.dataclasses import dataclass
 
-from moelpr.model_spec import ModelSpec
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.store import checksums
-from moelpr.store.checksums import FileSum, Verify
-from moelpr.store.records import STRICT, Record
-from moelpr.store.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
+from moelpr.base import checksums, ranks
+from moelpr.base.checksums import FileSum, Verify
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
+from moelpr.base.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
+from moelpr.model.model_spec import ModelSpec
 
 RELEASE = "release"
 

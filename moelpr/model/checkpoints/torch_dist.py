@@ -30,14 +30,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from moelpr.process import ranks
-from moelpr.process.command import deferred_signals
-from moelpr.process.errors import UserError
-from moelpr.store import checksums, records
-from moelpr.store.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
-from moelpr.store.journal import Journal
-from moelpr.store.records import FOREIGN, STRICT
-from moelpr.store.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
+from moelpr.base import checksums, ranks, records
+from moelpr.base.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
+from moelpr.base.command import deferred_signals
+from moelpr.base.errors import UserError
+from moelpr.base.journal import Journal
+from moelpr.base.records import FOREIGN, STRICT
+from moelpr.base.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
 _FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
@@ -60,7 +59,7 @@ def _check_complete(folder: Path) -> None:
 def read_metadata(folder: Path) -> Metadata:
     """Read the table of contents of a step folder, without running code that the pickle `.metadata` could contain.
 
-    The trainer uses this function too, in place of PyTorch's (moelpr/megatron_patches/checkpoint_reading.py).
+    The trainer uses this function too, in place of PyTorch's (moelpr/model/megatron/checkpoint_reading.py).
 
     Raises:
         UserError: `folder` is not a torch_dist checkpoint, is incomplete, or its table of contents is damaged.

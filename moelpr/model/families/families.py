@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.families.hf_config import TEXT_CLASSES, read_config
-from moelpr.families.moe_classes import (
+from moelpr.base.errors import UserError
+from moelpr.model.families.hf_config import TEXT_CLASSES, read_config
+from moelpr.model.families.moe_classes import (
     ERNIE_MOE,
     FLEX_OLMO,
     GRANITE_MOE,
@@ -23,10 +24,9 @@ from moelpr.families.moe_classes import (
     MoeClass,
     has_multipliers,
 )
-from moelpr.families.tables import NameTable, hybrid_table, llama_like_table, norms_after_table
-from moelpr.families.unsupported import reason_against
-from moelpr.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
-from moelpr.process.errors import UserError
+from moelpr.model.families.tables import NameTable, hybrid_table, llama_like_table, norms_after_table
+from moelpr.model.families.unsupported import reason_against
+from moelpr.model.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 
 _MISTRAL, _PHI3 = "mistral", "phi3"
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.model_spec import MAX_LAYERS
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.records import FOREIGN
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import FOREIGN
+from moelpr.model.model_spec import MAX_LAYERS
 
 CONFIG_FILE = "config.json"
 _REMEDY = "download it again"

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from moelpr.families.hf_config import CONFIG_FILE
-from moelpr.process.errors import DISK_FULL, UserError
+from moelpr.base.errors import DISK_FULL, UserError
+from moelpr.model.families.hf_config import CONFIG_FILE
 
 
 def is_hub_name(name: str) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from moelpr.families.tables import SHARED_EXPERT, Row, moe_rows
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.families.tables import SHARED_EXPERT, Row, moe_rows
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from moelpr.families.families import Family
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import Family
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 DEFAULT_TOPK = 2  # the paper's K
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from moelpr.model_spec import ModelSpec
-from moelpr.stages import Part, part_of, trained_parts
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Part, part_of, trained_parts
 
 if TYPE_CHECKING:
     from torch import Tensor

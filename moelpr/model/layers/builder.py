@@ -27,15 +27,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 from torch import Tensor
 
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.model.attention import SDPACoreAttention
-from moelpr.model.config import MoELPRConfig
-from moelpr.model.experts import GroupedExperts
-from moelpr.model.gated_delta_net import GatedDeltaNet
-from moelpr.model.layer import LPRMoELayer, LPRMoESubmodules
-from moelpr.model.norms import RMSNorm, WholeRMSNorm
-from moelpr.model.residual import NormedAdd, scaled_bias_dropout_add
-from moelpr.model.router import LPRRouter
+from moelpr.model.layers.attention import SDPACoreAttention
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.layers.experts import GroupedExperts
+from moelpr.model.layers.gated_delta_net import GatedDeltaNet
+from moelpr.model.layers.layer import LPRMoELayer, LPRMoESubmodules
+from moelpr.model.layers.norms import RMSNorm, WholeRMSNorm
+from moelpr.model.layers.residual import NormedAdd, scaled_bias_dropout_add
+from moelpr.model.layers.router import LPRRouter
+from moelpr.model.megatron.replacing import replaces
 
 _NO_STATE = "output_layer._extra_state"
 
@@ -44,7 +44,7 @@ _NO_STATE = "output_layer._extra_state"
 class MoELPRModelConfig(HybridModelConfig):
     """Megatron's description of a model, with the scaling of Llama 3's rotary embedding."""
 
-    builder: ClassVar[str] = "moelpr.model.builder.MoELPRModelBuilder"
+    builder: ClassVar[str] = "moelpr.model.layers.builder.MoELPRModelBuilder"
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
 
@@ -144,7 +144,7 @@ def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleS
 
 
 def _move_norms(spec: ModuleSpec, config: MoELPRConfig) -> None:
-    """Make it a layer of OLMo 2; moelpr.arguments rejects Transformer Engine, which fuses norms with projections."""
+    """Make it a layer of OLMo 2; Transformer Engine, which fuses norms with projections, is rejected before."""
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     layer.self_attn_bda = layer.mlp_bda = ModuleSpec(module=NormedAdd, params={"config": config})
@@ -187,8 +187,8 @@ def _moe_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpe
 def _new_experts(config: MoELPRConfig) -> type:
     if not config.moe_grouped_gemm:
         return GroupedExperts
-    # moelpr.arguments has checked that Transformer Engine is installed.
-    from moelpr.model.te_experts import TEGroupedExperts
+    # moelpr.train.arguments has checked that Transformer Engine is installed.
+    from moelpr.model.layers.te_experts import TEGroupedExperts
 
     return TEGroupedExperts
 

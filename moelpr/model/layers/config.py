@@ -5,9 +5,9 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from moelpr.model.losses import LPRVariant
-from moelpr.model_spec import ModelSpec
-from moelpr.stages import Stage1Experts
+from moelpr.model.layers.losses import LPRVariant
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage1Experts
 
 # What the method fixes in a model with experts: arguments and fields of Megatron that would change it or be ignored by
 # our layer, with the only value that works.

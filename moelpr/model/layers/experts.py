@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from moelpr.model.config import MoELPRConfig
+from moelpr.model.layers.config import MoELPRConfig
 
 
 class _Weight(torch.nn.Module):

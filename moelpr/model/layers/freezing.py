@@ -3,10 +3,10 @@
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
-from moelpr.model.new_rows import rows_that_train, train_new_rows_only
-from moelpr.model_spec import NewTokens
-from moelpr.process.text_tables import table_text
-from moelpr.stages import Part, Stage, part_of, trained_parts, trains_new_rows_only
+from moelpr.base.text_tables import table_text
+from moelpr.model.layers.new_rows import rows_that_train, train_new_rows_only
+from moelpr.model.model_spec import NewTokens
+from moelpr.model.stages import Part, Stage, part_of, trained_parts, trains_new_rows_only
 
 
 def freeze(

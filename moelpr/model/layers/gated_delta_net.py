@@ -10,7 +10,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from moelpr.model import delta_rule
+from moelpr.model.layers import delta_rule
 
 
 class GatedDeltaNet(MegatronGatedDeltaNet):

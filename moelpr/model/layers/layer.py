@@ -14,8 +14,8 @@ from megatron.core.transformer.moe.shared_experts import set_tensor_grad_fn_sequ
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch import Tensor
 
-from moelpr.model.config import MoELPRConfig
-from moelpr.model.original_experts import OriginalExperts
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.layers.original_experts import OriginalExperts
 
 
 @dataclass
@@ -193,7 +193,7 @@ class LPRMoELayer(MoELayer):
         Returns:
             [sequence, batch, hidden], and no bias.
         """
-        assert intermediate_tensors is None, "moelpr.arguments rejects CUDA graphs in the MoE layer"
+        assert intermediate_tensors is None, "moelpr.train.arguments rejects CUDA graphs in the MoE layer"
         bits_SB = None if padding_mask is None else padding_mask.transpose(0, 1)
         if self.moe_layer_recompute and self.training:
             return tensor_parallel.checkpoint(self._mixture, False, hidden_states, bits_SB), None

@@ -7,12 +7,12 @@ import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from moelpr.checkpoints.chain import checkpoint_chain, verify_files
-from moelpr.model.builder import MoELPRModelBuilder, MoELPRModelConfig
-from moelpr.model.config import FIXED_FOR_MOE, MoELPRConfig, shape_of
-from moelpr.model.weights import load_weights
-from moelpr.model_spec import ModelSpec
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.model.checkpoints.chain import checkpoint_chain, verify_files
+from moelpr.model.layers.builder import MoELPRModelBuilder, MoELPRModelConfig
+from moelpr.model.layers.config import FIXED_FOR_MOE, MoELPRConfig, shape_of
+from moelpr.model.layers.weights import load_weights
+from moelpr.model.model_spec import ModelSpec
 
 
 def transformer_config(spec: ModelSpec, **settings: object) -> MoELPRConfig:

@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from moelpr.model_spec import NewTokens
-from moelpr.stages import VOCABULARY_PARTS, part_of
+from moelpr.model.model_spec import NewTokens
+from moelpr.model.stages import VOCABULARY_PARTS, part_of
 
 # Attribute of a parameter of which only some rows train: their slice on this tensor-parallel rank.
 ROWS = "rows_that_train"

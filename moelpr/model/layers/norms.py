@@ -32,7 +32,7 @@ class WholeRMSNorm(RMSNorm):
     """The norm of a token's queries or keys over all heads, as in OLMo 2; Megatron's is over each head."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
-        assert config.tensor_model_parallel_size == 1, "moelpr.layouts rejects it: every rank would need all heads"
+        assert config.tensor_model_parallel_size == 1, "moelpr.plan.layouts rejects it: every rank would need all heads"
         super().__init__(config, heads * hidden_size, eps)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from torch import Tensor
 
-from moelpr.model.config import MoELPRConfig
+from moelpr.model.layers.config import MoELPRConfig
 
 
 class OriginalExperts(torch.nn.ModuleList):

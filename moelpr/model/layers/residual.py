@@ -5,8 +5,8 @@ from collections.abc import Callable
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from torch import Tensor, nn
 
-from moelpr.model.config import MoELPRConfig
-from moelpr.model.norms import RMSNorm
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.layers.norms import RMSNorm
 
 # (output, bias), residual, dropout → the new residual.
 AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]

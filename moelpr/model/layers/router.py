@@ -10,9 +10,9 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from moelpr.metrics.routing_sums import routing_vectors
-from moelpr.model.config import MoELPRConfig
-from moelpr.model.losses import lpr_loss, lpr_sums
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.layers.losses import lpr_loss, lpr_sums
+from moelpr.model.metrics.routing_sums import routing_vectors
 
 
 class LPRLossNormalizer:

@@ -6,11 +6,11 @@ from typing import Any
 from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear, TERowParallelGroupedLinear
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
 
-from moelpr.model.config import MoELPRConfig
+from moelpr.model.layers.config import MoELPRConfig
 
 
 class TEGroupedExperts(TEGroupedMLP):
-    """Megatron's TEGroupedMLP with the checkpoint keys of moelpr.model.experts.GroupedExperts."""
+    """Megatron's TEGroupedMLP with the checkpoint keys of moelpr.model.layers.experts.GroupedExperts."""
 
     def __init__(self, num_local_experts: int, config: MoELPRConfig, **kwargs: Any) -> None:
         # The copy is for these layers only: Megatron's own linear layers, which are frozen, require Apex for it.

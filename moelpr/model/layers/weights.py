@@ -16,9 +16,9 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moelpr.checkpoints.torch_dist import read_metadata
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import read_metadata
+from moelpr.model.megatron.replacing import replaces
 
 # Loads the entries of a sharded state dict from one step folder, as dist_checkpointing.load does.
 Loader = Callable[[ShardedStateDict, str], dict[str, Any]]

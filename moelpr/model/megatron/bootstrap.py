@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch.distributed import HashStore, Store
 
-from moelpr.megatron_patches import cpu, megatron_fixes
-from moelpr.process import ranks
-from moelpr.process.errors import UserError, first_line
-from moelpr.process.versions import install_command
+from moelpr.base import ranks
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.versions import install_command
+from moelpr.model.megatron import cpu, megatron_fixes
 
 
 def install_patches() -> None:

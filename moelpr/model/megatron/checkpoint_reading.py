@@ -1,7 +1,7 @@
 """Checkpoints are read without running code that they may contain, and a damaged file is an error that names it.
 
 torch 2.15 and Megatron Core 0.19.2 unpickle a checkpoint's table of contents (`.metadata`) and its objects (random
-state, arguments, FP8 scales) without restriction. `tests/unit/megatron_patches/test_checkpoint_reading.py` fails when a
+state, arguments, FP8 scales) without restriction. `tests/unit/model/megatron/test_checkpoint_reading.py` fails when a
 patched name is gone or a patch is no longer needed.
 """
 
@@ -21,9 +21,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from moelpr.checkpoints.torch_dist import read_metadata
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.process.errors import UserError, first_line
+from moelpr.base.errors import UserError, first_line
+from moelpr.model.checkpoints.torch_dist import read_metadata
+from moelpr.model.megatron.replacing import replaces
 
 _FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
 

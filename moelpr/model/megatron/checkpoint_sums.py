@@ -12,8 +12,8 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.store.checksums import FileSum, SummedFile
+from moelpr.base.checksums import FileSum, SummedFile
+from moelpr.model.megatron.replacing import replaces
 
 _sums: dict[str, FileSum] = {}  # path → the sum of a file that this rank has written
 

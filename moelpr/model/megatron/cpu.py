@@ -1,7 +1,7 @@
 """Patches that let Megatron Core 0.19.2 train on CPU with gloo.
 
 Megatron assumes CUDA in a few dozen places. Without a GPU, `install()` replaces them with their CPU counterparts; with
-one it does nothing. Each patch states its reason; `tests/unit/megatron_patches/test_cpu.py` fails when a patched name
+one it does nothing. Each patch states its reason; `tests/unit/model/megatron/test_cpu.py` fails when a patched name
 is gone or a patch is no longer needed.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.process import machine
+from moelpr.base import machine
+from moelpr.model.megatron.replacing import replaces
 
 CPU = torch.device("cpu")
 
@@ -195,7 +195,7 @@ def _patch_megatron() -> None:
     import megatron.training.training as training
     import megatron.training.utils.common_utils as common_utils
 
-    from moelpr.megatron_patches.swiglu import swiglu, weighted_swiglu
+    from moelpr.model.megatron.swiglu import swiglu, weighted_swiglu
 
     # By default it asserts torch.cuda.is_available().
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)

@@ -1,7 +1,7 @@
 """Callbacks at points of Megatron's training loop where `pretrain()` offers none. Checked against Megatron Core 0.19.2.
 
 Each hook replaces a function of Megatron while its context is open. Arguments are passed by their
-names in Megatron's signatures; `tests/unit/megatron_patches/test_hooks.py` fails when a function or a name is gone.
+names in Megatron's signatures; `tests/unit/model/megatron/test_hooks.py` fails when a function or a name is gone.
 """
 
 import inspect

@@ -6,7 +6,7 @@ tests/distributed/test_layouts.py compares runs with it and without it, also res
 from collections.abc import Callable
 from typing import Any
 
-from moelpr.megatron_patches.replacing import replaces
+from moelpr.model.megatron.replacing import replaces
 
 
 def install() -> None:

@@ -1,6 +1,6 @@
 """Fixes for bugs of Megatron Core 0.19.2 that affect every machine.
 
-`tests/unit/megatron_patches/test_megatron_fixes.py` fails once a fix is no longer needed.
+`tests/unit/model/megatron/test_megatron_fixes.py` fails once a fix is no longer needed.
 """
 
 import errno
@@ -20,11 +20,11 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
-from moelpr.megatron_patches import checkpoint_reading, cpu, host_optimizer, rotary
-from moelpr.megatron_patches.replacing import replaces
-from moelpr.process.errors import MachineError
-from moelpr.store.files import atomic_file
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.base.errors import MachineError
+from moelpr.base.files import atomic_file
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.model.megatron import checkpoint_reading, cpu, host_optimizer, rotary
+from moelpr.model.megatron.replacing import replaces
 
 
 @cache
@@ -344,7 +344,7 @@ def _collect_write_results_in_this_process() -> None:
 
 
 def _sum_files_while_they_are_written() -> None:
-    from moelpr.megatron_patches import checkpoint_sums
+    from moelpr.model.megatron import checkpoint_sums
 
     checkpoint_sums.install()
 

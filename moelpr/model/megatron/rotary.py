@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moelpr.megatron_patches.replacing import replaces
+from moelpr.model.megatron.replacing import replaces
 
 
 def install() -> None:

@@ -12,16 +12,16 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import pydantic_core
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from moelpr.metrics.schema import METRICS
-from moelpr.process.errors import UserError
-from moelpr.store.records import reason
+from moelpr.base.errors import UserError
+from moelpr.base.records import reason
+from moelpr.model.metrics.schema import METRICS
 
 _LARGEST = 1e30
 # A number; None if it is missing, NaN, or too large to be computed with.
 Number = Annotated[
     int | float | None, AfterValidator(lambda x: x if x is not None and -_LARGEST < x < _LARGEST else None)
 ]
-# A training step: iteration, stage, and the metrics of `moelpr.metrics.schema` by their keys.
+# A training step: iteration, stage, and the metrics of `moelpr.model.metrics.schema` by their keys.
 Step = dict[str, Any]
 
 
@@ -64,7 +64,7 @@ class WarningEvent(TypedDict):
         iteration: The step that triggered it.
         event: "warning".
         stage: The stage that trains.
-        kind: What is wrong (see `moelpr.training.early_warnings`).
+        kind: What is wrong (see `moelpr.train.early_warnings`).
         message: A sentence with the remedy.
     """
 

@@ -1,7 +1,7 @@
 """The table of metrics: all that is known of the numbers that each training step logs, one entry per metric.
 
 The trainer's log, TensorBoard, the live view, the report and the examples take keys, titles and places from here. To
-add a metric, add an entry, compute it in `moelpr/training/step_log.py`, and explain it in docs/method.md.
+add a metric, add an entry, compute it in `moelpr/train/step_log.py`, and explain it in docs/method.md.
 """
 
 from dataclasses import dataclass

@@ -15,13 +15,13 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.command import STOPPED
-from moelpr.process.errors import MachineError, UserError
-from moelpr.store import records, yaml_files
-from moelpr.store.files import write_text
-from moelpr.store.records import DOCUMENTED
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base import records, yaml_files
+from moelpr.base.command import STOPPED
+from moelpr.base.errors import MachineError, UserError
+from moelpr.base.files import write_text
+from moelpr.base.records import DOCUMENTED
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 Quantity = int | str
 Manifest = dict[str, Any]

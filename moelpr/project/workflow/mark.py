@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from moelpr.store.records import STRICT, Record
+from moelpr.base.records import STRICT, Record
 
 _SHOWN, _MOST_SHOWN = 80, 3  # characters of a change, and changes
 # Text may have terabytes; a chain must start in a second.

@@ -3,11 +3,11 @@
 import shutil
 from collections.abc import Iterable, Sequence
 
-from moelpr.process import machine
-from moelpr.process.errors import MachineError
-from moelpr.process.text_tables import table_text
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base import machine
+from moelpr.base.errors import MachineError
+from moelpr.base.text_tables import table_text
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 
 def listing(workflow: Workflow, tasks: Sequence[Task]) -> str:

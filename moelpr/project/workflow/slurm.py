@@ -17,13 +17,13 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import MachineError, UserError
-from moelpr.process.program_files import launch_folder
-from moelpr.store.files import remove, write_text
-from moelpr.store.records import DOCUMENTED, STRICT, Record
-from moelpr.workflow.mark import shown
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Outlook, Workflow
+from moelpr.base.errors import MachineError, UserError
+from moelpr.base.files import remove, write_text
+from moelpr.base.program_files import launch_folder
+from moelpr.base.records import DOCUMENTED, STRICT, Record
+from moelpr.project.workflow.mark import shown
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Outlook, Workflow
 
 Options = dict[str, bool | int | str]
 

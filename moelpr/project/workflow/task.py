@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 Words = Sequence[str | Path]
 

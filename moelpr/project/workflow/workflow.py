@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moelpr.process.command import STOPPED, stopped_code
-from moelpr.process.errors import MachineError, StoppedError, UserError
-from moelpr.store.files import LockedError, locked, make_folder, remove
-from moelpr.store.run_folder import COMMAND_FILE, TRACKER_FILE
-from moelpr.workflow.execution import execute, interpreter, passes_on_stops
-from moelpr.workflow.mark import Mark, difference, mark_of, relative, shown
-from moelpr.workflow.task import Task
+from moelpr.base.command import STOPPED, stopped_code
+from moelpr.base.errors import MachineError, StoppedError, UserError
+from moelpr.base.files import LockedError, locked, make_folder, remove
+from moelpr.base.run_folder import COMMAND_FILE, TRACKER_FILE
+from moelpr.project.workflow.execution import execute, interpreter, passes_on_stops
+from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, shown
+from moelpr.project.workflow.task import Task
 
 Failure = UserError | MachineError
 _QUIET = {"PYTHONWARNINGS": "ignore"}

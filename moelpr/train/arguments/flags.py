@@ -8,10 +8,10 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn, get_args
 
+from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.quantities import count_argument
 from moelpr.data.mixing import Mix
-from moelpr.process.errors import UserError, did_you_mean
-from moelpr.process.quantities import count_argument
-from moelpr.stages import STAGE_HELP, Stage1Experts
+from moelpr.model.stages import STAGE_HELP, Stage1Experts
 
 # The environment variable with the default of --grace-seconds, which job scripts and manifests set.
 GRACE_VARIABLE = "MOELPR_GRACE_SECONDS"

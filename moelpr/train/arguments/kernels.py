@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from moelpr.megatron_patches import cpu
-from moelpr.process.versions import install_command
+from moelpr.base.versions import install_command
+from moelpr.model.megatron import cpu
 
 _DENSE = ("attention", "linear attention", "optimizer")  # parts of a model without experts
 _FLA = "pip install flash-linear-attention"

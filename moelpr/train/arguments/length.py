@@ -2,12 +2,12 @@
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from moelpr.arguments.checks.data import has_conversations, training_blend, training_share
-from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.mixing import mixed, num_tokens, share_table
 from moelpr.data.packing import windows_of
-from moelpr.process.errors import UserError
+from moelpr.train.arguments.checks.data import has_conversations, training_blend, training_share
+from moelpr.train.arguments.requested import LENGTH_FLAGS, RequestedRun
 
 
 def set_train_iters(run: RequestedRun) -> str:

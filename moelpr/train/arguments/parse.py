@@ -9,18 +9,18 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from moelpr.arguments.checks import find_notes, find_problems
-from moelpr.arguments.checks.data import damaged_corpora
-from moelpr.arguments.flags import all_arguments
-from moelpr.arguments.kernels import describe_kernels
-from moelpr.arguments.length import set_train_iters, set_weights
-from moelpr.arguments.requested import RequestedRun
-from moelpr.arguments.requirements import apply_machine, apply_method
-from moelpr.arguments.settings import RunSettings
-from moelpr.megatron_patches import hooks
-from moelpr.model.config import MoELPRConfig
-from moelpr.process.errors import UserError
-from moelpr.process.ranks import is_first_rank
+from moelpr.base.errors import UserError
+from moelpr.base.ranks import is_first_rank
+from moelpr.model.layers.config import MoELPRConfig
+from moelpr.model.megatron import hooks
+from moelpr.train.arguments.checks import find_notes, find_problems
+from moelpr.train.arguments.checks.data import damaged_corpora
+from moelpr.train.arguments.flags import all_arguments
+from moelpr.train.arguments.kernels import describe_kernels
+from moelpr.train.arguments.length import set_train_iters, set_weights
+from moelpr.train.arguments.requested import RequestedRun
+from moelpr.train.arguments.requirements import apply_machine, apply_method
+from moelpr.train.arguments.settings import RunSettings
 
 
 def check_arguments(argv: list[str]) -> RequestedRun:
@@ -57,7 +57,7 @@ def register_arguments(run: RequestedRun, settings: RunSettings) -> argparse.Nam
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size, args.make_vocab_size_divisible_by, args.tensor_model_parallel_size, logging_enabled=False
         )
-        with hooks.without_wandb():  # moelpr.metrics.tracking does
+        with hooks.without_wandb():  # moelpr.train.track.tracking does
             set_global_variables(args, build_tokenizer=False)
     except (AssertionError, ValueError, RuntimeError, TypeError) as error:
         raise refused_by_megatron(error) from error

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from moelpr.process.errors import UserError
-from moelpr.process.program_files import launch_folder
-from moelpr.store.yaml_files import read_mapping
+from moelpr.base.errors import UserError
+from moelpr.base.program_files import launch_folder
+from moelpr.base.yaml_files import read_mapping
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

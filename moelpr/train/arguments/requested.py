@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.flags import Parser, split_by_flags, suggestion, values_of
-from moelpr.arguments.recipes import read_recipe, recipe_argv
-from moelpr.checkpoints.chain import step_folder
-from moelpr.layouts import Layout
-from moelpr.model.config import shape_of
-from moelpr.model_spec import ModelSpec
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.stages import DENSE_STAGES
-from moelpr.store.run_folder import RECIPE_FILE, TRACKER_FILE, recorded_settings, saved_step
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import RECIPE_FILE, TRACKER_FILE, recorded_settings, saved_step
+from moelpr.model.checkpoints.chain import step_folder
+from moelpr.model.layers.config import shape_of
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import DENSE_STAGES
+from moelpr.plan.layouts import Layout
+from moelpr.train.arguments.flags import Parser, split_by_flags, suggestion, values_of
+from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
 # Defaults that differ from Megatron's: the supported models were trained without dropout, validation is optional, and
 # other modes of --rerun-mode are refused.

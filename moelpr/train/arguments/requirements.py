@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from moelpr.arguments.kernels import choose_kernels, is_installed
-from moelpr.arguments.requested import RequestedRun
-from moelpr.arguments.settings import RunSettings
-from moelpr.megatron_patches import cpu
-from moelpr.model.config import FIXED_FOR_MOE
-from moelpr.model.losses import megatron_balance_coeff
+from moelpr.model.layers.config import FIXED_FOR_MOE
+from moelpr.model.layers.losses import megatron_balance_coeff
+from moelpr.model.megatron import cpu
+from moelpr.train.arguments.kernels import choose_kernels, is_installed
+from moelpr.train.arguments.requested import RequestedRun
+from moelpr.train.arguments.settings import RunSettings
 
 
 def apply_machine(run: RequestedRun) -> None:

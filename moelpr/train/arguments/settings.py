@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moelpr.arguments.requested import RequestedRun
-from moelpr.languages import canonical
-from moelpr.model_spec import ModelSpec
-from moelpr.stages import Stage, Stage1Experts
-from moelpr.store.checksums import Verify
+from moelpr.base.checksums import Verify
+from moelpr.base.languages import canonical
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage, Stage1Experts
+from moelpr.train.arguments.requested import RequestedRun
 
 
 @dataclass(frozen=True)

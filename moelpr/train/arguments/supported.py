@@ -94,7 +94,7 @@ _REFUSED = {
     """,
 }
 
-# Why Megatron's settings that the MoE-LPR layer fixes (moelpr.model.config.FIXED_FOR_MOE) have no other value.
+# Why Megatron's settings that the MoE-LPR layer fixes (moelpr.model.layers.config.FIXED_FOR_MOE) have no other value.
 _WHY_FIXED = {
     "the flex dispatcher is not supported, see docs/design/gpu.md": "moe-token-dispatcher-type",
     "the number of rows differs from step to step, see docs/design/gpu.md": "cuda-graph-impl",

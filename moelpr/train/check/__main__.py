@@ -14,16 +14,16 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from moelpr.dry_run.whole_run import check, prepare
-from moelpr.families.families import read_base
-from moelpr.families.hub import config_folder
-from moelpr.families.new_experts import with_new_experts
-from moelpr.model_spec import ModelSpec
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.hub import config_folder
+from moelpr.model.families.new_experts import with_new_experts
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import DENSE_STAGES, Stage
 from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.gpus import GPUS
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError
-from moelpr.stages import DENSE_STAGES, Stage
+from moelpr.train.check.whole_run import check, prepare
 
 # Options of the launcher that change nothing here.
 _IGNORED = ("--node-rank", "--master-addr", "--master-port", "--join-timeout")
@@ -37,7 +37,7 @@ def main() -> None:
     prepare(args.gpu, args.nproc_per_node)
     spec = _upcycled(args)
     outcome = check(["--stage", args.stage, *trainers], args.nnodes, args.nproc_per_node, lambda: spec)
-    from moelpr.dry_run import tables  # only now, as it imports torch
+    from moelpr.train.check import tables  # only now, as it imports torch
 
     for note in outcome.notes:
         print(note, file=sys.stderr)
@@ -49,7 +49,7 @@ def main() -> None:
 
 def _split(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
     """The words for this command's own flags, and the trainer's."""
-    from moelpr.arguments.flags import split_by_flags
+    from moelpr.train.arguments.flags import split_by_flags
 
     flags = {flag for action in parser._actions for flag in action.option_strings}
     dashed = [
@@ -74,7 +74,7 @@ def _upcycled(args: argparse.Namespace) -> ModelSpec | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.dry_run"), description=__doc__)
+    parser = CommandParser(prog=program_name("python -m moelpr.train.check"), description=__doc__)
     add = parser.add_argument
     add("stage", choices=get_args(Stage), metavar="STAGE", help="the stage; all flags of its launcher may follow")
     add("--nnodes", type=_count, default=1, metavar="N", help="number of nodes (default: 1)")

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
-from moelpr.dry_run.meter import Collective, Counts, Kernel
-from moelpr.dry_run.one_rank import DryRun
 from moelpr.plan.gpus import Gpu
 from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY
+from moelpr.train.check.meter import Collective, Counts, Kernel
+from moelpr.train.check.one_rank import DryRun
 
 # The kinds of kernels, by what their operators start with; the first that fits counts.
 _KINDS = {

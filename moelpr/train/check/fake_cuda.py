@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moelpr.dry_run.meter import Group, Meter
+from moelpr.base.errors import UserError
+from moelpr.base.files import atomic_file
 from moelpr.plan.gpus import GIB, Gpu
-from moelpr.process.errors import UserError
-from moelpr.store.files import atomic_file
+from moelpr.train.check.meter import Group, Meter
 
 DEVICE = torch.device("cuda:0")
 DRIVER = Path(__file__).with_name("fake_driver.cpp")

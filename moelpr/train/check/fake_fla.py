@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelpr.dry_run.meter import Meter
-from moelpr.model import delta_rule
+from moelpr.model.layers import delta_rule
 from moelpr.plan.step_time import linear_attention_flops
+from moelpr.train.check.meter import Meter
 
 
 def install(meter: Meter) -> None:

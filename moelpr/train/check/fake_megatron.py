@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from moelpr.dry_run.fake_cuda import DEVICE
-from moelpr.dry_run.meter import Meter
+from moelpr.train.check.fake_cuda import DEVICE
+from moelpr.train.check.meter import Meter
 
 # What torch.compile makes one kernel of on a GPU, by module.
 _COMPILED = {
@@ -27,7 +27,7 @@ def install(meter: Meter) -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.training.training as training
 
-    from moelpr.model.builder import MoELPRModelBuilder
+    from moelpr.model.layers.builder import MoELPRModelBuilder
 
     random._set_cuda_rng_state = lambda *args, **kwargs: None  # it writes the generator's state directly
     training.set_jit_fusion_options = lambda *args, **kwargs: None
@@ -75,7 +75,7 @@ def route_uniformly(rows: int) -> None:
     """Give the dispatcher's numbers on the host their values: each rank sends each new expert `rows` rows."""
     import megatron.core.transformer.moe.token_dispatcher as megatron_dispatcher
 
-    from moelpr.model.layer import NewExpertsDispatcher as Dispatcher
+    from moelpr.model.layers.layer import NewExpertsDispatcher as Dispatcher
 
     initialize, preprocess = Dispatcher.__init__, Dispatcher.preprocess
     copy_to_host, sort = megatron_dispatcher.maybe_move_tensor_to_cpu, megatron_dispatcher.sort_chunks_by_idxs

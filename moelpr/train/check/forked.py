@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 
 class FailedError(Exception):

@@ -14,19 +14,19 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moelpr.arguments import kernels
-from moelpr.arguments.checks import folders
-from moelpr.arguments.checks.hardware import as_planned
-from moelpr.arguments.parse import check_arguments, register_arguments
-from moelpr.arguments.requested import RequestedRun
-from moelpr.arguments.settings import RunSettings
-from moelpr.dry_run import fake_cuda, fake_fla, fake_megatron
-from moelpr.dry_run.fake_cuda import DEVICE
-from moelpr.dry_run.meter import Collective, Counts, Meter
-from moelpr.layouts import Layout, PlannedLayout
-from moelpr.model_spec import ModelSpec
+from moelpr.base import machine
+from moelpr.model.model_spec import ModelSpec
+from moelpr.plan.layouts import Layout, PlannedLayout
 from moelpr.plan.memory import RankMemory, Routing, Workload, model_parts, stage_memories
-from moelpr.process import machine
+from moelpr.train.arguments import kernels
+from moelpr.train.arguments.checks import folders
+from moelpr.train.arguments.checks.hardware import as_planned
+from moelpr.train.arguments.parse import check_arguments, register_arguments
+from moelpr.train.arguments.requested import RequestedRun
+from moelpr.train.arguments.settings import RunSettings
+from moelpr.train.check import fake_cuda, fake_fla, fake_megatron
+from moelpr.train.check.fake_cuda import DEVICE
+from moelpr.train.check.meter import Collective, Counts, Meter
 
 
 @dataclass(frozen=True)
@@ -167,8 +167,8 @@ def _train_without_inputs(settings: RunSettings, argv: list[str], args: Any, ste
     from megatron.training import training as megatron_training
 
     from moelpr.data.batch import BatchReader
-    from moelpr.training import train
-    from moelpr.training.step_log import StepLog
+    from moelpr.train import train
+    from moelpr.train.step_log import StepLog
 
     def no_weights(_: RunSettings) -> Any:
         def load(chunks: list[torch.nn.Module]) -> None:

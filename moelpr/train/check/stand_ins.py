@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from moelpr.arguments.flags import split_by_flags, values_of
-from moelpr.arguments.requested import LENGTH_FLAGS
-from moelpr.checkpoints.chain import RELEASE
+from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.data.language_bits import LanguageBitsWriter, language_bits_path, loss_bits_path
-from moelpr.model_spec import FILE_NAME, ModelSpec
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.model.checkpoints.chain import RELEASE
+from moelpr.model.model_spec import FILE_NAME, ModelSpec
+from moelpr.train.arguments.flags import split_by_flags, values_of
+from moelpr.train.arguments.requested import LENGTH_FLAGS
 
 # Enough for every length of a run in epochs that a recipe has.
 _STEPS = "1000000"

@@ -3,14 +3,14 @@
 from collections import Counter
 from typing import Any
 
-from moelpr.dry_run.cost import disagreements, moved_by_group, seconds, totals
-from moelpr.dry_run.one_rank import DryRun
-from moelpr.dry_run.whole_run import Outcome
+from moelpr.base.machine import format_bytes
+from moelpr.base.text_tables import table_text
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, Gpu
 from moelpr.plan.memory import model_parts
 from moelpr.plan.step_time import expert_traffic, step_time
-from moelpr.process.machine import format_bytes
-from moelpr.process.text_tables import table_text
+from moelpr.train.check.cost import disagreements, moved_by_group, seconds, totals
+from moelpr.train.check.one_rank import DryRun
+from moelpr.train.check.whole_run import Outcome
 
 NOTE = (
     "Not checked: values, contents of checkpoints and corpora, disks, races, kernels' real times, fragmentation, what\n"

@@ -8,14 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from moelpr.dry_run.forked import FailedError, Fork
-from moelpr.model_spec import ModelSpec
+from moelpr.base.errors import UserError
+from moelpr.base.machine import available_cpus
+from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.gpus import GPUS
-from moelpr.process.errors import UserError
-from moelpr.process.machine import available_cpus
+from moelpr.train.check.forked import FailedError, Fork
 
 if TYPE_CHECKING:
-    from moelpr.dry_run.one_rank import DryRun
+    from moelpr.train.check.one_rank import DryRun
 
 # Compute capabilities, on which the choice of kernels depends; those of the others are Hopper's.
 _CAPABILITIES = {"a100": (8, 0), "a800": (8, 0), "l40s": (8, 9), "rtx4090": (8, 9), "rtx6000ada": (8, 9)}
@@ -41,17 +41,17 @@ def prepare(gpu: str, per_node: int) -> None:
     import logging
     import warnings
 
-    from moelpr.dry_run import fake_cuda
+    from moelpr.train.check import fake_cuda
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("ignore")  # imports warn about optional packages
     fake_cuda.install(GPUS[gpu], _CAPABILITIES.get(gpu.partition("-")[0], (9, 0)), per_node)
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     bootstrap.install_patches()
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    import moelpr.dry_run.one_rank
-    import moelpr.training.train  # noqa: F401  # here, so that forks need not
+    import moelpr.train.check.one_rank
+    import moelpr.train.train  # noqa: F401  # here, so that forks need not
 
 
 def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSpec | None] = lambda: None) -> Outcome:
@@ -63,9 +63,9 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
     Raises:
         UserError: The trainer refuses the command line.
     """
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.dry_run.one_rank import DryRun, dry_run
-    from moelpr.dry_run.stand_ins import StandIns
+    from moelpr.train.arguments.flags import all_arguments
+    from moelpr.train.check.one_rank import DryRun, dry_run
+    from moelpr.train.check.stand_ins import StandIns
 
     ranks = nodes * per_node
     with TemporaryDirectory(prefix="moelpr-check-") as folder:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moelpr.metrics.trackers import TRACKERS, make_trackers, missing_packages, redact
-from moelpr.metrics.tracking import TrackedRun, send_backlog, tracked_folders
-from moelpr.process.command import CommandParser, program_name, run_command
-from moelpr.process.errors import UserError, first_line
-from moelpr.store import records
-from moelpr.store.files import write_text
+from moelpr.base import records
+from moelpr.base.command import CommandParser, program_name, run_command
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.files import write_text
+from moelpr.train.track.trackers import TRACKERS, make_trackers, missing_packages, redact
+from moelpr.train.track.tracking import TrackedRun, send_backlog, tracked_folders
 
 _TEXT = (".html", ".json", ".md", ".svg", ".txt", ".yaml")
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.metrics"), description=__doc__)
+    parser = CommandParser(prog=program_name("python -m moelpr.model.metrics"), description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save), in the order of training")
     results: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}

@@ -18,7 +18,7 @@ from itertools import batched
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moelpr.process.versions import install_command
+from moelpr.base.versions import install_command
 
 _HOST_NAMES, _SECRET_NAMES = (
     frozenset("ADDR HOST HOSTNAME URI URL".split()),

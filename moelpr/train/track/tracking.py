@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
-from moelpr.metrics.run_metrics import bits_of, mean_of, read_records
-from moelpr.metrics.schema import LM_LOSS, METRICS
-from moelpr.metrics.trackers import Tracker, make_trackers, public_settings, redact
-from moelpr.process.errors import UserError, first_line
-from moelpr.store.records import STRICT, Record
-from moelpr.store.run_folder import METRICS_FILE, read_settings
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.records import STRICT, Record
+from moelpr.base.run_folder import METRICS_FILE, read_settings
+from moelpr.model.metrics.run_metrics import bits_of, mean_of, read_records
+from moelpr.model.metrics.schema import LM_LOSS, METRICS
+from moelpr.train.track.trackers import Tracker, make_trackers, public_settings, redact
 
 # A run that is asked to stop may be killed soon.
 _RETRY_S, _CLOSE_S = 60.0, 10.0

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelpr.checkpoints.chain import verify_files, write_checksums
-from moelpr.process.command import CommandParser
-from moelpr.process.errors import UserError
-from moelpr.store import checksums
-from moelpr.store.checksums import FILE_NAME, NO_VERIFY, FileSum, SummedFile, Verifier, Verify, verify_folder
+from moelpr.base import checksums
+from moelpr.base.checksums import FILE_NAME, NO_VERIFY, FileSum, SummedFile, Verifier, Verify, verify_folder
+from moelpr.base.command import CommandParser
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.chain import verify_files, write_checksums
 from tests.support.ranks import as_ranks
 
 FILES = {".metadata": b"table", "metadata.json": b"{}", "__0_0.distcp": b"0123456789", "__1_0.distcp": b"experts"}
@@ -131,7 +131,7 @@ def test_ranks_share_the_work(step: Path, monkeypatch: pytest.MonkeyPatch, world
 
 def test_a_summed_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    monkeypatch.setattr("moelpr.store.checksums.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
+    monkeypatch.setattr("moelpr.base.checksums.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
     file = SummedFile(tmp_path / "a")
     file.write(b"12345678")
     assert (file.name, file.tell()) == ("a", 8)
@@ -143,7 +143,7 @@ def test_a_disk_error_of_a_summed_file_is_raised(tmp_path: Path, monkeypatch: py
     def fsync(number: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moelpr.store.checksums.os.fsync", fsync)
+    monkeypatch.setattr("moelpr.base.checksums.os.fsync", fsync)
     file = SummedFile(tmp_path / "a")
     with pytest.raises(OSError, match="No space left"):
         file.finish()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process import ranks
-from moelpr.process.command import CommandParser, deferred_signals, run_command
-from moelpr.process.errors import MachineError, UserError
+from moelpr.base import ranks
+from moelpr.base.command import CommandParser, deferred_signals, run_command
+from moelpr.base.errors import MachineError, UserError
 
 
 def fail_with(error: BaseException):  # noqa: ANN201
@@ -126,8 +126,8 @@ def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> No
     """The launcher's SIGTERM ends it although the trainer has a handler that only sets a flag."""
     code = """if True:
         import signal, time
-        from moelpr.process.command import run_command
-        from moelpr.process.errors import UserError
+        from moelpr.base.command import run_command
+        from moelpr.base.errors import UserError
         signal.signal(signal.SIGTERM, lambda *_: None)
         sleep = time.sleep
         time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
@@ -191,8 +191,8 @@ def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:
 
 
 PRINTS = """
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
 
 def main():
     print("x" * {})
@@ -224,7 +224,7 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
 
 AT_EXIT = """
 import atexit, signal
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(lambda: signal.raise_signal(signal.{}))

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.store.copies import copy_folder
+from moelpr.base.copies import copy_folder
+from moelpr.base.errors import UserError
 
 
 def test_a_copied_folder_has_nothing_from_outside_it(tmp_path: Path) -> None:

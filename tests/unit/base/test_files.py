@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.store.files import (
+from moelpr.base.errors import UserError
+from moelpr.base.files import (
     LOCK_FILE,
     atomic_directory,
     atomic_file,
@@ -22,7 +22,7 @@ from moelpr.store.files import (
     temporary_name,
     write_text,
 )
-from moelpr.store.journal import resumable_directory
+from moelpr.base.journal import resumable_directory
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def test_without_locks_on_the_file_system_nothing_is_held_and_nothing_remains(tm
 def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_on(tmp_path: Path) -> None:
     code = """if True:
         import os, sys, time
-        from moelpr.store.files import locked
+        from moelpr.base.files import locked
         with locked(sys.argv[1], "x"):
             if os.fork() == 0:
                 print(os.getpid(), flush=True)  # it runs, so it has closed what it inherited

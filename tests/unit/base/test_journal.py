@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE
-from moelpr.store.journal import JOURNAL_FILE, Journal, resumable_directory
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE
+from moelpr.base.journal import JOURNAL_FILE, Journal, resumable_directory
 
 
 class Killed(BaseException):

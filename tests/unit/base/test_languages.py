@@ -3,7 +3,7 @@
 import pytest
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from moelpr.languages import canonical, is_code, language_name
+from moelpr.base.languages import canonical, is_code, language_name
 
 
 @pytest.mark.parametrize(

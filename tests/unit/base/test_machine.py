@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process import machine
+from moelpr.base import machine
 
 ROOT = Path(__file__).parents[3]
 CPUS = len(os.sched_getaffinity(0))
@@ -102,24 +102,24 @@ def threads(code: str, **variables: str) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize("package", ["moelpr.process.errors", "data_tools", "checkpoint_convert"])
+@pytest.mark.parametrize("package", ["moelpr.base.errors", "data_tools", "checkpoint_convert"])
 def test_importing_a_package_makes_waiting_threads_sleep_unless_the_user_decides(package: str) -> None:
     assert threads(f"import {package}")[0] == "passive"
     assert threads(f"import {package}", OMP_WAIT_POLICY="active", OMP_NUM_THREADS="7") == ["active", "7"]
 
 
 def test_ranks_share_the_cpus_unless_the_user_decides() -> None:
-    share = "from moelpr.process import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
+    share = "from moelpr.base import machine; machine.available_cpus = lambda: 4; machine.share_threads({})"
     assert [threads(share.format(ranks))[1] for ranks in (1, 2, 3, 5)] == ["4", "2", "1", "1"]
     assert threads(share.format(2), OMP_NUM_THREADS="7")[1] == "7"
     inherited = {"OMP_NUM_THREADS": "4", "MOELPR_NUM_THREADS": "4"}  # from a command that has limited itself
     assert threads(share.format(2), **inherited)[1] == "2"
-    assert threads("import moelpr.process.machine", **inherited)[1] == "4"
+    assert threads("import moelpr.base.machine", **inherited)[1] == "4"
 
 
 def test_a_limit_below_the_affinity_limits_the_threads(cgroups: Path) -> None:
     (cgroups / "cpu.max").write_text("100000 100000")
-    limit = f"from pathlib import Path; from moelpr.process import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
+    limit = f"from pathlib import Path; from moelpr.base import machine; machine._CGROUPS = Path({str(cgroups)!r}); "
     limit += f"machine._OWN_CGROUPS = Path({str(cgroups / 'self')!r}); "
     ours = "[os.environ.pop(name, None) for name in ('OMP_NUM_THREADS', 'MOELPR_NUM_THREADS')]; "
     assert threads(f"{limit}{ours}machine.limit_threads()")[1] == "1"

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.process.node_preflight import node_preflight
+from moelpr.base.errors import UserError
+from moelpr.base.node_preflight import node_preflight
 
 HOST = "127.0.0.1"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.process.quantities import format_count, parse_count
+from moelpr.base.errors import UserError
+from moelpr.base.quantities import format_count, parse_count
 
 
 @pytest.mark.parametrize(

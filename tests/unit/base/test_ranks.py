@@ -1,6 +1,6 @@
 import pytest
 
-from moelpr.process import ranks
+from moelpr.base import ranks
 from tests.support.ranks import as_ranks
 
 

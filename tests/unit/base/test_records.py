@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.dataclasses import dataclass
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.records import STRICT, Record
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import STRICT, Record
 
 
 @dataclass(frozen=True, config=STRICT)

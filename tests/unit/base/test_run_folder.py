@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.store.run_folder import TRACKER_FILE, Command, read_command, read_settings, read_versions, saved_step
+from moelpr.base.run_folder import TRACKER_FILE, Command, read_command, read_settings, read_versions, saved_step
 
 
 def test_settings_are_those_of_recipe_yaml_in_the_order_in_which_they_were_recorded(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process import stop
-from moelpr.process.command import STOPPED
+from moelpr.base import stop
+from moelpr.base.command import STOPPED
 
 TRAINER_WITH_A_HELPER = """
 import multiprocessing, os, signal, sys, time
-from moelpr.process import stop
+from moelpr.base import stop
 
 def help(ready):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -77,7 +77,7 @@ time.sleep(60)
 """
 RANK = """
 import time
-from moelpr.process import stop
+from moelpr.base import stop
 
 stop.end_with_launcher()
 print(flush=True)

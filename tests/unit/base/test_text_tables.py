@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from moelpr.process.text_tables import table_text
+from moelpr.base.text_tables import table_text
 
 
 def test_columns_are_aligned_and_neither_cut_nor_styled() -> None:
@@ -22,7 +22,7 @@ def test_a_table_draws_no_random_number() -> None:
     """A checkpoint contains the state of Python's random numbers."""
     code = """if True:
         import random
-        from moelpr.process.text_tables import table_text
+        from moelpr.base.text_tables import table_text
         before = random.getstate()
         table_text(["a"], [["b"]])
         assert random.getstate() == before

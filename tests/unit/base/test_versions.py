@@ -2,7 +2,7 @@ from importlib import metadata
 
 import pytest
 
-from moelpr.process.versions import installed_versions
+from moelpr.base.versions import installed_versions
 
 
 def test_packages_that_are_not_installed_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.process.errors import UserError
-from moelpr.store.yaml_files import dump, key_lines, parse_mapping, read_mapping
+from moelpr.base.errors import UserError
+from moelpr.base.yaml_files import dump, key_lines, parse_mapping, read_mapping
 
 
 def test_what_is_dumped_is_read(tmp_path: Path) -> None:

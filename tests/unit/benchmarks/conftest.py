@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec
 from tests.support.hf_models import make_model  # noqa: F401
 
 bootstrap.install_patches()  # before the tests of this folder import Megatron

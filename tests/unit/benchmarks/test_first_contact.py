@@ -14,8 +14,8 @@ import torch
 from benchmarks import first_contact
 from benchmarks.first_contact import USABLE, Machine, Part, as_markdown, find_machine, run_part, trainer_runs
 from benchmarks.trainer_steps import kernels_and_waits
+from moelpr.base.errors import UserError
 from moelpr.plan.gpus import GIB
-from moelpr.process.errors import UserError
 
 H100 = "NVIDIA H100 80GB HBM3"
 

@@ -14,10 +14,10 @@ from benchmarks.baselines.loop_moe import LoopStep
 from benchmarks.imposed_routing import LENGTH, WINDOWS, RecordedRouting, impose, recorded_routing
 from benchmarks.optimizer_steps import our_step, plain_step, random_batch
 from examples.languages import EXPANDED, ORIGINAL
-from moelpr.evaluate.models import load_model
-from moelpr.evaluate.routing import RoutingObserver
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import load_model
+from moelpr.measure.evaluate.routing import RoutingObserver
+from moelpr.model.model_spec import ModelSpec
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.train_step import needed_flops, rows_of
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 
 
 def test_needed_work_of_a_layer_worked_out_by_hand(spec: ModelSpec) -> None:

@@ -13,8 +13,8 @@ import yaml
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.command import run_command
+from moelpr.base.command import run_command
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"

@@ -11,8 +11,8 @@ from checkpoint_convert import verify
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec
 from tests.support.hf_models import assert_nothing_left
 
 

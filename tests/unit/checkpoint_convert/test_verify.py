@@ -18,7 +18,7 @@ from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.verify import main
-from moelpr.families.new_experts import NewExperts
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import copy_of, edit_tensors, load_stock, save_tokenizer, tensors_of
 
 

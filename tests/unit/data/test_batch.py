@@ -46,7 +46,7 @@ def test_model_chunks_read_for_themselves() -> None:
 
 def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() -> None:
     from moelpr.data.batch import GlobalCounts
-    from moelpr.training.forward_step import lpr_token_weight
+    from moelpr.train.forward_step import lpr_token_weight
 
     counts = GlobalCounts(original_tokens=torch.tensor(8.0), loss_tokens=torch.tensor(64.0))
     # Megatron divides by micro-batches x data-parallel ranks (here 4 x 1) or by the step's loss tokens.
@@ -58,7 +58,7 @@ def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() ->
 
 def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> None:
     from moelpr.data.batch import BatchReader
-    from moelpr.training.forward_step import next_token_loss
+    from moelpr.train.forward_step import next_token_loss
 
     batch = BatchReader().next(samples(2), 1, torch.nn.Module())
     loss, num_tokens, reports = next_token_loss(batch, torch.tensor([[1.0, 2.0, 4.0, 100.0]]))

@@ -10,8 +10,8 @@ import torch
 
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs, runs_of
+from moelpr.base.errors import UserError
 from moelpr.data.epoch_table import epoch_table
-from moelpr.process.errors import UserError
 from tests.support.gpt_data import gpt_config, training_set
 
 LENGTH = 24

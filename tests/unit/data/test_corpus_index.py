@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moelpr.base.errors import UserError
 from moelpr.data import corpus_index
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.process.errors import UserError
 
 
 def write(prefix: Path, lengths: list[int], pointers: list[int], starts: list[int], code: int = 8, tokens: int = 9):  # noqa: ANN201

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.megatron import bootstrap
 
 bootstrap.install_patches()
 

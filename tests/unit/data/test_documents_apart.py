@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 from tests.support.gpt_data import gpt_config, training_set
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -29,7 +29,7 @@ def samples(write_corpus: Callable) -> Callable[[bool], list[dict[str, torch.Ten
 
 def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Next-token losses [samples, sequence], by way of the trainer's forward step."""
-    from moelpr.training import forward_step as trainers
+    from moelpr.train import forward_step as trainers
 
     batch = torch.utils.data.default_collate(samples)
     output, _ = trainers.forward_step(iter([batch]), model)
@@ -38,8 +38,8 @@ def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> to
 
 @pytest.fixture
 def build(moe_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.nn.Module]:
-    from moelpr.model.loading import build_model
-    from moelpr.training import forward_step as trainers
+    from moelpr.model.layers.loading import build_model
+    from moelpr.train import forward_step as trainers
 
     monkeypatch.setattr(trainers, "get_num_microbatches", lambda: 1)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.base.errors import UserError
 from moelpr.data.epoch_table import epoch_table
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
-from moelpr.process.errors import UserError
 from tests.support.gpt_data import gpt_config, training_set
 
 SEQUENCE = 16

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moelpr.base.errors import UserError
 from moelpr.data import _language_bits, language_bits
 from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
-from moelpr.process.errors import UserError
 from tests.support.mutations import mutated
 
 # Every example writes files: no deadline, the disk may be busy.

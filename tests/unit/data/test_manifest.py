@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from moelpr.base.errors import UserError
 from moelpr.data import manifest
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
-from moelpr.process.errors import UserError
 
 MANIFEST = Manifest(
     tokenizer=TokenizerRecord("SentencePieceTokenizer", "τ.model", 100, None, False, "sentencepiece:1", "2"),

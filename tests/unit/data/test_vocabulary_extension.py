@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.base.errors import UserError
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
-from moelpr.process.errors import UserError
 
 EXTENSION = VocabularyExtension(10, [[1, 2], [9]], "huggingface:0", "1")
 

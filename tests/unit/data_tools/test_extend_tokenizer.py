@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from data_tools import extend_tokenizer
 from data_tools.preprocessing import batches, long_documents
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
-from moelpr.process.errors import UserError
 from tests.support.small_tokenizers import EXPANDED, KINDS, ORIGINAL, documents_in
 
 NUMBER = 120

@@ -13,8 +13,8 @@ import sentencepiece
 from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.corpus_writer import CorpusWriter
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest, manifest_path
-from moelpr.process.errors import UserError
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
 

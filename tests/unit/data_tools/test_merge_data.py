@@ -12,8 +12,8 @@ import pytest
 from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount, Manifest, Source
-from moelpr.process.errors import UserError
 
 Documents = list[tuple[list[int], bool]]
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerFast
 from data_tools import merge_data, preprocess_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, encode, job
+from moelpr.base import journal
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
+from moelpr.data.text.reading import read_documents
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.store import journal
-from moelpr.text.reading import read_documents
 from tests.support.packed_files import parquet_table
 
 ONE = ("--language", "original", "--append-eod")
@@ -308,7 +308,7 @@ def test_validation_share_is_a_stable_fraction_of_the_documents(
 def test_held_out_text_is_that_of_the_held_out_corpus_whatever_the_jobs(
     key, hf_tokenizer, sentences, write_lines, preprocess, corpus_bytes
 ) -> None:
-    """One line per document that has text, as `moelpr.evaluate --data` reads it; shards join to the same file."""
+    """One line per document that has text, as `moelpr evaluate --data` reads it; shards join to the same file."""
     rows = [
         {key: f'"{text}"\n\u2028{i}' if i % 7 else "", "lang": name}
         for i in range(50)

@@ -14,13 +14,13 @@ from pyarrow.parquet import encryption
 
 from data_tools import merge_data, preprocess_data
 from data_tools.preprocessing import job
+from moelpr.base.errors import MachineError, UserError
 from moelpr.data.manifest import Manifest
-from moelpr.process.errors import MachineError, UserError
+from moelpr.data.text import remote
+from moelpr.data.text.estimate import estimate
+from moelpr.data.text.reading import read_documents
+from moelpr.data.text.tables import prepare_to_fork
 from moelpr.project.reading import found_text, versions
-from moelpr.text import remote
-from moelpr.text.estimate import estimate
-from moelpr.text.reading import read_documents
-from moelpr.text.tables import prepare_to_fork
 from tests.support.text_server import COMMIT, TextServer, text_server
 
 WAYS = ("http", "s3", "hf")

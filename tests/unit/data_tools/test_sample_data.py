@@ -10,8 +10,8 @@ from data_tools import sample_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount, Manifest, Source
-from moelpr.process.errors import UserError
 
 
 def documents_of(language: str, first_id: int, count: int = 60) -> list[tuple[str, list[int]]]:

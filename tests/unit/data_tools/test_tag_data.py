@@ -17,10 +17,10 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from data_tools import inspect_data, merge_data, sample_data, tag_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.tagging.tokens import read_tokens
+from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.errors import UserError
 from tests.support.gpt_data import gpt_config, training_set
 
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh")

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from examples import clean_text
-from moelpr.process.errors import UserError
-from moelpr.text.sources import open_source
-from moelpr.text.streams import open_stream
+from moelpr.base.errors import UserError
+from moelpr.data.text.sources import open_source
+from moelpr.data.text.streams import open_stream
 from tests.support.fasttext_model import write_fasttext_model
 
 WORDS = {"ell_Grek": ["ουρανός", "θάλασσα", "βουνό"], "eng_Latn": ["sky", "sea", "mountain"]}

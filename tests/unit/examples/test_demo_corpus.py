@@ -11,8 +11,8 @@ import pytest
 from examples import demo_corpus
 from examples.demo_corpus import WHEEL, build_demo_corpus, is_held_out
 from examples.languages import LANGUAGES
-from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE
 
 ENGLISH = "Please enter the address of your device"
 CODES = {"en": "en", "es": "es", "zh": "zh-Hans", "el": "el", "hu": "hu", "tr": "tr"}

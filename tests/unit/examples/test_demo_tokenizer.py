@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.demo_tokenizer import train_demo_tokenizer
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 TEXTS = [
     "The device can't be reached. Check 2 addresses and try again.",

@@ -12,7 +12,7 @@ import pytest
 from examples import downloads
 from examples.debian_package import digest_of
 from examples.downloads import Source, fetch_all, read_sources, sha256
-from moelpr.process.errors import MachineError, UserError
+from moelpr.base.errors import MachineError, UserError
 from tests.support.debian_packages import write_deb
 
 PAGES = {"usr/share/pages/a.html": b"first", "usr/share/pages/b.html": b"second"}

@@ -10,8 +10,8 @@ from examples import other_text
 from examples.downloads import read_sources
 from examples.languages import LANGUAGES
 from examples.other_text import SOURCES, Pack, main, paragraphs
-from moelpr.process.errors import UserError
-from moelpr.text.reading import read_documents
+from moelpr.base.errors import UserError
+from moelpr.data.text.reading import read_documents
 
 FOLDER = read_sources(SOURCES)["gnome-user-docs"].folder
 

@@ -13,8 +13,8 @@ import pytest
 from examples import demo, frontier
 from examples.real_model.queue import Queue
 from examples.tasks import ROOT
-from moelpr.process.errors import UserError
-from moelpr.workflow.workflow import Workflow
+from moelpr.base.errors import UserError
+from moelpr.project.workflow.workflow import Workflow
 
 OUTPUTS = "FINISHED config.json model_spec.json results.json routing.json corpus.json report.json report.html".split()
 REPORT = {"bits_per_byte": {}, "languages": {}, "title": "", "claims": []}
@@ -37,7 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 Path(f"{word}_text_document.manifest.json").touch()
         return 0
 
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
     monkeypatch.setattr(frontier, "write_results", lambda *_: None)
     monkeypatch.chdir(ROOT)
     return names
@@ -64,7 +64,7 @@ def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(tmp_path, starte
 
 def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(tmp_path, started, monkeypatch) -> None:
     recipes = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes")
-    monkeypatch.setattr("moelpr.arguments.recipes.launch_folder", lambda: tmp_path)
+    monkeypatch.setattr("moelpr.train.arguments.recipes.launch_folder", lambda: tmp_path)
     run = tmp_path / "run"
     starts(monkeypatch, demo.main, "--run", run)
     everything = [*started]

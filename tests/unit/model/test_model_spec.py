@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.model_spec import FILE_NAME, ModelSpec, MoeSpec, NewTokens
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.model_spec import FILE_NAME, ModelSpec, MoeSpec, NewTokens
 
 
 def test_original_and_new_experts_together_are_all_experts() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelpr.stages import Part, part_of, trained_parts
+from moelpr.model.stages import Part, part_of, trained_parts
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.memory import Kernels, Routing, Workload
 from tests.unit.conftest import SHAPE
 

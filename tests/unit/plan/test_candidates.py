@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from moelpr.arguments import parse
-from moelpr.arguments.settings import RunSettings
-from moelpr.layouts import RECOMPUTES, PlannedLayout
-from moelpr.megatron_patches import cpu
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.base import ranks
+from moelpr.model.megatron import cpu
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
+from moelpr.plan.layouts import RECOMPUTES, PlannedLayout
 from moelpr.plan.memory import Workload
-from moelpr.process import ranks
+from moelpr.train.arguments import parse
+from moelpr.train.arguments.settings import RunSettings
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
 

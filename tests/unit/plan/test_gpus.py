@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.base.errors import UserError
 from moelpr.plan import gpus
 from moelpr.plan.gpus import GPUS, Cluster, cluster_here, gpu_named, gpus_here
-from moelpr.process.errors import UserError
 
 
 @pytest.mark.parametrize(

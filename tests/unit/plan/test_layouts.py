@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from moelpr.layouts import Layout, layout_problems
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.model_spec import ModelSpec, MoeSpec
+from moelpr.plan.layouts import Layout, layout_problems
 from tests.unit.conftest import SHAPE
 
 # 4 heads in 2 query groups, 48 FFN rows, 4 new experts.
@@ -121,5 +121,5 @@ def test_grouped_gemm_on_a_gpu_requires_aligned_rows(shape: dict, etp: int, name
 
 
 def test_the_module_imports_neither_torch_nor_megatron() -> None:
-    code = "import sys, moelpr.layouts; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
+    code = "import sys, moelpr.plan.layouts; sys.exit(bool({'torch', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moelpr.base.command import run_command
+from moelpr.base.errors import UserError
+from moelpr.base.machine import format_bytes
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.plan import gpus
 from moelpr.plan.__main__ import main
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
-from moelpr.process.command import run_command
-from moelpr.process.errors import UserError
-from moelpr.process.machine import format_bytes
 
 Plan = Callable[..., str]
 

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.layouts import PlannedLayout, Recompute
-from moelpr.model.freezing import freeze
-from moelpr.model.loading import build_model
-from moelpr.model.router import LPRLossNormalizer
-from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.model.layers.freezing import freeze
+from moelpr.model.layers.loading import build_model
+from moelpr.model.layers.router import LPRLossNormalizer
+from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.model.stages import DENSE_STAGES, Part, Stage
+from moelpr.plan.layouts import PlannedLayout, Recompute
 from moelpr.plan.memory import (
     CPU,
     Activations,
@@ -26,7 +27,6 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     stage_memories,
 )
-from moelpr.stages import DENSE_STAGES, Part, Stage
 from tests.distributed.measured_memory import SavedTensors
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD

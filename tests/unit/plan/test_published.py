@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.layouts import PlannedLayout
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.gpus import GPUS, Cluster
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import FITTED_ERROR, PAPER_ERROR, step_time
 from tests.unit.conftest import SHAPE

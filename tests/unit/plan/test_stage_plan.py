@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import DoesNotFitError, fitting, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster
 from moelpr.plan.memory import Workload, checkpoint_bytes, model_parts

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.train_step import needed_flops
-from moelpr.layouts import RECOMPUTES, PlannedLayout
-from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.plan.candidates import fitting
 from moelpr.plan.gpus import GPUS, Cluster, Gpu
+from moelpr.plan.layouts import RECOMPUTES, PlannedLayout
 from moelpr.plan.memory import Routing, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import (
     LINK_EFFICIENCY,

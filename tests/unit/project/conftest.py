@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moelpr.store.yaml_files import dump
+from moelpr.base.yaml_files import dump
 from tests.support.hf_models import make_model, make_qwen2, qwen2  # noqa: F401
 
 QWEN2 = {

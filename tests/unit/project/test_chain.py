@@ -8,14 +8,14 @@ import pytest
 
 from examples.real_model.queue import Queue
 from examples.tasks import ROOT
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from moelpr.project.chain import tasks_of, workflow_of
 from moelpr.project.places import Places
 from moelpr.project.reading import ProjectFile, parse_project, read_project
 from moelpr.project.text import held_out_share
 from moelpr.project.training import corpus_files
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 from tests.unit.project.conftest import Write
 
 STEPS = (
@@ -134,7 +134,7 @@ def test_layouts_and_logs_redo_nothing_but_text_and_rates_do(write: Write, monke
     def execute(words: list[str], log: Path, environment: Any) -> int:
         return 0
 
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
     for code in ("el", "hu"):
         write_manifest(Path("out/data"), code, 10**6)
 
@@ -220,7 +220,7 @@ def test_replay_in_the_mix_is_a_fraction_of_the_tokens_from_the_original_languag
 
 
 def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", lambda *_, **__: 0)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", lambda *_, **__: 0)
 
     def workflow(**changes: Any) -> Workflow:
         flow = workflow_of(read_project(write(text_output="text", **changes)))

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moelpr.evaluate import compare as evaluation
-from moelpr.evaluate.compare import compare_models
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.base.yaml_files import dump
+from moelpr.measure.evaluate import compare as evaluation
+from moelpr.measure.evaluate.compare import compare_models
 from moelpr.project import compare as command
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project
-from moelpr.store.yaml_files import dump
 
 Finish = Callable[..., Path]
 TEXTS = ("el", "hu", "en", "code", "fr")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from moelpr.project.mixing import mix
 from moelpr.project.project import Language
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from moelpr.project.reading import parse_project, read_project, schema
 from moelpr.project.template import template
 from tests.support.mutations import mutated

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.base.files import locked
 from moelpr.project.reading import read_project
 from moelpr.project.running import run_here, submit
-from moelpr.store.files import locked
 from tests.unit.project.conftest import Write
 
 WEIGHTS = {"el": {"text": "el.jsonl", "weight": 9, "max_epochs": 2}, "hu": {"text": "hu.jsonl", "weight": 1}}
@@ -78,7 +78,7 @@ def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
         write(steps=batch, held_out=7)
         return 0
 
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
     with pytest.raises(UserError, match=f"{re.escape(str(path))} was edited after this run started"):
         run(path)
     assert [mark.name for mark in Path("out/logs").glob("*.json")] == ["preprocess-el.json"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.command import STOPPED
-from moelpr.process.errors import MachineError, StoppedError, UserError
-from moelpr.workflow.mark import difference, fingerprint
-from moelpr.workflow.outlay import check_machine, listing
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base.command import STOPPED
+from moelpr.base.errors import MachineError, StoppedError, UserError
+from moelpr.project.workflow.mark import difference, fingerprint
+from moelpr.project.workflow.outlay import check_machine, listing
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 
 def count(path: Path, code: int = 0) -> list[str]:
@@ -176,7 +176,7 @@ def test_too_little_disk_or_memory_is_said_before_anything_starts(tmp_path, monk
     tasks = [Task(name="a", command=[], disk_gib=2), Task(name="b", command=[], memory_gib=6)]
 
     def check(disk: int, memory: int) -> None:
-        monkeypatch.setattr("moelpr.process.machine.free_memory", lambda: memory << 30)
+        monkeypatch.setattr("moelpr.base.machine.free_memory", lambda: memory << 30)
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": disk << 30}))
         check_machine(Workflow(tmp_path, tasks), tasks, scale=2, spare_disk_gib=1, remedy="do less")
 
@@ -230,7 +230,7 @@ def test_settings_are_no_reason_to_do_a_task_again(tmp_path: Path) -> None:
 
 
 def test_a_changed_sample_of_a_large_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moelpr.workflow.mark._READ_WHOLE", 1 << 20)
+    monkeypatch.setattr("moelpr.project.workflow.mark._READ_WHOLE", 1 << 20)
     path = tmp_path / "text"
     path.write_bytes(bytes(1 << 23))
     before = fingerprint(path)

@@ -21,7 +21,7 @@ def test_good_english_has_no_problem():
 def test_only_commands_declare_flags():
     library = "def flags(parser):\n    parser.add_argument('--flag')\n"
     assert len([*problems_of("moelpr/data/a.py", library)]) == 1
-    assert not [*problems_of("moelpr/arguments/a.py", library)]
+    assert not [*problems_of("moelpr/train/arguments/a.py", library)]
     assert not [*problems_of("moelpr/data/a.py", f"{library}if __name__ == '__main__':\n    pass\n")]
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.process.stop import SIGNALS
-from moelpr.store.run_folder import saved_step
-from moelpr.store.yaml_files import dump
-from moelpr.training import clean_stop
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import saved_step
+from moelpr.base.stop import SIGNALS
+from moelpr.base.yaml_files import dump
+from moelpr.train import clean_stop
 
 
 def settings(save: Path, last_step: int = 10, data_path: Sequence[str] = (), **start: object) -> Any:
@@ -104,7 +104,7 @@ def test_signals_end_a_run_without_save_as_they_did_before(number: signal.Signal
 
 RANK_THAT_LOSES_ANOTHER = """
 import signal, sys
-from moelpr.training.clean_stop import StopRequest
+from moelpr.train.clean_stop import StopRequest
 
 stop = StopRequest()
 stop.listen()

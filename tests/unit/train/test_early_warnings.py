@@ -2,8 +2,8 @@
 
 import pytest
 
-from moelpr.arguments.settings import Thresholds
-from moelpr.training.early_warnings import EarlyWarnings
+from moelpr.train.arguments.settings import Thresholds
+from moelpr.train.early_warnings import EarlyWarnings
 
 WINDOW = 4
 

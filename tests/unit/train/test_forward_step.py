@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -21,10 +21,10 @@ def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_micro_batches")
 def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec) -> None:
     """Every token's bit differs from its label's."""
-    from moelpr.metrics.routing_sums import RoutingSums
-    from moelpr.model.loading import build_model
-    from moelpr.model.router import LPRLossNormalizer
-    from moelpr.training.forward_step import forward_step
+    from moelpr.model.layers.loading import build_model
+    from moelpr.model.layers.router import LPRLossNormalizer
+    from moelpr.model.metrics.routing_sums import RoutingSums
+    from moelpr.train.forward_step import forward_step
 
     torch.manual_seed(0)
     model = build_model(moe_spec, lpr_loss_coeff=0.1).train()

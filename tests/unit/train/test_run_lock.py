@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from moelpr.process.errors import UserError
-from moelpr.training.run_lock import run_lock
+from moelpr.base.errors import UserError
+from moelpr.train.run_lock import run_lock
 
 
 def run_in(save: Path | None, saved_step: int | None = None) -> Any:
@@ -43,7 +43,7 @@ def test_the_other_ranks_do_what_rank_0_does(tmp_path: Path, monkeypatch: pytest
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
     code = "import sys; from pathlib import Path; from types import SimpleNamespace as Settings\n"
-    code += "from moelpr.training.run_lock import run_lock\n"
+    code += "from moelpr.train.run_lock import run_lock\n"
     code += "with run_lock(Settings(save=Path(sys.argv[1]), start=Settings(saved_step=None))): input()"
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10" if is_taken else "release")

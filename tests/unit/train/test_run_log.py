@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.arguments.settings import Thresholds
-from moelpr.metrics.run_metrics import read_run_metrics
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.training import run_log
-from moelpr.training.early_warnings import EarlyWarnings
-from moelpr.training.run_log import RunLog, open_metrics, report_nonfinite_exit
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
+from moelpr.model.metrics.run_metrics import read_run_metrics
+from moelpr.train import run_log
+from moelpr.train.arguments.settings import Thresholds
+from moelpr.train.early_warnings import EarlyWarnings
+from moelpr.train.run_log import RunLog, open_metrics, report_nonfinite_exit
 
 
 class Writer:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from moelpr.checkpoints.torch_dist import TorchDistWriter
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistWriter
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -48,7 +48,7 @@ def legacy(step: Path) -> None:
     ],
 )
 def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001
-    from moelpr.training.starting_weights import starting_weights
+    from moelpr.train.starting_weights import starting_weights
 
     starting_weights(settings(run, is_resumed))
     damage(run / "iter_0000003")

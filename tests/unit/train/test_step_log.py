@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moelpr.megatron_patches import cpu
+from moelpr.model.megatron import cpu
 
 
 def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers, of which the first is dense; the activations overflow in the last one."""
     cpu.install()
-    from moelpr.metrics.routing_sums import routing_vectors
-    from moelpr.training.step_log import MetricsTracker
+    from moelpr.model.metrics.routing_sums import routing_vectors
+    from moelpr.train.step_log import MetricsTracker
 
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     tracker = MetricsTracker()

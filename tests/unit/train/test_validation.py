@@ -8,9 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_tools.corpus.corpus_writer import CorpusWriter
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
-from moelpr.process.errors import UserError
-from moelpr.training.validation import HeldOut, bytes_per_token, result
+from moelpr.train.validation import HeldOut, bytes_per_token, result
 from tests.support.small_tokenizers import save_llama3
 
 TEXTS = ["Η πόρτα είναι ανοιχτή.", "門は開いている。", "The door is open."]

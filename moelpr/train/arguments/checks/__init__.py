@@ -5,8 +5,8 @@ settings it depends on are missing or invalid themselves, because another check 
 messages are reported at once.
 """
 
-from moelpr.arguments.checks import data, flags, folders, hardware, layout, model, resume
-from moelpr.arguments.requested import RequestedRun
+from moelpr.train.arguments.checks import data, flags, folders, hardware, layout, model, resume
+from moelpr.train.arguments.requested import RequestedRun
 
 
 def find_problems(run: RequestedRun) -> list[str]:

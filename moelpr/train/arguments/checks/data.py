@@ -9,18 +9,18 @@ from pathlib import Path
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from moelpr.arguments.requested import RequestedRun
+from moelpr.base import ranks
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
+from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.dataset import TaggedGPTDataset
 from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
-from moelpr.languages import canonical
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
-from moelpr.store.run_folder import HF_FOLDER
+from moelpr.train.arguments.requested import RequestedRun
 
 DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 

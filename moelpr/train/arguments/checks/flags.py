@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from moelpr.arguments.checks.data import DATA_FLAGS
-from moelpr.arguments.requested import LENGTH_FLAGS, RequestedRun
-from moelpr.metrics.trackers import TRACKERS, missing_packages
+from moelpr.train.arguments.checks.data import DATA_FLAGS
+from moelpr.train.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.train.track.trackers import TRACKERS, missing_packages
 
 _LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 

@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from moelpr.arguments.requested import RequestedRun
-from moelpr.model_spec import ModelSpec
+from moelpr.base.machine import format_bytes
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import trained_parts
 from moelpr.plan import memory
-from moelpr.process.machine import format_bytes
-from moelpr.stages import trained_parts
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.train.arguments.requested import RequestedRun
 
 
 def check_load_folder(run: RequestedRun) -> Iterable[str]:

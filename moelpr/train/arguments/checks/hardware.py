@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 import torch
 
-from moelpr.arguments.checks.layout import is_uneven
-from moelpr.arguments.requested import RequestedRun
-from moelpr.layouts import PlannedLayout, Recompute, divisors, layout_problems
-from moelpr.megatron_patches import cpu
+from moelpr.base import machine, ranks
+from moelpr.model.megatron import cpu
+from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
+from moelpr.plan.layouts import PlannedLayout, Recompute, divisors, layout_problems
 from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
-from moelpr.process import machine, ranks
-from moelpr.stages import DENSE_STAGES
+from moelpr.train.arguments.checks.layout import is_uneven
+from moelpr.train.arguments.requested import RequestedRun
 
 # What torch, Megatron and Python occupy in a rank without a GPU, in addition to the code that all ranks share.
 PROCESS_BYTES = 450 << 20

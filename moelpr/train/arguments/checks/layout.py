@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable
 
-from moelpr.arguments.requested import RequestedRun
-from moelpr.layouts import divisors, layout_problems, neighbors, one_of
-from moelpr.megatron_patches import cpu
+from moelpr.model.megatron import cpu
+from moelpr.plan.layouts import divisors, layout_problems, neighbors, one_of
+from moelpr.train.arguments.requested import RequestedRun
 
 # Flags that split the layers unevenly over the pipeline; Megatron checks their values.
 _UNEVEN = (
@@ -14,7 +14,7 @@ _UNEVEN = (
 
 
 def check_layout(run: RequestedRun) -> Iterable[str]:
-    """The rules of moelpr.layouts."""
+    """The rules of moelpr.plan.layouts."""
     args, spec = run.args, run.spec if run.is_moe or run.spec is None else run.spec.as_dense()
     sizes = args.seq_length, args.micro_batch_size, args.global_batch_size
     options = {

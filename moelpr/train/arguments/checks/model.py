@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from moelpr.arguments import kernels, supported
-from moelpr.arguments.flags import all_arguments, own_arguments, suggestion
-from moelpr.arguments.requested import RequestedRun
-from moelpr.model.config import FIXED_FOR_MOE
-from moelpr.process.versions import install_command
-from moelpr.stages import DENSE_STAGES, MOE_STAGES
+from moelpr.base.versions import install_command
+from moelpr.model.layers.config import FIXED_FOR_MOE
+from moelpr.model.stages import DENSE_STAGES, MOE_STAGES
+from moelpr.train.arguments import kernels, supported
+from moelpr.train.arguments.flags import all_arguments, own_arguments, suggestion
+from moelpr.train.arguments.requested import RequestedRun
 
 # Parts of the model's description that training may change.
 _FREE_SHAPE = ("attention_dropout", "hidden_dropout", "init_method_std")

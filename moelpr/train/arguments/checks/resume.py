@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moelpr.arguments.requested import RequestedRun
-from moelpr.layouts import Layout
-from moelpr.model.config import shape_of
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import DENSE_STAGES
-from moelpr.store.run_folder import TRACKER_FILE
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.model.layers.config import shape_of
+from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import DENSE_STAGES
+from moelpr.plan.layouts import Layout
+from moelpr.train.arguments.requested import RequestedRun
 
 # Saved with the optimizer state, and then used instead of other values.
 _ADAM = ["adam_beta1", "adam_beta2", "adam_eps"]

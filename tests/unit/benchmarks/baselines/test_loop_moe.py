@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.baselines import loop_moe
 from benchmarks.optimizer_steps import our_step, random_batch
-from moelpr.families.families import family_named
-from moelpr.families.tables import pieces, sizes_of
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.families import family_named
+from moelpr.model.families.tables import pieces, sizes_of
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.optimizer_steps import plain_step, random_batch
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 
 
 def test_plain_megatron_trains_every_parameter(spec: ModelSpec) -> None:

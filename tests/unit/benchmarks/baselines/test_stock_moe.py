@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.baselines import loop_moe, stock_moe
 from benchmarks.optimizer_steps import random_batch
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
 
 
 def stacked(loop: torch.nn.Module, stock: torch.nn.Module) -> None:

@@ -23,7 +23,7 @@ def export(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def results(export: Path) -> Path:
-    """As `moelpr.evaluate --output` writes them: two languages, two models."""
+    """As `moelpr.measure.evaluate --output` writes them: two languages, two models."""
 
     def model(directory: str, bits: float) -> dict:
         numbers = {"bits_per_byte": {"value": bits}, "perplexity": {"value": 9.5}, "accuracy": {"value": 0.25}}
@@ -100,7 +100,7 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
 
 
 def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, exit_code, capsys) -> None:
-    from moelpr.evaluate import __main__ as evaluate
+    from moelpr.measure.evaluate import __main__ as evaluate
 
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(source), "--data", f"el={text}", "--json"])
     evaluate.main()

@@ -12,9 +12,9 @@ from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.checkpoints.chain import BaseCheckpoint
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.chain import BaseCheckpoint
+from moelpr.model.families.new_experts import NewExperts
 from tests.unit.checkpoint_convert.conftest import SETTINGS, write_run
 
 

@@ -14,8 +14,8 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.published_adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec
 from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
 
 

@@ -20,10 +20,10 @@ from checkpoint_convert.card.readers import readers_sentence
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import FAMILIES
-from moelpr.families.moe_classes import MOE_CLASSES
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.families.families import FAMILIES
+from moelpr.model.families.moe_classes import MOE_CLASSES
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.support.hf_models import tensors_of
 
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))

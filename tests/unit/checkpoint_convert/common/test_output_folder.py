@@ -20,14 +20,14 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.checkpoints.torch_dist import TorchDistWriter
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store import checksums
-from moelpr.store.checksums import Verify
-from moelpr.store.files import LOCK_FILE, locked
-from moelpr.store.journal import JOURNAL_FILE
+from moelpr.base import checksums
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE, locked
+from moelpr.base.journal import JOURNAL_FILE
+from moelpr.model.checkpoints.torch_dist import TorchDistWriter
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec
 from tests.support.hf_models import files_of
 
 Convert = Callable[[Path], object]

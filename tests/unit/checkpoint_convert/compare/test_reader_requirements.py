@@ -9,8 +9,8 @@ from checkpoint_convert.card.readers import READERS
 from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import edit_json, edit_tensors, load_stock
 
 

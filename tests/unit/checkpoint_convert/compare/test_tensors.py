@@ -13,8 +13,8 @@ from checkpoint_convert.compare.logits import compare_on_text
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import copy_of, tensors_of
 
 
@@ -67,8 +67,8 @@ def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: 
 
 
 def test_one_model_is_in_memory_at_a_time(qwen2, export, text, tmp_path, monkeypatch, megatron) -> None:
-    from moelpr.evaluate import models
-    from moelpr.model import loading
+    from moelpr.measure.evaluate import models
+    from moelpr.model.layers import loading
 
     alive: list[weakref.ref] = []
     loads = []

@@ -17,12 +17,12 @@ from checkpoint_convert.conversions.calibrated_routers import CalibratedRouters,
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.evaluate import calibration, divergence
-from moelpr.evaluate.calibration import Calibration, Inputs, Shares, calibrations
-from moelpr.evaluate.divergence import distance, predictions
-from moelpr.evaluate.models import open_model
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import calibration, divergence
+from moelpr.measure.evaluate.calibration import Calibration, Inputs, Shares, calibrations
+from moelpr.measure.evaluate.divergence import distance, predictions
+from moelpr.measure.evaluate.models import open_model
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import load_stock, save_tokenizer, tensors_of
 
 

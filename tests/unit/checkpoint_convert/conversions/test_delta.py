@@ -18,11 +18,11 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.families.new_experts import NewExperts
-from moelpr.families.tables import Piece
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import Part
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.families.tables import Piece
+from moelpr.model.model_spec import ModelSpec, MoeSpec
+from moelpr.model.stages import Part
 from tests.support.hf_models import edit_json, edit_tensors, files_of
 
 

@@ -13,8 +13,8 @@ from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import assert_same, edit_tensors, files_of, megatron_tensors_of, tensors_of
 
 

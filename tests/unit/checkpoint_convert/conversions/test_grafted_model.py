@@ -26,8 +26,8 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.instruct_difference import add_difference
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model, find_model
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
     TOKENS,
     assert_logits,

@@ -18,10 +18,10 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.published_adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.support.hf_models import edit_json, files_of, tensors_of
 
 HIDDEN, FFN, LAYERS, NUM_NEW = 32, 48, [1, 3], 3

@@ -13,11 +13,11 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
-from moelpr.checkpoints.torch_dist import TorchDistReader
-from moelpr.families.new_experts import NewExperts
-from moelpr.model_spec import MoeSpec
-from moelpr.process.errors import UserError
-from moelpr.stages import Part
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.model_spec import MoeSpec
+from moelpr.model.stages import Part
 from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,

@@ -16,9 +16,9 @@ from checkpoint_convert import hf_to_mcore as importer
 from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model
-from moelpr.families.hub import config_folder
+from moelpr.base.errors import UserError
+from moelpr.model.families.hub import config_folder
 from moelpr.plan import __main__ as planner
-from moelpr.process.errors import UserError
 from tests.support.hf_models import assert_nothing_left
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,9 +10,9 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import assert_import_fails, edit_json, files_of, make_model  # noqa: F401
 from tests.support.small_tokenizers import save_llama2, save_llama3, save_qwen
 

@@ -15,8 +15,8 @@ from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
     assert_import_fails,
     assert_same,
@@ -179,7 +179,7 @@ def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) ->
 
 def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: Path) -> None:
     """A checkpoint and an export; without their checksums, nothing else notices it."""
-    from moelpr.evaluate.models import load_model
+    from moelpr.measure.evaluate.models import load_model
 
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=40_000)

@@ -20,10 +20,10 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.graft import main as graft_main
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, without_rows
 from checkpoint_convert.verify import main as verify_main
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import edit_tensors, files_of, load_stock, save_extended_tokenizer, tensors_of
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_convert.hub.upload import Upload, check_name
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from tests.support.hf_models import make_model  # noqa: F401
 from tests.support.local_hub import TOKEN, LocalHub, local_hub
 

@@ -14,12 +14,12 @@ from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
-from moelpr.families.families import family_named
-from moelpr.families.new_experts import NewExperts
-from moelpr.families.tables import megatron_shape, pieces
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
+from moelpr.model.families.families import family_named
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.families.tables import megatron_shape, pieces
+from moelpr.model.model_spec import ModelSpec
 from tests.support.hf_models import assert_logits, assert_nothing_left, edit_json
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moelpr.text.documents import BadLine, parse, text_of
+from moelpr.data.text.documents import BadLine, parse, text_of
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moelpr.process.errors import UserError
-from moelpr.text import estimate as estimates
-from moelpr.text.estimate import estimate
+from moelpr.base.errors import UserError
+from moelpr.data.text import estimate as estimates
+from moelpr.data.text.estimate import estimate
 from tests.support.packed_files import parquet_table, zstd
 
 TOKENS = 90  # the average of a document

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
-from moelpr.text.filters import Filter
+from moelpr.base.errors import UserError
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.filters import Filter
 
 score, lang, none = (pyarrow.compute.field(name) for name in ("score", "lang", "none"))
 CONDITIONS = {

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.text.language_id import UNDETECTED, load_identifier
+from moelpr.base.errors import UserError
+from moelpr.data.text.language_id import UNDETECTED, load_identifier
 from tests.support.fasttext_model import write_fasttext_model
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.text.reading import read_documents
+from moelpr.base.errors import UserError
+from moelpr.data.text.reading import read_documents
 from tests.support.packed_files import parquet_table, zstd
 
 

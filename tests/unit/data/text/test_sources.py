@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.text.sources import Form, find_files, open_source
+from moelpr.base.errors import UserError
+from moelpr.data.text.sources import Form, find_files, open_source
 
 
 def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from moelpr.text.sources import open_source
-from moelpr.text.tables import open_table, rows_of
+from moelpr.data.text.sources import open_source
+from moelpr.data.text.tables import open_table, rows_of
 
 
 def test_a_row_group_takes_the_memory_of_pages(tmp_path: Path) -> None:

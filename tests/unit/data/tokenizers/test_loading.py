@@ -10,9 +10,9 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers import loading
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
-from moelpr.process.errors import UserError
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest, manifest_path
-from moelpr.megatron_patches import bootstrap
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import Verify
+from moelpr.model.megatron import bootstrap
 
 bootstrap.install_patches()
 

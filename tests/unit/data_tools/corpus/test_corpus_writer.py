@@ -14,8 +14,8 @@ from data_tools.corpus import corpus_writer
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output
 from data_tools.corpus.tokenized import Documents, token_dtype
-from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE, locked, temporary_name
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE, locked, temporary_name
 
 # A document is a list of runs (language bit, tokens); some are empty, some runs are.
 DOCUMENTS = st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=30)

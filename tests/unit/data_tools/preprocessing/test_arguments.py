@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.preprocessing.arguments import parse_arguments
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 REQUIRED = "--output-prefix out --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
 

@@ -21,9 +21,9 @@ from data_tools.preprocessing import batches
 from data_tools.preprocessing.batches import Batch, FileRange, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
-from moelpr.process.errors import UserError
-from moelpr.text import remote
-from moelpr.text.sources import Form, Source, open_source
+from moelpr.base.errors import UserError
+from moelpr.data.text import remote
+from moelpr.data.text.sources import Form, Source, open_source
 from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")

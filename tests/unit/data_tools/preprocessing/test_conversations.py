@@ -15,11 +15,11 @@ from pyarrow import parquet
 from data_tools import merge_data, sample_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing.conversations import counted_tokens, load_chat_template
+from moelpr.base.errors import UserError
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import Manifest
+from moelpr.data.text.documents import BadLine
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
 from tests.support.chat import FORGETFUL, MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
 from tests.support.small_tokenizers import KINDS
 

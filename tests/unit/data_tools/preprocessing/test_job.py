@@ -16,10 +16,10 @@ import pytest
 from data_tools.preprocessing import batches, job
 from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job_spec import describe_job
+from moelpr.base.errors import UserError
+from moelpr.base.files import LOCK_FILE, locked
+from moelpr.base.journal import JOURNAL_FILE
 from moelpr.data.manifest import Manifest
-from moelpr.process.errors import UserError
-from moelpr.store.files import LOCK_FILE, locked
-from moelpr.store.journal import JOURNAL_FILE
 
 FLAGS = (
     *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_tools.corpus.corpus import Corpus
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
@@ -18,7 +19,6 @@ from moelpr.data.tokenizers.base import Encoded
 from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
 from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer, choose_library
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.errors import UserError
 from tests.support.hf_models import save_extended_tokenizer
 
 FLAGS = ("--language", "original", "--append-eod")

@@ -17,12 +17,12 @@ from data_tools.preprocessing import batches, long_documents
 from data_tools.preprocessing.batches import FileRange, ReadCursor
 from data_tools.preprocessing.long_documents import encode_long_text, without_long_strings
 from data_tools.preprocessing.shares import Share
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
+from moelpr.data.text.documents import BadLine
+from moelpr.data.text.sources import open_source
 from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
 from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer
-from moelpr.process.errors import UserError
-from moelpr.text.documents import BadLine
-from moelpr.text.sources import open_source
 
 # How Qwen2's and Llama 3's tokenizers split text, except for the number of digits.
 SPLIT = (

@@ -10,8 +10,8 @@ import pytest
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, job
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
-from moelpr.process.errors import UserError
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections import Counter
 
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share
-from moelpr.text.sources import open_source
+from moelpr.data.text.sources import open_source
 
 
 def test_each_document_has_the_same_chance(write_lines) -> None:

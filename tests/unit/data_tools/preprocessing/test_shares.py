@@ -3,7 +3,7 @@
 import pytest
 
 from data_tools.preprocessing.shares import Share, shares_of
-from moelpr.text.sources import Form, Source
+from moelpr.data.text.sources import Form, Source
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 40])

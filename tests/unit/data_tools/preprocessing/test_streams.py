@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.preprocessing import batches
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")

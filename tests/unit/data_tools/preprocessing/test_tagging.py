@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_tools.corpus.corpus import Corpus
+from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
+from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.process.errors import UserError
-from moelpr.text.language_id import UNDETECTED, Detector
 
 LANGUAGES = ("--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
 

@@ -19,7 +19,7 @@ import pytest
 
 from data_tools.preprocessing import workers
 from data_tools.preprocessing.workers import _result, worker_pool
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 ROOT = Path(__file__).parents[4]
 

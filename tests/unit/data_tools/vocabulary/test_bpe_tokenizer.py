@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.merges import Character
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 BYTES = {name: id for id, name in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}

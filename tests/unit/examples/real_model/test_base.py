@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.real_model.base import write_base
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
 
 
 def test_a_missing_gguf_reader_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("peft", reason="peft is not installed: examples/real_model/install.sh")
 
 from examples.real_model import lora
-from moelpr.metrics.run_metrics import read_run_metrics
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.metrics.run_metrics import read_run_metrics
 from tests.support.hf_models import save_tokenizer
 
 STEPS = 4

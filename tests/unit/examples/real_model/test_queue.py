@@ -31,12 +31,12 @@ from examples.real_model.settings import (
 )
 from examples.real_model.signs import Verdict, margin, signs
 from examples.real_model.split import split_training_text
-from moelpr.evaluate.result_cache import ResultCache
-from moelpr.evaluate.routing import Routing
-from moelpr.evaluate.scoring import LanguageScore
-from moelpr.process.errors import UserError
-from moelpr.workflow.outlay import listing
-from moelpr.workflow.workflow import Failure, Workflow
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.result_cache import ResultCache
+from moelpr.measure.evaluate.routing import Routing
+from moelpr.measure.evaluate.scoring import LanguageScore
+from moelpr.project.workflow.outlay import listing
+from moelpr.project.workflow.workflow import Failure, Workflow
 
 # Bits per byte against base: (expanded, original) on trained kinds, then on the others.
 CHANGES: dict[str, tuple[float, ...]] = {
@@ -53,7 +53,7 @@ KINDS = ("help", "interface")
 def write_score(
     folder: Path, model: str, text: str, bits_per_byte: float, document_bits: Sequence[float] | None = None
 ) -> None:
-    """As moelpr.evaluate keeps it: ten documents of 100 bytes."""
+    """As moelpr.measure.evaluate keeps it: ten documents of 100 bytes."""
     shares = [[0.5, 0.3, 0.2]] * 2
     sums = (shares, [[1.0, 0.5, 0.5]] * 2, shares, *[[1.0, 1.0]] * 2, *[[0.0, 0.0]] * 2)
     choice = Routing([0, 1], 10, *sums, num_original_places=2)
@@ -107,7 +107,7 @@ class Started(dict[str, list[str]]):
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> Started:
     started = Started()
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", started)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", started)
     monkeypatch.setattr("examples.real_model.rates.best_rate", lambda run, setting: 5e-4)
     monkeypatch.setattr(Queue, "tokens_left", lambda self: 0.5)
     return started
@@ -204,7 +204,7 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def execute(words: list[str], log: Path, environment: Any) -> int:
         names.append(log.stem)
-        if "moelpr.evaluate" in words:
+        if "moelpr.measure.evaluate" in words:
             pairs = [(flag, word.split("=")[0]) for flag, word in zip(words, words[1:], strict=False)]
             for model in [name for flag, name in pairs if flag == "--model"]:
                 for data in [name for flag, name in pairs if flag == "--data"]:
@@ -235,7 +235,7 @@ def started(run: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise UserError(f"{folder} is missing")
         return [folder, *(chain(starts[folder]) if folder in starts else [])]
 
-    monkeypatch.setattr("moelpr.workflow.workflow.execute", execute)
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
     monkeypatch.setattr("examples.real_model.task_maker.checkpoint_chain", chain)
     monkeypatch.setattr(Queue, "tokens_left", lambda self: 0.5)
     for folder in ("evaluation", "validation"):

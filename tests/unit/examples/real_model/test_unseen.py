@@ -20,12 +20,12 @@ from examples.real_model.unseen_results import (
     unseen_tables,
     with_recorded,
 )
-from moelpr.evaluate.result_cache import ResultCache
-from moelpr.evaluate.routing import Routing
-from moelpr.evaluate.scoring import LanguageScore
-from moelpr.process.errors import UserError
-from moelpr.report.numbers import percent
-from moelpr.store.files import write_text
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.measure.evaluate.result_cache import ResultCache
+from moelpr.measure.evaluate.routing import Routing
+from moelpr.measure.evaluate.scoring import LanguageScore
+from moelpr.measure.report.numbers import percent
 
 WORDS = [f"word{number}" for number in range(100)]
 

@@ -9,10 +9,10 @@ import torch
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.chat.drawing import colour, panel, routes_panel
-from moelpr.chat.routes import Token, TokenTexts, answer, original_share, prompt_ids
-from moelpr.evaluate.models import LoadedModel, load_model
-from moelpr.families.new_experts import NewExperts
+from moelpr.measure.chat.drawing import colour, panel, routes_panel
+from moelpr.measure.chat.routes import Token, TokenTexts, answer, original_share, prompt_ids
+from moelpr.measure.evaluate.models import LoadedModel, load_model
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML
 from tests.support.hf_models import make_model  # noqa: F401
 

@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moelpr.evaluate import __main__ as command
-from moelpr.evaluate.models import read_max_positions
-from moelpr.evaluate.scoring import LanguageScore, Settings, score_each
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import __main__ as command
+from moelpr.measure.evaluate.models import read_max_positions
+from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
 
 TEXTS = {
     "en": [
@@ -95,7 +95,7 @@ def score() -> Callable[..., dict[str, LanguageScore]]:
 
 @pytest.fixture
 def evaluate(monkeypatch) -> Callable[..., None]:
-    """Run `python -m moelpr.evaluate` in this process."""
+    """Run `python -m moelpr.measure.evaluate` in this process."""
 
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])

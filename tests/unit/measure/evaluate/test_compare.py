@@ -7,12 +7,12 @@ import shutil
 import pytest
 import torch
 
-from moelpr.evaluate import compare
-from moelpr.evaluate.compare import choose_prompts, compare_models, continue_prompts
-from moelpr.evaluate.models import load_model
-from moelpr.evaluate.result_cache import ResultCache
-from moelpr.evaluate.scoring import Settings
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import compare
+from moelpr.measure.evaluate.compare import choose_prompts, compare_models, continue_prompts
+from moelpr.measure.evaluate.models import load_model
+from moelpr.measure.evaluate.result_cache import ResultCache
+from moelpr.measure.evaluate.scoring import Settings
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moelpr.evaluate.confidence import estimates, interval_of, mean
-from tests.unit.evaluate.conftest import score_of
+from moelpr.measure.evaluate.confidence import estimates, interval_of, mean
+from tests.unit.measure.evaluate.conftest import score_of
 
 
 def test_a_value_is_a_ratio_of_sums_and_so_is_each_sample():

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moelpr.evaluate import divergence
-from moelpr.evaluate.compare import compare_models
-from moelpr.evaluate.divergence import document_distances
-from moelpr.evaluate.models import LoadedModel, load_model
-from moelpr.evaluate.scoring import Settings, tokenize
-from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import EvaluationFile
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import divergence
+from moelpr.measure.evaluate.compare import compare_models
+from moelpr.measure.evaluate.divergence import document_distances
+from moelpr.measure.evaluate.models import LoadedModel, load_model
+from moelpr.measure.evaluate.scoring import Settings, tokenize
+from moelpr.measure.report.evaluation_files import EvaluationFile
 
 WINDOWS = Settings(64, 16)
 
@@ -141,7 +141,7 @@ def test_the_command_writes_it_per_text_with_its_interval(
     assert moe["means"]["mean original"]["distance"] == moe["languages"]["en"]["distance"]
     assert EvaluationFile.read(tmp_path / "out/results.json").models["moe"].languages["en"].bits_per_byte
     # A rerun measures nothing, and one without --base has no distances.
-    monkeypatch.setattr("moelpr.evaluate.compare.open_model", None)
+    monkeypatch.setattr("moelpr.measure.evaluate.compare.open_model", None)
     evaluate(*models, "--base", dense_dir)
     assert json.loads((tmp_path / "out/results.json").read_text()) == content
     evaluate(*models)

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from moelpr.evaluate.benchmarks import PAPER_TASKS, Benchmark, installed_benchmarks, read_benchmarks
-from moelpr.evaluate.harness_results import HarnessResults
-from moelpr.evaluate.models import load_model
-from moelpr.languages import canonical
+from moelpr.base.languages import canonical
+from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, Benchmark, installed_benchmarks, read_benchmarks
+from moelpr.measure.evaluate.harness_results import HarnessResults
+from moelpr.measure.evaluate.models import load_model
 
 needs_lm_eval = pytest.mark.skipif(
     not (find_spec("lm_eval") and find_spec("accelerate")), reason="needs lm-evaluation-harness (the extra `eval`)"

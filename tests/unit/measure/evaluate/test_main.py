@@ -1,4 +1,4 @@
-"""`python -m moelpr.evaluate` from its arguments to its files and exit codes."""
+"""`python -m moelpr.measure.evaluate` from its arguments to its files and exit codes."""
 
 import json
 import re
@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moelpr.evaluate.compare import choose_prompts
-from moelpr.evaluate.models import load_model
-from moelpr.evaluate.scoring import Settings
-from moelpr.evaluate.text_results import TextResults
-from moelpr.languages import language_name
+from moelpr.base.languages import language_name
+from moelpr.measure.evaluate.compare import choose_prompts
+from moelpr.measure.evaluate.models import load_model
+from moelpr.measure.evaluate.scoring import Settings
+from moelpr.measure.evaluate.text_results import TextResults
 
 
 def test_text_prints_tables_and_writes_json_markdown_and_html(

@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.evaluate import models
-from moelpr.evaluate.compare import compare_models
-from moelpr.evaluate.models import check_device, choose_device, hf_model, load_model, open_model
-from moelpr.evaluate.routing import RoutingObserver
-from moelpr.evaluate.scoring import Settings
-from moelpr.families.new_experts import NewExperts
-from moelpr.megatron_patches import cpu
-from moelpr.process import machine
-from moelpr.process.errors import UserError
+from moelpr.base import machine
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import models
+from moelpr.measure.evaluate.compare import compare_models
+from moelpr.measure.evaluate.models import check_device, choose_device, hf_model, load_model, open_model
+from moelpr.measure.evaluate.routing import RoutingObserver
+from moelpr.measure.evaluate.scoring import Settings
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.megatron import cpu
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.evaluate.result_cache import ResultCache, cached_results
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.result_cache import ResultCache, cached_results
 
 
 def test_without_a_folder_nothing_is_kept() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moelpr.evaluate.models import hf_model, load_model
-from moelpr.evaluate.routing import BrokenPrior, Routing, broken_priors
-from moelpr.evaluate.scoring import Settings
+from moelpr.measure.evaluate.models import hf_model, load_model
+from moelpr.measure.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.measure.evaluate.scoring import Settings
 
 
 def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, texts):

@@ -9,9 +9,9 @@ import unicodedata
 import pytest
 import torch
 
-from moelpr.evaluate.models import load_model
-from moelpr.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import load_model
+from moelpr.measure.evaluate.scoring import IGNORED, LanguageScore, Settings, cut_into_windows
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moelpr.evaluate.compare import Comparison
-from moelpr.evaluate.scoring import LanguageScore, Settings
-from moelpr.evaluate.text_results import TextResults
-from tests.unit.evaluate.conftest import score_of
+from moelpr.measure.evaluate.compare import Comparison
+from moelpr.measure.evaluate.scoring import LanguageScore, Settings
+from moelpr.measure.evaluate.text_results import TextResults
+from tests.unit.measure.evaluate.conftest import score_of
 
 
 def text_results(scores: dict[str, LanguageScore], window: int = 64) -> TextResults:

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from moelpr.evaluate.wrong_language import MIN_CONFIDENCE, wilson, wrong_language
-from moelpr.text.language_id import load_identifier
+from moelpr.data.text.language_id import load_identifier
+from moelpr.measure.evaluate.wrong_language import MIN_CONFIDENCE, wilson, wrong_language
 
 GREEK = "Η γρήγορη καφέ αλεπού πηδάει πάνω από τον τεμπέλη σκύλο κάθε πρωί."
 ENGLISH = "The quick brown fox jumps over the lazy dog every single morning."

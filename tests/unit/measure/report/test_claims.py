@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.report.claims import Claims, read_facts, read_verifications
-from moelpr.report.language_results import LanguageResults
-from moelpr.report.numbers import Interval
+from moelpr.base.errors import UserError
+from moelpr.measure.report.claims import Claims, read_facts, read_verifications
+from moelpr.measure.report.language_results import LanguageResults
+from moelpr.measure.report.numbers import Interval
 
 DEMO_CLAIMS = Path(__file__).parents[3] / "examples/demo-claims.yaml"
 CHECKS = {name: {"equal": True} for name in ("check-upcycled", "check-frozen", "check-export")}

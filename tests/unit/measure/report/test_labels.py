@@ -5,8 +5,8 @@ from itertools import combinations, product
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.text import Text
 
-from moelpr.report.labels import label_points
-from moelpr.report.svg import new_axes
+from moelpr.measure.report.labels import label_points
+from moelpr.measure.report.svg import new_axes
 
 
 def test_labels_of_crowded_points_cover_nothing() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.report.evaluation_files import Continuation
-from moelpr.report.language_results import read_evaluations
-from moelpr.report.numbers import Interval
+from moelpr.base.errors import UserError
+from moelpr.measure.report.evaluation_files import Continuation
+from moelpr.measure.report.language_results import read_evaluations
+from moelpr.measure.report.numbers import Interval
 
 
 def test_evaluations_of_several_files_and_versions_are_joined(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moelpr.process.errors import UserError
-from moelpr.report import live
-from moelpr.report.runs import read_run
+from moelpr.base.errors import UserError
+from moelpr.measure.report import live
+from moelpr.measure.report.runs import read_run
 from tests.support.run_folders import make_run
 
 

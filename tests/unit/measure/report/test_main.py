@@ -4,13 +4,13 @@ import sys
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.report.__main__ import main
+from moelpr.base.errors import UserError
+from moelpr.measure.report.__main__ import main
 from tests.support.run_folders import make_run
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["moelpr.report", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["moelpr.measure.report", *map(str, arguments)])
     main()
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from moelpr.report.page import (
+from moelpr.measure.report.page import (
     Cell,
     Code,
     Facts,

@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moelpr.report import plots
-from moelpr.report.numbers import Interval
-from moelpr.report.plots import (
+from moelpr.measure.report import plots
+from moelpr.measure.report.numbers import Interval
+from moelpr.measure.report.plots import (
     MAX_POINTS,
     Curve,
     Panel,

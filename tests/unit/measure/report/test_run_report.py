@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.report.claims import Claim, Claims
-from moelpr.report.language_results import LanguageResults, read_evaluations
-from moelpr.report.run_figures import routing_figures
-from moelpr.report.run_report import Report
-from moelpr.report.runs import read_run
+from moelpr.measure.report.claims import Claim, Claims
+from moelpr.measure.report.language_results import LanguageResults, read_evaluations
+from moelpr.measure.report.run_figures import routing_figures
+from moelpr.measure.report.run_report import Report
+from moelpr.measure.report.runs import read_run
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from tests.support.run_folders import LANGUAGES, make_run
 from tests.unit.conftest import SHAPE
 

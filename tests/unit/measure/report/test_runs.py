@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.report.runs import ENDS, curve_of, read_run, read_runs
+from moelpr.base.errors import UserError
+from moelpr.measure.report.runs import ENDS, curve_of, read_run, read_runs
 from tests.support.run_folders import make_run
 
 

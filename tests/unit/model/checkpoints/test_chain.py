@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelpr.checkpoints.chain import (
+from moelpr.base import checksums
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.chain import (
     BaseCheckpoint,
     checkpoint_chain,
     checksum,
@@ -18,9 +20,7 @@ from moelpr.checkpoints.chain import (
     verify_files,
     write_checksums,
 )
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
-from moelpr.store import checksums
+from moelpr.model.model_spec import ModelSpec
 from tests.support.ranks import as_ranks
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from moelpr.checkpoints.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
-from moelpr.process.errors import UserError
-from moelpr.store.checksums import SummedFile
-from moelpr.store.journal import Journal
+from moelpr.base.checksums import SummedFile
+from moelpr.base.errors import UserError
+from moelpr.base.journal import Journal
+from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
 from tests.support.hf_models import RunsCode
 
 

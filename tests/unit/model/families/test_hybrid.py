@@ -13,10 +13,10 @@ from checkpoint_convert.compare.tensors import compare, compare_frozen
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
-from moelpr.stages import Part, part_of
+from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.stages import Part, part_of
 from tests.support.hf_models import (
     TOKENS,
     InDouble,
@@ -159,14 +159,14 @@ def test_an_export_gets_more_experts(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("lengths", [[7, 70, 1, 12], [90]])
 def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, lengths: list[int]) -> None:
     """Neither through attention, nor through states and convolutions; in the second sequence they are reversed."""
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     hf_to_mcore(dense, tmp_path / "megatron", None)
     tokens = torch.randint(99, (2, 90), generator=torch.Generator().manual_seed(0))
     per_sequence = lengths, lengths[::-1]
     bootstrap.install_patches()
-    from moelpr.model import loading
-    from moelpr.model.attention import document_edges
+    from moelpr.model.layers import loading
+    from moelpr.model.layers.attention import document_edges
 
     positions = torch.stack([torch.cat([torch.arange(length) for length in own]) for own in per_sequence])
     with bootstrap.single_process(), torch.no_grad():
@@ -180,7 +180,7 @@ def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, len
 
 def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Path) -> None:
     """Through the layers above, at a length that is no multiple of the chunk."""
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
 
     hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
@@ -191,7 +191,7 @@ def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Pa
     with InDouble():
         backward(exact(tokens).logits, tokens)
     bootstrap.install_patches()
-    from moelpr.model import loading
+    from moelpr.model.layers import loading
 
     with bootstrap.single_process():
         model = loading.load_model(tmp_path / "megatron").eval()
@@ -208,12 +208,12 @@ def backward(logits: Tensor, tokens: Tensor) -> None:
 
 
 def test_the_planner_counts_every_parameter(dense: Path, tmp_path: Path) -> None:
-    from moelpr.megatron_patches import bootstrap
+    from moelpr.model.megatron import bootstrap
     from moelpr.plan.memory import model_parts
 
     spec = hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
     bootstrap.install_patches()
-    from moelpr.model import loading
+    from moelpr.model.layers import loading
 
     with bootstrap.single_process():
         model = loading.build_model(spec)

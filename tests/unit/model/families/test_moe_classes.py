@@ -13,10 +13,10 @@ from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import read_base
-from moelpr.families.moe_classes import MOE_CLASSES
-from moelpr.families.new_experts import NewExperts
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import read_base
+from moelpr.model.families.moe_classes import MOE_CLASSES
+from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
     assert_import_fails,
     assert_logits,

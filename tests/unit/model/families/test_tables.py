@@ -1,4 +1,4 @@
-"""Name tables agree with moelpr.stages on what trains, and transforms are exact."""
+"""Name tables agree with moelpr.model.stages on what trains, and transforms are exact."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import FAMILIES
-from moelpr.families.moe_classes import GRANITE_MOE, MIXTRAL
-from moelpr.families.tables import pieces, stacked_part
-from moelpr.model_spec import ModelSpec, MoeSpec
-from moelpr.stages import part_of, trained_parts
+from moelpr.model.families.families import FAMILIES
+from moelpr.model.families.moe_classes import GRANITE_MOE, MIXTRAL
+from moelpr.model.families.tables import pieces, stacked_part
+from moelpr.model.model_spec import ModelSpec, MoeSpec
+from moelpr.model.stages import part_of, trained_parts
 from tests.support.hf_models import megatron_tensors_of, tensors_of
 
 

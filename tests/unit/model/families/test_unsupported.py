@@ -7,10 +7,10 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.families.families import FAMILIES, family_of
-from moelpr.families.moe_classes import MOE_CLASSES
-from moelpr.families.unsupported import UNSUPPORTED, Unsupported
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.families.families import FAMILIES, family_of
+from moelpr.model.families.moe_classes import MOE_CLASSES
+from moelpr.model.families.unsupported import UNSUPPORTED, Unsupported
 from tests.support.hf_models import assert_import_fails, assert_logits, edit_json, our_logits, save_tokenizer
 
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"

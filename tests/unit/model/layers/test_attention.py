@@ -6,10 +6,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from moelpr.model import attention
-from moelpr.model.attention import SDPACoreAttention, document_edges
-from moelpr.model.loading import transformer_config
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers import attention
+from moelpr.model.layers.attention import SDPACoreAttention, document_edges
+from moelpr.model.layers.loading import transformer_config
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

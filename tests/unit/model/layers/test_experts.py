@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from moelpr.model.freezing import freeze
-from moelpr.model.layer import OverlappedOriginalExperts
-from moelpr.model.loading import build_model
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers.freezing import freeze
+from moelpr.model.layers.layer import OverlappedOriginalExperts
+from moelpr.model.layers.loading import build_model
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moelpr.model.freezing import freeze
-from moelpr.model.loading import build_model
-from moelpr.model.router import LPRLossNormalizer
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers.freezing import freeze
+from moelpr.model.layers.loading import build_model
+from moelpr.model.layers.router import LPRLossNormalizer
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -15,11 +15,11 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from moelpr.model.builder import DecoderStack, layer_pattern, layer_spec
-from moelpr.model.loading import build_model, transformer_config
-from moelpr.model.norms import RMSNorm
-from moelpr.model.router import LPRLossNormalizer
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.layers.builder import DecoderStack, layer_pattern, layer_spec
+from moelpr.model.layers.loading import build_model, transformer_config
+from moelpr.model.layers.norms import RMSNorm
+from moelpr.model.layers.router import LPRLossNormalizer
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
 LLAMA_3 = UNTIED | {"use_rope_scaling": True, "rope_scaling_factor": 8.0, "rotary_base": 500000}

@@ -12,11 +12,11 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelpr.metrics.routing_sums import RoutingSums
-from moelpr.model.layer import LPRMoELayer
-from moelpr.model.loading import build_model, logits
-from moelpr.model.router import LPRLossNormalizer
-from moelpr.model_spec import ModelSpec, MoeSpec
+from moelpr.model.layers.layer import LPRMoELayer
+from moelpr.model.layers.loading import build_model, logits
+from moelpr.model.layers.router import LPRLossNormalizer
+from moelpr.model.metrics.routing_sums import RoutingSums
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

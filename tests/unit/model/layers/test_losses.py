@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.model.losses import LPRVariant, lpr_loss, megatron_balance_coeff
+from moelpr.model.layers.losses import LPRVariant, lpr_loss, megatron_balance_coeff
 
 
 def test_lpr_loss_is_the_mean_over_original_tokens_of_minus_log_score_of_expert_0() -> None:

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moelpr.model import new_rows
-from moelpr.model.freezing import freeze, parameter_report
-from moelpr.model.loading import build_model
-from moelpr.model.new_rows import rows_that_train, train_new_rows_only
-from moelpr.model.vocabulary import mask_padding
-from moelpr.model_spec import ModelSpec, NewTokens
+from moelpr.model.layers import new_rows
+from moelpr.model.layers.freezing import freeze, parameter_report
+from moelpr.model.layers.loading import build_model
+from moelpr.model.layers.new_rows import rows_that_train, train_new_rows_only
+from moelpr.model.layers.vocabulary import mask_padding
+from moelpr.model.model_spec import ModelSpec, NewTokens
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -7,11 +7,11 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelpr.metrics.routing_sums import RoutingSums
-from moelpr.model import router as module
-from moelpr.model.loading import build_model, transformer_config
-from moelpr.model.router import Decisions
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers import router as module
+from moelpr.model.layers.loading import build_model, transformer_config
+from moelpr.model.layers.router import Decisions
+from moelpr.model.metrics.routing_sums import RoutingSums
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from moelpr.model.loading import build_model
-from moelpr.model.vocabulary import mask_padding
-from moelpr.model_spec import ModelSpec
+from moelpr.model.layers.loading import build_model
+from moelpr.model.layers.vocabulary import mask_padding
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -10,13 +10,13 @@ from megatron.core import dist_checkpointing
 
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
-from moelpr.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
-from moelpr.checkpoints.torch_dist import TorchDistReader
-from moelpr.model.freezing import freeze
-from moelpr.model.loading import build_model, load_model
-from moelpr.model.weights import load_weights, save_trained_only, trained_entries
-from moelpr.model_spec import ModelSpec
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.layers.freezing import freeze
+from moelpr.model.layers.loading import build_model, load_model
+from moelpr.model.layers.weights import load_weights, save_trained_only, trained_entries
+from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

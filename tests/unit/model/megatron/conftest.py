@@ -1,5 +1,5 @@
 """Megatron is patched before the tests of this folder import it."""
 
-from moelpr.megatron_patches import bootstrap
+from moelpr.model.megatron import bootstrap
 
 bootstrap.install_patches()

@@ -10,7 +10,7 @@ import pytest
 
 def run_rank_0(world_size: int, port: int, code: str) -> subprocess.CompletedProcess[str]:
     where = {"RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    code = f"from moelpr.megatron_patches import bootstrap; {code}"
+    code = f"from moelpr.model.megatron import bootstrap; {code}"
     return subprocess.run([sys.executable, "-c", code], env={**os.environ, **where}, capture_output=True, text=True)
 
 
@@ -23,7 +23,7 @@ def test_a_single_rank_needs_no_free_port(taken_port: int) -> None:
 
 
 def test_a_port_that_is_taken_before_several_ranks_meet_is_one_sentence(taken_port: int) -> None:
-    code = "from moelpr.process.command import run_command; run_command(bootstrap.connect_ranks)"
+    code = "from moelpr.base.command import run_command; run_command(bootstrap.connect_ranks)"
     done = run_rank_0(2, taken_port, code)
     assert done.returncode == 1 and done.stderr.startswith(f"-c: error: port {taken_port} is taken"), done.stderr
 
@@ -35,10 +35,12 @@ def test_a_transformer_engine_that_cannot_be_imported(tmp_path: Path, content: s
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text(content)
-    code = "import sys, torch; from moelpr.megatron_patches import bootstrap; "
-    code += f"torch.cuda.is_available = lambda: {has_gpu}; from moelpr.process.command import run_command; "
+    code = "import sys, torch; from moelpr.model.megatron import bootstrap; "
+    code += f"torch.cuda.is_available = lambda: {has_gpu}; from moelpr.base.command import run_command; "
     code += "run_command(bootstrap.install_patches); import megatron.core.extensions.transformer_engine as m; "
-    code += "from moelpr.arguments.kernels import is_installed; print(m.HAVE_TE, is_installed('transformer_engine'))"
+    code += (
+        "from moelpr.train.arguments.kernels import is_installed; print(m.HAVE_TE, is_installed('transformer_engine'))"
+    )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},

@@ -14,8 +14,8 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
-from moelpr.checkpoints.torch_dist import TorchDistWriter
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistWriter
 from tests.support.hf_models import RunsCode, replace_object
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -13,11 +13,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from moelpr.checkpoints.chain import write_checksums
-from moelpr.megatron_patches import checkpoint_sums
-from moelpr.store import checksums
-from moelpr.store.checksums import FileSum
-from moelpr.store.run_folder import TABLE_FILES
+from moelpr.base import checksums
+from moelpr.base.checksums import FileSum
+from moelpr.base.run_folder import TABLE_FILES
+from moelpr.model.checkpoints.chain import write_checksums
+from moelpr.model.megatron import checkpoint_sums
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.training.arguments import add_megatron_arguments
 
-from moelpr.megatron_patches import cpu
+from moelpr.model.megatron import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched if there is a GPU")
 
@@ -74,7 +74,7 @@ def test_nothing_is_compiled() -> None:
 def test_the_trainer_starts_without_the_compiler() -> None:
     """Its import takes seconds, in every rank."""
     script = (
-        "import sys; from moelpr.megatron_patches import cpu; cpu.install(); import moelpr.training.train; "
+        "import sys; from moelpr.model.megatron import cpu; cpu.install(); import moelpr.train.train; "
         "print([name for name in ('torch._dynamo', 'torch._inductor') if name in sys.modules]); "
         "import torch._dynamo.trace_rules as rules; rules.get_torch_obj_rule_map()"  # others may still import it
     )

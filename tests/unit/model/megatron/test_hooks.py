@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import OptimizerConfig, ParamKey, _get_param_groups
 from megatron.training import checkpointing, global_vars
 
-from moelpr.megatron_patches import hooks
+from moelpr.model.megatron import hooks
 
 ROOT = Path(__file__).parents[3]
 
@@ -164,9 +164,9 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
     ]
     patched = {path.relative_to(ROOT).as_posix(): patches_in(path.read_text()) for path in files}
     found = {path: names for path, names in patched.items() if names}
-    assert "moelpr/megatron_patches/cpu.py" in found
+    assert "moelpr/model/megatron/cpu.py" in found
     # A process of a dry run trains nothing: there, torch and Megatron are stand-ins from its start to its end.
-    allowed = ("moelpr/megatron_patches/", "moelpr/dry_run/")
+    allowed = ("moelpr/model/megatron/", "moelpr/train/check/")
     assert {path: names for path, names in found.items() if not path.startswith(allowed)} == {}
 
 

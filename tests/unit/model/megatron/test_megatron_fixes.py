@@ -45,10 +45,10 @@ from megatron.training.checkpointing import maybe_msc
 from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelpr.megatron_patches import megatron_fixes
-from moelpr.megatron_patches.megatron_fixes import GroupStepAdam
-from moelpr.process import command
-from moelpr.process.errors import MachineError
+from moelpr.base import command
+from moelpr.base.errors import MachineError
+from moelpr.model.megatron import megatron_fixes
+from moelpr.model.megatron.megatron_fixes import GroupStepAdam
 
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
@@ -392,7 +392,7 @@ def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypa
 
 
 def test_torch_compiles_more_variants_with_a_gpu() -> None:
-    code = "import torch; torch.cuda.is_available = lambda: True; from moelpr.megatron_patches import megatron_fixes; "
+    code = "import torch; torch.cuda.is_available = lambda: True; from moelpr.model.megatron import megatron_fixes; "
     code += "megatron_fixes._let_compiled_functions_have_more_variants(); "
     code += "import torch._dynamo.config as config; print(config.recompile_limit)"
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) >= 9

@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from moelpr.megatron_patches import bootstrap
+from moelpr.model.megatron import bootstrap
 
 
 @pytest.fixture

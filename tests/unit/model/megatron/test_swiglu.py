@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moelpr.megatron_patches.swiglu import swiglu, weighted_swiglu
+from moelpr.model.megatron.swiglu import swiglu, weighted_swiglu
 
 
 @pytest.mark.parametrize("rows", [0, 1, 128, 300])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.metrics.run_metrics import mean_of, read_run_metrics
-from moelpr.process.errors import UserError
+from moelpr.base.errors import UserError
+from moelpr.model.metrics.run_metrics import mean_of, read_run_metrics
 
 
 def write(folder: Path, *records: dict, end: str = "") -> Path:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moelpr.metrics.schema import METRICS
+from moelpr.model.metrics.schema import METRICS
 
 METHOD = Path(__file__).parents[3] / "docs" / "method.md"
 

@@ -13,11 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from kubeflow_trainer_api import models
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.workflow.kubernetes import Chain, KubernetesSettings, launch
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, launch
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 MODELS = {
     "ConfigMap": models.IoK8sApiCoreV1ConfigMap,

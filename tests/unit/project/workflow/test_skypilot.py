@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.workflow.skypilot import SkyPilotSettings, launch
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.project.workflow.skypilot import SkyPilotSettings, launch
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 
 def settings(**values: Any) -> SkyPilotSettings:

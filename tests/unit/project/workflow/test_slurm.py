@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.process.errors import UserError
-from moelpr.store import records
-from moelpr.store.run_folder import TRACKER_FILE
-from moelpr.workflow.slurm import Chain, SlurmJobs, SlurmSettings
-from moelpr.workflow.task import Task
-from moelpr.workflow.workflow import Workflow
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import TRACKER_FILE
+from moelpr.project.workflow.slurm import Chain, SlurmJobs, SlurmSettings
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
 
 # sbatch numbers its calls, and refuses what $REFUSED names; the queue is a file.
 STUBS = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moelpr.base import ranks
+from moelpr.base.errors import UserError
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.megatron_patches import bootstrap
-from moelpr.model_spec import ModelSpec
-from moelpr.process import ranks
-from moelpr.process.errors import UserError
+from moelpr.model.megatron import bootstrap
+from moelpr.model.model_spec import ModelSpec
 
-# Before Megatron is imported: so the tests import moelpr.arguments inside functions.
+# Before Megatron is imported: so the tests import moelpr.train.arguments inside functions.
 bootstrap.install_patches()
 
 STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
@@ -25,8 +25,8 @@ Problems = Callable[..., list[str]]
 
 def parsed(argv: list[str]) -> Namespace:
     """Megatron's settings after all checks, as the trainer registers them."""
-    from moelpr.arguments.parse import check_arguments, register_arguments
-    from moelpr.arguments.settings import RunSettings
+    from moelpr.train.arguments.parse import check_arguments, register_arguments
+    from moelpr.train.arguments.settings import RunSettings
 
     run = check_arguments(argv)
     return register_arguments(run, RunSettings.of(run))
@@ -125,9 +125,9 @@ def gathered(upcycled: str, data: list[str], monkeypatch: pytest.MonkeyPatch):  
     """Settings of a run on CPU, before they are checked."""
 
     def gather(*argv: str, ranks: int = 1, start: str = upcycled, stage: str = "stage1"):  # noqa: ANN202
-        from moelpr.arguments.flags import all_arguments
-        from moelpr.arguments.requested import RequestedRun
-        from moelpr.arguments.requirements import apply_machine
+        from moelpr.train.arguments.flags import all_arguments
+        from moelpr.train.arguments.requested import RequestedRun
+        from moelpr.train.arguments.requirements import apply_machine
 
         steps = "--seq-length 32 --lr 1e-3 --train-iters 2 --global-batch-size 12 --micro-batch-size 6"
         command = ["--stage", stage, "--pretrained-checkpoint", start, *steps.split(), *data, *argv]

@@ -10,7 +10,7 @@ import pytest
 
 
 def parse(*argv: str) -> tuple[dict, list[str]]:
-    from moelpr.arguments.flags import all_arguments
+    from moelpr.train.arguments.flags import all_arguments
 
     namespace, problems = all_arguments().parse_tolerantly(list(argv))
     return vars(namespace), problems
@@ -51,14 +51,14 @@ def test_a_value_that_megatron_cannot_evaluate_is_reported() -> None:
 
 
 def test_the_source_of_a_wrong_argument_is_named() -> None:
-    from moelpr.arguments.flags import all_arguments
+    from moelpr.train.arguments.flags import all_arguments
 
     parser = all_arguments()
     assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr:")
 
 
 def test_a_later_source_overrides_and_keeps_the_rest() -> None:
-    from moelpr.arguments.flags import all_arguments
+    from moelpr.train.arguments.flags import all_arguments
 
     parser = all_arguments()
     first, _ = parser.parse_tolerantly(["--lr", "1", "--data-path", "a", "b", "--seed", "5"])
@@ -81,7 +81,7 @@ def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(caps
 def test_the_help_of_each_of_our_flags_states_its_default_or_that_it_is_required() -> None:
     import argparse
 
-    from moelpr.arguments.flags import add_arguments
+    from moelpr.train.arguments.flags import add_arguments
 
     for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions:
         assert action.nargs == 0 or "default: " in action.help or "(required)" in action.help, action.option_strings

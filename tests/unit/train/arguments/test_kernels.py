@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from moelpr.megatron_patches import cpu
+from moelpr.model.megatron import cpu
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
     """The settings that a machine chooses, and its line."""
 
     def choose(capability: int, installed: set[str], record: dict | None = None, **changed: object):
-        from moelpr.arguments import kernels
+        from moelpr.train.arguments import kernels
 
         monkeypatch.setattr(cpu, "is_needed", lambda: capability == 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))

@@ -42,9 +42,9 @@ def resolved(upcycled: str) -> Resolve:
     """The steps of a run, what it prints about them, and its problems."""
 
     def resolve(*argv: str) -> tuple[int | None, str, list[str]]:
-        from moelpr.arguments.flags import all_arguments
-        from moelpr.arguments.length import set_train_iters
-        from moelpr.arguments.requested import RequestedRun
+        from moelpr.train.arguments.flags import all_arguments
+        from moelpr.train.arguments.length import set_train_iters
+        from moelpr.train.arguments.requested import RequestedRun
 
         run = RequestedRun.gather(["--pretrained-checkpoint", upcycled, *STEP, *argv], all_arguments())
         line = set_train_iters(run)
@@ -158,9 +158,9 @@ def test_a_run_resumes_with_its_budget_and_not_with_another(make_checkpoint, pro
 def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
     upcycled: str, tmp_path: Path, problems: Callable[..., list[str]]
 ) -> None:
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.arguments.length import set_train_iters, set_weights
-    from moelpr.arguments.requested import RequestedRun
+    from moelpr.train.arguments.flags import all_arguments
+    from moelpr.train.arguments.length import set_train_iters, set_weights
+    from moelpr.train.arguments.requested import RequestedRun
 
     large, small = write_manifest(tmp_path / "large", 64_000), write_manifest(tmp_path / "small", 1_000)
 

@@ -39,8 +39,8 @@ def test_an_invalid_stage_hides_no_problem_with_the_experts(upcycled: str, probl
 @pytest.fixture
 def make_run(upcycled: str) -> Callable:
     """A run in which settings have been changed without any check."""
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.arguments.requested import RequestedRun
+    from moelpr.train.arguments.flags import all_arguments
+    from moelpr.train.arguments.requested import RequestedRun
 
     argv = ["--pretrained-checkpoint", upcycled, "--seq-length", "32"]
     with_checkpoint = RequestedRun.gather(argv, all_arguments())
@@ -68,7 +68,7 @@ NUMBERS = (
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_check_fails_on_invalid_settings(make_run, data: st.DataObject) -> None:
-    from moelpr.arguments.checks import find_notes, find_problems
+    from moelpr.train.arguments.checks import find_notes, find_problems
 
     stage = data.draw(st.sampled_from([None, "dense", "stage1", "stage2"]))
     values = st.one_of(st.sampled_from([0, -1, 1, 2, 3, 4, 10**9 + 7]), st.none())
@@ -118,7 +118,7 @@ def test_the_balance_loss_is_a_mean_over_the_layers_with_experts(make_checkpoint
 
 
 def test_what_the_method_fixes_is_set(upcycled: str, accepted) -> None:
-    from moelpr.model.config import FIXED_FOR_MOE
+    from moelpr.model.layers.config import FIXED_FOR_MOE
 
     final = accepted("stage1", upcycled)
     assert final["moe_router_dtype"] == "fp32"
@@ -129,7 +129,7 @@ def test_what_the_method_fixes_is_set(upcycled: str, accepted) -> None:
 def test_the_variant_of_the_lpr_loss_reaches_the_model(upcycled: str, accepted, variant: str) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from moelpr.model.config import MoELPRConfig
+    from moelpr.model.layers.config import MoELPRConfig
 
     args = argparse.Namespace(**accepted("stage2", upcycled, "--lpr-loss", variant))
     assert core_transformer_config_from_args(args, config_class=MoELPRConfig).lpr_loss == variant

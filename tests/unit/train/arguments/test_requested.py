@@ -6,7 +6,7 @@ import pytest
 
 
 def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:
-    from moelpr.arguments.recipes import read_recipe, recipe_argv
+    from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lr: 1.0e-3\nbf16: true\nuse_distributed_optimizer: false\nsave: null\ndata-path: [1, a, 2, b]\n")
@@ -14,8 +14,8 @@ def test_a_recipe_is_flags_in_yaml(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path, monkeypatch) -> None:
-    from moelpr.arguments.recipes import read_recipe
-    from moelpr.process.errors import UserError
+    from moelpr.base.errors import UserError
+    from moelpr.train.arguments.recipes import read_recipe
 
     monkeypatch.chdir(tmp_path)
     assert read_recipe(Path("paper-stage2"))["--global-batch-size"] == 512
@@ -52,8 +52,8 @@ def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_pat
 
 
 def test_every_recipe_of_the_project_names_flags_that_exist() -> None:
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.arguments.recipes import read_recipe, recipe_argv
+    from moelpr.train.arguments.flags import all_arguments
+    from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
     recipes = list((Path(__file__).parents[3] / "launch" / "recipes").glob("*.yaml"))
     assert recipes
@@ -134,7 +134,7 @@ def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:
 def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, accepted, problems) -> None:
     from argparse import Namespace
 
-    from moelpr.training.train import model_config
+    from moelpr.train.train import model_config
 
     shape = {"window_size": [5, 0], "use_rope_scaling": True, "rope_scaling_factor": 32.0, "qk_layernorm": True}
     start = make_checkpoint("llama", shape=shape)
@@ -148,7 +148,7 @@ def test_a_checkpoints_window_and_rope_scaling_reach_the_model(make_checkpoint, 
 def test_a_checkpoints_multipliers_and_kind_of_rope_reach_the_model(make_checkpoint, accepted) -> None:
     from argparse import Namespace
 
-    from moelpr.training.train import model_config
+    from moelpr.train.train import model_config
     from tests.distributed.layout_runs import FACTORS
 
     start = make_checkpoint("granite", shape=FACTORS)

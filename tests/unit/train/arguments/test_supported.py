@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.arguments.recipes import read_recipe
-from moelpr.arguments.supported import REFUSED, SUPPORTED, WHY_FIXED
+from moelpr.train.arguments.recipes import read_recipe
+from moelpr.train.arguments.supported import REFUSED, SUPPORTED, WHY_FIXED
 
 ROOT = Path(__file__).parents[3]
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def megatrons() -> dict[str, str]:
     """Flag without dashes → Megatron's name."""
-    from moelpr.arguments.flags import all_arguments, own_arguments
+    from moelpr.train.arguments.flags import all_arguments, own_arguments
 
     ours = own_arguments().flags()
     return {flag[2:]: action.dest for flag, action in all_arguments().flags().items() if flag not in ours}
 
 
 def test_every_flag_in_the_table_exists_and_is_there_once(megatrons: dict[str, str]) -> None:
-    from moelpr.model.config import FIXED_FOR_MOE
+    from moelpr.model.layers.config import FIXED_FOR_MOE
 
     assert (SUPPORTED | REFUSED.keys() | WHY_FIXED.keys()) <= megatrons.keys()
     assert not SUPPORTED & (REFUSED.keys() | WHY_FIXED.keys())

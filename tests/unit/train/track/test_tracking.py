@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelpr.metrics import tracking
-from moelpr.metrics.trackers import TRACKERS, Tracker, public_settings, redact
-from moelpr.metrics.tracking import TrackedRun, Tracking, tracked_folders, values_of
+from moelpr.train.track import tracking
+from moelpr.train.track.trackers import TRACKERS, Tracker, public_settings, redact
+from moelpr.train.track.tracking import TrackedRun, Tracking, tracked_folders, values_of
 
 
 class Memory(Tracker):

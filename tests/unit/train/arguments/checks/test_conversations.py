@@ -37,9 +37,9 @@ def test_sft_packs_where_attention_keeps_apart_and_weighs_tokens_alike(upcycled:
 
 
 def test_an_epoch_is_its_windows(upcycled: str, chat: str) -> None:
-    from moelpr.arguments.flags import all_arguments
-    from moelpr.arguments.length import set_train_iters
-    from moelpr.arguments.requested import RequestedRun
+    from moelpr.train.arguments.flags import all_arguments
+    from moelpr.train.arguments.length import set_train_iters
+    from moelpr.train.arguments.requested import RequestedRun
 
     words = ["--pretrained-checkpoint", upcycled, "--stage", "sft", "--seq-length", "16", "--micro-batch-size", "1"]
     words += ["--global-batch-size", "1", "--data-path", chat, "--train-epochs", "2"]

@@ -49,10 +49,10 @@ def test_the_weight_of_a_corpus_is_positive_and_finite(upcycled: str, problems, 
 def test_document_masking_requires_our_attention(upcycled, accepted, problems, monkeypatch) -> None:
     from megatron.training.argument_utils import core_transformer_config_from_args
 
-    from moelpr.arguments import kernels
     from moelpr.data.dataset import dataset_config
-    from moelpr.megatron_patches import cpu
-    from moelpr.model.config import MoELPRConfig
+    from moelpr.model.layers.config import MoELPRConfig
+    from moelpr.model.megatron import cpu
+    from moelpr.train.arguments import kernels
 
     for argv, is_on in (([], False), ([MASKING], True)):
         args = argparse.Namespace(**accepted("stage1", upcycled, *argv))
@@ -92,7 +92,7 @@ def write_manifest(prefix: str, folder: Path) -> None:
 
 
 def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, accepted, tmp_path, capfd, monkeypatch):
-    from moelpr.arguments.checks import data as checks
+    from moelpr.train.arguments.checks import data as checks
 
     prefix, hf = data[1], Path(upcycled) / "hf"
     assert accepted("stage1", upcycled)
@@ -120,7 +120,7 @@ def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, acc
 
 
 def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(upcycled, problems, accepted, tmp_path, capfd):
-    from moelpr.arguments.checks import data as checks
+    from moelpr.train.arguments.checks import data as checks
 
     prefix, old, hf = write_corpus(tmp_path / "en", True, True), tmp_path / "old", Path(upcycled) / "hf"
     save_tokenizer(old, num_ids=20)

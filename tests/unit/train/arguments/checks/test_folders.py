@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.arguments.checks.folders import checkpoint_bytes
-from moelpr.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec
+from moelpr.train.arguments.checks.folders import checkpoint_bytes
 
 
 def test_an_empty_folder_to_load_is_rejected(upcycled: str, problems, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moelpr.megatron_patches import cpu
-from moelpr.model_spec import ModelSpec
+from moelpr.base import machine
+from moelpr.model.megatron import cpu
+from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.memory import CPU, Workload, model_parts, stage_memories
-from moelpr.process import machine
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from moelpr.process import machine
 def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     gathered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
 ) -> None:
-    from moelpr.arguments.checks import find_problems
+    from moelpr.train.arguments.checks import find_problems
 
     (tmp_path / "nvidia0").touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -33,7 +33,7 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
 
 @pytest.mark.parametrize(("free_gib", "is_warned"), [(0.9, True), (1.1, False)])
 def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: float, is_warned: bool) -> None:  # noqa: ANN001
-    from moelpr.arguments.checks import hardware
+    from moelpr.train.arguments.checks import hardware
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(hardware, "expected_memory", lambda run: 1 << 29)
@@ -45,7 +45,7 @@ def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: 
 
 @pytest.mark.parametrize(("free", "is_warned"), [(2.1, False), (1.9, True)])
 def test_a_host_without_room_for_the_optimizer_is_a_warning(gathered, monkeypatch, free: float, is_warned) -> None:  # noqa: ANN001
-    from moelpr.arguments.checks import hardware
+    from moelpr.train.arguments.checks import hardware
 
     run = gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
     planned = hardware.as_planned(run)
@@ -61,7 +61,7 @@ def test_a_host_without_room_for_the_optimizer_is_a_warning(gathered, monkeypatc
 
 @pytest.mark.parametrize(("need_gib", "is_warned"), [(71, False), (73, True)])
 def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, need_gib: int, is_warned: bool) -> None:  # noqa: ANN001
-    from moelpr.arguments.checks import hardware
+    from moelpr.train.arguments.checks import hardware
 
     run = gathered()
     monkeypatch.setattr(cpu, "is_needed", lambda: False)
@@ -89,8 +89,8 @@ def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, nee
 def test_the_expected_memory_is_the_planners_plus_the_process(
     gathered, upcycled, dense, stage, flags, ranks, layout
 ) -> None:
-    from moelpr.arguments.checks.hardware import PROCESS_BYTES, expected_memory
-    from moelpr.layouts import PlannedLayout
+    from moelpr.plan.layouts import PlannedLayout
+    from moelpr.train.arguments.checks.hardware import PROCESS_BYTES, expected_memory
 
     start = dense if stage == "dense" else upcycled
     spec = ModelSpec.read(Path(start))
@@ -105,7 +105,7 @@ def test_the_expected_memory_is_the_planners_plus_the_process(
 
 
 def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dense: str) -> None:
-    from moelpr.arguments.checks.hardware import expected_memory
+    from moelpr.train.arguments.checks.hardware import expected_memory
 
     assert expected_memory(gathered(start=dense, stage="stage1")) is None
     assert expected_memory(gathered("--micro-batch-size", "0")) is None
@@ -114,7 +114,7 @@ def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dens
 
 
 def test_settings_that_need_less_are_those_that_the_run_does_not_have(gathered) -> None:
-    from moelpr.arguments.checks.hardware import smaller_settings
+    from moelpr.train.arguments.checks.hardware import smaller_settings
 
     first = smaller_settings(gathered(ranks=2))
     assert "--use-distributed-optimizer" in first and "--micro-batch-size 3" in first and "selective" in first

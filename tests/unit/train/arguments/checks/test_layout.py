@@ -1,4 +1,4 @@
-"""Layouts and batches that do not fit are rejected with values that work (rules: tests/unit/test_layouts.py)."""
+"""Layouts and batches that do not fit are rejected with values that work (rules: tests/unit/plan/test_layouts.py)."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_tensor_parallel_ranks_can_share_a_query_group(make_checkpoint, accepted
 
 
 def test_rows_of_grouped_gemm_are_checked_on_a_gpu_only(upcycled, problems, accepted, monkeypatch) -> None:
-    from moelpr.megatron_patches import cpu
+    from moelpr.model.megatron import cpu
 
     assert accepted("stage1", upcycled, TP, "4", ranks=4)
     with monkeypatch.context() as gpu:

@@ -6,8 +6,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from moelpr.arguments.checks.model import check_transformer_engine
-from moelpr.model_spec import ModelSpec, NewTokens
+from moelpr.model.model_spec import ModelSpec, NewTokens
+from moelpr.train.arguments.checks.model import check_transformer_engine
 
 
 def test_each_stage_requires_the_right_kind_of_checkpoint(upcycled: str, dense: str, problems) -> None:
@@ -213,7 +213,7 @@ def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None
     ],
 )
 def test_flags_that_need_transformer_engine_are_rejected_without_it(upcycled, problems, monkeypatch, flags) -> None:
-    from moelpr.arguments import kernels
+    from moelpr.train.arguments import kernels
 
     monkeypatch.setattr(kernels, "is_installed", lambda module: False)
     values = {"--context-parallel-size": ["2"], "--attention-dropout": ["0.1"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moelpr.model_spec import ModelSpec, MoeSpec, NewTokens
+from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
 
 TP, PP, EP, ETP = (
     f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")

@@ -25,7 +25,6 @@ from moelpr.model.families.moe_classes import (
     has_multipliers,
 )
 from moelpr.model.families.tables import NameTable, hybrid_table, llama_like_table, norms_after_table
-from moelpr.model.families.unsupported import reason_against
 from moelpr.model.model_spec import MAX_EXPERTS, ModelSpec, MoeSpec
 
 _MISTRAL, _PHI3 = "mistral", "phi3"
@@ -368,11 +367,12 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             family = next(family for family in FAMILIES.values() if family.attention == wanted)
             return family.written_as(moe_class), True
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
-    if (reason := reason_against(config, [f.model_type for f in FAMILIES.values()])) is not None:
-        raise UserError(f"a {found} cannot be upcycled: {reason}; docs/models.md lists the models that can")
     known = [family.architecture for family in FAMILIES.values()]
     known += [*(moe_class.architecture for moe_class in MOE_CLASSES.values()), *TEXT_CLASSES]
-    raise UserError(f"architecture must be one of {', '.join(known)}, got {found}")
+    raise UserError(
+        f"a {found} cannot be upcycled (docs/models.md#supported-models says why); pass a model of one of these "
+        f"architectures: {', '.join(known)}"
+    )
 
 
 def family_named(name: str) -> Family:

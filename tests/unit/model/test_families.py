@@ -372,11 +372,6 @@ def test_a_config_with_impossible_values_is_rejected(source: Path, tmp_path: Pat
     assert_import_fails(source, tmp_path, "config|epsilon|max_position")
 
 
-def test_an_unknown_architecture_is_rejected_with_the_known_ones(source: Path, tmp_path: Path) -> None:
-    edit_json(source / "config.json", architectures=["OwnForCausalLM"], model_type="own")
-    assert_import_fails(source, tmp_path, "LlamaForCausalLM, .*Qwen3ForCausalLM.*MixtralForCausalLM.*OwnForCausalLM")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -80,7 +80,7 @@ def labelled(projects: Sequence[Places]) -> dict[str, Places]:
     Raises:
         UserError: A file is given twice.
     """
-    names = [[_method(one), one.file.path.stem, str(one.file.path)] for one in projects]
+    names = [[one.method, one.file.path.stem, str(one.file.path)] for one in projects]
     times = Counter([_BASE, *(name for of in names for name in {*of})])
     found: dict[str, Places] = {}
     for places, of in zip(projects, names, strict=True):
@@ -89,10 +89,6 @@ def labelled(projects: Sequence[Places]) -> dict[str, Places]:
             raise UserError(f"{label} is given twice; pass each project once")
         found[label] = places
     return found
-
-
-def _method(places: Places) -> str:
-    return getattr(places.project, "method", "moe-lpr")
 
 
 def check(projects: Mapping[str, Places]) -> None:

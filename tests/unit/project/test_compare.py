@@ -148,3 +148,6 @@ def test_a_project_is_named_by_what_no_other_has(finish, tmp_path) -> None:
     projects = [Places(read_project(path)) for path in [*paths, tmp_path / "more/two.yaml"]]
     assert [*command.labelled(projects)] == ["one", *map(str, paths[1:]), str(tmp_path / "more/two.yaml")]
     assert [*command.labelled(projects[:1])] == ["moe-lpr"]
+    full = Places(read_project(finish("moe-lpr", 0, method="full")))
+    assert [*command.labelled([*projects[:2], full])] == ["one", "two", "full"]
+    assert [*command.labelled([projects[0], full])] == ["one", "full"]

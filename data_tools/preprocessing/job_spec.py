@@ -14,7 +14,7 @@ from data_tools.preprocessing.arguments import GROUPS, KEPT
 from data_tools.preprocessing.conversations import load_chat_template
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
-from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokenizer
+from data_tools.preprocessing.job_tokenizer import tokenizer_of
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare
 from data_tools.preprocessing.registry import Dataset, read_registry
 from data_tools.preprocessing.tagging import (
@@ -25,7 +25,6 @@ from data_tools.preprocessing.tagging import (
     OneLanguage,
     Tagger,
 )
-from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError
 from moelpr.base.files import refuse_existing
 from moelpr.base.languages import canonical
@@ -99,7 +98,7 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     outputs = _outputs(args)
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]
-    tokenizer = _tokenizer(args)
+    tokenizer = tokenizer_of(args)
     chat = None
     if args.conversations:
         chat = load_chat_template(args.chat_template_from or args.tokenizer_model, args.tokenizer_model)
@@ -184,18 +183,6 @@ def _datasets(args: argparse.Namespace) -> list[Dataset]:
         return [Dataset("", sources, bit, args.json_keys[0])]
     names = [name.strip() for name in args.dataset.split(",") if name.strip()]
     return read_registry(args.dataset_info, names, args.dataset_dir)
-
-
-def _tokenizer(args: argparse.Namespace) -> JobTokenizer:
-    check_is_utf8(args.tokenizer_model, "tokenizer")
-    special_tokens = not args.tokenizer_hf_no_include_special_tokens
-    tokenizer = load_job_tokenizer(args.tokenizer_type, args.tokenizer_model, special_tokens, args.eod_token)
-    if args.append_eod and tokenizer.record.eod_id is None:
-        raise UserError(
-            f"--append-eod requires an end-of-document token, but {args.tokenizer_model} has none; name one with "
-            "--eod-token"
-        )
-    return tokenizer
 
 
 def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[LanguageGroups, Tagger]:

@@ -1,5 +1,6 @@
 """The tokenizer of a preprocessing job."""
 
+import argparse
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -8,6 +9,7 @@ from multiprocessing import parent_process
 from typing import NamedTuple
 
 from data_tools.preprocessing.workers import started_pool
+from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.manifest import TokenizerRecord
 from moelpr.data.tokenizers.base import Tokenizer
@@ -41,6 +43,19 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
             raise UserError(
                 f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
             ) from error
+
+
+def tokenizer_of(args: argparse.Namespace) -> JobTokenizer:
+    """Load the tokenizer that a command line names."""
+    check_is_utf8(args.tokenizer_model, "tokenizer")
+    special_tokens = not args.tokenizer_hf_no_include_special_tokens
+    tokenizer = load_job_tokenizer(args.tokenizer_type, args.tokenizer_model, special_tokens, args.eod_token)
+    if args.append_eod and tokenizer.record.eod_id is None:
+        raise UserError(
+            f"--append-eod requires an end-of-document token, but {args.tokenizer_model} has none; name one with "
+            "--eod-token"
+        )
+    return tokenizer
 
 
 def omit_torch() -> None:

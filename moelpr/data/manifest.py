@@ -4,9 +4,8 @@ import hashlib
 import os
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,7 +23,6 @@ from moelpr.data.tokenizers.base import Tokenizer, vocabulary_checksum
 BLOCK_BYTES = 1 << 22
 SAMPLED_BLOCKS = 64
 
-_Blocks = Iterable[bytes]  # FileRecord has a field of that name
 Count = Annotated[int, Field(ge=0)]
 # The two values of a language bit, by name.
 Bit = Literal["original", "expanded"]
@@ -88,18 +86,13 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
         """Read a file; `progress` is called with the bytes of each block."""
-        with open(path, "rb") as file:
-            return cls.of_blocks(iter(partial(file.read, BLOCK_BYTES), b""), progress)
-
-    @classmethod
-    def of_blocks(cls, blocks: _Blocks, progress: Callable[[int], object] = lambda _: None) -> Self:
-        """Take the content of a file in blocks of `BLOCK_BYTES`, the last of which may be shorter."""
         checksum, found, size = hashlib.sha256(), [], 0
-        for block in blocks:
-            checksum.update(block)
-            found.append(_block_checksum(block))
-            size += len(block)
-            progress(len(block))
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                checksum.update(block)
+                found.append(_block_checksum(block))
+                size += len(block)
+                progress(len(block))
         return cls(size, checksum.hexdigest(), "".join(found))
 
     def matches(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> bool:

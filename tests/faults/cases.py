@@ -128,7 +128,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("sample", "corpus/*.json", same_corpus),
         Reading("inspect", "corpus/en*.bin corpus/en*.idx corpus/en*.lang", same_print),
         Reading("inspect", "corpus/en*.json", anything),
-        Reading("tag", "corpus/el*.bin corpus/el*.idx", anything),  # nothing says what they were
+        Reading("tag", "out/el*.bin out/el*.idx", anything),  # nothing says what they were
         Reading("settings", f"{CORPUS} corpus/*.json", same_settings, 0.3),
         Reading("train", f"{CORPUS} corpus/*.json", same_run, 0.03),
     ),
@@ -140,7 +140,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         ),
         Reading("sentencepiece", "text/text.jsonl", anything),
         Reading("extend", "text/el.jsonl text/en.jsonl", anything),
-        Reading("tag", "text/languages.txt", anything, 0.5),  # "en" and "eng" are languages too
     ),
     "tokenizers": (
         Reading("preprocess", "hf/tokenizer*.json", right_tokens),
@@ -254,7 +253,6 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "preprocess conversations": ("--resume", same_files),
     "merge large corpora": ("", same_files),
     "sample a large corpus": ("", same_files),
-    "tag a large corpus": ("", same_files),
     "hf_to_mcore": ("", same_files),
     "mcore_to_hf": ("", same_files),
     "apply_delta": ("", same_files),

@@ -82,14 +82,8 @@ COMMANDS = {
     ),
     "tag": Command(
         "data_tools.tag_data",
-        f"corpus/el_text_document --document-languages text/languages.txt --original-languages en "
-        f"--expanded-languages el --output-prefix out/el {_TOKENIZER}",
-        "corpus hf text/languages.txt:text/languages.txt",
-    ),
-    "tag a large corpus": Command(
-        "data_tools.tag_data",
-        f"large/a_text_document --language el --expanded-languages el --output-prefix out/a {_TOKENIZER}",
-        "large hf",
+        f"out/el_text_document --language el --bit expanded --overwrite {_TOKENIZER}",
+        "corpus:out hf",
     ),
     "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
     "extend": Command(

@@ -19,7 +19,6 @@ _LEFT_OUT = (
     "preprocess a large file",
     "merge large corpora",
     "sample a large corpus",
-    "tag a large corpus",
     "train on two ranks",
 )
 _LEFT_OUT += ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "new tokens", "delta", "mcore_to_adapter")

@@ -137,7 +137,6 @@ def write_text(folder: Path) -> None:
     parquet.write_table(Table.from_pylist(rows), text / "text.parquet", row_group_size=9, write_page_checksum=True)
     for language in WORDS:
         (text / f"{language}.jsonl").write_bytes(as_lines(row for row in rows[:16] if row["lang"] == language))
-    (text / "languages.txt").write_text("el\n" * sum(row["lang"] == "el" for row in rows[:16]))
     large = ({"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS)
     (folder / "large.jsonl").write_bytes(as_lines(large))
     roles = ("user", "assistant")

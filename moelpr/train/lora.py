@@ -105,12 +105,10 @@ def _steps(args: argparse.Namespace) -> int:
 
 def _blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
     """Prefixes of corpora and their weights."""
-    from moelpr.data.manifest import Manifest
-
     words, is_weighted = args.data_path, len(args.data_path) % 2 == 0
     prefixes = words[1::2] if is_weighted else words
     for prefix in prefixes:
-        if Manifest.read(prefix) is None:
+        if not Path(f"{prefix}.idx").is_file():
             raise UserError(f"--data-path {prefix} is not a corpus; make one with moelpr data preprocess")
     return prefixes, [float(word) for word in words[::2]] if is_weighted else None
 
@@ -143,6 +141,7 @@ def train(args: argparse.Namespace, adapter: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
     model, run = _with_adapters(args), args.save
+    signals: list[int] = []
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=args.train_iters,
@@ -166,8 +165,13 @@ def train(args: argparse.Namespace, adapter: Path) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=_samples(args, model), callbacks=[_callback(args)])
-    trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    trainer = Trainer(model, arguments, train_dataset=_samples(args, model), callbacks=[_callback(args, signals)])
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in SIGNALS}
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(run))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if trainer.state.global_step < args.train_iters:
         (run / STOP_FILE).unlink(missing_ok=True)
         raise StoppedError(f"stopped after step {trainer.state.global_step} of {args.train_iters}; rerun to resume")
@@ -246,7 +250,7 @@ def last_checkpoint(run: Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def _callback(args: argparse.Namespace) -> Any:
+def _callback(args: argparse.Namespace, signals: list[int]) -> Any:
     """Writes a line of metrics per step, as the trainer does, and stops the training when it is asked to."""
     import torch
     from transformers import TrainerCallback
@@ -254,13 +258,10 @@ def _callback(args: argparse.Namespace) -> Any:
     from moelpr.model.metrics import schema as metrics
 
     tokens = args.global_batch_size * args.seq_length
-    signals: list[int] = []
 
     class Callback(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.last = time.monotonic()
-            for number in SIGNALS:
-                signal.signal(number, lambda number, _: signals.append(number))
 
         def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
             if signals or (args.save / STOP_FILE).exists():

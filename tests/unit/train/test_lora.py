@@ -1,0 +1,124 @@
+"""LoRA on the stages' samples: a run that is stopped ends with the same bits, and only adapters change."""
+
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data_tools.corpus.corpus_writer import CorpusWriter
+from moelpr.base.errors import StoppedError, UserError
+from moelpr.model.metrics.run_metrics import read_run_metrics
+from moelpr.train import lora
+from tests.support.hf_models import save_tokenizer
+
+pytest.importorskip("peft", reason="peft is not installed: the extra lora")
+
+STEPS, BATCH, LENGTH = 4, 4, 16
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Run the command on a tiny base and a random corpus; returns the folder of the run, next to which `hf-RUN` is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, **shape)
+    LlamaForCausalLM(config).save_pretrained("base")
+    save_tokenizer(tmp_path / "base", 64)
+    random = np.random.default_rng(0)
+    with CorpusWriter(tmp_path / "corpus", vocab_size=64) as writer:
+        for _ in range(40):
+            writer.add_document(random.integers(0, 64, 50), False)
+        writer.finalize()
+        writer.commit()
+
+    def train(run: str = "run", *words: str) -> Path:
+        command = f"lora --hf-path base --data-path corpus --save {run} --export hf-{run} --train-tokens 200 --lr 1e-2"
+        command += f" --global-batch-size {BATCH} --micro-batch-size 2 --seq-length {LENGTH} --rank 3 --save-interval 2"
+        monkeypatch.setattr(sys, "argv", [*command.split(), *words])
+        lora.main()
+        return Path(run)
+
+    return train
+
+
+def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(train: Train) -> None:
+    run = train()  # 200 tokens are 4 steps of 64
+    assert [step["iteration"] for step in read_run_metrics(run / "metrics.jsonl").steps] == [1, 2, 3, 4]
+    start = LlamaForCausalLM.from_pretrained("base").state_dict()
+    merged = LlamaForCausalLM.from_pretrained("hf-run").state_dict()
+    adapter = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items()
+    }
+    for name, tensor in start.items():
+        if (down := adapter.get(name.replace(".weight", ".lora_A.weight"))) is not None:
+            product = adapter[name.replace(".weight", ".lora_B.weight")] @ down
+            assert product.abs().max() > 0 and down.shape[0] == 3
+            torch.testing.assert_close(merged[name], tensor + 2 * product, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(merged[name], tensor), name
+    assert sum(name.endswith("lora_A.weight") for name in adapter) == 2 * 7  # all linear layers
+    (run / "FINISHED").unlink(), shutil.rmtree("hf-run")
+    train()
+    assert torch.equal(
+        LlamaForCausalLM.from_pretrained("hf-run").state_dict()["model.norm.weight"], start["model.norm.weight"]
+    )
+
+
+def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train("whole")
+    measured: list[int] = []
+
+    def ask_to_stop_in_step_2(process: int) -> int:
+        measured.append(process)
+        if len(measured) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return 1
+
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="stopped after step 3 of 4"):
+        patch.setattr(lora.machine, "peak_memory", ask_to_stop_in_step_2)
+        train()
+    assert not Path("hf-run").exists() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    (Path("run") / "checkpoint-9").mkdir()  # as a save that was interrupted leaves it
+    run = train()
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, run)]
+    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    losses = [[step["lm_loss"] for step in read_run_metrics(one / "metrics.jsonl").steps] for one in (whole, run)]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def test_a_folder_belongs_to_one_training(train: Train) -> None:
+    train()
+    train("run", "--micro-batch-size", "4")
+    with pytest.raises(UserError, match=r"--save run was started with lr 0\.01, not 0\.003; remove it"):
+        train("run", "--lr", "3e-3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--modules", "no_such"], "--modules no_such: .*; name modules of the base"),
+        (["--data-path", "none"], "--data-path none is not a corpus; make one with"),
+        (["--micro-batch-size", "3"], "--global-batch-size 4 must be a multiple of --micro-batch-size, got 3"),
+        (["--train-tokens", "10"], "10 tokens fill no step of 4 sequences of 16 tokens"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(train: Train, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        train("run", *words)
+
+
+def test_without_peft_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"peft is not installed, .*\[lora\]"):
+        lora.require_peft()

@@ -12,7 +12,7 @@ from moelpr.measure.report.claims import Claims, read_facts, read_verifications
 from moelpr.measure.report.language_results import LanguageResults
 from moelpr.measure.report.numbers import Interval
 
-DEMO_CLAIMS = Path(__file__).parents[3] / "examples/demo-claims.yaml"
+DEMO_CLAIMS = Path(__file__).parents[4] / "examples/demo-claims.yaml"
 CHECKS = {name: {"equal": True} for name in ("check-upcycled", "check-frozen", "check-export")}
 
 

@@ -16,7 +16,7 @@ from megatron.training import checkpointing, global_vars
 
 from moelpr.model.megatron import hooks
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 # The functions that the hooks replace, and the argument names that they read.
 READ_ARGUMENTS = {

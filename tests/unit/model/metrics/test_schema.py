@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moelpr.model.metrics.schema import METRICS
 
-METHOD = Path(__file__).parents[3] / "docs" / "method.md"
+METHOD = Path(__file__).parents[4] / "docs" / "method.md"
 
 
 def test_every_metric_is_explained_once() -> None:

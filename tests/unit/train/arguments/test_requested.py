@@ -55,7 +55,7 @@ def test_every_recipe_of_the_project_names_flags_that_exist() -> None:
     from moelpr.train.arguments.flags import all_arguments
     from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
-    recipes = list((Path(__file__).parents[3] / "launch" / "recipes").glob("*.yaml"))
+    recipes = list((Path(__file__).parents[4] / "launch" / "recipes").glob("*.yaml"))
     assert recipes
     for recipe in recipes:
         assert all_arguments().parse_tolerantly(recipe_argv(read_recipe(recipe)))[1] == [], recipe.name

@@ -8,7 +8,7 @@ import pytest
 from moelpr.train.arguments.recipes import read_recipe
 from moelpr.train.arguments.supported import REFUSED, SUPPORTED, WHY_FIXED
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

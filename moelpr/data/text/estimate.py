@@ -132,7 +132,6 @@ def _rows(source: Source, start: int, count: "_Counter") -> _Density:
         rows = [row for row, _ in islice(rows_of(file, [group], columns), _DOCUMENTS)] if groups else []
         if not rows:
             return _Density()
-        # Only now: of an encrypted file, asking for sizes ends the process.
         size = sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
         found, tokens = count(rows)
         num_bytes = sum(len(row[key].encode()) for row in rows if isinstance(row[key], str))

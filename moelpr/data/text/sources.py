@@ -50,7 +50,6 @@ _MAGIC = {
     b"\xfd7zXZ\x00": Form.XZ,
     b"PAR1": Form.PARQUET,
 }
-_ENCRYPTED_PARQUET = b"PARE"
 _ZSTD_SKIPPABLE = b"\x50\x2a\x4d\x18"  # a frame without text; the last four bits of the first byte may vary
 
 
@@ -254,13 +253,6 @@ def _form(path: str, start: bytes) -> Form:
     """The form of a file by its first bytes."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
-    if start.startswith(_ENCRYPTED_PARQUET):
-        raise encrypted(path)
     if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
         return Form.ZSTD
     return next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
-
-
-def encrypted(path: str) -> UserError:
-    """The error for a Parquet file whose keys are not known."""
-    return UserError(f"the input {path} is encrypted Parquet; decrypt it first, for example with pyarrow")

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 from moelpr.base.errors import DISK_FULL, UserError
-from moelpr.data.text.sources import Form, Source, encrypted
+from moelpr.data.text.sources import Form, Source
 
 BLOCK_BYTES = 1 << 16
 
@@ -88,8 +88,6 @@ def name_damaged(source: Source) -> Iterator[None]:
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:  # pyarrow's are OSError or ValueError
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
-        if "decrypt" in str(error):
-            raise encrypted(source.path) from None
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         raise UserError(
             f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"

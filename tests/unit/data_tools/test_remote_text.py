@@ -10,7 +10,6 @@ import pyarrow
 import pytest
 from huggingface_hub import constants
 from pyarrow import parquet
-from pyarrow.parquet import encryption
 
 from data_tools import merge_data, preprocess_data
 from data_tools.preprocessing import job
@@ -221,11 +220,9 @@ def test_a_remote_file_that_changes_is_noticed(is_resumed, server, hf_tokenizer,
         ("http://user:hidden@localhost/a.jsonl", "contains a login.*netrc"),
         ("http://127.0.0.1:9/a.jsonl", "can't be read .*check the address"),
         ("{http}/jsonl/*.none", "no file matches"),
-        ("{http}/encrypted.parquet", "encrypted.parquet is encrypted Parquet"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_sentence(uri, message, server, hf_tokenizer, preprocess) -> None:
-    (server.folder / "encrypted.parquet").write_bytes(b"PARE" * 9)
     with pytest.raises(UserError, match=message) as error:
         preprocess(hf_tokenizer, "--input", uri.format(http=f"{server.address}/files"), *KEYS)
     assert "hidden" not in str(error.value)
@@ -310,22 +307,3 @@ def test_a_file_unlike_the_others_is_found_before_the_work_starts(
     words = ("--input", tmp_path / "a.parquet", path, "--language", "expanded", *flags)
     with pytest.raises(UserError, match=message):
         preprocess(hf_tokenizer, *words)
-
-
-def test_encrypted_parquet_with_a_readable_footer_is_refused(hf_tokenizer, preprocess, tmp_path) -> None:
-    """pyarrow ends the process if it is asked how large such a column is."""
-
-    class Keys(encryption.KmsClient):
-        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> str:
-            return key_bytes.hex()
-
-    factory = encryption.CryptoFactory(lambda _: Keys())
-    settings = encryption.EncryptionConfiguration("footer", column_keys={"key": ["text"]}, plaintext_footer=True)
-    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), settings)
-    table, path = pyarrow.table({"text": ["a"] * 9}), tmp_path / "a.parquet"
-    with parquet.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
-        writer.write_table(table)
-    with pytest.raises(UserError, match="a.parquet is encrypted Parquet"):
-        preprocess(hf_tokenizer, "--input", path, "--language", "expanded")
-    with pytest.raises(UserError, match="a.parquet is encrypted Parquet"):
-        estimate([path], "text", hf_tokenizer)

@@ -1,4 +1,4 @@
-"""A server that answers as the Hugging Face Hub does when a model is uploaded without Xet."""
+"""A server that answers as the Hugging Face Hub does when a model is downloaded, or uploaded without Xet."""
 
 import base64
 import hashlib
@@ -7,17 +7,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+
+import pytest
 
 TOKEN = "hf_" + "a" * 34
 
 
 class LocalHub(ThreadingHTTPServer):
-    """The repositories of the user "me", by name.
+    """Repositories by name; those of the user "me" may be written to, with `TOKEN`.
 
     Attributes:
         repositories: Name → files.
         private: Names of the private repositories.
+        gated: Names of the repositories that nobody may read.
+        revisions: Names of branches and tags, which all repositories have; each stands for the last commit.
         blobs: Large files that were received, also before a commit.
         received: The checksum of each large file as often as it was received.
         broken: Whether large files of more than 10,000 bytes are refused.
@@ -28,6 +34,8 @@ class LocalHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
+        self.gated: set[str] = set()
+        self.revisions = {"main"}
         self.blobs: dict[str, bytes] = {}
         self.received: list[str] = []
         self.asked: list[str] = []
@@ -36,6 +44,25 @@ class LocalHub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def downloads(self) -> set[str]:
+        """The files that were downloaded, by name."""
+        return {line.split("/", 5)[5] for line in self.asked if line.startswith("GET ") and "/resolve/" in line}
+
+    def commit(self, name: str) -> str:
+        return hashlib.sha1(repr(sorted(self.repositories[name].items())).encode()).hexdigest()
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Make this process ask it, and keep what it downloads in a folder."""
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @contextmanager
@@ -70,9 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.split("?")[0].strip("/")
         hub.asked.append(f"{self.command} /{path}")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if not path.startswith("lfs/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        parts, login = path.split("/"), self.headers.get("Authorization")
+        is_download = not login and ("resolve" in parts or "tree" in parts or "revision" in parts)
+        if not path.startswith("lfs/") and login != f"Bearer {TOKEN}" and not is_download:
             return self._answer(401, {"error": "Invalid username or password."})
-        parts = path.split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2]).removesuffix(".git")
         if path == "api/whoami-v2":
             return self._answer(200, {"type": "user", "name": "me"})
@@ -90,10 +118,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(200 if is_new else 409, {"url": f"{hub.url}/{name}"})
         if path.startswith("lfs/"):
             return self._receive(parts[1], body)
+        if name in hub.gated:
+            return self._answer(403, {"error": "Access is restricted"}, X_Error_Code="GatedRepo")
         if name not in hub.repositories:
             return self._answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         files = hub.repositories[name]
-        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        commit = hub.commit(name)
+        if "revision" in parts and unquote(parts[5]) not in {*hub.revisions, commit}:
+            return self._answer(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
         if "resolve" in parts:
             content = files.get("/".join(parts[4:]))
             if content is None:
@@ -114,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         if "commit" in parts:
             return self._commit(name, files, [json.loads(line) for line in body.splitlines()])
-        if len(parts) == 4:
+        if len(parts) == 4 or "revision" in parts:
             return self._answer(200, {"id": name, "sha": commit, "siblings": [{"rfilename": p} for p in files]})
         self._answer(404, {"error": f"not in this Hub: {path}"})
 

@@ -1,14 +1,10 @@
 """Models named as on the Hub are downloaded without pickles and code, from a server that answers as the Hub does."""
 
-import hashlib
 import json
 import re
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,75 +16,24 @@ from moelpr.base.errors import UserError
 from moelpr.model.families.hub import config_folder
 from moelpr.plan import __main__ as planner
 from tests.support.hf_models import assert_nothing_left
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The three answers that a download needs: a branch's commit, a commit's files, and a file."""
-
-    folder: Path
-    requests: list[str]
-
-    def do_GET(self) -> None:
-        path = urlsplit(self.path).path
-        if path.startswith("/api/models/o/Gated/"):
-            return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
-        if not path.startswith(("/api/models/o/Tiny/", "/o/Tiny/")):
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        if path == "/api/models/o/Tiny/revision/main":
-            return self.answer(200, json.dumps({"id": "o/Tiny", "sha": COMMIT, "siblings": []}).encode())
-        if path == f"/api/models/o/Tiny/tree/{COMMIT}":
-            files = [path for path in self.folder.rglob("*") if path.is_file()]
-            tree = [
-                {"type": "file", "path": str(path.relative_to(self.folder)), "size": path.stat().st_size, "oid": "0"}
-                for path in files
-            ]
-            return self.answer(200, json.dumps(tree).encode())
-        name = path.removeprefix(f"/o/Tiny/resolve/{COMMIT}/")
-        if name == path:
-            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        self.requests.append(name)
-        content = (self.folder / name).read_bytes()
-        return self.answer(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
-
-    do_HEAD = do_GET
-
-    def answer(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+from tests.support.local_hub import LocalHub, local_hub
 
 
 @pytest.fixture
-def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
     """o/Tiny with the files of `source`, and much that must not be downloaded."""
-    from huggingface_hub import constants
-
-    Hub.folder, Hub.requests = source, []
     (source / "README.md").write_text("---\nlicense: mit\n---\n")
     (source / "pytorch_model.bin").write_bytes(b"a pickle")
     (source / "modeling_tiny.py").write_text("raise SystemExit")
     (source / "original").mkdir()
     for name in ("consolidated.safetensors", "original/model.safetensors"):
         shutil.copyfile(source / "model.safetensors", source / name)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        files = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        yield Hub
-        server.shutdown()
+    with local_hub() as hub:
+        files = [path for path in source.rglob("*") if path.is_file()]
+        hub.repositories["o/Tiny"] = {str(path.relative_to(source)): path.read_bytes() for path in files}
+        hub.gated.add("o/Gated")
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
 
 
 def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tmp_path, monkeypatch, exit_code) -> None:
@@ -97,26 +42,26 @@ def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tm
     arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2, "--save"
     assert exit_code(importer.main, *arguments, tmp_path / "out") == 0
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert set(hub.requests) == tokenizer | {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert hub.downloads == tokenizer | {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     origin = json.loads((tmp_path / "out" / "hf" / "origin.json").read_text())
-    assert (origin["base_model"], origin["revision"]) == ("o/Tiny", COMMIT)
+    assert (origin["base_model"], origin["revision"]) == ("o/Tiny", hub.commit("o/Tiny"))
     mcore_to_hf(tmp_path / "out", tmp_path / "export")
     card = ModelCard.load(tmp_path / "export" / "README.md")
-    assert card.data.base_model == "o/Tiny" and COMMIT in card.text
+    assert card.data.base_model == "o/Tiny" and hub.commit("o/Tiny") in card.text
     # Again without a network: the cache has it.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert exit_code(importer.main, *arguments, tmp_path / "offline") == 0
-    assert exit_code(importer.main, *arguments, tmp_path / "pinned", "--revision", COMMIT) == 0
+    assert exit_code(importer.main, *arguments, tmp_path / "pinned", "--revision", hub.commit("o/Tiny")) == 0
     for save in ("offline", "pinned"):
         assert not any(verdict.differs(0) for verdict in compare(tmp_path / "out", tmp_path / save))
 
 
-def test_a_folder_of_this_name_comes_first(hub: type[Hub], source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(source, "o/Tiny")
     found = find_model(Path("o/Tiny"))
     assert (found.folder, found.name, found.revision) == (Path("o/Tiny"), "Tiny", None)
-    assert not hub.requests
+    assert not hub.asked
     with pytest.raises(UserError, match="--revision"):
         find_model(Path("o/Tiny"), "main")
 
@@ -148,7 +93,7 @@ def test_the_planner_downloads_only_config_json(hub, tmp_path, monkeypatch, exit
 
     arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2
     assert exit_code(planner.main, *arguments, "--gpus", 1, "--gpu-memory-gib", 1, "--seq-length", 16) == 0
-    assert set(hub.requests) == {"config.json"} and config_folder(Path("o/Tiny")).name == COMMIT
+    assert hub.downloads == {"config.json"} and config_folder(Path("o/Tiny")).name == hub.commit("o/Tiny")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert exit_code(importer.main, *arguments, "--save", tmp_path / "offline") == 2
     assert "the cache doesn't contain it" in capsys.readouterr().err, "it has no weights"

@@ -17,9 +17,10 @@ from pathlib import Path
 from moelpr.base.command import CommandParser, run_command
 from moelpr.project import tables
 from moelpr.project.chain import workflow_of
+from moelpr.project.flags import check_flags
 from moelpr.project.places import Places
 from moelpr.project.reading import read_project, schema
-from moelpr.project.running import SUBMIT, run_here, run_task, submit
+from moelpr.project.running import SUBMIT, run, run_task
 from moelpr.project.steps import STEPS
 from moelpr.project.template import template
 from moelpr.project.training import check_words
@@ -33,6 +34,7 @@ def main() -> None:
     file = read_project(args.file)
     if args.command == "plan":
         places = Places(file)
+        check_flags(file, file.project.steps)
         print(tables.plan(places))
         for stage in places.stages if args.check else ():
             _check(places, stage)
@@ -40,10 +42,8 @@ def main() -> None:
         print(tables.status(Places(file)))
     elif args.task:
         run_task(workflow_of(file), args.task, args.made_as)
-    elif args.on == "local":
-        run_here(file, args.redo, args.dry_run)
     else:
-        submit(file, args.redo, args.on, args.render_only)
+        run(file, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--redo", choices=trainings, metavar="STAGE", help=redo)
     where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
     add("--on", choices=("local", *SUBMIT), default="local", help=where)
-    add("--render-only", action="store_true", help="write the files for the cluster, but submit nothing")
-    add("--dry-run", action="store_true", help="print what would be done, and the commands; start nothing")
+    add("--render-only", action="store_true", help="write the files for the cluster of --on, but submit nothing")
+    add("--dry-run", action="store_true", help="print the steps and their commands; start, submit and write nothing")
     add("--task", metavar="NAME", help="do only this step, on this node of a cluster")
     add("--made-as", metavar="ID", help=argparse.SUPPRESS)
     return parser

@@ -1,4 +1,4 @@
-"""Run a project: say what will be done again, then do it here; or do one step on a node of a cluster."""
+"""Run a project: say what will be done again, then do it here or submit it; or do one step on a node of a cluster."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,29 +17,22 @@ from moelpr.project.workflow.workflow import Outlook, Workflow
 from moelpr.train.lora import require_peft
 
 
-def run_here(file: ProjectFile, redo: str | None, is_dry: bool) -> None:
-    """Run all steps that are not done on this machine, in order."""
-    workflow = workflow_of(file, redo)
-    outlooks = workflow.outlook()
-    print(changes(outlooks), end="")
-    if is_dry:
-        print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
-        return
-    check(file, outlooks)
-    if file.project.method == "lora":
-        require_peft()
-    make_folder(workflow.folder)
-    _keep_plan(Places(file))
-    with locked(workflow.folder / LOCK_FILE, workflow.folder):
-        _slurm(workflow, file).refuse_active()
-        check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
-        workflow.run()
-    print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
+def run(
+    file: ProjectFile, redo: str | None = None, on: str = "local", *, is_dry: bool = False, render_only: bool = False
+) -> None:
+    """Do all steps that are not done: on this machine in order, or as jobs of a cluster.
 
-
-def submit(file: ProjectFile, redo: str | None, where: str, render_only: bool) -> None:
-    """Submit all steps that are not done to a cluster."""
-    if file.project.hardware.gpu == "auto":
+    Args:
+        on: "local", or a key of `SUBMIT`.
+        is_dry: Only print the steps and their commands; start, submit and write nothing.
+        render_only: Write the files for the cluster, but submit nothing.
+    """
+    if on == "local" and render_only:
+        raise UserError(
+            f"--render-only writes the jobs of a cluster; add --on {'|'.join(SUBMIT)}, or pass --dry-run to see the "
+            "commands for this machine"
+        )
+    if on != "local" and file.project.hardware.gpu == "auto":
         raise UserError(
             f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
             "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
@@ -48,12 +41,24 @@ def submit(file: ProjectFile, redo: str | None, where: str, render_only: bool) -
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
     check(file, outlooks)
+    if is_dry:
+        print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
+        if on != "local":
+            print(f"{sum(one.state != 'done' for one in outlooks)} steps would be submitted to {on}.")
+        return
+    if on == "local" and file.project.method == "lora":
+        require_peft()
     make_folder(workflow.folder)
     _keep_plan(Places(file))
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
-        if not render_only:
-            workflow.set_aside(outlooks)
-        SUBMIT[where](workflow, file, render_only)
+        if on != "local":
+            if not render_only:
+                workflow.set_aside(outlooks)
+            return SUBMIT[on](workflow, file, render_only)
+        _slurm(workflow, file).refuse_active()
+        check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
+        workflow.run()
+    print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
 
 
 def _keep_plan(places: Places) -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import locked
+from moelpr.project import running
 from moelpr.project.reading import read_project
-from moelpr.project.running import run_here, submit
 from tests.unit.project.conftest import Write
 
 WEIGHTS = {"el": {"text": "el.jsonl", "weight": 9, "max_epochs": 2}, "hu": {"text": "hu.jsonl", "weight": 1}}
@@ -27,7 +27,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(path: Path) -> None:
-    run_here(read_project(path), None, is_dry=False)
+    running.run(read_project(path))
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,4 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
     with pytest.raises(
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
-        submit(read_project(write()), None, "slurm", render_only=True)
-
-
-def test_a_dry_run_prints_the_commands_and_writes_nothing(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    run_here(read_project(write()), None, is_dry=True)
-    assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
-    assert not Path("out").exists()
+        running.run(read_project(write()), on="slurm", render_only=True)

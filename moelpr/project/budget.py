@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from moelpr.base.errors import UserError
 from moelpr.data.mixing import Share
 from moelpr.data.text.estimate import estimate
 from moelpr.data.text.filters import Filter
-from moelpr.model.families.hub import config_folder
 from moelpr.project.mixing import mix
 from moelpr.project.places import Places
 from moelpr.project.reading import found_text, text_bytes
@@ -25,8 +23,7 @@ def check_budget(places: Places) -> None:
     Raises:
         UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
     """
-    if places.is_downloaded and not places.base.exists():
-        config_folder(Path(places.model_name), places.revision or None)  # the Hub has it, and can be reached
+    places.config_folder()  # the Hub has it, and can be reached
     is_made = all(places.manifest(code).is_file() for code in places.blended)
     tokens = {} if places.project.corpora else tokens_of(places) if is_made else _at_most(estimated_tokens(places))
     if not places.project.corpora:

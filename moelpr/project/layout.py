@@ -61,12 +61,14 @@ class Layouts:
     """The layouts of a project's stages.
 
     Args:
-        model: Hugging Face directory, or name on the Hub.
+        config: Returns the folder with the base's config.json.
         settings: Returns the flags of a stage by name, of its recipe and of the project.
     """
 
-    def __init__(self, file: ProjectFile, model: Path, settings: Callable[[str], dict[str, Any]]) -> None:
-        self._file, self._project, self._model, self._settings = file, file.project, model, settings
+    def __init__(
+        self, file: ProjectFile, config: Callable[[], Path], settings: Callable[[str], dict[str, Any]]
+    ) -> None:
+        self._file, self._project, self._config_folder, self._settings = file, file.project, config, settings
         self.of = cache(self._of)
 
     @cached_property
@@ -142,11 +144,15 @@ class Layouts:
 
     @cached_property
     def _spec(self) -> ModelSpec:
-        return self._spec_of(self.num_new_experts) if self._project.method == "moe-lpr" else read_base(self._model)[1]
+        return (
+            self._spec_of(self.num_new_experts)
+            if self._project.method == "moe-lpr"
+            else read_base(self._config_folder())[1]
+        )
 
     def _spec_of(self, num_new_experts: int) -> ModelSpec:
         experts = self._project.experts
-        family, base = read_base(self._model)
+        family, base = read_base(self._config_folder())
         new = NewExperts(num_new_experts, experts.topk, experts.copies, moe_every_k_layers=experts.every_k_layers)
         spec = with_new_experts(family, base, new.with_default_copies(base))
         if vocabulary := self._project.vocabulary:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.data.manifest import Manifest
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.model.families.hub import download
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language
 from moelpr.project.reading import HUB_NAME, ProjectFile
@@ -58,10 +60,19 @@ class Places:
         self.stages += ["stage2"] if self.replay else []
         self.stages += ["sft"] if self.conversations else []
 
+    def config_folder(self) -> Path:
+        """The folder with config.json of the base: before a model of the Hub is downloaded, in the Hub's cache.
+
+        Raises:
+            UserError: The Hub does not have it, or can't be reached.
+        """
+        if not self.is_downloaded or (self.base / CONFIG_FILE).is_file():
+            return self.base
+        return download(self.model_name, self.revision or None, [CONFIG_FILE], CONFIG_FILE)
+
     @cached_property
     def layouts(self) -> Layouts:
-        model = self.base if self.base.exists() else Path(self.model_name)
-        return Layouts(self.file, model, lambda stage: stage_flags(stage, self.own(stage)))
+        return Layouts(self.file, self.config_folder, lambda stage: stage_flags(stage, self.own(stage)))
 
     @property
     def trackers(self) -> list[str]:

@@ -144,7 +144,7 @@ def check_words(places: Places, name: str) -> list[str]:
         "nnodes": layout.nodes,
         "nproc-per-node": layout.gpus_per_node,
         "gpu": next(name for name, gpu in GPUS.items() if gpu == cluster.gpu),
-        "hf-path": places.base if places.base.exists() else places.model_name,
+        "hf-path": places.config_folder(),
         **_experts(places),
         "num-new-tokens": places.project.vocabulary and places.project.vocabulary.new_tokens,
     }

@@ -42,8 +42,8 @@ def download(name: str, revision: str | None, patterns: Sequence[str], what: str
         ) from error
 
 
-def config_folder(path: Path, revision: str | None = None) -> Path:
+def config_folder(path: Path) -> Path:
     """The folder with a model's config.json: `path`, or that of the model on the Hub that it names."""
     if path.exists() or not is_hub_name(str(path)):
         return path
-    return download(str(path), revision, [CONFIG_FILE], CONFIG_FILE)
+    return download(str(path), None, [CONFIG_FILE], CONFIG_FILE)

@@ -1,0 +1,127 @@
+"""The ways of a user: the base is a name on the Hub, nothing has been made yet, and a dry run stays dry."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moelpr.base.errors import UserError
+from moelpr.project.__main__ import main
+from moelpr.project.running import SUBMIT
+from tests.support.local_hub import LocalHub, local_hub
+from tests.support.model_shapes import save_config
+from tests.support.plan_pages import MORE, ROOT, make_text
+from tests.unit.project.conftest import Write
+
+FILES = [ROOT / "examples" / "languages.yaml", *sorted((ROOT / "examples" / "users").glob("*.yaml"))]
+ONE_GPU = ROOT / "examples" / "users" / "one-gpu.yaml"
+# What a cluster requires of languages.yaml.
+REQUIRED = {
+    "kubernetes": {"image": "registry/moelpr", "claim": "moelpr"},
+    "skypilot": {"gpu": "H100", "volumes": {"/work": "moelpr"}},
+}
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where programs of clusters, which do nothing else, and a step that is started leave a line."""
+    programs, called = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    for name in ("sbatch", "squeue", "kubectl", "sky"):
+        answer = "echo 1" if name == "sbatch" else ""
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{called}\n{answer}\n')
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+
+    def execute(words: list[str], *_: object) -> int:
+        called.write_text(" ".join(words))
+        return 0
+
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
+    return called
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    with local_hub() as hub:
+        hub.use(monkeypatch, tmp_path / "cache")
+        yield hub
+
+
+def moelpr(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["moelpr", *map(str, words)])
+    main()
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("file", "revision"), [*((file, "") for file in FILES), (ONE_GPU, "@v1.0")], ids=lambda value: Path(value).name
+)
+def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
+    file: Path,
+    revision: str,
+    hub: LocalHub,
+    calls: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(file.read_text())
+    model, output = content["model"], Path(content["output"])
+    save_config(model.split("/")[1], tmp_path / "shape")
+    hub.repositories[model] = {"config.json": (tmp_path / "shape" / "config.json").read_bytes()}
+    hub.revisions = {revision[1:] or "main"}
+    path = Path(file.name)
+    path.write_text(file.read_text().replace(model, model + revision, 1))
+    make_text(path, MORE.get(file.relative_to(ROOT).as_posix(), 1))
+    where = next((on for on in SUBMIT if on in content), "slurm")
+
+    moelpr(monkeypatch, "plan", path)
+    moelpr(monkeypatch, "run", path, "--dry-run")
+    printed = capsys.readouterr().out
+    assert model in printed
+    assert "GiB" in printed and not output.exists()
+    moelpr(monkeypatch, "run", path, "--on", where, "--render-only")
+    rendered = [text for text in contents(output).values() if text]
+    assert any(b"stage1" in text for text in rendered)
+    assert not (output / "base").exists() and not calls.exists()
+    assert f"GET /api/models/{model}/revision/{revision[1:] or 'main'}" in hub.asked and hub.downloads == {
+        "config.json"
+    }
+
+
+@pytest.mark.parametrize("on", ["local", *SUBMIT])
+def test_a_dry_run_starts_submits_and_writes_nothing(
+    on: str, write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(hardware={"gpu": "none"}, budget={"tokens": "6K"}, steps={"stage1": {"global-batch-size": 2}})
+    path.write_text(path.read_text() + yaml.safe_dump(REQUIRED))
+    Path("out").mkdir()
+    before = contents(path.parent)
+    moelpr(monkeypatch, "run", path, "--on", on, "--dry-run")
+    assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
+    moelpr(monkeypatch, "run", path, "--on", on, "--dry-run", *(["--render-only"] if on != "local" else []))
+    assert contents(path.parent) == before and not calls.exists()
+    if on != "local":  # what is submitted is seen by this test
+        moelpr(monkeypatch, "run", path, "--on", on, "--render-only")
+        assert contents(path.parent) != before and not calls.exists()
+        moelpr(monkeypatch, "run", path, "--on", on)
+        assert calls.exists()
+
+
+def test_a_plan_refuses_a_flag_that_a_step_does_not_have(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr"):
+        moelpr(monkeypatch, "plan", write(steps={"stage1": {"lrr": 1}}))
+
+
+def test_files_of_jobs_are_for_a_cluster(write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(hardware={"gpu": "none"}, budget={"tokens": "6K"}, steps={"stage1": {"global-batch-size": 2}})
+    with pytest.raises(UserError, match=r"--on slurm\|"):
+        moelpr(monkeypatch, "run", path, "--render-only")
+    assert not calls.exists() and not Path("out").exists()

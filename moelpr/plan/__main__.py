@@ -28,7 +28,6 @@ from moelpr.model.stages import DENSE_STAGES, Part, Stage, Stage1Experts
 from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
-from moelpr.plan.layouts import neighbors
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_NOTE, bubble
@@ -49,7 +48,7 @@ def main() -> None:
     workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
     spec = _model(args, workload, cluster)
     shares = _shares(args)
-    plan = plan_stage(spec, workload, cluster, enlarge=False)
+    plan = plan_stage(spec, workload, cluster, any_micro_batch=False)
     cost = plan.cost(args.train_tokens) if args.train_tokens else None
     if args.json:
         mix = {"mix": {prefix: asdict(one) for prefix, one in shares.items()}} if shares else {}
@@ -122,11 +121,6 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     per_node = args.gpus_per_node or (here.gpus if here else 8)
     if gpus is None:
         raise UserError("the number of GPUs is unknown; pass --gpus, or --gpu auto for those of this machine")
-    if gpus > per_node and gpus % per_node:
-        raise UserError(
-            f"--gpus must be a multiple of --gpus-per-node {per_node}, got {gpus}; use --gpus "
-            f"{neighbors(gpus, per_node)}, or change --gpus-per-node"
-        )
     gpu = here.gpu if here else GPUS.get(args.gpu)
     if gpu is not None and args.dtype != "bf16":
         raise UserError(f"--gpu predicts the time of bf16, got --dtype {args.dtype}; use --gpu-memory-gib instead")
@@ -193,12 +187,12 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
     ]
     if host_bytes := max(rank.host_bytes for rank in found[0].stages):
         lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
-    larger = plan_stage(spec, workload, cluster)
-    if larger.workload != workload:
+    other = plan_stage(spec, workload, cluster)
+    if other.workload != workload and other.tokens_per_s:
         lines.append(
-            "A larger micro-batch fits and should be faster: plan again with --micro-batch-size "
-            f"{larger.workload.micro_batch_size} ({larger.tokens_per_s:,.0f} tokens/s per GPU, "
-            f"{larger.memory_bytes / GIB:.2f} GiB)."
+            "Another micro-batch should be faster: plan again with --micro-batch-size "
+            f"{other.workload.micro_batch_size} ({other.tokens_per_s:,.0f} tokens/s per GPU, "
+            f"{other.memory_bytes / GIB:.2f} GiB)."
         )
     lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(plan.flags)}"]
     return "\n".join(lines)

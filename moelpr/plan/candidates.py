@@ -16,6 +16,7 @@ from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
+_SLOWER = 1.1  # times the fastest micro-batch: larger ones are then not tried
 MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested
 
 
@@ -88,15 +89,20 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
     """
     if problem := next(layout_problems(Layout(), 1, spec, *workload.lengths), None):
         raise UserError(problem)  # true of every layout
-    found = list(_candidates(spec, workload, cluster))
-    if not found:
+    if not any(legal_layouts(spec, workload, cluster)):
         raise UserError(_no_layout(spec, workload, cluster))
-    return _best_first(found, cluster) or _raise_does_not_fit(spec, workload, cluster, found)
+    return _fits(spec, workload, cluster) or _raise_does_not_fit(spec, workload, cluster)
 
 
-def _best_first(found: Iterable[Candidate], cluster: Cluster) -> list[Candidate]:
+def _fits(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candidate]:
     """Those that fit, in order of preference."""
-    fits = [candidate for candidate in found if candidate.peak.total_bytes <= cluster.usable_bytes]
+    parts, fits = model_parts(spec), []
+    for layout in legal_layouts(spec, workload, cluster):
+        memories = stage_memories(spec, parts, layout, workload)
+        if _peak_bytes(memories) <= cluster.usable_bytes:
+            traffic, relative = expert_traffic(spec, layout, workload), relative_time(spec, parts, layout, workload)
+            time = step_time(spec, parts, layout, workload, cluster, memories) if cluster.gpu else None
+            fits.append(Candidate(layout, memories, traffic, relative, time))
     fastest_s = min((one.step_time.total_s if one.step_time else 1 for one in fits), default=1)
 
     def key(one: Candidate) -> tuple[float, ...]:
@@ -106,20 +112,30 @@ def _best_first(found: Iterable[Candidate], cluster: Cluster) -> list[Candidate]
     return sorted(fits, key=key)
 
 
-def with_larger_micro_batch(
-    found: list[Candidate], spec: ModelSpec, workload: Workload, cluster: Cluster
-) -> tuple[list[Candidate], Workload]:
-    """The layouts and the workload after doubling the micro-batch as long as the best layout is predicted to be faster.
+def fitting_any_micro_batch(spec: ModelSpec, workload: Workload, cluster: Cluster) -> tuple[list[Candidate], Workload]:
+    """The layouts, best first, and the workload with the micro-batch whose best layout is predicted to be the fastest.
 
-    `found` are the workload's layouts, best first.
+    Of GPUs without predictions, it is the workload's, or the largest below it that fits, if possible without
+    recomputing all layers.
+
+    Raises:
+        DoesNotFitError: not even micro-batches of one sequence fit.
     """
-    while (before := found[0].step_time) and 2 * workload.micro_batch_size <= workload.global_batch_size:
-        doubled = replace(workload, micro_batch_size=2 * workload.micro_batch_size)
-        other = _best_first(_candidates(spec, doubled, cluster), cluster)
-        if not other or other[0].step_time is None or other[0].step_time.total_s >= before.total_s:
-            break
-        found, workload = other, doubled
-    return found, workload
+    size, most = workload.micro_batch_size, workload.global_batch_size if cluster.gpu else workload.micro_batch_size
+    sizes = {size >> power for power in range(size.bit_length())}
+    sizes |= {size << power for power in range(most.bit_length()) if size << power <= most}
+    found: list[tuple[float, list[Candidate], Workload]] = []
+    for work in (replace(workload, micro_batch_size=each) for each in sorted(sizes)):
+        if fits := _fits(spec, work, cluster):
+            time = fits[0].step_time
+            found.append((time.total_s if time else float(fits[0].layout.recompute == "full"), fits, work))
+        if found and (not fits or found[-1][0] > _SLOWER * min(one[0] for one in found)):
+            break  # a larger one needs more memory
+    if not found:
+        smallest = replace(workload, micro_batch_size=1)
+        return fitting(spec, smallest, cluster), smallest
+    _, fits, work = min(found if cluster.gpu else reversed(found), key=lambda one: one[0])
+    return fits, work
 
 
 def numbers_of_experts(spec: ModelSpec, cluster: Cluster) -> list[int]:
@@ -142,7 +158,7 @@ def most_experts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Model
         DoesNotFitError: none fits; its remedies are those of the smallest number.
     """
     models = [with_num_experts(spec, number) for number in numbers_of_experts(spec, cluster)]
-    best = [_best_first(_candidates(model, workload, cluster), cluster)[:1] for model in models]
+    best = [_fits(model, workload, cluster)[:1] for model in models]
     fits = [(model, one.layout.recompute) for model, found in zip(models, best, strict=True) for one in found]
     if not fits:
         fitting(models[-1], workload, cluster)
@@ -176,17 +192,8 @@ def preference(layout: PlannedLayout, time: float, cluster: Cluster, traffic_byt
     return round(20 * time), leaves, layout.tp * layout.pp, layout.tp, traffic_bytes, expert_ranks, time
 
 
-def _candidates(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Candidate]:
-    parts = model_parts(spec)
-    for layout in legal_layouts(spec, workload, cluster):
-        memories = stage_memories(spec, parts, layout, workload)
-        yield Candidate(
-            layout,
-            memories,
-            expert_traffic(spec, layout, workload),
-            relative_time(spec, parts, layout, workload),
-            step_time(spec, parts, layout, workload, cluster, memories) if cluster.gpu else None,
-        )
+def _peak_bytes(stages: Iterable[RankMemory]) -> int:
+    return max(rank.total_bytes for rank in stages)
 
 
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
@@ -203,12 +210,13 @@ def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
     )
 
 
-def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster, found: list[Candidate]) -> NoReturn:
-    least = min(candidate.peak.total_bytes for candidate in found) / GIB
+def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -> NoReturn:
+    parts, layouts = model_parts(spec), legal_layouts(spec, workload, cluster)
+    least = min(_peak_bytes(stage_memories(spec, parts, layout, workload)) for layout in layouts) / GIB
     enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
     remedies = [*_smaller_models(spec, workload, cluster), Remedy({"--gpu-memory-gib": enough_gib})]
     for larger in _other_sizes(cluster)[1]:
-        if any(one.peak.total_bytes <= cluster.usable_bytes for one in _candidates(spec, workload, larger)):
+        if _fits(spec, workload, larger):
             remedies.append(Remedy({"--gpus": larger.gpus}))
             break
     raise DoesNotFitError(cluster.gpus, least, cluster.usable_bytes / GIB, remedies)
@@ -222,7 +230,7 @@ def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> It
 
     def first_that_fits(changes: Iterable[tuple[Mapping[str, float | None], ModelSpec, Workload]]) -> Iterator[Remedy]:
         for settings, model, work in changes:
-            if fits := _best_first(_candidates(model, work, cluster), cluster):
+            if fits := _fits(model, work, cluster):
                 yield Remedy(settings, fits[0].peak.total_bytes / GIB)
                 return
 

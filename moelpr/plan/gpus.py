@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from moelpr.base.errors import UserError
+from moelpr.plan.layouts import neighbors
 
 GIB = 1 << 30
 RESERVED_FRACTION = 0.1  # the share of a GPU's memory that stays free, unless the user chooses
@@ -57,6 +58,13 @@ class Cluster:
     gpu_memory_gib: float
     reserve_gib: float
     gpu: Gpu | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise UserError(
+                f"--gpus must be a multiple of --gpus-per-node {self.gpus_per_node}, got {self.gpus}; use --gpus "
+                f"{neighbors(self.gpus, self.gpus_per_node)}, or change --gpus-per-node"
+            )
 
     @classmethod
     def of(cls, gpu: Gpu, gpus: int, gpus_per_node: int = 8) -> Self:

@@ -211,8 +211,10 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
             continue
         if part in VOCABULARY_PARTS:
             numel = numel // vocab_size * padded_vocabulary(vocab_size, layout.tp)
+        held[part] = held.get(part, 0) + numel
+    for part, numel in held.items():
         assert numel % divisor(part, layout) == 0, (part, numel, layout)
-        held[part] = held.get(part, 0) + numel // divisor(part, layout)
+        held[part] = numel // divisor(part, layout)
     return held
 
 

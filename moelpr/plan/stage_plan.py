@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from moelpr.base.machine import format_bytes
 from moelpr.base.quantities import format_count
 from moelpr.model.model_spec import ModelSpec
-from moelpr.model.stages import Stage
-from moelpr.plan.candidates import Candidate, fitting, with_larger_micro_batch
+from moelpr.model.stages import Part, Stage
+from moelpr.plan.candidates import Candidate, fitting, fitting_any_micro_batch
 from moelpr.plan.gpus import Cluster
 from moelpr.plan.memory import Workload, checkpoint_bytes, export_parameters, model_parts
 
@@ -61,7 +61,7 @@ class RunCost:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The layouts that fit, best first, for a model and a workload whose micro-batch may have been enlarged."""
+    """The layouts that fit, best first, for a model and a workload whose micro-batch may have been changed."""
 
     spec: ModelSpec
     workload: Workload
@@ -92,6 +92,16 @@ class StagePlan:
         return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.best.step_time else None
 
     @property
+    def parameters(self) -> tuple[int, int]:
+        """Parameters of the export, and those of them that a token uses."""
+        parts, moe = model_parts(self.spec), self.spec.moe
+        total = export_parameters(self.spec, parts)
+        if moe is None:
+            return total, total
+        experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
+        return total, total - experts // moe.num_new_experts * (moe.num_experts - moe.topk)
+
+    @property
     def disk(self) -> DiskBytes:
         parts, workload = model_parts(self.spec), self.workload
         is_divided = self.best.layout.divides_optimizer
@@ -115,19 +125,20 @@ def paper_workload(stage: Stage, micro_batch_size: int = 1) -> Workload:
     return Workload(stage, seq_length, micro_batch_size, PAPER_GLOBAL_BATCH_SIZE)
 
 
-def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, enlarge: bool = True) -> StagePlan:
+def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, any_micro_batch: bool = True) -> StagePlan:
     """Plan a stage of a model on a cluster.
 
     Args:
-        enlarge: whether a larger micro-batch than the workload's is used if it is predicted to be faster.
+        any_micro_batch: whether another micro-batch than the workload's is used if it is predicted to be faster.
 
     Raises:
         DoesNotFitError: no layout fits; it has the settings that would.
         UserError: no layout has that many GPUs.
     """
-    found = fitting(spec, workload, cluster)
-    if enlarge:
-        found, workload = with_larger_micro_batch(found, spec, workload, cluster)
+    if any_micro_batch:
+        found, workload = fitting_any_micro_batch(spec, workload, cluster)
+    else:
+        found = fitting(spec, workload, cluster)
     return StagePlan(spec, workload, cluster, tuple(found))
 
 

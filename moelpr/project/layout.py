@@ -1,31 +1,37 @@
 """The layout of each stage on the project's hardware, with its time, memory and disk, by the planner."""
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from moelpr.base import machine
 from moelpr.base.errors import UserError
-from moelpr.model.families.families import read_base
+from moelpr.model.families.families import Family, read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Stage
-from moelpr.plan.candidates import most_experts
+from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.memory import Workload, export_parameters, model_parts
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.project.reading import ProjectFile
 
-_CPU_EXPERTS, _MOST_EXPERTS = 4, 8
-_STEP_FLAGS = ("--global-batch-size", "--seq-length", "--stage1-experts")  # these are in the step already
+_CPU_EXPERTS = 4
+# These are in the step already; → words of their value.
+_STEP_FLAGS = {"--global-batch-size": 1, "--seq-length": 1, "--stage1-experts": 1}
+_STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
     "--num-new-experts": "experts.new",
     "--moe-every-k-layers": "experts.every_k_layers",
+    "--optimizer-cpu-offload": "steps.STAGE.optimizer-cpu-offload: true",
+    "--(micro|global)-batch-size": r"steps.STAGE.\1-batch-size",
+    "--gpus-per-node": "hardware.gpus_per_node",
     "--gpus": "hardware.gpus",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
 }
@@ -78,11 +84,13 @@ class Layouts:
         if hardware.gpu == "none" or (hardware.gpu == "auto" and not machine.has_gpus()):
             return None
         if hardware.gpu == "auto":
-            return cluster_here(hardware.gpus)
+            with self._named_keys():
+                return cluster_here(hardware.gpus)
         if hardware.gpu not in GPUS:
             place = self._file.at("hardware", "gpu")
             raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; use {', '.join(GPUS)}, auto, or none")
-        return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
+        with self._named_keys():
+            return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
 
     @cached_property
     def num_new_experts(self) -> int:
@@ -91,9 +99,22 @@ class Layouts:
             return self._project.experts.new
         if self.cluster is None:
             return _CPU_EXPERTS
-        moe = most_experts(self._spec_of(_MOST_EXPERTS), self._workload("stage1"), self.cluster).moe
-        assert moe is not None
-        return moe.num_new_experts
+        workload = self._workload("stage1")
+        if self._is_micro_batch_free("stage1"):
+            workload = replace(workload, micro_batch_size=1)
+        with self._named_keys("stage1"):
+            spec = most_experts(self._spec_of(MOST_EXPERTS), workload, self.cluster)
+        assert spec.moe is not None
+        return spec.moe.num_new_experts
+
+    def other_numbers(self) -> Iterator[tuple[int, StagePlan]]:
+        """Plans of stage 1 with the next smaller and the next larger number of new experts, as far as they fit."""
+        assert self.cluster is not None
+        numbers = sorted({*numbers_of_experts(self._spec, self.cluster), self.num_new_experts})
+        place = numbers.index(self.num_new_experts)
+        for number in numbers[max(place - 1, 0) : place] + numbers[place + 1 : place + 2]:
+            with contextlib.suppress(DoesNotFitError):
+                yield number, self._plan("stage1", with_num_experts(self._spec, number))
 
     @property
     def export_gib(self) -> float:
@@ -112,23 +133,35 @@ class Layouts:
             return StageLayout()
         if stage == "lora":
             return StageLayout(gpus_per_node=1, memory_gib=2 * self.export_gib + 4)
-        cluster, workload = self.cluster, self._workload(stage)
-        is_free = "micro-batch-size" not in self._project.steps.get(stage, {})
-        try:
-            plan = plan_stage(self._spec, workload, cluster, enlarge=is_free)
-        except UserError as error:
-            message = str(error)
-            for flag, key in _KEYS.items():
-                message = re.sub(flag, key, message)
-            raise UserError(f"{self._file.at('hardware')}{stage}: {message}") from None
+        cluster, spec = self.cluster, self._spec
+        with self._named_keys(stage):
+            plan = self._plan(stage, spec)
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
         flags = plan.flags
         for flag in [flag for flag in _STEP_FLAGS if flag in flags]:
             place = flags.index(flag)
-            del flags[place : place + 2]
+            del flags[place : place + 1 + _STEP_FLAGS[flag]]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
         memory = (2 * plan.memory_bytes + plan.best.peak.host_bytes) / GIB * cluster.gpus / nodes
         return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)
+
+    def _plan(self, stage: str, spec: ModelSpec) -> StagePlan:
+        assert self.cluster is not None
+        return plan_stage(spec, self._workload(stage), self.cluster, self._is_micro_batch_free(stage))
+
+    def _is_micro_batch_free(self, stage: str) -> bool:
+        return "micro-batch-size" not in self._project.steps.get(stage, {})
+
+    @contextlib.contextmanager
+    def _named_keys(self, stage: str = "") -> Iterator[None]:
+        """Name the file and its keys in errors of the planner, which name its flags."""
+        try:
+            yield
+        except UserError as error:
+            message = f"{stage}: {error}" if stage else str(error)
+            for flag, key in _KEYS.items():
+                message = re.sub(flag, key.replace("STAGE", stage), message)
+            raise UserError(f"{self._file.at('hardware')}{message}") from None
 
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
@@ -138,21 +171,23 @@ class Layouts:
             length,
             int(settings.get("micro-batch-size", 1)),
             batch,
+            new_embeddings=settings.get("train-new-embeddings", False),
+            train_everything=settings.get("train-everything", False),
             stage1_experts=settings.get("stage1-experts", "all"),
             optimizer_cpu_offload=settings.get("optimizer-cpu-offload", False),
         )
 
     @cached_property
     def _spec(self) -> ModelSpec:
-        return (
-            self._spec_of(self.num_new_experts)
-            if self._project.method == "moe-lpr"
-            else read_base(self._config_folder())[1]
-        )
+        return self._spec_of(self.num_new_experts) if self._project.method == "moe-lpr" else self._base[1]
+
+    @cached_property
+    def _base(self) -> tuple[Family, ModelSpec]:
+        return read_base(self._config_folder())
 
     def _spec_of(self, num_new_experts: int) -> ModelSpec:
         experts = self._project.experts
-        family, base = read_base(self._config_folder())
+        family, base = self._base
         new = NewExperts(num_new_experts, experts.topk, experts.copies, moe_every_k_layers=experts.every_k_layers)
         spec = with_new_experts(family, base, new.with_default_copies(base))
         if vocabulary := self._project.vocabulary:

@@ -1,6 +1,5 @@
 """Where a project's outputs are, and what of it several steps need."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -72,7 +71,9 @@ class Places:
 
     @cached_property
     def layouts(self) -> Layouts:
-        return Layouts(self.file, self.config_folder, lambda stage: stage_flags(stage, self.own(stage)))
+        return Layouts(
+            self.file, self.config_folder, lambda stage: stage_flags(stage, self.decided(stage) | self.own(stage))
+        )
 
     @property
     def trackers(self) -> list[str]:
@@ -91,9 +92,16 @@ class Places:
         made = [] if self.project.corpora else [code for code, one in self.languages.items() if not one.held_out]
         return tuple(f"preprocess-{code}" for code in made)
 
-    def own(self, step: str) -> Mapping[str, Any]:
+    def own(self, step: str) -> dict[str, Any]:
         """The user's flags for a step."""
         return self.project.steps.get(step, {})
+
+    def decided(self, stage: str) -> dict[str, Any]:
+        """The flags by which the project decides what a stage trains."""
+        if stage != "stage1":
+            return {}
+        experts = {} if self.replay else {"stage1-experts": "new"}
+        return experts | ({"train-new-embeddings": True} if self.project.vocabulary else {})
 
     def corpus(self, name: str) -> Path:
         """The prefix of a corpus: of a language, of its held-out text (CODE_validation), or replay."""

@@ -169,12 +169,16 @@ class Replay:
 class Experts:
     new: Annotated[Count | None, OrAuto] = None
     """New experts per layer, or auto: the most that fit, up to 8."""
-    topk: Count = 2
+    topk: Annotated[Count, Field(ge=2)] = 2
     """Experts that a token chooses."""
     copies: Count | None = None
     """Places of the original expert among them (default: as many as a token chooses)."""
     every_k_layers: Count | None = None
     """Upcycle every k-th layer only (default: every layer)."""
+
+    def __post_init__(self) -> None:
+        if self.copies and self.copies > self.topk:
+            raise UserError(f"experts.copies must be at most experts.topk, {self.topk}, got {self.copies}; lower it")
 
 
 @dataclass(frozen=True, config=DOCUMENTED)

@@ -8,8 +8,8 @@ from moelpr.base.quantities import format_count
 from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import share_table
 from moelpr.measure.report.runs import read_run
+from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
-from moelpr.plan.layouts import PlannedLayout
 from moelpr.project.budget import estimated_tokens, shares, total_tokens
 from moelpr.project.chain import tasks_of
 from moelpr.project.places import Places
@@ -25,6 +25,7 @@ def plan(places: Places) -> str:
     rows = [[one.task.name, one.state, *_needs(places, one.task)] for one in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
+    parts += [_experts(places)] if places.method == "moe-lpr" else []
     if not places.project.corpora:
         parts.append(_languages(places))
     left = [one.task for one in outlooks if one.state != "done"]
@@ -90,7 +91,7 @@ def _needs(places: Places, task: Task) -> list[str]:
         f"{task.minutes / 60 * gpus:,.0f}" if known else "",
         f"{used:.1f} of {layout.plan.cluster.gpu_memory_gib:g} GiB",
         _disk(task),
-        _layout(gpus, layout.plan.best.layout),
+        _layout(gpus, layout.plan.best),
     ]
 
 
@@ -101,15 +102,36 @@ def _has_time(places: Places, task: Task) -> bool:
     return bool(places.layouts.of(task.name).tokens_per_s and expected_tokens(places, task.name))
 
 
-def _layout(gpus: int, layout: PlannedLayout) -> str:
+def _layout(gpus: int, best: Candidate) -> str:
+    layout, host = best.layout, best.peak.host_bytes
     sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "ETP": layout.etp, "DP": layout.dp}
     parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
+    parts += [f"host memory per GPU {format_bytes(host)}"] if host else []
     return f"{gpus} GPU{'s' if gpus > 1 else ''}: {' '.join(parts) or 'all on one'}"
 
 
 def _disk(task: Task) -> str:
     return format_bytes(task.disk_gib * GIB) if task.disk_gib >= 0.01 else ""
+
+
+def _experts(places: Places) -> str:
+    """The new experts, the size of the model with them, and what stage 1 takes with another number of them."""
+    layouts, languages = places.layouts, len(places.expanded)
+    number, plan = layouts.num_new_experts, layouts.of("stage1").plan
+    lines = [f"New experts: N = {number} ({'given' if places.project.experts.new else 'auto'})"]
+    if plan is not None and (moe := plan.spec.moe) is not None:
+        total, active = map(format_count, plan.parameters)
+        lines[0] += f" in each of {len(moe.layers)} layers, K = {moe.topk}"
+        lines[0] += f", copies of the original expert: {moe.original_copies}"
+        lines.append(f"The model: {total} parameters, {active} active per token")
+        for other, its in layouts.other_numbers():
+            cost = its.cost(int(expected_tokens(places, "stage1") or 1))
+            time = f"{duration(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
+            lines.append(f"Stage 1 with N = {other}: {time}{its.memory_bytes / GIB:.1f} GiB")
+    if number < languages:
+        lines.append(f"warning: N = {number} is less than the number of expanded languages, {languages}")
+    return ".\n".join(lines) + "."
 
 
 def _languages(places: Places) -> str:

@@ -44,6 +44,8 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
+        ({"experts": {"topk": 1}}, r"line \d+: experts.topk should be greater than or equal to 2, got 1"),
+        ({"experts": {"copies": 3}}, r"line \d+: experts.copies must be at most experts.topk, 2, got 3"),
         ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
         ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
         ({"budget": {}}, "budget needs one of"),

@@ -1,0 +1,101 @@
+"""The layouts and the new experts that a project gets on its GPUs, and what the plan says about them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moelpr.base.errors import UserError
+from moelpr.plan.gpus import GIB
+from moelpr.project import tables
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project
+from tests.support.model_shapes import save_config
+from tests.unit.project.conftest import Write
+
+A100S = {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 4}
+EPOCHS = {"el": {"text": "el.jsonl", "max_epochs": 1e9}}
+
+
+def places(write: Write, model: str = "Llama-3.1-8B", **changes: Any) -> Places:
+    if not Path(model).exists():
+        save_config(model, Path(model))
+    return Places(read_project(write(**{"model": model, "hardware": A100S, "experts": "auto"} | changes)))
+
+
+def gib(one: Places, stage: str = "stage1") -> float:
+    plan = one.layouts.of(stage).plan
+    assert plan is not None
+    return plan.memory_bytes / GIB
+
+
+def test_auto_takes_the_most_experts_that_fit_with_any_micro_batch(write: Write) -> None:
+    """Two experts need a smaller micro-batch than the recipe's 8, at which one fits."""
+    auto = places(write)
+    assert auto.layouts.num_new_experts == 2 and gib(auto) < 36
+    with pytest.raises(UserError, match="stage1: no layout fits on 8 GPUs"):
+        _ = places(write, experts={"new": 4}).layouts.of("stage1")
+    of_one = places(write, steps={"stage1": {"micro-batch-size": 1}})
+    assert of_one.layouts.num_new_experts == 2 and gib(of_one) == pytest.approx(30.9, abs=0.05)
+    assert places(write, steps={"stage1": {"micro-batch-size": 8}}).layouts.num_new_experts == 1
+
+
+def test_a_micro_batch_that_is_given_stays_and_another_is_at_least_as_fast(write: Write) -> None:
+    speeds = {}
+    for size in (1, 2, 4, 8, 16):
+        layout = places(write, experts={"new": 2}, steps={"stage1": {"micro-batch-size": size}}).layouts.of("stage1")
+        assert layout.plan is not None and layout.plan.workload.micro_batch_size == size
+        speeds[size] = layout.tokens_per_s
+    assert places(write, experts={"new": 2}).layouts.of("stage1").tokens_per_s == max(speeds.values())
+
+
+def test_the_plan_says_what_the_model_becomes_and_what_another_number_of_experts_costs(write: Write) -> None:
+    """Llama-3.1-8B has 8,030,261,248 parameters; K copies and two new experts are three FFNs more, a token uses one."""
+    languages = {"expanded": {code: {"text": f"{code}.jsonl", "max_epochs": 1e9} for code in ("el", "hu", "es")}}
+    settings: dict[str, Any] = {"languages": languages | {"original": {"en": "en.jsonl"}}, "budget": {"tokens": "6B"}}
+    printed = tables.plan(places(write, **settings))
+    ffn = 32 * 3 * 4096 * 14336
+    assert "N = 2 (auto) in each of 32 layers, K = 2, copies of the original expert: 2.\n" in printed
+    assert f"{(8_030_261_248 + 3 * ffn) / 1e9:.1f}B parameters, {(8_030_261_248 + ffn) / 1e9:.1f}B active" in printed
+    assert "warning: N = 2 is less than the number of expanded languages, 3" in printed
+    other = tables.plan(places(write, experts={"new": 1}, **settings))
+    [found] = re.findall(r"^Stage 1 with N = 1: (.*), ([\d,]+) GPU hours, ([\d.]+) GiB", printed, re.MULTILINE)
+    [row] = re.findall(r"^stage1 +to do +(\S+ \w+) +([\d,]+) +([\d.]+) of 40 GiB", other, re.MULTILINE)
+    assert found == row and "N = 1 (given)" in other
+    assert re.search("^Stage 1 with N = 2: ", other, re.MULTILINE) and "N = 4: " not in printed
+    assert "warning" not in tables.plan(places(write, experts={"new": 4}, hardware={"gpu": "none"}))
+
+
+def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:
+    small: dict[str, Any] = {"model": "Qwen3-1.7B-Base", "hardware": {"gpu": "rtx4090-24", "gpus": 1}}
+    with pytest.raises(
+        UserError, match=r"line \d+: stage1: .* steps.stage1.optimizer-cpu-offload: true \(fits in"
+    ) as it:
+        _ = places(write, **small).layouts.num_new_experts
+    assert "--" not in str(it.value) and str(it.value).count("stage1: ") == 1
+    on_host = {"stage1": {"optimizer-cpu-offload": True}, "stage2": {"optimizer-cpu-offload": True}}
+    offloaded = places(write, steps=on_host, **small, budget={"tokens": "6K"})
+    assert offloaded.layouts.num_new_experts == 2 and gib(offloaded) == pytest.approx(18.7, abs=0.05)
+    assert "1 GPU: host memory per GPU 39.38 GiB" in tables.plan(offloaded)
+
+
+def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:
+    paper: dict[str, Any] = {"model": "Qwen1.5-1.8B", "hardware": {"gpu": "a800-80", "gpus": 8}}
+    paper["experts"] = {"new": 5, "topk": 2, "copies": 1}
+    everything = {"train-everything": True, "micro-batch-size": 8}
+    assert gib(places(write, **paper)) == pytest.approx(58.9, abs=0.05)
+    one = places(write, steps={"stage1": everything}, **paper)
+    assert gib(one) == pytest.approx(69.6, abs=0.05)
+    assert "--train-everything" not in one.layouts.of("stage1").flags
+    kept = {"expanded": EPOCHS, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
+    plan = places(write, languages=kept, replay="none", vocabulary={"new_tokens": 9}).layouts.of("stage1").plan
+    assert plan is not None and plan.workload.stage1_experts == "new" and plan.workload.new_embeddings
+
+
+def test_nodes_that_are_not_full_are_refused(write: Write) -> None:
+    uneven = {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}
+    with pytest.raises(
+        UserError, match=r"line \d+: hardware.gpus must be a multiple of hardware.gpus_per_node 3, got 8; .* 6 or 9"
+    ):
+        _ = places(write, hardware=uneven).layouts.cluster

@@ -91,7 +91,7 @@ def _needs(places: Places, task: Task) -> list[str]:
         f"{task.minutes / 60 * gpus:,.0f}" if known else "",
         f"{used:.1f} of {layout.plan.cluster.gpu_memory_gib:g} GiB",
         _disk(task),
-        _layout(gpus, layout.plan.best),
+        _layout(gpus, layout.plan.best, layout.plan.spec.moe is not None),
     ]
 
 
@@ -102,9 +102,10 @@ def _has_time(places: Places, task: Task) -> bool:
     return bool(places.layouts.of(task.name).tokens_per_s and expected_tokens(places, task.name))
 
 
-def _layout(gpus: int, best: Candidate) -> str:
+def _layout(gpus: int, best: Candidate, has_experts: bool) -> str:
     layout, host = best.layout, best.peak.host_bytes
-    sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "ETP": layout.etp, "DP": layout.dp}
+    etp = layout.etp if has_experts else 1
+    sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "ETP": etp, "DP": layout.dp}
     parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
     parts += [f"host memory per GPU {format_bytes(host)}"] if host else []

@@ -40,6 +40,7 @@ experts: {{new: auto, topk: 2}}
 # auto: this machine; or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
 hardware: auto
 
+# method: full   # or ffn, lora: train something else, to compare with; text_output: FOLDER shares text between files
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
 # chat: {chat}   # its difference from the base makes the result chat
 # benchmarks: {{limit: 200}}

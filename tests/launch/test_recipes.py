@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -112,23 +111,6 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeyp
     monkeypatch.setattr(ranks, "world_size", lambda: int(value_of("--gpus", planner_argv)))
     run = RequestedRun.gather(command, all_arguments())
     assert [*run.problems, *find_problems(run)] == []
-
-
-def test_full_fine_tuning_is_what_the_tutorial_types(models: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with replay text mixed in."""
-    text = (RECIPES.parents[1] / "docs" / "tutorials" / "paper.md").read_text().replace("\\\n", "")
-    commands = re.findall(r"^moelpr train dense (.*paper-dense.*)$", text, re.MULTILINE)
-    assert len(commands) == 2
-    spec_of(["--hf-path", "Qwen1.5-1.8B"]).write(make_material())
-    for command in commands:
-        words = [RECIPES.parent / "dense.sh", "--dry-run", "--nproc-per-node", "8", *command.split()]
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        argv = shlex.split(said.split(" -m moelpr.pretrain ")[1])
-        argv = ["corpus" if word.endswith("_document") else word.replace("runs/dense", "upcycled") for word in argv]
-        argv = [word.replace("launch/", f"{RECIPES.parent}/") for word in argv]
-        monkeypatch.setattr(ranks, "world_size", lambda: 8)
-        run = RequestedRun.gather(argv, all_arguments())
-        assert [*run.problems, *find_problems(run)] == [] and run.args.stage == "dense"
 
 
 def make_material() -> Path:

@@ -39,9 +39,6 @@ def _parse_arguments() -> argparse.Namespace:
     add("--chat-template-from", type=Path, metavar="DIR", help=chat)
     whole = "multimodal base (Qwen3.5): the export is the whole, with its vision tower and MTP head bit for bit"
     add("--multimodal-base", type=Path, metavar="DIR", help=whole)
-    dial = "how far new experts go from the original one, 0, to what was trained, 1; in between, the model learns less "
-    dial += "and stays closer to the base (docs/results.md has figures; default: %(default)s)"
-    add("--interpolate-experts", type=_share, default=1.0, metavar="X", help=dial)
     add("--gguf", action="store_true", help="also write a GGUF file, to the folder DIR-gguf")
     add_gguf_options(parser, TYPES)
     add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
@@ -55,16 +52,6 @@ def _size(text: str) -> int:
     return max(1, int(float(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]))
 
 
-def _share(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return found
-
-
 def main() -> None:
     args = _parse_arguments()
     if (args.quantize or args.ollama) and not args.gguf:
@@ -74,7 +61,7 @@ def main() -> None:
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
-    others = args.verify, args.chat_template_from, args.multimodal_base, args.interpolate_experts
+    others = args.verify, args.chat_template_from, args.multimodal_base
     facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, *others)
     moe = facts.source.spec.moe
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"

@@ -35,7 +35,6 @@ class CardFacts:
     Attributes:
         config: config.json of the export.
         base_model: Name of the base, on the Hub (owner/name) or of its folder.
-        interpolate_experts: How far new experts are from the original one (0) to what was trained (1).
     """
 
     source: MegatronReader
@@ -44,7 +43,6 @@ class CardFacts:
     base_model: str | None
     origin: Origin
     history: History
-    interpolate_experts: float = 1.0
 
     @property
     def architecture(self) -> str:

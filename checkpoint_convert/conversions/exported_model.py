@@ -20,7 +20,6 @@ from checkpoint_convert.conversions.delta import (
     complete_delta,
     rows_of_new_tokens,
 )
-from checkpoint_convert.conversions.interpolated_experts import with_interpolated_experts
 from checkpoint_convert.hf.chat_tokenizer import (
     GENERATION_FILE,
     check_chat_tokens,
@@ -53,7 +52,6 @@ def mcore_to_hf(
     verify: Verify = Verify.FULL,
     chat_template_from: Path | None = None,
     multimodal_base: Path | None = None,
-    interpolate_experts: float = 1.0,
 ) -> CardFacts:
     """Export a checkpoint as a Hugging Face model or a delta, and return the facts of its model card; resumable.
 
@@ -65,7 +63,6 @@ def mcore_to_hf(
         as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
         multimodal_base: Folder of the multimodal base whose other parts to take over; None for the language model only.
         chat_template_from: Folder of the chat model whose template, special tokens and generation settings to take.
-        interpolate_experts: How far new experts are from the original one (0) to what was trained (1).
 
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
@@ -82,7 +79,7 @@ def mcore_to_hf(
         whole = MultimodalBase.read(multimodal_base, spec, target_dtype, verify)
         config["vision_config"] = whole.config["vision_config"]
     origin, history = Origin.of(load), read_history(load, iteration)
-    facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history, interpolate_experts)
+    facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
     if chat_template_from is not None:
         if as_delta:
             raise UserError("--chat-template-from changes the tokenizer, which a delta takes from its base; remove one")
@@ -106,8 +103,6 @@ def mcore_to_hf(
         if name in trained or name in grown or not as_delta
     }
     read: Callable[[str], Tensor] = read_part
-    if interpolate_experts != 1:
-        read = with_interpolated_experts(source, read, interpolate_experts)
     if whole is not None:
         shapes, read = whole.with_tensors(shapes, read)
     num_bytes = target_dtype.itemsize * sum(map(math.prod, shapes.values()))
@@ -119,7 +114,6 @@ def mcore_to_hf(
     }
     settings["architecture"] = facts.architecture
     settings |= {} if multimodal_base is None else {"multimodal base": str(multimodal_base)}
-    settings |= {} if interpolate_experts == 1 else {"interpolated experts": interpolate_experts}
     settings |= {} if chat_template_from is None else {"chat template from": str(chat_template_from)}
     with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
         stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER

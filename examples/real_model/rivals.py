@@ -78,9 +78,6 @@ def _means(maker: TaskMaker) -> list[Task]:
         words += ["--share", f"{share:g}"]
         task = Task(name=name, command=words, made_from=made_from, is_complete=is_complete)
         found += [tagged({name}, task, disk_gib=0.6), maker.evaluate(name)]
-    for name, share in settings.INTERPOLATED.items():
-        task = tasks.export(maker.run / "new", name, "--interpolate-experts", f"{share:g}")
-        found += [tagged({name}, task, disk_gib=1.2), maker.evaluate(name)]
     return [*found, *(task for name, its in settings.CALIBRATED.items() for task in _calibrated(maker, name, its))]
 
 

@@ -132,7 +132,7 @@ class Setting:
     @property
     def runs(self) -> tuple[str, ...]:
         """The runs that its first model took; () if it is not trained."""
-        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, *INTERPOLATED, LORA_SWITCHED)
+        is_trained = self.name not in (BASE, VOCABULARY_START, *MEANS, LORA_SWITCHED)
         is_trained &= self.calibrated is None
         return (*self.before, *self.models[:is_trained])
 
@@ -144,7 +144,6 @@ def _by_name(*settings: Setting) -> dict[str, Setting]:
 TIMES_LONGER = 1.9  # than full fine-tuning, about: a step of stage 1 on one core
 NEW_STAGE1, LONG_STAGE1, HALFWAY, NEAR, HALFWAY_OF = "new-stage1", "long-stage1", "halfway", "near", "full-10-0.0003"
 MEANS = {HALFWAY: 0.5, NEAR: 0.35}  # weight of the fine-tuned model
-INTERPOLATED = {"new-0.85": 0.85, "new-0.7": 0.7}  # weight of the new experts, instead of the original one
 # Name, rate and seed of stage 1 with new experts only and the tokens of review, too.
 LONG: tuple[tuple[str, float | None, int], ...] = (
     ("", None, 1),
@@ -258,10 +257,6 @@ RIVALS = (
             training=Training("ffn", BASE, _replay(percent), 3e-4),
         )
         for percent in (0, 10)
-    ),
-    *(
-        Setting(name, f"{NEW}, its new experts {share:.0%} of the way", (NEW_STAGE1, "new"), is_extra=True)
-        for name, share in INTERPOLATED.items()
     ),
     Setting(
         "new-calibrated",
@@ -390,5 +385,5 @@ def minimum_rate(rate: float) -> float:
 
 def model_folder(run: Path, base: Path, model: str) -> Path:
     """What is evaluated: a Hugging Face directory of dense models that the trainer hasn't made, else a checkpoint."""
-    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS, *INTERPOLATED, *CALIBRATED))
+    is_hf = model.startswith(("lora", "search-lora", "ffn", *MEANS, *CALIBRATED))
     return base if model == BASE else run / f"{model}-hf" if is_hf else run / model

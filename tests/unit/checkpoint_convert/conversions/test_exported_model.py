@@ -1,7 +1,6 @@
 """Exports are the same in every run, have the dtype that was asked for, and stream."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,26 +37,6 @@ def test_dtype_is_kept_unless_asked(make_qwen2: Callable[..., Path], tmp_path: P
     # bf16 → fp32 → bf16 is exact for what came from the model; routers were initialized in fp32 and rounded once.
     assert_same(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "hf-kept"))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
-@pytest.mark.parametrize("as_delta", [False, True])
-def test_new_experts_may_go_part_of_the_way(qwen2: Path, tmp_path: Path, as_delta: bool) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(3, topk=2, original_copies=2), start=Start("random"))
-    options = {"as_delta": as_delta, "base_model": "base"}
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "whole")
-    for share in (0.0, 0.25):
-        mcore_to_hf(tmp_path / "megatron", tmp_path / f"{share}", interpolate_experts=share, **options)
-        whole, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / f"{share}")
-        assert len(found) == (len(whole) if not as_delta else 4 * (3 * 3 + 1))
-        for name, tensor in found.items():
-            original = whole[re.sub(r"experts\.\d+\.", "experts.0.", name)]
-            expected = torch.lerp(original, whole[name], share) if "experts.0" not in name else original
-            assert torch.equal(tensor, expected), name
-        assert "0.25 of the way" in (tmp_path / f"{share}" / "README.md").read_text() or share == 0
-    assert any(not torch.equal(whole[name], tensor) for name, tensor in found.items())
-    hf_to_mcore(qwen2, tmp_path / "dense", None)
-    with pytest.raises(UserError, match="--interpolate-experts is about new experts, but .*dense is dense"):
-        mcore_to_hf(tmp_path / "dense", tmp_path / "none", interpolate_experts=0.5)
 
 
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:

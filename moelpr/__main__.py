@@ -56,9 +56,6 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
         "model import-adapter": Tool("checkpoint_convert.adapter_to_mcore", "convert an adapter of the published code"),
         "model export-adapter": Tool("checkpoint_convert.mcore_to_adapter", "export an adapter for the published code"),
-        "model whole-checkpoint": Tool(
-            "checkpoint_convert.whole_checkpoint", "complete a checkpoint of trained weights"
-        ),
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),

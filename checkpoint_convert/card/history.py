@@ -10,7 +10,7 @@ from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
-from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, is_step_name, step_folder
+from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, step_folder
 from moelpr.model.families.hf_config import read_config
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.model.model_spec import ModelSpec
@@ -104,24 +104,15 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
     stages: list[TrainedStage] = []
     seen: set[Path] = set()
     folder, step = checkpoint, step_folder(checkpoint, iteration)
-    while folder.resolve() not in seen:
+    while step.name != RELEASE and folder.resolve() not in seen:
         seen.add(folder.resolve())
-        if step.name == RELEASE:
-            start = Origin.of(folder).copy_of
-            is_step = start is not None and is_step_name(Path(start).name) and "\0" not in start
-            found = (
-                Path(start)
-                if start and is_step and Path(start).is_dir() and _has_spec(Path(start).parent, spec)
-                else None
-            )
-        else:
-            settings = read_settings(step) or read_settings(folder)
-            if settings is None:
-                return History(stages[::-1], str(folder) if stages else None)
-            stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
-            first = _first_start(folder, settings)
-            start = _start_of(folder, first or settings)
-            found = _find_start(folder, Path(start), first, spec) if start else None
+        settings = read_settings(step) or read_settings(folder)
+        if settings is None:
+            return History(stages[::-1], str(folder) if stages else None)
+        stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
+        first = _first_start(folder, settings)
+        start = _start_of(folder, first or settings)
+        found = _find_start(folder, Path(start), first, spec) if start else None
         if found is None:
             return History(stages[::-1], start)
         folder, step = found.parent, found

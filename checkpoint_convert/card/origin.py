@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self, TypedDict
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.base.records import STRICT, Record
+from moelpr.base.records import FOREIGN, Record
 from moelpr.base.run_folder import HF_FOLDER
 
 
@@ -20,7 +20,7 @@ class StartSettings(TypedDict, total=False):
     seed: Annotated[int, Field(lt=1 << 64)]
 
 
-@dataclass(frozen=True, config=STRICT)
+@dataclass(frozen=True, config=FOREIGN)  # earlier versions wrote more fields
 class Origin(Record):
     """What a converter made a checkpoint from; None for what is unknown or does not apply. The trainer copies it.
 
@@ -29,7 +29,6 @@ class Origin(Record):
         settings: How new experts started.
         adapter: Name of the adapter that the experts come from.
         has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
-        copy_of: Step folder whose weights the checkpoint has.
         revision: Commit of the base on the Hub.
     """
 
@@ -40,7 +39,6 @@ class Origin(Record):
     settings: StartSettings = dataclasses.field(default_factory=StartSettings)
     adapter: str | None = None
     has_other_base: bool = False
-    copy_of: str | None = None
     revision: str | None = None
 
     @classmethod

@@ -1,15 +1,12 @@
 """A model's history is what its runs recorded, found by the folders that they name."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from checkpoint_convert.card.history import read_history
-from checkpoint_convert.card.origin import Origin
-from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
@@ -41,24 +38,6 @@ def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_l
     assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
     shutil.rmtree("stage1/iter_0000003")
     assert read_history(Path("after")).missing == "stage1"
-
-
-def test_a_whole_checkpoint_has_the_history_of_its_run(runs: Path) -> None:
-    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
-    write_run("after", "whole", [5], SETTINGS | {"stage": "stage2"})
-    assert [stage.step for stage in read_history(Path("after")).stages] == [3, 5]
-    origin = Origin.of(Path("whole"))
-    assert origin.base_model == "Qwen-tiny" and origin.settings["seed"] == 7
-    shutil.rmtree("stage1")
-    assert read_history(Path("after")).missing == str(runs / "stage1" / "iter_0000003")
-
-
-@pytest.mark.parametrize("place", ["hf", "a\0b"])
-def test_a_copy_of_what_is_no_step_is_the_end_of_the_history(runs: Path, place: str) -> None:
-    whole_checkpoint(Path("stage1"), Path("whole"), iteration=3)
-    (Path("stage1") / "hf").mkdir(exist_ok=True)
-    replace(Origin.of(Path("whole")), copy_of=f"stage1/{place}").write(Path("whole/hf"))
-    assert read_history(Path("whole")).stages == []
 
 
 def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:

@@ -1,14 +1,12 @@
 """Exports are the same in every run, have the dtype that was asked for, and stream."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -58,13 +56,3 @@ def test_numbers_that_float16_does_not_have_are_reported(source: Path, tmp_path:
         mcore_to_hf(tmp_path / "wide", tmp_path / "hf", dtype="float16")
     with pytest.raises(UserError, match="in float16 contains NaN or Inf; .*too large"):
         mcore_to_hf(tmp_path / "wide", tmp_path / "delta", dtype="float16", as_delta=True)
-
-
-def test_a_whole_checkpoint_does_not_replace_the_base_checkpoint_it_is_made_of(make_qwen2, tmp_path) -> None:
-    hf_to_mcore(make_qwen2(), tmp_path / "c1", NewExperts(2))
-    shutil.copytree(tmp_path / "c1", tmp_path / "c2")
-    with pytest.MonkeyPatch.context() as patch:
-        links = [tmp_path / "c2" / "release", tmp_path / "c1" / "release"]
-        patch.setattr("checkpoint_convert.conversions.complete_checkpoint.checkpoint_chain", lambda *_: links)
-        with pytest.raises(UserError, match="must be separate folders"):
-            whole_checkpoint(tmp_path / "c2", tmp_path / "c1", overwrite=True)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from checkpoint_convert.compare.tensors import compare, largest_difference
-from checkpoint_convert.conversions.complete_checkpoint import whole_checkpoint
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
@@ -76,15 +74,6 @@ def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Pat
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
         assert torch.equal(parameter, upcycled[name]) != moved, name
-
-
-def test_a_chain_can_be_made_a_complete_checkpoint(chain_of_three: Path, tmp_path: Path) -> None:
-    whole_checkpoint(chain_of_three / "stage2", tmp_path / "made")
-    assert checkpoint_chain(tmp_path / "made") == [tmp_path / "made/release"]
-    assert largest_difference(compare(chain_of_three / "whole", tmp_path / "made")) == 0
-    expected, found = load_model(chain_of_three / "whole"), load_model(tmp_path / "made")
-    for (name, one), other in zip(expected.named_parameters(), found.parameters(), strict=True):
-        assert torch.equal(one, other), name
 
 
 def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec: ModelSpec) -> None:

@@ -7,7 +7,6 @@ EXTRAS = {
     "eval": ["lm-eval[hf]"],
     "wandb": ["wandb"],
     "mlflow": ["mlflow-skinny"],
-    "trackio": ["trackio"],
     "fast-tokenizer": ["gigatoken"],
     "language-id": ["fasttext-predict", "py3langid"],
     "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3://; the Hub needs nothing else
@@ -98,6 +97,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]", "cuda-toolkit[curand]; sys_platform == 'linux'"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         **EXTRAS,
-        "all": [package for name, packages in EXTRAS.items() for package in packages if name != "trackio"],
+        "all": [package for packages in EXTRAS.values() for package in packages],
     },
 )

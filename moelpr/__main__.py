@@ -67,7 +67,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "compare": Tool("moelpr.project.compare", "compare finished projects: what they have learned and lost"),
         "chat": Tool("moelpr.measure.chat.__main__", "talk to an export on a local page, and see where tokens go"),
         "report": Tool("moelpr.measure.report.__main__", "make the report of runs, or follow one (report live)"),
-        "track": Tool("moelpr.train.track.__main__", "send runs and results to W&B, MLflow or trackio"),
+        "track": Tool("moelpr.train.track.__main__", "send runs and results to W&B or MLflow"),
     },
 }
 TOOLS = {name: tool for group in GROUPS.values() for name, tool in group.items()}

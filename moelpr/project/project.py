@@ -231,8 +231,6 @@ class Trackers:
     """Its user or team."""
     mlflow_experiment: str | None = None
     """Experiment of MLflow, at the server that MLFLOW_TRACKING_URI names."""
-    trackio_project: str | None = None
-    """Project of trackio."""
 
 
 @dataclass(frozen=True, config=DOCUMENTED)

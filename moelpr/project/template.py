@@ -44,7 +44,7 @@ hardware: auto
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
 # chat: {chat}   # its difference from the base makes the result chat
 # benchmarks: {{limit: 200}}
-# trackers: {{wandb_project: moelpr}}         # or mlflow_experiment, trackio_project; one or several
+# trackers: {{wandb_project: moelpr}}         # or mlflow_experiment, or both
 
 # Any flag of a step, as its command takes it (moelpr train stage1 --help):
 # steps:

@@ -184,7 +184,7 @@ _WITHOUT_CASE = {
     "the log": """
         log-memory-interval log-memory-to-tensorboard log-progress log-throughput log-timers-to-tensorboard
         log-validation-ppl-to-tensorboard log-world-size-to-tensorboard mlflow-experiment tensorboard-dir
-        tensorboard-log-interval tensorboard-queue-size timing-log-option tracker-run trackio-project wandb-entity
+        tensorboard-log-interval tensorboard-queue-size timing-log-option tracker-run wandb-entity
         wandb-exp-name wandb-project wandb-save-dir warn-expert-share warn-lpr-fall warn-original-rise warn-window
     """,
     "the command line": "allow-untested debug help help-all recipe stage",

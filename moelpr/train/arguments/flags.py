@@ -53,7 +53,6 @@ _HELP = {
     "(default: the variable MOELPR_GRACE_SECONDS).",
     "--mlflow-experiment": "Log to this experiment of MLflow, at the server that MLFLOW_TRACKING_URI names (default: "
     "none).",
-    "--trackio-project": "Log to this project of trackio (default: none).",
     "--tracker-run": "Record of the run in trackers; several stages that share one are one run there, and the first "
     "makes it (default: tracker.json in --save, a run per stage).",
     "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
@@ -98,7 +97,6 @@ def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
     add("--warn-window", type=int, default=50, metavar="STEPS")
     add("--grace-seconds", type=float, default=os.environ.get(GRACE_VARIABLE), metavar="S")
     add("--mlflow-experiment", metavar="NAME")
-    add("--trackio-project", metavar="NAME")
     add("--tracker-run", metavar="FILE")
     add("--fp32", action="store_true")
     add("--allow-untested", nargs="+", action="extend", metavar="FLAG")

@@ -197,7 +197,7 @@ def _without_files(run: RequestedRun) -> RunSettings:
     args = run.args
     settings = replace(RunSettings.of(run), save=None, save_trained_only=False, validation_data={})
     args.save = args.tensorboard_dir = args.validation_data = args.wandb_project = None
-    args.mlflow_experiment = args.trackio_project = None
+    args.mlflow_experiment = None
     args.save_trained_only, args.eval_iters, args.num_workers = False, 0, 0
     # A shorter run would end before the last step that is counted.
     args.train_iters = args.train_iters and max(args.train_iters, _STEPS + 1)

@@ -65,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--wandb-exp-name", metavar="NAME", help="name that it shows (default: the ID of the run)")
     add("--wandb-save-dir", metavar="DIR", help="folder for its files (default: that of --tracker-run)")
     add("--mlflow-experiment", metavar="NAME", help="experiment of MLflow, at the server of MLFLOW_TRACKING_URI")
-    add("--trackio-project", metavar="NAME", help="project of trackio")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Trackers of experiments: Weights & Biases, MLflow and trackio, behind one interface.
+"""Trackers of experiments: Weights & Biases and MLflow, behind one interface.
 
 TensorBoard's files belong to a run folder and are written in the training process; these may be servers elsewhere. None
 of them may get credentials or the names of hosts.
@@ -170,43 +170,8 @@ class Mlflow(Tracker):
         self._client.set_terminated(self._id, "FINISHED")
 
 
-class Trackio(Tracker):
-    name, package = "trackio", "trackio"
-
-    def start(self) -> Mapping[str, int]:
-        import trackio
-
-        silent = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
-        trackio.init(self.project, name=self.run, resume="allow", **silent)
-        found = trackio.sqlite_storage.SQLiteStorage.get_max_step_for_run(self.project, self.run)
-        last = -1 if found is None else found
-        return defaultdict(lambda: last)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        import trackio
-
-        trackio.log(dict(values), step=step)
-
-    def settings(self, stage: str, values: Mapping[str, Any]) -> None:
-        """It has settings only of the start of a run; those of stages are files."""
-
-    def results(self, values: Mapping[str, float], step: int) -> None:
-        self.log(values, step)
-
-    def files(self, folder: Path) -> None:
-        import trackio
-
-        for path in _files(folder):
-            trackio.save(path, project=self.project)
-
-    def finish(self) -> None:
-        import trackio
-
-        trackio.finish()
-
-
 # Flag → tracker.
-TRACKERS: dict[str, type[Tracker]] = {"wandb_project": Wandb, "mlflow_experiment": Mlflow, "trackio_project": Trackio}
+TRACKERS: dict[str, type[Tracker]] = {"wandb_project": Wandb, "mlflow_experiment": Mlflow}
 
 
 def missing_packages(args: argparse.Namespace) -> list[str]:

@@ -49,7 +49,7 @@ class Memory(Tracker):
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRACKERS, "trackio_project", Memory)
+    monkeypatch.setitem(TRACKERS, "mlflow_experiment", Memory)
     monkeypatch.setattr(Memory, "runs", {})
     monkeypatch.setattr(Memory, "failures", 0)
     monkeypatch.setattr(tracking, "_RETRY_S", 0.01)
@@ -59,7 +59,7 @@ def start(save: Path, before: Path | None = None, steps: int = 0, shared: bool =
     """As the trainer, which removes the steps after its checkpoint's, `kept`, before it starts to send."""
     save.mkdir(parents=True, exist_ok=True)
     file = str(save.parent / "tracker.json") if shared else None
-    flags = dict.fromkeys(TRACKERS) | {"trackio_project": "p", "tracker_run": file}
+    flags = dict.fromkeys(TRACKERS) | {"mlflow_experiment": "p", "tracker_run": file}
     path = save / "metrics.jsonl"
     is_new = not path.exists()
     path.touch()

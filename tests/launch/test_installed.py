@@ -130,10 +130,11 @@ def test_all_but_training_works_without_megatron(
     tmp_path: Path,
 ) -> None:
     model = make_qwen2(tokenizer=True)
-    languages = template(str(model), [("el", "text.jsonl")], [("en", "text.jsonl")])
+    languages = template(str(model), [("el", "step.jsonl")], [("en", "step.jsonl")])
     (tmp_path / "languages.yaml").write_text(languages)
     make_run(tmp_path / "run", "stage1", steps=3)
-    (tmp_path / "text.jsonl").write_text(3 * '{"text": "abba ab"}\n')
+    for name, documents in (("text", 3), ("step", 200_000)):  # a dry run checks that there is text for one step
+        (tmp_path / f"{name}.jsonl").write_text(documents * '{"text": "abba ab"}\n')
     tokenizer = "--tokenizer-type HuggingFaceTokenizer --append-eod --tokenizer-model"
     lines = [
         f"data preprocess --input text.jsonl --language expanded --output-prefix corpus {tokenizer} {model}",

@@ -41,7 +41,7 @@ RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps di
 COPY LICENSE ./
 # What launch/first_contact.sh runs.
 COPY benchmarks benchmarks
-COPY examples/demo_tasks.py examples/languages.py examples/tasks.py examples/
+COPY examples/demo_tasks.py examples/languages.py examples/
 COPY tests/gpu tests/gpu
 COPY tests/unit/conftest.py tests/unit/
 COPY tests/support/text_server.py tests/support/

@@ -7,7 +7,7 @@ SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -nam
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-real-model gpu-check check format venv clean
+.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check check format venv clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -15,9 +15,9 @@ help: ## list the targets
 demo: venv ## real text, base, two stages, export and report in runs/demo
 	.venv/bin/python -m examples.demo
 
-results: venv ## all settings on a real pretrained model, about eight hours on 2 cores; RESULTS="--only copies full" for fewer
-	examples/real_model/install.sh
-	.venv-real-model/bin/python -m examples.real_model $(RESULTS)
+results: venv ## experiments on a pretrained model in runs/experiments; RESULTS="lora ffn" for these files only
+	@launch/extend_venv.sh .venv-results gguf==0.19.0
+	.venv-results/bin/python -m examples.experiments $(RESULTS)
 
 test: venv ## the tests that start no training: no network, no GPU
 	.venv/bin/python -m pytest $(PARALLEL) tests/unit tests/launch
@@ -52,9 +52,9 @@ test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-tr
 	@tests/trackers/install.sh
 	.venv-trackers/bin/python -m pytest tests/trackers
 
-test-real-model: venv ## LoRA and lm-eval, which are installed into .venv-real-model
-	@examples/real_model/install.sh
-	.venv-real-model/bin/python -m pytest tests/unit/examples/real_model/test_lora.py tests/unit/measure/evaluate/test_harness.py
+test-harness: venv ## benchmarks with lm-eval, which is installed into .venv-harness
+	@tests/harness/install.sh
+	.venv-harness/bin/python -m pytest tests/unit/measure/evaluate/test_harness.py
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh

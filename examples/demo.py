@@ -13,25 +13,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples import tasks
 from examples.demo_tasks import (
     COPIES,
     NUM_NEW_EXPERTS,
-    REVIEW_BLEND,
+    ROOT,
     TOPK,
+    Words,
+    convert,
     evaluate,
-    expert_options,
+    export,
     gpus_of_pytorch,
     num_ranks,
+    preprocess,
     train,
 )
-from examples.frontier_results import Frontier, value_range
 from examples.languages import GROUPS, LANGUAGES, held_out_files
-from examples.tasks import ROOT, Words, convert, export
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import write_text
-from moelpr.base.languages import language_name
 from moelpr.base.yaml_files import dump
 from moelpr.measure.report.page import Table, terminal_table
 from moelpr.project.places import Places
@@ -48,8 +47,6 @@ BASE_SHAPE = "--hidden-size 256 --num-layers 6 --ffn-hidden-size 768 --num-atten
 # The base saw a little text of the expanded languages, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
 SEED = 1
-# The setting of this demo in docs/frontier.json, whose numbers over seeds the report shows.
-SETTING = "2-copies-gamma-0.1"
 
 
 def main() -> None:
@@ -58,7 +55,7 @@ def main() -> None:
     add("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
     add("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
     add("--overwrite", action="store_true", help="delete an existing run and start from scratch")
-    seed = "random seed of both stages (default: %(default)s, the middle one of docs/frontier.json)"
+    seed = "random seed of both stages (default: %(default)s)"
     add("--seed", type=int, default=SEED, metavar="N", help=seed)
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -94,7 +91,7 @@ def data(run: Path, cache: Path | None) -> list[Task]:
     made_from = ("corpus", "tokenizer")
     for group, languages in GROUPS.items():
         prefix, inputs = run / "data" / group, [files[language] for language in languages]
-        found.append(tasks.preprocess(prefix, inputs, tokenizer, group, "--workers", "2", made_from=made_from))
+        found.append(preprocess(prefix, inputs, tokenizer, made_from=made_from))
     return found
 
 
@@ -108,18 +105,19 @@ def base(run: Path) -> list[Task]:
     words += [*BASE_SHAPE.split(), "--overwrite"]
     return [
         Task(name="untrained", command=words, made_from=("tokenizer",), is_complete=untrained.is_dir),
-        convert(run / "untrained", untrained, "--dense", made_from=("untrained",), name="convert-untrained"),
+        convert(run / "untrained", untrained, made_from=("untrained",)),
         *stage(run, "base", "convert-untrained", run / "untrained", BASE_BLEND),
-        convert(run / "dense", run / "base-hf", "--dense", made_from=("export-base",), name="convert-dense"),
+        convert(run / "dense", run / "base-hf", made_from=("export-base",)),
         *stage(run, "full-finetune", "convert-dense", run / "dense", {"expanded": 1}),
     ]
 
 
 def two_stages(run: Path, seed: int) -> list[Task]:
     """Upcycle, post-pretrain and review, as examples/demo.yaml says; export both stages; verify three conversions."""
-    hf, experts = run / "base-hf", expert_options(COPIES)
-    convert, stage1, stage2 = training_tasks(Places(project_file(run, seed)))
+    hf = run / "base-hf"
+    upcycle, stage1, stage2 = training_tasks(Places(project_file(run, seed)))
     expanded, original = (f"preprocess-{group}" for group in ("expanded", "original"))
+    experts = f"--num-new-experts {NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {COPIES}".split()
     memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
     plan: Words = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
     upcycled = run / "upcycled"
@@ -132,7 +130,7 @@ def two_stages(run: Path, seed: int) -> list[Task]:
 
     return [
         Task(name="plan", command=plan, made_from=("export-base",)),
-        replace(convert, made_from=("export-base",)),
+        replace(upcycle, made_from=("export-base",)),
         check("upcycled", "--frozen", hf, upcycled, *texts, made_from=("export-base", "convert", "corpus")),
         replace(stage1, made_from=("convert", expanded), environment=gpus_of_pytorch()),
         export(run / "stage1"),
@@ -149,10 +147,10 @@ def project_file(run: Path, seed: int) -> ProjectFile:
     return parse_project(text.replace("nproc-per-node: 2", f"nproc-per-node: {num_ranks()}"), PROJECT)
 
 
-def stage(run: Path, name: str, made_from: str, start: Path, blend: Mapping[str, float], *options: str) -> list[Task]:
+def stage(run: Path, name: str, made_from: str, start: Path, blend: Mapping[str, float]) -> list[Task]:
     """Train a stage from the folder `start`, which the task `made_from` writes, and export it."""
     sources = (made_from, *(f"preprocess-{group}" for group in blend))
-    return train(run / name, name, start, run / "data", blend, *options, made_from=sources)
+    return train(run / name, start, run / "data", blend, made_from=sources)
 
 
 def evaluations(run: Path) -> list[Task]:
@@ -162,7 +160,7 @@ def evaluations(run: Path) -> list[Task]:
 
     def task(command: str, models: Mapping[str, Path], *options: str) -> Task:
         made_from = ("corpus", *(f"export-{MODELS[model]}" for model in models))
-        return evaluate(run, command, models, run / "corpus", *options, made_from=made_from)
+        return evaluate(run, command, models, *options, made_from=made_from)
 
     return [task("text", models, "--continuations", "40"), task("routing", moe)]
 
@@ -186,17 +184,14 @@ def write_facts(demo: Workflow) -> None:
         "Demo": {
             "base model": f"Qwen2 {BASE_SHAPE}",
             "vocabulary": VOCABULARY,
-            "data of the base": _blend(BASE_BLEND),
-            "data of stage 2": _blend(REVIEW_BLEND),
+            "data of the base": ", ".join(f"{parts} parts {group}" for group, parts in BASE_BLEND.items()),
+            "data of stage 2": "2 parts original, 5 parts expanded",
             "experts": f"{NUM_NEW_EXPERTS} new and {COPIES} copies of the original, top-{TOPK}",
             "evaluation": "windows of 128 tokens, 32 of them context, all held-out documents",
         },
         # The report must not depend on itself.
         "Wall time in seconds": {name: wall_s for name, wall_s in demo.wall_times_s().items() if name != "report"},
     }
-    measured = Frontier.read(Path("docs"))
-    changes = {language_name(x): value_range(values) for x, values in measured.settings[SETTING].change.items()}
-    facts |= {f"Stage 2 against base over seeds {', '.join(map(str, measured.seeds))}": changes}
     write_text(demo.folder / "facts.yaml", dump(facts))
 
 
@@ -212,10 +207,6 @@ def print_report(run: Path) -> None:
         if not claim["ok"]:
             print(f"  not shown: {claim['language'] or claim['name']}: {claim['found']}; claim: {claim['claim']}")
     print(f"\nreport: {run / 'report.html'}")
-
-
-def _blend(blend: Mapping[str, float]) -> str:
-    return ", ".join(f"{weight} parts {group}" for group, weight in blend.items())
 
 
 if __name__ == "__main__":

@@ -1,56 +1,67 @@
-"""Settings and tasks that the demo shares with the experiments on its base."""
+"""Tasks of the demo: each is a command that a user could paste into a shell."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from examples import tasks
 from examples.languages import ORIGINAL, held_out_files
 from moelpr.base import machine
+from moelpr.base.run_folder import FINISHED_FILE
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.project.workflow.task import Task
 
+Words = list[str | Path]
+
+ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path("launch/recipes")
 NUM_NEW_EXPERTS, TOPK, COPIES = 4, 2, 2
-REVIEW_BLEND = {"original": 2, "expanded": 5}  # parts of the text of each language group
 
 
-def expert_options(copies: int) -> list[str]:
-    return f"--num-new-experts {NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {copies}".split()
+def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path, *, made_from: tuple[str, ...]) -> Task:
+    """Make the corpus `<prefix>_text_document` of the language group that it is named after."""
+    words: Words = ["data_tools/preprocess_data.py", "--input", *inputs, "--output-prefix", prefix]
+    words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+    words += ["--append-eod", "--language", prefix.name, "--workers", "2", "--overwrite"]
+    is_complete = Path(f"{prefix}_text_document.manifest.json").is_file
+    return Task(name=f"preprocess-{prefix.name}", command=words, made_from=made_from, is_complete=is_complete)
 
 
-def train(
-    save: Path,
-    recipe: str,
-    start: Path,
-    data: Path,
-    blend: Mapping[str, float],
-    *options: str,
-    made_from: tuple[str, ...],
-    files: tuple[Path, ...] = (),
-    ranks: int | None = None,
-) -> list[Task]:
-    """Train a stage with the demo's `recipe` and export the model as `<save>-hf`.
+def convert(save: Path, hf_path: Path, *, made_from: tuple[str, ...]) -> Task:
+    """Convert a dense Hugging Face model to a Megatron checkpoint."""
+    words: Words = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, "--dense", "--overwrite"]
+    is_complete = (save / SPEC_FILE).is_file
+    return Task(name=f"convert-{save.name}", command=words, made_from=made_from, is_complete=is_complete)
+
+
+def train(save: Path, start: Path, data: Path, blend: Mapping[str, float], *, made_from: tuple[str, ...]) -> list[Task]:
+    """Train a dense model with the demo's recipe of the name of `save`, and export it as `<save>-hf`.
 
     Args:
         start: Checkpoint folder to start from.
         data: Folder of the demo's corpora.
         blend: Language group -> parts of its text.
-        options: More flags of the trainer.
-        ranks: By default `num_ranks`.
     """
-    environment = {"NPROC_PER_NODE": str(ranks or num_ranks())} | gpus_of_pytorch()
-    settings = RECIPES / f"demo-{recipe}.yaml"
-    stage = recipe if recipe.startswith("stage") else "dense"
-    corpora = [word for group, parts in blend.items() for word in (str(parts), data / f"{group}_text_document")]
+    recipe = RECIPES / f"demo-{save.name}.yaml"
+    words: Words = ["launch/dense.sh", "--pretrained-checkpoint", start, "--data-path"]
+    words += [word for group, parts in blend.items() for word in (str(parts), data / f"{group}_text_document")]
     training = Task(
         name=save.name,
-        command=tasks.training_words(stage, start, corpora, save, "--recipe", settings, *options),
+        command=[*words, "--save", save, "--recipe", recipe],
         made_from=made_from,
-        files=(settings, *files),
-        environment=environment,
-        is_complete=lambda: tasks.is_finished(save),
+        files=(recipe,),
+        environment={"NPROC_PER_NODE": str(num_ranks())} | gpus_of_pytorch(),
+        is_complete=(save / FINISHED_FILE).is_file,
         continues=save,
     )
-    return [training, tasks.export(save)]
+    return [training, export(save)]
+
+
+def export(run: Path) -> Task:
+    """Export the model of a training run as `<run>-hf`."""
+    save = run.with_name(f"{run.name}-hf")
+    words: Words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite"]
+    is_complete = (save / CONFIG_FILE).is_file
+    return Task(name=f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
 
 
 def num_ranks() -> int:
@@ -69,16 +80,17 @@ def _num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
 
 
-def evaluate(
-    run: Path, command: str, models: Mapping[str, Path], corpus: Path, *options: str, made_from: tuple[str, ...]
-) -> Task:
+def evaluate(run: Path, command: str, models: Mapping[str, Path], *options: str, made_from: tuple[str, ...]) -> Task:
     """Evaluate models (name -> Hugging Face directory) on the held-out text of the demo's corpus."""
-    data = held_out_files(corpus)
-    options = ("--original-languages", ",".join(ORIGINAL), "--sequence-length", "128", "--context", "32", *options)
-    output = run / "evaluation"
+    data, output = held_out_files(run / "corpus"), run / "evaluation"
+    words: Words = ["-m", "moelpr.measure.evaluate", command]
+    for flag, paths in (("--model", models), ("--data", data)):
+        words += [word for name, path in paths.items() for word in (flag, f"{name}={path}")]
+    words += ["--device", "cpu", "--original-languages", ",".join(ORIGINAL)]
+    words += ["--sequence-length", "128", "--context", "32", *options, "--output", output]
     return Task(
         name="evaluate" if command == "text" else f"evaluate-{command}",
-        command=tasks.evaluation_words(command, models, data, output, "--device", "cpu", *options),
+        command=words,
         made_from=made_from,
         files=tuple(data.values()),
         is_complete=(output / ("results.json" if command == "text" else f"{command}.json")).is_file,

@@ -1,6 +1,6 @@
-"""Write the numbers and figures of a finished demo, and of `examples.frontier`, into README.md and docs/.
+"""Write the numbers and figures of a finished demo into README.md and docs/.
 
-python -m examples.readme_results --run runs/demo --frontier runs/frontier
+python -m examples.readme_results --run runs/demo
 """
 
 import shutil
@@ -8,8 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.frontier_results import Frontier, frontier_chart, results_tables
-from examples.tasks import ROOT
+from examples.demo_tasks import ROOT
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
@@ -19,7 +18,7 @@ from moelpr.measure.report.numbers import percent
 from moelpr.measure.report.page import Table, markdown_table
 
 # Names of the parts of the documents that are replaced.
-TABLE, PAPER, FRONTIER = "demo-table", "demo-and-paper", "frontier"
+TABLE, PAPER = "demo-table", "demo-and-paper"
 MODELS = {"full_finetune": "full fine-tuning", "stage1": "MoE-LPR, stage 1", "stage2": "MoE-LPR, stage 2"}
 # Means over benchmarks of Qwen1.5-1.8B: the paper's Table 1 and, for stage1, its ablation without review.
 PAPER_SCORES = {
@@ -41,22 +40,13 @@ FIGURES = {
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
-    results_of = "folder of the frontier (default: its results stay as they are)"
-    add("--frontier", type=Path, metavar="DIR", help=results_of)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
     args = parser.parse_args()
     report = records.read(dict[str, Any], args.run / "report.json", "run `make demo` first")
     replace_between(ROOT / "README.md", TABLE, results(report))
     replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():
         shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
-    if args.frontier:
-        frontier = Frontier.read(args.frontier)
-        frontier.write(ROOT / "docs")
-        seeds = f"Seeds: {', '.join(map(str, frontier.seeds))}."
-        replace_between(ROOT / "docs" / "results.md", FRONTIER, f"{results_tables(frontier)}\n\n{seeds}")
-        write_text(ROOT / "docs" / "images" / "frontier.svg", frontier_chart(frontier) + "\n")
 
 
 def replace_between(path: Path, name: str, text: str) -> None:

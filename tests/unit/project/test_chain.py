@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from examples.real_model.queue import Queue
-from examples.tasks import ROOT
+from examples.demo_tasks import ROOT
 from moelpr.base.errors import UserError
 from moelpr.project.chain import tasks_of, workflow_of
 from moelpr.project.places import Places
@@ -295,29 +294,6 @@ def test_a_stage_that_changes_is_refused_unless_it_is_redone_with_those_after_it
     file = read_project(write())
     assert workflow_of(file, "stage1")._redo == {"stage1", "stage2"}
     assert workflow_of(file)._redo == frozenset()
-
-
-def test_the_real_models_file_has_the_commands_of_its_queue() -> None:
-    path = ROOT / "examples" / "real-model.yaml"
-    found = {task.name: task for task in tasks_of(Places(parse_project(path.read_text(), path)))}
-    queue = {task.name: task for task in Queue(Path("runs/real-model")).tasks()}
-    for name, other in (("convert", "upcycled-copies"), ("stage1", "copies-stage1"), ("stage2", "copies-seed-1")):
-        ours, theirs = ({**flags(task)} for task in (found[name], queue[other]))
-        settings = [*found[name].settings]
-        ours |= {flag: [value] for flag, value in zip(settings[::2], settings[1::2], strict=True)}
-        for flag in ("--save", "--pretrained-checkpoint", "--nproc-per-node"):  # folders, and a variable of the queue
-            ours.pop(flag, None), theirs.pop(flag, None)
-        assert {flag: [*map(number, values)] for flag, values in ours.items()} == {
-            flag: [*map(number, values)] for flag, values in theirs.items()
-        }
-
-
-def number(word: str) -> float | str:
-    """0.0003 and 3e-4 are one value."""
-    try:
-        return float(word)
-    except ValueError:
-        return word
 
 
 def test_the_demos_file_is_a_project() -> None:

@@ -1,0 +1,81 @@
+"""The experiments of docs/results.md: train the projects of this folder, and compare those of each base.
+
+    make results            (python -m examples.experiments [NAME ...])
+
+Everything goes to runs/experiments, and the numbers to its results.md. What is done is left out, so run it again to
+resume.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.demo_tasks import ROOT
+from examples.experiments.text import UNSEEN
+from moelpr.base import records
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
+from moelpr.measure.report.numbers import Interval, percent
+from moelpr.measure.report.page import Table, markdown_table
+
+FILES, RUNS = Path("examples/experiments"), Path("runs/experiments")
+BASES = {"first": "SmolLM2-135M-Instruct", "second": "The same after training on plain text"}  # folder -> name
+MADE: dict[str, list[str]] = {  # folder -> the command that makes it
+    "base": ["-m", "examples.experiments.base"],
+    "text": ["-m", "examples.experiments.text"],
+    "kept": ["-m", "examples.other_text", "--without", ",".join(UNSEEN)],
+}
+GROUPS = {"expanded": "learned", "kept": "kept text", "other": "unseen languages and code"}
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="files to train, such as lora (default: all)")
+    names = parser.parse_args().names
+    os.chdir(ROOT)
+    files = {
+        base: [file for file in sorted((FILES / base).glob("*.yaml")) if file.stem in names or not names]
+        for base in BASES
+    }
+    if unknown := {*names} - {file.stem for its in files.values() for file in its}:
+        raise UserError(f"there is no {min(unknown)}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
+    for name, words in MADE.items():
+        if not (RUNS / name).exists():
+            run(*words, "--output", RUNS / name)
+    for base, its in files.items():
+        for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
+            run("-m", "moelpr", "run", file)
+    tables = [f"## {BASES[base]}\n\n{comparison(base, its)}\n" for base, its in files.items() if its]
+    write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *tables]))
+    print(f"\nresults: {RUNS / 'results.md'}")
+
+
+def run(*words: str | Path) -> None:
+    """Run a command with this Python; end with its code if it fails."""
+    print(f"python {' '.join(map(str, words))}", flush=True)
+    if code := subprocess.run([sys.executable, *map(str, words)]).returncode:
+        sys.exit(code)
+
+
+def comparison(base: str, files: Sequence[Path]) -> str:
+    """Compare the projects of a base, and return the table and the picture as Markdown."""
+    output, unseen = RUNS / base / "comparison", [f"interface.{language}" for language in UNSEEN]
+    data = [word for name in (*unseen, "code", "sums") for word in ("--data", f"{name}={RUNS / 'text' / name}.jsonl")]
+    run("-m", "moelpr", "compare", *files, *data, "--dtype", "bfloat16", "--skip-tokens", "32", "--output", output)
+    found = records.read(dict[str, Any], output / "compare.json", "remove it, and run make results again")
+    rows = [
+        [name]
+        + [Interval(**project["means"][group]["change"]).text(percent) for group in GROUPS]
+        + [Interval(**project["means"][group]["distance"]).text("{:.3f}".format) for group in GROUPS]
+        for name, project in found["projects"].items()
+    ]
+    head = ["change of bits per byte", *GROUPS.values(), *(f"KL, {name}" for name in GROUPS.values())]
+    return f"{markdown_table(Table(head, rows))}\n\n![Learned and lost]({base}/comparison/compare.svg)"
+
+
+if __name__ == "__main__":
+    run_command(main)

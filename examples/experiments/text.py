@@ -1,0 +1,147 @@
+"""Text of the experiments: to train on, to make the second base of, and held out.
+
+    python -m examples.experiments.text --output runs/experiments/text
+
+A hash of a document's ID decides whether it is held out, in every language. Writes JSON lines with the key text:
+
+- `train.LANG.jsonl`: LibreOffice's help and stories of a game, in the six languages;
+- `plain.NAME.jsonl`: interface texts of Home Assistant in the original languages and in half of the unseen ones, and
+  Python code, which the second base has read;
+- `help.LANG.jsonl`, `interface.LANG.jsonl`, `code.jsonl` and `sums.jsonl`: held out. Interface texts are there in eight
+  languages more than are trained on, of the same documents in every language.
+
+Training text has no paragraph that shares 13 words with a held-out document.
+"""
+
+import hashlib
+import random
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from examples.demo_corpus import DEFAULT_CACHE, WHEEL, read_documents, write_lines
+from examples.downloads import fetch_all, read_sources
+from examples.experiments.package_text import read_help, read_stories
+from examples.languages import LANGUAGES, ORIGINAL
+from moelpr.base.command import CommandParser, run_command
+from moelpr.base.files import atomic_directory, refuse_existing
+
+UNSEEN = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")  # languages that no training and no kept text has
+PLAIN = (*ORIGINAL, "de", "fr", "pl", "fi")  # those that the second base reads
+HELP_BYTES, STORY_BYTES, PLAIN_BYTES = 700_000, 400_000, 200_000  # per language, at most
+HELD_OUT_ONE_IN, HELD_OUT_DOCUMENTS = 6, 32
+HELD_OUT_CHARACTERS = (200, 1200)  # length in English
+CODE_CHARACTERS, NUMBER_OF_SUMS = 2_000, 24
+NGRAM = 13
+
+Paragraphs = Mapping[str, list[str]]  # document ID -> paragraphs
+
+
+def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
+    """Write all files; `packages` are paths by name."""
+    wheel = packages[WHEEL.package]
+    interface = {
+        language: {name: text.split("\n") for name, text in found.items()}
+        for language, found in read_documents(wheel, (*LANGUAGES, *UNSEEN)).items()
+    }
+    pages, stories = read_help(packages), read_stories(packages)
+    for language in LANGUAGES:
+        grams = held_out_grams((pages[language], stories[language], interface[language]), language)
+        lines = [
+            *training_text(pages[language], language, grams, HELP_BYTES),
+            *training_text(stories[language], language, grams, STORY_BYTES),
+        ]
+        random.Random(0).shuffle(lines)
+        write(folder, f"train.{language}", lines)
+    for language in PLAIN:
+        grams = held_out_grams([interface[language]], language)
+        write(folder, f"plain.{language}", training_text(interface[language], language, grams, PLAIN_BYTES))
+    for kind, documents in (("help", pages), ("interface", interface)):
+        names = held_out_names(documents)
+        for language, found in documents.items():
+            write(folder, f"{kind}.{language}", ["\n".join(found[name]) for name in names])
+    code = [*read_code(wheel)]
+    write(folder, "code", code[:HELD_OUT_DOCUMENTS])
+    write(folder, "plain.code", code[HELD_OUT_DOCUMENTS : HELD_OUT_DOCUMENTS + PLAIN_BYTES // CODE_CHARACTERS])
+    write(folder, "sums", sums())
+
+
+def write(folder: Path, name: str, texts: Iterable[str]) -> None:
+    write_lines(folder / f"{name}.jsonl", [{"text": text} for text in texts])
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest())
+
+
+def is_held_out(name: str) -> bool:
+    return hash_of(name) % HELD_OUT_ONE_IN == 0
+
+
+def held_out_names(documents: Mapping[str, Paragraphs]) -> list[str]:
+    """Return held-out documents that all languages have, in an order that does not depend on their content."""
+    shared = set.intersection(*({*found} for found in documents.values()))
+    low, high = HELD_OUT_CHARACTERS
+    suitable = [x for x in shared if is_held_out(x) and low <= sum(map(len, documents["en"][x])) <= high]
+    return sorted(suitable, key=hash_of)[:HELD_OUT_DOCUMENTS]
+
+
+def held_out_grams(kinds: Iterable[Paragraphs], language: str) -> set[Any]:
+    """Return the n-grams of all held-out documents of a language."""
+    held_out = (texts for documents in kinds for name, texts in documents.items() if is_held_out(name))
+    return {gram for texts in held_out for text in texts for gram in ngrams(text, language)}
+
+
+def training_text(documents: Paragraphs, language: str, held_out: set[Any], most_bytes: int) -> Iterator[str]:
+    """Yield `most_bytes` of the documents that are not held out, without paragraphs that share an n-gram."""
+    size = 0
+    for name in sorted(documents, key=hash_of):
+        kept = [text for text in documents[name] if held_out.isdisjoint(ngrams(text, language))]
+        if kept and not is_held_out(name) and size < most_bytes:
+            yield "\n".join(kept)
+            size += len("\n".join(kept).encode())
+
+
+def ngrams(text: str, language: str) -> Iterator[Any]:
+    """Yield runs of NGRAM words (characters in Chinese), in lower case and without punctuation."""
+    spaced = "".join(character if character.isalnum() else " " for character in text.lower())
+    words: Any = spaced.replace(" ", "") if language == "zh" else tuple(spaced.split())
+    for start in range(len(words) - NGRAM + 1):
+        yield words[start : start + NGRAM]
+
+
+def read_code(wheel: Path) -> Iterator[str]:
+    """Yield the starts of Python files, in the order of their names' hashes."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = (name for name in archive.namelist() if re.fullmatch(r"homeassistant/components/\w+/\w+\.py", name))
+        for name in sorted(names, key=hash_of):
+            if text := archive.read(name).decode()[:CODE_CHARACTERS].strip():
+                yield text
+
+
+def sums() -> Iterator[str]:
+    """Yield lists of sums of two numbers."""
+    for number in range(HELD_OUT_DOCUMENTS):
+        draw = random.Random(number)
+        pairs = [(draw.randrange(10, 99), draw.randrange(10, 99)) for _ in range(NUMBER_OF_SUMS)]
+        yield "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of downloads (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing folder")
+    args = parser.parse_args()
+    refuse_existing([args.output], args.overwrite)
+    sources = [source for source in read_sources().values() if source.kind in ("help", "stories", "interface")]
+    packages = fetch_all(sources, args.cache.expanduser())
+    with atomic_directory(args.output) as folder:
+        write_texts(folder, packages)
+
+
+if __name__ == "__main__":
+    run_command(main)

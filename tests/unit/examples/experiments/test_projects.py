@@ -1,0 +1,133 @@
+"""The experiments: each file plans and lists its commands, and those of a base can be compared."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.demo_tasks import ROOT
+from examples.experiments import __main__ as experiments
+from examples.experiments.text import PLAIN, UNSEEN
+from examples.languages import LANGUAGES
+from moelpr.base.errors import UserError
+from moelpr.project.__main__ import main
+from moelpr.project.compare import read_texts
+from moelpr.project.places import Places
+from moelpr.project.reading import read_project
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / experiments.FILES).rglob("*.yaml"))
+PROJECTS = [file for file in FILES if not file.endswith("recipe.yaml")]
+TOKENS = 112_640  # each setting reads so many
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with the files, bases that are only shapes, and text of one sentence."""
+    shutil.copytree(ROOT / experiments.FILES, tmp_path / experiments.FILES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    for base in ("base", "second-base/hf"):
+        (experiments.RUNS / base).mkdir(parents=True)
+        (experiments.RUNS / base / "config.json").write_text(json.dumps(SMOLLM2))
+    names = [f"text/train.{language}" for language in LANGUAGES]
+    names += [f"text/interface.{language}" for language in (*LANGUAGES, *UNSEEN)]
+    names += [f"text/plain.{name}" for name in (*PLAIN, "code")] + ["text/code", "text/sums", "kept/sv"]
+    for name in names:
+        path = experiments.RUNS / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(10_000 * (json.dumps({"text": f"a sentence of {name}"}) + "\n"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("file", PROJECTS)
+def test_a_project_plans_and_lists_its_commands(
+    file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {*folder.rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["moelpr", "plan", file])
+    main()
+    steps = re.findall(r"^(\S+) +to do", capsys.readouterr().out, re.MULTILINE)
+    method = read_project(Path(file)).project.method
+    assert {"moe-lpr": "stage1", "full": "dense"}.get(method, method) in steps
+    monkeypatch.setattr(sys, "argv", ["moelpr", "run", file, "--dry-run"])
+    main()
+    assert re.findall(r"^(\S+): to do", capsys.readouterr().out, re.MULTILINE) == steps
+    assert {*folder.rglob("*")} == before
+
+
+def test_all_settings_read_as_many_tokens(folder: Path) -> None:
+    for file in PROJECTS:
+        if "second-base" not in file:
+            project = read_project(Path(file)).project
+            review = project.steps.get("stage2", {}).get("train-iters", 0)
+            assert (project.budget.tokens or 0) + 1024 * int(str(review)) == TOKENS
+
+
+@pytest.mark.parametrize("base", experiments.BASES)
+def test_projects_of_a_base_share_base_and_text(base: str, folder: Path) -> None:
+    projects = {file: Places(read_project(Path(file))) for file in PROJECTS if f"/{base}/" in file}
+    assert len({(places.base, places.text) for places in projects.values()}) == 1
+    assert len({places.folder for places in projects.values()}) == len(projects) > 4
+    _, groups = read_texts(projects, {}, "text", 3)
+    assert groups["expanded"] == ["el", "hu", "tr"] and groups["kept"] == ["en", "es", "zh", "sv"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[list[str]]:
+    """The commands that the experiments start; a comparison writes numbers."""
+    started: list[list[str]] = []
+
+    def execute(words: list[str]) -> Any:
+        started.append(words[2:])
+        if "compare" in words:
+            output = Path(words[words.index("--output") + 1])
+            output.mkdir(parents=True, exist_ok=True)
+            interval = {"value": -0.25, "low": -0.3, "high": -0.2}
+            means = dict.fromkeys(experiments.GROUPS, {"change": interval, "distance": interval})
+            (output / "compare.json").write_text(json.dumps({"projects": {"lora": {"means": means}}}))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("subprocess.run", execute)
+    monkeypatch.setattr(sys, "argv", ["experiments", *names])
+    experiments.main()
+    return started
+
+
+def test_the_second_base_is_made_before_what_starts_from_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = run(monkeypatch)
+    runs = [words[2] for words in started if words[:2] == ["moelpr", "run"]]
+    assert sorted(runs) == PROJECTS
+    assert runs.index("examples/experiments/second-base.yaml") == min(
+        place for place, file in enumerate(runs) if "second" in file
+    )
+    assert not [words for words in started if words[0] != "moelpr"]  # base and text are there
+    shutil.rmtree(experiments.RUNS / "kept")
+    first = run(monkeypatch, "lora")[0]
+    assert first[:3] == ["examples.other_text", "--without", ",".join(UNSEEN)]
+
+
+def test_the_page_has_a_table_of_each_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = run(monkeypatch, "lora")
+    compared = [words[2:3] for words in started if words[1] == "compare"]
+    assert compared == [[f"examples/experiments/{base}/lora.yaml"] for base in experiments.BASES]
+    page = (experiments.RUNS / "results.md").read_text()
+    assert page.count("| lora") == page.count("compare.svg)") == 2 and "−25.0% [−30.0%, −20.0%]" in page
+    with pytest.raises(UserError, match=r"there is no nothing\.yaml"):
+        run(monkeypatch, "nothing")

@@ -1,0 +1,201 @@
+"""The text of the experiments, from tiny packages of the same layout as the real ones."""
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from examples.experiments import package_text
+from examples.experiments.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
+from examples.experiments.text import PLAIN, UNSEEN, is_held_out, ngrams, sums, training_text, write_texts
+from examples.languages import LANGUAGES
+from tests.support.debian_packages import write_deb
+
+# A sentence of each language about a number, long enough for n-grams.
+SENTENCES = {
+    "en": "This page number {} tells you in few plain words what the program does with part {} of a document",
+    "es": "Esta página número {} cuenta en pocas palabras qué hace el programa con la parte {} de un documento",
+    "zh": "第{}页说明{}部分做些什么事情",
+    "el": "Αυτή η σελίδα αριθμός {} λέει με λίγα λόγια τι κάνει το πρόγραμμα με το μέρος {} ενός εγγράφου",
+    "hu": "Ez a {} számú oldal néhány egyszerű szóval elmondja mit tesz a program egy dokumentum {} részével",
+    "tr": "Bu {} numaralı sayfa program bir belgenin {} bölümüyle ne yapar birkaç sade sözle size anlatır işte",
+}
+SENTENCES |= {language: f"{language} {SENTENCES['es']}" for language in UNSEEN}
+UNTRANSLATED = "Nobody has translated this sentence so far"
+PAGES, PARAGRAPHS = 60, 4
+
+
+def paragraph(language: str, page: int, place: int) -> str:
+    return SENTENCES[language].format(f"{page}x", f"{place}y{page}")
+
+
+def catalog(messages: dict[str, str]) -> bytes:
+    """A compiled gettext catalog."""
+    messages = {"": "Content-Type: text/plain; charset=UTF-8\n"} | messages
+    pairs = sorted((key.encode(), value.encode()) for key, value in messages.items())
+    count, table = len(pairs), 28
+    data, starts = b"", ([], [])
+    for side in (0, 1):
+        for pair in pairs:
+            starts[side].append((len(pair[side]), table + 16 * count + len(data)))
+            data += pair[side] + b"\0"
+    numbers = [number for side in starts for entry in side for number in entry]
+    head = (0x950412DE, 0, count, table, table + 8 * count, 0, 0)
+    return struct.pack(f"<{7 + len(numbers)}I", *head, *numbers) + data
+
+
+def page_html(language: str, page: int) -> bytes:
+    own = "".join(f"<p>{paragraph(language, page, place)} <b>&amp;</b></p>" for place in range(PARAGRAPHS))
+    return f"""<html><body><p>{language} words outside of the page {page}</p><div id="DisplayArea">
+        <noscript><p>{language} words without any script on {page}</p></noscript>
+        <h1>Short</h1><p>{UNTRANSLATED}</p>{own}<p>{paragraph(language, 0, 0)} <b>&amp;</b></p></div>
+        <div id="DonationFrame"></div><p>{language} words below the page {page}</p></body></html>""".encode()
+
+
+def write_packages(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for language in LANGUAGES:
+        code = HELP_CODES.get(language, language)
+        root = f"usr/share/libreoffice/help/{code}"
+        pages = {f"{root}/text/swriter/{page}.html": page_html(language, page) for page in range(PAGES)}
+        write_deb(folder / f"libreoffice-help-{code.lower()}", {f"{root}/other.html": b"<p>", **pages})
+    for number, campaign in enumerate(CAMPAIGNS):
+        root = "usr/share/games/wesnoth/1.18"
+        numbers = [(1000 * (number + 1) + page, place) for page in range(12) for place in range(PARAGRAPHS)]
+        english = {numbers_of: paragraph("en", *numbers_of) for numbers_of in numbers}
+        source = "\n".join(f'message= _ "context^{english[pair]}"' for pair in numbers)
+        files = {f"{root}/data/campaigns/x/scenarios/1.cfg": source.encode()}
+        for language in LANGUAGES[1:]:
+            code = {"zh": "zh_CN"}.get(language, language)
+            messages = {f"context^{english[pair]}": paragraph(language, *pair) for pair in numbers}
+            files[f"{root}/locale/{code}/LC_MESSAGES/wesnoth-{campaign}.mo"] = catalog(messages)
+        write_deb(folder / f"wesnoth-1.18-{campaign}", files)
+    with zipfile.ZipFile(folder / "homeassistant", "w") as archive:
+        for page in range(5000, 5000 + PAGES):
+            archive.writestr(f"homeassistant/components/a{page}/light.py", f"import light_{page}\n")
+            for language in (*LANGUAGES, *UNSEEN):
+                code = {"zh": "zh-Hans"}.get(language, language)
+                texts = {str(place): paragraph(language, page, place) for place in range(PARAGRAPHS)}
+                archive.writestr(f"homeassistant/components/a{page}/translations/{code}.json", json.dumps(texts))
+        for page in range(7000, 7000 + PAGES):  # each repeats one of the other documents
+            repeated = json.dumps({"0": f"{paragraph('es', page - 2000, 0)} and so on"})
+            archive.writestr(f"homeassistant/components/b{page}/translations/es.json", repeated)
+            archive.writestr(f"homeassistant/components/b{page}/translations/en.json", "{}")
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packages") / "downloads"
+    write_packages(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package_text, "SCENE_CHARACTERS", 300)
+        write_texts(folder, {path.name: path for path in packages.iterdir()})
+    return folder
+
+
+def read(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_held_out_document_is_trained_on_in_no_language(folder: Path) -> None:
+    for language in LANGUAGES:
+        found = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
+        for page in range(PAGES):
+            own = f"{paragraph(language, page, 1)} &"
+            assert (own in found) != is_held_out(f"swriter/{page}")
+        assert not any(paragraph(language, page, 1) in found for page in range(5000, 5000 + PAGES))  # no interface
+
+
+def test_held_out_documents_are_the_same_in_every_language(folder: Path) -> None:
+    for kind, languages, pages in (
+        ("help", LANGUAGES, [page for page in range(1, PAGES) if is_held_out(f"swriter/{page}")]),
+        ("interface", (*LANGUAGES, *UNSEEN), [page for page in range(5000, 5000 + PAGES) if is_held_out(f"a{page}")]),
+    ):
+        for language in languages:
+            found = read(folder / f"{kind}.{language}.jsonl")
+            assert len(found) == len(read(folder / f"{kind}.en.jsonl")) > 1
+            expected = {page for page in pages if any(paragraph(language, page, 1) in text for text in found)}
+            assert len(expected) == len(found) - (kind == "help" and is_held_out("swriter/0"))
+
+
+def test_plain_text_has_nothing_that_is_held_out_and_no_code_that_is_measured(folder: Path) -> None:
+    assert {path.name.split(".")[1] for path in folder.glob("plain.*.jsonl")} <= {*PLAIN, "code"}
+    pairs = [(f"a{page}", f"b{page + 2000}") for page in range(5000, 5000 + PAGES)]
+    trained = [name for pair in pairs if not any(map(is_held_out, pair)) for name in pair]
+    assert 0 < len(trained) == len(read(folder / "plain.es.jsonl")) < 2 * PAGES
+    measured, plain = ({*read(folder / f"{name}.jsonl")} for name in ("code", "plain.code"))
+    assert len(measured) == 32 and len(plain) == PAGES - 32 and not measured & plain
+
+
+def test_pages_lose_markup_repeats_and_what_is_not_translated(folder: Path) -> None:
+    for language in LANGUAGES:
+        found = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
+        places = [(page, place) for page in range(PAGES) for place in range(PARAGRAPHS)]
+        pages = [text for text in found if text.endswith("&")]
+        assert {*pages} <= {f"{paragraph(language, page, place)} &" for page, place in places}
+        assert len(pages) == len({*pages}) and (UNTRANSLATED in found) <= (language == "en")
+        assert not [text for text in found if "outside" in text or "script" in text or "below" in text]
+
+
+def test_scenes_are_parallel_and_in_the_order_of_the_game(packages: Path) -> None:
+    found = read_stories({path.name: path for path in packages.iterdir()})
+    assert found["el"].keys() == found["en"].keys() and len(found["en"]) > len(CAMPAIGNS)
+    told = [text for name, scene in found["el"].items() if name.startswith("httt/") for text in scene]
+    first = 1000 * (CAMPAIGNS.index("httt") + 1)
+    assert told == [paragraph("el", first + page, place) for page in range(12) for place in range(PARAGRAPHS)]
+
+
+def test_strings_of_a_campaign() -> None:
+    source = 'name="a" message= _ "He said ""no"", twice" + _"and\nwent" # _ "x"'
+    assert [*_scenes(source)] == [['He said "no", twice', "and\nwent", "x"]]
+
+
+def test_training_text_shares_no_13_gram_with_held_out_text() -> None:
+    seen = next(name for name in map(str, range(100)) if not is_held_out(name))
+    unseen = next(name for name in map(str, range(100)) if is_held_out(name))
+    shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    documents = {seen: [f"Start {shared} here.", "Something else that is long enough"], unseen: [f"{shared} " * 5]}
+    grams = {gram for text in documents[unseen] for gram in ngrams(text, "en")}
+    assert [*training_text(documents, "en", grams, 1000)] == ["Something else that is long enough"]
+
+
+def test_ngrams_by_hand() -> None:
+    words = [f"w{number}" for number in range(14)]
+    expected = [tuple(words[:13]), tuple(words[1:])]
+    assert [*ngrams(" ".join(words).upper() + ".", "en")] == expected
+    assert [*ngrams("甲乙丙丁，戊己庚辛壬癸子丑寅卯。", "zh")] == [
+        "甲乙丙丁戊己庚辛壬癸子丑寅",
+        "乙丙丁戊己庚辛壬癸子丑寅卯",
+    ]
+
+
+def test_two_builds_have_the_same_bytes(folder, packages, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(package_text, "SCENE_CHARACTERS", 300)
+    write_texts(tmp_path, {path.name: path for path in packages.iterdir()})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in tmp_path.iterdir()
+    }
+
+
+def test_sums_are_right() -> None:
+    for text in sums():
+        for line in text.splitlines():
+            terms, result = line.split(" = ")
+            assert sum(map(int, terms.split(" + "))) == int(result)
+
+
+def test_sentences() -> None:
+    assert is_sentence("Άνοιξε το παράθυρο της εφαρμογής", "el")
+    assert not is_sentence("Open the window of the application", "el")
+    assert not is_sentence("Open the window of the application", "tr")
+    assert not is_sentence("Pencereyi açmak için <b>buna</b> basın", "tr")
+    assert not is_sentence("Yalnızca dört kısa sözcük", "tr")
+    assert clean({language: {"a": ["Same in all of the languages"]} for language in LANGUAGES})["hu"] == {}

@@ -61,7 +61,7 @@ def add_cpu_time(parser: argparse.ArgumentParser) -> None:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     what = "folder of `make demo`, whose models' routing is used; `none`: tokens choose at random"
-    folder = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
+    folder: Any = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
     parser.add_argument("--demo", **folder, metavar="DIR", help=what)
 
 

@@ -19,12 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import ROOT, add_json, argument_parser, print_table, save_random_model, write_json
 from benchmarks.timing import Times, median_s
 from moelpr.base.files import fsync_file
 
-SHAPE = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_attention_heads=32)
+SHAPE: dict[str, Any] = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_attention_heads=32)
 SHAPE |= dict(num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16")
 NEW_TOKENS = 8000
 LIMIT_BYTES = 3 * 32000 * 2048 * 2 + 500 * 10**6  # the embedding is the largest tensor

@@ -47,7 +47,7 @@ ratio_step_time_stage1 ratio_step_time_stage2""".split()
 def main() -> None:
     parser = common.argument_parser(__doc__, new_experts=8, original_copies=2, topk=2, hidden=256, ffn=512, rounds=7)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
-    sizes = {"type": int, "nargs": "+", "default": [2, 4], "metavar": "EP"}
+    sizes: Any = {"type": int, "nargs": "+", "default": [2, 4], "metavar": "EP"}
     parser.add_argument("--expert-parallel", **sizes, help="expert-parallel sizes, in ranks")
     common.add_demo(parser)
     common.add_json(parser)
@@ -121,7 +121,7 @@ class _Contender:
         self.hidden.grad = None
 
 
-def choices_of(args: argparse.Namespace, pattern: str, ep: int) -> tuple[dict[str, int], Tensor, int, Tensor]:
+def choices_of(args: argparse.Namespace, pattern: str, ep: int) -> tuple[dict[str, Any], Tensor, int, Tensor]:
     """(experts of ours, this rank's choices of places; number of the peer's experts, its choices)."""
     rank = torch.distributed.get_rank()
     if pattern == "reviewed":

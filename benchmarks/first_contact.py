@@ -213,6 +213,7 @@ def _layouts(machine: Machine) -> dict[str, tuple[str, PlannedLayout]]:
 def _planned(machine: Machine, spec: ModelSpec, name: str, stage: Any, layout: PlannedLayout) -> TrainerRun:
     sizes, parts = machine.sizes, model_parts(spec)
     batch = sizes.micro_batch_size * sizes.micro_batches * machine.ranks
+    dtype: Any
     kernels, dtype = (CPU, "fp32") if machine.is_dry_run else (Kernels(), "bf16")
     workload = Workload(stage, sizes.seq_length, sizes.micro_batch_size, batch, dtype, kernels)
     memories = stage_memories(spec, parts, layout, workload)

@@ -78,7 +78,8 @@ def recorded_routing(demo: Path | None, stage: MoeStage) -> RecordedRouting:
         loaded.logits(torch.tensor(full[:WINDOWS]))
     choices_TK = torch.cat(recorded)
     shuffled = choices_TK[torch.randperm(len(choices_TK), generator=torch.Generator().manual_seed(0))]
-    num_experts = next(iter(loaded.routers.values())).weight.shape[0]
+    first: Any = next(iter(loaded.routers.values()))
+    num_experts = first.weight.shape[0]
     return RecordedRouting(shuffled, num_experts - loaded.num_original_places, loaded.num_original_places)
 
 

@@ -33,7 +33,7 @@ def _read(path: Path, folder: str, suffix: str | tuple[str, ...]) -> dict[str, b
                 with tarfile.open(fileobj=io.BytesIO(package.read(size))) as archive:
                     files = {x.name.removeprefix("./"): x for x in archive if x.isfile()}
                     names = sorted(name for name in files if name.startswith(folder) and name.endswith(suffix))
-                    return {name: archive.extractfile(files[name]).read() for name in names}
+                    return {name: file.read() for name in names if (file := archive.extractfile(files[name]))}
             package.seek(size + size % 2, io.SEEK_CUR)
     raise ValueError("no files")
 

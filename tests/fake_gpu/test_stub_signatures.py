@@ -53,8 +53,8 @@ def parameters_of(tree: ast.Module, name: str, method: str | None) -> dict[str, 
     """Parameter → default as in the source, in order; None: it has none."""
     body = [node for node in tree.body if getattr(node, "name", None) == name]
     if method is not None:
-        body = [node for node in body[-1].body if getattr(node, "name", None) == method]
-    arguments = body[-1].args
+        body = [node for node in body[-1].body if getattr(node, "name", None) == method]  # type: ignore[attr-defined]
+    arguments = body[-1].args  # type: ignore[attr-defined]
     positional = arguments.posonlyargs + arguments.args
     defaults = [None] * (len(positional) - len(arguments.defaults)) + [*map(ast.unparse, arguments.defaults)]
     keyword = [None if default is None else ast.unparse(default) for default in arguments.kw_defaults]

@@ -211,7 +211,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         signal.signal(number, signal.SIG_DFL)
     # As at the end of a process: threads that end executors, then multiprocessing's children.
     threading._shutdown()  # type: ignore[attr-defined]
-    util._exit_function()
+    util._exit_function()  # type: ignore[attr-defined]
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

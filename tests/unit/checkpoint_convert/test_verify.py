@@ -56,7 +56,7 @@ def test_an_export_that_transformers_has_saved_again_is_equal(base: Path, tmp_pa
         shutil.copyfile(path, again / path.name)
     assert any(0 in HfReader(again).shape(name) for name in HfReader(again).names)
     assert exit_code(main, export, again) == 0
-    graft(*(Model(folder, folder.name) for folder in (base, base, again)), tmp_path / "graft")
+    graft(*(Model(folder, folder.name) for folder in (base, base, again)), tmp_path / "graft")  # type: ignore[call-arg]
     assert exit_code(main, export, tmp_path / "graft") == 0
 
 

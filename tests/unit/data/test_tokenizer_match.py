@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from moelpr.data.manifest import TokenizerRecord

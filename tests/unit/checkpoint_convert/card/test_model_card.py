@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_the_card_describes_the_exported_step(runs: Path) -> None:
 def test_the_hub_reads_the_front_matter(runs: Path) -> None:
     from huggingface_hub import ModelCard
 
-    card = ModelCard(card_of("stage2", base_model="Qwen/Qwen-tiny"))
+    card: Any = ModelCard(card_of("stage2", base_model="Qwen/Qwen-tiny"))
     assert card.data.base_model == "Qwen/Qwen-tiny"
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     assert card.data.license == "other" and card.data.license_name == "tongyi"

@@ -4,6 +4,7 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ def test_one_model_is_in_memory_at_a_time(qwen2, export, text, tmp_path, monkeyp
     alive: list[weakref.ref] = []
     loads = []
 
-    def watch(owner: object) -> None:
+    def watch(owner: Any) -> None:
         load_model = owner.load_model
 
         def watched(*args, **kwargs):

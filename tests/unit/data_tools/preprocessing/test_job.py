@@ -111,6 +111,8 @@ def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
 class _Sometimes(float):
     """A number of seconds that has passed when the iterator says so."""
 
+    answers: Any
+
     def __new__(cls, answers: Any) -> "_Sometimes":
         made = super().__new__(cls, 0)
         made.answers = answers

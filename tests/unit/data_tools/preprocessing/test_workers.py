@@ -82,7 +82,7 @@ def test_a_job_ends_whose_workers_can_no_longer_be_asked_to_stop() -> None:
 
 
 def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    others, spawn = set(multiprocessing.active_children()), ProcessPoolExecutor._spawn_process
+    others, spawn = set(multiprocessing.active_children()), ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
 
     def interrupted(pool: ProcessPoolExecutor) -> None:
         spawn(pool)
@@ -105,7 +105,7 @@ def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.Monk
 
 def test_a_worker_that_is_ended_before_it_has_begun_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the executor does it if another worker was killed; it would wait for this one indefinitely."""
-    spawn = ProcessPoolExecutor._spawn_process
+    spawn = ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
 
     def ended(pool: ProcessPoolExecutor) -> None:
         spawn(pool)

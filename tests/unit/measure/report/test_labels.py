@@ -20,7 +20,7 @@ def test_labels_of_crowded_points_cover_nothing() -> None:
     frame = axes.get_window_extent()
     renderer, boxes = RendererAgg(1000, 1000, figure.dpi), []
     for text in axes.texts:
-        text.update_positions(renderer)
+        text.update_positions(renderer)  # type: ignore[attr-defined]
         boxes.append(Text.get_window_extent(text, renderer))  # without its line
     assert len(boxes) == len(points)
     assert all(frame.x0 <= box.x0 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)

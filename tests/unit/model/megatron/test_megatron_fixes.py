@@ -92,7 +92,8 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
             super().__init__(config)
             self.weight = torch.nn.Parameter(torch.ones(4, 4))
             self.vocabulary = torch.nn.Parameter(torch.ones(4, 4))
-            self.vocabulary.shared_embedding = True  # the norms before it are 4 elements of a bucket of 64, or 128
+            # The norms before it are 4 elements of a bucket of 64, or 128.
+            self.vocabulary.shared_embedding = True  # type: ignore[attr-defined]
             self.norm = torch.nn.Parameter(torch.ones(4))
 
     is_flat, dtype = kind.startswith("distributed"), torch.bfloat16 if kind == "float16" else torch.float32
@@ -378,15 +379,15 @@ def test_the_gradient_norm_is_megatrons_and_is_read_once() -> None:
 def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     megatron_fixes.install()
     frozen, trained = (torch.nn.Parameter(torch.randn(300).bfloat16()) for _ in range(2))
-    trained.main_param = torch.randn(300)
+    trained.main_param = torch.randn(300)  # type: ignore[attr-defined]
     with Reads() as reads:
         data = [common_utils._get_param_data(one, False, bf16=True)[0] for one in (frozen, trained)]
         found = common_utils._compute_norm_2(data)
     assert reads.number == 0
-    assert data[0].data_ptr() == frozen.data_ptr() and data[1] is trained.main_param
+    assert data[0].data_ptr() == frozen.data_ptr() and data[1] is trained.main_param  # type: ignore[attr-defined]
     assert found == pytest.approx(sum(one.float().square().sum().item() for one in data))
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(use_precision_aware_optimizer=True))
-    trained.main_param, trained.main_param_sharded = None, True
+    trained.main_param, trained.main_param_sharded = None, True  # type: ignore[attr-defined]
     assert common_utils._get_param_data(trained, False, bf16=True)[0].data_ptr() == trained.data_ptr()
     assert "param.data.float()" in inspect.getsource(inspect.unwrap(common_utils._get_param_data))
 

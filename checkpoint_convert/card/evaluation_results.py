@@ -3,12 +3,10 @@
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from pydantic.dataclasses import dataclass
 
 from checkpoint_convert.card.front_matter import read_card, texts
 from checkpoint_convert.hf.model_files import CARD_FILE
@@ -16,8 +14,8 @@ from moelpr.base import records
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
 from moelpr.base.languages import canonical, language_name
-from moelpr.base.records import FOREIGN
-from moelpr.measure.report.numbers import Interval, Measured, signed
+from moelpr.measure.report.evaluation_files import EvaluationFile
+from moelpr.measure.report.numbers import Interval, signed
 from moelpr.model.families.hub import is_hub_name
 
 METRIC_NAMES = {
@@ -31,75 +29,6 @@ _REMEDY = (
     "pass results.json or harness.json of moelpr evaluate --output, or what it printed with --json; that of routing "
     "has no scores"
 )
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class Score:
-    """A number; of a benchmark's, its 95% interval too, and its change against the first model with that of it."""
-
-    value: float
-    low: Measured = math.nan
-    high: Measured = math.nan
-    change: Interval | None = None
-
-    @property
-    def note(self) -> str:
-        """What a benchmark's title says of it."""
-        interval = Interval(self.value, self.low, self.high)
-        parts = [f"95% interval {self.low:.1f} to {self.high:.1f}"] if interval.has_bounds else []
-        return ", ".join(["", *parts, *([f"against the base {self.change.text(signed)}"] if self.change else [])])
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class TextScores:
-    """What a model scored on the held-out text of a language."""
-
-    documents: int
-    bits_per_byte: Score
-    perplexity: Score
-    accuracy: Score
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class Benchmark:
-    """How a benchmark was run."""
-
-    metric: str
-    num_fewshot: int
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class EvaluatedModel:
-    """A model with its scores on text (by language) or on benchmarks (by benchmark and language)."""
-
-    directory: str
-    languages: dict[str, TextScores] = field(default_factory=dict)
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class Evaluation:
-    """results.json or harness.json of moelpr evaluate, as far as a card needs it; `data` is the text of a language."""
-
-    models: dict[str, EvaluatedModel]
-    data: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
-
-    def results(self, model: str) -> Iterator[EvalResult]:
-        """Every number of a model."""
-        for language, found in self.models[model].languages.items():
-            name = f"held-out {language_name(language)} text, {found.documents:,} documents"
-            kind = Path(self.data.get(language, language)).stem
-            for metric, title in METRIC_NAMES.items():
-                value = getattr(found, metric).value
-                yield EvalResult(_TASK, kind, name, metric, value, dataset_config=language, metric_name=title)
-        for benchmark, scores in self.models[model].scores.items():
-            run = self.benchmarks[benchmark]
-            for language, score in scores.items():
-                dataset = benchmark.lower(), f"{benchmark}, {language_name(language)}"
-                title = f"{run.metric}, {run.num_fewshot} shots{score.note}"
-                yield EvalResult(_TASK, *dataset, run.metric, score.value, dataset_config=language, metric_name=title)
 
 
 def update_card(
@@ -156,9 +85,13 @@ def update_card(
 
 def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalResult]:
     """The results of every language and metric."""
-    content = records.read(Evaluation, path, _REMEDY)
+    content = records.read(EvaluationFile, path, _REMEDY)
     models = content.models
-    same = [name for name, model in models.items() if Path(model.directory).resolve() == folder.resolve()]
+    same = [
+        name
+        for name, model in models.items()
+        if model.directory and Path(model.directory).resolve() == folder.resolve()
+    ]
     name = evaluated or (same[0] if same else None)
     if name is None or name not in models:
         raise UserError(
@@ -169,4 +102,28 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalR
         raise UserError(f"{path} has only the first {limit} questions of each task; run it again without --limit")
     if missing := models[name].scores.keys() - content.benchmarks.keys():
         raise UserError(f"{path} does not say how {min(missing)} was run; {_REMEDY}")
-    return list(content.results(name))
+    found = [*_on_text(content, name), *_on_benchmarks(content, name)]
+    if bad := [one for one in found if not math.isfinite(one.metric_value)]:
+        raise UserError(f"{path} has no {bad[0].metric_type} of {name} on {bad[0].dataset_name}; {_REMEDY}")
+    return found
+
+
+def _on_text(content: EvaluationFile, model: str) -> Iterator[EvalResult]:
+    for language, found in content.models[model].languages.items():
+        name = f"held-out {language_name(language)} text, {found.documents or 0:,} documents"
+        kind = Path(content.data.get(language, language)).stem
+        for metric, title in METRIC_NAMES.items():
+            value = (getattr(found, metric) or Interval(math.nan)).value
+            yield EvalResult(_TASK, kind, name, metric, value, dataset_config=language, metric_name=title)
+
+
+def _on_benchmarks(content: EvaluationFile, model: str) -> Iterator[EvalResult]:
+    for benchmark, scores in content.models[model].scores.items():
+        run = content.benchmarks[benchmark]
+        for language, score in scores.items():
+            parts = [f"{run.metric}, {run.num_fewshot} shots"]
+            parts += [f"95% interval {score.low:.1f} to {score.high:.1f}"] if score.interval.has_bounds else []
+            parts += [f"against the base {score.change.text(signed)}"] if score.change else []
+            dataset = benchmark.lower(), f"{benchmark}, {language_name(language)}"
+            title = ", ".join(parts)
+            yield EvalResult(_TASK, *dataset, run.metric, score.value, dataset_config=language, metric_name=title)

@@ -1,10 +1,10 @@
-"""The files of `moelpr evaluate`, as far as reports read them: results.json, routing.json and harness.json."""
+"""The files of `moelpr evaluate` as reports and cards read them: results.json, routing.json and harness.json."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic.dataclasses import dataclass
 
@@ -37,6 +37,10 @@ class LanguageResult:
 
     Attributes:
         bits_per_byte: Bits per byte.
+        perplexity: Perplexity per token, in results.json, as the next three.
+        accuracy: The fraction of tokens that were the most likely next token.
+        distance: KL(base‖model) in nats per token, if a base was given.
+        documents: The number of documents.
         change: Metric -> its change against the first model.
         original_expert_share: The fraction of first choices that are an original expert, in results.json.
         original_first_share: The same per MoE layer, in routing.json.
@@ -46,6 +50,10 @@ class LanguageResult:
     """
 
     bits_per_byte: Interval | None = None
+    perplexity: Interval | None = None
+    accuracy: Interval | None = None
+    distance: Interval | None = None
+    documents: int | None = None
     change: dict[str, Interval] = field(default_factory=dict)
     original_expert_share: ExpertShare | None = None
     original_first_share: list[Measured] | None = None
@@ -87,9 +95,13 @@ class BenchmarkScore:
     change: Interval | None = None
 
     @property
+    def interval(self) -> Interval:
+        return Interval(self.value, self.low, self.high)
+
+    @property
     def text(self) -> str:
         change = f"; {self.change.text(signed)}" if self.change else ""
-        return Interval(self.value, self.low, self.high).text("{:.1f}".format) + change
+        return self.interval.text("{:.1f}".format) + change
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -97,11 +109,13 @@ class ModelResult:
     """A model's results.
 
     Attributes:
+        directory: The model.
         languages: Language -> result.
         means: "mean original" and "mean expanded" -> result.
         scores: Benchmark -> language -> score, in harness.json.
     """
 
+    directory: str = ""
     languages: dict[str, LanguageResult] = field(default_factory=dict)
     means: dict[str, LanguageResult] = field(default_factory=dict)
     scores: dict[str, dict[str, BenchmarkScore]] = field(default_factory=dict)
@@ -138,17 +152,36 @@ class WrongLanguage:
 
 
 @dataclass(frozen=True, config=FOREIGN)
+class BenchmarkRun:
+    """How a benchmark was run.
+
+    Attributes:
+        metric: The harness's metric.
+        num_fewshot: The number of examples before each question.
+    """
+
+    metric: str
+    num_fewshot: int
+
+
+@dataclass(frozen=True, config=FOREIGN)
 class EvaluationFile:
     """results.json, routing.json or harness.json.
 
     Attributes:
         models: Model -> results; changes are relative to the first one.
+        settings: The settings of the command.
+        data: Language -> its text, in results.json and routing.json.
+        benchmarks: Benchmark -> how it was run, in harness.json.
         original_languages: The languages that the base supports; empty if unknown.
         continuations: Language -> continuation.
         wrong_language: Language -> model, or "the text itself" -> how often its continuations are in another language.
     """
 
     models: dict[str, ModelResult]
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    benchmarks: dict[str, BenchmarkRun] = field(default_factory=dict)
     original_languages: list[str] = field(default_factory=list)
     continuations: dict[str, Continuation] = field(default_factory=dict)
     wrong_language: dict[str, dict[str, WrongLanguage]] = field(default_factory=dict)

@@ -21,7 +21,7 @@ _READ_WHOLE, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 32, 1 << 15
 
 @dataclass(frozen=True, config=STRICT)
 class Mark(Record):
-    """What a task of a workflow was done with, `logs/TASK.json` in the workflow's folder.
+    """What a task of a workflow was done with, `logs/TASK.json` in the workflow's folder or the one it shares.
 
     Attributes:
         command: Command line.

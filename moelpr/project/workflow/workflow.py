@@ -255,11 +255,11 @@ class Workflow:
                 try:
                     stack.enter_context(locked(logs / f".{task.name}.lock", task.shared or logs, timeout_s=1.0))
                     break
-                except LockedError as error:
+                except LockedError:
                     if self._stops:
-                        raise StoppedError(f"stopped by SIGTERM while {error}") from None
+                        raise StoppedError(f"stopped by SIGTERM while task {task.name} was waiting") from None
                     if attempt == 0:
-                        self._print(f"{task.name}: {error}")
+                        self._print(f"{task.name}: waiting for another project, which makes it in {task.shared}")
             yield
 
     def _restore_inputs(self, task: Task) -> None:

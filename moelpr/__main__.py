@@ -54,8 +54,6 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
         "model push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
         "model apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
-        "model import-adapter": Tool("checkpoint_convert.adapter_to_mcore", "convert an adapter of the published code"),
-        "model export-adapter": Tool("checkpoint_convert.mcore_to_adapter", "export an adapter for the published code"),
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
@@ -164,53 +163,40 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedSta
     return TrainedStage(folder, step, settings, first, last, read_versions(folder))
 
 
-def check_separable(model: Path, spec: ModelSpec, origin: Origin, history: History, output: str, instead: str) -> None:
+def check_separable(model: Path, spec: ModelSpec, history: History) -> None:
     """Check that the model is a base with routers and new experts, and that nothing else was trained.
 
     Prints a note if the records of earlier training are gone, so that it is unknown.
-
-    Args:
-        output: What is to be written, "a delta" or "an adapter".
-        instead: The fix, for the error message.
     """
     if spec.moe is None:
-        raise UserError(f"{model} is dense and has no experts for {output}; {instead}")
+        raise UserError(f"{model} is dense and has no experts for a delta; export it without --delta")
     for stage in history.stages:
         if stage.trained_everything:
             raise UserError(
-                f"{stage.folder} trained all parameters (--train-everything), but {output} contains only routers and "
-                f"new experts; {instead}"
+                f"{stage.folder} trained all parameters (--train-everything), but a delta contains only routers and "
+                "new experts; export it without --delta"
             )
-    if origin.has_other_base:
-        raise UserError(
-            f"the adapter {origin.adapter}, from which {model} was made, had changed the base's weights too, but "
-            f"{output} contains only routers and new experts; {instead}"
-        )
     if history.missing is not None:
         print(
             f"note: how {history.missing} was trained is not recorded; if that changed more than routers and new "
-            f"experts, {output} cannot restore the model",
+            "experts, a delta cannot restore the model",
             file=sys.stderr,
         )
 
 
-def check_frozen_is_the_base(source: MegatronReader, dtype: str, output: str, instead: str) -> None:
-    """Check that the base's tensors in `dtype` are the checkpoint's frozen ones in `dtype`.
+def check_frozen_is_the_base(source: MegatronReader, dtype: str) -> None:
+    """Check that the base's tensors in `dtype`, a delta's, are the checkpoint's frozen ones in `dtype`.
 
     A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
     with rows of new tokens is stored in the dtype of the training.
-
-    Args:
-        output: What is to be written, "a delta" or "an adapter".
-        instead: The fix if no dtype is one, for the error message.
     """
     base = read_config(source.folder / HF_FOLDER)
     base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
     stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
     rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
     if not {*rounded} <= {dtype}:
-        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else instead
+        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else "export without --delta"
         raise UserError(
-            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: {output} in "
+            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: a delta in "
             f"{dtype} would not restore it; {fix}"
         )

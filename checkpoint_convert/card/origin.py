@@ -25,10 +25,8 @@ class Origin(Record):
     """What a converter made a checkpoint from; None for what is unknown or does not apply. The trainer copies it.
 
     Attributes:
-        base_model: Name of the model's folder or on the Hub, or of the base in an adapter.
+        base_model: Name of the model's folder or on the Hub.
         settings: How new experts started.
-        adapter: Name of the adapter that the experts come from.
-        has_other_base: Whether the adapter also had the frozen weights (`save_all_params`), and not those of the base.
         revision: Commit of the base on the Hub.
     """
 
@@ -37,8 +35,6 @@ class Origin(Record):
 
     base_model: str | None = None
     settings: StartSettings = dataclasses.field(default_factory=StartSettings)
-    adapter: str | None = None
-    has_other_base: bool = False
     revision: str | None = None
 
     @classmethod

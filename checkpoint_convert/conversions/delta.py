@@ -136,7 +136,7 @@ def check_delta(source: MegatronReader, facts: CardFacts) -> None:
             f"a delta to a {of_base} must be of its class, but the export would be {facts.architecture}, whose tensors "
             "are joined differently; pass --as with the base's class, or export without --delta"
         )
-    check_frozen_is_the_base(source, facts.dtype, "a delta", "export without --delta")
+    check_frozen_is_the_base(source, facts.dtype)
 
 
 def complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:

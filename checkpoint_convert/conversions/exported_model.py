@@ -85,7 +85,7 @@ def mcore_to_hf(
             raise UserError("--chat-template-from changes the tokenizer, which a delta takes from its base; remove one")
         check_chat_tokens(chat_template_from, load / HF_FOLDER)
     if as_delta:
-        check_separable(load, spec, origin, history, "a delta", "export it without --delta")
+        check_separable(load, spec, history)
         check_delta(source, facts)
         if facts.base_model is None:
             raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")

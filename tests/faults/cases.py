@@ -156,7 +156,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("another round", "export/config.json export/generation_config.json", same_tensors),
         Reading("mcore_to_hf", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
         Reading("apply_delta", "delta/*.json hf/config.json", same_tensors),
-        Reading("adapter_to_mcore", "adapter/*.json hf/config.json", same_tensors),
         Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
         Reading("plan", "hf/config.json", anything),
         Reading("evaluate", "hf/*config.json", anything, 0.2),
@@ -167,7 +166,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("hf_to_mcore", "hf/*.safetensors", anything),  # downloaded, without checksums
         Reading("another round", "export/*.safetensors export/checksums.json", same_files),
         Reading("apply_delta", "delta/*.safetensors delta/checksums.json hf/*.safetensors", same_files),
-        Reading("adapter_to_mcore", "adapter/*.safetensors", anything),
         Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
     ),
     "checkpoints": (
@@ -175,7 +173,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("export a run", inside(LAST, STEP), same_files),
         Reading("export a run", "stage1/*.txt", same_tensors),
         Reading("delta", inside(LAST, STEP), same_files),
-        Reading("mcore_to_adapter", inside(START, STEP), same_files),
         Reading("evaluate a checkpoint", inside(LAST, STEP), same_print, 0.2),
         Reading("train", f"{inside(START, STEP)} checkpoint/*.txt", same_run, 0.1),
         Reading("resume", f"{inside(HALF, STEP)} out/run/*.txt", same_run, 0.1),
@@ -256,7 +253,6 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "hf_to_mcore": ("", same_files),
     "mcore_to_hf": ("", same_files),
     "apply_delta": ("", same_files),
-    "adapter_to_mcore": ("", same_files),
     "train": ("", same_run),
 }
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]

@@ -94,7 +94,7 @@ COMMANDS = {
     ),
     "hf_to_mcore": Command(
         "checkpoint_convert.hf_to_mcore",
-        "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",  # an adapter has one
+        "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",
         "hf",
     ),
     "new tokens": Command(
@@ -113,12 +113,6 @@ COMMANDS = {
     ),
     "delta": Command("checkpoint_convert.mcore_to_hf", "--load stage1 --save out/delta --delta", "stage1 checkpoint"),
     "apply_delta": Command("checkpoint_convert.apply_delta", "--base hf --delta delta --save out/hf", "hf delta"),
-    "mcore_to_adapter": Command(
-        "checkpoint_convert.mcore_to_adapter", "--load checkpoint --save out/adapter --base-model base", "checkpoint"
-    ),
-    "adapter_to_mcore": Command(
-        "checkpoint_convert.adapter_to_mcore", "--adapter adapter --hf-path hf --save out/checkpoint", "adapter hf"
-    ),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
     "train on two ranks": Command(
         "",

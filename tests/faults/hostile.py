@@ -21,7 +21,7 @@ _LEFT_OUT = (
     "sample a large corpus",
     "train on two ranks",
 )
-_LEFT_OUT += ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "new tokens", "delta", "mcore_to_adapter")
+_LEFT_OUT += ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "new tokens", "delta")
 
 
 @cache
@@ -87,7 +87,7 @@ def _yaml_tag(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
 
 def _pickles_beside(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
     """Names that Megatron, transformers and PEFT know, in the folder of the file."""
-    names = ("common.pt", "pytorch_model.bin", "model.pt", "adapter_model.bin", "mp_rank_00/model_optim_rng.pt")
+    names = ("common.pt", "pytorch_model.bin", "model.pt", "mp_rank_00/model_optim_rng.pt")
     for name in names:
         (path.parent / name).parent.mkdir(exist_ok=True)
         torch.save({"iteration": code}, path.parent / name)

@@ -56,7 +56,6 @@ def make(folder: Path) -> None:
     for name, source, target in (
         ("hf_to_mcore", "checkpoint", "checkpoint"),
         ("mcore_to_hf", "hf", "export"),
-        ("mcore_to_adapter", "adapter", "adapter"),
         ("train", "run", "stage1"),
         ("delta", "delta", "delta"),
         ("preprocess a large file", ".", "large"),

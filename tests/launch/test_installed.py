@@ -152,8 +152,6 @@ def test_all_but_training_works_without_megatron(
         f"model verify --frozen {model} upcycled",
         f"model verify --frozen {model} export --text text.jsonl",
         f"model graft --base {model} --instruct {model} --model export --save grafted",
-        f"model export-adapter --load upcycled --save adapter --base-model {model}",
-        f"model import-adapter --adapter adapter --hf-path {model} --save imported",
         f"evaluate --model base={model} --model export=export --data el=text.jsonl --output evaluation",
         "report run --evaluation evaluation/results.json",
         "init --schema",

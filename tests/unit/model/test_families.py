@@ -13,7 +13,6 @@ from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_
 from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.model.families.families import FAMILIES, read_base
@@ -256,8 +255,6 @@ def test_joined_projections_are_compared_split_and_given_back_by_a_delta(make_mo
     assert {v.name for v in verdicts} >= {
         f"model.layers.3.self_attn.qkv_proj.weight[{r}]" for r in (":32", "32:48", "48:")
     }
-    with pytest.raises(UserError, match="has joined projections, but the published code"):
-        mcore_to_adapter(tmp_path / "megatron", tmp_path / "adapter", "phi")
 
 
 def test_a_key_missing_in_the_config_has_the_default_of_the_dense_class(make_model, tmp_path) -> None:

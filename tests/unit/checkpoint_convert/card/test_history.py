@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from checkpoint_convert.card.history import read_history
-from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.chain import BaseCheckpoint
@@ -51,14 +51,14 @@ def test_circular_records_are_followed_once(runs: Path) -> None:
     assert len(read_history(Path("stage2")).stages) == 2
 
 
-def test_a_run_that_trained_everything_cannot_become_an_adapter(runs: Path) -> None:
+def test_a_run_that_trained_everything_cannot_become_a_delta(runs: Path) -> None:
     write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
     write_run("then", "all", [2], SETTINGS)
     with pytest.raises(UserError, match="all .*--train-everything"):
-        mcore_to_adapter(Path("then"), Path("adapter"), "base")
+        mcore_to_hf(Path("then"), Path("delta"), as_delta=True)
 
 
-def test_an_adapter_whose_earlier_training_is_unknown_is_written_with_a_note(runs, capsys) -> None:
+def test_a_delta_whose_earlier_training_is_unknown_is_written_with_a_note(runs, capsys) -> None:
     shutil.move("stage1", "elsewhere")
-    mcore_to_adapter(Path("stage2"), Path("adapter"), "base")
+    mcore_to_hf(Path("stage2"), Path("delta"), base_model="base", as_delta=True)
     assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err

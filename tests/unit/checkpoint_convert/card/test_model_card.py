@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.published_adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec
@@ -139,14 +138,6 @@ def test_metrics_that_end_before_the_step_are_ignored(runs: Path) -> None:
 def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:
     hf_to_mcore(runs / "Qwen-tiny", Path("again"), NewExperts(2), start=start)
     assert sentence in card_of("again")
-
-
-def test_the_card_names_the_adapter_of_new_experts(runs: Path) -> None:
-    mcore_to_adapter(Path("upcycled"), Path("adapter"), "Qwen/Qwen-tiny")
-    adapter_to_mcore(Path("adapter"), Path("Qwen-tiny"), Path("from-adapter"))
-    card = card_of("from-adapter")
-    assert "came from the adapter `adapter` of the published MoE-LPR code" in card
-    assert front_matter(card)["base_model"] == "Qwen/Qwen-tiny"
 
 
 def test_a_stage_whose_folder_is_gone_is_named_as_missing(runs: Path) -> None:

@@ -15,7 +15,6 @@ from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.published_adapter import adapter_to_mcore, mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
@@ -39,14 +38,12 @@ def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (None, 30_000))
     hf_to_mcore(qwen2, tmp_path / "source", NewExperts(4))
     mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
-    mcore_to_adapter(tmp_path / "source", tmp_path / "adapter", "base")
     mcore_to_hf(tmp_path / "source", tmp_path / "export")
     models = [Model(folder, folder.name) for folder in (qwen2, qwen2, tmp_path / "export")]
     return {
         "import": lambda save: hf_to_mcore(qwen2, save, NewExperts(4), start=Start(noise=0.1)),
         "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
         "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
-        "adapter": lambda save: adapter_to_mcore(tmp_path / "adapter", qwen2, save),
         "graft": lambda save: graft(*models, save, max_shard_bytes=9_000),  # type: ignore[call-arg]
     }
 
@@ -71,7 +68,7 @@ def interrupted_after(num_reads: int) -> Iterator[list[str]]:
         yield reads
 
 
-@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "adapter", "graft"])
+@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "graft"])
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(conversions, tmp_path, direction) -> None:
     convert = conversions[direction]
     convert(tmp_path / "unbroken")

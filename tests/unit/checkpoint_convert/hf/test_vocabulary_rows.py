@@ -15,7 +15,6 @@ from checkpoint_convert.compare.tensors import compare_frozen, compare_graft
 from checkpoint_convert.conversions.delta import DeltaConfig, apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.published_adapter import mcore_to_adapter
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.graft import main as graft_main
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, without_rows
@@ -141,13 +140,6 @@ def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tm
     content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
     (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
     assert_fails(EMBEDDING)
-
-
-def test_an_adapter_of_the_published_code_has_no_new_tokens(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"has 45 new tokens, but the published code .*; export it with moelpr model export"
-    ):
-        mcore_to_adapter(checkpoint, tmp_path / "adapter", "base")
 
 
 # --- comparisons

@@ -95,7 +95,7 @@ def test_the_wheel_has_what_the_repository_has_of_packages_and_launchers(wheel: 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_shows_its_help(stage: str, environment: Path, tmp_path: Path) -> None:
     usage = run(environment / "bin" / "moelpr", "train", stage, "--help", cwd=tmp_path)
-    assert "--nproc-per-node" in usage and "--pretrained-checkpoint" in usage
+    assert "--data-path" in usage and "--save" in usage
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

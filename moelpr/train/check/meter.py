@@ -282,8 +282,8 @@ def _caller() -> str:
     """folder/file.py function of the innermost frame of Megatron or moelpr outside this package."""
     frame: Any = sys._getframe()
     while frame is not None:
-        parts = Path(frame.f_code.co_filename).parts
-        if {"megatron", "moelpr"} & set(parts) and "dry_run" not in parts:
-            return f"{'/'.join(parts[-2:])} {frame.f_code.co_name}"
+        path = Path(frame.f_code.co_filename)
+        if {"megatron", "moelpr"} & set(path.parts) and path.parent != Path(__file__).parent:
+            return f"{'/'.join(path.parts[-2:])} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, describe
-from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, original_tokens, runs_of, token_dtype
+from data_tools.corpus.tokenized import Documents, as_tokens, original_tokens, runs_of, token_dtype
 from moelpr.base.errors import UserError
 from moelpr.base.files import (
     LOCK_FILE,
@@ -171,11 +171,7 @@ class CorpusWriter:
                 f"a document of {int(lengths.max()):,} tokens is longer than Megatron's .idx supports "
                 f"({_LONGEST_SEQUENCE:,}); split it"
             )
-        if isinstance(documents.tokens, TokenFile):
-            _copy(documents.tokens.path, self._files[0])
-            documents.tokens.path.unlink()
-        else:
-            self._files[0].write(documents.tokens.tobytes())
+        self._files[0].write(documents.tokens.tobytes())
         has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
         original, runs = original_tokens(documents.runs), ([documents.runs], [documents.loss_runs])
         self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), runs)

@@ -1,7 +1,5 @@
 """Tokenized documents with their language bits, on their way into a corpus."""
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,37 +28,26 @@ def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
     return ids.astype(dtype, copy=False)
 
 
-@dataclass(frozen=True)
-class TokenFile:
-    """A temporary file of tokens in the .bin's dtype; the writer removes it."""
-
-    path: Path
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-
 class Documents(NamedTuple):
     """Tokenized documents, concatenated.
 
     Attributes:
-        tokens: The tokens in the .bin's dtype [tokens], or the file that contains them.
+        tokens: The tokens in the .bin's dtype [tokens].
         lengths: Tokens of each document, int64 [documents].
         runs: Runs of tokens with one language bit, int64 [runs]: 2 × tokens of the run + its bit.
-        json_lines: The text of held-out documents as JSON lines, or a temporary file of it; empty for all others.
+        json_lines: The text of held-out documents as JSON lines; empty for all others.
         loss_runs: Of conversations, runs of tokens that count in the loss or don't, in the same form.
     """
 
-    tokens: NDArray[np.integer] | TokenFile
+    tokens: NDArray[np.integer]
     lengths: NDArray[np.int64]
     runs: NDArray[np.int64]
-    json_lines: bytes | Path = b""
+    json_lines: bytes = b""
     loss_runs: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
 def joined(groups: list[Documents]) -> Documents:
-    """Concatenate documents, none of which is in a file."""
+    """Concatenate documents."""
     tokens, lengths, runs, json_lines, loss_runs = zip(*groups, strict=True)
     parts = np.concatenate(tokens), np.concatenate(lengths), np.concatenate(runs)
     return Documents(*parts, b"".join(json_lines), np.concatenate(loss_runs))

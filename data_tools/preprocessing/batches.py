@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -21,8 +20,8 @@ from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
 BATCH_BYTES = 1 << 19
 # A remote table's, which the workers fetch: so much that a request's delay does not count.
 REMOTE_BATCH_BYTES = 1 << 22
-# A longer line is passed on as a range of a file, never in memory.
-LONG_LINE_BYTES = 1 << 24
+# A longer document is left out: a tokenizer needs about 120 times a text's size while it works.
+DOCUMENT_BYTES = 1 << 24
 # A larger row group is read by the main process, in batches of its rows, as no worker can begin in its midst.
 ROW_GROUP_BYTES = 1 << 24
 _SKIP_BYTES = 1 << 20
@@ -50,11 +49,12 @@ class FileRange(NamedTuple):
     path: str
     start: int
     stop: int
-    is_temporary: bool = False
 
-    @property
-    def num_bytes(self) -> int:
-        return self.stop - self.start
+
+class LongLine(NamedTuple):
+    """A line of more than DOCUMENT_BYTES, which is never in memory."""
+
+    num_bytes: int
 
 
 class RowGroups(NamedTuple):
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
-        content: Lines, the bytes or the range of a file that contain them, or rows of a table.
+        content: Lines, the bytes or the range of a file that contain them, rows of a table, or one long line.
         numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
             consecutive.
         after: Where reading resumes after this batch.
@@ -79,22 +79,12 @@ class Batch(NamedTuple):
     """
 
     share: Share
-    content: list[bytes] | bytes | FileRange | list[dict[str, Any]] | RowGroups
+    content: list[bytes] | bytes | FileRange | list[dict[str, Any]] | RowGroups | LongLine
     numbers: Sequence[int] | None
     after: ReadCursor
     num_bytes: int
     file_bytes: int
     num_passed: int = 0
-
-    def discard(self) -> None:
-        """Remove the file of a line that is too long for memory, if it is not an input."""
-        if isinstance(self.content, FileRange) and self.content.is_temporary:
-            os.unlink(self.content.path)
-
-    @property
-    def is_long_line(self) -> bool:
-        """Whether this is a single line that is too long for memory."""
-        return isinstance(self.content, FileRange) and self.content.num_bytes > LONG_LINE_BYTES
 
     def pieces(self) -> Iterator["Batch"]:
         """Yield the rows of row groups in batches of the usual size, and any other batch as it is."""
@@ -111,19 +101,20 @@ class Batch(NamedTuple):
         with name_damaged(self.share.source), open_table(self.share.source, columns, by_group=True) as file:
             yield from rows_of(file, groups, columns)
 
-    def items(self) -> Iterable[bytes | dict[str, Any] | FileRange]:
-        """Return the lines without line ends, the rows, or the range of the one line that is too long for memory."""
+    def items(self) -> Iterable[bytes | dict[str, Any] | LongLine]:
+        """Return the lines without line ends, the rows, or the long line."""
         if isinstance(self.content, RowGroups):
             return (row for row, _ in self._rows())
         if isinstance(self.content, list):
             return self.content
         if isinstance(self.content, bytes):
             return self.content.removesuffix(b"\n").split(b"\n")
-        if self.is_long_line:
+        if isinstance(self.content, LongLine):
             return [self.content]
-        with open(self.content.path, "rb") as file:
-            file.seek(self.content.start)
-            return file.read(self.content.num_bytes).removesuffix(b"\n").split(b"\n")
+        path, start, stop = self.content
+        with open(path, "rb") as file:
+            file.seek(start)
+            return file.read(stop - start).removesuffix(b"\n").split(b"\n")
 
     def where(self, index: int) -> str:
         """Return file and line number of item `index` for a message; counts the lines before the share to do so."""
@@ -139,7 +130,7 @@ class Batch(NamedTuple):
 
 
 # Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
-_Item = tuple[bytes | FileRange | dict[str, Any], int, int, int, int]
+_Item = tuple[bytes | LongLine | dict[str, Any], int, int, int, int]
 
 
 class Reader:
@@ -148,7 +139,6 @@ class Reader:
     Args:
         columns: Columns to read from the Parquet files of each dataset.
         chosen: Documents to read from each share, counted from 0, ascending; None: all.
-        spool: Folder for lines of compressed files that are too long for memory; None: reading stops before one.
         filter: Which documents will be kept: row groups without any are passed over.
     """
 
@@ -157,13 +147,11 @@ class Reader:
         shares: list[Share],
         columns: list[list[str]],
         chosen: list[NDArray[np.int64]] | None,
-        spool: Path | None,
         filter: Filter | None = None,
     ) -> None:
         self._shares = shares
         self._columns = columns
         self._chosen = None if chosen is None else [set(documents.tolist()) for documents in chosen]
-        self._spool = spool
         self._filter = filter
 
     def batches(self, cursor: ReadCursor) -> Iterator[Batch]:
@@ -193,14 +181,14 @@ class Reader:
                 if stop <= position or stop > os.fstat(file.fileno()).st_size:
                     raise EOFError("it is shorter than when the job started")
                 borders = [position, stop]
-                if stop - position > LONG_LINE_BYTES:  # its last line is too long for memory: a batch of its own
+                if stop - position > DOCUMENT_BYTES:  # its last line is long: a batch of its own
                     file.seek(position)
                     borders.insert(1, position + file.read(BATCH_BYTES).rfind(b"\n") + 1)
                 for start, end in zip(borders[:-1], borders[1:], strict=True):
                     if start < end:
-                        after = cursor._replace(offset=end)
-                        here = Share(share.source, start, end)
-                        yield Batch(here, FileRange(path, start, end), None, after, end - start, end - start)
+                        size, after = end - start, cursor._replace(offset=end)
+                        content = LongLine(size) if size > DOCUMENT_BYTES else FileRange(path, start, end)
+                        yield Batch(Share(share.source, start, end), content, None, after, size, size)
                 position = stop
 
     def _remote_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
@@ -209,24 +197,21 @@ class Reader:
             position, line = cursor.offset or _first_line(stream, share), cursor.line
             stream.seek(position)
             while position < share.stop and (block := stream.read(min(BATCH_BYTES, share.stop - position))):
-                end = b"" if block.endswith(b"\n") else stream.readline(LONG_LINE_BYTES)
-                long_line = None
-                block += end
-                if len(end) == LONG_LINE_BYTES and not end.endswith(b"\n"):
-                    if self._spool is None:
-                        return
-                    start = block.rfind(b"\n", 0, len(block) - len(end)) + 1
-                    long_line = self._spool_line(block[start:], stream, f"line-{cursor.share}-{position}")
-                    block = block[:start]
+                start, long_bytes = block.rfind(b"\n") + 1, 0
+                if start < len(block):
+                    block += stream.readline(DOCUMENT_BYTES + 1 - (len(block) - start))
+                    if len(block) - start > DOCUMENT_BYTES:
+                        long_bytes = len(block) - start + _skip_line(stream, block)
+                        block = block[:start]
                 if block:
                     first, line = line + 1, line + block.count(b"\n") + (not block.endswith(b"\n"))
                     position += len(block)
                     after = ReadCursor(cursor.share, position, line)
                     yield Batch(share, block, range(first, line + 1), after, len(block), len(block))
-                if long_line:
-                    line, position = line + 1, position + long_line.num_bytes
+                if long_bytes:
+                    line, position = line + 1, position + long_bytes
                     after = ReadCursor(cursor.share, position, line)
-                    yield Batch(share, long_line, [line], after, long_line.num_bytes, long_line.num_bytes)
+                    yield Batch(share, LongLine(long_bytes), [line], after, long_bytes, long_bytes)
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         with open_stream(share.source) as (stream, tell):
@@ -243,19 +228,11 @@ class Reader:
 
     def _lines(self, stream: BinaryIO, cursor: ReadCursor, stop: float = math.inf) -> Iterator[_Item]:
         share, offset, line, documents = cursor
-        while offset < stop and (content := stream.readline(LONG_LINE_BYTES)):
+        while offset < stop and (content := stream.readline(DOCUMENT_BYTES + 1)):
             line += 1
-            long_line = None
-            is_chosen = self._is_chosen(share, documents)
-            size = len(content)
-            if size == LONG_LINE_BYTES and not content.endswith(b"\n"):
-                if self._spool is None:
-                    return
-                if is_chosen:
-                    long_line = self._spool_line(content, stream, f"line-{share}-{line}")
-                    size = long_line.num_bytes
-                else:
-                    size += _skip_line(stream)
+            size, is_long = len(content), len(content) > DOCUMENT_BYTES
+            if is_long:
+                size += _skip_line(stream, content)
             elif is_blank(content):
                 num_bytes, num_lines = skip_blank_lines(stream)
                 offset += len(content) + num_bytes
@@ -263,17 +240,8 @@ class Reader:
                 continue
             offset += size
             documents += 1
-            if is_chosen:
-                yield long_line or content, size, offset, line, documents
-
-    def _spool_line(self, start: bytes, stream: BinaryIO, name: str) -> FileRange:
-        assert self._spool is not None
-        with open(self._spool / name, "wb") as file:
-            piece = start
-            while piece:
-                file.write(piece)
-                piece = b"" if piece.endswith(b"\n") else stream.readline(BLOCK_BYTES)
-            return FileRange(file.name, 0, file.tell(), is_temporary=True)
+            if self._is_chosen(share, documents - 1):
+                yield LongLine(size) if is_long else content, size, offset, line, documents
 
     def _table_rows(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         """Name row groups for the workers to read; read those that are large, or of which only some rows are wanted."""
@@ -330,12 +298,12 @@ def _batches(
     held: list[_Item] = []
     size, last = 0, file_bytes(cursor)
     for item in chain(items, [None]):
-        is_full = item is None or size >= BATCH_BYTES or type(item[0]) is FileRange
-        if held and (is_full or type(held[0][0]) is FileRange):
+        is_full = item is None or size >= BATCH_BYTES or type(item[0]) is LongLine
+        if held and (is_full or type(held[0][0]) is LongLine):
             content, _, offsets, lines, documents = zip(*held, strict=True)
             after = ReadCursor(cursor.share, offsets[-1], lines[-1], documents[-1])
             position = file_bytes(after)
-            parts = content[0] if isinstance(content[0], FileRange) else list(content)
+            parts = content[0] if isinstance(content[0], LongLine) else list(content)
             yield Batch(share, parts, list(lines), after, size, position - last)
             held, size, last = [], 0, position
         if item is not None:
@@ -376,11 +344,9 @@ def _line_end(file: BinaryIO, position: int) -> int:
     return position
 
 
-def _skip_line(stream: BinaryIO) -> int:
-    """Read to the end of a line, and return the number of bytes."""
+def _skip_line(stream: BinaryIO, piece: bytes) -> int:
+    """Read the rest of a line that begins with `piece`, and return the number of its bytes."""
     num_bytes = 0
-    while piece := stream.readline(BLOCK_BYTES):
+    while not piece.endswith(b"\n") and (piece := stream.readline(BLOCK_BYTES)):
         num_bytes += len(piece)
-        if piece.endswith(b"\n"):
-            break
     return num_bytes

@@ -1,27 +1,22 @@
 """Batches of lines become token IDs, language bits and counts."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from tempfile import mkstemp
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.tokenized import Documents, TokenFile, as_tokens, joined, joined_runs, run_edges, runs_of
-from data_tools.preprocessing import long_documents
+from data_tools.corpus.tokenized import Documents, as_tokens, joined, joined_runs, run_edges, runs_of
 from data_tools.preprocessing.batches import Batch
 from data_tools.preprocessing.conversations import counted_tokens
-from data_tools.preprocessing.long_documents import encode_long_text
-from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
+from data_tools.preprocessing.parsing import DocumentParser, LongDocument, RandomShare, Text
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.base.errors import UserError
 from moelpr.data.text.documents import BadLine
 from moelpr.data.text.language_id import UNDETECTED, Detector
-from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
+from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.gigatoken import GigatokenTokenizer
 
 VALIDATION = "validation"
@@ -61,19 +56,16 @@ class Encoder:
     auditor: Detector | None = None
     max_tokens: int | None = None
 
-    def encode(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
-        """Encode a batch, a piece at a time. Memory does not depend on the length of its documents.
-
-        Args:
-            spool: Folder for the tokens of documents that are too long for memory.
+    def encode(self, batch: Batch) -> tuple[dict[str, Documents], Tally]:
+        """Encode a batch, a piece at a time.
 
         Returns:
-            Documents by corpus, in the order of their lines, and counts, with a message for each malformed line.
+            Documents by corpus, in the order of their lines, and counts, with a message for each line left out.
 
         Raises:
             UserError: A line is malformed and bad lines are not skipped.
         """
-        encoded = [self._encode_piece(piece, spool) for piece in batch.pieces()]
+        encoded = [self._encode_piece(piece) for piece in batch.pieces()]
         if len(encoded) == 1:
             return encoded[0]
         tally = Tally()
@@ -82,7 +74,7 @@ class Encoder:
         tally.problems = [problem for _, counts in encoded for problem in counts.problems]
         return {name: joined([documents[name] for documents, _ in encoded]) for name in encoded[0][0]}, tally
 
-    def _encode_piece(self, batch: Batch, spool: Path) -> tuple[dict[str, Documents], Tally]:
+    def _encode_piece(self, batch: Batch) -> tuple[dict[str, Documents], Tally]:
         source = batch.share.source
         tally = Tally()
         groups: dict[str, list[Text]] = {name: [] for name in self.corpora}
@@ -100,85 +92,51 @@ class Encoder:
                 if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):
                     tally.num_undetected += 1
                     continue
-                texts = [self._prepare(text, spool) for text in texts]
+                texts = [self._prepare(text) for text in texts]
             except BadLine as error:
                 problem = f"{batch.where(index)}: {error}"
-                if not self.skips_bad_lines:
+                is_long = isinstance(error, LongDocument)
+                if not self.skips_bad_lines and not is_long:
                     raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
                 tally.problems.append(problem)
+                tally.num_long += is_long
                 continue
             num_encoded += 1
-            split = f" {VALIDATION}" if texts[0].parts() in self.validation else ""
+            split = f" {VALIDATION}" if texts[0].tagged.text in self.validation else ""
             for name, text in zip(self.corpora, texts, strict=True):
                 groups[name + split].append(text)
             if self.auditor is not None:
                 stated = "+".join(sorted({name for name, _ in texts[0].tagged.spans}))
                 detected = self.auditor.language(texts[0].tagged.text)
                 tally.audit.setdefault(stated, Counter())[detected] += 1
-        tally.num_skipped = len(tally.problems)
+        tally.num_skipped = len(tally.problems) - tally.num_long
         tally.num_filtered += batch.num_passed
-        tally.num_read = num_encoded + tally.num_undetected + tally.num_filtered + tally.num_skipped
+        tally.num_read = num_encoded + tally.num_undetected + tally.num_filtered + len(tally.problems)
         documents = {}
         for name, group in groups.items():
             documents[name] = self.documents(group, name, tally)
             if name not in self.corpora:
-                documents[name] = documents[name]._replace(json_lines=_json_lines(group, spool))
+                lines = b"".join(text.json_line() for text in group if text.tagged.text)
+                documents[name] = documents[name]._replace(json_lines=lines)
             tally.corpus(name).sources[source.path] += len(group)
         self._spot_check(text.tagged.text for group in groups.values() for text in group if text.tokens is None)
-        batch.discard()
         return documents, tally
 
-    def _prepare(self, text: Text, spool: Path) -> Text:
-        """Encode a text if it is long or a conversation; raise `BadLine` if that is impossible."""
-        if text.turns is not None:
-            return self._encode_conversation(text, text.turns)
-        if text.on_disk is not None:
-            return self._encode_to_file(text, spool)
-        if len(text.tagged.text) <= long_documents.LONG_TEXT_CHARACTERS:
+    def _prepare(self, text: Text) -> Text:
+        """Encode a conversation; raise `BadLine` if nothing in it is to be learned, or it is too long."""
+        if text.turns is None:
             return text
-        pieces = list(encode_long_text(self.tokenizer, text.parts()))
-        return text._replace(tokens=Piece(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
-
-    def _encode_conversation(self, text: Text, turns: list[tuple[int, int]]) -> Text:
         piece = self.tokenizer.encode_with_starts(text.tagged.text)
         if self.max_tokens is not None and len(piece.ids) > self.max_tokens:
             raise BadLine(f"the conversation has {len(piece.ids):,} tokens, more than --max-tokens {self.max_tokens}")
-        is_counted = counted_tokens(piece.starts, turns)
+        is_counted = counted_tokens(piece.starts, text.turns)
         if not is_counted.any():
             raise BadLine("the assistant's turns have no tokens")
         return text._replace(tokens=piece, is_counted=is_counted)
 
-    def _encode_to_file(self, text: Text, spool: Path) -> Text:
-        descriptor, name = mkstemp(prefix="tokens-", dir=spool)
-        tokens_path = Path(name)
-        num_bytes = num_tokens = 0
-
-        def counted() -> Iterator[str]:
-            nonlocal num_bytes
-            for part in text.parts():
-                num_bytes += len(part.encode())
-                yield part
-
-        after = [*self.suffix, *([] if self.eod_id is None else [self.eod_id])]
-        try:
-            with open(descriptor, "wb") as file:
-                pieces = (piece.ids for piece in encode_long_text(self.tokenizer, counted()))
-                for ids in chain([np.array(self.prefix, np.int32)], pieces, [np.array(after, np.int32)]):
-                    file.write(as_tokens(ids, self.vocab_size).tobytes())
-                    num_tokens += len(ids)
-        except BaseException:
-            tokens_path.unlink(missing_ok=True)
-            raise
-        return text._replace(tokens=TokenFile(tokens_path, num_tokens), num_bytes=num_bytes)
-
     def documents(self, texts: list[Text], corpus: str, tally: Tally) -> Documents:
         """Encode texts that go into one corpus, and count them."""
         counts = tally.corpus(corpus)
-        if len(texts) == 1 and isinstance(tokens := texts[0].tokens, TokenFile):  # a batch of its own
-            [(language, _)] = texts[0].tagged.spans
-            counts.language(language, self.groups).add(documents=1, tokens=len(tokens), bytes=texts[0].num_bytes)
-            length = np.array([len(tokens)], np.int64)
-            return Documents(tokens, length, length << 1 | (language in self.groups.original))
         if all(len(text.tagged.spans) == 1 and text.tokens is None for text in texts):
             encoded = self._wrapped(self.tokenizer.encode([text.tagged.text for text in texts]))
             languages = [text.tagged.spans[0][0] for text in texts]
@@ -199,9 +157,9 @@ class Encoder:
     def _document(
         self, prepared: Text, corpus: str, tally: Tally
     ) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-        """Encode one long or mixed text: IDs [tokens], bits and lengths of its runs [runs], and its length [1]."""
+        """Encode a conversation or mixed text: IDs [tokens], bits and lengths of runs [runs], and its length [1]."""
         text = prepared.tagged
-        if isinstance(prepared.tokens, Piece):
+        if prepared.tokens is not None:
             ids, starts = prepared.tokens
         elif len(text.spans) > 1:
             ids, starts = self.tokenizer.encode_with_starts(text.text)
@@ -258,14 +216,3 @@ class Encoder:
                 f"gigatoken and the tokenizer give different IDs for a text ({text[:60]!r}…); nothing was written, "
                 "pass --tokenizer-backend reference"
             )
-
-
-def _json_lines(texts: list[Text], spool: Path) -> bytes | Path:
-    """Return the JSON lines of texts that are not empty, or the file of one that is too long for memory."""
-    if not any(text.on_disk for text in texts):
-        return b"".join(part for text in texts if text.tagged.text for part in text.json_line())
-    descriptor, name = mkstemp(prefix="text-", dir=spool)
-    with open(descriptor, "wb") as file:
-        for text in texts:
-            file.writelines(text.json_line())
-    return Path(name)

@@ -2,14 +2,13 @@
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.batches import ReadCursor, Reader
-from data_tools.preprocessing.parsing import DocumentParser
+from data_tools.preprocessing.parsing import DocumentParser, LongDocument
 from data_tools.preprocessing.registry import Dataset
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
@@ -72,9 +71,9 @@ class Inputs:
         """Size of the job's part; 0 if it is unknown."""
         return sum(share.stop - share.start for share in self.shares)
 
-    def reader(self, spool: Path) -> Reader:
+    def reader(self) -> Reader:
         """Return a reader of the job's part."""
-        return Reader(self.shares, self._parser.columns(), self._chosen, spool, self._parser.filter)
+        return Reader(self.shares, self._parser.columns(), self._chosen, self._parser.filter)
 
     def described(self) -> list[Any]:
         """Return values of JSON that change if a file is changed or replaced."""
@@ -112,15 +111,16 @@ class Inputs:
     def check_first_documents(self) -> None:
         """Read the first document of each file: what is wrong with all of a file shows before the work starts."""
         for share in self.shares if self._chosen is None else ():
-            reader = Reader([share], self._parser.columns(), None, spool=None)
+            reader = Reader([share], self._parser.columns(), None)
             batch = None if share.source.form is Form.STREAM else next(reader.batches(ReadCursor()), None)
-            if batch is None or batch.is_long_line:
-                continue
-            for index, item in enumerate(batch.items()):
+            for index, item in enumerate(batch.items() if batch else ()):
                 try:
                     if self._parser.texts(item, share.source.dataset) is not None:
                         break
+                except LongDocument:
+                    continue
                 except BadLine as error:
+                    assert batch is not None
                     problem = f"{batch.where(index)}: {error}"
                     raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
 
@@ -128,10 +128,10 @@ class Inputs:
         """Return some texts from all over the input, to compare tokenizer libraries on; malformed lines are ignored."""
         texts: list[str] = []
         places = _spread([share for share in self.shares if share.source.form is not Form.STREAM])
-        reader = Reader(places, self._parser.columns(), None, spool=None)
+        reader = Reader(places, self._parser.columns(), None)
         for index, place in enumerate(places):
             batch = next(reader.batches(ReadCursor(index)), None)
-            if batch is None or batch.share.source != place.source or batch.is_long_line:
+            if batch is None or batch.share.source != place.source:
                 continue
             characters = 0
             for item in batch.items():

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -67,15 +66,8 @@ class Lines:
         if self._file.tell() > num_bytes:
             self._file.truncate(num_bytes)
 
-    def add(self, lines: bytes | Path) -> None:
-        """Add lines, or those of a temporary file."""
-        if isinstance(lines, Path):
-            with open(lines, "rb") as source:
-                shutil.copyfileobj(source, self._file)
-                self.num_bytes += source.tell()
-            lines.unlink()
-        else:
-            self.num_bytes += self._file.write(lines)
+    def add(self, lines: bytes) -> None:
+        self.num_bytes += self._file.write(lines)
 
     def flush(self) -> int:
         """Write everything to disk and return how much that is."""
@@ -149,9 +141,6 @@ class Job:
         self.state = self._journal.last(State) or State()
         if self.state.file_bytes:
             print(f"note: resuming after {self.state.file_bytes:,} bytes of the input", file=sys.stderr)
-        self._spool = self._folder / "spool"  # for files that are needed only while this process runs
-        shutil.rmtree(self._spool, ignore_errors=True)
-        self._spool.mkdir()
         self._skipped = Lines(self._folder / _SKIPPED, self.state.skipped_bytes)
         self._texts = {
             name: Lines(self._folder / path.name, self.state.text_bytes.get(name, 0))
@@ -174,10 +163,9 @@ class Job:
         spec, state = self.spec, self.state
         if state.manifests:
             return
-        reader = spec.inputs.reader(self._spool)
+        reader = spec.inputs.reader()
         with ExitStack() as stack:
-            work = partial(spec.encoder.encode, spool=self._spool)
-            encode = stack.enter_context(worker_pool(work, workers))
+            encode = stack.enter_context(worker_pool(spec.encoder.encode, workers))
             has_conversations = spec.encoder.parser.chat is not None
             settings = spec.encoder.vocab_size, overwrite, self._folder
             writers = {
@@ -281,7 +269,7 @@ class Job:
             languages=dict(sorted(tally.languages.items())),
             documents=writer.num_documents,
             tokens=writer.num_tokens,
-            skipped_lines=self.state.tally.num_skipped,
+            skipped_lines=self.state.tally.num_skipped + self.state.tally.num_long,
             filter=self.spec.encoder.parser.filter.text if self.spec.encoder.parser.filter else None,
             filtered_documents=self.state.tally.num_filtered,
             files=files,

@@ -3,55 +3,48 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.corpus.tokenized import TokenFile
-from data_tools.preprocessing.batches import FileRange
+from data_tools.preprocessing.batches import DOCUMENT_BYTES, LongLine
 from data_tools.preprocessing.conversations import ChatTemplate
-from data_tools.preprocessing.long_documents import LongString, without_long_strings
-from data_tools.preprocessing.tagging import SPAN_KEYS, DetectedLanguages, LanguageSpans, TaggedText, Tagger
+from data_tools.preprocessing.tagging import SPAN_KEYS, LanguageSpans, TaggedText, Tagger
 from moelpr.data.text.documents import BadLine, is_blank, parse
 from moelpr.data.text.filters import Filter
 from moelpr.data.tokenizers.base import Piece
 
 
+class LongDocument(BadLine):
+    """A document of more than DOCUMENT_BYTES, which is left out."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(f"a document of {num_bytes:,} bytes, more than {DOCUMENT_BYTES:,}")
+
+
 class Text(NamedTuple):
-    """A text of a document, with its tokens if it must be encoded in pieces.
+    """A text of a document.
 
     Attributes:
-        tagged: The text and its languages; of a text that is too long for memory, its first part.
-        on_disk: The complete text if it is too long for memory.
-        tokens: Tokens of a long text, without those that the tokenizer adds; all tokens of a text on disk.
-        num_bytes: UTF-8 size of a text on disk.
         turns: Of a conversation, start and end of the assistant's turns, in characters.
+        tokens: Of a conversation, its tokens.
         is_counted: Of a conversation, which tokens count in the loss, uint8 [tokens].
     """
 
     tagged: TaggedText
-    on_disk: LongString | None = None
-    tokens: Piece | TokenFile | None = None
-    num_bytes: int = 0
     turns: list[tuple[int, int]] | None = None
+    tokens: Piece | None = None
     is_counted: NDArray[np.uint8] | None = None
 
-    def parts(self) -> Iterable[str]:
-        return [self.tagged.text] if self.on_disk is None else self.on_disk.parts()
-
-    def json_line(self) -> Iterator[bytes]:
-        """Yield the parts of the text's JSON line; its language is that of most of its characters."""
+    def json_line(self) -> bytes:
+        """Return the text's JSON line; its language is that of most of its characters."""
         characters: Counter[str] = Counter()
         for name, length in self.tagged.spans:
             characters[name] += length
         [(language, _)] = characters.most_common(1)
-        yield b'{"text": "'
-        for part in self.parts():
-            yield json.dumps(part, ensure_ascii=False)[1:-1].encode()
-        yield f'", "lang": {json.dumps(language, ensure_ascii=False)}}}\n'.encode()
+        return f"{json.dumps({'text': self.tagged.text, 'lang': language}, ensure_ascii=False)}\n".encode()
 
 
 @dataclass(frozen=True)
@@ -82,18 +75,15 @@ class DocumentParser:
             return [[] for _ in self.keys]
         return [[*keys, *self.tagger.columns()] for keys in self.keys]
 
-    def texts(self, item: bytes | dict[str, Any] | FileRange, dataset: int) -> list[Text] | None:
+    def texts(self, item: bytes | dict[str, Any] | LongLine, dataset: int) -> list[Text] | None:
         """Return the texts of a line or row, one per corpus; None for a blank line, nothing if it is filtered out.
 
         Raises:
-            BadLine: The line can't be used.
+            BadLine: The line can't be used, or is too long.
         """
         keys = self.keys[dataset]
-        long_strings: dict[str, LongString] = {}
-        if isinstance(item, FileRange):
-            if self.chat is not None:
-                raise BadLine("a conversation of more than 16 MiB; remove it")
-            item, long_strings = without_long_strings(item)
+        if isinstance(item, LongLine):
+            raise LongDocument(item.num_bytes)
         if isinstance(item, bytes):
             if is_blank(item):
                 return None
@@ -103,19 +93,12 @@ class DocumentParser:
         if self.filter is not None and not self.filter.keeps(item):
             return []
         if self.chat is not None:
-            return self._conversations(self.chat, item, dataset, keys)
-        if not long_strings:
-            return [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
-        if isinstance(self.tagger, LanguageSpans):
-            raise BadLine("a span of more than a million bytes in a long line; split it")
-        texts = [long_strings.get(value) if isinstance(value := item.get(key), str) else None for key in keys]
-        for key, text in zip(keys, texts, strict=True):
-            if text is not None:
-                item[key] = next(text.parts())  # its language is detected in its first part
-        found = [Text(*pair) for pair in zip(self.tagger.texts(item, dataset, keys), texts, strict=True)]
-        is_by_line = isinstance(self.tagger, DetectedLanguages) and self.tagger.by_line
-        if any(text.on_disk is not None and (is_by_line or len(text.tagged.spans) > 1) for text in found):
-            raise BadLine("a long text can't have a language for each of its lines; split it")
+            found = self._conversations(self.chat, item, dataset, keys)
+        else:
+            found = [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
+        for text in found:
+            if len(text.tagged.text) > DOCUMENT_BYTES:  # in a row
+                raise LongDocument(len(text.tagged.text.encode()))
         return found
 
     def _conversations(self, chat: ChatTemplate, item: dict[str, Any], dataset: int, keys: list[str]) -> list[Text]:
@@ -143,11 +126,9 @@ class RandomShare:
     share: float = 0.0
     seed: int = 0
 
-    def __contains__(self, text: Iterable[str]) -> bool:
-        """Whether a document, whose text comes in parts, is in the share."""
+    def __contains__(self, text: str) -> bool:
+        """Whether a document with this text is in the share."""
         if not self.share:
             return False
-        digest = hashlib.blake2b(digest_size=8, salt=self.seed.to_bytes(16, "little"))
-        for characters in text:
-            digest.update(characters.encode())
+        digest = hashlib.blake2b(text.encode(), digest_size=8, salt=self.seed.to_bytes(16, "little"))
         return int.from_bytes(digest.digest(), "little") < self.share * (1 << 64)

@@ -51,15 +51,17 @@ class Tally:
         corpora: Counts by the corpus's name within the job.
         num_read: Number of lines or rows, including malformed but not blank ones.
         num_skipped: Number of malformed lines or rows.
+        num_long: Number of documents left out because they are too long.
         num_undetected: Number of documents omitted because their language is uncertain.
         num_filtered: Number of documents omitted by --filter.
-        problems: Messages about the first malformed lines.
+        problems: Messages about the first malformed lines and long documents.
         audit: Number of documents by stated and detected language.
     """
 
     corpora: dict[str, CorpusTally] = field(default_factory=dict)
     num_read: int = 0
     num_skipped: int = 0
+    num_long: int = 0
     num_undetected: int = 0
     num_filtered: int = 0
     problems: list[str] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Tally:
             self.corpus(name).add(corpus)
         self.num_read += other.num_read
         self.num_skipped += other.num_skipped
+        self.num_long += other.num_long
         self.num_undetected += other.num_undetected
         self.num_filtered += other.num_filtered
         self.problems += other.problems[: _PROBLEMS_SHOWN - len(self.problems)]
@@ -89,9 +92,9 @@ def why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
             f"--tokenizer-model {tokenizer_model} produced no tokens for any of the {documents:,} documents of {label}"
             "; check that this tokenizer covers their language"
         )
-    if tally.num_skipped:
-        first = tally.problems[0]
-        return f"{label} contains no usable document, {tally.num_skipped:,} lines were skipped (first: {first})"
+    if tally.problems:
+        number = tally.num_skipped + tally.num_long
+        return f"{label} contains no usable document, {number:,} lines were skipped (first: {tally.problems[0]})"
     if tally.num_filtered and not documents:
         return f"--filter drops all {tally.num_filtered:,} documents of {label}; check its keys and values"
     found = f"{documents:,} documents without any text" if documents else "no documents"
@@ -134,12 +137,11 @@ def print_summary(
     if tally.audit:
         _print_audit(tally.audit, groups if names_original else None)
         _warn_of_expanded(tally.audit.get(KEPT, Counter()), groups)
-    if tally.num_skipped:
-        share = tally.num_skipped / tally.num_read
-        warning = f"warning: {tally.num_skipped:,} lines were skipped ({share:.2%}), listed in {skipped_path}:"
+    if number := tally.num_skipped + tally.num_long:
+        warning = f"warning: {number:,} lines were skipped ({number / tally.num_read:.2%}), listed in {skipped_path}:"
         print(warning, *(f"  {problem}" for problem in tally.problems), sep="\n", file=sys.stderr)
-        if tally.num_skipped > _PROBLEMS_SHOWN:
-            print(f"  and {tally.num_skipped - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
+        if number > _PROBLEMS_SHOWN:
+            print(f"  and {number - _PROBLEMS_SHOWN:,} more", file=sys.stderr)
 
 
 def _warn_of_expanded(detected: Counter[str], groups: LanguageGroups) -> None:

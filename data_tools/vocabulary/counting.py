@@ -7,19 +7,16 @@ original text that they are tried on first.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
-from data_tools.preprocessing.long_documents import LONG_TEXT_CHARACTERS, encode_long_text
-from data_tools.preprocessing.parsing import DocumentParser, RandomShare, Text
+from data_tools.preprocessing.parsing import DocumentParser, LongDocument, RandomShare
 from data_tools.preprocessing.shares import shares_of
 from data_tools.preprocessing.tagging import OneLanguage
 from data_tools.preprocessing.workers import worker_pool
@@ -55,13 +52,12 @@ class TextFiles:
         total = sum(source.bytes for source in self.sources)
         documents = DocumentReader(self)
         with (
-            TemporaryDirectory() as spool,
             worker_pool(partial(work, reader=documents), workers) as run,
             tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ):
             if bar.disable:
                 print(f"{label}: {total / 1e6:,.1f} MB", file=sys.stderr, flush=True)
-            for batch, result in run(Reader(shares, columns, None, Path(spool)).batches(ReadCursor())):
+            for batch, result in run(Reader(shares, columns, None).batches(ReadCursor())):
                 yield batch.share.source.dataset, result
                 bar.update(batch.file_bytes)
 
@@ -73,18 +69,17 @@ class DocumentReader:
         self._parser = DocumentParser(OneLanguage(files.languages), [[files.key]] * len(files.languages))
         self._held_out = RandomShare(files.held_out_share)
 
-    def documents(self, batch: Batch) -> Iterator[tuple[Text, bool]]:
-        """Yield each document that has text, and whether it is held out.
-
-        A long text is in a file of the batch, which the caller discards when it has read all texts.
-        """
+    def documents(self, batch: Batch) -> Iterator[tuple[str, bool]]:
+        """Yield each document that has text and is not too long, and whether it is held out."""
         for index, item in enumerate(batch.items()):
             if not item:  # a blank line
                 continue
             try:
                 for text in self._parser.texts(item, batch.share.source.dataset) or ():
                     if text.tagged.text:
-                        yield text, text.parts() in self._held_out
+                        yield text.tagged.text, text.tagged.text in self._held_out
+            except LongDocument as error:
+                print(f"note: {batch.where(index)}: {error}; it is left out", file=sys.stderr)
             except BadLine as error:
                 raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
 
@@ -128,10 +123,8 @@ def _words(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer) -> NewText:
         if is_held_out:
             found.held_out += 1
             continue
-        for part in text.parts():
-            found.words.update(bpe.words(part))
-            found.bytes += len(part.encode())
-    batch.discard()
+        found.words.update(bpe.words(text))
+        found.bytes += len(text.encode())
     return found
 
 
@@ -209,7 +202,7 @@ def find_uses(
 
 
 def _uses(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer) -> list[_Uses]:
-    groups: tuple[list[Text], list[Text]] = ([], [])
+    groups: tuple[list[str], list[str]] = ([], [])
     for text, is_held_out in reader.documents(batch):
         groups[is_held_out].append(text)
     found = []
@@ -218,36 +211,21 @@ def _uses(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: To
         pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
         whole: Counter[str] = Counter()
         for text in texts:
-            whole.update({unit for part in text.parts() for unit in bpe.taken_whole(part)})
+            whole.update(set(bpe.taken_whole(text)))
         found.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
-    batch.discard()
     return found
 
 
-def distinct_pairs(pieces: Iterable[NDArray[np.int32]], vocab_size: int) -> NDArray[np.int64]:
-    """Return the distinct pairs of neighboring tokens of a text that comes in pieces."""
-    found, last = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for ids in pieces:
-        tokens = np.concatenate([last, ids])
-        found = np.unique(np.concatenate([found, tokens[:-1] * vocab_size + tokens[1:]]))
-        last = tokens[-1:]
-    return found
+def distinct_pairs(ids: NDArray[np.int32], vocab_size: int) -> NDArray[np.int64]:
+    """Return the distinct pairs of neighboring tokens of a text."""
+    tokens = ids.astype(np.int64)
+    return np.unique(tokens[:-1] * vocab_size + tokens[1:])
 
 
-def token_ids(tokenizer: Tokenizer, texts: list[Text]) -> Iterator[Iterable[NDArray[np.int32]]]:
-    """Yield the tokens of each text, in pieces."""
-    is_long = [text.on_disk is not None or len(text.tagged.text) > LONG_TEXT_CHARACTERS for text in texts]
-    encoded = tokenizer.encode([text.tagged.text for text, long in zip(texts, is_long, strict=True) if not long])
-    short = iter(np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]))
-    for text, long in zip(texts, is_long, strict=True):
-        yield _long_token_ids(tokenizer, text) if long else [next(short)]
-
-
-def _long_token_ids(tokenizer: Tokenizer, text: Text) -> Iterator[NDArray[np.int32]]:
-    try:
-        yield from (piece.ids for piece in encode_long_text(tokenizer, text.parts()))
-    except BadLine as error:
-        raise UserError(f"the document that begins with {text.tagged.text[:40]!r} can't be used: {error}") from None
+def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32]]:
+    """Return the tokens of each text."""
+    encoded = tokenizer.encode(texts)
+    return np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1]) if texts else []
 
 
 @dataclass
@@ -286,11 +264,9 @@ def _compare(
     batch: Batch, reader: DocumentReader, before: Tokenizer, after: Tokenizer, only_held_out: bool
 ) -> Comparison:
     texts = [text for text, is_held_out in reader.documents(batch) if is_held_out or not only_held_out]
-    found = Comparison(len(texts), sum(len(part.encode()) for text in texts for part in text.parts()))
-    for old, new in zip(token_ids(before, texts), token_ids(after, texts), strict=True):
-        old_ids, new_ids = np.concatenate(list(old)), np.concatenate(list(new))
+    found = Comparison(len(texts), sum(len(text.encode()) for text in texts))
+    for old_ids, new_ids in zip(token_ids(before, texts), token_ids(after, texts), strict=True):
         found.before += len(old_ids)
         found.after += len(new_ids)
         found.changed += not np.array_equal(old_ids, new_ids)
-    batch.discard()
     return found

@@ -156,7 +156,7 @@ class Manifest(Record):
         languages: Counts by language name.
         documents: Number of documents, including empty ones.
         tokens: Number of tokens.
-        skipped_lines: Number of malformed lines that --on-error skip omitted.
+        skipped_lines: Number of lines omitted: malformed ones with --on-error skip, and documents of more than 16 MiB.
         files: Size and checksums of "bin", "idx" and "lang", and of a corpus of conversations "loss".
         shard_of: The same in all shards of one job: a hash of its flags, and of the names and sizes of its input files;
             null if the corpus is not a shard.

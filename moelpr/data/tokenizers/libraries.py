@@ -86,7 +86,7 @@ class SlowHuggingFaceTokenizer(Tokenizer):
 
     def encode_with_starts(self, text: str) -> Piece:
         raise UserError(
-            "the tokenizer has no tokenizer.json, so token offsets are unavailable; spans and long texts require them, "
+            "the tokenizer has no tokenizer.json, so token offsets are unavailable; spans require them, "
             "so convert it to a fast tokenizer"
         )
 

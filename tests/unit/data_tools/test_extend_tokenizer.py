@@ -1,6 +1,5 @@
 """The command, on the three kinds of tokenizers that it extends: an extended tokenizer is compared with the old one."""
 
-import gzip
 import json
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools import extend_tokenizer
-from data_tools.preprocessing import batches, long_documents
+from data_tools.preprocessing import batches
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
@@ -63,21 +62,16 @@ def extend(text_folder: Path, old_folders: Callable[[str], Path]) -> Callable[..
     return run
 
 
-def test_a_long_text_in_a_compressed_file_counts_as_in_a_plain_one(extend, tmp_path, monkeypatch) -> None:
-    """It is read more than once, from a file that it is decompressed to."""
-    monkeypatch.setattr(batches, "BATCH_BYTES", 3_000)
-    for module in (batches, long_documents):
-        monkeypatch.setattr(module, "LONG_LINE_BYTES", 10_000)
-    for name, size in (("_LONG_STRING_BYTES", 500), ("_BLOCK_BYTES", 700), ("_WINDOW_CHARACTERS", 100)):
-        monkeypatch.setattr(long_documents, name, size)
+def test_long_documents_are_left_out(extend, tmp_path, monkeypatch, capfd) -> None:
     saved = []
-    for name, opens in (("en.jsonl", open), ("en.jsonl.gz", gzip.open)):
-        with opens(tmp_path / name, "wt", encoding="utf-8") as file:
-            for text in ("\n".join(ORIGINAL["en"]), *ORIGINAL["en"]):
-                file.write(json.dumps({"text": text}) + "\n")
-        folder = extend(tmp_path / f"{name}-tokenizer", "--original", f"en={tmp_path / name}")
+    monkeypatch.setattr(batches, "BATCH_BYTES", 3_000)
+    monkeypatch.setattr(batches, "DOCUMENT_BYTES", 10_000)
+    for name, first in (("without", []), ("with", ["\n".join(ORIGINAL["en"])])):
+        lines = [json.dumps({"text": text}) + "\n" for text in (*first, *ORIGINAL["en"])]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+        folder = extend(tmp_path / name, "--original", f"en={tmp_path / name}.jsonl")
         saved.append((folder / "tokenizer.json").read_bytes())
-    assert saved[0] == saved[1]
+    assert saved[0] == saved[1] and "with.jsonl:1: a document of" in capfd.readouterr().err
 
 
 class Pair:

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,11 +19,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from data_tools.corpus.corpus import Corpus
-from data_tools.preprocessing import batches
-from data_tools.preprocessing.batches import Batch, FileRange, ReadCursor, Reader
+from data_tools.preprocessing import batches, inputs, parsing
+from data_tools.preprocessing.batches import Batch, LongLine, ReadCursor, Reader
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.base.errors import UserError
+from moelpr.data.manifest import Manifest
 from moelpr.data.text import remote
 from moelpr.data.text.sources import Form, Source, open_source
 from tests.support.packed_files import parquet_table, zstd
@@ -43,37 +46,69 @@ def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokeni
     shards=st.integers(1, 3),
 )
 def test_remote_lines_are_read_in_blocks_from_any_place(lines, has_end, shards, tmp_path, monkeypatch) -> None:
-    """Lines shorter and longer than a block, and too long for memory; a cut file stands for a network."""
+    """Lines shorter and longer than a block, and too long for a document; a cut file stands for a network."""
     monkeypatch.setattr(batches, "BATCH_BYTES", 40)
-    monkeypatch.setattr(batches, "LONG_LINE_BYTES", 100)
+    monkeypatch.setattr(batches, "DOCUMENT_BYTES", 100)
     expected = [bytes([97 + number % 26]) * length for number, length in enumerate(lines)] + [b"end"]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(expected) + b"\n" * has_end)
     monkeypatch.setattr(remote, "RemoteFile", lambda *_: io.FileIO(path))
     source = Source("http://host/a.jsonl", Form.LINES, path.stat().st_size, uri="http://host/a.jsonl")
-    found: list[bytes] = []
+    found: list[object] = []
     for shard in range(shards):
         shares = list(shares_of([source], shard, shards))
-        reader = Reader(shares, [[]], None, tmp_path)
+        reader = Reader(shares, [[]], None)
         read = [batch for batch in reader.batches(ReadCursor())]
         numbers = [number for batch in read for number in batch.numbers or ()]
         assert numbers == [*range(1, len(numbers) + 1)]
-        items = [_whole(item) for batch in read for item in batch.items()]
+        items = [item for batch in read for item in batch.items()]
         assert len(items) == len(numbers)
         done = 0
         for batch in read:
             done += len(batch.numbers or ())
-            assert [_whole(item) for later in reader.batches(batch.after) for item in later.items()] == items[done:]
+            assert [item for later in reader.batches(batch.after) for item in later.items()] == items[done:]
         found += items
-    assert found == expected
+    sizes = [len(line) + (number + 1 < len(expected) or has_end) for number, line in enumerate(expected)]
+    pairs = zip(expected, sizes, strict=True)
+    assert found == [LongLine(size) if size > 100 else line for line, size in pairs]
 
 
-def _whole(item: object) -> object:
-    if not isinstance(item, FileRange):
-        return item
-    with open(item.path, "rb") as file:
-        file.seek(item.start)
-        return file.read(item.num_bytes).removesuffix(b"\n")
+@pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("flags", [(), ("--max-samples", "5")])
+def test_long_documents_are_left_out_and_counted(
+    form, flags, preprocess, hf_tokenizer, corpus_bytes, write_lines, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Also as the first and the last document, side by side, and although malformed lines stop the job."""
+    monkeypatch.setattr(batches, "BATCH_BYTES", 300)
+    for module in (batches, parsing):
+        monkeypatch.setattr(module, "DOCUMENT_BYTES", 1000)
+    long = {"text": "a long text " * 200}
+    rows = [long, {"text": "one"}, {"text": "two " * 200}, long, long, {"text": "three"}, long]
+    short = write_lines("short.jsonl", [row for row in rows if row is not long])
+    path = tmp_path / f"a.{form}"
+    content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    if form == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(gzip.compress(content) if form == "jsonl.gz" else content)
+    expected = preprocess(hf_tokenizer, "--input", short, "--language", "original", out="short/a")
+    if flags:
+        monkeypatch.setattr(inputs, "sample_documents", lambda *_: ([np.array([0, 1, 2, 5, 6])], []))
+    prefix = preprocess(hf_tokenizer, "--input", path, "--language", "original", *flags, workers=2)
+    assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{expected}_text_document")
+    numbers = [1, 7] if flags else [1, 4, 5, 7]
+    places = [f"{path}, row {number}" if form == "parquet" else f"{path}:{number}" for number in numbers]
+    listed = Path(f"{prefix}.skipped.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in listed] == places
+    assert Manifest.read(f"{prefix}_text_document").skipped_lines == len(numbers)
+    assert f"{len(numbers)} lines were skipped" in capsys.readouterr().err
+
+
+def test_an_input_of_long_documents_only_is_an_error(preprocess, hf_tokenizer, write_lines, monkeypatch) -> None:
+    monkeypatch.setattr(batches, "DOCUMENT_BYTES", 10)
+    path = write_lines("a.jsonl", [{"text": "a long text"}])
+    with pytest.raises(UserError, match="1 lines were skipped .*a.jsonl:1: a document of 24 bytes"):
+        preprocess(hf_tokenizer, "--input", path, "--language", "original")
 
 
 def test_missing_column_is_reported(preprocess, hf_tokenizer, tmp_path: Path) -> None:
@@ -124,7 +159,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(tmp_path, mon
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"123456789\n" * 200)
     source = open_source(str(path))
-    batches = Reader([Share(source, 0, 2000)], [[]], None, None).batches(ReadCursor())
+    batches = Reader([Share(source, 0, 2000)], [[]], None).batches(ReadCursor())
     assert next(batches).num_bytes == 500
     os.truncate(path, kept)
     with pytest.raises(UserError, match="shorter than when the job started"):
@@ -242,7 +277,7 @@ def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
             Counted.calls += 1
             return super().readline(size)
 
-    reader = Reader([], [], None, tmp_path)
+    reader = Reader([], [], None)
     found = list(reader._lines(Counted(io.BytesIO(BLANK + b"{}\n" + BLANK)), ReadCursor()))
     assert [(content, line) for content, _, _, line, _ in found] == [(b"{}\n", 200_001)]
     assert Counted.calls < 1000
@@ -250,7 +285,7 @@ def test_blank_lines_are_not_read_one_by_one(tmp_path: Path) -> None:
 
 def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
-    reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None, tmp_path)
+    reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None)
     with gzip.open(tmp_path / "a.gz") as stream:
         cursors = [ReadCursor(0, *item[2:]) for item in reader._lines(stream, ReadCursor())]
     for index, cursor in enumerate(cursors):
@@ -289,7 +324,7 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
     source = open_source(str(tmp_path / "a.parquet"))
     found, num_read, file_bytes = [], 0, 0
     for shard in range(num_shards):
-        reader = Reader(list(shares_of([source], shard, num_shards)), [["text"]], None, None)
+        reader = Reader(list(shares_of([source], shard, num_shards)), [["text"]], None)
         whole = list(reader.batches(ReadCursor()))
         for index, batch in enumerate(whole):
             rows = [row["text"] for piece in batch.pieces() for row in piece.items()]
@@ -305,7 +340,7 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
     assert num_read >= 8
     assert abs(file_bytes - source.bytes) <= num_shards * len(sizes)
     # A cursor in the midst of a row group, as a job has left it that had read it by rows.
-    reader = Reader([Share(source, 0, source.bytes)], [["text"]], None, None)
+    reader = Reader([Share(source, 0, source.bytes)], [["text"]], None)
     rest = [row["text"] for batch in reader.batches(ReadCursor(0, 20, 20, 20)) for row in batch.items()]
     assert rest == texts[20:]
 
@@ -330,7 +365,7 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
     before = pyarrow.total_allocated_bytes()
     largest = 0
     source = open_source(str(tmp_path / "a.parquet"))
-    for batch in Reader([Share(source, 0, source.bytes)], [["text"]], None, None).batches(ReadCursor()):
+    for batch in Reader([Share(source, 0, source.bytes)], [["text"]], None).batches(ReadCursor()):
         assert not isinstance(batch.content, batches.RowGroups)
         largest = max(largest, pyarrow.total_allocated_bytes() - before)
     assert 0 < largest < 8_000_000

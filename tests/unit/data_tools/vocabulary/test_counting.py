@@ -7,10 +7,9 @@ from data_tools.vocabulary import counting
 from data_tools.vocabulary.counting import NewText, PairCounts, distinct_pairs
 
 
-def test_pairs_of_a_long_text_include_those_across_its_pieces() -> None:
-    pieces = [np.array(ids, np.int32) for ids in ([1, 2, 1, 2], [], [3], [4])]
-    assert distinct_pairs(pieces, 10).tolist() == [12, 21, 23, 34]
-    assert not len(distinct_pairs([], 10))
+def test_pairs_of_a_text_are_distinct() -> None:
+    assert distinct_pairs(np.array([1, 2, 1, 2, 3, 4], np.int32), 10).tolist() == [12, 21, 23, 34]
+    assert not len(distinct_pairs(np.zeros(0, np.int32), 10))
 
 
 def test_the_rarest_words_are_forgotten_beyond_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def run(
                 workflow.set_aside(outlooks)
             return SUBMIT[on](workflow, file, render_only)
         _slurm(workflow, file).refuse_active()
-        check_machine(workflow, workflow.tasks.values(), remedy="choose another output folder")
+        check_machine(workflow)
         workflow.run()
     print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
 

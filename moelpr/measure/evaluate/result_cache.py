@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from pydantic.dataclasses import dataclass
 
@@ -95,12 +95,6 @@ class ResultCache:
     def _path(self, model: str, name: str) -> Path:
         assert self._folder
         return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
-
-
-def cached_results(folder: Path, model: str) -> dict[str, Json]:
-    """Name -> result of a model in an evaluation's folder, whatever each was computed from, without damaged ones."""
-    files = sorted((folder / CACHE_FOLDER / quote(model, safe="")).glob("*.json"))
-    return {unquote(path.stem): found.result for path in files if (found := _read(path))}
 
 
 def _read(path: Path) -> KeptResult | None:

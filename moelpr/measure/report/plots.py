@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 MAX_POINTS = 400  # per curve, so that the report of a long run stays small
 _DASHES = ("-", (0, (7, 3)), (0, (2, 2)), (0, (9, 3, 2, 3)), (0, (4, 2)), (0, (1, 2)), (0, (12, 4)), (0, (6, 2, 2, 2)))
 _MARKERS = "os^DXvP*"
+_PER_ROW = 3  # heat maps in one line
 _CELL_INK = ("#20262d", "#fefefe")  # on a light and on a dark cell; unlike INK and PAGE the same on a dark page
 _OUTLINE = "#c2410c"
 
@@ -52,15 +53,6 @@ class Panel:
     split_after: int = 0  # number of columns before a thick line; 0 for no line
     # Title -> number of columns below it, from left to right.
     column_groups: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line of a trade-off: label of a setting -> its repetitions, as pairs of relative changes (x, y)."""
-
-    name: str
-    settings: Mapping[str, Sequence[tuple[float, float]]]
-    is_joined: bool = True  # by a line through the means
 
 
 @styled
@@ -180,50 +172,6 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
 
 
 @styled
-def trade_off_chart(
-    title: str, series: Sequence[Series], *, x_axis: str, y_axis: str, most: tuple[float, float] = (math.inf, math.inf)
-) -> str:
-    """Settings of which each has two relative changes: a line through the means, and a faint mark per repetition.
-
-    A setting beyond `most` (x, y), which would squeeze the others, is drawn there, and its label says what it has.
-    """
-    num_settings = sum(len(one.settings) for one in series)
-    figure, axes = new_axes(400, 260 + 12 * max(0, num_settings - 8))  # room for labels
-    axes.set_title(title, pad=14 + 18 * math.ceil(len(series) / 2))
-    described: list[str] = []
-    labels: list[tuple[str, tuple[float, float]]] = []
-    for number, one in enumerate(series):
-        color, marker = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)]
-        means = [
-            (finite_mean(x for x, _ in points), finite_mean(y for _, y in points)) for points in one.settings.values()
-        ]
-        shown = [(min(x, most[0]), min(y, most[1])) for x, y in means]
-        dashes = _DASHES[number % len(_DASHES)] if one.is_joined else ""
-        style: dict[str, Any] = {"color": color, "marker": marker, "linestyle": dashes}
-        axes.plot(*zip(*shown, strict=True), linewidth=2, markersize=8, label=one.name, **style)
-        for (label, points), mean, place in zip(one.settings.items(), means, shown, strict=True):
-            values = f"{percent(mean[0])} and {percent(mean[1])}"
-            if place == mean:
-                axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, alpha=0.5, linestyle="")
-            labels.append((label if place == mean else f"{label}, outside: {values}", place))
-            described.append(f"{one.name}, {label}: {values}")
-    axes.axhline(0, color=INK, linewidth=1.2)
-    axes.grid()
-    axes.margins(0.12)  # for labels
-    axes.set(xlabel=x_axis, ylabel=y_axis)
-    _percent_ticks(axes)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.3)
-    label_points(axes, labels)
-    return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
-
-
-def _percent_ticks(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # as fine as the tenths of a percent of the labels
-        axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
-
-
-@styled
 def learned_lost_chart(
     title: str, panels: Mapping[str, Mapping[str, tuple[Interval, Interval]]], *, x_axis: str
 ) -> str:
@@ -255,7 +203,10 @@ def learned_lost_chart(
         axes.grid()
         axes.margins(0.15)  # for labels
         axes.set(xlabel=f"{x_axis} (\u2190 better)", ylabel=f"{y_axis} (\u2193 better)")
-        _percent_ticks(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            # As fine as the tenths of a percent of the labels.
+            axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+            axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
         label_points(axes, labels, bars)
     assert figure is not None
     return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
@@ -270,7 +221,6 @@ def heat_maps(
     darkest: float = 1.0,
     corner: str = "",
     cell_width: float = 58,
-    per_row: int = 3,
 ) -> str:
     """Heat maps next to each other; every cell carries its number.
 
@@ -279,7 +229,6 @@ def heat_maps(
         darkest: the number of the darkest color; 0 has the lightest.
         corner: what the rows are, written above their names.
         cell_width: in pixels.
-        per_row: panels in one line.
     """
     cell_height = 24 if max(len(panel.rows) for panel in panels) <= 13 else 18
     label_width = max(width_of([corner, *panel.rows], 11) for panel in panels)
@@ -288,8 +237,8 @@ def heat_maps(
     figure, means = None, []
     for number, panel in enumerate(panels):
         width, height = cell_width * len(panel.columns), cell_height * len(panel.rows)
-        left = (columns_width + label_width + 26) * (number % per_row)
-        figure, axes = new_axes(width, height, left, (rows_height + 70) * (number // per_row), figure)
+        left = (columns_width + label_width + 26) * (number % _PER_ROW)
+        figure, axes = new_axes(width, height, left, (rows_height + 70) * (number // _PER_ROW), figure)
         axes.set(xlim=(0, len(panel.columns)), ylim=(len(panel.rows), 0))
         axes.spines.bottom.set_visible(False)
         axes.tick_params(length=0, bottom=False, top=True, labelbottom=False, labeltop=True, labelsize=11, pad=5)

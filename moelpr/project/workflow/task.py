@@ -31,7 +31,6 @@ class Task:
         shared: Folder of outputs that several workflows share. Its mark and log are there; one workflow makes it while
             others wait, and none makes it with another command than the first.
         environment: Environment variables of the command.
-        tags: Names by which tasks are chosen.
         minutes: Expected time.
         memory_gib: Memory that it needs while it runs, on each node.
         disk_gib: Disk space that its output needs.
@@ -53,7 +52,6 @@ class Task:
     unfinished: tuple[Path, ...] = ()
     shared: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    tags: frozenset[str] = frozenset()
     minutes: float = 1.0
     memory_gib: float = 4.0
     disk_gib: float = 0.0

@@ -9,10 +9,8 @@ does, so that large intermediate ones can be removed.
 import itertools
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +24,6 @@ from moelpr.project.workflow.execution import execute, interpreter, passes_on_st
 from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, shown
 from moelpr.project.workflow.task import Task
 
-Failure = UserError | MachineError
 _QUIET = {"PYTHONWARNINGS": "ignore"}
 _COMMAND_CHANGED = "its command has changed"
 
@@ -67,55 +64,24 @@ class Workflow:
         self._redo, self._check = frozenset(redo), check
         self._stops: list[int] = []
         self._started = time.monotonic()
-        self._printing = threading.Lock()
-        self._locks = {name: threading.Lock() for name in self.tasks}
 
-    def run(self, tasks: Iterable[Task] | None = None, *, workers: int = 1, keep_going: bool = False) -> list[Failure]:
-        """Run tasks in order, unless they are done. After SIGTERM, which running commands get too, start no more.
+    def run(self, tasks: Iterable[Task] | None = None) -> None:
+        """Run tasks in order, unless they are done. After SIGTERM, which a running command gets too, start no more.
 
         Args:
             tasks: By default all. What they read of other tasks is restored if it was removed.
-            workers: Number of tasks that run at the same time.
-            keep_going: After a failure, go on with what does not depend on the failed task.
-
-        Returns:
-            What has failed; [] without `keep_going`.
 
         Raises:
             UserError: A command failed, did not write its output, or would continue another command's.
             MachineError: A command ended with exit code 1, for instance because the disk is full.
         """
-        waiting = [*(self.tasks.values() if tasks is None else tasks)]
-        read = {name for task in waiting for name in task.inputs}
-        running: dict[Future[None], Task] = {}
-        left_out: set[str] = set()
-        failures: list[Failure] = []
-        with passes_on_stops() as stops, ThreadPoolExecutor(workers) as pool:
-            self._stops = stops
-            while waiting or running:
-                unfinished = {task.name for task in (*waiting, *running.values())}
-                ready = [task for task in waiting if not unfinished & {*task.inputs}]
-                assert ready or running, "tasks read each other's output"
-                for task in ready[: workers - len(running)]:
-                    waiting.remove(task)
-                    if missing := left_out & {*task.made_from}:
-                        left_out.add(task.name)
-                        self._print(f"{task.name}: left out, because it reads {', '.join(sorted(missing))}")
-                    else:
-                        running[pool.submit(self._perform, task, needs_output=task.name not in read)] = task
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    task = running.pop(future)
-                    try:
-                        future.result()
-                        if stops and waiting:
-                            raise StoppedError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
-                    except (UserError, MachineError) as error:
-                        if not keep_going or stops:
-                            raise
-                        self._print(str(error))
-                        failures.append(error)
-                        left_out.add(task.name)
-        return failures
+        tasks = [*(self.tasks.values() if tasks is None else tasks)]
+        read = {name for task in tasks for name in task.inputs}
+        with passes_on_stops() as self._stops:
+            for task in tasks:
+                self._perform(task, needs_output=task.name not in read)
+                if self._stops and task is not tasks[-1]:
+                    raise StoppedError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
 
     def perform(self, name: str, *, is_leader: bool = True) -> None:
         """Do one task on this node of a cluster, as `run` does; its output is printed too.
@@ -130,8 +96,7 @@ class Workflow:
         for other in task.inputs:
             if other in self.tasks and not self.is_done(other):
                 raise UserError(f"task {name} requires {other}, which is not done; run the whole chain")
-        with passes_on_stops() as stops, _stopped_if(stops):
-            self._stops = stops
+        with passes_on_stops() as self._stops, _stopped_if(self._stops):
             if is_leader:
                 self._perform(task, needs_output=True, on_cluster=True)
             elif self._change(task, task.words())[1] is not None or not self.is_done(name) or not task.has_output():
@@ -219,7 +184,7 @@ class Workflow:
             needs_output: Run it also if only its output is missing.
             on_cluster: Other tasks are jobs of their own, so nothing is restored for it.
         """
-        with self._locks[task.name], self._alone(task):  # other tasks may restore it at the same time
+        with self._alone(task):
             try:
                 words = task.words()
             except UserError:
@@ -344,8 +309,7 @@ class Workflow:
 
     def _print(self, text: str) -> None:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
-        with self._printing:
-            print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+        print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
 
 def _has_trained(path: Path) -> bool:

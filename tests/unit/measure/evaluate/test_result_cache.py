@@ -5,22 +5,13 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.result_cache import ResultCache, cached_results
+from moelpr.measure.evaluate.result_cache import ResultCache
 
 
 def test_without_a_folder_nothing_is_kept() -> None:
     cache = ResultCache(None)
     cache.write("model", "en", {}, {"bits": 1})
     assert cache.read("model", "en", {}) is None
-
-
-def test_what_is_kept_of_a_model_can_be_read_by_name_alone(tmp_path: Path) -> None:
-    cache, results = ResultCache(tmp_path), {"continuation a/b": {"text": "c"}, "el.help": {"bits": 1}}
-    for name, result in results.items():
-        cache.write("org/model", name, {"key": name}, result)
-    cache.write("another", "el.help", {}, {"bits": 2})
-    assert cached_results(tmp_path, "org/model") == results
-    assert cached_results(tmp_path, "unknown") == {}
 
 
 def test_an_output_that_cannot_be_written_is_reported_before_measuring(tmp_path: Path) -> None:

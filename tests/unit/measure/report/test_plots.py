@@ -6,7 +6,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moelpr.measure.report import plots
 from moelpr.measure.report.numbers import Interval
 from moelpr.measure.report.plots import (
     MAX_POINTS,
@@ -147,20 +146,6 @@ def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
     chart = line_chart("loss", [Curve("", list(range(400)), [float(step) for step in range(400)])])
     start, end = re.search(r"value from (\S+) to (\S+)</desc>", chart).groups()
     assert (float(start), float(end)) == (5, 394)  # the mean of the first and of the last eleven
-
-
-def test_a_setting_far_from_the_others_is_drawn_at_the_edge_with_its_values() -> None:
-    series = [plots.Series(name, {name: [point]}) for name, point in {"a": (-0.3, 0.1), "far": (0.4, 0.6)}.items()]
-    whole, near = (
-        plots.trade_off_chart("t", series, x_axis="x", y_axis="y", **limits) for limits in ({}, {"most": (0.05, 0.2)})
-    )
-
-    def largest_tick(svg: str) -> float:
-        return max(float(number) for number in re.findall(r">\+([\d.]+)%<", svg))
-
-    assert "outside" not in whole and "far, outside: +40.0% and +60.0%" in near
-    assert largest_tick(near) <= 20 < largest_tick(whole)
-    assert "far, far: +40.0% and +60.0%" in near  # the description has what was measured
 
 
 def test_a_title_that_is_too_long_for_the_chart_breaks_after_the_run() -> None:

@@ -5,6 +5,7 @@ Models have Qwen2's or Qwen3.5's shape, and every layer is an MoE layer.
 
 import argparse
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.baselines import plain_megatron
 from benchmarks.common import model_spec, qwen2_config, qwen3_5_config
+from moelpr.data.batch import BatchReader
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model
 from moelpr.model.layers.losses import megatron_balance_coeff
@@ -105,7 +107,8 @@ class MegatronStep:
         size, length = self.batch["tokens"].shape
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         num_microbatches_calculator.init_num_microbatches_calculator(0, None, size, size, 1)
-        work = {"forward_step_func": forward_step, "data_iterator": itertools.repeat(self.batch)}
+        step = partial(forward_step, BatchReader())
+        work = {"forward_step_func": step, "data_iterator": itertools.repeat(self.batch)}
         sizes = {"num_microbatches": 1, "seq_length": length, "micro_batch_size": size}
         return self.schedule(**work, **sizes, model=[self.wrapped], forward_only=False)
 

@@ -10,7 +10,7 @@ and how much memory was still occupied by the run before.
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         report["runs"][name] = {"held_gib": torch.cuda.memory_allocated() / 2**30, "steps": steps}
-        with patch.object(training, "starting_weights", random_weights), profiles_the_last_of(steps, arguments):
-            training.train(arguments)
+        with profiles_the_last_of(steps, arguments):
+            training.train(arguments, inputs=training.RunInputs(training.keep_weights))
         (folder / f"rank{rank()}.json").write_text(json.dumps(report))
         destroy_global_state()
     torch.distributed.destroy_process_group()
@@ -79,18 +79,6 @@ def kernels_and_waits(events: Iterable[Any]) -> dict[str, int]:
         "kernels": sum(on_gpu and not name.startswith("nccl") for on_gpu, name in names),
         "waits": sum(not on_gpu and name in WAITS for on_gpu, name in names),
     }
-
-
-def random_weights(_: Any) -> Callable[[list[Any]], None]:
-    """In the place of moelpr's `starting_weights`: the model keeps what Megatron initialized it with."""
-
-    def load(chunks: list[Any]) -> None:
-        from megatron.training import get_args
-
-        args = get_args()
-        args.load = args.pretrained_checkpoint = None  # or Megatron would load them
-
-    return load
 
 
 def matmul_flops(has_gpu: bool) -> float:

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -128,33 +127,14 @@ class PeakMemory(threading.Thread):
 
 
 def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
-    """Why a rank was most likely killed, what it needed, and what would need less."""
+    """The message about a rank that was killed, most likely for lack of memory."""
     ranks = determine_local_world_size(args.nproc_per_node)
-    facts = [f"it held {machine.format_bytes(peak)}"] if peak else []
-    fix = "use fewer ranks or a smaller --micro-batch-size"
-    if args.training_script == "moelpr.pretrain":
-        # Whatever is wrong, the message matters more than what the planner can add to it.
-        with suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from moelpr.model.megatron import bootstrap  # only now, because Megatron takes seconds to import
-
-            bootstrap.install_patches()
-            from moelpr.train.arguments.checks.hardware import expected_memory, smaller_settings
-            from moelpr.train.arguments.flags import all_arguments
-            from moelpr.train.arguments.requested import RequestedRun
-            from moelpr.train.arguments.requirements import apply_machine
-
-            run = RequestedRun.gather(args.training_script_args, all_arguments())
-            run.world_size = ranks * int(args.nnodes.split(":")[-1])
-            apply_machine(run)
-            if expected := expected_memory(run):
-                facts.append(f"the planner expects {machine.format_bytes(expected)} per rank")
-            fix = f"use {smaller_settings(run)}"
+    held = f"it held {machine.format_bytes(peak)}, " if peak else ""
     whose = f"{ranks} ranks of this machine share" if ranks > 1 else "this machine has"
-    facts.append(f"{whose} {machine.format_bytes(machine.total_memory())}")
     return (
-        f"rank {rank} was killed (signal 9), most likely for lack of memory: {', '.join(facts)}; run the same command "
-        f"again to resume, and if it is killed again, {fix}"
+        f"rank {rank} was killed (signal 9), most likely for lack of memory: {held}{whose} "
+        f"{machine.format_bytes(machine.total_memory())}; run the same command again to resume, and if it is killed "
+        "again, use fewer ranks or a smaller --micro-batch-size"
     )
 
 

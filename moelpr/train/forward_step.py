@@ -13,14 +13,14 @@ from moelpr.data.batch import Batch, BatchReader, GlobalCounts
 from moelpr.model.layers.attention import document_edges
 from moelpr.model.layers.router import LPRLossNormalizer
 
-_reader = BatchReader()
 
-
-def forward_step(data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module) -> tuple[Tensor, partial]:
+def forward_step(
+    reader: BatchReader, data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+) -> tuple[Tensor, partial]:
     """This pipeline stage's output for the next micro-batch, and the function that makes the last stage's the loss."""
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
-    batch = _reader.next(data_iterator, num_microbatches, owner=model)
+    batch = reader.next(data_iterator, num_microbatches, owner=model)
     LPRLossNormalizer.weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,

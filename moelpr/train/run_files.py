@@ -1,10 +1,9 @@
 """What a run writes next to its checkpoints, so that they can be read without the command that made them."""
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from megatron.training import get_args
 
 from moelpr.base import ranks, yaml_files
 from moelpr.base.copies import copy_folder
@@ -18,7 +17,7 @@ from moelpr.train.arguments.settings import RunSettings
 
 
 @contextmanager
-def run_records(settings: RunSettings, argv: list[str]) -> Iterator[None]:
+def run_records(settings: RunSettings, args: argparse.Namespace, argv: list[str]) -> Iterator[None]:
     """Rank 0 writes to --save: model_spec.json, hf/, recipe.yaml, command.json and versions.json.
 
     While the context is open, every saved step gets a recipe.yaml too: a run may be resumed with other settings, and
@@ -33,7 +32,7 @@ def run_records(settings: RunSettings, argv: list[str]) -> Iterator[None]:
         settings.spec.write(save)
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
-    recipe = yaml_files.dump(resolved_settings(vars(get_args())), sort_keys=True)
+    recipe = yaml_files.dump(resolved_settings(vars(args)), sort_keys=True)
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")
     Command(argv, ranks.world_size(), ranks.local_world_size()).write(save)

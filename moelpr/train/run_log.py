@@ -3,6 +3,7 @@
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
 
+import argparse
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from megatron.training import get_args, get_tensorboard_writer
+from megatron.training import get_tensorboard_writer
 from tqdm import tqdm
 
 from moelpr.base import ranks
@@ -22,6 +23,7 @@ from moelpr.base.files import write_text
 from moelpr.base.run_folder import METRICS_FILE
 from moelpr.model.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
 from moelpr.model.metrics.schema import METRICS, STEP_TIME_S
+from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.early_warnings import EarlyWarning, EarlyWarnings
 from moelpr.train.track.tracking import Tracking, values_of
 
@@ -30,10 +32,14 @@ class RunLog:
     """Opened by the first record, which removes what an interrupted run wrote after its last checkpoint."""
 
     def __init__(
-        self, stage: str, early_warnings: EarlyWarnings, track: Callable[[bool], Tracking | None] = lambda is_new: None
+        self,
+        settings: RunSettings,
+        early_warnings: EarlyWarnings,
+        track: Callable[[bool], Tracking | None] = lambda is_new: None,
     ) -> None:
         """`track(is_new)` starts to send to trackers, if there are any; it is told whether metrics.jsonl is new."""
-        self.stage, self.early_warnings, self._track = stage, early_warnings, track
+        self.settings, self.early_warnings, self._track = settings, early_warnings, track
+        self.stage = settings.stage.name
         self._tracking: Tracking | None = None
         self._file: TextIO | None = None
         self._bar: tqdm | None = None
@@ -43,8 +49,8 @@ class RunLog:
     def step(self, record: Step) -> None:
         """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
-        _write_to_tensorboard(record, with_layers=record["iteration"] % get_args().log_interval == 0)
-        self._show_progress(record, get_args().train_iters, get_args().log_interval)
+        _write_to_tensorboard(record, with_layers=record["iteration"] % self.settings.log_interval == 0)
+        self._show_progress(record, self.settings.last_step, self.settings.log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
     def validation(self, iteration: int, results: dict[str, HeldOutLoss]) -> None:
@@ -84,11 +90,10 @@ class RunLog:
                 output.close()
 
     def _append(self, record: Any, before_iteration: int) -> None:
-        save = get_args().save
-        if save and self._file is None:
-            Path(save).mkdir(parents=True, exist_ok=True)
-            is_new = not (Path(save) / METRICS_FILE).exists()
-            self._file = open_metrics(Path(save) / METRICS_FILE, before_iteration, self.early_warnings.remember)
+        if (save := self.settings.save) is not None and self._file is None:
+            save.mkdir(parents=True, exist_ok=True)
+            is_new = not (save / METRICS_FILE).exists()
+            self._file = open_metrics(save / METRICS_FILE, before_iteration, self.early_warnings.remember)
             if (tracking := self._track(is_new)) is not None:
                 self._tracking = tracking
                 _share_scalars(tracking)
@@ -118,7 +123,7 @@ class RunLog:
 
 
 @contextmanager
-def report_nonfinite_exit(run_log: RunLog) -> Iterator[None]:
+def report_nonfinite_exit(run_log: RunLog, args: argparse.Namespace) -> Iterator[None]:
     """If a gradient is NaN or Inf, for which Megatron raises a RuntimeError, log the step and its fix, and exit with 1.
 
     Megatron checks each rank's gradients before they are added up, so perhaps only some ranks find it.
@@ -127,9 +132,9 @@ def report_nonfinite_exit(run_log: RunLog) -> Iterator[None]:
         yield
         return
     except RuntimeError as error:
-        if "Unexpected result" not in str(error) or get_args().debug:
+        if "Unexpected result" not in str(error) or args.debug:
             raise
-    step = get_args().curr_iteration + 1
+    step = args.curr_iteration + 1
     message = (
         f"the gradients of step {step} are NaN/Inf; the run stops before they change a weight, and its last checkpoint "
         "stays; lower --lr, raise --lr-warmup-iters, or leave this step's data out with "

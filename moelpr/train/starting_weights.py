@@ -4,14 +4,16 @@ A new run loads all weights here. A resumed run leaves its own checkpoint to Meg
 and loads here only the frozen tensors missing from that checkpoint.
 """
 
+import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.training import get_args, print_rank_0
+from megatron.training import print_rank_0
 from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 
 from moelpr.base.errors import UserError
@@ -23,8 +25,10 @@ from moelpr.model.layers.weights import load_weights, omit_extra_state, save_tra
 from moelpr.train.arguments.settings import RunSettings
 
 
-def starting_weights(settings: RunSettings) -> Callable[[list[HybridModel]], None]:
+def starting_weights(settings: RunSettings, args: argparse.Namespace) -> Callable[[list[HybridModel]], None]:
     """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
+
+    `args` are Megatron's, which would load the weights of a new run again.
 
     Raises:
         UserError: A required checkpoint is missing.
@@ -42,17 +46,17 @@ def starting_weights(settings: RunSettings) -> Callable[[list[HybridModel]], Non
 
     def load(chunks: list[HybridModel]) -> None:
         verify_files(links, settings.verify)
-        args = get_args()
+        load_step = partial(_load_step, args)
         if not args.use_cpu_initialization:
             for chunk in chunks:
                 chunk.cuda(torch.cuda.current_device())  # as Megatron does next
         if not start.is_resumed:
             args.load = args.pretrained_checkpoint = None  # or Megatron would load them again
             print_rank_0(f"moelpr: weights from {' and '.join(map(str, links))}")
-            load_weights(chunks, links, load=_load_step)
+            load_weights(chunks, links, load=load_step)
         elif settings.save_trained_only:
             print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
-            load_weights(chunks, links[1:], only_frozen=True, load=_load_step)
+            load_weights(chunks, links[1:], only_frozen=True, load=load_step)
         omit_extra_state(chunks)
         if settings.save_trained_only:
             save_trained_only(chunks)
@@ -62,11 +66,11 @@ def starting_weights(settings: RunSettings) -> Callable[[list[HybridModel]], Non
     return load
 
 
-def _load_step(state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
+def _load_step(args: argparse.Namespace, state: ShardedStateDict, step_folder: str) -> dict[str, Any]:
     """Load from one step folder as Megatron does, with all its flags."""
     folder, step = Path(step_folder).parent, Path(step_folder).name
     iteration = 0 if step == RELEASE else int(step.removeprefix("iter_"))
-    return _load_global_dist_base_checkpoint(str(folder), get_args(), False, state, iteration, step == RELEASE)[0]
+    return _load_global_dist_base_checkpoint(str(folder), args, False, state, iteration, step == RELEASE)[0]
 
 
 def _record_base(save: Path, links: list[Path], settings: RunSettings) -> None:

@@ -4,6 +4,7 @@
 that Megatron logs and the tracker's into one record per step, and passes it to the run's log.
 """
 
+import argparse
 import math
 import resource
 import time
@@ -16,7 +17,6 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.utils import get_model_config
-from megatron.training import get_args
 from torch import Tensor
 
 from moelpr.base import ranks
@@ -33,15 +33,15 @@ from moelpr.train.track.tracking import Tracking
 
 
 @contextmanager
-def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
-    """Install our metrics hooks while Megatron trains."""
+def logs_steps(settings: RunSettings, args: argparse.Namespace) -> Iterator["StepLog"]:
+    """Log the steps that Megatron trains, whose `args` count steps and samples."""
     tracker = MetricsTracker()
     set_moe_metrics_tracker(tracker)
     stage = settings.stage
     masked = settings.spec.moe.num_original_places if settings.spec.moe and stage.stage1_experts == "new" else 0
     warnings = EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0, first_expert=masked)
-    run_log = RunLog(stage.name, warnings, lambda is_new: _tracking(settings, is_new))
-    log = StepLog(run_log, tracker)
+    run_log = RunLog(settings, warnings, lambda is_new: _tracking(settings, args, is_new))
+    log = StepLog(run_log, tracker, args)
     with (
         closing(run_log),
         hooks.after_training_log(log.step),
@@ -50,9 +50,9 @@ def logs_steps(settings: RunSettings) -> Iterator["StepLog"]:
         yield log
 
 
-def _tracking(settings: RunSettings, is_new: bool) -> Tracking | None:
-    """What sends the metrics to the trackers that the flags ask for, as those of the steps after the stage before."""
-    args, start = get_args(), settings.start
+def _tracking(settings: RunSettings, args: argparse.Namespace, is_new: bool) -> Tracking | None:
+    """The client of the trackers, whose step numbers continue those of the stage before; None without trackers."""
+    start = settings.start
     if settings.save is None or not any(getattr(args, flag) for flag in TRACKERS):
         return None
     steps = 0 if start.is_resumed else as_step(start.step_folder.name.removeprefix("iter_")) or 0
@@ -108,8 +108,8 @@ class MetricsTracker(MoEMetricsTracker):
 class StepLog:
     """Makes one record per step on the last rank; every rank calls `step`."""
 
-    def __init__(self, run_log: RunLog, tracker: MetricsTracker) -> None:
-        self.run_log, self.tracker = run_log, tracker
+    def __init__(self, run_log: RunLog, tracker: MetricsTracker, args: argparse.Namespace) -> None:
+        self.run_log, self.tracker, self.args = run_log, tracker, args
         self._last_time = time.monotonic()
         self._longest_step_s = 0.0
         self._is_delayed = True  # whether the step contains other work: the start, or a checkpoint
@@ -126,7 +126,7 @@ class StepLog:
         if not self._is_delayed:
             self._longest_step_s = max(self._longest_step_s, step_time_s)
         self._is_delayed = False
-        args = get_args()
+        args = self.args
         step_tokens = args.micro_batch_size * args.data_parallel_size * get_num_microbatches() * args.seq_length
         record = {
             "iteration": iteration,
@@ -156,7 +156,7 @@ class StepLog:
         self._is_delayed = True
         if ranks.is_last_rank():
             warnings = self.run_log.early_warnings.saved(self._longest_step_s, seconds)
-            self.run_log.warn(get_args().curr_iteration + 1, warnings)
+            self.run_log.warn(self.args.curr_iteration + 1, warnings)
 
     def restart_clock(self) -> None:
         """Measure the next step's time from now on, because the time until now was not spent on training."""

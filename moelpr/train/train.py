@@ -1,10 +1,13 @@
 """A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.training import get_args, pretrain, print_rank_0
+from megatron.training import pretrain, print_rank_0
 from megatron.training.argument_utils import (
     core_transformer_config_from_args,
     hybrid_config_from_args,
@@ -12,6 +15,7 @@ from megatron.training.argument_utils import (
 )
 
 from moelpr.base.ranks import is_first_rank
+from moelpr.data.batch import BatchReader
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
 from moelpr.model.checkpoints.chain import write_checksums
@@ -36,8 +40,32 @@ from moelpr.train.starting_weights import starting_weights
 from moelpr.train.step_log import logs_steps
 from moelpr.train.validation import validates
 
+type LoadWeights = Callable[[list[torch.nn.Module]], None]
 
-def train(argv: list[str], stop: StopRequest | None = None) -> bool:
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The sources of weights and micro-batches; dry runs and benchmarks have others.
+
+    Attributes:
+        weights: Returns the function that fills a model before it is wrapped.
+        batches: Reads micro-batches from Megatron's data iterators.
+    """
+
+    weights: Callable[[RunSettings, argparse.Namespace], LoadWeights] = starting_weights
+    batches: BatchReader = field(default_factory=BatchReader)
+
+
+def keep_weights(settings: RunSettings, args: argparse.Namespace) -> LoadWeights:
+    """Load no weights: the model keeps those that Megatron initialized."""
+
+    def load(chunks: list[torch.nn.Module]) -> None:
+        args.load = args.pretrained_checkpoint = None  # or Megatron would load them
+
+    return load
+
+
+def train(argv: list[str], stop: StopRequest | None = None, inputs: RunInputs | None = None) -> bool:
     """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request.
 
     Returns:
@@ -48,23 +76,25 @@ def train(argv: list[str], stop: StopRequest | None = None) -> bool:
     with run_lock(settings):
         if clean_stop.is_finished(settings):
             return clean_stop.report_end(settings, settings.last_step)
-        register_arguments(run, settings)
-        return _train(settings, argv, stop)
+        return train_stage(settings, register_arguments(run, settings), argv, stop, inputs or RunInputs())
 
 
-def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> bool:
+def train_stage(
+    settings: RunSettings, args: argparse.Namespace, argv: list[str], stop: StopRequest | None, inputs: RunInputs
+) -> bool:
+    """Train with checked settings; `args` are those registered with Megatron."""
     if stop is not None:
         stop.enter_megatron(settings.save)
     clean_stop.begin(settings.save)
-    load_weights, stage, args = starting_weights(settings), settings.stage, get_args()
+    load_weights, stage = inputs.weights(settings, args), settings.stage
     with (
-        run_records(settings, argv),
+        run_records(settings, args, argv),
         hooks.after_step_is_written(lambda step, _: write_checksums(step, checkpoint_sums.taken(step))),
         hooks.without_weight_decay(ROWS),
         hooks.operations_per_sequence(operations_per_sequence(settings, args.seq_length)),
-        logs_steps(settings) as step_log,
-        report_nonfinite_exit(step_log.run_log),
-        validates(settings, step_log) as validation,
+        logs_steps(settings, args) as step_log,
+        report_nonfinite_exit(step_log.run_log, args),
+        validates(settings, args, step_log) as validation,
         clean_stop.ends_the_run(),
     ):
 
@@ -79,7 +109,9 @@ def _train(settings: RunSettings, argv: list[str], stop: StopRequest | None) -> 
         config = model_config(args)
         config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
         container = pretrain_cfg_container_from_args(args, config)
-        pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step, store=bootstrap.rank_store())
+        datasets, step = partial(datasets_provider, args), partial(forward_step, inputs.batches)
+        datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers
+        pretrain(container, datasets, ModelType.encoder_or_decoder, step, store=bootstrap.rank_store())
     torch.distributed.barrier()
     is_complete = clean_stop.report_end(settings, settings.last_step if validation is None else validation.scored_step)
     answer = torch.tensor([is_complete], dtype=torch.int32, device=torch.cuda.current_device())
@@ -117,15 +149,11 @@ def model_config(args: argparse.Namespace) -> MoELPRModelConfig:
     return config
 
 
-def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple:
+def datasets_provider(args: argparse.Namespace, num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Training, validation and test datasets."""
-    args = get_args()
     if args.validation_data:  # moelpr.train.validation reads it
         num_samples = [num_samples[0], 0, 0]
     train, *others = build_datasets(num_samples, dataset_config(args))
     if is_first_rank() and train is not None:
         print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
     return train, *others
-
-
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers

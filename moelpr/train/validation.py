@@ -3,6 +3,7 @@
 Every pass reads the same windows of --seq-length tokens and predicts each token once.
 """
 
+import argparse
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
-from megatron.training import get_args
 from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -38,13 +38,13 @@ MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest
 
 
 @contextmanager
-def validates(settings: RunSettings, step_log: StepLog) -> Iterator["Validation | None"]:
+def validates(settings: RunSettings, args: argparse.Namespace, step_log: StepLog) -> Iterator["Validation | None"]:
     """Score --validation-data, if given, wherever Megatron validates."""
     if not settings.validation_data:
         yield None
         return
-    get_args().do_valid = True
-    validation = Validation(settings, step_log)
+    args.do_valid = True
+    validation = Validation(settings, args, step_log)
     with hooks.validation_by(validation.run):
         yield validation
 
@@ -74,8 +74,8 @@ class HeldOut:
 class Validation:
     """Passes over every language; each rank calls `run` at the same steps."""
 
-    def __init__(self, settings: RunSettings, step_log: StepLog) -> None:
-        self.settings, self.step_log = settings, step_log
+    def __init__(self, settings: RunSettings, args: argparse.Namespace, step_log: StepLog) -> None:
+        self.settings, self.args, self.step_log = settings, args, step_log
         self._held_out: list[HeldOut] | None = None
         self._last_iteration: int | None = None  # the step of the last pass
         self.scored_step: int | None = None  # the step of the last pass that was not cut short
@@ -87,7 +87,7 @@ class Validation:
         self._last_iteration = iteration
         if self._held_out is None:
             folder, corpora = self.settings.start.checkpoint, self.settings.validation_data
-            self._held_out = [held_out(language, prefix, folder) for language, prefix in corpora.items()]
+            self._held_out = [held_out(self.args, language, prefix, folder) for language, prefix in corpora.items()]
         results = {}
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
@@ -102,10 +102,10 @@ class Validation:
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:
         """The loss in nats per token, NaN except on the last pipeline stage; None if out of time."""
-        size = get_args().eval_micro_batch_size
+        size = self.args.eval_micro_batch_size
         batches = [None if text.dataset is None else text.micro_batches(size) for _ in model]
         data = batches if len(model) > 1 else batches[0]
-        num_batches = math.ceil(text.num_windows / get_args().eval_global_batch_size)
+        num_batches = math.ceil(text.num_windows / self.args.eval_global_batch_size)
         losses, _, is_out_of_time = evaluate(forward_step, data, model, None, config, eval_iters=num_batches)
         return None if is_out_of_time else float(losses.get("lm loss", math.nan))
 
@@ -121,9 +121,8 @@ def result(text: HeldOut, loss: float) -> HeldOutLoss:
     return found
 
 
-def held_out(language: str, prefix: str, model_folder: Path) -> HeldOut:
+def held_out(args: argparse.Namespace, language: str, prefix: str, model_folder: Path) -> HeldOut:
     """Open a held-out corpus. Every rank must call this."""
-    args = get_args()
     config = replace(
         dataset_config(args),
         tokenizer=token_ids(args, [prefix]),

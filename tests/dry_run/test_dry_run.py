@@ -18,7 +18,7 @@ from tests.support.tiny_project import write_project
 
 ROOT = Path(__file__).resolve().parents[2]
 OF_A_LAYER = "Event.synchronize in moe/token_dispatcher.py _maybe_dtoh_and_synchronize"
-OF_A_MICRO_BATCH = "nonzero in model/attention.py document_edges"
+OF_A_MICRO_BATCH = "nonzero in layers/attention.py document_edges"
 MOST_WAITS_OF_A_STEP = 14
 
 

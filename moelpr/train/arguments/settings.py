@@ -77,6 +77,7 @@ class RunSettings:
         verify: How checkpoints are compared with their checksums before they are loaded.
         data_path: The corpora of --data-path and their weights.
         validation_data: Language → prefix of its held-out corpus.
+        log_interval: The steps from one line of the log to the next.
     """
 
     stage: StageSettings
@@ -88,6 +89,7 @@ class RunSettings:
     data_path: tuple[str, ...]
     validation_data: dict[str, str]
     last_step: int
+    log_interval: int
     thresholds: Thresholds
 
     @classmethod
@@ -116,6 +118,7 @@ class RunSettings:
                 for language, _, prefix in (item.partition("=") for item in args.validation_data or ())
             },
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
+            log_interval=args.log_interval,
             thresholds=Thresholds(
                 args.warn_original_rise,
                 args.warn_expert_share,

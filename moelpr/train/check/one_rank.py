@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelpr.base import machine
+from moelpr.data import batch
 from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.layouts import Layout, PlannedLayout
 from moelpr.plan.memory import RankMemory, Routing, Workload, model_parts, stage_memories
@@ -104,7 +105,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     fake_megatron.install(meter)
     fake_fla.install(meter)
     steps = _CountedSteps(meter, _micro_batches(run, rank)[: 2 if is_witness else None])
-    _train_without_inputs(settings, argv, args, steps)
+    _train(settings, args, argv, steps)
     of_planner = None
     if planned is not None and run.spec is not None:
         of_planner = Planned(*planned, stage_memories(run.spec, model_parts(run.spec), *planned))
@@ -162,19 +163,12 @@ class _CountedSteps:
         return self.counts[-2].extrapolated(self.counts[-1], times)
 
 
-def _train_without_inputs(settings: RunSettings, argv: list[str], args: Any, steps: _CountedSteps) -> None:
+def _train(settings: RunSettings, args: Any, argv: list[str], steps: _CountedSteps) -> None:
     """Run the trainer on weights and batches without values until the steps are counted."""
     from megatron.training import training as megatron_training
 
-    from moelpr.data.batch import BatchReader
-    from moelpr.train import train
     from moelpr.train.step_log import StepLog
-
-    def no_weights(_: RunSettings) -> Any:
-        def load(chunks: list[torch.nn.Module]) -> None:
-            args.load = args.pretrained_checkpoint = None
-
-        return load
+    from moelpr.train.train import RunInputs, keep_weights, train_stage
 
     def no_data(*_: Any) -> tuple[Iterator[dict], None, None]:
         args.do_train, args.do_valid, args.do_test = True, False, False
@@ -183,13 +177,11 @@ def _train_without_inputs(settings: RunSettings, argv: list[str], args: Any, ste
     for owner, name, value in (
         (megatron_training, "train_step", partial(steps.step, megatron_training.train_step)),
         (megatron_training, "build_train_valid_test_data_iterators", no_data),
-        (train, "starting_weights", no_weights),
         (StepLog, "step", lambda *_: None),
-        (BatchReader, "_read_step", _fake_batches),
     ):
         setattr(owner, name, value)
     with suppress(_Enough), FakeTensorMode(allow_non_fake_inputs=True), steps.meter:
-        train._train(settings, argv, None)
+        train_stage(settings, args, argv, None, RunInputs(keep_weights, _FakeBatches(args)))
 
 
 def _without_files(run: RequestedRun) -> RunSettings:
@@ -229,22 +221,22 @@ def _route(run: RequestedRun) -> int:
     return max(1, round(tokens * layout.etp * routing.original_rows / moe.num_original_experts))
 
 
-def _fake_batches(reader: Any, data_iterator: Any, num_microbatches: int) -> list[Any]:
-    """What `BatchReader._read_step` returns, of tensors without values."""
-    from megatron.core import parallel_state
-    from megatron.training import get_args
+class _FakeBatches(batch.BatchReader):
+    """Micro-batches of tensors without values."""
 
-    from moelpr.data import batch
+    def __init__(self, args: Any) -> None:
+        super().__init__()
+        self.shape = args.micro_batch_size, args.seq_length
 
-    shape = get_args().micro_batch_size, get_args().seq_length
-    raw = [
-        {key: torch.empty(*shape, dtype=torch.int64, device=DEVICE) for key in batch._KEYS}
-        for _ in range(num_microbatches)
-    ]
-    counts = torch.empty(2, device=DEVICE)
-    torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    global_counts = batch.GlobalCounts(*counts.unbind())
-    return [batch._to_batch(batch.slice_for_context_parallel(tensors), global_counts) for tensors in raw]
+    def _read_step(self, data_iterator: Any, num_microbatches: int) -> list[batch.Batch]:
+        raw = [
+            {key: torch.empty(*self.shape, dtype=torch.int64, device=DEVICE) for key in batch._KEYS}
+            for _ in range(num_microbatches)
+        ]
+        counts = torch.empty(2, device=DEVICE)
+        torch.distributed.all_reduce(counts, group=batch.parallel_state.get_data_parallel_group())
+        global_counts = batch.GlobalCounts(*counts.unbind())
+        return [batch._to_batch(batch.slice_for_context_parallel(tensors), global_counts) for tensors in raw]
 
 
 def _parts(model: list[Any], optimizer: Any, peak: int) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from moelpr.base.errors import UserError
 from moelpr.base.machine import available_cpus
 from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.gpus import GPUS
-from moelpr.train.check.forked import FailedError, Fork
 
 if TYPE_CHECKING:
     from moelpr.train.check.one_rank import DryRun
@@ -68,23 +68,27 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
     from moelpr.train.check.stand_ins import StandIns
 
     ranks = nodes * per_node
-    with TemporaryDirectory(prefix="moelpr-check-") as folder:
-        stand_ins = StandIns.of(argv, Path(folder), spec)
+    with TemporaryDirectory(prefix="moelpr-check-") as name:
+        folder = Path(name)
+        stand_ins = StandIns.of(argv, folder, spec)
         all_arguments()  # kept for the forks
 
-        def start(rank: int, is_witness: bool = False) -> Fork[DryRun]:
-            return Fork(partial(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness))
+        def start(rank: int, is_witness: bool = False) -> Future[DryRun]:
+            """Be a rank in a fork of this process, whose patches and memory end with it."""
+            pool = ProcessPoolExecutor(1, get_context("fork"), _print_to, (folder / f"log-{rank}",))
+            run = pool.submit(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness)
+            pool.shutdown(wait=False)
+            return run
 
-        def result(rank: int, fork: Fork[DryRun]) -> DryRun:
+        def result(rank: int, run: Future[DryRun]) -> DryRun:
             try:
-                return fork.result()
+                return run.result()
             except UserError as error:
                 raise UserError(stand_ins.as_given(str(error))) from None
-            except FailedError as error:
-                raise RuntimeError(f"rank {rank} fails: {stand_ins.as_given(str(error))}") from None
+            except Exception as error:
+                raise RuntimeError(f"rank {rank} fails") from error
 
-        fork = start(0)
-        first = result(0, fork)  # alone, to be refused once
+        first = result(0, start(0))  # alone, to be refused once
         stages = first.layout.pp
         per_stage = ranks // stages
         # A rank of the first, a middle and the last stage, and witnesses at the other end of the first and the last.
@@ -94,7 +98,15 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         results = []
         for place in range(0, len(started), width := min(2, available_cpus())):
             forks = {rank: start(rank, is_witness) for rank, is_witness in started[place : place + width]}
-            results += [result(*one) for one in forks.items()]
-        notes = [line for line in stand_ins.as_given(fork.printed).splitlines() if line.startswith("moelpr: ")]
+            results += [result(*fork) for fork in forks.items()]
+        log = (folder / "log-0").read_text(errors="replace")
+        notes = [line for line in stand_ins.as_given(log).splitlines() if line.startswith("moelpr: ")]
         runs, compared = [first, *results[: len(others)]], results[len(others) :]
         return Outcome(runs, compared, notes, stand_ins.missing)
+
+
+def _print_to(log: Path) -> None:
+    """Write this process's output to a file."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.model.metrics"), description=__doc__)
+    parser = CommandParser(prog=program_name("python -m moelpr.train.track"), description=__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save), in the order of training")
     results: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}

@@ -29,10 +29,11 @@ def samples(write_corpus: Callable) -> Callable[[bool], list[dict[str, torch.Ten
 
 def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Next-token losses [samples, sequence], by way of the trainer's forward step."""
+    from moelpr.data.batch import BatchReader
     from moelpr.train import forward_step as trainers
 
     batch = torch.utils.data.default_collate(samples)
-    output, _ = trainers.forward_step(iter([batch]), model)
+    output, _ = trainers.forward_step(BatchReader(), iter([batch]), model)
     return output
 
 

@@ -21,6 +21,7 @@ def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_micro_batches")
 def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec) -> None:
     """Every token's bit differs from its label's."""
+    from moelpr.data.batch import BatchReader
     from moelpr.model.layers.loading import build_model
     from moelpr.model.layers.router import LPRLossNormalizer
     from moelpr.model.metrics.routing_sums import RoutingSums
@@ -46,9 +47,9 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
         }
         for number in range(MICROBATCHES)
     ]
-    data = iter(batches)
+    data, reader = iter(batches), BatchReader()
     for _ in batches:
-        forward_step(data, model)
+        forward_step(reader, data, model)
         assert LPRLossNormalizer.weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
     for router, of_batches in zip(routers, logits, strict=True):
         sums = RoutingSums.from_vectors(router.routing_sums[None])

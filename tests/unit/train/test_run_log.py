@@ -3,6 +3,8 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -34,13 +36,16 @@ class Writer:
         self.is_closed = True
 
 
-def make_log(monkeypatch: pytest.MonkeyPatch, save: Path) -> tuple[RunLog, Writer, Writer]:
+def make_log(
+    monkeypatch: pytest.MonkeyPatch, save: Path | None, log_interval: int = 1
+) -> tuple[RunLog, Writer, Writer]:
     board, tracking = Writer(), Writer()
-    settings = argparse.Namespace(save=str(save), log_interval=1, train_iters=3)
-    monkeypatch.setattr(run_log, "get_args", lambda: settings)
+    settings: Any = SimpleNamespace(
+        save=save, log_interval=log_interval, last_step=3, stage=SimpleNamespace(name="stage1")
+    )
     monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: board)
     warnings = EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)
-    return RunLog("stage1", warnings, lambda is_new: tracking), board, tracking
+    return RunLog(settings, warnings, lambda is_new: tracking), board, tracking
 
 
 def held_out(bits: float) -> dict:
@@ -108,8 +113,7 @@ def test_a_malformed_line_is_named_and_left_out_but_no_other(tmp_path: Path, cap
 
 
 def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, tmp_path) -> None:
-    log, board, _ = make_log(monkeypatch, tmp_path)
-    run_log.get_args().log_interval = 2
+    log, board, _ = make_log(monkeypatch, tmp_path, log_interval=2)
     record = {"lm_loss": 3.0, "step_time_s": 1.0, "original_first_share_original": [0.5, None], "lpr_loss": 0.25}
     record["token_share"] = [[1.0, 0.75, 0.25]]
     log.step({"iteration": 1} | record)
@@ -124,46 +128,28 @@ def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, t
     }
 
 
-@pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The warnings of a run on one rank that ends in step 7."""
-    found: list[tuple[int, str]] = []
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_nonfinite_step_is_a_warning_of_the_last_rank_and_a_message_of_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, rank: str
+) -> None:
+    """Perhaps only some ranks have found it."""
     monkeypatch.setattr(ranks, "_is_initialized", lambda: False)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    monkeypatch.setattr(run_log, "get_args", lambda: argparse.Namespace(curr_iteration=6, debug=False))
-    monkeypatch.setattr(RunLog, "warn", lambda log, step, warnings: found.extend((step, one.kind) for one in warnings))
-    return found
-
-
-def end_with(error: BaseException) -> None:
-    with report_nonfinite_exit(RunLog("stage1", EarlyWarnings("stage1", Thresholds(), lpr_loss_is_on=False))):
-        raise error
-
-
-def test_a_nonfinite_step_is_logged_and_exits_with_code_1(warned: list) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        end_with(RuntimeError("Rank 0, iteration 7: Unexpected result nan (message='found NaN in local grad norm')"))
-    assert exit_.value.code == 1
-    assert warned == [(7, "not_a_number")]
-
-
-def test_a_rank_that_alone_finds_it_says_so(warned: list, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "1" if rank == "0" else "4")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(SystemExit):
-        end_with(RuntimeError("Unexpected result nan"))
-    assert "rank 1: the gradients of step 7 are NaN/Inf" in capsys.readouterr().err
-    assert warned == []
-
-
-@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(3), RuntimeError("out of memory")])
-def test_other_exits_stay_as_they_are(warned: list, error: BaseException) -> None:
-    with pytest.raises(type(error)) as raised:
-        end_with(error)
-    assert raised.value is error
-    assert warned == []
+    log, _, _ = make_log(monkeypatch, tmp_path)
+    in_step_7 = argparse.Namespace(curr_iteration=6, debug=False)
+    for error in (SystemExit(0), SystemExit(3), RuntimeError("out of memory")):
+        with pytest.raises(type(error)) as other, report_nonfinite_exit(log, in_step_7):
+            raise error
+        assert other.value is error
+    with pytest.raises(SystemExit) as end, report_nonfinite_exit(log, in_step_7):
+        raise RuntimeError("Rank 0, iteration 7: Unexpected result nan (message='found NaN in local grad norm')")
+    assert end.value.code == 1
+    assert ("rank 1: the gradients of step 7 are NaN/Inf" in capsys.readouterr().err) == (rank == "1")
+    path = tmp_path / "metrics.jsonl"
+    found = read_run_metrics(path).warnings if path.exists() else []
+    assert [(record["iteration"], record["kind"]) for record in found] == [(7, "not_a_number")] * (rank == "0")
 
 
 def test_a_folder_in_the_place_of_the_metrics_is_a_user_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A step that can't be loaded is one message before anything is built."""
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,7 @@ def legacy(step: Path) -> None:
 def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001
     from moelpr.train.starting_weights import starting_weights
 
-    starting_weights(settings(run, is_resumed))
+    starting_weights(settings(run, is_resumed), Namespace())
     damage(run / "iter_0000003")
     with pytest.raises(UserError, match=f"iter_0000003.*{named}"):
-        starting_weights(settings(run, is_resumed))
+        starting_weights(settings(run, is_resumed), Namespace())

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from examples.demo_claims import CHECKS, judge
 from examples.demo_tasks import (
     COPIES,
     NUM_NEW_EXPERTS,
@@ -167,15 +168,14 @@ def evaluations(run: Path) -> list[Task]:
 
 def report_task(run: Path) -> Task:
     """The report of everything."""
-    claims, facts = Path("examples/demo-claims.yaml"), run / "facts.yaml"
-    checks = [f"check-{what}" for what in ("upcycled", "frozen", "export")]
+    facts = run / "facts.yaml"
     words: Words = ["-m", "moelpr.measure.report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
-    words += ["--verification", *(run / "logs" / f"{check}.log" for check in checks)]
-    words += ["--claims", claims, "--facts", facts, "--output", run]
-    made_from = (*MODELS.values(), "evaluate", "evaluate-routing", *checks)
+    words += ["--verification", *(run / "logs" / f"{check}.log" for check in CHECKS)]
+    words += ["--facts", facts, "--output", run]
+    made_from = (*MODELS.values(), "evaluate", "evaluate-routing", *CHECKS)
     is_complete = (run / "report.html").is_file
-    return Task(name="report", command=words, made_from=made_from, files=(claims, facts), is_complete=is_complete)
+    return Task(name="report", command=words, made_from=made_from, files=(facts,), is_complete=is_complete)
 
 
 def write_facts(demo: Workflow) -> None:
@@ -202,10 +202,12 @@ def print_report(run: Path) -> None:
         [language, *(f"{numbers['bits_per_byte'][model][language]['value']:.3f}" for model in MODELS)]
         for language in numbers["languages"]
     ]
-    print(f"\n{terminal_table(Table(['bits per byte (lower is better)', *MODELS], rows))}\n\n{numbers['title']}")
-    for claim in numbers["claims"]:
-        if not claim["ok"]:
-            print(f"  not shown: {claim['language'] or claim['name']}: {claim['found']}; claim: {claim['claim']}")
+    print(f"\n{terminal_table(Table(['bits per byte (lower is better)', *MODELS], rows))}\n")
+    judgments = [*judge(numbers)]
+    print(f"{sum(judgment.ok for judgment in judgments)} of {len(judgments)} claims are shown")
+    for name, language, claim, found, is_shown in judgments:
+        if not is_shown:
+            print(f"  not shown: {language or name}: {found}; claim: {claim}")
     print(f"\nreport: {run / 'report.html'}")
 
 

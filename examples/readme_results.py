@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from examples.demo_claims import judge
 from examples.demo_tasks import ROOT
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
@@ -68,14 +69,15 @@ def results(report: dict[str, Any]) -> str:
     for language, group in report["languages"].items():
         cells = [f"{bits[m][language]} ({percent(report['change'][m][language]['value'])})" for m in MODELS]
         rows.append([f"{language_name(language)}, {group}", bits["base"][language], *cells])
-    checks = [f"{claim['claim']}: {claim['found']}." for claim in report["claims"] if not claim["language"]]
-    missed = [claim for claim in report["claims"] if not claim["ok"]]
-    shown = f"{len(report['claims']) - len(missed)} of {len(report['claims'])} claims"
+    judgments = [*judge(report)]
+    checks = [f"{judgment.claim}: {judgment.found}." for judgment in judgments if not judgment.language]
+    missed = [judgment for judgment in judgments if not judgment.ok]
+    shown = f"{len(judgments) - len(missed)} of {len(judgments)} claims"
     lines = [
         markdown_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
         " ".join([*checks, f"This run shows {shown}.{' Not shown:' if missed else ''}"]),
     ]
-    items = [f"- {language_name(c['language']) or c['name']}: {c['found']}; claim: {c['claim']}" for c in missed]
+    items = [f"- {language_name(c.language) or c.name}: {c.found}; claim: {c.claim}" for c in missed]
     return "\n\n".join(lines + (["\n".join(items)] if items else []))
 
 

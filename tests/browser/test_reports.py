@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.measure.report.claims import Claims
 from moelpr.measure.report.language_results import read_evaluations
 from moelpr.measure.report.run_report import Report
 from moelpr.measure.report.runs import read_run
@@ -19,7 +18,6 @@ from tests.browser.browser import Seen, look, missing_programs, print_pages, scr
 from tests.support.run_folders import LANGUAGES, make_run
 
 PHONE, DESKTOP = 390, 1280
-DEMO_CLAIMS = Path(__file__).parents[2] / "examples/demo-claims.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +43,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "runs": Report([read_run(run) for run in runs], results).write(folder / "runs"),
         "young": Report([read_run(young)]).write(folder / "young"),
-        "demo": Report([read_run(young)], results, checks, Claims.read(DEMO_CLAIMS), facts).write(folder / "demo"),
+        "demo": Report([read_run(young)], results, checks, facts).write(folder / "demo"),
     }
 
 

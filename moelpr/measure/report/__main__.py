@@ -23,7 +23,7 @@ def main() -> None:
 
 def report_runs(args: argparse.Namespace) -> None:
     # After the arguments: matplotlib is slow to import.
-    from moelpr.measure.report.claims import Claims, read_facts, read_verifications
+    from moelpr.measure.report.checks import read_facts, read_verifications
     from moelpr.measure.report.language_results import read_evaluations
     from moelpr.measure.report.run_report import Report
     from moelpr.measure.report.runs import read_runs
@@ -32,7 +32,6 @@ def report_runs(args: argparse.Namespace) -> None:
         runs=read_runs(args.runs),
         evaluation=read_evaluations(args.evaluation),
         checks=read_verifications(args.verification),
-        claims=Claims.read(args.claims) if args.claims else Claims(),
         facts=read_facts(args.facts) if args.facts else {},
     )
     print(report.write(args.output or args.runs[-1]))
@@ -59,7 +58,6 @@ def report_parser() -> argparse.ArgumentParser:
     )
     add("--evaluation", **files, help="JSON files of `moelpr evaluate`: results, routing and benchmarks per language")
     add("--verification", **files, help="outputs of `moelpr model verify --json`")
-    add("--claims", type=Path, metavar="FILE", help="claims to judge by the evaluation, like examples/demo-claims.yaml")
     add("--facts", type=Path, metavar="FILE", help="facts to add: YAML or JSON mapping of title to {name: value}")
     add("--output", type=Path, metavar="DIR", help="folder to write to (default: the last RUN)")
     return parser

@@ -1,4 +1,4 @@
-"""The report of runs: learned and forgotten, claims, routing, curves, cost, and how to repeat it."""
+"""The report of runs: learned and forgotten, routing, curves, cost, and how to repeat it."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from typing import Any
 from moelpr.base.files import write_text
 from moelpr.base.languages import language_name
 from moelpr.measure.report import page, plots
-from moelpr.measure.report.claims import Claims, Judgment, Verification, check_result
+from moelpr.measure.report.checks import Verification, check_result
 from moelpr.measure.report.evaluation_files import continuation_samples
 from moelpr.measure.report.language_results import LanguageResults, held_out_results
 from moelpr.measure.report.numbers import Interval, finite_mean, number_text, percent
@@ -39,29 +39,26 @@ class Report:
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
     checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr model verify
-    claims: Claims = field(default_factory=Claims)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
 
     def write(self, folder: Path) -> Path:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""
-        judgments = self.claims.judge(self.evaluation, self.checks)
         held_out = held_out_results(self.runs)
-        title = _title(self.runs, self.claims, judgments)
-        numbers = json.dumps(_numbers(self, title, judgments, held_out))
+        title = _title(self.runs)
+        numbers = json.dumps(_numbers(self, title, held_out))
         content = json.loads(numbers, parse_constant=lambda _: None)  # JSON has neither NaN nor Inf
         write_text(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         kicker = f"Training report of {', '.join(str(run.folder) for run in self.runs)}, written {written}"
-        return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, judgments, held_out)))
+        return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, held_out)))
 
 
-def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> list[Section]:
+def _sections(report: Report, held_out: LanguageResults) -> list[Section]:
     runs, evaluation = report.runs, report.evaluation
     return [
-        Section("", [*_overview(report, judgments, held_out)]),
+        Section("", [*_overview(report, held_out)]),
         Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Benchmarks", [*_benchmark_tables(evaluation)]),
-        Section("Claims", _claims_table(report.claims, judgments)),
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
         Section("Curves", curve_figures(runs)),
@@ -72,13 +69,7 @@ def _sections(report: Report, judgments: Sequence[Judgment], held_out: LanguageR
     ]
 
 
-def _title(runs: Sequence[Run], claims: Claims, judgments: Sequence[Judgment]) -> str:
-    """The claims' own title only if every claim is shown."""
-    if judgments:
-        shown = sum(judgment.ok for judgment in judgments)
-        if claims.title and shown == len(judgments):
-            return claims.title
-        return f"{shown} of {len(judgments)} claims are shown"
+def _title(runs: Sequence[Run]) -> str:
     return ", ".join(
         f"{run.name} " + ("finished" if run.is_finished else f"{run.state} at step {run.progress}") for run in runs
     )
@@ -106,17 +97,10 @@ def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: Languag
     return f"Bits per {unit} {source}, {last} against {first}: {'; '.join(parts)}. Lower is better."
 
 
-def _overview(report: Report, judgments: Sequence[Judgment], held_out: LanguageResults) -> Iterator[Block]:
+def _overview(report: Report, held_out: LanguageResults) -> Iterator[Block]:
     """The outcome in a few words, and what state the runs are in."""
     results, runs = report.evaluation, report.runs
     yield Text(_summary(runs, results, held_out), "summary")
-    if judgments:
-        missed = [judgment for judgment in judgments if not judgment.ok]
-        details = f": {len(judgments) - len(missed)} of {len(judgments)}{'; these are not' if missed else ''}."
-        items = [f"{language_name(m.language) or m.name}: {m.found}; claim: {m.claim}" for m in missed]
-        yield page.Verdict("Not every claim is shown" if missed else "Every claim is shown", details, items)
-        if report.claims.note:
-            yield Text(report.claims.note)
     if len(results.models) > 1:
         reference, *models = results.models
         changes: dict[str, dict[str, Interval | None]] = {}
@@ -201,27 +185,12 @@ def _results_table(title: str, results: LanguageResults, note: str) -> Table:
     return Table([title, *results.models], rows, note)
 
 
-def _claims_table(claims: Claims, judgments: Sequence[Judgment]) -> list[Block]:
-    rows = []
-    for claim in claims.claims:
-        found = [
-            Cell(f"{language_name(judgment.language)}: {judgment.found}", ok=judgment.ok)
-            for judgment in judgments
-            if judgment.language and judgment.name == claim.name
-        ]
-        rows.append(Row([Cell(claim.name.replace("_", " ").capitalize(), claim.claim), found]))
-    return [Table(["claim", "found, in bits per byte"], rows, text_columns=[1])] if rows else []
-
-
 def _checks_table(report: Report) -> list[Block]:
-    meanings = report.claims.checks
     rows = []
-    for name in dict.fromkeys([*meanings, *report.checks]):
-        check: Mapping[str, Any] = report.checks.get(name) or {}
-        found = Cell(check_result(check), ok=check.get("equal", False))
+    for name, check in report.checks.items():
+        found = Cell(check_result(check), ok=check["equal"])
         same = number_text(check.get("same_next_token"), "{:.2%}")
-        title = Cell(meanings[name], name) if name in meanings else name
-        rows.append(Row([title, found, f"{check.get('num_tensors', 0):,}", same]))
+        rows.append(Row([name, found, f"{check['num_tensors']:,}", same]))
     note = "Measured by moelpr model verify. Equal: within its tolerances, "
     note += "by default 0 for a tensor and 1e-4 for a logit."
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
@@ -273,7 +242,7 @@ def _commands(runs: Sequence[Run]) -> Iterator[Block]:
         yield Text(f"No command line was recorded for {missing}; recipe.yaml has every setting.", "note")
 
 
-def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out: LanguageResults) -> dict[str, Any]:
+def _numbers(report: Report, title: str, held_out: LanguageResults) -> dict[str, Any]:
     """The content of report.json."""
     evaluation = report.evaluation
     shares = {
@@ -287,7 +256,6 @@ def _numbers(report: Report, title: str, judgments: Sequence[Judgment], held_out
         "change": _by_model(evaluation, evaluation.change),
         "routing": {"layers": evaluation.layers, "original_expert_share": shares}
         | {"all_original_share": evaluation.routing["all_original_share"]},
-        "claims": [asdict(judgment) for judgment in judgments],
         "checks": report.checks,
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},

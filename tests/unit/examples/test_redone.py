@@ -14,7 +14,7 @@ from examples.demo_tasks import ROOT
 from moelpr.base.errors import UserError
 
 OUTPUTS = "FINISHED config.json model_spec.json results.json routing.json corpus.json report.json report.html".split()
-REPORT = {"bits_per_byte": {}, "languages": {}, "title": "", "claims": []}
+REPORT = {"bits_per_byte": {}, "languages": {}, "checks": {}}
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
-"""The report of runs: any number of them, running or finished, young, old or long; with or without claims."""
+"""The report of runs: any number of them, running or finished, young, old or long."""
 
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moelpr.measure.report.claims import Claim, Claims
 from moelpr.measure.report.language_results import LanguageResults, read_evaluations
 from moelpr.measure.report.run_figures import routing_figures
 from moelpr.measure.report.run_report import Report
@@ -148,21 +146,6 @@ def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], e
     assert "| 25% [10%, 50%] of 16 | – (none of 20 identified) |" in markdown
     assert "| Greek | 50.0 [45.0, 55.0] | 52.5; +2.50 [+1.00, +4.00] |" in markdown
     assert "&lt;world&gt;" in html and "(nothing)" in html and "Change in bits per byte" in html
-
-
-def test_title_is_the_claim_only_if_every_claim_is_shown(runs: list[Path], evaluation: Path) -> None:
-    claim = Claim("not_lost", "at most 1% more", "original", change=("ours", "base"), at_most=0.01)
-    claims = Claims("Nothing lost", "A note.", [claim], {"check-a": "A against B"})
-    checks = {"check-a": {"equal": True, "num_tensors": 3, "max_abs_diff": 0.0}}
-    html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks=checks)
-    assert "<h1>Nothing lost</h1>" in html and "Every claim is shown" in html and "✗" not in html
-    assert "✓ English: ours \u22125.0% against base" in markdown and "A note." in markdown
-
-    claims.claims[0] = replace(claim, at_most=-0.06)
-    html, markdown = pages(*runs, evaluations=(evaluation,), claims=claims, checks={})
-    assert "<h1>0 of 2 claims are shown</h1>" in html and "Nothing lost" not in html
-    assert "- English: ours \u22125.0% against base; claim: at most 1% more" in markdown
-    assert "- check-a: not measured; claim: A against B" in markdown
 
 
 def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> None:

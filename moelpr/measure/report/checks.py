@@ -1,0 +1,62 @@
+"""What a report adds to runs: results of moelpr model verify, and facts."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Required, TypedDict
+
+from moelpr.base import records
+from moelpr.base.errors import UserError
+from moelpr.base.records import FOREIGN
+from moelpr.base.yaml_files import read_mapping
+
+
+class Verification(TypedDict, total=False):
+    """The result of `moelpr model verify --json`, with fields that are only shown.
+
+    Attributes:
+        equal: Whether the models are equal within the tolerances.
+        num_tensors: The number of tensors that were compared.
+        max_abs_diff: The largest difference of a tensor; null if it is infinite or NaN.
+        max_abs_logit_diff: The largest difference of a logit.
+        same_next_token: The fraction of tokens with the same most likely next token.
+    """
+
+    __pydantic_config__ = FOREIGN | {"extra": "allow"}  # type: ignore[misc]
+
+    equal: Required[bool]
+    num_tensors: Required[int]
+    max_abs_diff: float | None
+    max_abs_logit_diff: float | None
+    same_next_token: float | None
+
+
+def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:
+    """File name without its suffix -> the last JSON line that `moelpr model verify --json` printed.
+
+    Raises:
+        UserError: A file is missing, or has no such line.
+    """
+    checks: dict[str, Verification] = {}
+    for path in paths:
+        if path.stem in checks:
+            raise UserError(f"--verification {path} has the name of another one; rename it")
+        remedy = "pass outputs of `moelpr model verify A B --json` as --verification"
+        lines = [line for line in records.content(path, remedy).splitlines() if line.startswith(b"{")]
+        checks[path.stem] = records.parse(Verification, lines[-1] if lines else b"", str(path), remedy)
+    return checks
+
+
+def read_facts(path: Path) -> dict[str, dict[str, str]]:
+    """Title -> name -> value as text; a UserError if the file is not such a mapping."""
+    content = read_mapping(path, "facts")
+    if not all(isinstance(facts, dict) for facts in content.values()):
+        raise UserError(f"--facts {path} must be a mapping of title to {{name: value}}; see docs/report.md")
+    return {str(title): {str(name): str(value) for name, value in facts.items()} for title, facts in content.items()}
+
+
+def check_result(check: Mapping[str, Any]) -> str:
+    """The result of moelpr model verify in words."""
+    keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
+    found = {name: check[key] for key, name in keys.items() if key in check}
+    parts = [f"{name} {'Inf or NaN' if value is None else f'{value:.2g}'}" for name, value in found.items()]
+    return f"largest difference of a {' and of a '.join(parts)}" if parts else "not measured"

@@ -1,0 +1,39 @@
+"""A file that is not one of verifications or facts is rejected clearly."""
+
+from pathlib import Path
+
+import pytest
+
+from moelpr.base.errors import UserError
+from moelpr.measure.report.checks import read_facts, read_verifications
+
+
+def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
+    path = tmp_path / "check-export.log"
+    path.write_text('a warning\n{"equal": true, "num_tensors": 7, "max_abs_diff": null}\n')
+    assert read_verifications([path]) == {"check-export": {"equal": True, "num_tensors": 7, "max_abs_diff": None}}
+    for content in ("text", '{"other": 1}', '{"equal'):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"check-export\.log: .*moelpr model verify A B --json"):
+            read_verifications([path])
+    with pytest.raises(UserError, match="nowhere"):
+        read_verifications([tmp_path / "nowhere"])
+
+
+def test_verifications_of_one_name_are_rejected(tmp_path: Path) -> None:
+    paths = [tmp_path / folder / "check.log" for folder in ("one", "two")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text('{"equal": true, "num_tensors": 7}')
+    with pytest.raises(UserError, match=r"two/check\.log has the name of another one"):
+        read_verifications(paths)
+
+
+def test_numbers_and_dates_of_facts_as_yaml_reads_them(tmp_path: Path) -> None:
+    """YAML reads 2026-11-27 as a date."""
+    facts = tmp_path / "facts.yaml"
+    facts.write_text("Run: {date: 2026-11-27, 0: H100}\n")
+    assert read_facts(facts) == {"Run": {"date": "2026-11-27", "0": "H100"}}
+    facts.write_text("GPU: H100\n")
+    with pytest.raises(UserError, match="--facts .*facts.yaml must be a mapping of title to"):
+        read_facts(facts)

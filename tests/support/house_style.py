@@ -24,7 +24,7 @@ FORMATTER_OFF = re.compile(r"# fmt: ?(skip|off)")
 MOST_FORMATTER_OFF = 5
 # Other files than commands that may declare flags. A command is run, so it ends with a call under `__main__`.
 DECLARE_FLAGS = re.compile(
-    r"moelpr/base/command\.py|moelpr/train/arguments//*|.*/(arguments|flags)\.py|(benchmarks|tests)/.*"
+    r"moelpr/base/command\.py|moelpr/train/arguments/.*|.*/(arguments|flags)\.py|(benchmarks|tests)/.*"
 )
 
 

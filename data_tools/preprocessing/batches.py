@@ -13,7 +13,7 @@ from data_tools.preprocessing.shares import Share
 from moelpr.data.text.documents import is_blank
 from moelpr.data.text.filters import Filter
 from moelpr.data.text.sources import Form
-from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
 from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
@@ -234,9 +234,7 @@ class Reader:
             if is_long:
                 size += _skip_line(stream, content)
             elif is_blank(content):
-                num_bytes, num_lines = skip_blank_lines(stream)
-                offset += len(content) + num_bytes
-                line += num_lines
+                offset += size
                 continue
             offset += size
             documents += 1

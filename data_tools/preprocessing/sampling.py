@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from data_tools.preprocessing.shares import Share
 from moelpr.data.text.documents import is_blank
 from moelpr.data.text.sources import Form
-from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream, skip_blank_lines
+from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
 from moelpr.data.text.tables import open_table
 
 
@@ -53,9 +53,6 @@ def _count_documents(share: Share) -> int:
         with open_stream(share.source) as (stream, _):
             documents, at_line_start = 0, True
             while piece := stream.readline(BLOCK_BYTES):
-                is_empty = is_blank(piece)
-                documents += at_line_start and not is_empty
+                documents += at_line_start and not is_blank(piece)
                 at_line_start = piece.endswith(b"\n")
-                if is_empty and at_line_start:
-                    skip_blank_lines(stream)
             return documents

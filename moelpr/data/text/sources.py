@@ -50,7 +50,6 @@ _MAGIC = {
     b"\xfd7zXZ\x00": Form.XZ,
     b"PAR1": Form.PARQUET,
 }
-_ZSTD_SKIPPABLE = b"\x50\x2a\x4d\x18"  # a frame without text; the last four bits of the first byte may vary
 
 
 class Source(NamedTuple):
@@ -188,14 +187,9 @@ def _check_folders_of(pattern: str) -> None:
             list(_walk(folder))
 
 
-def _is_passed_over(folder: str) -> bool:
-    """Hidden folders, and the one in which a file system keeps fragments of files, which only root can read."""
-    return folder.startswith(".") or folder == "lost+found"
-
-
 def _listed(folder: str) -> list[str]:
     try:
-        return [os.path.join(folder, name) for name in os.listdir(folder) if not _is_passed_over(name)]
+        return [os.path.join(folder, name) for name in os.listdir(folder) if not name.startswith(".")]
     except OSError as error:
         _refuse_folder(error)
 
@@ -209,7 +203,7 @@ def _walk(top: str, left_out: list[str] | None = None) -> Iterator[tuple[str, li
     tree = remote.walk(top) if remote.is_remote(top) else os.walk(top, onerror=_refuse_folder, followlinks=True)
     for path, folders, names in tree:
         real = os.path.realpath(path)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not _is_passed_over(name))
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
         if left_out is not None and (others := _not_to_train_on(folders)):
             left_out += [os.path.join(path, name, "") for name in others]
             folders[:] = [name for name in folders if name not in others]
@@ -253,6 +247,4 @@ def _form(path: str, start: bytes) -> Form:
     """The form of a file by its first bytes."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
-    if start[1:4] == _ZSTD_SKIPPABLE[1:] and start[0] & 0xF0 == _ZSTD_SKIPPABLE[0]:  # as pzstd's files begin
-        return Form.ZSTD
     return next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)

@@ -92,14 +92,3 @@ def name_damaged(source: Source) -> Iterator[None]:
         raise UserError(
             f"the input {source.path} ({source.form}) is damaged or truncated ({reason}); copy it again, or omit it"
         ) from error
-
-
-def skip_blank_lines(stream: Any) -> tuple[int, int]:
-    """Skip the blank lines that are in the stream's buffer; returns their bytes and their number.
-
-    An archive of a few kilobytes may contain a billion of them.
-    """
-    buffered = stream.peek(1)
-    end = buffered.rfind(b"\n", 0, len(buffered) - len(buffered.lstrip())) + 1
-    stream.read(end)
-    return end, buffered.count(b"\n", 0, end)

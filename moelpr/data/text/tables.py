@@ -93,41 +93,10 @@ def bounds_of(file: Any, group: int) -> Bounds:
 def rows_of(
     file: Any, groups: Iterable[int], columns: list[str], start: int = 0
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the rows of row groups from `start` on, each with its size in memory.
-
-    Text that is not UTF-8 becomes bytes, which are a malformed value of that row.
-    """
+    """Yield the rows of row groups from `start` on, each with its size in memory."""
     number = 0
     for table in file.iter_batches(_ROWS_AT_ONCE, row_groups=list(groups), columns=columns, use_threads=False):
         skipped = max(start - number, 0)
         number += len(table)
-        for row in _python_rows(table[skipped:]):
+        for row in table[skipped:].to_pylist():
             yield row, table.nbytes // len(table)
-
-
-def _python_rows(table: Any) -> list[dict[str, Any]]:
-    import pyarrow
-
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        text = (pyarrow.string(), pyarrow.large_string())
-        columns = [column.cast(pyarrow.binary()) if column.type in text else column for column in table.columns]
-        binary = pyarrow.RecordBatch.from_arrays(columns, names=table.schema.names)
-        rows = [_python_row(binary.slice(number, 1)) for number in range(len(binary))]
-        return [{name: _decoded(value) for name, value in row.items()} for row in rows]
-
-
-def _python_row(table: Any) -> dict[str, Any]:
-    """The only row of a table, with bytes in place of its values if they are not UTF-8."""
-    try:
-        return table.to_pylist()[0]
-    except UnicodeDecodeError:  # within a list
-        return dict.fromkeys(table.schema.names, b"\xff")
-
-
-def _decoded(value: Any) -> Any:
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return value

@@ -75,14 +75,14 @@ def test_form_is_detected_by_content(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text was lost without a word. Root may read every folder, so reading fails by other means."""
-    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl", "b/lost+found/5"):
+    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "c").symlink_to(tmp_path / "a" / "locked")
 
     def failing(read: Callable[[str], Any]) -> Callable[[str], Any]:
         def fail(path: str) -> Any:
-            if Path(path).resolve().name in ("locked", ".hidden", "lost+found"):
+            if Path(path).resolve().name in ("locked", ".hidden"):
                 raise PermissionError(13, "Permission denied", str(path))
             return read(path)
 

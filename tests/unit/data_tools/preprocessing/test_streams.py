@@ -27,7 +27,6 @@ FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append
         ("a.jsonl.xz", lzma.compress),
         ("two-members.gz", lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:])),
         ("two-frames.zst", lambda data: zstd(data[:1000]) + zstd(data[1000:])),
-        ("pzstd.zst", lambda data: b"\x5a\x2a\x4d\x18" + bytes([4, 0, 0, 0]) + b"size" + zstd(data)),
         ("streams.bz2", lambda data: bz2.compress(data[:1000]) + bz2.compress(data[1000:])),
         ("streams.xz", lambda data: lzma.compress(data[:1000]) + bytes(8) + lzma.compress(data[1000:]) + bytes(4)),
         ("no-suffix", gzip.compress),

@@ -21,24 +21,14 @@ NUM_SAMPLES = 1000
 Estimate = NDArray[np.float64]
 
 
-def estimates(
-    scores: Mapping[str, LanguageScore], seed: int, documents: Sequence[str] = (), population: Sequence[str] = ()
-) -> dict[str, dict[str, Estimate]]:
-    """The metrics of one text from the same samples for all models: model -> metric -> estimate.
-
-    Args:
-        documents: A name per document, for texts that share some documents; by default their numbers.
-        population: All names in these texts, from which the samples are drawn. A name's documents are drawn together.
-    """
+def estimates(scores: Mapping[str, LanguageScore], seed: int) -> dict[str, dict[str, Estimate]]:
+    """The metrics of one text from the same samples for all models: model -> metric -> estimate."""
     columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
-    places = {name: place for place, name in enumerate(population)}
-    rows = [places[name] for name in documents] or range(len(columns))
-    size = len(population) or len(columns)
+    size = len(columns)
     rng = np.random.default_rng([seed, size])
     sums = np.full((NUM_SAMPLES, columns.shape[1]), np.nan)
-    for number in range(NUM_SAMPLES if len(columns) > 1 else 0):
-        times = np.bincount(rng.integers(size, size=size), minlength=size)
-        sums[number] = times[rows] @ columns
+    for number in range(NUM_SAMPLES if size > 1 else 0):
+        sums[number] = np.bincount(rng.integers(size, size=size), minlength=size) @ columns
     result, first = {}, 0
     for model, score in scores.items():
         samples = metrics(*sums[:, first : (first := first + len(score.columns))].T)

@@ -32,12 +32,9 @@ def test_samples_depend_on_the_seed_alone():
     assert (first != other).any()
 
 
-def spread(bits, **names) -> float:
+def spread(bits) -> float:
     """The standard error of the mean over texts, given as the bits of their documents."""
-    parts = [
-        estimates({"m": score_of(its)}, 1, **{key: value[number] for key, value in names.items()})["m"]["bits_per_byte"]
-        for number, its in enumerate(bits)
-    ]
+    parts = [estimates({"m": score_of(its)}, 1)["m"]["bits_per_byte"] for its in bits]
     assert mean(parts)[0] == pytest.approx(np.mean([np.mean(its) for its in bits]))
     return mean(parts)[1:].std()
 
@@ -47,14 +44,3 @@ def test_a_mean_over_unrelated_texts_is_more_certain_and_one_over_parallel_texts
     alone = spread(bits[:1])
     assert spread(bits) == pytest.approx(alone / 2, rel=0.15)
     assert spread([bits[0]] * 4) == pytest.approx(alone, rel=0.01)
-
-
-def test_texts_that_share_some_documents_are_certain_in_between():
-    """Two texts of 100 documents, of which 50 are translations, in another order: correlation 1/2."""
-    bits = np.random.default_rng(2).uniform(1, 2, 150)
-    texts = [[*range(100)], [*range(149, 49, -1)]]
-    documents = [[str(number) for number in text] for text in texts]
-    population = [[str(number) for number in range(150)]] * 2
-    together = spread([bits[text] for text in texts], documents=documents, population=population)
-    alone = spread([bits[:100]])
-    assert together == pytest.approx(alone * 0.75**0.5, rel=0.1)

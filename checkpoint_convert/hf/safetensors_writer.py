@@ -63,7 +63,7 @@ def write_weights(
     journal: Journal,
     tensors: Iterable[tuple[str, tuple[int, ...]]],
     dtype: torch.dtype,
-    max_shard_bytes: float,
+    max_shard_bytes: int,
     read: Callable[[str], Tensor],
     bar: "tqdm[None]",
     stem: str = MODEL_STEM,

@@ -31,7 +31,6 @@ from moelpr.data.manifest import FileRecord, Manifest, manifest_path
 _CHUNK = 1 << 16  # items of an index held in memory at once
 _BITS_AT_ONCE = 1 << 20
 _LONGEST_NAME_BYTES = 255  # on all usual file systems
-_LONGEST_SEQUENCE = np.iinfo(np.int32).max
 
 
 def smallest_vocab_size(corpus: Corpus) -> int:
@@ -160,17 +159,8 @@ class CorpusWriter:
         return self._at
 
     def add(self, documents: Documents) -> None:
-        """Add documents.
-
-        Raises:
-            UserError: A document is too long for Megatron's format.
-        """
+        """Add documents."""
         lengths = documents.lengths
-        if len(lengths) and lengths.max() > _LONGEST_SEQUENCE:
-            raise UserError(
-                f"a document of {int(lengths.max()):,} tokens is longer than Megatron's .idx supports "
-                f"({_LONGEST_SEQUENCE:,}); split it"
-            )
         self._files[0].write(documents.tokens.tobytes())
         has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
         original, runs = original_tokens(documents.runs), ([documents.runs], [documents.loss_runs])

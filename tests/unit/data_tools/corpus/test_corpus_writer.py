@@ -179,13 +179,6 @@ def test_truncated_files_are_not_resumed(tmp_path: Path) -> None:
         CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work", position=position)
 
 
-def test_document_too_long_for_the_index_is_rejected(tmp_path: Path) -> None:
-    huge = np.array([1 << 31], np.int64)
-    documents = Documents(np.zeros(0, np.uint16), huge, huge << 1 | 1)
-    with CorpusWriter(tmp_path / "a", 300) as writer, pytest.raises(UserError, match="2,147,483,648 tokens"):
-        writer.add(documents)
-
-
 def test_id_too_large_for_the_dtype_is_rejected(tmp_path: Path) -> None:
     """Hugging Face vocabularies can have holes: a length below 65,500 with ids above 65,535."""
     with (

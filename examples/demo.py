@@ -34,9 +34,9 @@ from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import write_text
 from moelpr.base.yaml_files import dump
 from moelpr.measure.report.page import Table, terminal_table
-from moelpr.project.places import Places
-from moelpr.project.reading import ProjectFile, parse_project
-from moelpr.project.training import training_tasks
+from moelpr.project.file import ProjectFile, parse_project
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.steps import STEPS
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 
@@ -116,7 +116,8 @@ def base(run: Path) -> list[Task]:
 def two_stages(run: Path, seed: int) -> list[Task]:
     """Upcycle, post-pretrain and review, as examples/demo.yaml says; export both stages; verify three conversions."""
     hf = run / "base-hf"
-    upcycle, stage1, stage2 = training_tasks(Places(project_file(run, seed)))
+    project = ResolvedProject(project_file(run, seed))
+    upcycle, stage1, stage2 = (task for name in ("convert", "stage1", "stage2") for task in STEPS[name].tasks(project))
     expanded, original = (f"preprocess-{group}" for group in ("expanded", "original"))
     experts = f"--num-new-experts {NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {COPIES}".split()
     memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()

@@ -16,14 +16,13 @@ from pathlib import Path
 
 from moelpr.base.command import CommandParser, run_command
 from moelpr.project import tables
-from moelpr.project.chain import workflow_of
-from moelpr.project.flags import check_flags
-from moelpr.project.places import Places
-from moelpr.project.reading import read_project, schema
+from moelpr.project.file import schema
+from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import SUBMIT, run, run_task
-from moelpr.project.steps import STEPS
+from moelpr.project.steps.steps import STEPS, check_flags, workflow_of
+from moelpr.project.steps.training import check_words
 from moelpr.project.template import template
-from moelpr.project.training import check_words
 
 
 def main() -> None:
@@ -33,13 +32,13 @@ def main() -> None:
         return
     file = read_project(args.file)
     if args.command == "plan":
-        places = Places(file)
+        project = ResolvedProject(file)
         check_flags(file, file.project.steps)
-        print(tables.plan(places))
-        for stage in places.stages if args.check else ():
-            _check(places, stage)
+        print(tables.plan(project))
+        for stage in project.stages if args.check else ():
+            _check(project, stage)
     elif args.command == "status":
-        print(tables.status(Places(file)))
+        print(tables.status(ResolvedProject(file)))
     elif args.task:
         run_task(workflow_of(file), args.task, args.made_as)
     else:
@@ -67,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
             check = "also run each stage without a GPU, as some ranks of the cluster (moelpr check; half a minute each)"
             command.add_argument("--check", action="store_true", help=check)
     add = command.add_argument
-    trainings = [step for step, tool in STEPS.items() if tool.startswith("train")]
+    trainings = [name for name, step in STEPS.items() if step.tool.startswith("train")]
     redo = "training to start again after an edit, with those after it; what they had is kept in STAGE.before-1"
     add("--redo", choices=trainings, metavar="STAGE", help=redo)
     where = "this machine, or a cluster, to which all steps are submitted (default: %(default)s)"
@@ -79,13 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(places: Places, stage: str) -> None:
+def _check(project: ResolvedProject, stage: str) -> None:
     """Run `moelpr check` of a stage.
 
     Raises:
         SystemExit: It failed; the code is its own.
     """
-    words = check_words(places, stage)
+    words = check_words(project, stage)
     print(f"\n{stage}: {shlex.join(words)}\n", flush=True)
     if code := subprocess.run([sys.executable, "-m", *words]).returncode:
         sys.exit(code)

@@ -1,40 +1,42 @@
-"""The tokens of the stage that has the budget: what it allows and the text gives, and how languages share them."""
+"""The tokens of the main stage: what the budget allows and the text gives, and how languages share them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
 from moelpr.base.errors import UserError
-from moelpr.data.mixing import Share
+from moelpr.base.quantities import format_count
+from moelpr.data.mixing import Share, divide
 from moelpr.data.text.estimate import estimate
 from moelpr.data.text.filters import Filter
-from moelpr.project.mixing import mix
-from moelpr.project.places import Places
-from moelpr.project.reading import found_text, text_bytes
-from moelpr.project.steps import LENGTH_FLAGS, stage_flags
+from moelpr.project.file import found_text, text_bytes
+from moelpr.project.project import Language
+from moelpr.project.resolved import ResolvedProject
 
 # Estimates of tokens may be so much too low.
 _MARGIN = 1.2
+# A user who sets one of these for a stage decides how long it trains.
+LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
 
 
-def check_budget(places: Places) -> None:
+def check_budget(project: ResolvedProject) -> None:
     """Check the budget against a step, and against the text as far as its tokens are known.
 
     Raises:
         UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
     """
-    places.config_folder()  # the Hub has it, and can be reached
-    is_made = all(places.manifest(code).is_file() for code in places.blended)
-    tokens = {} if places.project.corpora else tokens_of(places) if is_made else _at_most(estimated_tokens(places))
-    if not places.project.corpora:
-        shares(places, tokens)
-    elif places.project.budget.epochs:  # the trainer counts the tokens
+    project.config_folder()  # the Hub has it, and can be reached
+    is_made = all(project.manifest(code).is_file() for code in project.blended)
+    tokens = {} if project.content.corpora else tokens_of(project) if is_made else _at_most(estimated_tokens(project))
+    if not project.content.corpora:
+        shares(project, tokens)
+    elif project.content.budget.epochs:  # the trainer counts the tokens
         return
-    total, step = total_tokens(places, tokens), _step_tokens(places)
+    total, step = total_tokens(project, tokens), _step_tokens(project)
     if total < step:
         raise UserError(
-            f"{places.file.at('budget')}budget: {total:,} tokens are less than one step of {places.main_stage}, "
-            f"{step:,} tokens; raise it, add text, or lower steps.{places.main_stage}.global-batch-size"
+            f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {project.main_stage}, "
+            f"{step:,} tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
         )
 
 
@@ -43,40 +45,41 @@ def _at_most(tokens: Mapping[str, int]) -> dict[str, int]:
     return {code: round(_MARGIN * number) for code, number in tokens.items()}
 
 
-def _step_tokens(places: Places) -> int:
+def _step_tokens(project: ResolvedProject) -> int:
     """The tokens of a step of the main stage; 0 if its flags do not say, or state its length."""
-    own = places.own(places.main_stage)
-    flags = stage_flags(places.main_stage, own)
+    if LENGTH_FLAGS & project.own(project.main_stage).keys():
+        return 0
+    flags = project.stage_flags(project.main_stage)
     try:
-        return 0 if LENGTH_FLAGS & own.keys() else int(flags["global-batch-size"]) * int(flags["seq-length"])
+        return int(flags["global-batch-size"]) * int(flags["seq-length"])
     except (KeyError, ValueError):  # the trainer says what is wrong
         return 0
 
 
-def tokens_of(places: Places) -> dict[str, int]:
+def tokens_of(project: ResolvedProject) -> dict[str, int]:
     """The tokens of the corpora that the main stage reads.
 
     Raises:
         UserError: One is not there.
     """
-    return {code: places.tokens(code) for code in places.blended}
+    return {code: project.tokens(code) for code in project.blended}
 
 
 @cache
-def estimated_tokens(places: Places) -> dict[str, int]:
+def estimated_tokens(project: ResolvedProject) -> dict[str, int]:
     """The tokens of the languages that the main stage reads, estimated from samples of their text.
 
     Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
     """
     found = {}
-    has_tokenizer = any((places.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    for code in places.blended:
-        language = places.languages[code]
+    has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    for code in project.blended:
+        language = project.languages[code]
         if has_tokenizer:
             found[code] = estimate(
                 found_text(*language.text),
                 language.json_key,
-                places.base,
+                project.base,
                 Filter(language.filter) if language.filter else None,
             ).tokens
         else:
@@ -84,36 +87,81 @@ def estimated_tokens(places: Places) -> dict[str, int]:
     return found
 
 
-def total_tokens(places: Places, tokens: Mapping[str, int]) -> int:
+def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:
     """The tokens of the main stage, given those of the languages."""
-    budget = places.project.budget
+    budget = project.content.budget
     if budget.tokens:
         return budget.tokens
     if budget.epochs:
-        return round(budget.epochs * sum(tokens[code] for code in places.expanded) / (1 - places.project.mix.replay))
+        return round(budget.epochs * sum(tokens[code] for code in project.expanded) / (1 - project.content.mix.replay))
     assert budget.hours is not None
-    speed = places.layouts.of(places.main_stage).tokens_per_s
+    speed = project.layouts.of(project.main_stage).tokens_per_s
     if speed is None:
         raise UserError(
-            f"{places.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
+            f"{project.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
             "budget.tokens or budget.epochs"
         )
     return round(3600 * budget.hours * speed)
 
 
-def shares(places: Places, tokens: Mapping[str, int]) -> dict[str, Share]:
+def shares(project: ResolvedProject, tokens: Mapping[str, int]) -> dict[str, Share]:
     """How languages share the main stage, given the tokens of each: the expanded ones, and with replay all."""
-    replay, total = places.project.mix.replay, total_tokens(places, tokens)
+    replay, total = project.content.mix.replay, total_tokens(project, tokens)
     found: dict[str, Share] = {}
     try:
-        for group, codes, part in (("expanded", places.expanded, 1 - replay), ("original", places.original, replay)):
-            languages = {code: places.languages[code] for code in codes if part}
+        for group, codes, part in (("expanded", project.expanded, 1 - replay), ("original", project.original, replay)):
+            languages = {code: project.languages[code] for code in codes if part}
             available = {code: tokens[code] for code in languages}
-            shared = mix(languages, available, part * total, places.project.mix.temperature, group)
+            shared = mix(languages, available, part * total, project.content.mix.temperature, group)
             found |= {code: replace(share, weight=part * share.weight) for code, share in shared.items()}
         return found
     except UserError as error:
         key = str(error).split(":")[0].split(".")
         raise UserError(
-            f"{places.file.at(*key)}{error}" if key[0] in ("languages", "budget", "mix") else str(error)
+            f"{project.file.at(*key)}{error}" if key[0] in ("languages", "budget", "mix") else str(error)
         ) from None
+
+
+def mix(
+    languages: Mapping[str, Language],
+    tokens: Mapping[str, int],
+    total: float,
+    temperature: float,
+    group: str = "expanded",
+) -> dict[str, Share]:
+    """Divide a budget over languages.
+
+    With a temperature, a language that would be read more often than its cap gives what is too much to the others.
+
+    Args:
+        tokens: What there is of each language.
+        total: Tokens of stage 1.
+        temperature: Exponent of the sizes, unless the languages have weights.
+        group: Key of the languages.
+
+    Raises:
+        UserError: A language without text, only some with weights, or a cap that cannot be kept.
+    """
+    weighted = [code for code, language in languages.items() if language.weight is not None]
+    if missing := [code for code in languages if not tokens[code]]:
+        raise UserError(f"languages.{group}.{missing[0]}: its text has no tokens; add text, or remove the language")
+    if weighted and len(weighted) < len(languages):
+        other = next(code for code in languages if code not in weighted)
+        raise UserError(
+            f"languages.{group}.{other}: it has no weight, but {weighted[0]} has one; give all languages a weight, or "
+            "none, so that mix.temperature decides"
+        )
+    size = {code: language.weight or tokens[code] ** temperature for code, language in languages.items()}
+    most = {code: language.max_epochs for code, language in languages.items()}
+    try:
+        parts = divide(tokens, total, size, most)
+    except UserError as error:
+        raise UserError(f"{'budget' if group == 'expanded' else 'mix.replay'}: {error}") from None
+    if weighted and (capped := sorted(code for code, one in parts.items() if one.is_capped)):
+        code = capped[0]
+        epochs = total * size[code] / sum(size.values()) / tokens[code]
+        raise UserError(
+            f"languages.{group}.{code}.weight: its {format_count(tokens[code])} tokens would be read {epochs:.3g} "
+            f"times, more than its max_epochs {most[code]:g}; lower its weight, add text, or raise max_epochs"
+        )
+    return parts

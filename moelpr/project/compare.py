@@ -19,15 +19,15 @@ from moelpr.base.errors import UserError
 from moelpr.data.text.reading import read_documents
 from moelpr.measure.evaluate.arguments import computing_arguments, named_paths, reading_arguments
 from moelpr.model.families.hf_config import CONFIG_FILE
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 
 _BASE = "base"  # its name among the models
 
 
 def main() -> None:
     args = _parser().parse_args()
-    projects = labelled([Places(read_project(path)) for path in args.files])
+    projects = labelled([ResolvedProject(read_project(path)) for path in args.files])
     check(projects)
     documents, groups = read_texts(projects, named_paths(args.data, "--data"), args.json_key, args.max_documents)
     # After the arguments and the text: torch and matplotlib are slow to import.
@@ -39,7 +39,7 @@ def main() -> None:
 
     check_device(args.device)
     first = next(iter(projects.values()))
-    models = {_BASE: first.base} | {label: places.export for label, places in projects.items()}
+    models = {_BASE: first.base} | {label: project.export for label, project in projects.items()}
     settings = Settings(args.sequence_length, args.context, args.batch_size, args.skip_tokens).resolve(
         {name: read_max_positions(path) for name, path in models.items()}
     )
@@ -52,7 +52,7 @@ def main() -> None:
         verify=args.verify,
         cache=ResultCache(args.output),
     )
-    own_tokens = {label for label, places in projects.items() if places.project.vocabulary}
+    own_tokens = {label for label, project in projects.items() if project.content.vocabulary}
     scores = score({name: path for name, path in models.items() if name not in own_tokens}, base=first.base).scores
     scores |= score({label: models[label] for label in own_tokens}).scores
     results = Compared(projects, groups, settings, scores.pop(_BASE), scores)
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def labelled(projects: Sequence[Places]) -> dict[str, Places]:
+def labelled(projects: Sequence[ResolvedProject]) -> dict[str, ResolvedProject]:
     """Name each project by its method, the stem of its file or the file's path: the first that no other has.
 
     Raises:
@@ -82,33 +82,33 @@ def labelled(projects: Sequence[Places]) -> dict[str, Places]:
     """
     names = [[one.method, one.file.path.stem, str(one.file.path)] for one in projects]
     times = Counter([_BASE, *(name for of in names for name in {*of})])
-    found: dict[str, Places] = {}
-    for places, of in zip(projects, names, strict=True):
+    found: dict[str, ResolvedProject] = {}
+    for project, of in zip(projects, names, strict=True):
         label = next((name for name in of if times[name] == 1), of[-1])
         if label in found:
             raise UserError(f"{label} is given twice; pass each project once")
-        found[label] = places
+        found[label] = project
     return found
 
 
-def check(projects: Mapping[str, Places]) -> None:
+def check(projects: Mapping[str, ResolvedProject]) -> None:
     """Check that projects can be compared.
 
     Raises:
         UserError: One is unfinished, or they differ in base or languages.
     """
     first, *_ = projects.values()
-    for places in projects.values():
-        path = places.file.path
-        if not (places.export / CONFIG_FILE).is_file():
-            raise UserError(f"{path} is unfinished: there is no model in {places.export}; run moelpr run {path}")
-        if _base(places) != _base(first):
+    for project in projects.values():
+        path = project.file.path
+        if not (project.export / CONFIG_FILE).is_file():
+            raise UserError(f"{path} is unfinished: there is no model in {project.export}; run moelpr run {path}")
+        if _base(project) != _base(first):
             raise UserError(
-                f"the base of {path} is {places.project.model}, that of {first.file.path} is {first.project.model}; "
+                f"the base of {path} is {project.content.model}, that of {first.file.path} is {first.content.model}; "
                 "compare projects of one base"
             )
         for group in ("expanded", "original"):
-            ours, theirs = ({*getattr(one, group)} for one in (places, first))
+            ours, theirs = ({*getattr(one, group)} for one in (project, first))
             if ours != theirs:
                 raise UserError(
                     f"the {group} languages of {path} are {', '.join(sorted(ours))}, those of {first.file.path} are "
@@ -116,13 +116,13 @@ def check(projects: Mapping[str, Places]) -> None:
                 )
 
 
-def _base(places: Places) -> str:
+def _base(project: ResolvedProject) -> str:
     """The name of a base: a downloaded one is in each project's own folder."""
-    return places.project.model if places.is_downloaded else str(places.base.resolve())
+    return project.content.model if project.is_downloaded else str(project.base.resolve())
 
 
 def read_texts(
-    projects: Mapping[str, Places], more: Mapping[str, str], json_key: str, max_documents: int | None
+    projects: Mapping[str, ResolvedProject], more: Mapping[str, str], json_key: str, max_documents: int | None
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Read the held-out text of projects, what they keep, and more text by name.
 
@@ -133,7 +133,7 @@ def read_texts(
         UserError: Two texts of one name differ.
     """
     first = next(iter(projects.values()))
-    limit = max_documents or first.project.held_out
+    limit = max_documents or first.content.held_out
     groups = {"expanded": first.expanded, "kept": [*first.original], "other": [*more]}
     found: dict[str, tuple[str, list[str]]] = {}
 
@@ -145,11 +145,11 @@ def read_texts(
             )
         found[name] = path, documents
 
-    for places in projects.values():
-        for code in places.languages:
-            add(code, places.held_out(code), str(places.own("evaluate").get("json-key", "text")))
-        for name, path in places.project.languages.kept.items():
-            add(name, path, next(iter(places.languages.values())).json_key)
+    for project in projects.values():
+        for code in project.languages:
+            add(code, project.held_out(code), str(project.own("evaluate").get("json-key", "text")))
+        for name, path in project.content.languages.kept.items():
+            add(name, path, next(iter(project.languages.values())).json_key)
             groups["kept"] += [] if name in groups["kept"] else [name]
     for name, path in more.items():
         if name in found:

@@ -10,7 +10,7 @@ from moelpr.measure.evaluate.scoring import LanguageScore, Settings
 from moelpr.measure.report import page
 from moelpr.measure.report.numbers import percent
 from moelpr.measure.report.plots import learned_lost_chart
-from moelpr.project.places import Places
+from moelpr.project.resolved import ResolvedProject
 
 # Group of texts → the mean over it.
 GROUPS = {"expanded": "learned: expanded languages", "kept": "lost: text to keep", "other": "other text"}
@@ -23,7 +23,7 @@ class Compared(Results):
 
     def __init__(
         self,
-        projects: Mapping[str, Places],
+        projects: Mapping[str, ResolvedProject],
         groups: Mapping[str, Sequence[str]],
         settings: Settings,
         of_base: Mapping[str, LanguageScore],
@@ -103,11 +103,11 @@ class Compared(Results):
             "groups": self._groups,
             "projects": {
                 label: {
-                    "file": str(places.file.path),
-                    "directory": str(places.export),
+                    "file": str(project.file.path),
+                    "directory": str(project.export),
                     "means": {group: written[label].pop(GROUPS[group]) for group in self._groups},
                     "texts": written[label],
                 }
-                for label, places in self._projects.items()
+                for label, project in self._projects.items()
             },
         }

@@ -19,7 +19,7 @@ from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, 
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.memory import Workload, export_parameters, model_parts
 from moelpr.plan.stage_plan import StagePlan, plan_stage
-from moelpr.project.reading import ProjectFile
+from moelpr.project.file import ProjectFile
 
 _CPU_EXPERTS = 4
 # These are in the step already; → words of their value.

@@ -6,10 +6,9 @@ from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.project.budget import check_budget
-from moelpr.project.chain import workflow_of
-from moelpr.project.flags import check_flags
-from moelpr.project.places import PLAN_FILE, Places
-from moelpr.project.reading import ProjectFile
+from moelpr.project.file import ProjectFile
+from moelpr.project.resolved import PLAN_FILE, ResolvedProject
+from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.tables import changes, plan
 from moelpr.project.workflow import kubernetes, skypilot, slurm
 from moelpr.project.workflow.outlay import check_machine
@@ -49,7 +48,7 @@ def run(
     if on == "local" and file.project.method == "lora":
         require_peft()
     make_folder(workflow.folder)
-    _keep_plan(Places(file))
+    _keep_plan(ResolvedProject(file))
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
         if on != "local":
             if not render_only:
@@ -58,13 +57,13 @@ def run(
         _slurm(workflow, file).refuse_active()
         check_machine(workflow)
         workflow.run()
-    print(f"\nmodel: {Places(file).export}\nreport: {workflow.folder / 'report.html'}")
+    print(f"\nmodel: {ResolvedProject(file).export}\nreport: {workflow.folder / 'report.html'}")
 
 
-def _keep_plan(places: Places) -> None:
+def _keep_plan(project: ResolvedProject) -> None:
     """Write the first plan for the trackers: later ones have only what is left."""
-    if places.trackers and not (path := places.folder / PLAN_FILE).exists():
-        write_text(path, plan(places) + "\n")
+    if project.trackers and not (path := project.folder / PLAN_FILE).exists():
+        write_text(path, plan(project) + "\n")
 
 
 def _slurm(workflow: Workflow, file: ProjectFile) -> slurm.Chain:
@@ -112,7 +111,7 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
         UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
     """
     check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
-    check_budget(Places(file))
+    check_budget(ResolvedProject(file))
     for one in outlooks:
         if one.task.shared and one.refusal:
             raise UserError(one.refusal)

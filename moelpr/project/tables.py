@@ -11,44 +11,44 @@ from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
 from moelpr.project.budget import estimated_tokens, shares, total_tokens
-from moelpr.project.chain import tasks_of
-from moelpr.project.places import Places
-from moelpr.project.training import expected_tokens
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.steps import tasks_of
+from moelpr.project.steps.training import expected_tokens
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
 
-def plan(places: Places) -> str:
+def plan(project: ResolvedProject) -> str:
     """The steps with what they need, and the languages with how often their text is read."""
-    tasks = tasks_of(places)
-    outlooks = Workflow(places.folder, tasks).outlook()
-    rows = [[one.task.name, one.state, *_needs(places, one.task)] for one in outlooks]
+    tasks = tasks_of(project)
+    outlooks = Workflow(project.folder, tasks).outlook()
+    rows = [[one.task.name, one.state, *_needs(project, one.task)] for one in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
-    parts += [_experts(places)] if places.method == "moe-lpr" else []
-    if not places.project.corpora:
-        parts.append(_languages(places))
+    parts += [_experts(project)] if project.method == "moe-lpr" else []
+    if not project.content.corpora:
+        parts.append(_languages(project))
     left = [one.task for one in outlooks if one.state != "done"]
-    unknown = [task.name for task in left if not _has_time(places, task)]
+    unknown = [task.name for task in left if not _has_time(project, task)]
     minutes, disk = sum(task.minutes for task in left if task.name not in unknown), sum(task.disk_gib for task in left)
     parts.append(
-        f"Left: about {duration(minutes)}{_without(unknown)}, {format_bytes(disk * GIB)} of disk in {places.folder}."
+        f"Left: about {duration(minutes)}{_without(unknown)}, {format_bytes(disk * GIB)} of disk in {project.folder}."
     )
-    if places.layouts.cluster is None:
+    if project.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
 
 
-def status(places: Places) -> str:
+def status(project: ResolvedProject) -> str:
     """What is done, what runs, and when the rest will be."""
-    workflow = Workflow(places.folder, tasks_of(places))
+    workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
     rows, left, unknown = [], 0.0, []
     for one in outlooks:
         if one.state == "done":
             rows.append([one.task.name, one.state, "", duration(took[one.task.name] / 60)])
             continue
-        progress, minutes = _progress(one.task) or ("", one.task.minutes if _has_time(places, one.task) else None)
+        progress, minutes = _progress(one.task) or ("", one.task.minutes if _has_time(project, one.task) else None)
         unknown += [] if minutes is not None else [one.task.name]
         left += minutes or 0
         rows.append([one.task.name, one.state, progress, "" if minutes is None else duration(minutes)])
@@ -77,14 +77,14 @@ def _without(unknown: list[str]) -> str:
     return f" without {' and '.join(unknown)}" if unknown else ""
 
 
-def _needs(places: Places, task: Task) -> list[str]:
+def _needs(project: ResolvedProject, task: Task) -> list[str]:
     gpus = task.nodes * task.gpus_per_node
-    layout = places.layouts.of(task.name) if task.name in places.stages else None
+    layout = project.layouts.of(task.name) if task.name in project.stages else None
     if layout is None or layout.plan is None:
         time = "" if layout else duration(task.minutes)
         memory = f"{task.memory_gib:.3g} GiB"
         return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus and not layout else "", memory, _disk(task), ""]
-    known = _has_time(places, task)
+    known = _has_time(project, task)
     used = layout.plan.memory_bytes / GIB
     return [
         duration(task.minutes) if known else "by its text",
@@ -95,11 +95,11 @@ def _needs(places: Places, task: Task) -> list[str]:
     ]
 
 
-def _has_time(places: Places, task: Task) -> bool:
+def _has_time(project: ResolvedProject, task: Task) -> bool:
     """Whether the time of a task is expected; that of a training depends on its tokens and on a known GPU."""
-    if task.name not in places.stages:
+    if task.name not in project.stages:
         return True
-    return bool(places.layouts.of(task.name).tokens_per_s and expected_tokens(places, task.name))
+    return bool(project.layouts.of(task.name).tokens_per_s and expected_tokens(project, task.name))
 
 
 def _layout(gpus: int, best: Candidate, has_experts: bool) -> str:
@@ -116,18 +116,18 @@ def _disk(task: Task) -> str:
     return format_bytes(task.disk_gib * GIB) if task.disk_gib >= 0.01 else ""
 
 
-def _experts(places: Places) -> str:
+def _experts(project: ResolvedProject) -> str:
     """The new experts, the size of the model with them, and what stage 1 takes with another number of them."""
-    layouts, languages = places.layouts, len(places.expanded)
+    layouts, languages = project.layouts, len(project.expanded)
     number, plan = layouts.num_new_experts, layouts.of("stage1").plan
-    lines = [f"New experts: N = {number} ({'given' if places.project.experts.new else 'auto'})"]
+    lines = [f"New experts: N = {number} ({'given' if project.content.experts.new else 'auto'})"]
     if plan is not None and (moe := plan.spec.moe) is not None:
         total, active = map(format_count, plan.parameters)
         lines[0] += f" in each of {len(moe.layers)} layers, K = {moe.topk}"
         lines[0] += f", copies of the original expert: {moe.original_copies}"
         lines.append(f"The model: {total} parameters, {active} active per token")
         for other, its in layouts.other_numbers():
-            cost = its.cost(int(expected_tokens(places, "stage1") or 1))
+            cost = its.cost(int(expected_tokens(project, "stage1") or 1))
             time = f"{duration(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
             lines.append(f"Stage 1 with N = {other}: {time}{its.memory_bytes / GIB:.1f} GiB")
     if number < languages:
@@ -135,13 +135,13 @@ def _experts(places: Places) -> str:
     return ".\n".join(lines) + "."
 
 
-def _languages(places: Places) -> str:
-    tokens = {code: places.tokens(code) for code in places.blended if places.manifest(code).is_file()}
+def _languages(project: ResolvedProject) -> str:
+    tokens = {code: project.tokens(code) for code in project.blended if project.manifest(code).is_file()}
     note = ""
-    if len(tokens) < len(places.blended):
-        tokens, note = estimated_tokens(places), " (tokens are estimated)"
-    total, table = total_tokens(places, tokens), share_table(shares(places, tokens), "language")
-    stage = "Stage 1" if places.main_stage == "stage1" else f"Stage {places.main_stage}"
+    if len(tokens) < len(project.blended):
+        tokens, note = estimated_tokens(project), " (tokens are estimated)"
+    total, table = total_tokens(project, tokens), share_table(shares(project, tokens), "language")
+    stage = "Stage 1" if project.main_stage == "stage1" else f"Stage {project.main_stage}"
     return f"{stage} reads {format_count(total)} tokens{note}:\n{table}"
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
-from moelpr.project.training import check_words
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.training import check_words
 from tests.dry_run.cases import REAL, SUITE, WITHOUT_CASE, flags_in_cases
 from tests.support.limits import PROCESS_S
 from tests.support.tiny_project import write_project
@@ -101,7 +101,7 @@ def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tm
     path = write_project(tmp_path)
     path.write_text(path.read_text().replace("gpu: none", "gpu: h100-80\n  gpus: 2\n  gpus_per_node: 2"))
     monkeypatch.chdir(tmp_path)
-    _, _, *words = check_words(Places(read_project(path)), "stage2")
+    _, _, *words = check_words(ResolvedProject(read_project(path)), "stage2")
     done = check(*words, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from moelpr.base.yaml_files import dump
-from moelpr.project.chain import workflow_of
 from moelpr.project.reading import read_project
+from moelpr.project.steps.steps import workflow_of
 from moelpr.project.workflow import kubernetes
 from moelpr.project.workflow.kubernetes import KubernetesSettings
 from moelpr.project.workflow.workflow import Workflow

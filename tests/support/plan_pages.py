@@ -13,8 +13,8 @@ from pathlib import Path
 
 from moelpr.base.files import write_text
 from moelpr.project import tables
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 from tests.support.model_shapes import save_config
 from tests.support.small_tokenizers import documents_in
 
@@ -34,9 +34,9 @@ def plan(file: str, folder: Path) -> str:
         path = Path(Path(file).name)
         path.write_text((ROOT / file).read_text())
         make_text(path, MORE.get(file, 1))
-        places = Places(read_project(path))
+        places = ResolvedProject(read_project(path))
         save_config(Path(places.model_name).name, places.base)
-        return tables.plan(Places(read_project(path)))
+        return tables.plan(ResolvedProject(read_project(path)))
 
 
 def make_text(path: Path, times: float) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.project.reading import schema
+from moelpr.project.file import schema
 from tests.support import records_page
 
 

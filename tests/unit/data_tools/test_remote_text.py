@@ -19,7 +19,7 @@ from moelpr.data.text import remote
 from moelpr.data.text.estimate import estimate
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.tables import prepare_to_fork
-from moelpr.project.reading import found_text, versions
+from moelpr.project.file import found_text, versions
 from tests.support.text_server import COMMIT, TextServer, text_server
 
 WAYS = ("http", "s3", "hf")
@@ -267,7 +267,7 @@ def test_a_project_knows_remote_files_by_their_content_not_by_a_commit(server, m
     first = versions(server.uri("s3", "versioned.jsonl"))
     file.write_text("[]")
     prepare_to_fork()
-    monkeypatch.setattr("moelpr.project.reading._identity", remote.identify)  # as another process would see it
+    monkeypatch.setattr("moelpr.project.file._identity", remote.identify)  # as another process would see it
     assert versions(server.uri("s3", "versioned.jsonl")) != first
 
 

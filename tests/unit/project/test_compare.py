@@ -18,8 +18,8 @@ from moelpr.base.yaml_files import dump
 from moelpr.measure.evaluate import compare as evaluation
 from moelpr.measure.evaluate.compare import compare_models
 from moelpr.project import compare as command
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 
 Finish = Callable[..., Path]
 TEXTS = ("el", "hu", "en", "code", "fr")
@@ -145,9 +145,9 @@ def test_a_project_is_named_by_what_no_other_has(finish, tmp_path) -> None:
     (tmp_path / "more").mkdir()
     paths = [finish("one", 0), finish("two", 0), finish("base", 0)]
     shutil.copy(paths[1], tmp_path / "more/two.yaml")
-    projects = [Places(read_project(path)) for path in [*paths, tmp_path / "more/two.yaml"]]
+    projects = [ResolvedProject(read_project(path)) for path in [*paths, tmp_path / "more/two.yaml"]]
     assert [*command.labelled(projects)] == ["one", *map(str, paths[1:]), str(tmp_path / "more/two.yaml")]
     assert [*command.labelled(projects[:1])] == ["moe-lpr"]
-    full = Places(read_project(finish("moe-lpr", 0, method="full")))
+    full = ResolvedProject(read_project(finish("moe-lpr", 0, method="full")))
     assert [*command.labelled([*projects[:2], full])] == ["one", "two", "full"]
     assert [*command.labelled([projects[0], full])] == ["one", "full"]

@@ -9,8 +9,8 @@ import pytest
 from moelpr.base.errors import UserError
 from moelpr.plan.gpus import GIB
 from moelpr.project import tables
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 from tests.support.model_shapes import save_config
 from tests.unit.project.conftest import Write
 
@@ -18,13 +18,13 @@ A100S = {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 4}
 EPOCHS = {"el": {"text": "el.jsonl", "max_epochs": 1e9}}
 
 
-def places(write: Write, model: str = "Llama-3.1-8B", **changes: Any) -> Places:
+def places(write: Write, model: str = "Llama-3.1-8B", **changes: Any) -> ResolvedProject:
     if not Path(model).exists():
         save_config(model, Path(model))
-    return Places(read_project(write(**{"model": model, "hardware": A100S, "experts": "auto"} | changes)))
+    return ResolvedProject(read_project(write(**{"model": model, "hardware": A100S, "experts": "auto"} | changes)))
 
 
-def gib(one: Places, stage: str = "stage1") -> float:
+def gib(one: ResolvedProject, stage: str = "stage1") -> float:
     plan = one.layouts.of(stage).plan
     assert plan is not None
     return plan.memory_bytes / GIB

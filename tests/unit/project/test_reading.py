@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 
 from moelpr.base.errors import UserError
-from moelpr.project.reading import parse_project, read_project, schema
+from moelpr.project.file import parse_project, schema
+from moelpr.project.reading import read_project
 from moelpr.project.template import template
 from tests.support.mutations import mutated
 from tests.unit.project.conftest import Write

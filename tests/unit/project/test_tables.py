@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from moelpr.project import tables
-from moelpr.project.chain import tasks_of
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.steps import tasks_of
 from moelpr.project.template import template
 from tests.unit.project.conftest import QWEN2, Write
 
 
 def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
-    on_a_cpu = tables.plan(Places(read_project(write()))).split("Left: ")[1]
+    on_a_cpu = tables.plan(ResolvedProject(read_project(write()))).split("Left: ")[1]
     assert " without stage1 and stage2, " in on_a_cpu and "hours" not in on_a_cpu
-    assert tables.status(Places(read_project(write()))).endswith(" minutes without stage1 and stage2.")
+    assert tables.status(ResolvedProject(read_project(write()))).endswith(" minutes without stage1 and stage2.")
     hardware = {"gpu": "h100-80", "gpus": 8}
     for budget in ({"tokens": "6K"}, {"epochs": 1}, {"hours": 1e-5}):
-        known = tables.plan(Places(read_project(write(hardware=hardware, budget=budget))))
+        known = tables.plan(ResolvedProject(read_project(write(hardware=hardware, budget=budget))))
         assert " without stage2, " in known.split("Left: ")[1], budget
 
 
@@ -34,7 +34,7 @@ def test_a_time_is_in_its_largest_unit(minutes: float, text: str) -> None:
 def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
     """`moelpr data preprocess --json-keys content` writes PREFIX_content_document."""
     languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": {"text": "en.jsonl", "json_key": "content"}}}
-    places = Places(read_project(write(languages=languages)))
+    places = ResolvedProject(read_project(write(languages=languages)))
     assert places.corpus("en").name == "en_content_document" and places.corpus("el").name == "el_text_document"
     assert places.corpus("en_validation").name == "en_validation_content_document"
     (replay,) = [task for task in tasks_of(places) if task.name == "replay"]
@@ -53,14 +53,14 @@ def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
     moe |= {"num_experts_per_tok": 2, "moe_intermediate_size": 5504, "shared_expert_intermediate_size": 0}
     moe |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 4}
     Path("base/config.json").write_text(json.dumps(QWEN2 | moe))
-    places = Places(read_project(path))
+    places = ResolvedProject(read_project(path))
     assert places.layouts.of("stage1").plan is not None
     (convert,) = [task for task in tasks_of(places) if task.name == "convert"]
     assert "--original-copies" not in convert.words()
 
 
 def test_all_steps_share_one_run_in_trackers(write: Write) -> None:
-    places = Places(read_project(write(trackers={"wandb_project": "p", "mlflow_experiment": "e"})))
+    places = ResolvedProject(read_project(write(trackers={"wandb_project": "p", "mlflow_experiment": "e"})))
     tasks = {task.name: [*task.settings] if task.name in places.stages else task.words() for task in tasks_of(places)}
     for step in (*places.stages, "track"):
         words = tasks[step]
@@ -68,5 +68,5 @@ def test_all_steps_share_one_run_in_trackers(write: Write) -> None:
             flag: words[words.index(flag) + 1] for flag in ("--tracker-run", "--wandb-project", "--mlflow-experiment")
         }
         assert flags == {"--tracker-run": "out/tracker.json", "--wandb-project": "p", "--mlflow-experiment": "e"}
-    without = tasks_of(Places(read_project(write())))
+    without = tasks_of(ResolvedProject(read_project(write())))
     assert "track" not in [task.name for task in without]

@@ -16,8 +16,8 @@ from examples.languages import LANGUAGES
 from moelpr.base.errors import UserError
 from moelpr.project.__main__ import main
 from moelpr.project.compare import read_texts
-from moelpr.project.places import Places
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,7 +83,7 @@ def test_all_settings_read_as_many_tokens(folder: Path) -> None:
 
 @pytest.mark.parametrize("base", experiments.BASES)
 def test_projects_of_a_base_share_base_and_text(base: str, folder: Path) -> None:
-    projects = {file: Places(read_project(Path(file))) for file in PROJECTS if f"/{base}/" in file}
+    projects = {file: ResolvedProject(read_project(Path(file))) for file in PROJECTS if f"/{base}/" in file}
     assert len({(places.base, places.text) for places in projects.values()}) == 1
     assert len({places.folder for places in projects.values()}) == len(projects) > 4
     _, groups = read_texts(projects, {}, "text", 3)

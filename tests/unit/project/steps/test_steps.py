@@ -8,22 +8,23 @@ import pytest
 
 from examples.demo_tasks import ROOT
 from moelpr.base.errors import UserError
-from moelpr.project.chain import tasks_of, workflow_of
-from moelpr.project.places import Places
-from moelpr.project.reading import ProjectFile, parse_project, read_project
-from moelpr.project.text import held_out_share
-from moelpr.project.training import corpus_files
+from moelpr.project.file import ProjectFile, parse_project
+from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
+from moelpr.project.steps.text import held_out_share
+from moelpr.project.steps.training import STAGES, corpus_files
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.unit.project.conftest import Write
 
-STEPS = (
+EXPECTED = (
     "preprocess-el preprocess-hu preprocess-en replay convert stage1 stage2 export evaluate routing card report".split()
 )
 
 
 def tasks(path: Path) -> dict[str, Task]:
-    return {task.name: task for task in tasks_of(Places(read_project(path)))}
+    return {task.name: task for task in tasks_of(ResolvedProject(read_project(path)))}
 
 
 def flags(task: Task) -> dict[str, list[str]]:
@@ -63,11 +64,11 @@ def write_manifest(folder: Path, code: str, tokens: int) -> None:
 
 def test_every_step_is_there_and_reads_only_steps_before_it(write: Write) -> None:
     found = tasks(write())
-    assert [*found] == STEPS
+    assert [*found] == EXPECTED
     for place, task in enumerate(found.values()):
-        assert {*task.inputs} <= {*STEPS[:place]}
+        assert {*task.inputs} <= {*EXPECTED[:place]}
     optional = tasks(write(vocabulary={"new_tokens": 9}, chat="a/b", benchmarks={}, model="owner/name"))
-    assert {*optional} - {*STEPS} == {"download", "vocabulary", "stage0", "graft", "benchmarks"}
+    assert {*optional} - {*EXPECTED} == {"download", "vocabulary", "stage0", "graft", "benchmarks"}
     kept = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "en.jsonl"}}
     with_kept = tasks(write(languages=kept))
     given = flags(with_kept["calibrate"])
@@ -91,7 +92,7 @@ def test_every_step_is_there_and_reads_only_steps_before_it(write: Write) -> Non
 
 
 def test_stage_1_has_the_budget_and_the_shares_of_the_corpora_when_its_turn_comes(write: Write) -> None:
-    path = write(budget={"tokens": "2M"}, mix={"temperature": 1}, steps={"stage1": {"lr": 0.001, "workers": 3}})
+    path = write(budget={"tokens": "2M"}, mix={"temperature": 1}, steps={"stage1": {"lr": 0.001, "num-workers": 3}})
     with pytest.raises(UserError, match="el_text_document.manifest.json"):
         tasks(path)["stage1"].words()
     for code, tokens in (("el", 3_000_000), ("hu", 1_000_000)):
@@ -99,7 +100,7 @@ def test_stage_1_has_the_budget_and_the_shares_of_the_corpora_when_its_turn_come
     found = flags(tasks(path)["stage1"])
     assert found["--train-tokens"] == ["2000000"] and found["--lr"] == ["0.001"]
     assert found["--data-path"] == ["0.75", "out/data/el_text_document", "0.25", "out/data/hu_text_document"]
-    assert "--workers" not in found and tasks(path)["stage1"].settings == ["--workers", "3"]
+    assert "--num-workers" not in found and tasks(path)["stage1"].settings == ["--num-workers", "3"]
     assert flags(tasks(write(budget={"epochs": 2}))["stage1"])["--train-tokens"] == ["8000000"]
     assert "--train-tokens" not in flags(tasks(write(steps={"stage1": {"train-iters": 7}}))["stage1"])
     with pytest.raises(UserError, match=r"languages.yaml, line \d+: budget: 1B tokens would read the text more often"):
@@ -117,7 +118,7 @@ def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> N
     assert (stage1.nodes, stage1.gpus_per_node) == (2, 8)
     assert "--micro-batch-size" in stage1.settings and "--micro-batch-size" not in stage1.words()
     assert flags(found["convert"])["--num-new-experts"] == ["8"]
-    speed = Places(read_project(path)).layouts.of("stage1").tokens_per_s
+    speed = ResolvedProject(read_project(path)).layouts.of("stage1").tokens_per_s
     assert flags(stage1)["--train-tokens"] == [str(round(3600 * speed))]
     assert stage1.minutes == pytest.approx(60, rel=1e-6)
     small = write(hardware={"gpu": "h100-80", "gpus": 1}, experts={"new": 64})
@@ -148,22 +149,31 @@ def test_layouts_and_logs_redo_nothing_but_text_and_rates_do(write: Write, monke
 
     assert states(write(), run=True) == []
     assert states(write(steps={"stage1": {"save-interval": 7}, "preprocess": {"workers": 2}})) == []
-    assert states(write(steps={"stage2": {"lr": 1e-3}})) == STEPS[STEPS.index("stage2") :]
+    assert states(write(steps={"stage2": {"lr": 1e-3}})) == EXPECTED[EXPECTED.index("stage2") :]
     assert states(write(held_out=7)) == ["evaluate", "routing", "card", "report"]
     with open("hu.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    assert states(write()) == ["preprocess-hu", *STEPS[STEPS.index("replay") : STEPS.index("convert")], *STEPS[5:]]
+    assert states(write()) == [
+        "preprocess-hu",
+        *EXPECTED[EXPECTED.index("replay") : EXPECTED.index("convert")],
+        *EXPECTED[5:],
+    ]
 
 
 def test_corpora_that_exist_take_the_place_of_text(write: Write) -> None:
     languages = {"expanded": {"el": {"held_out": "el.jsonl"}}, "original": {"en": {"held_out": "en.jsonl"}}}
     path = write(languages=languages, corpora={"stage1": "a/el", "stage2": [2, "a/el", "0.5", "a/en"]})
-    places = Places(read_project(path))
+    places = ResolvedProject(read_project(path))
     found = {task.name: task for task in tasks_of(places)}
     assert [*found][:3] == ["convert", "stage1", "stage2"]
     assert flags(found["stage2"])["--data-path"] == ["2", "a/el", "0.5", "a/en"]
     assert flags(found["stage1"])["--train-epochs"] == ["1.0"]
     assert [str(file) for file in corpus_files(places, "stage1")] == ["a/el.bin", "a/el.idx", "a/el.lang"]
+
+
+@pytest.mark.parametrize("name", [name for name, step in STEPS.items() if step.tool and step not in STAGES[1:]])
+def test_the_flags_of_a_step_are_flags_of_its_command(name: str) -> None:
+    assert STEPS[name].reserved | STEPS[name].speed <= flags_of(STEPS[name])
 
 
 BASELINE_STEPS = "preprocess-el preprocess-hu preprocess-en convert dense export evaluate card report".split()
@@ -173,7 +183,7 @@ def test_a_method_without_experts_converts_trains_and_exports_a_dense_model(writ
     for code in ("el", "hu", "en"):
         write_manifest(Path("out/data"), code, 10**6)
     for method, name in (("full", "dense"), ("ffn", "ffn")):
-        places = Places(read_project(write(method=method, experts=None)))
+        places = ResolvedProject(read_project(write(method=method, experts=None)))
         found = {task.name: task for task in tasks_of(places)}
         assert [*found] == [name if step == "dense" else step for step in BASELINE_STEPS]
         convert, train, export = (flags(found[step]) for step in ("convert", name, "export"))
@@ -247,7 +257,7 @@ def test_conversations_are_a_last_stage_whose_result_is_exported(write: Write) -
     kept = {"text": "en.jsonl", "conversations": ["en.jsonl", "es.jsonl"]}
     languages = {"expanded": {"el": talk, "hu": "hu.jsonl"}, "original": {"en": kept}}
     found = tasks(write(languages=languages, chat_template="base", steps={"sft": {"seq-length": 512}}))
-    assert {*found} - {*STEPS} == {"conversations-el", "conversations-en", "sft"}
+    assert {*found} - {*EXPECTED} == {"conversations-el", "conversations-en", "sft"}
     words = flags(found["conversations-en"])
     assert words["--input"] == ["en.jsonl", "es.jsonl"] and words["--max-tokens"] == ["512"]
     assert words["--chat-template-from"] == ["base"] and words["--conversations"] == []

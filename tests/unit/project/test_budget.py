@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.base.errors import UserError
-from moelpr.project.mixing import mix
+from moelpr.project.budget import mix
 from moelpr.project.project import Language
 
 sizes = st.dictionaries(st.sampled_from(["el", "hu", "tr", "is"]), st.integers(1, 10**12), min_size=1)

@@ -1,0 +1,163 @@
+"""Parse languages.yaml: every error names the file, the line, the key, and what would work."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from moelpr.base import records
+from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.yaml_files import key_lines, parse_mapping
+from moelpr.data.text import remote
+from moelpr.data.text.sources import find_files
+from moelpr.project.project import Language, Project
+
+# OWNER/NAME, and a revision.
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+@dataclass(frozen=True)
+class ProjectFile:
+    """A languages.yaml as it was read.
+
+    Attributes:
+        lines: The line of each key.
+        checksum: SHA-256 of the text.
+    """
+
+    path: Path
+    project: Project
+    lines: dict[tuple[str | int, ...], int]
+    checksum: str
+
+    def at(self, *key: str) -> str:
+        """The start of a message about a key: file and line."""
+        return _at(self.path, self.lines, key)
+
+    def check_unchanged(self) -> None:
+        """Check that the file has not been edited since.
+
+        Raises:
+            UserError: It has.
+        """
+        if hashlib.sha256(text_of(self.path).encode()).hexdigest() != self.checksum:
+            raise UserError(
+                f"{self.path} was edited after this run started; run moelpr run {self.path} again, which redoes what "
+                "the edit changes"
+            )
+
+
+def parse_project(text: str, path: Path) -> ProjectFile:
+    """Read the text of a languages.yaml, without looking at the files that it names; messages call it `path`."""
+    content = parse_mapping(text, f"file {path}")
+    lines = key_lines(text)
+    _check_keys(path, content)
+    try:
+        project = _adapter().validate_json(json.dumps(content, default=str))
+    except ValidationError as error:
+        first = records.first_problem(error)
+        place = tuple(part for part in first["loc"] if isinstance(part, str | int))
+        message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first, schema())}"
+        raise UserError(message) from None
+    return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _check_keys(path: Path, content: Any) -> None:
+    """Check that keys are text: YAML reads the code of Norwegian as false."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        if isinstance(content, dict) and not isinstance(key, str):
+            raise UserError(f"{path}: a key is read as {key!r}; put it in quotes, such as 'no' for Norwegian")
+        if isinstance(value, dict | list):
+            _check_keys(path, value)
+
+
+def local_files(names: list[str]) -> list[Path]:
+    """The local files that names of text stand for.
+
+    Raises:
+        UserError: A folder or pattern matches no file.
+    """
+    return [Path(file) for file in found_text(*names) if not remote.is_remote(file)]
+
+
+def text_bytes(language: Language) -> int:
+    """The size of a language's text, also where it is remote."""
+    uris = filter(remote.is_remote, found_text(*language.text))
+    return sum(path.stat().st_size for path in local_files(language.text)) + sum(_identity(uri).bytes for uri in uris)
+
+
+def versions(*names: str) -> dict[str, str]:
+    """The remote files that names of text stand for, each with what identifies its content.
+
+    A commit of the Hub is left out of a name, because a later one may have the same file.
+    """
+    found = {uri: _identity(uri) for uri in filter(remote.is_remote, found_text(*names))}
+    return {re.sub("@[0-9a-f]{40}/", "/", uri): f"{one.bytes} {one.version}" for uri, one in found.items()}
+
+
+_identity = cache(remote.identify)
+
+
+@cache
+def found_text(*names: str) -> list[str]:
+    """The files that names of text stand for."""
+    return find_files([*names])
+
+
+def text_of(path: Path) -> str:
+    """The text of the file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"cannot read {path}: {reason}; moelpr init writes a file that works") from error
+
+
+def _at(path: Path, lines: dict[tuple[str | int, ...], int], key: tuple[str | int, ...]) -> str:
+    known = next((key[:length] for length in range(len(key), 0, -1) if key[:length] in lines), None)
+    return f"{path}, line {lines[known]}: " if known else f"{path}: "
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors."""
+    return _adapter().json_schema()
+
+
+@cache
+def _adapter() -> TypeAdapter[Project]:
+    return TypeAdapter(Project)
+
+
+def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:
+    """The keys that would work in the place of an unknown one."""
+    if not records.is_unknown_key(problem):
+        return ""
+    *path, name = problem["loc"]
+    place = schema
+    for part in path:
+        place = _child(_resolve(place, schema), part)
+    keys = list(_resolve(place, schema).get("properties", {}))
+    return f"; {did_you_mean(str(name), keys, f'expected {", ".join(keys)}')}"
+
+
+def _child(place: dict[str, Any], part: str | int) -> dict[str, Any]:
+    found = place.get("properties", {}).get(part) or place.get("additionalProperties")
+    return found if isinstance(found, dict) else {}
+
+
+def _resolve(place: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a reference, or the one type that is not null of several, leads to."""
+    for kind in place.get("anyOf", ()):
+        if "$ref" in kind:
+            place = kind
+    reference = place.get("$ref", "").rpartition("/")[2]
+    return schema["$defs"][reference] if reference else place

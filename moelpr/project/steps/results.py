@@ -1,0 +1,216 @@
+"""The steps after training: export, chat model, evaluation against the base, model card and report."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moelpr.data.text.remote import is_remote
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.project.file import local_files, versions
+from moelpr.project.resolved import PLAN_FILE, ResolvedProject
+from moelpr.project.steps.step import METHODS, MOE_LPR, Step, step
+from moelpr.project.workflow.task import Task
+
+_CONTINUATION_TOKENS = 40
+
+
+@step("export", "model export", reserved="load save chat-template-from overwrite", methods=METHODS - {"lora"})
+def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Write the result as a Hugging Face model."""
+    before = project.stages[-1]
+    flags: dict[str, Any] = {
+        "load": project.folder / before,
+        "save": _exported(project),
+        "chat-template-from": project.content.chat_template,
+        "base-model": project.model_name if project.is_downloaded else None,
+        "overwrite": True,
+    }
+    is_complete = (_exported(project) / CONFIG_FILE).is_file
+    yield step.task(project, flags, made_from=(before,), is_complete=is_complete, disk_gib=project.layouts.export_gib)
+
+
+@step(
+    "calibrate",
+    "model calibrate",
+    reserved="model base data expanded-languages save overwrite",
+    speed="device",
+    methods=MOE_LPR,
+)
+def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Keep text of other languages with the original expert."""
+    if not project.content.languages.kept:
+        return
+    texts = {code: one.text[0] if one.text else project.held_out(code) for code, one in project.languages.items()}
+    texts |= project.content.languages.kept
+    flags: dict[str, Any] = {
+        "model": _exported(project),
+        "base": project.base,
+        "data": [f"{name}={text}" for name, text in texts.items()],
+        "expanded-languages": ",".join(project.expanded),
+        "json-key": next(iter(project.languages.values())).json_key,
+        "save": project.export,
+        "overwrite": True,
+    }
+    yield step.task(
+        project,
+        flags,
+        repeated=("data",),
+        made_from=("export", *project.base_task),
+        files=tuple(path for text in texts.values() for path in local_files([text])),
+        versions=versions(*texts.values()),
+        is_complete=(project.export / CONFIG_FILE).is_file,
+        disk_gib=project.layouts.export_gib,
+        **_cost(project),
+    )
+
+
+@step("graft", "model graft", reserved="base instruct model save overwrite", methods=MOE_LPR)
+def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Add the base's post-training, so that the result can chat."""
+    if not project.content.chat:
+        return
+    save = project.folder / "chat"
+    flags: dict[str, Any] = {
+        "base": project.base,
+        "instruct": project.content.chat,
+        "model": project.export,
+        "save": save,
+        "overwrite": True,
+    }
+    yield step.task(
+        project,
+        flags,
+        made_from=(_last_model_step(project), *project.base_task),
+        is_complete=(save / CONFIG_FILE).is_file,
+        disk_gib=project.layouts.export_gib,
+    )
+
+
+_MEASURED = "model data original-languages output"
+
+
+@step("evaluate", "evaluate text", reserved=f"base {_MEASURED}", speed="batch-size device")
+def evaluate(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Measure bits per byte of base and result on held-out text, and let them continue some."""
+    yield _measure(step, project, _models(project), {"continuations": _CONTINUATION_TOKENS})
+
+
+@step("routing", "evaluate routing", reserved=_MEASURED, speed="batch-size device", methods=MOE_LPR)
+def routing(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Measure which experts the result chooses for each language."""
+    yield _measure(step, project, _models(project)[1:], {})
+
+
+def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict[str, Any]) -> Task:
+    data = {code: project.held_out(code) for code in project.languages}
+    flags: dict[str, Any] = {
+        "model": models,
+        "data": [f"{code}={path}" for code, path in data.items()],
+        "original-languages": ",".join(project.original),
+        "max-documents": project.content.held_out,
+        "output": _folder(project),
+    }
+    given = [path for code, path in data.items() if project.languages[code].held_out]
+    return step.task(
+        project,
+        flags | more,
+        repeated=("model", "data"),
+        made_from=(_last_model_step(project), *project.base_task, *project.held_out_tasks),
+        files=tuple(Path(path) for path in given if not is_remote(path)),
+        versions=versions(*filter(is_remote, given)),
+        is_complete=_results(project)[step.name].is_file,
+        **_cost(project),
+    )
+
+
+@step("benchmarks", "evaluate harness", reserved="model original-languages output", speed="batch-size device")
+def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Run lm-evaluation-harness on base and result."""
+    if (chosen := project.content.benchmarks) is None:
+        return
+    flags: dict[str, Any] = {
+        "model": _models(project),
+        "languages": ",".join(project.languages),
+        "original-languages": ",".join(project.original),
+        "tasks": chosen.tasks,
+        "limit": chosen.limit,
+        "output": _folder(project),
+    }
+    yield step.task(
+        project,
+        flags,
+        repeated=("model",),
+        made_from=(_last_model_step(project), *project.base_task),
+        files=(Path(chosen.tasks),) if chosen.tasks else (),
+        is_complete=_results(project)[step.name].is_file,
+        **_cost(project),
+    )
+
+
+@step("card", "model card", reserved="results evaluated languages")
+def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Complete the model card with languages and results."""
+    results = {name: path for name, path in _results(project).items() if name != "routing"}
+    flags: dict[str, Any] = {
+        "results": [*results.values()],
+        "evaluated": project.method,
+        "languages": ",".join(project.languages),
+    }
+    yield step.task(project, flags, str(project.export), made_from=(_last_model_step(project), *results))
+
+
+@step("report", "report", reserved="evaluation output")
+def report(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Write the report of the stages and their evaluation."""
+    results = _results(project)
+    flags: dict[str, Any] = {"evaluation": [*results.values()], "output": project.folder}
+    is_complete = (project.folder / "report.html").is_file
+    yield step.task(project, flags, *_runs(project), made_from=(*project.stages, *results), is_complete=is_complete)
+
+
+@step("track", "track", reserved="results files tracker-run")
+def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Send results, report and plan to the trackers, and what they lack of the stages."""
+    if not project.trackers:
+        return
+    flags: dict[str, Any] = {
+        "results": [*_results(project).values()],
+        "files": [_folder(project), project.folder / "report.html", project.folder / PLAN_FILE, project.file.path],
+    }
+    yield step.task(project, flags | project.trackers, *_runs(project), made_from=("report",))
+
+
+def _exported(project: ResolvedProject) -> Path:
+    """The model that export writes: the finished one, or what calibration makes it of."""
+    return project.folder / "uncalibrated" if project.content.languages.kept else project.export
+
+
+def _last_model_step(project: ResolvedProject) -> str:
+    """The step that writes the finished model."""
+    return "calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"
+
+
+def _folder(project: ResolvedProject) -> Path:
+    """The folder of all evaluations."""
+    return project.folder / "evaluation"
+
+
+def _results(project: ResolvedProject) -> dict[str, Path]:
+    """The results of each step that measures some."""
+    files = {"evaluate": "results.json"} | ({"routing": "routing.json"} if project.method == "moe-lpr" else {})
+    files |= {"benchmarks": "harness.json"} if project.content.benchmarks else {}
+    return {step: _folder(project) / name for step, name in files.items()}
+
+
+def _models(project: ResolvedProject) -> list[str]:
+    return [f"base={project.base}", f"{project.method}={project.export}"]
+
+
+def _runs(project: ResolvedProject) -> list[str]:
+    return [str(project.folder / stage) for stage in project.stages]
+
+
+def _cost(project: ResolvedProject) -> dict[str, Any]:
+    """What it takes to run the finished model."""
+    layouts = project.layouts
+    return {"memory_gib": 1.2 * layouts.export_gib + 2, "gpus_per_node": layouts.evaluation_gpus}

@@ -1,0 +1,91 @@
+"""A step of a project as one object: its command, the flags that a user may set, and its tasks."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moelpr.project.project import Method
+from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
+from moelpr.project.workflow.task import Task
+from moelpr.train.arguments.recipes import recipe_argv
+
+Flags = Mapping[str, Any]
+METHODS = frozenset(MAIN_STAGE)
+MOE_LPR: frozenset[Method] = frozenset(("moe-lpr",))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of `moelpr run`.
+
+    Attributes:
+        name: Its name, and its key under `steps` in languages.yaml.
+        tool: The subcommand that it runs; empty if the user has no say in its flags.
+        make: Yields its tasks in a project: what they read and write, and what they cost. None if it lacks the step.
+        reserved: Flags that only the project sets, without dashes.
+        speed: Flags that decide how fast it is, not what it writes: nothing is done again when they change.
+        methods: The methods that have it.
+    """
+
+    name: str
+    tool: str
+    make: Callable[["Step", ResolvedProject], Iterable[Task]]
+    reserved: frozenset[str] = frozenset()
+    speed: frozenset[str] = frozenset()
+    methods: frozenset[Method] = METHODS
+
+    def tasks(self, project: ResolvedProject) -> list[Task]:
+        """The tasks of this step in a project."""
+        return [*self.make(self, project)] if project.method in self.methods else []
+
+    def task(
+        self,
+        project: ResolvedProject,
+        flags: Flags | Callable[[], Flags],
+        *positional: str,
+        name: str = "",
+        repeated: tuple[str, ...] = (),
+        settings: Sequence[str] = (),
+        **fields: Any,
+    ) -> Task:
+        """A task that runs the step's command; `fields` are those of `Task`.
+
+        Args:
+            flags: Flags that the project decides, or a function that returns them when the task's turn comes.
+            positional: Words before the flags.
+            name: Its name, if the step has several tasks.
+            repeated: Flags that are given once for each value.
+            settings: More words that decide how fast it is.
+        """
+
+        def command() -> list[str]:
+            return self.words(project, flags() if callable(flags) else flags, *positional, repeated=repeated)
+
+        return Task(
+            name=name or self.name,
+            command=command if callable(flags) else command(),
+            settings=[*settings, *self.speed_words(project)],
+            **fields,
+        )
+
+    def words(
+        self, project: ResolvedProject, flags: Flags, *positional: str, repeated: tuple[str, ...] = ()
+    ) -> list[str]:
+        """The command with flags of the project, where they have a value, and over them the user's."""
+        words = ["moelpr", *self.tool.split(), *positional]
+        own = {flag: value for flag, value in project.own(self.name).items() if flag not in self.speed}
+        for flag, value in {**flags, **own}.items():
+            for one in value if flag in repeated else [value]:
+                words += recipe_argv({f"--{flag}": one})
+        return words
+
+    def speed_words(self, project: ResolvedProject) -> list[str]:
+        """The user's flags that only decide how fast the step is."""
+        return recipe_argv({f"--{flag}": value for flag, value in project.own(self.name).items() if flag in self.speed})
+
+
+def step(
+    name: str, tool: str = "", *, reserved: str = "", speed: str = "", methods: frozenset[Method] = METHODS
+) -> Callable[[Callable[[Step, ResolvedProject], Iterable[Task]]], Step]:
+    """Make a step of the function that yields its tasks; the flags are separated by spaces."""
+    return lambda make: Step(name, tool, make, frozenset(reserved.split()), frozenset(speed.split()), methods)

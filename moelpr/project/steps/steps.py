@@ -1,0 +1,63 @@
+"""All steps of a project, and its tasks: from text to an evaluated Hugging Face model."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Collection
+
+from moelpr.base.errors import UserError, did_you_mean
+from moelpr.project.file import ProjectFile
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps import results, text, training
+from moelpr.project.steps.step import Step
+from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.workflow import Workflow
+from moelpr.train.arguments.supported import SUPPORTED
+
+# In the order in which they run.
+_STEPS = [text.download, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
+_STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.graft, results.evaluate]
+_STEPS += [results.routing, results.benchmarks, results.card, results.report, results.track]
+STEPS: dict[str, Step] = {step.name: step for step in _STEPS}
+
+
+def tasks_of(project: ResolvedProject) -> list[Task]:
+    """All tasks, in an order in which they can run."""
+    return [task for step in STEPS.values() for task in step.tasks(project)]
+
+
+def workflow_of(file: ProjectFile, redo: str | None = None) -> Workflow:
+    """The tasks in the project's folder; none starts after the file was edited.
+
+    Args:
+        redo: Stage to train again if it has changed, with those after it.
+    """
+    project = ResolvedProject(file)
+    again = project.stages[project.stages.index(redo) :] if redo in project.stages else []
+    return Workflow(project.folder, tasks_of(project), redo=again, check=file.check_unchanged)
+
+
+def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
+    """Check the flags of the steps that these tasks belong to.
+
+    Raises:
+        UserError: A step's command does not have a flag.
+    """
+    for name, flags in file.project.steps.items():
+        if not flags or not any(task == name or task.startswith(f"{name}-") for task in tasks):
+            continue
+        known, allowed = flags_of(STEPS[name]), flags.get("allow-untested", "")
+        known |= {*map(str, allowed if isinstance(allowed, list) else [allowed])}
+        for flag in flags:
+            if flag not in known:
+                hint = did_you_mean(flag, known, f"see moelpr {STEPS[name].tool} --help")
+                raise UserError(f"{file.at('steps', name, flag)}steps.{name}.{flag} is no flag of this step; {hint}")
+
+
+def flags_of(step: Step) -> set[str]:
+    """The flags of a step's command, without dashes: by its help, and of Megatron's those that the trainer supports."""
+    words = [sys.executable, "-m", "moelpr", *step.tool.split(), "--help"]
+    help_text = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"}).stdout
+    names = {*re.findall(r"(?<![\w-])--([a-z][\w-]*)", help_text)}
+    return names | SUPPORTED if step in training.STAGES else names

@@ -1,0 +1,174 @@
+"""The steps before the model: the base, its tokenizer, and a corpus of each language."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.project.file import local_files, text_bytes, versions
+from moelpr.project.project import Replay
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.step import MOE_LPR, Step, step
+from moelpr.project.workflow.task import Task
+
+# The aim is so many bytes of held-out text, but at most one document in twenty.
+_HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05
+_BYTES_PER_MINUTE, _WORKERS = 6e8, 8
+_DOWNLOADED = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_RESERVED = (
+    "input output-prefix language original-languages expanded-languages tokenizer-type tokenizer-model resume "
+    "overwrite conversations chat-template-from"
+)
+_SPEED = "workers log-interval"
+
+
+@step("download")
+def download(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Fetch the base from the Hub: weights, configuration and tokenizer, but no pickles and no code."""
+    if not project.is_downloaded:
+        return
+    command = ["-m", "huggingface_hub.cli.hf", "download", project.model_name, "--local-dir", str(project.base)]
+    command += [word for pattern in _DOWNLOADED for word in ("--include", pattern)]
+    command += ["--revision", project.revision] if project.revision else []
+    is_complete = (project.base / CONFIG_FILE).is_file
+    yield Task(name=step.name, command=command, is_complete=is_complete, shared=_shared(project))
+
+
+@step(
+    "vocabulary",
+    "data extend-tokenizer",
+    reserved="tokenizer input original save extended-tokenizer overwrite",
+    speed="workers",
+    methods=MOE_LPR,
+)
+def vocabulary(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Extend the base's tokenizer."""
+    if project.content.vocabulary is None:
+        return
+    flags: dict[str, Any] = {"tokenizer": project.base}
+    for flag, codes in (("input", project.expanded), ("original", project.original)):
+        flags[flag] = [f"{code}={text}" for code in codes for text in project.languages[code].text]
+    flags |= {"num-new-tokens": project.content.vocabulary.new_tokens, "save": project.tokenizer, "overwrite": True}
+    texts = [name for language in project.languages.values() for name in language.text]
+    yield step.task(
+        project,
+        flags,
+        made_from=project.base_task,
+        files=tuple(path for language in project.languages.values() for path in local_files(language.text)),
+        versions=versions(*texts),
+        is_complete=(project.tokenizer / "vocabulary_extension.json").is_file,
+        shared=_shared(project),
+    )
+
+
+@step("preprocess", "data preprocess", reserved=_RESERVED, speed=_SPEED)
+def preprocess(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Tokenize the text of a language, of which some is held out; of an original one, no more than stage 2 can use."""
+    for code, language in project.languages.items() if not project.content.corpora else ():
+        is_sample = code in project.original and not (project.content.mix.replay or project.content.text_output)
+        size = text_bytes(language)
+        share = None if language.held_out else held_out_share(size)
+        corpora = [project.corpus(code), *([project.corpus(f"{code}_validation")] if share else [])]
+        flags: dict[str, Any] = {
+            "append-eod": True,
+            "json-keys": language.json_key,
+            "filter": language.filter,
+            "validation-share": share,
+            "max-samples": 2 * (project.content.replay or Replay()).original_documents if is_sample else None,
+        }
+        yield _tokenize(
+            step,
+            project,
+            code,
+            language.text,
+            project.text / "data" / code,
+            flags,
+            is_complete=project.manifest(code).is_file,
+            corpora=() if is_sample else tuple(corpora),  # a sample is made by one job
+            shared=_shared(project),
+            minutes=0.1 + size / _BYTES_PER_MINUTE,
+            disk_gib=2 * size / 2**30,
+        )
+
+
+@step("conversations", "data preprocess", reserved=_RESERVED, speed=_SPEED, methods=MOE_LPR)
+def conversations(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Tokenize the conversations of a language by the chat template."""
+    for code in project.conversations:
+        corpus = project.chat_corpus(code)
+        flags: dict[str, Any] = {
+            "conversations": True,
+            "chat-template-from": project.content.chat_template,
+            "max-tokens": project.stage_flags("sft").get("seq-length"),
+        }
+        yield _tokenize(
+            step,
+            project,
+            code,
+            project.languages[code].conversations,
+            corpus.with_name(corpus.name.removesuffix("_messages_document")),
+            flags,
+            is_complete=Path(f"{corpus}.manifest.json").is_file,
+            corpora=(corpus,),
+        )
+
+
+def _tokenize(
+    step: Step,
+    project: ResolvedProject,
+    code: str,
+    names: list[str],
+    prefix: Path,
+    flags: dict[str, Any],
+    **fields: Any,
+) -> Task:
+    """Tokenize files of a language into corpora with a prefix."""
+    flags = {
+        "input": names,
+        "output-prefix": prefix,
+        "language": code,
+        "original-languages": ",".join(project.original),
+        "tokenizer-type": "HuggingFaceTokenizer",
+        "tokenizer-model": project.tokenizer,
+        **flags,
+        "resume": True,
+        "overwrite": True,
+    }
+    return step.task(
+        project,
+        flags,
+        name=f"{step.name}-{code}",
+        made_from=project.tokenizer_task,
+        files=tuple(local_files(names)),
+        versions=versions(*names),
+        unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
+        cpus=int(project.own(step.name).get("workers", _WORKERS)),
+        **fields,
+    )
+
+
+@step("replay", "data sample", reserved="input output-prefix overwrite", methods=MOE_LPR)
+def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Sample the text of stage 2 from the corpora of all languages."""
+    if project.replay is None or project.content.corpora:
+        return
+    flags: dict[str, Any] = {
+        "input": [project.corpus(code) for code in project.languages],
+        "output-prefix": project.corpus("replay"),
+        "original-documents": project.replay.original_documents,
+        "expanded-documents": project.replay.expanded_documents,
+        "overwrite": True,
+    }
+    made_from = tuple(f"preprocess-{code}" for code in project.languages)
+    is_complete = Path(f"{project.corpus('replay')}.idx").is_file
+    yield step.task(project, flags, made_from=made_from, is_complete=is_complete)
+
+
+def _shared(project: ResolvedProject) -> Path | None:
+    """The folder in which other projects may have done a task."""
+    return project.text if project.content.text_output else None
+
+
+def held_out_share(size: int) -> float:
+    """The fraction of the documents to hold out, to one digit: enough to evaluate on, at most one in twenty."""
+    return min(_MOST_HELD_OUT, float(f"{_HELD_OUT_BYTES / max(size, 1):.0e}"))

@@ -83,15 +83,6 @@ def check_conversations(run: RequestedRun) -> Iterable[str]:
             )
 
 
-def note_separate_conversations(run: RequestedRun) -> Iterable[str]:
-    """Not an error: padding is all that it costs."""
-    if not run.args.dataloader_inter_document_masking and any(map(has_conversations, training_blend(run)[0])):
-        yield (
-            "each conversation gets a sequence of its own, because attention would not keep several apart; "
-            "--dataloader-inter-document-masking --transformer-impl local packs them"
-        )
-
-
 def has_conversations(prefix: str) -> bool:
     """Whether a corpus has conversations, which are read whole."""
     return loss_bits_path(prefix).exists()
@@ -153,7 +144,7 @@ def _language_problems(item: str, prefix: str) -> Iterable[str]:
 
 
 def check_split(run: RequestedRun) -> Iterable[str]:
-    """The shares of --split; Megatron reads any digits that it finds, so that -1 is 1, and it ignores NaN."""
+    """--split divides the data of --data-path; Megatron reads any digits that it finds, so that -1 is 1."""
     if run.args.split is None:
         return
     parts = [part.strip() for part in run.args.split.split(",")]
@@ -163,36 +154,27 @@ def check_split(run: RequestedRun) -> Iterable[str]:
             f"--split must be up to three comma-separated numbers for training, validation and test data, the first "
             f"above 0, got {run.args.split}; for example 100,0,0"
         )
+    for name in ("train_data_path", "per_split_data_args_path"):
+        if getattr(run.args, name):
+            yield f"--split divides the data of --data-path, and {run.flag(name)} has that of each; remove --split"
 
 
-def check_split_applies(run: RequestedRun) -> Iterable[str]:
-    """--split divides the data of --data-path; other flags name the data of each split."""
-    given = [name for name in ("train_data_path", "per_split_data_args_path") if getattr(run.args, name)]
-    if run.args.split is not None and given:
-        other = run.flag(given[0])
-        yield f"--split divides the data of --data-path, and {other} names the data of each split; remove --split"
-
-
-def check_there_is_validation_data(run: RequestedRun) -> Iterable[str]:
-    """Otherwise Megatron fails at the first validation, after --eval-interval steps."""
-    args = run.args
-    share = re.match(r"[^,]*,[^,]*[1-9]", args.split or "")
-    if args.validation_data or args.valid_data_path or args.per_split_data_args_path or share:
-        return
-    for name in ("eval_iters", "full_validation"):
-        if name in run.explicit_args and getattr(args, name):
-            yield (
-                f"{run.flag(name)} requires validation data, which is missing; pass --validation-data LANG=PREFIX, or "
-                f"remove {run.flag(name)}"
-            )
-
-
-def check_loader(run: RequestedRun) -> Iterable[str]:
-    """What Megatron reports as a TypeError or AssertionError once the model is built."""
-    if run.args.dataloader_type == "external":
-        yield "--dataloader-type external has no loader here; remove it"
-    is_weighted = bool(run.args.data_path) and any(weights for _, weights in _valid_blends(run))
-    if run.args.full_validation and is_weighted and not run.args.validation_data:
+def check_validation_flags(run: RequestedRun) -> Iterable[str]:
+    """Validation has data, from one source; otherwise Megatron fails at the first pass, after --eval-interval steps."""
+    args, share = run.args, re.match(r"[^,]*,[^,]*[1-9]", run.args.split or "")
+    if args.validation_data:
+        for name in _MEGATRON_VALIDATION:
+            is_training_only = name == "split" and not re.search(",.*[1-9]", args.split or "")
+            if name in run.explicit_args and not is_training_only:
+                yield f"{run.flag(name)} and --validation-data are mutually exclusive; keep --validation-data"
+    elif not (args.valid_data_path or args.per_split_data_args_path or share):
+        for name in ("eval_iters", "full_validation"):
+            if name in run.explicit_args and getattr(args, name):
+                yield (
+                    f"{run.flag(name)} requires validation data, which is missing; pass --validation-data LANG=PREFIX, "
+                    f"or remove {run.flag(name)}"
+                )
+    elif args.full_validation and args.data_path and any(weights for _, weights in _valid_blends(run)):
         yield (
             "--full-validation does not work with weights in --data-path; pass --validation-data LANG=PREFIX instead, "
             "or remove the weights"
@@ -241,14 +223,6 @@ def _can_be_cached(folder: Path) -> bool:
     """Whether files can be written there; a read-only folder with some may have those of this run."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return os.access(existing, os.W_OK | os.X_OK) or any(folder.glob("*.npy"))
-
-
-def check_validation_flags(run: RequestedRun) -> Iterable[str]:
-    """No other flag controls validation; a --split without validation data is allowed."""
-    for name in _MEGATRON_VALIDATION if run.args.validation_data else ():
-        is_training_only = name == "split" and not re.search(",.*[1-9]", run.args.split or "")
-        if name in run.explicit_args and not is_training_only:
-            yield f"{run.flag(name)} and --validation-data are mutually exclusive; keep --validation-data"
 
 
 def _missing(prefix: str) -> str:
@@ -312,3 +286,15 @@ def _compare_tokenizers(run: RequestedRun) -> Iterable[tuple[bool, str]]:
 
 
 _compare = functools.cache(compare_tokenizers)  # most corpora share a tokenizer, and it is needed twice
+
+CHECKS = (
+    check_corpora,
+    check_original_tokens,
+    check_conversations,
+    check_tokenizers,
+    check_validation_data,
+    check_split,
+    check_validation_flags,
+    check_skipped_steps,
+    check_cache_folders,
+)

@@ -41,15 +41,11 @@ _RANGES: dict[tuple[int, float], str] = {
 }
 
 
-def check_required_flags(run: RequestedRun) -> Iterable[str]:
-    """Flags without a default are given, by recipe or command line."""
+def check_presence(run: RequestedRun) -> Iterable[str]:
+    """Flags without a default are given; length of training, data and dtype only once."""
     for usage, names in _REQUIRED.items():
         if run.recipe_is_read and not any(name in run.explicit_args for name in names):
             yield f"{usage.split()[0]} is required; pass {usage}"
-
-
-def check_exclusive_flags(run: RequestedRun) -> Iterable[str]:
-    """Length of training, data and dtype are given once."""
     for names in _EXCLUSIVE:
         given = [run.flag(name) for name in names if name in run.explicit_args]
         if len(given) > 1:
@@ -88,22 +84,18 @@ def check_ranges(run: RequestedRun) -> Iterable[str]:
         yield f"--lr-warmup-init must be at most --lr {lr}, got {run.args.lr_warmup_init}"
 
 
-def check_warmup(run: RequestedRun) -> Iterable[str]:
-    """The learning rate rises to its maximum within the run."""
+def check_schedule(run: RequestedRun) -> Iterable[str]:
+    """The learning rate rises within the run, and its decay, and a weight decay that grows, have all their settings."""
+    args = run.args
     for unit in ("iters", "samples"):
-        warmup, decay = getattr(run.args, f"lr_warmup_{unit}"), getattr(run.args, f"lr_decay_{unit}")
+        warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"lr_decay_{unit}")
         end = f"lr_decay_{unit}" if decay is not None else f"train_{unit}"
-        length = getattr(run.args, end)
+        length = getattr(args, end)
         if warmup and length is not None and warmup >= length >= 1:
             yield (
                 f"{run.flag(f'lr_warmup_{unit}')} must be below {run.flag(end)} {length}, got {warmup}; pass, for "
                 f"example, {length // 10}"
             )
-
-
-def check_decay(run: RequestedRun) -> Iterable[str]:
-    """The learning rate's decay, and a weight decay that grows, have their other settings."""
-    args = run.args
     unit = "samples" if args.train_iters is None and args.train_samples is not None else "iters"
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         yield f"--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-{unit} N"
@@ -124,3 +116,6 @@ def check_trackers(run: RequestedRun) -> Iterable[str]:
     for flag in TRACKERS:
         if getattr(run.args, flag, None) and not run.args.save:
             yield f"{run.flag(flag)} requires --save, whose metrics a tracker gets; add it"
+
+
+CHECKS = (check_presence, check_optimizer, check_ranges, check_schedule, check_trackers)

@@ -14,19 +14,14 @@ from moelpr.plan import memory
 from moelpr.train.arguments.requested import RequestedRun
 
 
-def check_load_folder(run: RequestedRun) -> Iterable[str]:
-    """Without it Megatron would start from --pretrained-checkpoint without a message."""
-    load = run.args.load
-    if load and load != run.args.save and run.checkpoint not in (None, Path(load)):
+def check_folders(run: RequestedRun) -> Iterable[str]:
+    """--load has a checkpoint, and --save gets steps of one run only, as it has one base_checkpoint.json."""
+    load, save = run.args.load, run.args.save
+    if load and load != save and run.checkpoint not in (None, Path(load)):
         yield (
             f"--load {load} contains no checkpoint ({TRACKER_FILE} is missing), so the run would start from "
             f"{run.checkpoint}; use another folder, or remove --load"
         )
-
-
-def check_save_folder(run: RequestedRun) -> Iterable[str]:
-    """Otherwise one folder would contain steps of two runs, but only one base_checkpoint.json."""
-    save = run.args.save
     if not save or not (Path(save) / TRACKER_FILE).exists() or run.checkpoint is None:
         return
     if not run.is_resumed or run.checkpoint != Path(save):
@@ -69,3 +64,6 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
         args.save_trained_only,
         not args.no_save_optim,
     )
+
+
+CHECKS = (check_folders, check_save_disk)

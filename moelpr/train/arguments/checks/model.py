@@ -63,8 +63,11 @@ def check_model_flags(run: RequestedRun) -> Iterable[str]:
 
 
 def check_supported_flags(run: RequestedRun) -> Iterable[str]:
-    """Flags of Megatron are tested with this trainer, or allowed by --allow-untested."""
-    allowed = _allowed(run)
+    """Flags of Megatron are tested with this trainer, or allowed by --allow-untested, whose flags exist."""
+    allowed, known = _allowed(run), [flag.removeprefix("--") for flag in all_arguments().flags()]
+    for flag in allowed:
+        if flag not in known:
+            yield f"--allow-untested {flag}: Megatron has no such flag; {suggestion(flag, known)}"
     for flag, name in _other_flags(run):
         if flag in supported.REFUSED:
             yield f"--{flag} is not supported: {supported.REFUSED[flag]}"
@@ -73,14 +76,6 @@ def check_supported_flags(run: RequestedRun) -> Iterable[str]:
             yield f"--{flag} is not supported: {why}; remove it"
         elif flag not in allowed:
             yield f"--{flag} is not tested with this trainer; remove it, or pass --allow-untested {flag} too"
-
-
-def check_allowed_flags(run: RequestedRun) -> Iterable[str]:
-    """The flags of --allow-untested exist."""
-    known = [flag.removeprefix("--") for flag in all_arguments().flags()]
-    for flag in _allowed(run):
-        if flag not in known:
-            yield f"--allow-untested {flag}: Megatron has no such flag; {suggestion(flag, known)}"
 
 
 def note_untested_flags(run: RequestedRun) -> Iterable[str]:
@@ -115,6 +110,8 @@ def check_method(run: RequestedRun) -> Iterable[str]:
                 yield f"{run.flag(name)} does not apply to --stage {args.stage}; remove it, or use --stage stage1"
     if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
+    if args.stage != "dense" and args.defer_embedding_wgrad_compute:  # frozen and partly trained layers cannot
+        yield f"--defer-embedding-wgrad-compute does not support --stage {args.stage}; remove it"
 
 
 def check_stage1_experts(run: RequestedRun) -> Iterable[str]:
@@ -159,12 +156,6 @@ def check_new_tokens(run: RequestedRun) -> Iterable[str]:
             yield f"{run.flag(name)} does not apply to --stage stage0, which trains only rows of new tokens; remove it"
 
 
-def check_deferred_gradient(run: RequestedRun) -> Iterable[str]:
-    """Frozen and partly trained layers cannot defer it, nor experts that are Megatron's linear layers."""
-    if run.args.stage != "dense" and run.args.defer_embedding_wgrad_compute:
-        yield f"--defer-embedding-wgrad-compute does not support --stage {run.args.stage}; remove it"
-
-
 def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
     """Flags that need Transformer Engine, or PyTorch's attention in place of it."""
     args = run.args
@@ -192,17 +183,13 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
         yield f"{flag} requires Transformer Engine; install it with {install_command('gpu')}, or remove the flag"
 
 
-def note_stage2_without_stage1(run: RequestedRun) -> Iterable[str]:
-    """Not an error: it is a possible ablation."""
+def note_untrained(run: RequestedRun) -> Iterable[str]:
+    """Not errors: stage 2 of untrained experts, and stage 1 of a model whose new tokens keep the means they had."""
     if run.args.stage in ("stage2", "sft") and run.record is None:
         yield (
             f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
             "untrained copies; pass the --save folder of stage 1"
         )
-
-
-def note_untrained_new_rows(run: RequestedRun) -> Iterable[str]:
-    """Not an error: stage 1 of a model whose new tokens keep the means they started as."""
     is_untrained = run.spec is not None and run.spec.new_tokens is not None and run.record is None
     if is_untrained and run.args.stage == "stage1" and not run.args.train_new_embeddings:
         yield (
@@ -220,3 +207,15 @@ def note_second_round(run: RequestedRun) -> Iterable[str]:
         )
         if run.args.stage1_experts == "new":
             yield "with --stage1-experts new, tokens cannot choose the experts of earlier rounds either until stage 2"
+
+
+CHECKS = (
+    check_checkpoint_kind,
+    check_model_flags,
+    check_supported_flags,
+    check_method,
+    check_stage1_experts,
+    check_new_tokens,
+    check_transformer_engine,
+)
+NOTES = (note_untested_flags, note_untrained, note_second_round)

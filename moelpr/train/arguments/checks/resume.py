@@ -198,30 +198,27 @@ def _as_flags(names: list[str], settings: Mapping[str, Any]) -> str:
     return ", ".join(flags)
 
 
-def note_reset_optimizer(run: RequestedRun) -> Iterable[str]:
-    """There is no optimizer state to load (`apply_method`)."""
+def note_resume(run: RequestedRun) -> Iterable[str]:
+    """The settings that a resumed run does not follow, or follows again at every start."""
+    step, last = run.args.ckpt_step, run.saved_step
+    if not run.is_resumed or run.checkpoint is None:
+        return
     if run.has_no_optimizer_state and not run.args.no_load_optim:
         yield (
             f"enabled --no-load-optim, because {run.checkpoint} was saved with --no-save-optim: the optimizer starts "
             "afresh, the learning-rate schedule does not"
         )
-
-
-def note_ignored_step(run: RequestedRun) -> Iterable[str]:
-    """--ckpt-step selects a step of the first start only."""
-    step = run.args.ckpt_step
-    if run.is_resumed and step is not None and run.step is None:
+    if step is not None and run.step is None:
         yield (
             f"--ckpt-step {step} selects a step of --pretrained-checkpoint; this run resumes from the latest step in "
             f"{run.checkpoint} (to return to its own step {step}, remove --pretrained-checkpoint)"
         )
-
-
-def note_repeated_return(run: RequestedRun) -> Iterable[str]:
-    """The same command, as a requeued job has it, returns to the step at every start."""
-    step, last = run.step, run.saved_step
-    if run.is_resumed and run.checkpoint is not None and step is not None and last is not None and step < last:
+    elif step is not None and last is not None and step < last:
         yield (
             f"--ckpt-step returns to step {step}, though {run.checkpoint} has step {last}; so does every start of this "
             f"command: to return once, write {step} into {run.checkpoint / TRACKER_FILE} instead"
         )
+
+
+CHECKS = (check_resumed_run, check_resumed_model, check_optimizer_state, check_schedule)
+NOTES = (note_resume,)

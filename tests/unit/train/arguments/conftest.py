@@ -6,14 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.model.megatron import bootstrap
-from moelpr.model.model_spec import ModelSpec
+from moelpr.model.model_spec import ModelSpec, NewTokens
 
 # Before Megatron is imported: so the tests import moelpr.train.arguments inside functions.
 bootstrap.install_patches()
@@ -61,13 +63,52 @@ def make_checkpoint(tmp_path: Path, moe_spec: ModelSpec) -> Callable[..., str]:
 
 
 @pytest.fixture
-def upcycled(make_checkpoint: Callable[..., str]) -> str:
-    return make_checkpoint("upcycled")
+def checkpoint(make_checkpoint: Callable[..., str], moe_spec: ModelSpec, dense_spec: ModelSpec) -> Callable[[str], str]:
+    """A checkpoint of each kind, by its name."""
+
+    def make(name: str) -> str:
+        grown = moe_spec.megatron_args | {"vocab_size": 140}
+        specs = {
+            "dense": dense_spec,
+            "few": replace(moe_spec, moe=replace(moe_spec.moe, num_new_experts=1)),
+            "some-layers": replace(moe_spec, moe=replace(moe_spec.moe, layers=(0, 2))),
+            "second-round": replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3)),
+            "grown": replace(moe_spec, megatron_args=grown, new_tokens=NewTokens(120, 20, 128)),
+        }
+        shapes = {"six": {"num_layers": 6}, "one-group": {"num_query_groups": 1}, "odd": {"vocab_size": 131}}
+        return make_checkpoint(name, specs.get(name, moe_spec), shapes.get(name))
+
+    return make
 
 
 @pytest.fixture
-def dense(make_checkpoint: Callable[..., str], dense_spec: ModelSpec) -> str:
-    return make_checkpoint("dense", dense_spec)
+def upcycled(checkpoint: Callable[[str], str]) -> str:
+    return checkpoint("upcycled")
+
+
+@pytest.fixture
+def dense(checkpoint: Callable[[str], str]) -> str:
+    return checkpoint("dense")
+
+
+@pytest.fixture
+def grown(checkpoint: Callable[[str], str]) -> str:
+    return checkpoint("grown")
+
+
+@pytest.fixture
+def write_corpus(tmp_path: Path) -> Callable[..., str]:
+    """Writes documents of 20 tokens, each original or not; returns their prefix."""
+
+    def write(name: str, *is_original: bool) -> str:
+        with CorpusWriter(tmp_path / name, vocab_size=128) as writer:
+            for bit in is_original:
+                writer.add_document(np.arange(20), bit)
+            writer.finalize()
+            writer.commit()
+        return str(tmp_path / name)
+
+    return write
 
 
 @pytest.fixture

@@ -134,11 +134,6 @@ def test_the_command_lines_length_takes_the_place_of_the_recipes(resolved: Resol
     assert resolved("--recipe", str(recipe))[0] == 10
 
 
-def test_two_lengths_are_refused(upcycled: str, problems) -> None:
-    (found,) = problems("stage1", upcycled, "--train-tokens", "64K", "--train-epochs", "1")  # and --train-iters
-    assert found.startswith("--train-iters and --train-tokens and --train-epochs are mutually exclusive")
-
-
 @pytest.mark.parametrize("epochs", ["nan", "inf", "-1", "1e6"])
 def test_epochs_are_a_positive_number(upcycled: str, problems, epochs: str) -> None:
     (found,) = problems("stage1", upcycled, *STEP[2:], "--train-epochs", epochs, steps=False)

@@ -99,10 +99,3 @@ def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_tr
     assert size("stage1", train_everything=True) == full * 14
     assert size("stage0", save_trained_only=True) == 128 * 32 * 14
     assert size("stage1", train_new_embeddings=True) == full * 2 + (new + routers + 128 * 32) * 12
-
-
-def test_a_recipes_retain_interval_follows_the_save_interval(upcycled: str, accepted) -> None:
-    found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "300")
-    assert found["save_retain_interval"] == 10200
-    found = accepted("stage1", upcycled, "--save-retain-interval", "10000", "--save-interval", "500")
-    assert found["save_retain_interval"] == 10000

@@ -59,13 +59,13 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
 
     dense = save_random_model(LlamaConfig(num_hidden_layers=num_layers, **SHAPE), folder / "dense")
     extended = save_tokenizers(dense, folder / "tokenizer")
-    upcycle = "checkpoint_convert.hf_to_mcore --num-new-experts 3"
+    upcycle = "checkpoint_convert.convert --num-new-experts 3"
     steps = {
         "upcycle": ("dense", f"{upcycle} --hf-path"),
         "upcycle, new tokens": ("dense", f"{upcycle} --extended-tokenizer {extended} --hf-path"),
-        "export MoE": ("upcycle", "checkpoint_convert.mcore_to_hf --load"),
-        "import dense": ("dense", "checkpoint_convert.hf_to_mcore --dense --hf-path"),
-        "export dense": ("import dense", "checkpoint_convert.mcore_to_hf --load"),
+        "export MoE": ("upcycle", "checkpoint_convert.export --load"),
+        "import dense": ("dense", "checkpoint_convert.convert --dense --hf-path"),
+        "export dense": ("import dense", "checkpoint_convert.export --load"),
     }
     rows = []
     for name, (source_name, command) in steps.items():

@@ -10,8 +10,8 @@ Weights stream, one tensor at a time.
 import argparse
 from pathlib import Path
 
+from checkpoint_convert.card.graft_record import PARTS
 from checkpoint_convert.common.arguments import add_output_options
-from checkpoint_convert.conversions.graft_record import PARTS
 from checkpoint_convert.hf.hub import find_model
 from moelpr.base.command import CommandParser, run_command
 

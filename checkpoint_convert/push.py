@@ -30,7 +30,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _parse_arguments()
-    from checkpoint_convert.hub.upload import Upload, check_name
+    from checkpoint_convert.card.upload import Upload, check_name
 
     check_name(args.repository)
     upload = Upload.of(args.folder, args.allow_paths)

@@ -28,7 +28,7 @@ def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path, *, made_fr
 
 def convert(save: Path, hf_path: Path, *, made_from: tuple[str, ...]) -> Task:
     """Convert a dense Hugging Face model to a Megatron checkpoint."""
-    words: Words = ["checkpoint_convert/hf_to_mcore.py", "--hf-path", hf_path, "--save", save, "--dense", "--overwrite"]
+    words: Words = ["checkpoint_convert/convert.py", "--hf-path", hf_path, "--save", save, "--dense", "--overwrite"]
     is_complete = (save / SPEC_FILE).is_file
     return Task(name=f"convert-{save.name}", command=words, made_from=made_from, is_complete=is_complete)
 
@@ -59,7 +59,7 @@ def train(save: Path, start: Path, data: Path, blend: Mapping[str, float], *, ma
 def export(run: Path) -> Task:
     """Export the model of a training run as `<run>-hf`."""
     save = run.with_name(f"{run.name}-hf")
-    words: Words = ["checkpoint_convert/mcore_to_hf.py", "--load", run, "--save", save, "--overwrite"]
+    words: Words = ["checkpoint_convert/export.py", "--load", run, "--save", save, "--overwrite"]
     is_complete = (save / CONFIG_FILE).is_file
     return Task(name=f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
 

@@ -43,8 +43,8 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "data extend-tokenizer": Tool("data_tools.extend_tokenizer", "add tokens for new languages to a tokenizer"),
     },
     "Model": {
-        "model convert": Tool("checkpoint_convert.hf_to_mcore", "convert a Hugging Face model, and add experts"),
-        "model export": Tool("checkpoint_convert.mcore_to_hf", "export a checkpoint as a Hugging Face model"),
+        "model convert": Tool("checkpoint_convert.convert", "convert a Hugging Face model, and add experts"),
+        "model export": Tool("checkpoint_convert.export", "export a checkpoint as a Hugging Face model"),
         "model verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
         "model calibrate": Tool(
             "checkpoint_convert.calibrate", "keep text of other languages with the original expert"

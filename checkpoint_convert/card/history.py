@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
 from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, step_folder

@@ -10,8 +10,8 @@ from checkpoint_convert.card.front_matter import front_matter, inherited
 from checkpoint_convert.card.history import History
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
+from checkpoint_convert.common.megatron_folder import MegatronReader, num_elements
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
-from checkpoint_convert.mcore.megatron_folder import MegatronReader, num_elements
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import installed_versions
 from moelpr.data.vocabulary_extension import VocabularyExtension

@@ -9,13 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from checkpoint_convert.card.graft_record import Graft
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS
-from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.conversions.model_pairs import Described, moe_class_of, open_tensors, pieces_since
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import new_rows, shape_without, without_rows
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.checksums import Verify
 from moelpr.model.stages import VOCABULARY_PARTS, Part
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from checkpoint_convert.card.history import check_frozen_is_the_base
 from checkpoint_convert.card.model_card import CardFacts, model_card
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.hf.companions import write_companions
@@ -27,7 +28,6 @@ from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.safetensors_writer import raw_bytes, write_weights
 from checkpoint_convert.hf.vocabulary_rows import grow, shape_without
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base import checksums
 from moelpr.base.checksums import FileSum, Verify
 from moelpr.base.errors import UserError

@@ -12,6 +12,7 @@ from torch import Tensor
 from checkpoint_convert.card.history import check_separable, read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.card.origin import Origin
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.delta import (
     DELTA_STEM,
@@ -30,7 +31,6 @@ from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
 from checkpoint_convert.hf.safetensors_writer import write_weights
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.graft_record import Graft, Only
 from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.graft_record import Graft, Only
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.chat_tokenizer import with_chat_settings, write_chat_tokenizer
 from checkpoint_convert.hf.checks import check_same_tokenizer

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from checkpoint_convert.card.graft_record import PARTS, Only
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
-from checkpoint_convert.conversions.graft_record import PARTS, Only
 from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype

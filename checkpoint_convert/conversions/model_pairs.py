@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.models import is_megatron

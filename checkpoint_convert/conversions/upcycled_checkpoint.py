@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from checkpoint_convert.card.origin import Origin, StartSettings
+from checkpoint_convert.common.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
 from checkpoint_convert.hf.checks import check_tokenizer, check_weights
@@ -17,7 +18,6 @@ from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import read_extension
-from checkpoint_convert.mcore.megatron_folder import SIGNS, num_elements, write_checkpoint
 from moelpr.base import records
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError

@@ -145,16 +145,16 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("preprocess", "hf/tokenizer*.json", right_tokens),
         Reading("sentencepiece", "words.model", anything),
         Reading("extend", "hf/tokenizer*.json", anything),
-        Reading("hf_to_mcore", "hf/tokenizer*.json", same_tensors),
+        Reading("convert", "hf/tokenizer*.json", same_tensors),
         Reading("new tokens", "extended/*.json", anything),  # a damaged ID of an old token may be that of another
-        Reading("mcore_to_hf", "checkpoint/hf/tokenizer*.json", same_tensors),
+        Reading("export", "checkpoint/hf/tokenizer*.json", same_tensors),
         Reading("settings", "checkpoint/hf/tokenizer*.json", same_settings, 0.3),
         Reading("evaluate", "hf/tokenizer*.json", anything, 0.2),
     ),
     "configs": (
-        Reading("hf_to_mcore", "hf/config.json hf/generation_config.json", same_tensors),
+        Reading("convert", "hf/config.json hf/generation_config.json", same_tensors),
         Reading("another round", "export/config.json export/generation_config.json", same_tensors),
-        Reading("mcore_to_hf", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
+        Reading("export", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
         Reading("apply_delta", "delta/*.json hf/config.json", same_tensors),
         Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
         Reading("plan", "hf/config.json", anything),
@@ -163,13 +163,13 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("train", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.03),
     ),
     "weights": (
-        Reading("hf_to_mcore", "hf/*.safetensors", anything),  # downloaded, without checksums
+        Reading("convert", "hf/*.safetensors", anything),  # downloaded, without checksums
         Reading("another round", "export/*.safetensors export/checksums.json", same_files),
         Reading("apply_delta", "delta/*.safetensors delta/checksums.json hf/*.safetensors", same_files),
         Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
     ),
     "checkpoints": (
-        Reading("mcore_to_hf", f"{inside(START, STEP)} checkpoint/*.txt", same_files),
+        Reading("export", f"{inside(START, STEP)} checkpoint/*.txt", same_files),
         Reading("export a run", inside(LAST, STEP), same_files),
         Reading("export a run", "stage1/*.txt", same_tensors),
         Reading("delta", inside(LAST, STEP), same_files),
@@ -250,8 +250,8 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "preprocess conversations": ("--resume", same_files),
     "merge large corpora": ("", same_files),
     "sample a large corpus": ("", same_files),
-    "hf_to_mcore": ("", same_files),
-    "mcore_to_hf": ("", same_files),
+    "convert": ("", same_files),
+    "export": ("", same_files),
     "apply_delta": ("", same_files),
     "train": ("", same_run),
 }

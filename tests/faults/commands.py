@@ -92,26 +92,26 @@ COMMANDS = {
         "--save out/tokenizer --workers 1",
         "text hf",
     ),
-    "hf_to_mcore": Command(
-        "checkpoint_convert.hf_to_mcore",
+    "convert": Command(
+        "checkpoint_convert.convert",
         "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",
         "hf",
     ),
     "new tokens": Command(
-        "checkpoint_convert.hf_to_mcore",
+        "checkpoint_convert.convert",
         "--hf-path hf --extended-tokenizer extended --save out/checkpoint --num-new-experts 2",
         "hf extended",
     ),
     "another round": Command(
-        "checkpoint_convert.hf_to_mcore", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
+        "checkpoint_convert.convert", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
     ),
-    "mcore_to_hf": Command(
-        "checkpoint_convert.mcore_to_hf", "--load checkpoint --save out/hf --max-shard-size 100KB", "checkpoint"
+    "export": Command(
+        "checkpoint_convert.export", "--load checkpoint --save out/hf --max-shard-size 100KB", "checkpoint"
     ),
     "export a run": Command(
-        "checkpoint_convert.mcore_to_hf", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
+        "checkpoint_convert.export", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
     ),
-    "delta": Command("checkpoint_convert.mcore_to_hf", "--load stage1 --save out/delta --delta", "stage1 checkpoint"),
+    "delta": Command("checkpoint_convert.export", "--load stage1 --save out/delta --delta", "stage1 checkpoint"),
     "apply_delta": Command("checkpoint_convert.apply_delta", "--base hf --delta delta --save out/hf", "hf delta"),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
     "train on two ranks": Command(

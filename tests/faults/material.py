@@ -54,8 +54,8 @@ def make(folder: Path) -> None:
     in_child(lambda: write_sources(folder))
     write_corpora(folder)
     for name, source, target in (
-        ("hf_to_mcore", "checkpoint", "checkpoint"),
-        ("mcore_to_hf", "hf", "export"),
+        ("convert", "checkpoint", "checkpoint"),
+        ("export", "hf", "export"),
         ("train", "run", "stage1"),
         ("delta", "delta", "delta"),
         ("preprocess a large file", ".", "large"),

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 from checkpoint_convert import apply_delta as apply_delta_module
+from checkpoint_convert import convert as importer
+from checkpoint_convert import export as exporter
 from checkpoint_convert import graft as grafter
-from checkpoint_convert import hf_to_mcore as importer
-from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
@@ -18,7 +19,6 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base import checksums
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError

@@ -12,12 +12,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
 from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.families.tables import Piece

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec, NewTokens

@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoint_convert import convert as importer
+from checkpoint_convert import export as exporter
 from checkpoint_convert import graft as grafter
-from checkpoint_convert import hf_to_mcore as importer
-from checkpoint_convert import mcore_to_hf as exporter
 from checkpoint_convert import verify as verifier
+from checkpoint_convert.card.graft_record import Graft
 from checkpoint_convert.compare.tensors import compare_graft
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.graft_record import Graft
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.instruct_difference import add_difference

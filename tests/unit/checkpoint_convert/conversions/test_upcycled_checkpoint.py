@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from checkpoint_convert.mcore.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.families.new_experts import NewExperts

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert import hf_to_mcore as importer
+from checkpoint_convert import convert as importer
 from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert.hub.upload import Upload, check_name
+from checkpoint_convert.card.upload import Upload, check_name
 from moelpr.base.errors import UserError
 from tests.support.hf_models import make_model  # noqa: F401
 from tests.support.local_hub import TOKEN, LocalHub, local_hub

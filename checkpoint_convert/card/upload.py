@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.card.front_matter import read_card
-from checkpoint_convert.conversions.graft_record import Graft
+from checkpoint_convert.card.graft_record import Graft
 from checkpoint_convert.hf.hub import DOWNLOADED
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, MODEL_STEM
 from moelpr.base import records

@@ -43,6 +43,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
 from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.base.versions import installed_versions
+from moelpr.measure.report.page import Table, markdown_table
 from moelpr.model.checkpoints.chain import RELEASE
 from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.gpus import GIB, GPUS, Cluster, gpu_named
@@ -325,37 +326,33 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
 
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
-    """Return log.md's section."""
+    """Return the section of log.md."""
     tests, trainer, dry, steps, traffic = parts
     shape, sizes = spec.megatron_args, machine.sizes
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     kind = " (dry run: the numbers mean nothing)" if machine.is_dry_run else ""
+    rows = []
+    for run in runs:
+        measured, expected = ((part.results or {}).get(run.name, {}) for part in (trainer, dry))
+        planned = {"tokens_per_s": run.predicted_tokens_per_s, "memory_gib": run.planned_bytes / GIB}
+        cells = [
+            *(_cell(of, "tokens_per_s", ",.0f") for of in (measured, planned)),
+            _cell(measured, "share_of_matmul_rate", ".0%"),
+            *(_cell(of, "memory_gib", ".2f") for of in (measured, planned, expected)),
+            *(_cell(of, key, ",") for key in ("kernels", "waits") for of in (measured, expected)),
+        ]
+        rows.append([f"trainer, {run.name}", *cells])
+    for name, measured in (steps.results or {}).get("contenders", {}).items():
+        cells = [_cell(measured, "tokens_per_s", ",.0f"), "–", _cell(measured, "share_of_matmul_rate", ".0%")]
+        rows.append([f"train_step, one GPU: {name}", *cells])
+    head = "tokens/s per GPU|predicted|share of matmul rate|memory, GiB|planned|dry run|kernels of a step|dry run"
     lines = [
-        f"## {date.today()}: first contact with {machine.ranks} × {machine.name}{kind}",
-        "",
+        f"## {date.today()}: first contact with {machine.ranks} × {machine.name}{kind}\n\n"
         f"`launch/first_contact.sh`; {versions}. Trainer: {shape['num_layers']} layers of hidden size "
         f"{shape['hidden_size']}, {sizes.new_experts} new experts, top-2, micro-batches of {sizes.micro_batch_size} × "
-        f"{sizes.seq_length} tokens, random weights and text; medians of {STEPS} steps.",
-        "",
-        f"| {machine.name} | tokens/s per GPU | predicted | share of matmul rate | memory, GiB | planned | dry run | "
-        "kernels of a step | dry run | waits of a step | dry run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"{sizes.seq_length} tokens, random weights and text; medians of {STEPS} steps.\n",
+        markdown_table(Table([machine.name, *head.split("|"), "waits of a step", "dry run"], rows)) + "\n",
     ]
-    for run in runs:
-        found, expected = ((part.results or {}).get(run.name) for part in (trainer, dry))
-        lines.append(
-            f"| trainer, {run.name} | {_number(found, 'tokens_per_s', ',.0f')} | "
-            f"{'–' if run.predicted_tokens_per_s is None else f'{run.predicted_tokens_per_s:,.0f}'} | "
-            f"{_number(found, 'share_of_matmul_rate', '.0%')} | {_number(found, 'memory_gib', '.2f')} | "
-            f"{run.planned_bytes / GIB:.2f} | {_number(expected, 'memory_gib', '.2f')} | "
-            + "".join(f"{_number(one, key, ',')} | " for key in ("kernels", "waits") for one in (found, expected))
-        )
-    for name, found in (steps.results or {}).get("contenders", {}).items():
-        lines.append(
-            f"| train_step, one GPU: {name} | {_number(found, 'tokens_per_s', ',.0f')} | – | "
-            f"{_number(found, 'share_of_matmul_rate', '.0%')} | – | – |"
-        )
-    lines.append("")
     if trainer.results:
         rates = [rate / 1e12 for rate in trainer.results["matmul_flops"]]
         sheet = f", data sheet {machine.cluster.gpu.flops / 1e12:.0f}" if machine.cluster.gpu else ""
@@ -372,8 +369,8 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
     return "\n".join([*lines, f"- {'; '.join(outcomes)}."]) + "\n"
 
 
-def _number(found: dict[str, Any] | None, key: str, form: str) -> str:
-    return format(found[key], form) if found and key in found else "–"
+def _cell(numbers: dict[str, Any], key: str, form: str) -> str:
+    return "–" if numbers.get(key) is None else format(numbers[key], form)
 
 
 def _parser() -> argparse.ArgumentParser:

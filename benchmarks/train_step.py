@@ -1,4 +1,4 @@
-"""Tokens per second of a stage-1 and a stage-2 step in one process, against three peers and the rate of a large matmul.
+"""Tokens per second of a stage-1 and a stage-2 step in one process, against two peers and the rate of a large matmul.
 
     python -m benchmarks.train_step [--hybrid] [--json FILE]
 
@@ -12,7 +12,6 @@ the six languages. Stage 2 should be at least 1.5 times as fast as stage 1.
 - ours: model and freezing of the trainer, Megatron's DistributedDataParallel, schedule and optimizer.
 - plain Megatron: the same with Megatron's MoELayer and SequentialMLP over all E experts, every parameter trained,
   routed as in stage 2 (it computes K rows per token with any routing).
-- Python loop: transformers' Qwen2 with a loop over experts and the same two stages (baselines/loop_moe.py).
 - stock transformers: Qwen2Moe with grouped_mm and a masked gradient, the same two stages (baselines/stock_moe.py).
 
 With --hybrid, the model is a Qwen3.5, three of whose four layers have linear attention, and the only peer is stock
@@ -51,8 +50,6 @@ MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 RATIOS = {  # slower, faster
     "stage1 to plain Megatron": ("plain Megatron", "ours, stage1"),
     "stage2 to plain Megatron": ("plain Megatron", "ours, stage2"),
-    "stage1 to Python loop": ("Python loop, stage1", "ours, stage1"),
-    "stage2 to Python loop": ("Python loop, stage2", "ours, stage2"),
     "stage1 to stock transformers": ("stock transformers, stage1", "ours, stage1"),
     "stage2 to stock transformers": ("stock transformers, stage2", "ours, stage2"),
     "stage2 to stage1": ("ours, stage1", "ours, stage2"),
@@ -134,7 +131,6 @@ def rows_of(choices_TK: Tensor, original_copies: int) -> tuple[int, int]:
 
 def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStage, RecordedRouting]) -> dict:
     """Times, rates and ratios of all contenders, as written to JSON."""
-    from benchmarks.baselines.loop_moe import LoopStep
     from benchmarks.baselines.stock_moe import StockStep
     from benchmarks.optimizer_steps import DEVICE, our_step, plain_step, random_batch
 
@@ -150,7 +146,6 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
     is_hybrid = "linear_attention_freq" in spec.megatron_args
     if not is_hybrid:
         steps["plain Megatron"] = plain_step(spec, batch)
-        steps |= {f"Python loop, {stage}": LoopStep(spec, stage, batch) for stage in STAGES}
     steps |= {f"stock transformers, {stage}": StockStep(spec, stage, batch) for stage in STAGES}
     for name, step in steps.items():
         for router, part in zip(step.routers, choices["stage1" if "stage1" in name else "stage2"], strict=True):

@@ -12,7 +12,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.baselines.loop_moe import PeerStep
 from moelpr.model.families.families import family_named
 from moelpr.model.model_spec import ModelSpec
 
@@ -66,20 +65,38 @@ def freeze(model: Any, stage: str, num_original: int) -> None:
                 weight.register_hook(mask)
 
 
-class StockStep(PeerStep):
-    """A step of the stock model."""
+class StockStep:
+    """One training step: forward, backward, clip at norm 1, torch's fused AdamW."""
 
     def __init__(self, spec: ModelSpec, stage: str, batch: dict[str, Tensor]) -> None:
         assert spec.moe is not None and len(spec.moe.layers) == spec.megatron_args["num_layers"]
-        model, self.num_original = build(spec), spec.moe.num_original_places
+        model, self.batch, self.num_original = build(spec), batch, spec.moe.num_original_places
         freeze(model, stage, self.num_original)
-        super().__init__(model, stage, batch, weight_decay=0)
+        self.model = model.to(batch["tokens"].device).train()
+        self.alpha, self.gamma = (0.01, 0.0) if stage == "stage1" else (0.0, 0.1)
+        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        adam: dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.95), "weight_decay": 0}
+        self.optimizer = torch.optim.AdamW(self.trainable, **adam, fused=True)
 
     @property
     def routers(self) -> list[Router]:
         return [layer.mlp.gate for layer in self.model.model.layers]
 
+    def __call__(self) -> float:
+        """Run the step; returns the next-token loss before it."""
+        total, next_token = self.loss()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.trainable, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return next_token.item()
+
     def loss(self) -> tuple[Tensor, Tensor]:
+        """The loss that is minimized, and its next-token part.
+
+        To the latter it adds 0.01 times the balance loss in stage 1, and in stage 2 0.1 times the LPR loss: the mean
+        over layers and original-language tokens of -log score of the original experts.
+        """
         output = self.model(self.batch["tokens"], output_router_logits=True)
         next_token = torch.nn.functional.cross_entropy(
             output.logits.float().flatten(0, 1), self.batch["labels"].flatten()

@@ -2,15 +2,16 @@
 
     python -m examples.experiments.text --output runs/experiments/text
 
-A hash of a document's ID decides whether it is held out, in every language. Writes JSON lines with the key text:
+Writes JSON lines with the key text:
 
 - `train.LANG.jsonl`: LibreOffice's help and stories of a game, in the six languages;
-- `plain.NAME.jsonl`: interface texts of Home Assistant in the original languages and in half of the unseen ones, and
-  Python code, which the second base has read;
-- `help.LANG.jsonl`, `interface.LANG.jsonl`, `code.jsonl` and `sums.jsonl`: held out. Interface texts are there in eight
-  languages more than are trained on, of the same documents in every language.
+- `interface.LANG.jsonl`, `code.jsonl` and `sums.jsonl`, to evaluate on: interface texts of Home Assistant in these and
+  eight unseen languages, the same documents in each; Python code; sums of two numbers;
+- `plain.NAME.jsonl`, which the second base reads: other interface texts, in the original languages and half of the
+  unseen ones, and other code.
 
-Training text has no paragraph that shares 13 words with a held-out document.
+A hash of a document's ID decides whether it is held out, in every language. No training text has a paragraph that
+shares 13 words with a held-out document.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.demo_corpus import DEFAULT_CACHE, WHEEL, read_documents, write_lines
+from examples.demo_corpus import DEFAULT_CACHE, WHEEL, Documents, read_documents, write_lines
 from examples.downloads import fetch_all, read_sources
 from examples.experiments.package_text import read_help, read_stories
 from examples.languages import LANGUAGES, ORIGINAL
@@ -36,8 +37,6 @@ HELD_OUT_CHARACTERS = (200, 1200)  # length in English
 CODE_CHARACTERS, NUMBER_OF_SUMS = 2_000, 24
 NGRAM = 13
 
-Paragraphs = Mapping[str, list[str]]  # document ID -> paragraphs
-
 
 def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
     """Write all files; `packages` are paths by name."""
@@ -47,21 +46,21 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
         for language, found in read_documents(wheel, (*LANGUAGES, *UNSEEN)).items()
     }
     pages, stories = read_help(packages), read_stories(packages)
-    for language in LANGUAGES:
-        grams = held_out_grams((pages[language], stories[language], interface[language]), language)
-        lines = [
-            *training_text(pages[language], language, grams, HELP_BYTES),
-            *training_text(stories[language], language, grams, STORY_BYTES),
-        ]
-        random.Random(0).shuffle(lines)
-        write(folder, f"train.{language}", lines)
-    for language in PLAIN:
-        grams = held_out_grams([interface[language]], language)
-        write(folder, f"plain.{language}", training_text(interface[language], language, grams, PLAIN_BYTES))
-    for kind, documents in (("help", pages), ("interface", interface)):
-        names = held_out_names(documents)
-        for language, found in documents.items():
-            write(folder, f"{kind}.{language}", ["\n".join(found[name]) for name in names])
+    names = held_out_names(interface)
+    for language, documents in interface.items():
+        write(folder, f"interface.{language}", ["\n".join(documents[name]) for name in names])
+        held_out = [text for name, texts in documents.items() if is_held_out(name) for text in texts]
+        grams = {gram for text in held_out for gram in ngrams(text, language)}
+        if language in LANGUAGES:
+            lines = [
+                *training_text(pages[language], language, grams, HELP_BYTES),
+                *training_text(stories[language], language, grams, STORY_BYTES),
+            ]
+            random.Random(0).shuffle(lines)
+            write(folder, f"train.{language}", lines)
+        if language in PLAIN:
+            others = {name: texts for name, texts in documents.items() if not is_held_out(name)}
+            write(folder, f"plain.{language}", training_text(others, language, grams, PLAIN_BYTES))
     code = [*read_code(wheel)]
     write(folder, "code", code[:HELD_OUT_DOCUMENTS])
     write(folder, "plain.code", code[HELD_OUT_DOCUMENTS : HELD_OUT_DOCUMENTS + PLAIN_BYTES // CODE_CHARACTERS])
@@ -80,7 +79,7 @@ def is_held_out(name: str) -> bool:
     return hash_of(name) % HELD_OUT_ONE_IN == 0
 
 
-def held_out_names(documents: Mapping[str, Paragraphs]) -> list[str]:
+def held_out_names(documents: Documents) -> list[str]:
     """Return held-out documents that all languages have, in an order that does not depend on their content."""
     shared = set.intersection(*({*found} for found in documents.values()))
     low, high = HELD_OUT_CHARACTERS
@@ -88,18 +87,14 @@ def held_out_names(documents: Mapping[str, Paragraphs]) -> list[str]:
     return sorted(suitable, key=hash_of)[:HELD_OUT_DOCUMENTS]
 
 
-def held_out_grams(kinds: Iterable[Paragraphs], language: str) -> set[Any]:
-    """Return the n-grams of all held-out documents of a language."""
-    held_out = (texts for documents in kinds for name, texts in documents.items() if is_held_out(name))
-    return {gram for texts in held_out for text in texts for gram in ngrams(text, language)}
-
-
-def training_text(documents: Paragraphs, language: str, held_out: set[Any], most_bytes: int) -> Iterator[str]:
-    """Yield `most_bytes` of the documents that are not held out, without paragraphs that share an n-gram."""
+def training_text(
+    documents: Mapping[str, list[str]], language: str, held_out: set[Any], most_bytes: int
+) -> Iterator[str]:
+    """Yield `most_bytes` of the documents, without paragraphs that share an n-gram with held-out text."""
     size = 0
     for name in sorted(documents, key=hash_of):
         kept = [text for text in documents[name] if held_out.isdisjoint(ngrams(text, language))]
-        if kept and not is_held_out(name) and size < most_bytes:
+        if kept and size < most_bytes:
             yield "\n".join(kept)
             size += len("\n".join(kept).encode())
 

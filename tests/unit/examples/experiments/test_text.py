@@ -105,25 +105,14 @@ def read(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_held_out_document_is_trained_on_in_no_language(folder: Path) -> None:
+def test_held_out_documents_are_the_same_in_every_language_and_in_no_training_text(folder: Path) -> None:
+    pages = [page for page in range(5000, 5000 + PAGES) if is_held_out(f"a{page}")]
+    for language in (*LANGUAGES, *UNSEEN):
+        found = "\n".join(read(folder / f"interface.{language}.jsonl"))
+        assert {page for page in pages if paragraph(language, page, 1) in found} == {*pages} != set()
     for language in LANGUAGES:
-        found = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
-        for page in range(PAGES):
-            own = f"{paragraph(language, page, 1)} &"
-            assert (own in found) != is_held_out(f"swriter/{page}")
-        assert not any(paragraph(language, page, 1) in found for page in range(5000, 5000 + PAGES))  # no interface
-
-
-def test_held_out_documents_are_the_same_in_every_language(folder: Path) -> None:
-    for kind, languages, pages in (
-        ("help", LANGUAGES, [page for page in range(1, PAGES) if is_held_out(f"swriter/{page}")]),
-        ("interface", (*LANGUAGES, *UNSEEN), [page for page in range(5000, 5000 + PAGES) if is_held_out(f"a{page}")]),
-    ):
-        for language in languages:
-            found = read(folder / f"{kind}.{language}.jsonl")
-            assert len(found) == len(read(folder / f"{kind}.en.jsonl")) > 1
-            expected = {page for page in pages if any(paragraph(language, page, 1) in text for text in found)}
-            assert len(expected) == len(found) - (kind == "help" and is_held_out("swriter/0"))
+        trained = "\n".join(read(folder / f"train.{language}.jsonl"))
+        assert not [page for page in range(5000, 5000 + PAGES) if paragraph(language, page, 1) in trained]
 
 
 def test_plain_text_has_nothing_that_is_held_out_and_no_code_that_is_measured(folder: Path) -> None:
@@ -136,12 +125,12 @@ def test_plain_text_has_nothing_that_is_held_out_and_no_code_that_is_measured(fo
 
 
 def test_pages_lose_markup_repeats_and_what_is_not_translated(folder: Path) -> None:
+    places = [(page, place) for page in range(PAGES) for place in range(PARAGRAPHS)]
     for language in LANGUAGES:
         found = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
-        places = [(page, place) for page in range(PAGES) for place in range(PARAGRAPHS)]
         pages = [text for text in found if text.endswith("&")]
-        assert {*pages} <= {f"{paragraph(language, page, place)} &" for page, place in places}
-        assert len(pages) == len({*pages}) and (UNTRANSLATED in found) <= (language == "en")
+        assert sorted(pages) == sorted(f"{paragraph(language, page, place)} &" for page, place in places)
+        assert (UNTRANSLATED in found) == (language == "en")
         assert not [text for text in found if "outside" in text or "script" in text or "below" in text]
 
 
@@ -159,11 +148,9 @@ def test_strings_of_a_campaign() -> None:
 
 
 def test_training_text_shares_no_13_gram_with_held_out_text() -> None:
-    seen = next(name for name in map(str, range(100)) if not is_held_out(name))
-    unseen = next(name for name in map(str, range(100)) if is_held_out(name))
     shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    documents = {seen: [f"Start {shared} here.", "Something else that is long enough"], unseen: [f"{shared} " * 5]}
-    grams = {gram for text in documents[unseen] for gram in ngrams(text, "en")}
+    documents = {"a": [f"Start {shared} here.", "Something else that is long enough"], "b": [f"{shared} " * 5]}
+    grams = {*ngrams(f"And {shared}", "en")}
     assert [*training_text(documents, "en", grams, 1000)] == ["Something else that is long enough"]
 
 

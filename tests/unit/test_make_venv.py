@@ -1,11 +1,8 @@
 """launch/make_venv.sh: which Python it uses, and that an incomplete .venv is never used."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +19,9 @@ def altered_python(change: str) -> str:
 
 FITTING = f"""exec '{sys.executable}' "$@" """
 TOO_OLD = altered_python("sys.version_info = (3, 11, 7)")
-TOO_NEW = altered_python("sys.version_info = (3, 14, 0)")
 UNFIT = {
     "shim": ("exit 127", "doesn't run"),
-    "silent": ("exit 0", "doesn't run"),
-    "hanging": ("sleep 600", "doesn't run"),
     "old": (TOO_OLD, "is Python 3.11"),
-    "new": (TOO_NEW, "is Python 3.14"),
     "no headers": (altered_python("sysconfig.get_path = lambda name: '/nowhere'"), "lacks its C headers"),
     "no ensurepip": (altered_python("sys.modules['ensurepip'] = None"), "lacks venv or ensurepip"),
     "free-threaded": (altered_python("sysconfig.get_config_var = lambda name: 1"), "is not the standard CPython"),
@@ -72,27 +65,14 @@ def test_an_unsuitable_python_is_named_or_skipped_for_a_later_one(kind, put, env
     assert (result.returncode, result.stdout) == (2, "")
     assert f"{unfit} {UNFIT[kind][1]}" in result.stderr
     assert result.stderr.count("\n") == 1
-    if kind != "hanging":  # it takes ten seconds
-        good = put("b/python3.12", FITTING)
-        assert find_python(environment).stdout == f"{good}\n"
+    good = put("b/python3.12", FITTING)
+    assert find_python(environment).stdout == f"{good}\n"
 
 
 def test_without_any_python_there_is_an_error(environment):
     result = find_python(environment)
     assert result.returncode == 2
     assert "none on PATH" in result.stderr
-
-
-def test_a_folder_whose_name_is_no_regular_expression(put, environment, tmp_path):
-    good = put("a/python3.13", FITTING)
-    script = tmp_path / "x[1" / "launch" / SCRIPT.name
-    script.parent.mkdir(parents=True)
-    shutil.copy(SCRIPT, script)
-    own = put("x[1/.venv/bin/python3.13", FITTING)  # may be about to be deleted
-    environment = environment | {"PATH": f"{own.parent}:{environment['PATH']}"}
-    command = [script, "--find-python"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path / "x[1")
-    assert found.stdout == f"{good}\n"
 
 
 def test_python3_is_used_if_it_is_new_enough_and_no_versioned_one_exists(put, environment):
@@ -117,7 +97,6 @@ STUB = f"""
 case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip")
-    [ ! -e pip-hangs ] || {{ touch pip-started; sleep 600; }}
     [ ! -e pip-fails ] || exit 1
     echo "$@" >>pip-calls
     ;;
@@ -186,21 +165,6 @@ def test_a_disk_that_is_too_small_is_named_before_anything_is_installed(reposito
     assert make_venv(repository, environment) == 0
 
 
-def test_a_killed_install_starts_over(repository, environment):
-    (repository / "pip-hangs").touch()
-    killed = subprocess.Popen([repository / "launch/make_venv.sh"], env=environment, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (repository / "pip-started").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    (repository / ".venv/half").touch()
-    (repository / "pip-hangs").unlink()
-    assert make_venv(repository, environment) == 0
-    assert not (repository / ".venv/half").exists()
-    assert pip_calls(repository) > 0
-
-
 def test_a_venv_without_its_python_is_created_again(repository, environment):
     make_venv(repository, environment)
     (repository / ".venv/bin/python").write_text("#!/bin/sh\nexit 127\n")
@@ -231,21 +195,3 @@ def test_another_PYTHON_creates_the_venv_again(repository, environment, put):
     other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STUB}""")
     assert make_venv(repository, environment | {"PYTHON": str(other)}) == 0
     assert not (repository / ".venv/stale").exists()
-
-
-def test_an_activated_venv_is_not_the_python_of_its_replacement(repository, environment):
-    make_venv(repository, environment)
-    shutil.copy(repository / ".venv/bin/python", repository / ".venv/bin/python3.13")
-    (repository / ".venv/.installed").write_text("unfinished\n")
-    activated = environment | {"PATH": f"{repository}/.venv/bin:{environment['PATH']}"}
-    assert make_venv(repository, activated) == 0
-
-
-def test_two_runs_at_once_install_once(repository, environment):
-    make_venv(repository, environment)
-    calls_of_one_run = pip_calls(repository)
-    (repository / "pip-calls").unlink()
-    (repository / "constraints.txt").write_text("changed\n")
-    both = [subprocess.Popen([repository / "launch/make_venv.sh"], env=environment) for _ in range(2)]
-    assert [run.wait() for run in both] == [0, 0]
-    assert pip_calls(repository) == calls_of_one_run

@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from moelpr.base.errors import DISK_FULL, UserError
 from moelpr.model.families.hf_config import CONFIG_FILE
@@ -21,9 +23,12 @@ def download(name: str, revision: str | None, patterns: Sequence[str], what: str
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    from tqdm import tqdm
 
+    # A config.json is there at once: no progress bar.
+    bar: Any = partial(tqdm, disable=True) if list(patterns) == [CONFIG_FILE] else None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
     except Exception as error:  # the Hub, the network and its libraries have many kinds
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise

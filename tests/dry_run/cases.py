@@ -5,6 +5,7 @@
 prints a line of JSON for each case: what its ranks did. `suite` stands for the cases of the test suite.
 """
 
+import inspect
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 from benchmarks import common
 from moelpr.base.errors import UserError
@@ -92,7 +94,7 @@ OTHERS = {
     "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
     "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
 }
-# Every allowed flag that changes a step and is in no layout, as many together as there can be (test_dry_run.py).
+# Allowed flags that change a step and are in no layout, as many together as there can be.
 _WSD = (
     "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1 --lr-warmup-init 1e-5 --lr-decay-iters 3"
 )
@@ -155,41 +157,6 @@ FLAGS = {
         "--pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce",
     ),
 }
-# Allowed flags that are in no case, by reason.
-_WITHOUT_CASE = {
-    "Transformer Engine's kernels do not run without values": """
-        attention-dropout context-parallel-size fp32-residual-connection log-max-attention-logit moe-grouped-gemm
-        moe-permute-fusion moe-router-fusion save-activations-interval save-dgrads-interval
-    """,
-    "Apex's kernels do not either": "defer-embedding-wgrad-compute",
-    "of the checkpoint, as those of the models above": """
-        norms-after num-original-experts original-copies residual-multiplier softmax-scale
-    """,
-    "what is read, in which order and for how many steps, not what a step does": """
-        data-args-path data-cache-path data-path dataloader-type distributed-timeout-minutes exit-duration-in-mins
-        exit-interval exit-signal-handler grace-seconds iterations-to-skip lr-decay-samples lr-warmup-samples
-        lr-wsd-decay-samples manual-gc manual-gc-interval mid-level-dataset-surplus mix no-mmap-bin-files
-        num-dataset-builder-threads num-workers per-split-data-args-path result-rejected-tracker-filename split
-        test-data-path train-data-path train-samples valid-data-path verify-corpus
-    """,
-    "checkpoints, which a dry run neither reads nor writes": """
-        async-save ckpt-step dist-ckpt-optim-fully-reshardable finetune load no-load-optim no-load-rng no-save-optim
-        no-save-rng no-verify override-opt-param-scheduler override-opt_param-scheduler persistent-save-interval
-        pretrained-checkpoint save use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
-    """,
-    "validation, which it does not run": """
-        eval-global-batch-size eval-interval eval-iters eval-micro-batch-size full-validation multiple-validation-sets
-        validation-data validation-set-names
-    """,
-    "the log": """
-        log-memory-interval log-memory-to-tensorboard log-progress log-throughput log-timers-to-tensorboard
-        log-validation-ppl-to-tensorboard log-world-size-to-tensorboard mlflow-experiment tensorboard-dir
-        tensorboard-log-interval tensorboard-queue-size timing-log-option tracker-run wandb-entity
-        wandb-exp-name wandb-project wandb-save-dir warn-expert-share warn-lpr-fall warn-original-rise warn-window
-    """,
-    "the command line": "allow-untested debug help help-all recipe stage",
-}
-WITHOUT_CASE = {flag for flags in _WITHOUT_CASE.values() for flag in flags.split()}
 SUITE = [*REAL, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
 
 
@@ -213,15 +180,6 @@ def cases() -> dict[str, Callable[[], Case]]:
         **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
         **{name: partial(tiny_case, *one, flags) for name, (one, flags) in FLAGS.items()},
     }
-
-
-def flags_in_cases() -> set[str]:
-    """The flags of all cases, without dashes."""
-    texts = [layout.flags for layout in LAYOUTS.values()] + [flags for *_, flags in OTHERS.values()]
-    texts += [SETTINGS, BOTH_LOSSES, NEW_ROWS_TOO, *(flags for _, flags in FLAGS.values())]
-    reals = REAL | MORE_REAL
-    words = [word for text in [*texts, *(real.flags for real in reals.values())] for word in text.split()]
-    return {flag[2:] for flag in [*words, *(key for name in reals for key in recipe_of(name))] if flag[:2] == "--"}
 
 
 def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
@@ -306,12 +264,39 @@ def folder_of_models() -> Iterator[None]:
         yield
 
 
-def against_megatron() -> dict[str, Any]:
-    """A layer's launches and bytes, forward and backward: Megatron's sums and ours."""
-    from tests.dry_run.against_megatron import added_by_a_layer
+def stage1_with_megatrons_layer(case: Case) -> whole_run.Outcome:
+    """A dry run with Megatron's own MoE layer of the same shape, and its rotary embedding; all K choices are routed."""
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    both = [added_by_a_layer("Qwen3-8B stage1", is_megatrons) for is_megatrons in (True, False)]
-    return {"layer": [[sum(pair) for pair in zip(*one.values(), strict=True)] for one in both]}
+    from benchmarks.baselines.plain_megatron import plain_layer_spec
+    from moelpr.model.layers import builder, layer
+    from moelpr.model.layers.experts import GroupedExperts
+
+    rotate = "_apply_rotary_pos_emb_bshd"
+    with (
+        patch.object(rope_utils, rotate, inspect.unwrap(getattr(rope_utils, rotate))),
+        patch.object(layer, "NewExpertsDispatcher", MoEAlltoAllTokenDispatcher),
+        patch.object(builder, "layer_spec", partial(plain_layer_spec, experts=GroupedExperts)),
+    ):
+        return whole_run.check([*case.argv, "--stage1-experts", "new"], 1, case.ranks, lambda: case.spec)
+
+
+def added_by_a_layer(name: str, is_megatrons: bool) -> list[float]:
+    """Launches of a micro-batch, and bytes without those that read the original expert's weights."""
+    sums = []
+    for layers in (1, 2):
+        case = real_case(name, layers, pipeline_stages=1)
+        if is_megatrons:
+            (run,) = stage1_with_megatrons_layer(case).runs
+        else:
+            (run,) = whole_run.check(case.argv, 1, case.ranks, lambda case=case: case.spec).runs
+        kernels = {kernel: n for kernel, n in run.counts.kernels.items() if kernel.phase in ("forward", "backward")}
+        sums.append((sum(kernels.values()), sum(number * kernel.num_bytes for kernel, number in kernels.items())))
+    shape = run.spec.megatron_args
+    weights = 3 * shape["hidden_size"] * shape["ffn_hidden_size"] // run.layout.etp
+    launches, num_bytes = ((more - fewer) / run.num_microbatches for fewer, more in zip(*sums, strict=True))
+    return [launches, num_bytes - (0 if is_megatrons else 2 * 2 * weights)]  # in bf16, forward and backward
 
 
 def main() -> None:
@@ -322,7 +307,8 @@ def main() -> None:
             if name in SUITE if pattern == "suite" else re.search(pattern, name):
                 print(json.dumps({name: outcome(case())}), flush=True)
         if pattern == "suite":
-            print(json.dumps({"against Megatron": against_megatron()}))
+            layer = [added_by_a_layer("Qwen3-8B stage1", is_megatrons) for is_megatrons in (True, False)]
+            print(json.dumps({"against Megatron": layer}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A stand-in for Transformer Engine, written in plain torch, so that Megatron's layers on top of it run on a CPU.
 
-It has the signatures of the version below (tests/fake_gpu/test_stub_signatures.py compares them with the package), its
-parameters, its empty `_extra_state`, its refusals, and no FP8, no tensor parallelism and no speed. `install` makes it
-importable; it has to run before Megatron is imported.
+It has the signatures of the version below, its parameters, its empty `_extra_state`, its refusals, and no FP8, no
+tensor parallelism and no speed. `install` makes it importable; it has to run before Megatron is imported.
 """
 # fmt: off
 # Signatures are Transformer Engine's, with several parameters on a line.

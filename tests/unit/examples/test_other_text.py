@@ -9,7 +9,7 @@ import pytest
 from examples import other_text
 from examples.downloads import read_sources
 from examples.languages import LANGUAGES
-from examples.other_text import SOURCES, Pack, main, paragraphs
+from examples.other_text import SOURCES, main, paragraphs
 from moelpr.base.errors import UserError
 from moelpr.data.text.reading import read_documents
 
@@ -56,18 +56,18 @@ def test_the_pack_has_translated_pages_code_and_dialogues(packages: Path, capsys
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi, what is it?<|im_end|>\n"
         "<|im_start|>user\nNothing.<|im_end|>\n"
     )
-    pack = Pack.read(packages / "out")
-    assert pack.files.keys() == {f"{name}.jsonl" for name in found}
-    assert all(item.licence and item.packages for item in pack.files.values())
-    assert pack.files["code.jsonl"].documents == len(found["code"])
+    pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
+    assert pack.keys() == {f"{name}.jsonl" for name in found}
+    assert all(file["licence"] and file["packages"] for file in pack.values())
+    assert pack["code.jsonl"]["documents"] == len(found["code"])
     assert len(read_documents(packages / "out")) == sum(map(len, found.values()))  # the record is not read as text
     assert "1 languages, code and dialogues" in capsys.readouterr().out
 
 
 def test_every_language_is_limited(packages: Path) -> None:
     main(["--output", str(packages / "out"), "--kilobytes", "1"])
-    pack = Pack.read(packages / "out")
-    assert all(item.bytes <= 1000 for name, item in pack.files.items() if name != "code.jsonl")
+    pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
+    assert all(file["bytes"] <= 1000 for name, file in pack.items() if name != "code.jsonl")
 
 
 def test_paragraphs_are_without_markup_and_authors() -> None:

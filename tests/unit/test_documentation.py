@@ -176,7 +176,7 @@ def test_flags_of_documented_commands_exist() -> None:
         for name, flags in commands(page.read_text("utf-8"))
         for flag in flags
     ]
-    assert {"hf_to_mcore.py", "moelpr.measure.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
+    assert {"convert.py", "moelpr.measure.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
         name for page, name, _ in used if page == "docs/steps.md"
     }
     unknown = [use for use in used if not re.search(rf"(?<![\w-]){re.escape(use[2])}(?![\w-])", help_of(use[1]))]

@@ -2,30 +2,23 @@
 
 import functools
 import re
-import runpy
 import shlex
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moelpr.__main__ import STAGES, TOOLS
+from moelpr.__main__ import STAGES, TOOLS, run
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.train.arguments.flags import all_arguments
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-# Scripts are often named without their folder in prose.
-SCRIPTS = {path.name: path for folder in ("data_tools", "checkpoint_convert") for path in ROOT.glob(f"{folder}/*.py")}
-SUBCOMMANDS = ("moelpr.measure.evaluate routing", "moelpr.measure.evaluate harness", "moelpr.measure.report live")
-LAUNCHERS = ("stage0.sh", "stage1.sh", "stage2.sh", "sft.sh", "dense.sh")
-# The subcommands of `moelpr` that can be asked for help.
-OURS = {name for name, tool in TOOLS.items() if tool.module and find_spec(tool.module.removesuffix(".__main__"))}
+LAUNCHERS = {f"launch/{stage}.sh": f"train {stage}" for stage in STAGES}
+SUBCOMMANDS = {*TOOLS, *LAUNCHERS.values(), "evaluate routing", "evaluate harness", "report live"} - {"train"}
 FOLDERS = "benchmarks|checkpoint_convert|data_tools|docs|examples|launch|moelpr|tests"
 
 
@@ -95,7 +88,7 @@ def test_the_pages_that_code_names_exist() -> None:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each of our commands in code blocks and code spans of `text`, and the flags it is given."""
+    """The subcommand of each `moelpr` in code blocks and code spans of `text`, and the flags it is given."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *re.findall(r"`([^`\n]+)`", without_code(text))]:
@@ -103,83 +96,50 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             words = shlex.split(line, comments=True)
         except ValueError:  # a placeholder that is not shell syntax
             continue
-        name = ""
-        flags: list[str] = []
+        name, flags = "", []
         for position, word in enumerate(words):
-            script = Path(word).name
-            if words[position - 1 : position] == ["-m"] and word.split(".")[0] in ("moelpr", "checkpoint_convert"):
-                started = word
-            elif script in SCRIPTS or (script in LAUNCHERS and word.startswith("launch/")):
-                started = script
-            elif words[position - 1 : position] == ["moelpr"] and (own := ours(words[position:])):
-                started = named_itself(own)
-            elif words[position - 1 : position] == ["train"] and word in STAGES:
-                started = f"{word}.sh"
-            elif f"{name} {word}" in SUBCOMMANDS:
-                started = f"{name} {word}"
-            else:
-                if name and re.match(r"--[a-z]", word):
-                    flags.append(re.split(r"[=)]", word)[0])
-                continue
-            if name and flags:
+            if started := LAUNCHERS.get(word) or (word == "moelpr" and subcommand(words[position + 1 :])):
                 yield name, flags
-            name, flags = started, []
-        if flags:
-            yield name, flags
+                name, flags = started, []
+            elif re.match(r"--[a-z]", word):
+                flags.append(re.split(r"[=)]", word)[0])
+        yield name, flags
 
 
-def ours(words: list[str]) -> str | None:
-    """The subcommand of `moelpr` that `words` start with, if it can be asked for help."""
-    return next((name for name in (" ".join(words[:2]), words[0]) if name in OURS), None)
-
-
-def named_itself(subcommand: str) -> str:
-    """The name under which a subcommand of `moelpr` is found here."""
-    module = TOOLS[subcommand].module.removesuffix(".__main__")
-    if module == "moelpr.project":
-        return f"{module} {subcommand}"
-    return module if module.startswith("moelpr.") else f"{module.rpartition('.')[2]}.py"
+def subcommand(words: list[str]) -> str:
+    """The longest name that `words` start with and that can be asked for help."""
+    starts = [" ".join(words[:length]) for length in (2, 1)]
+    return next((name for name in starts if name in SUBCOMMANDS), "")
 
 
 @functools.cache
 def help_of(name: str) -> str:
     """The output of a command's --help, in this process: most of them take seconds to import torch."""
-    if name in LAUNCHERS:
-        launcher = subprocess.run([ROOT / "launch" / name, "--help"], capture_output=True, text=True, check=True)
-        return f"{launcher.stdout} --stage {' '.join(all_arguments().flags())}"
-    default = {"moelpr.measure.evaluate": " text", "moelpr.measure.report": " runs"}.get(
-        name, ""
-    )  # the subcommand that may be omitted
-    module, *subcommand = f"{name}{default}".split()
+    trainer = " ".join(all_arguments().flags())
+    if name in LAUNCHERS.values() and name != "train lora":
+        return subprocess.check_output([ROOT / f"launch/{name.split()[1]}.sh", "--help"], text=True) + trainer
+    default = {"evaluate": " text", "report": " runs"}.get(name, "")  # the subcommand that may be omitted
     with pytest.MonkeyPatch.context() as patch:
         output: list[str] = []
-        patch.setattr("sys.argv", [module, *subcommand, "--help"])
         patch.setattr("argparse.ArgumentParser._print_message", lambda _, message, file=None: output.append(message))
-        on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            if module in SCRIPTS:
-                runpy.run_path(str(SCRIPTS[module]), run_name="__main__")
-            else:
-                runpy.run_module(module, run_name="__main__", alter_sys=False)
-        except SystemExit as end:
-            assert not end.code
-        finally:
-            signal.signal(signal.SIGTERM, on_sigterm)
-    trainer = all_arguments().flags() if name == "moelpr.train.check" else ()  # it takes a stage's command line too
-    return f"{''.join(output)} {' '.join(trainer)}"
+        with pytest.raises(SystemExit) as end:
+            run([*f"{name}{default}".split(), "--help"])
+        assert not end.value.code
+    return "".join(output) + (trainer if name == "check" else "")  # it takes a stage's command line too
 
 
 def test_flags_of_documented_commands_exist() -> None:
-    used = [
+    uses = [
         (page.relative_to(ROOT).as_posix(), name, flag)
         for page in DOCUMENTS
         for name, flags in commands(page.read_text("utf-8"))
         for flag in flags
+        if name
     ]
-    assert {"convert.py", "moelpr.measure.evaluate", "moelpr.plan", "preprocess_data.py", "stage1.sh"} <= {
-        name for page, name, _ in used if page == "docs/steps.md"
+    assert {"model convert", "evaluate", "layouts", "data preprocess", "train stage1"} <= {
+        name for page, name, _ in uses if page == "docs/steps.md"
     }
-    unknown = [use for use in used if not re.search(rf"(?<![\w-]){re.escape(use[2])}(?![\w-])", help_of(use[1]))]
+    unknown = [use for use in uses if not re.search(rf"(?<![\w-]){re.escape(use[2])}(?![\w-])", help_of(use[1]))]
     assert not unknown
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_venv.sh"
+SOURCES = ("setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp")
 TOOLS = "bash cat cp cut df dirname flock grep mkdir rm sed sha256sum sleep stat tail timeout touch wc".split()
 
 
@@ -69,25 +70,13 @@ def test_an_unsuitable_python_is_named_or_skipped_for_a_later_one(kind, put, env
     assert find_python(environment).stdout == f"{good}\n"
 
 
-def test_without_any_python_there_is_an_error(environment):
-    result = find_python(environment)
-    assert result.returncode == 2
-    assert "none on PATH" in result.stderr
-
-
-def test_python3_is_used_if_it_is_new_enough_and_no_versioned_one_exists(put, environment):
-    good = put("a/python3", FITTING)
-    assert find_python(environment).stdout == f"{good}\n"
-    versioned = put("b/python3.12", FITTING)
-    assert find_python(environment).stdout == f"{versioned}\n"
-
-
-def test_PYTHON_overrides_the_path_and_is_never_replaced(put, environment):
-    put("a/python3.13", FITTING)
-    elsewhere = put("elsewhere/python", FITTING)
-    assert find_python(environment | {"PYTHON": str(elsewhere)}).stdout == f"{elsewhere}\n"
-    old = put("elsewhere/old", TOO_OLD)
-    result = find_python(environment | {"PYTHON": str(old)})
+def test_python3_is_used_if_no_versioned_one_exists_and_PYTHON_overrides_both(put, environment):
+    assert find_python(environment).returncode == 2
+    for path in ("a/python3", "b/python3.12", "elsewhere/python"):
+        good = put(path, FITTING)
+        python = {"PYTHON": str(good)} if path.startswith("elsewhere") else {}
+        assert find_python(environment | python).stdout == f"{good}\n"
+    result = find_python(environment | {"PYTHON": str(put("elsewhere/old", TOO_OLD))})
     assert (result.returncode, result.stdout) == (2, "")
 
 
@@ -110,7 +99,7 @@ def repository(tmp_path: Path, put) -> Path:
     root = tmp_path / "repository"
     (root / "launch").mkdir(parents=True)
     shutil.copy(SCRIPT, root / "launch")
-    for name in ("setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"):
+    for name in SOURCES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("as first installed\n")
     put("a/python3.13", STUB)
@@ -125,23 +114,19 @@ def pip_calls(repository: Path) -> int:
     return len((repository / "pip-calls").read_text().splitlines())
 
 
-def test_a_second_run_installs_nothing(repository, environment):
+def test_only_changed_files_are_installed_and_into_the_existing_venv(repository, environment):
     assert make_venv(repository, environment) == 0
     calls = pip_calls(repository)
     assert calls > 0
     assert all("--constraint constraints.txt" in call for call in (repository / "pip-calls").read_text().splitlines())
+    (repository / ".venv/kept").touch()
     assert make_venv(repository, environment) == 0
     assert pip_calls(repository) == calls
-
-
-@pytest.mark.parametrize("name", ["setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp"])
-def test_a_changed_file_is_installed_into_the_existing_venv(name, repository, environment):
-    make_venv(repository, environment)
-    calls = pip_calls(repository)
-    (repository / ".venv/kept").touch()
-    (repository / name).write_text("changed\n")
-    assert make_venv(repository, environment) == 0
-    assert pip_calls(repository) > calls
+    for name in SOURCES:
+        (repository / name).write_text("changed\n")
+        assert make_venv(repository, environment) == 0
+        assert pip_calls(repository) > calls
+        calls = pip_calls(repository)
     assert (repository / ".venv/kept").exists()
 
 
@@ -156,19 +141,23 @@ def test_a_failed_install_is_an_error_and_starts_over(repository, environment):
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_installed(repository, environment, put):
-    put("a/df", """[ "$2" = 1000000000 ] && printf "Avail\\n5\\n" """)
+    df = put("a/df", """[ "$2" = 1000000000 ] && printf "Avail\\n5\\n" """)
     result = subprocess.run([repository / "launch/make_venv.sh"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert f"GB of disk while it is installed, and {repository} has 5 GB free; free some space" in result.stderr
+    assert result.returncode == 1 and f"{repository} has 5 GB free" in result.stderr
     assert not (repository / "pip-calls").exists()
-    (repository.parent / "a/df").unlink()
+    df.unlink()
     assert make_venv(repository, environment) == 0
 
 
-def test_a_venv_without_its_python_is_created_again(repository, environment):
+@pytest.mark.parametrize("change", ["broken", "another PYTHON"])
+def test_a_venv_without_its_python_or_for_another_is_created_again(repository, environment, put, change):
     make_venv(repository, environment)
-    (repository / ".venv/bin/python").write_text("#!/bin/sh\nexit 127\n")
     (repository / ".venv/stale").touch()
+    if change == "broken":
+        (repository / ".venv/bin/python").write_text("#!/bin/sh\nexit 127\n")
+    else:
+        other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STUB}""")
+        environment |= {"PYTHON": str(other)}
     assert make_venv(repository, environment) == 0
     assert not (repository / ".venv/stale").exists()
 
@@ -187,11 +176,3 @@ def test_an_unsuitable_PYTHON_does_not_touch_the_venv(repository, environment, p
     assert make_venv(repository, environment | {"PYTHON": str(old)}) == 2
     assert make_venv(repository, environment) == 0
     assert (repository / ".venv/bin/python").exists()
-
-
-def test_another_PYTHON_creates_the_venv_again(repository, environment, put):
-    make_venv(repository, environment)
-    (repository / ".venv/stale").touch()
-    other = put("elsewhere/other", f"""[ "$1" != -c ] || {{ echo another Python; exit; }}\n{STUB}""")
-    assert make_venv(repository, environment | {"PYTHON": str(other)}) == 0
-    assert not (repository / ".venv/stale").exists()

@@ -62,7 +62,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     except ValidationError as error:
         first = records.first_problem(error)
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
-        message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first, schema())}"
+        message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first)}"
         raise UserError(message) from None
     return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 
@@ -137,27 +137,10 @@ def _adapter() -> TypeAdapter[Project]:
     return TypeAdapter(Project)
 
 
-def _suggestion(problem: dict[str, Any] | Any, schema: dict[str, Any]) -> str:
-    """The keys that would work in the place of an unknown one."""
+def _suggestion(problem: dict[str, Any] | Any) -> str:
+    """The key that may be meant by an unknown one."""
     if not records.is_unknown_key(problem):
         return ""
-    *path, name = problem["loc"]
-    place = schema
-    for part in path:
-        place = _child(_resolve(place, schema), part)
-    keys = list(_resolve(place, schema).get("properties", {}))
-    return f"; {did_you_mean(str(name), keys, f'expected {", ".join(keys)}')}"
-
-
-def _child(place: dict[str, Any], part: str | int) -> dict[str, Any]:
-    found = place.get("properties", {}).get(part) or place.get("additionalProperties")
-    return found if isinstance(found, dict) else {}
-
-
-def _resolve(place: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema that a reference, or the one type that is not null of several, leads to."""
-    for kind in place.get("anyOf", ()):
-        if "$ref" in kind:
-            place = kind
-    reference = place.get("$ref", "").rpartition("/")[2]
-    return schema["$defs"][reference] if reference else place
+    kinds = [schema(), *schema()["$defs"].values()]
+    keys = [key for kind in kinds for key in kind.get("properties", {})]
+    return f"; {did_you_mean(str(problem['loc'][-1]), keys, 'moelpr init --schema lists the keys')}"

@@ -11,7 +11,6 @@ from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.tables import changes, plan
 from moelpr.project.workflow import kubernetes, skypilot, slurm
-from moelpr.project.workflow.outlay import check_machine
 from moelpr.project.workflow.workflow import Outlook, Workflow
 from moelpr.train.lora import require_peft
 
@@ -53,9 +52,11 @@ def run(
         if on != "local":
             if not render_only:
                 workflow.set_aside(outlooks)
-            return SUBMIT[on](workflow, file, render_only)
-        _slurm(workflow, file).refuse_active()
-        check_machine(workflow)
+                if on == "slurm":  # its nodes often have no network
+                    workflow.run(task for task in workflow.tasks.values() if task.name == "download")
+            return SUBMIT[on](workflow, getattr(file.project, on), file.path, render_only=render_only)
+        slurm.Chain(workflow, file.project.slurm, file.path).refuse_active()
+        workflow.check_machine()
         workflow.run()
     print(f"\nmodel: {ResolvedProject(file).export}\nreport: {workflow.folder / 'report.html'}")
 
@@ -66,28 +67,10 @@ def _keep_plan(project: ResolvedProject) -> None:
         write_text(path, plan(project) + "\n")
 
 
-def _slurm(workflow: Workflow, file: ProjectFile) -> slurm.Chain:
-    return slurm.Chain(workflow, file.project.slurm, file.path)
-
-
-def _to_slurm(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
-    if not render_only:  # a model of the Hub here, because nodes often have no network
-        workflow.run(task for task in workflow.tasks.values() if task.name == "download")
-    _slurm(workflow, file).submit(render_only=render_only)
-
-
-def _to_kubernetes(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
-    kubernetes.launch(workflow, file.project.kubernetes, file.path, render_only=render_only)
-
-
-def _to_skypilot(workflow: Workflow, file: ProjectFile, render_only: bool) -> None:
-    skypilot.launch(workflow, file.project.skypilot, file.path, render_only=render_only)
-
-
-SUBMIT: dict[str, Callable[[Workflow, ProjectFile, bool], None]] = {
-    "slurm": _to_slurm,
-    "kubernetes": _to_kubernetes,
-    "skypilot": _to_skypilot,
+SUBMIT: dict[str, Callable[..., None]] = {
+    "slurm": slurm.launch,
+    "kubernetes": kubernetes.launch,
+    "skypilot": skypilot.launch,
 }
 
 

@@ -220,8 +220,8 @@ def data(project: ResolvedProject, stage: str) -> list[str]:
     """
     if stage == "sft":
         return [str(project.chat_corpus(code)) for code in project.conversations]
-    if corpora := project.content.corpora:
-        return [*map(str, corpora.stage2 if stage == "stage2" else corpora.stage1)]
+    if words := _made_corpora(project, stage):
+        return [*map(str, words)]
     if stage == "stage2":
         return [str(project.corpus("replay"))]
     weights = {code: share.weight for code, share in shares(project, tokens_of(project)).items()}
@@ -231,10 +231,16 @@ def data(project: ResolvedProject, stage: str) -> list[str]:
     return [word for code, weight in weights.items() for word in (f"{weight:.6g}", str(project.corpus(code)))]
 
 
+def _made_corpora(project: ResolvedProject, stage: str) -> list[str | int | float]:
+    """Prefixes, or weights and prefixes, of the corpora of a stage that the user has made."""
+    if (corpora := project.content.corpora) is None or stage == "sft":
+        return []
+    return corpora.stage2 if stage == "stage2" else corpora.stage1
+
+
 def corpus_files(project: ResolvedProject, stage: str) -> list[Path]:
     """The files of corpora that the user has made."""
-    corpora = project.content.corpora if stage != "sft" else None
-    words = (corpora.stage2 if stage == "stage2" else corpora.stage1) if corpora else []
+    words = _made_corpora(project, stage)
     prefixes = [word for word in words if isinstance(word, str) and not word.replace(".", "").isdigit()]
     return [Path(f"{prefix}.{end}") for prefix in prefixes for end in ("bin", "idx", "lang")]
 

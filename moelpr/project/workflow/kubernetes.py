@@ -74,11 +74,7 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
             raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
     if not render_only and not shutil.which("kubectl"):
         raise UserError("kubectl is not installed; install it, or pass --render-only and apply the manifests elsewhere")
-    outlooks = workflow.outlook_of_jobs()
-    for one in outlooks:
-        print(f"{one.task.name}: {one.state}" + (f", because {one.reason}" if one.reason else ""))
-    tasks = [one.task for one in outlooks if one.state != "done"]
-    if not tasks:
+    if not (tasks := workflow.tasks_of_jobs()):
         return
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"

@@ -62,11 +62,7 @@ def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render
         raise UserError("--on skypilot requires volumes or file_mounts that keep the output; add one under skypilot")
     if not render_only and not shutil.which("sky"):
         raise UserError("sky is not installed; install skypilot, or pass --render-only and launch the file elsewhere")
-    outlooks = workflow.outlook_of_jobs()
-    for one in outlooks:
-        print(f"{one.task.name}: {one.state}" + (f", because {one.reason}" if one.reason else ""))
-    left = [one.task for one in outlooks if one.state != "done"]
-    if not left:
+    if not (left := workflow.tasks_of_jobs()):
         return
     path, name = workflow.folder / "skypilot.yaml", workflow.folder.resolve().name
     write_text(path, pipeline(name, left, settings, file))

@@ -8,6 +8,7 @@ does, so that large intermediate ones can be removed.
 
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,9 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from moelpr.base import machine
 from moelpr.base.command import STOPPED, stopped_code
 from moelpr.base.errors import MachineError, StoppedError, UserError
 from moelpr.base.files import LockedError, locked, make_folder, remove
+from moelpr.base.machine import format_bytes
 from moelpr.base.run_folder import COMMAND_FILE, TRACKER_FILE
 from moelpr.project.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, shown
@@ -156,6 +159,33 @@ class Workflow:
                 if found[name].state == "done" and not found[name].task.has_output():
                     found[name] = replace(found[name], state="again", reason="its output was removed")
         return list(found.values())
+
+    def tasks_of_jobs(self) -> list[Task]:
+        """The tasks that jobs of a cluster must do; print the state of each task."""
+        outlooks = self.outlook_of_jobs()
+        for one in outlooks:
+            print(f"{one.task.name}: {one.state}" + (f", because {one.reason}" if one.reason else ""))
+        return [one.task for one in outlooks if one.state != "done"]
+
+    def check_machine(self) -> None:
+        """Check that disk and memory can hold what the tasks that are not done need.
+
+        Raises:
+            MachineError: They are too small.
+        """
+        left = [task for task in self.tasks.values() if not self.is_done(task.name)]
+        disk = round(sum(task.disk_gib for task in left) * 2**30)
+        memory, name = max(((round(task.memory_gib * 2**30), task.name) for task in left), default=(0, ""))
+        if (free := shutil.disk_usage(self.folder).free) < disk:
+            raise MachineError(
+                f"the disk of {self.folder} has {format_bytes(free)} free, and the tasks that are left need "
+                f"{format_bytes(disk)}; free space, or choose another output folder"
+            )
+        if (free := machine.free_memory()) < memory:
+            raise MachineError(
+                f"{format_bytes(free)} of memory are free, and task {name} needs {format_bytes(memory)}; use a larger "
+                "machine"
+            )
 
     def set_aside(self, outlooks: Iterable[Outlook]) -> None:
         """Set the trainings aside that are done again, before jobs of a cluster start them."""

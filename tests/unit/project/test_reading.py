@@ -1,12 +1,13 @@
 """A wrong languages.yaml is one sentence with the file, the line, the key, and what would work."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
 from moelpr.base.errors import UserError
-from moelpr.project.file import parse_project, schema
+from moelpr.project.file import parse_project
 from moelpr.project.reading import read_project
 from moelpr.project.template import template
 from tests.support.mutations import mutated
@@ -29,14 +30,18 @@ def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
     Path("other").mkdir()
     for name in ("code.jsonl", "pl.jsonl.gz"):
         (Path("other") / name).write_text("x")
-    languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}}
     expected = {"code": "other/code.jsonl", "pl": "other/pl.jsonl.gz"}
-    assert read_project(write(languages=languages | {"kept": "other"})).project.languages.kept == expected
-    more = read_project(write(languages=languages | {"kept": ["other/*.jsonl*", "es.jsonl"]})).project.languages.kept
-    assert more == expected | {"es": "es.jsonl"}
+    more = ["other/*.jsonl*", "es.jsonl"]
+    assert read_project(write(**languages(kept="other"))).project.languages.kept == expected
+    assert read_project(write(**languages(kept=more))).project.languages.kept == expected | {"es": "es.jsonl"}
 
 
-WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
+KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
+DENSE = {"method": "full", "experts": None}
+
+
+def languages(**groups: Any) -> dict[str, Any]:
+    return {"languages": {"expanded": {"el": "el.jsonl"}, "original": ORIGINAL} | groups}
 
 
 @pytest.mark.parametrize(
@@ -45,73 +50,37 @@ WITH_KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "ke
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
-        ({"experts": {"topk": 1}}, r"line \d+: experts.topk should be greater than or equal to 2, got 1"),
-        ({"experts": {"copies": 3}}, r"line \d+: experts.copies must be at most experts.topk, 2, got 3"),
+        ({"experts": {"copies": 3}}, r"line \d+: experts.copies .* experts.topk, 2, got 3"),
         ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
         ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
-        ({"budget": {}}, "budget needs one of"),
         ({"budget": None}, "languages.yaml: budget is missing"),
-        ({"mix": {"temperature": 2}}, r"line \d+: mix.temperature should be less than or equal to 1, got 2"),
+        ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
+        (languages(expanded={"el": "no.jsonl"}), "languages.expanded.el: there is no file no.jsonl"),
+        (languages(expanded={"el": {}}), "languages.expanded.el: it has no text; add text: FILE"),
+        (languages(expanded={"en": "el.jsonl"}), "language en is given twice"),
+        (languages(original={}), "languages.original"),
+        (languages(expanded={False: "el.jsonl"}), "a key is read as False; put it in quotes"),
+        (languages(kept={"code": "no.jsonl"}), "languages.kept.code: there is no file no.jsonl"),
+        (languages(kept={"ell": "en.jsonl"}), "languages.kept.ell is expanded.el too"),
+        (languages(kept="no/*.jsonl"), r"line \d+: .* no/\*.jsonl"),
+        (languages(kept=["es.jsonl", "./es.jsonl"]), r"kept has two files named es "),
+        ({"languages": KEPT, "experts": {"copies": 1}}, "remove experts.copies"),
+        ({"languages": KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "b"}}}}, "json_key .* b and text"),
+        ({"replay": "none"}, "replay: none .* languages.kept"),
         (
-            {"languages": {"expanded": {"el": "no.jsonl"}, "original": ORIGINAL}},
-            "languages.expanded.el: there is no file no.jsonl",
-        ),
-        (
-            {"languages": {"expanded": {"el": {}}, "original": ORIGINAL}},
-            "languages.expanded.el: it has no text; add text: FILE",
-        ),
-        ({"languages": {"expanded": {"en": "el.jsonl"}, "original": ORIGINAL}}, "the language en is given twice"),
-        ({"languages": {"expanded": {"el": "el.jsonl"}}}, "no original language is given; add one under"),
-        (
-            {"languages": {"expanded": {False: "el.jsonl"}, "original": ORIGINAL}},
-            "a key is read as False; put it in quotes",
-        ),
-        ({"languages": WITH_KEPT | {"kept": {"code": "no.jsonl"}}}, r"languages.kept.code: there is no file no.jsonl"),
-        (
-            {"languages": WITH_KEPT | {"kept": {"ell": "en.jsonl"}}},
-            r"languages.kept.ell is expanded.el too; remove one",
-        ),
-        (
-            {"languages": WITH_KEPT | {"kept": "no/*.jsonl"}},
-            r"line \d+: no file matches no/\*.jsonl; check the pattern",
-        ),
-        (
-            {"languages": WITH_KEPT | {"kept": ["es.jsonl", "./es.jsonl"]}},
-            r"kept has two files named es \(es.jsonl and ./es.jsonl\)",
-        ),
-        ({"languages": WITH_KEPT | {"kept": [3]}}, r"line \d+: languages.kept should be an object, got \[3\]"),
-        ({"languages": WITH_KEPT, "experts": {"copies": 1}}, r"needs as many copies .* chooses, 2, not 1; remove"),
-        (
-            {"languages": WITH_KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "body"}}}},
-            r"languages.kept needs one json_key for all languages, not body and text",
-        ),
-        ({"replay": "none"}, r"replay: none leaves out stage 2, so routers need languages.kept"),
-        (
-            {
-                "languages": WITH_KEPT | {"expanded": {"el": {"text": "el.jsonl", "conversations": "el.jsonl"}}},
-                "replay": "none",
-            },
-            r"conversations need stage 2, which replay: none leaves out",
+            {"languages": KEPT | {"expanded": {"el": {"text": "el.jsonl", "conversations": "el.jsonl"}}}}
+            | {"replay": "none"},
+            "conversations .* replay: none",
         ),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
-        ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: it requires held_out: FILE"),
-        ({"method": "full"}, r"line \d+: experts does not apply to method: full; remove it"),
-        ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr; remove it"),
-        (
-            {"method": "ffn", "experts": None, "replay": {"epochs": 2}},
-            r"line \d+: replay does not apply to method: ffn",
-        ),
-        (
-            {"method": "lora", "experts": None, "steps": {"export": {"gguf": True}}},
-            r"line \d+: steps.export does not apply to method: lora; remove it",
-        ),
-        (
-            {"method": "full", "experts": None, "languages": WITH_KEPT},
-            r"line \d+: languages.kept does not apply to method: full",
-        ),
         ({"steps": {"dense": {"lr": 1}}}, r"line \d+: steps.dense does not apply to method: moe-lpr"),
-        ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
+        ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: .* held_out: FILE"),
+        ({"method": "full"}, r"line \d+: experts does not apply to method: full; remove it"),
+        ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr"),
+        (DENSE | {"replay": {"epochs": 2}}, r"line \d+: replay does not apply to method: full"),
+        (DENSE | {"languages": KEPT}, r"line \d+: languages.kept does not apply to method: full"),
+        (DENSE | {"method": "lora", "steps": {"export": {"gguf": True}}}, r"line \d+: steps.export .* method: lora"),
     ],
 )
 def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, message: str) -> None:
@@ -119,18 +88,14 @@ def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, messa
         read_project(write(**changes))
 
 
-def test_a_language_without_text_in_its_file_is_an_error(write: Write) -> None:
-    path = write()
-    (path.parent / "hu.jsonl").write_text("")
-    with pytest.raises(UserError, match="languages.yaml, line 6: languages.expanded.hu: hu.jsonl is empty"):
-        read_project(path)
-
-
-def test_a_file_that_cannot_be_read_is_an_error(write: Write, tmp_path) -> None:
+def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_path) -> None:
     for path, message in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=message):
             read_project(path)
     path = write()
+    (tmp_path / "hu.jsonl").write_text("")
+    with pytest.raises(UserError, match="languages.yaml, line 6: languages.expanded.hu: hu.jsonl is empty"):
+        read_project(path)
     path.write_text(path.read_text() + "model: other\n")
     with pytest.raises(UserError, match="line .*the key model is there twice"):
         read_project(path)
@@ -158,17 +123,6 @@ def test_the_template_is_a_file_that_works(write: Write) -> None:
     project = read_project(path).project
     assert project.vocabulary and project.chat and project.benchmarks and project.trackers.wandb_project
     assert project.steps["stage1"]["save-interval"] == 500
-
-
-def test_the_schema_describes_every_key() -> None:
-    found = schema()
-    undescribed = [
-        f"{kind}.{name}"
-        for kind, content in [*found["$defs"].items(), ("Project", found)]
-        for name, field in content.get("properties", {}).items()
-        if not field.get("description")
-    ]
-    assert not undescribed
 
 
 @settings(deadline=None)  # the first example builds the validator

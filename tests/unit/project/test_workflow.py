@@ -12,7 +12,6 @@ import pytest
 from moelpr.base.command import STOPPED
 from moelpr.base.errors import MachineError, StoppedError, UserError
 from moelpr.project.workflow.mark import difference, fingerprint
-from moelpr.project.workflow.outlay import check_machine
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 
@@ -151,7 +150,7 @@ def test_too_little_disk_or_memory_is_said_before_anything_starts(tmp_path, monk
     def check(disk: int, memory: int) -> None:
         monkeypatch.setattr("moelpr.base.machine.free_memory", lambda: memory << 30)
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": disk << 30}))
-        check_machine(Workflow(tmp_path, tasks))
+        Workflow(tmp_path, tasks).check_machine()
 
     check(2, 6)
     with pytest.raises(MachineError, match=r"has 1 GiB free, .* need 2 GiB"):

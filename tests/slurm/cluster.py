@@ -25,10 +25,10 @@ _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 
 
 @contextmanager
-def throwaway_cluster(preempt_by_user_signal: bool = False) -> Iterator["Cluster"]:
+def throwaway_cluster() -> Iterator["Cluster"]:
     """A cluster in a temporary folder; each rank uses one thread and no network."""
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        with Cluster(Path(folder, "cluster"), preempt_by_user_signal) as cluster:
+        with Cluster(Path(folder, "cluster")) as cluster:
             cluster.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
             yield cluster
 
@@ -40,10 +40,9 @@ def missing_programs() -> list[str]:
 class Cluster:
     """Everything is in `folder`, whose name must be short, because socket names contain it."""
 
-    def __init__(self, folder: Path, preempt_by_user_signal: bool) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.nodes = folder, ["n1", "n2"]
         self._configuration = folder / "slurm.conf"
-        self._by_user_signal = preempt_by_user_signal
         self._daemons: dict[str, subprocess.Popen] = {}
         outer = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         # Variables for sbatch, scontrol and the like.
@@ -184,7 +183,6 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{"PreemptParameters=send_user_signal" if self._by_user_signal else ""}
 KillWait=15
 MinJobAge=3600
 ReturnToService=2

@@ -6,7 +6,8 @@ Starts a throw-away Slurm of two nodes and runs `moelpr run languages.yaml --on 
 undisturbed and then `--chains` times with something that happens to a running job every now and then: it is requeued,
 asked to end near its time limit, preempted, canceled, or one of its processes is killed (the engine, a launcher, a rank
 or another). After a job has failed, the same command submits the rest again. Corpora, losses, checkpoints, export and
-evaluation are compared; exits with code 1 if a chain differs. Requires what tests.slurm.preemption requires.
+evaluation are compared; exits with code 1 if a chain differs. Requires root, and
+Debian's slurmctld, slurmd and slurm-client, which `make test-slurm` installs.
 """
 
 import json

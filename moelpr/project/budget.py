@@ -26,9 +26,10 @@ def check_budget(project: ResolvedProject) -> None:
         UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
     """
     project.config_folder()  # the Hub has it, and can be reached
-    is_made = all(project.manifest(code).is_file() for code in project.blended)
-    tokens = {} if project.content.corpora else tokens_of(project) if is_made else _at_most(estimated_tokens(project))
+    tokens: dict[str, int] = {}
     if not project.content.corpora:
+        tokens, is_estimate = tokens_or_estimates(project)
+        tokens = {code: round(_MARGIN * number) for code, number in tokens.items()} if is_estimate else tokens
         shares(project, tokens)
     elif project.content.budget.epochs:  # the trainer counts the tokens
         return
@@ -38,11 +39,6 @@ def check_budget(project: ResolvedProject) -> None:
             f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {project.main_stage}, "
             f"{step:,} tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
         )
-
-
-def _at_most(tokens: Mapping[str, int]) -> dict[str, int]:
-    """Estimates of tokens, as high as they may really be."""
-    return {code: round(_MARGIN * number) for code, number in tokens.items()}
 
 
 def _step_tokens(project: ResolvedProject) -> int:
@@ -71,20 +67,22 @@ def estimated_tokens(project: ResolvedProject) -> dict[str, int]:
 
     Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
     """
-    found = {}
-    has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    for code in project.blended:
-        language = project.languages[code]
-        if has_tokenizer:
-            found[code] = estimate(
-                found_text(*language.text),
-                language.json_key,
-                project.base,
-                Filter(language.filter) if language.filter else None,
-            ).tokens
-        else:
-            found[code] = text_bytes(language) // 4
-    return found
+    languages = {code: project.languages[code] for code in project.blended}
+    if not any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return {code: text_bytes(language) // 4 for code, language in languages.items()}
+    filters = {code: Filter(language.filter) if language.filter else None for code, language in languages.items()}
+    return {
+        code: estimate(found_text(*language.text), language.json_key, project.base, filters[code]).tokens
+        for code, language in languages.items()
+    }
+
+
+def tokens_or_estimates(project: ResolvedProject) -> tuple[dict[str, int], bool]:
+    """The tokens of the languages that the main stage reads, and whether they are estimated."""
+    try:
+        return tokens_of(project), False
+    except UserError:  # a corpus is still to be made
+        return estimated_tokens(project), True
 
 
 def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:

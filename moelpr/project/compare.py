@@ -9,7 +9,6 @@ Nothing is measured twice in the output folder.
 """
 
 import argparse
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,20 +74,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def labelled(projects: Sequence[ResolvedProject]) -> dict[str, ResolvedProject]:
-    """Name each project by its method, the stem of its file or the file's path: the first that no other has.
+    """Name projects by their methods, the stems of their files or the files' paths: the first that all differ in.
 
     Raises:
         UserError: A file is given twice.
     """
-    names = [[one.method, one.file.path.stem, str(one.file.path)] for one in projects]
-    times = Counter([_BASE, *(name for of in names for name in {*of})])
-    found: dict[str, ResolvedProject] = {}
-    for project, of in zip(projects, names, strict=True):
-        label = next((name for name in of if times[name] == 1), of[-1])
-        if label in found:
-            raise UserError(f"{label} is given twice; pass each project once")
-        found[label] = project
-    return found
+    for name_of in (lambda one: one.method, lambda one: one.file.path.stem, lambda one: str(one.file.path)):
+        names: list[str] = [name_of(project) for project in projects]
+        if len({_BASE, *names}) > len(names):
+            return dict(zip(names, projects, strict=True))
+    raise UserError(f"{', '.join(names)}: one of them is given twice; pass each project once")
 
 
 def check(projects: Mapping[str, ResolvedProject]) -> None:

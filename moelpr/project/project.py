@@ -92,7 +92,7 @@ class Languages:
     expanded: dict[str, LanguageText] = field(default_factory=dict)
     """The languages to add: code → text."""
     original: dict[str, LanguageText] = field(default_factory=dict)
-    """What the model must keep: code → a little text. Code and mathematics too, under any name."""
+    """The languages to keep: code → a little text. Code and mathematics too, under any name."""
     kept: Annotated[
         dict[str, str], BeforeValidator(_as_named, json_schema_input_type=dict[str, str] | list[str] | str)
     ] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class Mix:
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Budget:
-    """What stage 1 trains on; one of the three."""
+    """The length of stage 1; one of the three."""
 
     tokens: Count | None = None
     """Tokens, such as 24B."""
@@ -252,9 +252,9 @@ class Project:
     languages: Languages
     """The languages to add and those to keep, with their text."""
     budget: Budget
-    """What stage 1, or another method, trains on."""
+    """The length of stage 1, or of another method's training."""
     method: Method = "moe-lpr"
-    """What trains: new experts; or, to compare with, all weights, only the FFNs, or adapters by peft on one GPU."""
+    """The weights that train: new experts; or, to compare with, all, only the FFNs, or adapters by peft on one GPU."""
     text_output: str | None = None
     """Folder for corpora, held-out text and a downloaded base, which several projects share (default: output)."""
     mix: Mix = field(default_factory=Mix)
@@ -274,7 +274,7 @@ class Project:
     hardware: Annotated[Hardware, BeforeValidator(_or_auto, json_schema_input_type=Hardware | Literal["auto"])] = field(
         default_factory=Hardware
     )
-    """What it is trained on, or auto: this machine."""
+    """The GPUs to train on, or auto: this machine's."""
     vocabulary: Vocabulary | None = None
     """New tokens for the expanded languages (default: none)."""
     chat: str | None = None

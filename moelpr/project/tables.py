@@ -1,4 +1,4 @@
-"""What `moelpr plan` and `moelpr status` print."""
+"""Text of `moelpr plan` and `moelpr status`."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from moelpr.data.mixing import share_table
 from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
-from moelpr.project.budget import estimated_tokens, shares, total_tokens
+from moelpr.project.budget import shares, tokens_or_estimates, total_tokens
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
@@ -19,7 +19,7 @@ from moelpr.project.workflow.workflow import Outlook, Workflow
 
 
 def plan(project: ResolvedProject) -> str:
-    """The steps with what they need, and the languages with how often their text is read."""
+    """List the steps and their needs, and the languages and how often their text is read."""
     tasks = tasks_of(project)
     outlooks = Workflow(project.folder, tasks).outlook()
     rows = [[one.task.name, one.state, *_needs(project, one.task)] for one in outlooks]
@@ -40,7 +40,7 @@ def plan(project: ResolvedProject) -> str:
 
 
 def status(project: ResolvedProject) -> str:
-    """What is done, what runs, and when the rest will be."""
+    """Tell which steps are done, which run, and when the rest will be."""
     workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
     rows, left, unknown = [], 0.0, []
@@ -58,7 +58,7 @@ def status(project: ResolvedProject) -> str:
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:
-    """What will be done again, and why; empty if nothing is."""
+    """List the steps that will be done again, and why; empty without any."""
     again = [f"  {one.task.name}: {one.reason}" for one in outlooks if one.state == "again"]
     return "\n".join(["Done again:", *again, ""]) if again else ""
 
@@ -136,10 +136,8 @@ def _experts(project: ResolvedProject) -> str:
 
 
 def _languages(project: ResolvedProject) -> str:
-    tokens = {code: project.tokens(code) for code in project.blended if project.manifest(code).is_file()}
-    note = ""
-    if len(tokens) < len(project.blended):
-        tokens, note = estimated_tokens(project), " (tokens are estimated)"
+    tokens, is_estimate = tokens_or_estimates(project)
+    note = " (tokens are estimated)" if is_estimate else ""
     total, table = total_tokens(project, tokens), share_table(shares(project, tokens), "language")
     stage = "Stage 1" if project.main_stage == "stage1" else f"Stage {project.main_stage}"
     return f"{stage} reads {format_count(total)} tokens{note}:\n{table}"

@@ -111,7 +111,7 @@ def _of_job(process: psutil.Process, job: str) -> bool:
 
 
 def compared(one: Path, other: Path) -> list[str]:
-    """What differs between the outputs of two chains."""
+    """List the differences between the outputs of two chains."""
     found = [f"{stage}: {what}" for stage in ("stage1", "stage2") for what in differences(one / stage, other / stage)]
     files = {str(path.relative_to(one)) for pattern in _EXACT for path in one.glob(pattern)}
     for name in sorted(files):

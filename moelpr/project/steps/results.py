@@ -211,6 +211,6 @@ def _runs(project: ResolvedProject) -> list[str]:
 
 
 def _cost(project: ResolvedProject) -> dict[str, Any]:
-    """What it takes to run the finished model."""
+    """The cost of running the finished model."""
     layouts = project.layouts
     return {"memory_gib": 1.2 * layouts.export_gib + 2, "gpus_per_node": layouts.evaluation_gpus}

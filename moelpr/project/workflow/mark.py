@@ -1,4 +1,4 @@
-"""The record of what a task was done with."""
+"""The record of a task's inputs."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _READ_WHOLE, _SAMPLES, _SAMPLE_BYTES = 1 << 20, 32, 1 << 15
 
 @dataclass(frozen=True, config=STRICT)
 class Mark(Record):
-    """What a task of a workflow was done with, `logs/TASK.json` in the workflow's folder or the one it shares.
+    """The inputs of a task that has run, `logs/TASK.json` in the workflow's folder or the one it shares.
 
     Attributes:
         command: Command line.

@@ -33,7 +33,7 @@ _COMMAND_CHANGED = "its command has changed"
 
 @dataclass(frozen=True)
 class Outlook:
-    """What will happen to a task.
+    """The fate of a task.
 
     Attributes:
         state: Whether it is done, has never succeeded, has started and continues, or is done again.
@@ -122,7 +122,7 @@ class Workflow:
         replace(now, wall_s=0.0).write_file(self.mark_path(name))
 
     def outlook(self) -> list[Outlook]:
-        """What `run` would do with each task, and why. It starts nothing."""
+        """Tell what `run` would do with each task, and why; start nothing."""
         ids: dict[str, str | None] = {}
         found = []
         read = {name for task in self.tasks.values() for name in task.inputs}
@@ -146,7 +146,7 @@ class Workflow:
         return found
 
     def outlook_of_jobs(self) -> list[Outlook]:
-        """What jobs of a cluster must do: as `outlook`, but what was removed and is read by them is made again.
+        """Tell what jobs of a cluster must do: as `outlook`, but removed outputs that they read are made again.
 
         Raises:
             UserError: A task cannot be done.
@@ -357,7 +357,7 @@ def _stopped_if(stops: list[int]) -> Iterator[None]:
 
 
 def _change(before: Mark | None, now: Mark) -> str | None:
-    """What has changed since a task ran; None if nothing has, or it has never run."""
+    """Tell what has changed since a task ran; None if nothing has, or it has never run."""
     if before is None:
         return None
     if before.command != now.command:

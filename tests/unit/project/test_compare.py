@@ -141,13 +141,14 @@ def test_projects_that_cannot_be_compared_are_one_sentence(finish, monkeypatch, 
         assert "\n" not in message and all(part in message for part in expected), message
 
 
-def test_a_project_is_named_by_what_no_other_has(finish, tmp_path) -> None:
+def test_projects_are_named_by_what_they_differ_in(finish, tmp_path) -> None:
     (tmp_path / "more").mkdir()
-    paths = [finish("one", 0), finish("two", 0), finish("base", 0)]
-    shutil.copy(paths[1], tmp_path / "more/two.yaml")
-    projects = [ResolvedProject(read_project(path)) for path in [*paths, tmp_path / "more/two.yaml"]]
-    assert [*command.labelled(projects)] == ["one", *map(str, paths[1:]), str(tmp_path / "more/two.yaml")]
-    assert [*command.labelled(projects[:1])] == ["moe-lpr"]
-    full = ResolvedProject(read_project(finish("moe-lpr", 0, method="full")))
-    assert [*command.labelled([*projects[:2], full])] == ["one", "two", "full"]
-    assert [*command.labelled([projects[0], full])] == ["one", "full"]
+    paths = [finish("one", 0), finish("two", 0), finish("moe-lpr", 0, method="full"), tmp_path / "more/two.yaml"]
+    shutil.copy(paths[1], paths[3])
+    one, two, full, other = (ResolvedProject(read_project(path)) for path in paths)
+    for projects, names in (
+        ([one, full], ["moe-lpr", "full"]),
+        ([one, two, full], ["one", "two", "moe-lpr"]),
+        ([two, other], [str(paths[1]), str(paths[3])]),
+    ):
+        assert [*command.labelled(projects)] == names

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything runs is an error then, with the key; nothing is computed."""
+"""A mistake that can be known before anything runs is an error then, with its key; nothing is computed."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `moelpr plan` and `moelpr status` say, and the places that steps agree on."""
+"""The text of `moelpr plan` and `moelpr status`, and the folders that steps agree on."""
 
 import json
 from pathlib import Path

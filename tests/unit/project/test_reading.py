@@ -37,6 +37,9 @@ def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
 
 
 KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
+CORPORA = {"corpora": {"stage1": "a", "stage2": "b"}} | {
+    "languages": {"expanded": {"el": {"held_out": "el.jsonl"}}, "original": {"en": {"held_out": "en.jsonl"}}}
+}
 DENSE = {"method": "full", "experts": None}
 
 
@@ -76,6 +79,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"steps": {"dense": {"lr": 1}}}, r"line \d+: steps.dense does not apply to method: moe-lpr"),
         ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: .* held_out: FILE"),
+        ({"model": "no/such/folder"}, r"line 1: model: .* no/such/folder"),
+        ({"chat_template": "base"}, r"line \d+: chat_template requires conversations"),
+        (CORPORA | {"mix": {"replay": 0.1}}, r"line \d+: mix.replay has no effect with corpora"),
+        (CORPORA | {"corpora": {"stage1": "a"}}, r"line \d+: corpora.stage2 is missing"),
         ({"method": "full"}, r"line \d+: experts does not apply to method: full; remove it"),
         ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr"),
         (DENSE | {"replay": {"epochs": 2}}, r"line \d+: replay does not apply to method: full"),
@@ -110,6 +117,7 @@ def test_an_edit_is_noticed(write: Write) -> None:
 
 
 def test_the_template_is_a_file_that_works(write: Write) -> None:
+    assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")  # as the publisher names it
     path = write()
     path.write_text(
         template("base", [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")], [("en", "en.jsonl")])

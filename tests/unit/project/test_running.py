@@ -12,8 +12,6 @@ from moelpr.project import running
 from moelpr.project.reading import read_project
 from tests.unit.project.conftest import Write
 
-WEIGHTS = {"el": {"text": "el.jsonl", "weight": 9, "max_epochs": 2}, "hu": {"text": "hu.jsonl", "weight": 1}}
-
 
 @pytest.fixture(autouse=True)
 def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +33,6 @@ def run(path: Path) -> None:
     [
         ({"budget": {"tokens": 100}}, r"line \d+: budget: 100 tokens are less than one step of stage1, 524,288"),
         ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
-        (
-            {"budget": {"epochs": 2}, "languages": {"expanded": WEIGHTS, "original": {"en": "en.jsonl"}}},
-            r"line \d+: languages.expanded.el.weight: its 12K tokens would be read 3.6 times, more than",
-        ),
         ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage1, 524,288"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
@@ -49,6 +43,12 @@ def run(path: Path) -> None:
         (
             {"model": "owner/name"},
             "there is no folder owner/name, and the config.json of this name can't be downloaded",
+        ),
+        ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; use .*h100-80"),
+        ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
+        (
+            {"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}},
+            r"line \d+: hardware.gpus .* hardware.gpus_per_node 3, got 8; .* 6 or 9",
         ),
         (
             {"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}},

@@ -9,7 +9,6 @@ from moelpr.project import tables
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
-from moelpr.project.template import template
 from tests.unit.project.conftest import QWEN2, Write
 
 
@@ -39,11 +38,6 @@ def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
     assert places.corpus("en_validation").name == "en_validation_content_document"
     (replay,) = [task for task in tasks_of(places) if task.name == "replay"]
     assert "out/data/en_content_document" in replay.words()
-
-
-def test_a_template_names_a_chat_model_as_the_publisher_does() -> None:
-    assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")
-    assert "# chat: Qwen/Qwen2.5-7B-Instruct " in template("Qwen/Qwen2.5-7B")
 
 
 def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:

@@ -174,29 +174,6 @@ def test_the_flags_of_a_step_are_flags_of_its_command(name: str) -> None:
     assert STEPS[name].reserved | STEPS[name].speed <= flags_of(STEPS[name])
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budget": {"tokens": "1B"}}, r"line \d+: budget: 1B tokens .* max_epochs"),
-        ({"budget": {"hours": 3}}, r"line \d+: budget.hours requires GPUs"),
-        ({"budget": {"tokens": "200M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: 198M tokens"),
-        (CORPORA | {"mix": {"replay": 0.1}}, r"line \d+: mix.replay has no effect with corpora"),
-        ({"model": "no/such/folder"}, r"line 1: model: .* no/such/folder"),
-        ({"chat_template": "base"}, r"line \d+: chat_template requires conversations"),
-        ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; use .*h100-80"),
-        (
-            {"hardware": {"gpu": "h100-80", "gpus": 1}, "experts": {"new": 64}},
-            r"languages.yaml, line \d+: stage1: no layout fits on 1 GPU: .* use experts.new 4",
-        ),
-    ],
-)
-def test_what_a_step_cannot_do_names_the_key(write: Write, changes: dict, message: str) -> None:
-    path = write(**changes)
-    write_manifests(Path("out/data"))
-    with pytest.raises(UserError, match=message):
-        tasks(path)["stage1"].words()
-
-
 def test_conversations_in_new_languages_only_are_an_error_unless_nothing_is_to_be_kept(write: Write) -> None:
     languages = CHAT["languages"] | {"original": {"en": "en.jsonl"}}
     with pytest.raises(UserError, match=r"line \d+: no original language has conversations, .*lpr-loss-coeff"):

@@ -1,6 +1,5 @@
 """Manifests are what the published model of JobSet describes, and start tasks in their order."""
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import example, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from kubeflow_trainer_api import models
 
@@ -19,10 +19,7 @@ from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, launch
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 
-MODELS = {
-    "ConfigMap": models.IoK8sApiCoreV1ConfigMap,
-    "JobSet": models.JobsetV1alpha2JobSet,
-}
+MODELS = {"ConfigMap": models.IoK8sApiCoreV1ConfigMap, "JobSet": models.JobsetV1alpha2JobSet}
 REQUIRED = {"image": "registry/moelpr:1", "claim": "work"}
 ALL = {
     **REQUIRED,
@@ -52,14 +49,8 @@ def tasks(run: Path) -> list[Task]:
     stage1 = Task(name="stage1", command=["moelpr"], made_from=made_from, continues=run / "1", nodes=4, gpus_per_node=8)
     stage2 = replace(stage1, name="stage2", made_from=("stage1", "preprocess-el"), continues=run / "2")
     export = Task(name="export", command=["moelpr", "model", "export"], made_from=("stage2",))
-    return [
-        *texts,
-        convert,
-        stage1,
-        stage2,
-        export,
-        Task(name="eval", command=["e"], made_from=("export",), gpus_per_node=1),
-    ]
+    measure = Task(name="eval", command=["e"], made_from=("export",), gpus_per_node=1)
+    return [*texts, convert, stage1, stage2, export, measure]
 
 
 @pytest.fixture
@@ -100,30 +91,24 @@ def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_pat
     assert "dependsOn" not in jobs["convert"]
     spec = jobs["stage1"]["template"]["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
-    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["Ignore", "Ignore", "FailJob"]
-    assert [rule.get("onExitCodes", {}).get("values") for rule in spec["podFailurePolicy"]["rules"]] == [
-        None,
-        [75],
-        [2],
-    ]
+    rules = spec["podFailurePolicy"]["rules"]
+    codes = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
+    assert codes == [("Ignore", None), ("Ignore", [75]), ("FailJob", [2])]
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] == 1800
     [container] = pod["containers"]
     assert container["args"] == ["moelpr", "run", "/etc/moelpr/languages.yaml", "--task", "stage1"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
-    values = {one["name"]: one.get("value") for one in container["env"]}
-    assert values == {
-        "PET_NNODES": "4",
-        "PET_NPROC_PER_NODE": "8",
-        "PET_MASTER_ADDR": "greek-stage1-0-0.greek",
-        "PET_MASTER_PORT": "29500",
-        "MOELPR_GRACE_SECONDS": "1800",
-        "JOIN_TIMEOUT": "900",
-        "PET_NODE_RANK": None,  # the pod's index
-    }
-    tool = jobs["preprocess-el"]["template"]["spec"]["template"]["spec"]["containers"][0]
+    values = " ".join(f"{one['name']}={one.get('value')}" for one in container["env"])  # the rank is the pod's index
+    assert values == (
+        "PET_NNODES=4 PET_NPROC_PER_NODE=8 PET_MASTER_ADDR=greek-stage1-0-0.greek PET_MASTER_PORT=29500 "
+        "MOELPR_GRACE_SECONDS=1800 JOIN_TIMEOUT=900 PET_NODE_RANK=None"
+    )
+    tool, gpu_tool = (
+        jobs[name]["template"]["spec"]["template"]["spec"]["containers"][0] for name in ("preprocess-el", "eval")
+    )
     assert tool["env"] == [] and tool["resources"]["requests"] == {"cpu": "8", "memory": "4Gi"}
-    assert jobs["eval"]["template"]["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert gpu_tool["resources"]["limits"]
 
 
 def test_what_the_user_sets_reaches_the_pods(tmp_path, file) -> None:
@@ -137,6 +122,7 @@ def test_what_the_user_sets_reaches_the_pods(tmp_path, file) -> None:
     assert {"name": "HF_HOME", "value": "/data/hf"} in pod["containers"][0]["env"]
 
 
+@examples(deadline=None)  # other work may keep the machine busy
 @example([*(set[int]() for _ in range(11)), {*range(11)}])
 @given(st.lists(st.sets(st.integers(0, 11)), min_size=1, max_size=12))
 def test_a_task_starts_after_all_that_it_reads_whatever_the_chain(inputs: list[set[int]]) -> None:
@@ -184,11 +170,10 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
     run = tmp_path / "greek"
     launch(Workflow(run, tasks(run)), settings(), file)
     assert (kubectl / "calls").read_text() == f"apply --filename {run}/kubernetes/greek.yaml\n"
-    (kubectl / "greek").write_text(json.dumps({"metadata": {"name": "greek"}, "status": {}}))
+    (kubectl / "greek").write_text('{"status": {}}')
     with pytest.raises(UserError, match=r"kubectl delete jobset greek"):
         launch(Workflow(run, tasks(run)), settings(), file)
-    ended = {"conditions": [{"type": "Failed", "status": "True"}]}
-    (kubectl / "greek").write_text(json.dumps({"metadata": {"name": "greek"}, "status": ended}))
+    (kubectl / "greek").write_text('{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}')
     launch(Workflow(run, tasks(run)), settings(namespace="team"), file)
     assert (kubectl / "calls").read_text().splitlines()[1:] == [
         "--namespace team delete jobset greek --wait",

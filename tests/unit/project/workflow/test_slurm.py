@@ -124,21 +124,16 @@ def test_a_second_call_submits_only_tasks_that_are_neither_done_nor_active(stubs
     assert SlurmJobs.read(run).jobs["stage1"].id == "7"
 
 
-def test_no_run_starts_here_while_jobs_are_queued(stubs, tmp_path) -> None:
+def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(stubs, tmp_path) -> None:
     run = tmp_path / "greek"
     chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
     chain.refuse_active()
     chain.submit()
     (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n5 greek-export\n")
-    with pytest.raises(UserError, match=r"cancel them \(scancel 3 5\)"):
+    with pytest.raises(UserError, match=r"scancel 3 5\)"):
         chain.refuse_active()
-
-
-def test_a_job_of_another_command_is_not_taken_for_the_tasks(stubs, tmp_path) -> None:
-    run = tmp_path / "greek"
-    submit(run)
     (stubs / "queue").write_text("4 greek-stage1\n")
-    with pytest.raises(UserError, match=r"job 4 of stage1 .* has changed since; cancel it \(scancel 4\)"):
+    with pytest.raises(UserError, match=r"job 4 of stage1 .*scancel 4\)"):
         submit(run, rate="2")
     assert len((stubs / "calls").read_text().splitlines()) == 5
 
@@ -214,23 +209,18 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
 
 def test_scripts_can_be_read_before_anything_is_submitted(stubs, tmp_path, capsys) -> None:
     run = tmp_path / "greek"
-    submit(run, render_only=True)
+    submit(run, render_only=True, apptainer="image.sif", container_mounts=["/data:/data"])
     assert lines(capsys)[0] == f"preprocess-el: {run}/slurm/preprocess-el.sbatch"
     assert not (stubs / "calls").exists() and not (run / "slurm" / "jobs.json").exists()
+    script = (run / "slurm" / "convert.sbatch").read_text()  # in a container, the image's Python runs
+    assert "read_container_options --apptainer image.sif --container-mounts /data:/data\n" in script
+    assert "MOELPR_PYTHON" not in script
 
 
 def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> None:
-    run = tmp_path / "greek"
     task = Task(name="report", command=["moelpr", "report", "--title", "a\nrm -rf here"])
-    Chain(Workflow(run, [task]), SlurmSettings(), Path("languages.yaml")).submit(render_only=True)
-    assert not re.search("^rm", (run / "slurm" / "report.sbatch").read_text(), re.MULTILINE)
-
-
-def test_in_a_container_the_images_python_runs(stubs, tmp_path) -> None:
-    submit(tmp_path / "greek", apptainer="image.sif", container_mounts=["/data:/data"])
-    script = (tmp_path / "greek" / "slurm" / "convert.sbatch").read_text()
-    assert "read_container_options --apptainer image.sif --container-mounts /data:/data\n" in script
-    assert "MOELPR_PYTHON" not in script
+    Chain(Workflow(tmp_path, [task]), SlurmSettings(), Path("languages.yaml")).submit(render_only=True)
+    assert not re.search("^rm", (tmp_path / "slurm" / "report.sbatch").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -238,10 +228,8 @@ def test_in_a_container_the_images_python_runs(stubs, tmp_path) -> None:
     [
         ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
         ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),
-        ({"container_image": "a", "apptainer": "b"}, "keep one"),
+        ({"container_image": "a", "apptainer": "b"}, "container_image and apptainer"),
         ({"container_mounts": ["/a:/a"]}, "requires container_image or apptainer"),
-        ({"partition": "gpu"}, "partition is unknown"),
-        ({"shards": 0}, "shards"),
     ],
 )
 def test_wrong_settings_are_one_sentence(tmp_path: Path, settings: dict, expected: str) -> None:

@@ -13,7 +13,7 @@ import math
 import re
 from pathlib import Path
 
-from checkpoint_convert.common.arguments import add_gguf_options, add_load_options, add_output_options
+from checkpoint_convert.common.arguments import add_gguf_options, add_output_options
 from checkpoint_convert.gguf import TYPES, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.command import CommandParser, run_command
@@ -23,8 +23,9 @@ from moelpr.model.families.moe_classes import MOE_CLASSES
 
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
-    add_load_options(parser)
     add = parser.add_argument
+    add("--load", type=Path, required=True, metavar="DIR", help="checkpoint folder of a converter or the trainer")
+    add("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
     size = "largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)"
     base = "name of the base on the Hub, for the model card (default: the name of its folder)"
     stock = "stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a Qwen)"

@@ -1,16 +1,13 @@
 """What a model was made from and how it was trained, from the records of the conversion and of the runs."""
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.common.megatron_folder import MegatronReader
 from moelpr.base.errors import UserError
-from moelpr.base.run_folder import HF_FOLDER, METRICS_FILE, RECIPE_FILE, read_settings, read_versions
+from moelpr.base.run_folder import METRICS_FILE, RECIPE_FILE, read_settings, read_versions
 from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, step_folder
-from moelpr.model.families.hf_config import read_config
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import VOCABULARY_PARTS, Part, trained_parts, trains_new_rows_only
@@ -57,14 +54,14 @@ class TrainedStage:
         return self.trained == frozenset(Part)
 
     def filled(self, template: str) -> str:
-        """`template` with the settings that it names; empty if one is not recorded."""
+        """`template` with the settings that it names; empty if one is not recorded as it should be."""
         names = re.findall(r"\{(\w+)", template)
         if any(self.settings.get(name) is None for name in names):
             return ""
         try:
             return template.format_map(self.settings)
         except (ValueError, TypeError, OverflowError):  # a recipe that was edited: text where a number belongs
-            return re.sub(r":[^{}]*\}", "}", template).format_map(self.settings)
+            return ""
 
     def change(self, metric: str) -> str:
         """A metric of the first and the last step; empty if neither is recorded."""
@@ -161,42 +158,3 @@ def _read_stage(folder: Path, step: int, settings: dict[str, Any]) -> TrainedSta
     reaches_step = bool(records) and records[-1]["iteration"] == step
     first, last = (records[0], records[-1]) if reaches_step else (None, None)
     return TrainedStage(folder, step, settings, first, last, read_versions(folder))
-
-
-def check_separable(model: Path, spec: ModelSpec, history: History) -> None:
-    """Check that the model is a base with routers and new experts, and that nothing else was trained.
-
-    Prints a note if the records of earlier training are gone, so that it is unknown.
-    """
-    if spec.moe is None:
-        raise UserError(f"{model} is dense and has no experts for a delta; export it without --delta")
-    for stage in history.stages:
-        if stage.trained_everything:
-            raise UserError(
-                f"{stage.folder} trained all parameters (--train-everything), but a delta contains only routers and "
-                "new experts; export it without --delta"
-            )
-    if history.missing is not None:
-        print(
-            f"note: how {history.missing} was trained is not recorded; if that changed more than routers and new "
-            "experts, a delta cannot restore the model",
-            file=sys.stderr,
-        )
-
-
-def check_frozen_is_the_base(source: MegatronReader, dtype: str) -> None:
-    """Check that the base's tensors in `dtype`, a delta's, are the checkpoint's frozen ones in `dtype`.
-
-    A dtype between the base's and this one, of the conversion or of the training, has rounded them otherwise. A tensor
-    with rows of new tokens is stored in the dtype of the training.
-    """
-    base = read_config(source.folder / HF_FOLDER)
-    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
-    stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
-    rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
-    if not {*rounded} <= {dtype}:
-        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else "export without --delta"
-        raise UserError(
-            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: a delta in "
-            f"{dtype} would not restore it; {fix}"
-        )

@@ -8,13 +8,6 @@ from moelpr.base.checksums import NO_VERIFY
 from moelpr.model.model_spec import DTYPES
 
 
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """Add --load and --iteration."""
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="checkpoint folder of a converter or the trainer")
-    add("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
-
-
 def add_output_options(parser: argparse.ArgumentParser, output: str, dtype_default: str | None = None) -> None:
     """Add --save, --overwrite, --no-verify and, with a text for its default, --dtype."""
     add = parser.add_argument

@@ -1,6 +1,5 @@
 """Writes an export again with calibrated routers: rows of the original expert's copies that text to keep chooses."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -15,7 +14,7 @@ from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
-from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
@@ -216,24 +215,22 @@ def _write(
     overwrite: bool,
     verify: Verify,
 ) -> None:
-    source = HfReader(model, verify=verify)
-    whole = [source, HfReader(model, verify=verify, text=False)]
-    tensors = {name: reader for reader in whole for name in reader.names}
-    dtype: torch.dtype = getattr(torch, common_dtype([(reader, name) for name, reader in tensors.items()]))
-    rows = {name: row_of[int(match[1])] for name in tensors if (match := _ROUTER.fullmatch(name))}
+    source, other_parts = HfReader(model, verify=verify), HfReader(model, verify=verify, text=False)
+    readers = {name: reader for reader in (source, other_parts) for name in reader.names}
+    dtype: torch.dtype = getattr(torch, common_dtype((reader, name) for name, reader in readers.items()))
+    rows = {name: row_of[int(match[1])] for name in readers if (match := _ROUTER.fullmatch(name))}
     assert len(rows) == len(row_of), "every router has a name that is known"
-    shapes = [(name, reader.shape(name)) for name, reader in tensors.items()]
 
     def read(name: str) -> Tensor:
-        tensor = tensors[name].read(name)
+        tensor = readers[name].read(name)
         if name in rows:
             tensor = tensor.float()
             tensor[:places] = rows[name]
         return tensor
 
-    num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
+    tensors = Tensors({name: reader.shape(name) for name, reader in readers.items()}, read)
     norms = {name: row_H.norm().item() for name, row_H in rows.items()}  # those of other text are others
-    with output_folder(save, overwrite, num_bytes, [model], rows=norms) as (folder, journal, bar):
+    with output_folder(save, overwrite, tensors.num_bytes(dtype), [model], rows=norms) as (folder, journal, bar):
         copy_companions(model, folder, skip=(CARD_FILE,))
         for name in (CARD_FILE, BASE_CARD_FILE):
             if (model / name).is_file():
@@ -242,4 +239,4 @@ def _write(
             card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
             write_text(folder / CARD_FILE, _card(card, record))
         record.write(folder)
-        write_weights(journal, shapes, dtype, DEFAULT_SHARD_BYTES, read, bar)
+        write_weights(journal, tensors, dtype, DEFAULT_SHARD_BYTES, bar)

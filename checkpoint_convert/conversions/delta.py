@@ -8,6 +8,7 @@ needs no knowledge of the model's family.
 
 import hashlib
 import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +19,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint_convert.card.history import check_frozen_is_the_base
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import cast
@@ -26,7 +26,7 @@ from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.hf.companions import write_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from checkpoint_convert.hf.safetensors_writer import raw_bytes, write_weights
+from checkpoint_convert.hf.safetensors_writer import Tensors, raw_bytes, write_weights
 from checkpoint_convert.hf.vocabulary_rows import grow, shape_without
 from moelpr.base import checksums
 from moelpr.base.checksums import FileSum, Verify
@@ -123,12 +123,43 @@ def rows_of_new_tokens(source: MegatronReader) -> dict[str, range]:
     return {name: rows for piece in source.pieces if piece.part in VOCABULARY_PARTS for name in piece.hf_names}
 
 
-def check_delta(source: MegatronReader, facts: CardFacts) -> None:
-    """Check that the export's frozen tensors are the base's: neither rounded nor joined differently.
+def trained_tensors(source: MegatronReader, tensors: Tensors) -> Tensors:
+    """The tensors of an export that its base lacks; of those with rows of new tokens, these rows."""
+    grown = rows_of_new_tokens(source)
+    trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
+    shapes = {name: shape for name, shape in tensors.shapes.items() if name in trained or name in grown}
+    shapes |= {name: (len(rows), *shapes[name][1:]) for name, rows in grown.items()}
+
+    def read(name: str) -> Tensor:
+        tensor = tensors.read(name)
+        return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
+
+    return Tensors(shapes, read)
+
+
+def check_delta(facts: CardFacts) -> None:
+    """Check that the model is a base with routers and new experts, and that nothing else was trained or rounded.
+
+    Prints a note if the records of earlier training are gone, so that it is unknown.
 
     Raises:
-        UserError: They are not.
+        UserError: It is not, or the base's name is not recorded.
     """
+    source = facts.source
+    if source.spec.moe is None:
+        raise UserError(f"{source.folder} is dense and has no experts for a delta; export it without --delta")
+    for stage in facts.history.stages:
+        if stage.trained_everything:
+            raise UserError(
+                f"{stage.folder} trained all parameters (--train-everything), but a delta contains only routers and "
+                "new experts; export it without --delta"
+            )
+    if (missing := facts.history.missing) is not None:
+        print(
+            f"note: how {missing} was trained is not recorded; if that changed more than routers and new experts, a "
+            "delta cannot restore the model",
+            file=sys.stderr,
+        )
     base = read_config(source.folder / HF_FOLDER)
     family, is_moe = family_of(base)
     if is_moe and (of_base := family.moe_class.architecture) != facts.architecture:
@@ -136,7 +167,19 @@ def check_delta(source: MegatronReader, facts: CardFacts) -> None:
             f"a delta to a {of_base} must be of its class, but the export would be {facts.architecture}, whose tensors "
             "are joined differently; pass --as with the base's class, or export without --delta"
         )
-    check_frozen_is_the_base(source, facts.dtype)
+    # A dtype between the base's and the delta's, of the conversion or of the training, has rounded frozen tensors.
+    # Those with rows of new tokens are stored in the dtype of the training.
+    base_dtype = base.get("dtype") or base.get("torch_dtype") or source.spec.dtype
+    stored = {str(source.dtype(piece)).removeprefix("torch.") for piece in source.pieces if not piece.is_trained}
+    rounded = sorted({source.spec.dtype, *stored} - {"float32", base_dtype})
+    if not {*rounded} <= {facts.dtype}:
+        fix = f"pass --dtype {rounded[0]}" if len(rounded) == 1 else "export without --delta"
+        raise UserError(
+            f"{source.folder} has {' and '.join(rounded)}, to which the base's {base_dtype} was rounded: a delta in "
+            f"{facts.dtype} would not restore it; {fix}"
+        )
+    if facts.base_model is None:
+        raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
 
 
 def complete_delta(folder: Path, facts: CardFacts, max_shard_bytes: int) -> None:
@@ -216,12 +259,11 @@ def apply_delta(
                 raise fail(tensor, "is missing or has another shape")
             if rows and (tensor.name not in readers["delta"] or len(rows) != readers["delta"].shape(tensor.name)[0]):
                 raise fail(replace(tensor, source="delta"), "is missing or has another shape")
-    shapes = [(tensor.name, tensor.shape) for tensor in config.tensors]
-    num_bytes = dtype.itemsize * sum(math.prod(shape) for _, shape in shapes)
-    with output_folder(save, overwrite, num_bytes, [base, delta]) as (folder, journal, bar):
+    tensors = Tensors({tensor.name: tensor.shape for tensor in config.tensors}, read)
+    with output_folder(save, overwrite, tensors.num_bytes(dtype), [base, delta]) as (folder, journal, bar):
         is_extended = any(tensor.new_rows is not None for tensor in config.tensors)
         write_companions(folder, delta if is_extended else base, base, config.config, config.card)
-        write_weights(journal, shapes, dtype, config.max_shard_bytes, read, bar)
+        write_weights(journal, tensors, dtype, config.max_shard_bytes, bar)
     return config
 
 

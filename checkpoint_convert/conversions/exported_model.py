@@ -1,15 +1,11 @@
 """Exports a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
 
-import math
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from checkpoint_convert.card.history import check_separable, read_history
+from checkpoint_convert.card.history import read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.megatron_folder import MegatronReader
@@ -19,7 +15,7 @@ from checkpoint_convert.conversions.delta import (
     DeltaConfig,
     check_delta,
     complete_delta,
-    rows_of_new_tokens,
+    trained_tensors,
 )
 from checkpoint_convert.hf.chat_tokenizer import (
     GENERATION_FILE,
@@ -30,7 +26,7 @@ from checkpoint_convert.hf.chat_tokenizer import (
 from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
-from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER
@@ -68,66 +64,42 @@ def mcore_to_hf(
         UserError: the input is invalid; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (CONFIG_FILE, DeltaConfig.FILE_NAME))
+    if as_delta and (chat_template_from or multimodal_base):
+        raise UserError(
+            "--chat-template-from and --multimodal-base change what --delta takes from the base; remove one"
+        )
     source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
-    spec, dtype_name = source.spec, dtype or source.spec.dtype
-    target_dtype: torch.dtype = getattr(torch, dtype_name)
-    config = source.family.export_config(read_config(load / HF_FOLDER), spec, dtype_name)
-    whole = None
-    if multimodal_base is not None:
-        if as_delta:
-            raise UserError("--multimodal-base adds what a delta takes from its base; remove it, or --delta")
-        whole = MultimodalBase.read(multimodal_base, spec, target_dtype, verify)
-        config["vision_config"] = whole.config["vision_config"]
-    origin, history = Origin.of(load), read_history(load, iteration)
-    facts = CardFacts(source, config, dtype_name, base_model or origin.base_model, origin, history)
+    spec, dtype_name, hf = source.spec, dtype or source.spec.dtype, load / HF_FOLDER
+    target: torch.dtype = getattr(torch, dtype_name)
+    config = source.family.export_config(read_config(hf), spec, dtype_name)
+    whole = None if multimodal_base is None else MultimodalBase.read(multimodal_base, spec, target, verify)
+    config |= {} if whole is None else {"vision_config": whole.config["vision_config"]}
+    origin = Origin.of(load)
+    facts = CardFacts(
+        source, config, dtype_name, base_model or origin.base_model, origin, read_history(load, iteration)
+    )
     if chat_template_from is not None:
-        if as_delta:
-            raise UserError("--chat-template-from changes the tokenizer, which a delta takes from its base; remove one")
-        check_chat_tokens(chat_template_from, load / HF_FOLDER)
+        check_chat_tokens(chat_template_from, hf)
+        config = with_chat_settings(config, chat_template_from)
+    tensors = Tensors({name: source.shape(name) for name in source.names}, source.read_finite)
     if as_delta:
-        check_separable(load, spec, history)
-        check_delta(source, facts)
-        if facts.base_model is None:
-            raise UserError("the model that this one was upcycled from is not recorded; name it with --base-model")
-
-    trained = {name for piece in source.pieces if piece.is_trained for name in piece.hf_names}
-    grown = rows_of_new_tokens(source) if as_delta else {}
-
-    def read_part(name: str) -> Tensor:
-        tensor = source.read_finite(name)
-        return tensor[grown[name].start : grown[name].stop] if name in grown else tensor
-
-    shapes = {
-        name: (len(grown[name]), *source.shape(name)[1:]) if name in grown else source.shape(name)
-        for name in source.names
-        if name in trained or name in grown or not as_delta
-    }
-    read: Callable[[str], Tensor] = read_part
-    if whole is not None:
-        shapes, read = whole.with_tensors(shapes, read)
-    num_bytes = target_dtype.itemsize * sum(map(math.prod, shapes.values()))
-    settings: dict[str, Any] = {
-        "spec": asdict(spec),
-        "dtype": dtype,
-        "max_shard_bytes": max_shard_bytes,
-        "delta": as_delta,
-    }
-    settings["architecture"] = facts.architecture
-    settings |= {} if multimodal_base is None else {"multimodal base": str(multimodal_base)}
-    settings |= {} if chat_template_from is None else {"chat template from": str(chat_template_from)}
-    with output_folder(save, overwrite, num_bytes, [source.step_folder], **settings) as (folder, journal, bar):
-        stem, hf = DELTA_STEM if as_delta else MODEL_STEM, load / HF_FOLDER
+        check_delta(facts)
+        tensors = trained_tensors(source, tensors)
+    elif whole is not None:
+        tensors, config = whole.with_tensors(tensors), whole.with_text(config)
+    settings = asdict(spec), dtype, max_shard_bytes, as_delta, facts.architecture
+    others = str(multimodal_base), str(chat_template_from)
+    num_bytes, inputs = tensors.num_bytes(target), [source.step_folder]
+    with output_folder(save, overwrite, num_bytes, inputs, settings=settings, others=others) as (folder, journal, bar):
         if not as_delta:  # before the weights, so that an error does not follow hours of writing
-            if chat_template_from is not None:
-                config = with_chat_settings(config, chat_template_from)
             if whole is not None:
-                config = whole.with_text({key: value for key, value in config.items() if key != "vision_config"})
                 copy_companions(whole.folder, folder, files=PROCESSOR_FILES)
             write_companions(folder, hf, hf, config, model_card(facts))
             if chat_template_from is not None:
                 write_chat_tokenizer(folder, chat_template_from, folder)
                 copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
-        write_weights(journal, shapes.items(), target_dtype, max_shard_bytes, read, bar, stem, not as_delta)
+        stem = DELTA_STEM if as_delta else MODEL_STEM
+        write_weights(journal, tensors, target, max_shard_bytes, bar, stem, stack=not as_delta)
         if as_delta:
             complete_delta(folder, facts, max_shard_bytes)
     return facts

@@ -1,7 +1,6 @@
 """Writes a graft: a model with an instruct difference, the instruct model's tokenizer and settings, and the cards."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
-from checkpoint_convert.hf.safetensors_writer import write_weights
+from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
@@ -60,9 +59,9 @@ def graft(
     config = with_chat_settings(read_config(model.folder), instruct.folder)
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
     config.pop("auto_map", None)  # older exports have their base's
-    tensors = [(name, reader.shape(name)) for name in reader.names]
+    tensors = Tensors({name: reader.shape(name) for name in reader.names}, reader.read)
     target: torch.dtype = getattr(torch, reader.dtype)
-    num_bytes = target.itemsize * sum(math.prod(shape) for _, shape in tensors)
+    num_bytes = tensors.num_bytes(target)
     settings = {**asdict(record), "dtype": reader.dtype, "max_shard_bytes": max_shard_bytes}
     with output_folder(save, overwrite, num_bytes, list(sources), **settings) as (folder, journal, bar):
         copy_companions(instruct.folder, folder, skip=(CONFIG_FILE, CARD_FILE))
@@ -73,7 +72,7 @@ def graft(
             keep_tokenizer(instruct.folder, folder)
         _write_cards(folder, record, instruct.folder, model.folder, len(reader.new_rows))
         record.write(folder)
-        write_weights(journal, tensors, target, max_shard_bytes, reader.read, bar)
+        write_weights(journal, tensors, target, max_shard_bytes, bar)
     return reader
 
 

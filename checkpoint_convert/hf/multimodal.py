@@ -4,15 +4,15 @@ They are the vision tower and the head that predicts further tokens (MTP). trans
 head is only used if a program is told to, as it was trained with the base.
 """
 
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoint_convert.hf.safetensors_reader import HfReader
+from checkpoint_convert.hf.safetensors_writer import Tensors
 from moelpr.base import records
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
@@ -69,7 +69,7 @@ class MultimodalBase:
 
     def with_text(self, text: dict[str, Any]) -> dict[str, Any]:
         """config.json of the whole, from that of the exported language model."""
-        text = dict(text)
+        text = {key: value for key, value in text.items() if key != "vision_config"}
         (architecture,) = text.pop("architectures")
         kind = text["model_type"].removesuffix("_text")
         head = {key: value for key, value in self.config["text_config"].items() if key.startswith("mtp_")}
@@ -83,11 +83,9 @@ class MultimodalBase:
             "vision_config": self.config["vision_config"] | {"model_type": f"{kind}_vision"},
         }
 
-    def with_tensors(
-        self, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor]
-    ) -> tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]:
-        """Names and shapes of the whole's tensors, and what reads them, from those of the language model."""
-        names = {name.replace("model.", TEXT_PREFIX, 1) if name.startswith("model.") else name: name for name in shapes}
-        whole = {name: shapes[text] for name, text in names.items()}
-        whole |= {name: self.reader.shape(name) for name in self.reader.names}
-        return whole, lambda name: read(names[name]) if name in names else self.reader.read(name)
+    def with_tensors(self, text: Tensors) -> Tensors:
+        """The tensors of the whole, from those of the language model."""
+        names = {re.sub(r"^model\.", TEXT_PREFIX, name): name for name in text.shapes}
+        shapes = {name: text.shapes[text_name] for name, text_name in names.items()}
+        shapes |= {name: self.reader.shape(name) for name in self.reader.names}
+        return Tensors(shapes, lambda name: text.read(names[name]) if name in names else self.reader.read(name))

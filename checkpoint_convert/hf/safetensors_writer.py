@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +32,17 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """Named tensors, in the order in which they are written; each is read on demand."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        return dtype.itemsize * sum(map(math.prod, self.shapes.values()))
+
+
+@dataclass(frozen=True)
 class _StoredTensor:
     """A tensor of a safetensors file, and the tensors (name, shape) whose bytes it consists of."""
 
@@ -44,10 +55,10 @@ class _StoredTensor:
         return math.prod(self.shape)
 
 
-def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool) -> list[_StoredTensor]:
+def _stored_tensors(shapes: Mapping[str, tuple[int, ...]], stack: bool) -> list[_StoredTensor]:
     """Join the parts of joined matrices and stacked experts, unless they are to be stored by themselves."""
     stored = []
-    for name, group in groupby(tensors, key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
+    for name, group in groupby(shapes.items(), key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
         parts = list(group)
         shape = parts[0][1]
         if parts[0][0] != name:
@@ -61,10 +72,9 @@ def _stored_tensors(tensors: Iterable[tuple[str, tuple[int, ...]]], stack: bool)
 
 def write_weights(
     journal: Journal,
-    tensors: Iterable[tuple[str, tuple[int, ...]]],
+    tensors: Tensors,
     dtype: torch.dtype,
     max_shard_bytes: int,
-    read: Callable[[str], Tensor],
     bar: "tqdm[None]",
     stem: str = MODEL_STEM,
     stack: bool = True,
@@ -73,14 +83,12 @@ def write_weights(
 
     Args:
         journal: The journal of the folder to write.
-        tensors: (name, shape) of all tensors, in the order in which they are written.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
-        read: Returns the tensor of a name, in any dtype.
         stack: Whether parts of stacked experts become one tensor; if so, all of them follow one another.
     """
     shards: list[list[_StoredTensor]] = [[]]
     total_size = filled = 0
-    for tensor in _stored_tensors(tensors, stack):
+    for tensor in _stored_tensors(tensors.shapes, stack):
         nbytes = tensor.num_elements * dtype.itemsize
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
@@ -97,7 +105,7 @@ def write_weights(
         if name in sums:
             bar.update(sum(tensor.num_elements for tensor in shard) * dtype.itemsize)
         else:
-            sums[name] = _write_shard(journal.folder / name, shard, dtype, read, bar)
+            sums[name] = _write_shard(journal.folder / name, shard, dtype, tensors.read, bar)
             journal.add(WrittenFile(name, sums[name]))
     checksums.write(journal.folder, sums)
     if len(shards) > 1:

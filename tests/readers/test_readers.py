@@ -3,8 +3,6 @@
 The other way round too: where `obstacle` names a reason, the program fails or computes something else.
 """
 
-import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +22,6 @@ from moelpr.model.families.new_experts import NewExperts
 from tests.readers import llama_cpp
 from tests.support.hf_models import (
     InDouble,
-    edit_tensors,
     in_double,
     load_stock,
     make_model,  # noqa: F401
@@ -182,60 +179,3 @@ def test_a_whole_multimodal_model_runs_as_its_language_model(
     tokens, expected = in_transformers(tmp_path / "hf", prompt_of(100))
     found_tokens, found = RUN[reader](tmp_path / "hf", prompt_of(100), tmp_path)
     assert found_tokens == tokens and (found - expected).abs().max() <= TOLERANCE
-
-
-def test_8_bits_change_little(make_model: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
-    """Q8_0 divides rows into blocks of 32, and leaves narrower tensors as they are."""
-    dense = make_model("Qwen2ForCausalLM", tokenizer=True, hidden_size=64, intermediate_size=96)
-    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
-    llama_cpp.convert(tmp_path / "hf", tmp_path / "model.gguf", "q8_0")
-    prompt = prompt_of(24)
-    _, expected = in_transformers(tmp_path / "hf", prompt)
-    _, found = llama_cpp.generate(tmp_path / "model.gguf", prompt, NUM_TOKENS, VOCAB)
-    assert 1e-4 < (found[0] - expected[0]).abs().max() <= 0.1
-
-
-@pytest.mark.parametrize("case", ["llama", "qwen2-granitemoe"], indirect=True)
-def test_what_transformers_saves_again_runs_in_llama_cpp_only(export, prompt, expected, tmp_path) -> None:
-    """transformers 5 renames keys of config.json, and MLX then takes its own default or none; `verify.py` sees it."""
-    again = tmp_path / "again"
-    shutil.copytree(export, again, ignore=shutil.ignore_patterns("*.safetensors", "checksums.json"))
-    load_stock(export).save_pretrained(again)
-    tokens, found = in_llama_cpp(again, prompt, tmp_path)
-    assert tokens == expected[0] and (found - expected[1]).abs().max() <= TOLERANCE
-    assert unmet_requirements(again, "llama.cpp") == []
-    (reason,) = unmet_requirements(again, "mlx")
-    assert "rope_theta" in reason
-    try:
-        _, found = in_mlx(again, prompt, tmp_path)
-    except LOAD_ERRORS["mlx"]:
-        return
-    assert (found[0] - expected[1][0]).abs().max() > 100 * TOLERANCE
-
-
-@pytest.mark.parametrize("reader", RUN)
-@pytest.mark.parametrize("case", ["qwen2"], indirect=True)
-def test_an_empty_shared_expert_makes_a_qwen2_moe_load_as_another_model(export, prompt, expected, reader, tmp_path):
-    """Computed exactly as if top-k weights were not normalized: by whoever adds zeros until there is no error."""
-    dummy = Path(shutil.copytree(export, tmp_path / "dummy"))
-    path = dummy / "config.json"
-    config = json.loads(path.read_text()) | {"shared_expert_intermediate_size": 48, "norm_topk_prob": False}
-    path.write_text(json.dumps(config))
-
-    def add_zeros(tensors: dict[str, Tensor]) -> None:
-        for layer in range(4):
-            for name, shape in (("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48))):
-                tensors[f"model.layers.{layer}.mlp.shared_expert.{name}_proj.weight"] = torch.zeros(shape)
-            # Its weight does not matter, but llama.cpp divides by the gate's logit.
-            tensors[f"model.layers.{layer}.mlp.shared_expert_gate.weight"].fill_(1)
-
-    edit_tensors(dummy, add_zeros)
-    unnormalized_tokens, unnormalized = in_transformers(dummy, prompt)
-    path.write_text(json.dumps(config | {"norm_topk_prob": True}))
-    _, normalized = in_transformers(dummy, prompt)
-    assert (normalized - expected[1]).abs().max() <= TOLERANCE
-    tokens, found = RUN[reader](dummy, prompt, tmp_path)
-    assert tokens == unnormalized_tokens
-    assert (found - unnormalized).abs().max() <= TOLERANCE
-    assert (unnormalized[0] - normalized[0]).abs().max() > 100 * TOLERANCE

@@ -66,20 +66,14 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(qwen2, upcycled, tmp
         (importer.main, convert, "--num-new-experts"),
         (importer.main, (*convert, "--dense", "--moe-layers", "1"), "--dense"),
         (importer.main, (*convert, "--num-new-experts", 1, "--moe-layers", "a"), "layer numbers"),
-        (
-            importer.main,
-            (*convert, "--num-new-experts", 1, "--reinitialize", 2),
-            "--reinitialise must be between 0 and 1",
-        ),
-        (exporter.main, ("--load", tmp_path / "none", "--save", tmp_path / "out"), "none"),
+        (exporter.main, (*write, "--delta", "--multimodal-base", qwen2), "--multimodal-base"),
+        (exporter.main, (*write, "--delta", "--gguf"), "--gguf"),
         (exporter.main, (*write, "--max-shard-size", "big"), "5GB"),
         (exporter.main, (*write, "--as", "mixtral"), "--as qwen2_moe or granitemoe"),
         (exporter.main, (*write, "--as", "llama"), "--as"),
-        (verify.main, (tmp_path / "none", qwen2), "none"),
         (grafter.main, ("--base", qwen2, "--model", upcycled, "--save", "x"), "--instruct"),
         (verify.main, (qwen2,), "--reader"),
         (verify.main, (qwen2, qwen2, "--reader", "vllm"), "--reader"),
-        (verify.main, (qwen2, "--reader", "vllm", "--frozen"), "--frozen"),
         (verify.main, (tmp_path / "none", "--reader", "vllm"), "none"),
     ):
         assert exit_code(main, *arguments) == 2
@@ -87,29 +81,16 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(qwen2, upcycled, tmp
         assert_nothing_left(tmp_path)
 
 
-def test_the_last_line_and_the_card_say_which_programs_run_an_export(upcycled, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["export", "--load", str(upcycled), "--save", str(tmp_path / "out")])
-    exporter.main()
-    *_, line = capsys.readouterr().out.splitlines()
-    assert line.endswith("For llama.cpp (Ollama, LM Studio) and MLX, use moelpr model export --as granitemoe.")
-    assert line in (tmp_path / "out" / "README.md").read_text()
-    sys.argv += ["--as", "granitemoe", "--overwrite"]
-    exporter.main()
-    first, line = capsys.readouterr().out.splitlines()
-    assert first == f"{tmp_path / 'out'}: GraniteMoeForCausalLM, 5 experts, top-2, float32"
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert line in card and "vllm serve" not in card
-    for reader, code, message in (
-        ("llama.cpp", 0, f"{tmp_path / 'out'} meets what llama.cpp (Ollama, LM Studio) requires"),
-        ("vllm", 1, "vLLM: it has no biases in this class"),
-    ):
-        sys.argv = ["verify", str(tmp_path / "out"), "--reader", reader]
-        try:
-            verify.main()
-            assert code == 0
-        except SystemExit as exit:
-            assert exit.code == code
-        assert capsys.readouterr().out == message + "\n"
+def test_the_last_line_and_the_card_say_which_programs_run_an_export(upcycled, tmp_path, exit_code, capsys) -> None:
+    write = "--load", upcycled, "--save", tmp_path / "out"
+    for options, other, is_in_vllm in (((), "granitemoe", True), (("--as", "granitemoe"), "qwen2_moe", False)):
+        assert exit_code(exporter.main, *write, *options, "--overwrite") == 0
+        *_, line = capsys.readouterr().out.splitlines()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"--as {other}" in line and line in card and ("vllm serve" in card) == is_in_vllm
+    assert exit_code(verify.main, tmp_path / "out", "--reader", "llama.cpp") == 0
+    assert exit_code(verify.main, tmp_path / "out", "--reader", "vllm") == 1
+    assert "vLLM: it has no biases in this class" in capsys.readouterr().out
 
 
 def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, exit_code, capsys) -> None:

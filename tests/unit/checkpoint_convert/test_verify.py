@@ -100,16 +100,13 @@ def test_a_long_table_is_shortened_without_all(export: Path, exit_code, capsys) 
     assert short.count("value") == 20 and long.count("value") == num_tensors
 
 
-def test_tolerance(export: Path, exit_code) -> None:
+def test_tolerance_and_without_it_every_bit_counts(export: Path, exit_code) -> None:
     other = copy_of(export, lambda tensors: tensors["model.norm.weight"].add_(0.25))
     assert largest_difference(compare(export, other)) == pytest.approx(0.25)
     assert exit_code(main, export, other, "--tolerance", 0.3) == 0
     assert exit_code(main, export, other, "--tolerance", 0.2) == 1
     edit_tensors(other, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     assert exit_code(main, export, other, "--tolerance", 1e9) == 1
-
-
-def test_without_tolerance_every_bit_counts(export: Path, exit_code) -> None:
     gate = "model.layers.3.mlp.shared_expert_gate.weight"
     other = copy_of(export, lambda tensors: tensors[gate].copy_(-torch.zeros(1, 32)))
     assert exit_code(main, export, other) == 1
@@ -192,24 +189,17 @@ def test_invalid_input_exits_with_one_message_and_code_2(qwen2, make_qwen2, text
         (bare / name).unlink(missing_ok=True)
     other_tokenizer = Path(shutil.copytree(bare, tmp_path / "other"))
     save_tokenizer(other_tokenizer, num_ids=3)
-    damaged_tokenizer = Path(shutil.copytree(qwen2, tmp_path / "damaged"))
-    save_tokenizer(damaged_tokenizer, num_ids=3)
-    (damaged_tokenizer / "tokenizer.json").write_text("{")
     other_vocabulary = make_qwen2(vocab_size=98)
-    (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     capsys.readouterr()
     for arguments, message in (
         ((qwen2, qwen2, "--tolerance", -1), "--tolerance .*0.* -1"),
         ((qwen2, qwen2, "--logit-tolerance", "nan"), "--logit-tolerance .*0.* nan"),
-        ((qwen2, qwen2, "--num-tokens", 0), "--num-tokens .*1.* 0"),
         ((qwen2, tmp_path / "nowhere"), "nowhere"),
         ((qwen2, qwen2, "--text", tmp_path / "nowhere.txt"), "nowhere.txt .*No such file"),
-        ((qwen2, qwen2, "--text", tmp_path / "empty.txt"), "empty.txt .*--text"),
         ((qwen2, qwen2, "--text", tmp_path / "latin.txt"), "latin.txt .*UTF-8"),
         ((bare, bare, "--text", text), "--text .*tokenizer.*bare"),
         ((qwen2, other_tokenizer, "--text", text), "other.*--text"),
-        ((qwen2, damaged_tokenizer, "--text", text), "damaged/tokenizer.json"),
         ((qwen2, other_vocabulary, "--text", text), "99 .* 98 .*--text"),
     ):
         assert exit_code(main, *arguments) == 2, message

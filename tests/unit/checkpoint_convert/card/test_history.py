@@ -3,13 +3,9 @@
 import shutil
 from pathlib import Path
 
-import pytest
-import yaml
-
 from checkpoint_convert.card.history import read_history
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.chain import BaseCheckpoint
 from moelpr.model.families.new_experts import NewExperts
 from tests.unit.checkpoint_convert.conftest import SETTINGS, write_run
@@ -38,24 +34,6 @@ def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_l
     assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
     shutil.rmtree("stage1/iter_0000003")
     assert read_history(Path("after")).missing == "stage1"
-
-
-def test_data_listed_in_a_file_is_named_by_that_file(runs: Path) -> None:
-    write_run("listed", "upcycled", [2], SETTINGS | {"data_path": None, "data_args_path": "data/blend.txt"})
-    assert read_history(Path("listed")).stages[0].data == "the list `data/blend.txt`"
-
-
-def test_circular_records_are_followed_once(runs: Path) -> None:
-    for recipe in Path("stage1").rglob("recipe.yaml"):
-        recipe.write_text(yaml.safe_dump(SETTINGS | {"model_source": "stage2"}))
-    assert len(read_history(Path("stage2")).stages) == 2
-
-
-def test_a_run_that_trained_everything_cannot_become_a_delta(runs: Path) -> None:
-    write_run("all", "stage1", [2], SETTINGS | {"train_everything": True})
-    write_run("then", "all", [2], SETTINGS)
-    with pytest.raises(UserError, match="all .*--train-everything"):
-        mcore_to_hf(Path("then"), Path("delta"), as_delta=True)
 
 
 def test_a_delta_whose_earlier_training_is_unknown_is_written_with_a_note(runs, capsys) -> None:

@@ -8,6 +8,7 @@ vLLM pins a PyTorch of its own and so needs an environment of its own; nothing i
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoint_convert.card.readers import readers_sentence
+from checkpoint_convert.card.readers import READERS, obstacle, readers_sentence
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -101,60 +102,32 @@ def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str
 
 LLAMA = {"add_qkv_bias": False}
 SCALED = LLAMA | {"use_rope_scaling": True, "rope_scaling_factor": 8.0}
-EXPORT = "use moelpr model export"
-VLLM = "; vLLM should run it, but only its loader was tested"
-WIDE = "it assumes that heads are not 16 wide"
+ALL, LLAMA_CPP, MLX, VLLM = {*READERS}, "llama.cpp", "mlx", "vllm"
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "moe_class", "sentence"),
+    ("family", "changes", "moe_class", "obstructed", "classes"),
     [
-        ("llama", LLAMA, "mixtral", f"Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX{VLLM}."),
-        (
-            "llama",
-            SCALED,
-            "mixtral",
-            f"Runs in transformers and llama.cpp (Ollama, LM Studio){VLLM}. For MLX, {EXPORT} --as granitemoe.",
-        ),
-        (
-            "llama",
-            SCALED,
-            "granitemoe",
-            f"Runs in transformers and MLX{VLLM}. For llama.cpp (Ollama, LM Studio), {EXPORT} --as mixtral.",
-        ),
-        (
-            "mistral",
-            LLAMA | {"window_size": [30, 0]},
-            "mixtral",
-            f"Runs in transformers{VLLM}. For llama.cpp (Ollama, LM Studio) and MLX, no class will do, as it ignores "
-            "the sliding window of 31 tokens.",
-        ),
-        (
-            "mistral",
-            LLAMA | {"kv_channels": 16},
-            "mixtral",
-            f"Runs in transformers and llama.cpp (Ollama, LM Studio){VLLM}. For MLX, no class will do, as {WIDE}.",
-        ),
-        (
-            "qwen2",
-            {},
-            "qwen2_moe",
-            f"Runs in transformers{VLLM}. For llama.cpp (Ollama, LM Studio) and MLX, {EXPORT} --as granitemoe.",
-        ),
-        (
-            "qwen2",
-            {},
-            "granitemoe",
-            f"Runs in transformers, llama.cpp (Ollama, LM Studio) and MLX. For vLLM, {EXPORT} --as qwen2_moe.",
-        ),
+        ("llama", LLAMA, "mixtral", set(), set()),
+        ("llama", SCALED, "mixtral", {MLX}, {"granitemoe"}),
+        ("llama", SCALED, "granitemoe", {LLAMA_CPP}, {"mixtral"}),
+        ("mistral", LLAMA | {"window_size": [30, 0]}, "mixtral", {LLAMA_CPP, MLX}, set()),
+        ("mistral", LLAMA | {"kv_channels": 16}, "mixtral", {MLX}, set()),
+        ("qwen2", {}, "qwen2_moe", {LLAMA_CPP, MLX}, {"granitemoe"}),
+        ("qwen2", {}, "granitemoe", {VLLM}, {"qwen2_moe"}),
     ],
 )
 def test_a_sentence_says_who_runs_an_export_and_which_class_the_others_need(
-    dense_spec: ModelSpec, family: str, changes: dict, moe_class: str, sentence: str
+    dense_spec: ModelSpec, family: str, changes: dict, moe_class: str, obstructed: set[str], classes: set[str]
 ) -> None:
     spec = ModelSpec(family, "float32", dense_spec.megatron_args | changes, MoeSpec(4, 2, (0, 1, 2)))
     written = FAMILIES[family].written_as(MOE_CLASSES[moe_class])
-    assert readers_sentence(written, spec, written.export_config({}, spec, "float32")) == sentence
+    config = written.export_config({}, spec, "float32")
+    assert {reader for reader in READERS if obstacle(reader, config)} == obstructed
+    running, *others = re.findall(r"(?:Runs in|For) [^.]*(?:\.cpp[^.]*)?\.", readers_sentence(written, spec, config))
+    assert all((READERS[reader] in running) == (reader not in obstructed) for reader in ALL)
+    assert {READERS[reader] for reader in obstructed} == {name for name in READERS.values() if name in "".join(others)}
+    assert set(re.findall(r"--as (\w+)", "".join(others))) == classes
 
 
 @contextmanager

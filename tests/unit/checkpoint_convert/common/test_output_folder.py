@@ -1,11 +1,8 @@
 """Outputs appear complete or not at all, and an interrupted conversion resumes to the same bytes."""
 
-import errno
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,7 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
-from moelpr.base import checksums
-from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
-from moelpr.base.files import LOCK_FILE, locked
 from moelpr.base.journal import JOURNAL_FILE
 from moelpr.model.checkpoints.torch_dist import TorchDistWriter
 from moelpr.model.families.new_experts import NewExperts
@@ -114,37 +108,6 @@ def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path,
     assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
 
 
-def test_a_changed_source_is_read_again(conversions: dict[str, Convert], qwen2: Path, tmp_path: Path) -> None:
-    with interrupted_after(30), pytest.raises(KeyboardInterrupt):
-        conversions["import"](tmp_path / "out")
-    shard = sorted(qwen2.glob("*.safetensors"))[0]
-    os.utime(shard)
-    with interrupted_after(10**9) as reads:
-        conversions["import"](tmp_path / "out")
-    assert len(reads) > 50
-
-
-def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Convert], tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    with locked(partial / LOCK_FILE, "out"), pytest.raises(UserError, match="out"):
-        conversions["import"](tmp_path / "out")
-    conversions["import"](tmp_path / "out")
-
-
-def test_an_output_that_another_job_has_just_finished_is_not_replaced(conversions, tmp_path, monkeypatch) -> None:
-    disk_usage = shutil.disk_usage
-
-    def finish_another_job(folder: Path) -> object:  # after the first check of the output
-        (tmp_path / "out").mkdir()
-        return disk_usage(folder)
-
-    monkeypatch.setattr(shutil, "disk_usage", finish_another_job)
-    with pytest.raises(UserError, match="already exists"):
-        conversions["import"](tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == [] and not (tmp_path / ".out.partial").exists()
-
-
 def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     before = (tmp_path / "megatron" / "model_spec.json").read_text()
@@ -169,27 +132,3 @@ def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: P
             hf_to_mcore(source, save, NewExperts(4), overwrite=True)
     assert (tmp_path / "home" / "letter.txt").is_file()
     assert (source / "model.safetensors").is_file()
-
-
-def test_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
-    hf_to_mcore(source, tmp_path / "out", NewExperts(4))
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    monkeypatch.setattr(TorchDistWriter, "finish", _raise_disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        hf_to_mcore(source, tmp_path / "out", NewExperts(4), start=Start(seed=7), overwrite=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
-
-
-def _raise_disk_full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_files_are_compared_with_their_checksums_unless_they_are_trusted(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
-    sums = checksums.read(tmp_path / "megatron" / "release")
-    assert sums is not None
-    wrong = {name: replace(found, crc32="00000000") for name, found in sums.items()}
-    checksums.write(tmp_path / "megatron" / "release", wrong)
-    with pytest.raises(UserError, match="checksum"):
-        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", verify=Verify.NONE)

@@ -9,7 +9,6 @@ from checkpoint_convert.card.readers import READERS
 from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import edit_json, edit_tensors, load_stock
 
@@ -66,14 +65,3 @@ def test_missing_and_misshapen_tensors_are_found(mixtral: Path, reader: str) -> 
     edit_json(mixtral / "config.json", vocab_size=100)
     (reason,) = unmet_requirements(mixtral, reader)
     assert "model.embed_tokens.weight has shape [99, 32]" in reason
-
-
-def test_settings_that_no_export_has_are_rejected(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    edit_json(tmp_path / "hf" / "config.json", norm_topk_prob=False)
-    with pytest.raises(UserError, match="norm_topk_prob must be True"):
-        unmet_requirements(tmp_path / "hf", "vllm")
-    edit_json(tmp_path / "hf" / "config.json", norm_topk_prob=True, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UserError, match="quantized"):
-        unmet_requirements(tmp_path / "hf", "vllm")

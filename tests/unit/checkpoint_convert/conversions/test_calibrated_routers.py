@@ -23,7 +23,7 @@ from moelpr.measure.evaluate.calibration import Calibration, Inputs, Shares, cal
 from moelpr.measure.evaluate.divergence import distance, predictions
 from moelpr.measure.evaluate.models import open_model
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import load_stock, save_tokenizer, tensors_of
+from tests.support.hf_models import edit_json, load_stock, save_tokenizer, tensors_of
 
 
 def documents(shortest: int, seed: int = 0) -> list[str]:
@@ -113,7 +113,7 @@ def test_the_strength_is_the_smallest_that_keeps_the_share(monkeypatch: pytest.M
     less_EH[:2] = mean_H + 0.95 * (found.rows[0] - mean_H)
     choices = (torch.cat(texts[0].held_out[0]) @ less_EH.T).topk(2).indices
     assert (choices < 2).all(1).float().mean() < 0.9
-    with pytest.raises(UserError, match="new experts would fall from a mean gate weight of .*; keep less"):
+    with pytest.raises(UserError, match="mean gate weight"):
         calibrations({0: weight_EH}, 2, 2, texts[0], texts[0], share=0.9)
 
     monkeypatch.setattr(calibration, "_MAX_NOISE", 0.2)
@@ -134,19 +134,9 @@ def test_routers_that_are_no_closer_to_the_base_are_not_written(
     base = make_qwen2()
     model = upcycled(base, tmp_path)
     monkeypatch.setattr(calibrated_routers, "calibrations", without_effect)
-    with pytest.raises(UserError, match="no better than trained ones.*remove languages.kept"):
+    with pytest.raises(UserError, match="no better than trained ones"):
         write_calibrated(model, base, tmp_path / "save", KEPT, EXPANDED, 0.9, 1000)
     assert not (tmp_path / "save").exists()
-
-    monkeypatch.setattr(calibration, "_MAX_NOISE", 100.0)
-    monkeypatch.setattr(calibrated_routers, "mean_loss", lambda *_: 0.0)  # the experts have learned nothing
-
-    def one_with_an_effect(*args: Any, **kwargs: Any) -> Any:
-        return [without_effect(*args, **kwargs)[0], calibrations(*args, **kwargs)[1]]
-
-    monkeypatch.setattr(calibrated_routers, "calibrations", one_with_an_effect)
-    found = write_calibrated(model, base, tmp_path / "save", KEPT, EXPANDED, 0.98, 1000)
-    assert sum(pair[1] for pair in (found.distance, found.loss)) < sum(pair[0] for pair in (found.distance, found.loss))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +146,7 @@ def test_more_distance_buys_more_learning(max_distance: float | None, chosen: tu
     found = Calibration({}, {}, {})
     tried = [((0.01, 2.97), found), ((0.035, 2.91), found), ((0.14, 2.89), found), ((0.2, 2.9), found)]
     assert calibrated_routers._chosen(tried, (0.18, 2.98), max_distance)[0] == chosen
-    with pytest.raises(UserError, match="would be at least 0.010 nats per token from the base, more than"):
+    with pytest.raises(UserError, match="0.010 .*--max-distance 0.005"):
         calibrated_routers._chosen(tried, (0.18, 2.98), 0.005)
     with pytest.raises(UserError, match="no better than trained ones"):
         calibrated_routers._chosen(tried[-1:], (0.18, 2.88), max_distance and 9)
@@ -191,46 +181,38 @@ def test_what_cannot_be_calibrated_is_one_sentence(
 ) -> None:
     base = make_qwen2()
     model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
-    run = [save, KEPT, EXPANDED, 0.9, 1000]
-    with pytest.raises(UserError, match="is dense and has no routers"):
-        write_calibrated(base, base, *run)
-    with pytest.raises(UserError, match="is not the dense model that --model was upcycled from"):
-        write_calibrated(model, model, *run)
-    with pytest.raises(UserError, match="the text el has 0 tokens in 0 pieces; pass at least 5 documents"):
-        write_calibrated(model, base, save, KEPT, {"el": ["a"]}, 0.9, 1000)
-    (tmp_path / "one").mkdir()
-    with pytest.raises(UserError, match="only 1 of them can be the original one.*--original-copies 2"):
-        write_calibrated(upcycled(base, tmp_path / "one", 1), base, *run)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_original_experts": 3}))
-    with pytest.raises(UserError, match=r"has the experts of earlier rounds \(1 of 3 original ones\)"):
-        write_calibrated(model, base, *run)
-    (model / "config.json").write_text(json.dumps(config))
+    one_copy = upcycled(base, tmp_path / "one", 1)
+    for model_or_not, its_base, expanded, message in (
+        (base, base, EXPANDED, "is dense"),
+        (model, model, EXPANDED, "--model was upcycled from"),
+        (model, base, {"el": ["a"]}, "el has 0 tokens"),
+        (one_copy, base, EXPANDED, "--original-copies 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_calibrated(model_or_not, its_base, save, KEPT, expanded, 0.9, 1000)
+    edit_json(model / "config.json", num_original_experts=3)
+    with pytest.raises(UserError, match="1 of 3 original ones"):
+        write_calibrated(model, base, save, KEPT, EXPANDED, 0.9, 1000)
     assert not save.exists()
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in EXPANDED["el"]))
     flags = f"--model {model} --base {base} --save {save} --data el={file}".split()
     for more, message in (
         (["--expanded-languages", "hu"], "must be among --data"),
-        (["--expanded-languages", "el"], "no text of text to keep"),
-        (["--expanded-languages", "el", "--keep-original", "1.5"], "above 0 and below 1"),
-        (["--expanded-languages", "el", "--max-distance", "-0.1"], "--max-distance must be positive, got -0.1"),
-        (["--expanded-languages", "el", "--data", f"ell={file}"], "--data has el twice"),
-        (["--expanded-languages", "el", "--data", "=x"], "--data must be NAME=FILE, such as el=el.jsonl, or files"),
-        (["--expanded-languages", "el", "--data", f"{tmp_path}/*.xz"], "no file matches"),
+        ([], "--data has no text"),
+        (["--keep-original", "1.5"], "--keep-original .*1.5"),
+        (["--max-distance", "-0.1"], "--max-distance .*-0.1"),
+        (["--data", f"ell={file}"], "--data has el twice"),
+        (["--data", "=x"], "--data must be NAME=FILE"),
     ):
-        monkeypatch.setattr(sys, "argv", ["calibrate", *flags, *more])
+        monkeypatch.setattr(sys, "argv", ["calibrate", *flags, "--expanded-languages", "el", *more])
         with pytest.raises(UserError, match=message):
             calibrator.main()
 
 
-@pytest.mark.parametrize(("distance", "flags"), [(0.3, []), (0.1, []), (0.3, ["--max-distance", "0.4"])])
+@pytest.mark.parametrize(("distance", "flags"), [(0.3, ()), (0.1, ()), (0.3, ("--max-distance", "0.4"))])
 def test_routers_that_are_still_far_from_the_base_are_a_warning(
-    distance: float,
-    flags: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    distance, flags, tmp_path, monkeypatch, exit_code, capsys
 ) -> None:
     both = {text: Shares(0.9, 0.1) for text in ("kept", "expanded")}
     texts = {"kept": ["en"], "expanded": ["el"]}
@@ -239,11 +221,8 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "a"}))
     words = f"--model m --base b --save s --data en={file} --data el={file} --expanded-languages el".split()
-    monkeypatch.setattr(sys, "argv", ["calibrate", *words, *flags])
-    calibrator.main()
-    printed = capsys.readouterr()
-    assert "calibrated, chosen" in printed.out
-    assert ("0.30 nats per token from the base" in printed.err) == (distance > 0.2 and not flags)
+    assert exit_code(calibrator.main, *words, *flags) == 0
+    assert ("0.30 nats" in capsys.readouterr().err) == (distance > 0.2 and not flags)
 
 
 def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:

@@ -2,17 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
 from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -20,9 +17,7 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
-from moelpr.model.families.tables import Piece
 from moelpr.model.model_spec import ModelSpec, MoeSpec
-from moelpr.model.stages import Part
 from tests.support.hf_models import edit_json, edit_tensors, files_of
 
 
@@ -56,61 +51,20 @@ def test_a_delta_has_no_copies_of_the_ffn(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "whole" / "README-base.md").read_text().endswith("The base.\n")
 
 
-def test_a_base_that_training_rounded_is_rounded_the_same_way(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
-    """A run in bf16 on an fp32 base."""
-    base = make_qwen2(torch.float32)
-    hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
-    message = "base's float32 was rounded.*--dtype bfloat16"
-    with pytest.raises(UserError, match=message):
-        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
-    assert_base_and_delta_give_the_export(base, tmp_path / "rounded", tmp_path, dtype="bfloat16")
-    replace(ModelSpec.read(tmp_path / "rounded"), dtype="float32").write(tmp_path / "rounded")  # as after training
-    with pytest.raises(UserError, match=message):
-        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
-
-
-def test_a_base_that_was_rounded_in_part_or_twice_has_no_delta_in_another_dtype(make_qwen2, tmp_path) -> None:
-    base = make_qwen2(torch.float32)
-    hf_to_mcore(base, tmp_path / "model", NewExperts(2), start=Start("random"))
-    source = MegatronReader(tmp_path / "model")
-    (embedding,) = (piece for piece in source.pieces if piece.part is Part.EMBEDDING)
-    stored = MegatronReader.dtype
-
-    def dtype(reader: MegatronReader, piece: Piece) -> torch.dtype:
-        # As stage 0 leaves it: the embedding, of which some rows train, in bf16, all else as it was.
-        return torch.bfloat16 if piece.key == embedding.key else stored(reader, piece)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="base's float32 .*--dtype bfloat16"):
-        patch.setattr(MegatronReader, "dtype", dtype)
-        mcore_to_hf(tmp_path / "model", tmp_path / "delta", as_delta=True)
-    hf_to_mcore(base, tmp_path / "twice", NewExperts(2), start=Start("random"), dtype="bfloat16")
-    replace(ModelSpec.read(tmp_path / "twice"), dtype="float16").write(tmp_path / "twice")
-    with pytest.raises(UserError, match="has bfloat16 and float16, .* export without --delta"):
-        mcore_to_hf(tmp_path / "twice", tmp_path / "delta", as_delta=True, dtype="bfloat16")
-
-
-@pytest.mark.parametrize(
-    "recorded", [{"torch_dtype": "bfloat16", "dtype": "bfloat16"}, {"torch_dtype": None, "dtype": None}]
-)
-def test_the_dtype_of_the_base_is_that_of_its_weights_not_of_its_config(recorded, make_qwen2, tmp_path) -> None:
-    """fp32 weights next to a config.json that says bf16, trained in bf16."""
+@pytest.mark.parametrize("recorded", ["float32", "bfloat16", None])
+def test_a_base_that_training_rounded_is_rounded_the_same_way(recorded, make_qwen2, tmp_path: Path) -> None:
+    """A run in bf16 on fp32 weights, whatever their config.json says."""
     base = Path(shutil.copytree(make_qwen2(torch.float32), tmp_path / "base"))
-    edit_json(base / "config.json", **recorded)
+    edit_json(base / "config.json", torch_dtype=recorded, dtype=recorded)
     hf_to_mcore(base, tmp_path / "rounded", NewExperts(2), start=Start("random"), dtype="bfloat16")
     for dtype in ("bfloat16", "float32"):  # the second as after training, without --dtype of the conversion
         replace(ModelSpec.read(tmp_path / "rounded"), dtype=dtype).write(tmp_path / "rounded")
-        with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
+        with pytest.raises(UserError, match="--dtype bfloat16"):
             mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True, dtype="float32")
-    with pytest.raises(UserError, match="base's float32 was rounded.*--dtype bfloat16"):
-        mcore_to_hf(tmp_path / "rounded", tmp_path / "fp32", as_delta=True)
     assert_base_and_delta_give_the_export(base, tmp_path / "rounded", tmp_path, dtype="bfloat16")
-
-
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
-def test_other_families_and_tied_models_have_deltas(architecture, make_model, tmp_path) -> None:
-    base = make_model(architecture, tie_word_embeddings=True)
-    hf_to_mcore(base, tmp_path / "megatron", NewExperts(2), start=Start("random"))
-    assert_base_and_delta_give_the_export(base, tmp_path / "megatron", tmp_path)
+    replace(ModelSpec.read(tmp_path / "rounded"), dtype="float16").write(tmp_path / "rounded")  # rounded twice
+    with pytest.raises(UserError, match="has bfloat16 and float16, .*--delta"):
+        mcore_to_hf(tmp_path / "rounded", tmp_path / "twice", as_delta=True, dtype="bfloat16")
 
 
 def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_path: Path) -> None:
@@ -119,17 +73,6 @@ def test_the_base_of_another_round_is_the_previous_moe(checkpoint: Path, tmp_pat
     assert_base_and_delta_give_the_export(tmp_path / "round1", tmp_path / "megatron2", tmp_path)
     names = set(load_file(tmp_path / "delta" / "delta.safetensors"))
     assert {name.split(".experts.")[1][0] for name in names if ".experts." in name} == {"4", "5"}
-
-
-def test_few_tensors_of_a_delta_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
-    base = make_qwen2(num_hidden_layers=12)
-    largest = max(tensor.nbytes for file in base.glob("*.safetensors") for tensor in load_file(file).values())
-    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
-    held_bytes.take_peak()
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
-    assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
 def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_path: Path) -> None:
@@ -146,8 +89,6 @@ def test_a_delta_contains_only_routers_and_new_experts(checkpoint: Path, tmp_pat
     assert content["experts"] == json.loads(json.dumps(asdict(MoeSpec(3, 2, (0, 2)))))
     listed = {tensor["name"]: tensor for tensor in content["tensors"]}
     assert listed["model.layers.0.mlp.experts.0.up_proj.weight"]["base"] == "model.layers.0.mlp.up_proj.weight"
-    with safe_open(tmp_path / "delta" / "delta.safetensors", framework="pt") as opened:
-        assert opened.metadata() == {"format": "pt"}
     assert "apply_delta --base Base-1B" in (tmp_path / "delta" / "README.md").read_text()
 
 
@@ -188,25 +129,11 @@ def test_a_damaged_delta_is_rejected(base: Path, checkpoint: Path, tmp_path: Pat
     assert_apply_fails(base, delta, out, "model.layers.2.mlp.gate.weight")
     (delta / "delta.safetensors").unlink()
     assert_apply_fails(base, delta, out, "delta.safetensors")
-    content = json.loads(text)
-    damages = [text[:-50], text.replace('"bfloat16"', '"int8"', 1), text.replace('"base"', '"nowhere"', 1)]
-    for changed in ({"tensors": content["tensors"][:1] * 2}, {"tensors": []}, {"config": {}}):
-        damages.append(json.dumps(content | changed))
-    for damaged in damages:
-        (delta / "delta_config.json").write_text(damaged)
+    for old, new in (("}", ""), ('"bfloat16"', '"int8"'), ('"base"', '"nowhere"'), ('_version": 1', '_version": 2')):
+        (delta / "delta_config.json").write_text(text.replace(old, new, 1))
         assert_apply_fails(base, delta, out, "delta_config.json")
-    (delta / "delta_config.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    assert_apply_fails(base, delta, out, "format_version is 2")
     (delta / "delta_config.json").unlink()
     assert_apply_fails(base, delta, out, "delta_config.json.*--delta")
-
-
-def test_a_base_whose_config_names_no_class_has_a_delta_too(base: Path, tmp_path: Path) -> None:
-    config = json.loads((base / "config.json").read_text())
-    del config["architectures"]
-    (base / "config.json").write_text(json.dumps(config))
-    hf_to_mcore(base, tmp_path / "megatron", NewExperts(1))
-    assert_base_and_delta_give_the_export(base, tmp_path / "megatron", tmp_path)
 
 
 def test_a_delta_to_an_moe_is_of_its_class(base: Path, tmp_path: Path) -> None:

@@ -10,12 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from checkpoint_convert import convert as importer
-from checkpoint_convert import export as exporter
 from checkpoint_convert import graft as grafter
 from checkpoint_convert import verify as verifier
 from checkpoint_convert.card.graft_record import Graft
@@ -32,6 +29,7 @@ from tests.support.hf_models import (
     TOKENS,
     assert_logits,
     assert_nothing_left,
+    edit_json,
     edit_tensors,
     load_stock,
     our_logits,
@@ -51,8 +49,7 @@ def instruct_of(base: Path, folder: Path) -> Path:
         edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "generation_config.json").write_text('{"eos_token_id": [3, 0], "do_sample": true}')
-    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 3}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", eos_token_id=3)
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\nIt chats.\n")
     return folder
 
@@ -249,18 +246,6 @@ def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path],
     assert Graft.read(out) == Graft("o/Base", "o/Base-Instruct", "model", scale=0.5)
 
 
-@pytest.mark.parametrize(
-    ("license", "expected"),
-    [("other\nlicense_name: tongyi", ("other", "tongyi-and-mit")), ("mit", ("mit", None))],
-    ids=["two", "one"],
-)
-def test_the_license_names_those_of_both_models(models, tmp_path, license, expected) -> None:
-    (models[2] / "README.md").write_text(f"---\nlicense: {license}\n---\n")
-    card = (run(models, tmp_path / "out") / "README.md").read_text()
-    metadata = yaml.safe_load(card.split("---\n")[1])
-    assert (metadata["license"], metadata.get("license_name")) == expected
-
-
 def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     """One of the model, the base and the instruct model each."""
     base = make_qwen2(num_hidden_layers=8, tokenizer=True)
@@ -269,44 +254,6 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     held_bytes.take_peak()
     run(folders, tmp_path / "out")
     assert 0 < held_bytes.take_peak() <= 3 * largest
-
-
-def test_a_base_that_answers_learns_to_answer_in_the_upcycled_model(make_model, tmp_path, exit_code, capsys) -> None:
-    """From a base to a chat model by commands alone: the instruct model is the base, trained to answer one question."""
-    from transformers import AutoTokenizer
-
-    base = make_model("LlamaForCausalLM", tokenizer=True)
-    instruct = Path(shutil.copytree(base, tmp_path / "instruct"))
-    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    prompt = AutoTokenizer.from_pretrained(instruct).apply_chat_template(
-        [{"role": "user", "content": "aaaa"}], return_tensors="pt", return_dict=True
-    )["input_ids"]
-    dialogue = torch.cat([prompt, torch.tensor([[5, 9, 2, 7, 9, 1]])], dim=1)
-    model = load_stock(base)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(40):
-        model(dialogue, labels=dialogue).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(instruct)
-
-    checkpoint, export, chat = tmp_path / "megatron", tmp_path / "export", tmp_path / "chat"
-    for main, *arguments in (
-        (importer.main, "--hf-path", base, "--save", checkpoint, "--num-new-experts", 2, "--expert-noise", 0.05),
-        (exporter.main, "--load", checkpoint, "--save", export),
-        (grafter.main, "--base", base, "--instruct", instruct, "--model", export, "--save", chat),
-        (verifier.main, "--graft", base, instruct, export, chat),
-        (verifier.main, "--frozen", instruct, chat),
-    ):
-        assert exit_code(main, *arguments) == 0
-    assert f"{chat}: {export} + 1 * ({instruct} - {base}), all, float32" in capsys.readouterr().out
-
-    def answer(folder: Path) -> list[int]:
-        settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        return load_stock(folder).generate(prompt, **settings)[0].tolist()
-
-    assert answer(chat) == answer(instruct) == dialogue[0].tolist()
-    assert answer(export) != dialogue[0].tolist()
 
 
 def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
@@ -334,24 +281,14 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         (file,) = [f for f in sorted(folder.glob("*.safetensors")) if attention in load_file(f)]
         return changed(folder, lambda copy: edit_tensors(copy / file.name, change))
 
-    def config(**keys: object) -> Callable[[Path], object]:
-        def change(folder: Path) -> None:
-            content = json.loads((folder / "config.json").read_text()) | keys
-            (folder / "config.json").write_text(json.dumps(content))
-
-        return change
-
-    def only_gguf(folder: Path) -> None:
-        for path in folder.iterdir():
-            path.unlink()
-        (folder / "model.gguf").touch()
-
     small_vocabulary = make_qwen2(vocab_size=98, tokenizer=True)
     unrelated = edited(instruct, lambda tensors: tensors[attention].normal_(std=tensors[attention].std().item()))
     other_base = edited(base, lambda tensors: tensors[attention][0, :1].add_(1e-6))
     not_a_number = edited(instruct, lambda tensors: tensors[attention][0, :1].fill_(torch.nan))
     other_tokenizer = changed(instruct, lambda folder: save_tokenizer(folder, num_ids=58))
-    no_tokenizer = changed(instruct, lambda folder: [path.unlink() for path in folder.glob("tokenizer*")])
+    other_rope = changed(
+        instruct, lambda folder: edit_json(folder / "config.json", rope_theta=1.0, rope_parameters=None)
+    )
     llama = make_model("LlamaForCausalLM", tokenizer=True)
     capsys.readouterr()
     for folders, message in (
@@ -363,11 +300,7 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         ((base, unrelated, model), f"was not made of .*{attention}"),
         ((base, not_a_number, model), f"{attention} contains NaN"),
         ((base, other_tokenizer, model), "tokenizers .* 58 .*None"),
-        ((base, no_tokenizer, model), r"changed\d+ contains no tokenizer"),
-        ((base, changed(instruct, config(rope_theta=1.0, rope_parameters=None)), model), "rotary_base is 50000 and 1"),
-        ((base, changed(instruct, config(quantization_config={})), model), "is quantized"),
-        ((base, changed(instruct, config(quantization={"bits": 4})), model), "is quantized"),
-        ((base, changed(instruct, only_gguf), model), "GGUF"),
+        ((base, other_rope, model), "rotary_base is 50000 and 1"),
         ((base, instruct, base), "is dense; .*--model"),
         ((base, model, model), "is an MoE"),
         ((base, instruct, tmp_path / "megatron"), "is a Megatron checkpoint"),

@@ -104,27 +104,6 @@ def test_a_graft_tokenizes_as_its_instruct_model(make_base, tmp_path: Path) -> N
     assert facts(tmp_path / "graft") == facts(base)
 
 
-def test_a_tokenizer_that_is_the_same_in_the_export_keeps_its_files(make_base, tmp_path: Path) -> None:
-    base = make_base("Qwen2ForCausalLM", save_qwen)
-    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "hf" / name).read_bytes() == (base / name).read_bytes()
-
-
-def test_a_tokenizer_that_cannot_express_a_text_is_exported(make_base, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-
-    def save(folder: Path) -> None:
-        folder.mkdir()
-        Tokenizer(models.WordLevel({"one": 0, "two": 1}, unk_token="missing")).save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-
-    hf_to_mcore(make_base("LlamaForCausalLM", save), tmp_path / "mcore", NewExperts(1))
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
-    assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path / "hf")).vocabulary() == {"one": 0, "two": 1}
-
-
 def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_path: Path) -> None:
     base = make_base("Qwen2ForCausalLM", save_llama2_as_on_the_hub)
     (base / "tokenizer.model").unlink(missing_ok=True)
@@ -132,13 +111,3 @@ def test_a_tokenizer_that_transformers_makes_lossy_is_refused(make_base, tmp_pat
     assert_import_fails(base, tmp_path, "as Qwen2Tokenizer, which loses text")
     with pytest.raises(UserError, match="'twowords'"):  # as preprocessing loads it
         load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
-
-
-def test_the_remedy_for_a_lossy_tokenizer_works_for_a_llama(make_base) -> None:
-    base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
-    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=False)
-    with pytest.raises(UserError, match="PreTrainedTokenizerFast"):
-        load_tokenizer("HuggingFaceTokenizer", str(base), must_keep_text=True)
-    edit_json(base / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-    tokenizer = load_tokenizer("HuggingFaceTokenizer", str(base))
-    assert tokenizer.decode(tokenizer.encode_whole("two words")) == "two words"

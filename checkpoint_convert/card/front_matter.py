@@ -38,13 +38,12 @@ def read_card(folder: Path) -> ModelCard | None:
 
 
 def inherited(folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Those of `keys` that the card in a folder has, if they are texts; {} if its front matter can't be read."""
+    """Return the texts under `keys` in the card of a folder; {} if its front matter can't be read."""
     try:
         card = read_card(folder)
     except UserError:
         return {}
-    found = {} if card is None else {key: card.data.get(key) for key in keys}
-    return {key: value for key, value in found.items() if texts(value)}
+    return {} if card is None else {key: card.data[key] for key in keys if texts(card.data.get(key))}
 
 
 def texts(value: Any) -> list[str]:

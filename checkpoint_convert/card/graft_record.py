@@ -19,7 +19,7 @@ PARTS: dict[Only, frozenset[Part]] = {
 
 @dataclass(frozen=True, config=STRICT)
 class Graft(Record):
-    """What was added to what: model + scale · (instruct − base).
+    """The sum that a graft is: model + scale · (instruct − base).
 
     Attributes:
         base: Name of the dense base's folder, or its name on the Hub.

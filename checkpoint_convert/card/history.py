@@ -1,4 +1,4 @@
-"""What a model was made from and how it was trained, from the records of the conversion and of the runs."""
+"""The training that made a model, stage by stage, from the records of the runs."""
 
 import re
 from dataclasses import dataclass, field

@@ -30,7 +30,7 @@ TEMPLATES.globals["metrics"] = schema
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What an export's card is written from; unknown details are omitted.
+    """The facts that an export's card tells; unknown details are omitted.
 
     Attributes:
         config: config.json of the export.

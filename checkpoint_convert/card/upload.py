@@ -1,4 +1,4 @@
-"""What of a folder goes to the Hugging Face Hub, and its upload."""
+"""The upload of a model to the Hugging Face Hub: which files of a folder, and how."""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Upload:
 
     @classmethod
     def of(cls, folder: Path, allow_paths: bool = False) -> "Upload":
-        """What would be uploaded.
+        """Choose the files of a folder.
 
         Raises:
             UserError: There is no model or no card, the card names no licence, or a file has a secret or names a

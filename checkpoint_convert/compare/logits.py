@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import has_tokenizer
 from checkpoint_convert.hf.vocabulary_rows import new_rows, tokenizer_folder
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
@@ -109,7 +109,7 @@ def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended
     ids = []
     for model in (a, b):
         folder = tokenizer_folder(model)
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             raise UserError(f"--text requires a tokenizer, but {folder} contains none; copy the base's tokenizer there")
         tokenizer = open_hf_tokenizer(folder)
         ids.append([tokenizer(text, add_special_tokens=False)["input_ids"][:num_tokens] for text in texts])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from checkpoint_convert.card.readers import READERS, obstacle
 from checkpoint_convert.hf.checks import check_weights
-from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import has_tokenizer
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
@@ -17,7 +17,7 @@ _RENAMED = ("rope_theta", "rope_scaling", "num_experts")
 
 
 def unmet_requirements(folder: Path, reader: str, verify: Verify = Verify.FULL) -> list[str]:
-    """What keeps the reader from running the model in `folder` as transformers does.
+    """Return the reasons why the reader does not run the model in `folder` as transformers does.
 
     Args:
         reader: A key of READERS.
@@ -27,23 +27,23 @@ def unmet_requirements(folder: Path, reader: str, verify: Verify = Verify.FULL) 
     """
     config = read_config(folder)
     family, spec = read_base(folder)
-    found = []
+    reasons = []
     # The names that our exports have, which a program that saved the model since may have changed.
     complete = family.export_config(config, spec, "float32")
     if (reason := obstacle(reader, complete)) is not None:
-        found.append(f"{READERS[reader]}: {reason}")
+        reasons.append(f"{READERS[reader]}: {reason}")
     if reader == "mlx":
-        found += [
+        reasons += [
             f"config.json must have {key}: {complete[key]}, got {config.get(key)}"
             for key in _RENAMED
             if complete.get(key) != config.get(key)
         ]
-    if reader != "transformers" and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        found.append("there is no tokenizer")
+    if reader != "transformers" and not has_tokenizer(folder):
+        reasons.append("there is no tokenizer")
     try:
         weights = HfReader(folder, verify=verify)
         check_weights(weights, family, spec, list(pieces(family.table, spec)))
-        found += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
+        reasons += [f"there is no {name}" for name, _ in zeros(family.table, spec) if name not in weights]
     except UserError as error:
-        found.append(str(error))
-    return found
+        reasons.append(str(error))
+    return reasons

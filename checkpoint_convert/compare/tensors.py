@@ -64,9 +64,7 @@ def compare(a: Path, b: Path, verify: Verify = Verify.FULL) -> Iterator[TensorVe
     for reader, other in ((in_a, in_b), (in_b, in_a)):
         if isinstance(reader, HfReader):
             reader.list_parts(other.names)
-    yield from compare_tensors(in_a, in_b, {name: name for name in in_a.names}, in_a.names)
-    for name in sorted(set(in_b.names) - set(in_a.names)):
-        yield TensorVerdict(name, "extra")
+    yield from _compare_all(in_a, in_b)
 
 
 def compare_frozen(base: Path, upcycled: Path, verify: Verify = Verify.FULL) -> Iterator[TensorVerdict]:
@@ -107,14 +105,18 @@ def compare_graft(
     dtype = common_dtype((found, name) for name in found.names)
     expected = GraftReader(base, instruct, model, record.scale, record.only, dtype, verify)
     found.list_parts(expected.names)
-    yield from compare_tensors(expected, found, {name: name for name in expected.names}, expected.names)
-    for name in sorted(set(found.names) - set(expected.names)):
-        yield TensorVerdict(name, "extra")
+    yield from _compare_all(expected, found)
 
 
 def largest_difference(verdicts: Iterable[TensorVerdict]) -> float:
     """Largest absolute difference; inf if tensors are missing or misshapen."""
     return max((v.max_abs if v.kind == "value" else math.inf for v in verdicts), default=0.0)
+
+
+def _compare_all(a: Reader, b: Reader) -> Iterator[TensorVerdict]:
+    yield from compare_tensors(a, b, {name: name for name in a.names}, a.names)
+    for name in sorted(set(b.names) - set(a.names)):
+        yield TensorVerdict(name, "extra")
 
 
 def compare_tensors(

@@ -72,7 +72,7 @@ class DeltaTensor:
 
 @dataclass(frozen=True, config=STRICT)
 class DeltaConfig(Record):
-    """What a delta and its base are combined to.
+    """The export that a delta and its base are combined to.
 
     Attributes:
         base_model: Name of the base.

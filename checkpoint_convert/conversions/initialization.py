@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from checkpoint_convert.common.numbers import cast, check_finite
+from checkpoint_convert.common.numbers import cast
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.vocabulary_rows import with_new_rows
 from moelpr.base.errors import UserError
@@ -63,7 +63,7 @@ def starting_tensors(
         else:
             if piece.origin != read_origin:
                 del tensor  # one in memory
-                parts = [_read(source, name) for name in piece.origin]
+                parts = [source.read_finite(name) for name in piece.origin]
                 if extension is not None and piece.part in VOCABULARY_PARTS:
                     parts = [with_new_rows(parts.pop(), extension, spec.megatron_args["vocab_size"], dtype)]
                 tensor = cast(piece.transform.to_megatron(parts, sizes_of(spec)), dtype, piece.key)
@@ -82,13 +82,9 @@ def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tenso
     if not piece.origin:
         return fresh
     assert spec.moe is not None
-    rows = _read(source, piece.origin[0]).float()
+    rows = source.read_finite(piece.origin[0]).float()
     # Expert 0's row plus a small random row, which decides which of the equal experts a token goes to.
     return torch.cat([rows, rows[:1] + 0.01 * fresh[spec.moe.num_original_places :]])
-
-
-def _read(source: HfReader, name: str) -> Tensor:
-    return check_finite(source.read(name), f"{source.folder}: {name}", "download the model again or use another one")
 
 
 def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Tensor:

@@ -86,7 +86,7 @@ class GraftReader:
     def read(self, name: str) -> Tensor:
         """Read one tensor of the graft in its dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
-        tensor = _read(self._model, name)
+        tensor = self._model.read_finite(name)
         if name not in self._sources:
             return cast(tensor, dtype, name)
         origin, piece = self._sources[name]
@@ -119,7 +119,7 @@ class GraftReader:
 
     def _read_dense(self, reader: HfReader, name: str, model: Tensor, piece: Piece) -> Tensor:
         """A tensor of base or instruct model; rows of new tokens are the model's own, so that their difference is 0."""
-        tensor, rows = _read(reader, name), self._rows(piece)
+        tensor, rows = reader.read_finite(name), self._rows(piece)
         return grow(tensor, model[rows.start : rows.stop], rows) if rows else tensor
 
     def _check_related(self, name: str, base: Tensor, instruct: Tensor) -> None:
@@ -171,10 +171,6 @@ def _open(folder: Path, verify: Verify) -> tuple[HfReader, Described]:
     assert isinstance(reader, HfReader)
     check_weights(reader, model.family, model.spec, list(pieces(model.family.table, model.spec)))
     return reader, model
-
-
-def _read(reader: HfReader, name: str) -> Tensor:
-    return check_finite(reader.read(name), f"{reader.folder}: {name}", "download the model again or use another one")
 
 
 def _norm(a: Tensor, b: Tensor | None = None) -> float:

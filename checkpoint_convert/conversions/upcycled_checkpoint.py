@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from checkpoint_convert.card.origin import Origin, StartSettings
+from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
@@ -94,8 +94,7 @@ def hf_to_mcore(
                 keep_tokenizer(hf_path, folder / HF_FOLDER)
         record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
-        started = cast(StartSettings, asdict(start) if spec.moe else {})
-        Origin(recorded.name, started, revision=recorded.revision).write(folder / HF_FOLDER)
+        Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
     return spec
 

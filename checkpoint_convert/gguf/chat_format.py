@@ -1,4 +1,4 @@
-"""What a chat template writes around messages, found by rendering probes, and the same as Ollama's Go template."""
+"""The text that a chat template writes around messages, by rendering probes, and the same as Ollama's template."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

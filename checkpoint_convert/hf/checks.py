@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import has_tokenizer
 from checkpoint_convert.hf.safetensors_reader import HfReader, is_unread
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import check_text_is_kept, load_tokenizer, open_hf_tokenizer
@@ -44,7 +44,7 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec, plan: list[
 
 def check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Check that the folder's tokenizer can be read and has at most as many IDs as the embedding has rows."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(folder):
         return
     tokenizer = open_hf_tokenizer(folder)
     check_text_is_kept(folder, tokenizer)
@@ -60,7 +60,7 @@ def check_same_tokenizer(base: Path, instruct: Path, model: Path, vocab_size: in
     """Check that all three give every text the same IDs, or the model's extends the others' by the IDs `new`."""
     tokenizers = []
     for folder in (base, instruct, model):
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not has_tokenizer(folder):
             raise UserError(f"{folder} contains no tokenizer; copy the one that the model was trained with there")
         check_tokenizer(folder, vocab_size)
         tokenizers.append(load_tokenizer("HuggingFaceTokenizer", str(folder)))

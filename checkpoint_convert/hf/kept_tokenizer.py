@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import has_tokenizer
 from moelpr.base import records
 from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
@@ -31,7 +31,7 @@ def keep_tokenizer(source: Path, folder: Path) -> None:
     Raises:
         UserError: no files make transformers load the same tokenizer.
     """
-    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(source):
         return
     wanted = _facts(source)
     if not _is_same(folder, wanted):
@@ -64,7 +64,7 @@ def _is_same(folder: Path, wanted: tuple[object, ...]) -> bool:
 
 
 def _facts(folder: Path) -> tuple[object, ...]:
-    """What must not change: the IDs of text, the tokens around it, the end of a document, and decoding."""
+    """The behavior that must not change: IDs of text, tokens around it, the end of a document, and decoding."""
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
     try:
         with reports_panics():

@@ -1,5 +1,7 @@
 """The names of the files in a Hugging Face model directory."""
 
+from pathlib import Path
+
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.model.families.hf_config import CONFIG_FILE
 
@@ -34,3 +36,7 @@ CARD_FILE = "README.md"
 BASE_CARD_FILE = "README-base.md"
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)

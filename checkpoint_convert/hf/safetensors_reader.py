@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.hf.model_files import MODEL_STEM
 from moelpr.base import records
 from moelpr.base.checksums import Verifier, Verify
@@ -100,6 +101,10 @@ class HfReader:
             tensor: Tensor = file.get_slice(in_file)[index].clone() if index else file.get_tensor(in_file)
         self._mapped_bytes += tensor.nbytes
         return tensor
+
+    def read_finite(self, name: str) -> Tensor:
+        """Like `read`, but UserError if the tensor contains NaN or Inf."""
+        return check_finite(self.read(name), f"{self.folder}: {name}", "download the model again or use another one")
 
     def _stored(self, name: str) -> tuple[str, tuple[Any, ...]]:
         """The stored tensor that `name` is in, and its index; a delta stores parts by themselves."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.common.numbers import cast
-from checkpoint_convert.hf.model_files import TOKENIZER_FILES
+from checkpoint_convert.hf.model_files import has_tokenizer
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.tokenizers.loading import load_tokenizer
@@ -70,7 +70,7 @@ def new_rows(base: Path, model: Path) -> range:
         return range(0)
     extension = VocabularyExtension.read(ours)
     first = extension.first_new_id
-    if any((theirs / name).is_file() for name in TOKENIZER_FILES):  # the file lists only the last round
+    if has_tokenizer(theirs):  # the file lists only the last round
         first = max(load_tokenizer("HuggingFaceTokenizer", str(theirs)).vocabulary().values()) + 1
     return range(first, max(first, extension.first_new_id + extension.number))
 

@@ -1,4 +1,4 @@
-"""What keeps a program from running a directory is found without the program."""
+"""Reasons why a program does not run a directory are found without the program."""
 
 from collections.abc import Callable
 from pathlib import Path

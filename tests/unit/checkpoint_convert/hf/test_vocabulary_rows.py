@@ -1,4 +1,4 @@
-"""What exports, deltas, comparisons and grafts make of an extended vocabulary."""
+"""Exports, deltas, comparisons and grafts of a model with an extended vocabulary."""
 
 import json
 import shutil

@@ -116,10 +116,6 @@ def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: 
     assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), overwrite=True)
     assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    with pytest.raises(UserError, match="--overwrite"):
-        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", overwrite=True)
 
 
 def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:

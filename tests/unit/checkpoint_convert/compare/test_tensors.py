@@ -1,10 +1,8 @@
 """The comparison holds two tensors and one model in memory at a time, and agrees with an independent one."""
 
 import json
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -58,30 +56,3 @@ def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: 
     assert verdict.num_tokens == 72
     assert verdict.max_abs_logit_diff == pytest.approx((a - b).abs().max().item(), rel=1e-5)
     assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
-
-
-def test_one_model_is_in_memory_at_a_time(qwen2, export, text, tmp_path, monkeypatch, megatron) -> None:
-    from moelpr.measure.evaluate import models
-    from moelpr.model.layers import loading
-
-    alive: list[weakref.ref] = []
-    loads = []
-
-    def watch(owner: Any) -> None:
-        load_model = owner.load_model
-
-        def watched(*args, **kwargs):
-            assert not any(ref() is not None for ref in alive)
-            loaded = load_model(*args, **kwargs)
-            alive.append(weakref.ref(getattr(loaded, "model", None) or loaded))
-            loads.append(args[0])
-            return loaded
-
-        monkeypatch.setattr(owner, "load_model", watched)
-
-    watch(models)
-    watch(loading)
-    compare_on_text(qwen2, export, [text])
-    compare_on_text(export, tmp_path / "megatron", [text])
-    compare_on_text(tmp_path / "megatron", tmp_path / "megatron", [text])
-    assert len(loads) == 6

@@ -64,14 +64,6 @@ def test_new_rows_are_means_and_old_rows_keep_their_bits(make_qwen2, tmp_path, t
             torch.testing.assert_close(rows[new].float(), mean, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-7)
 
 
-def test_new_tokens_that_fit_into_spare_rows_add_none(qwen2: Path, tmp_path: Path) -> None:
-    extended = extend_tokenizer(qwen2, tmp_path / "extended", 10)
-    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
-    before, after = tensors_of(qwen2)[EMBEDDING], MegatronReader(tmp_path / "out").read(EMBEDDING)
-    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
-    assert after.shape == before.shape and changed == list(range(60, 70))
-
-
 @pytest.mark.parametrize("experts", [None, NewExperts(4)], ids=["dense", "upcycled"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(make_qwen2, tmp_path, tied, experts) -> None:

@@ -13,8 +13,6 @@ from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model
 from moelpr.base.errors import UserError
-from moelpr.model.families.hub import config_folder
-from moelpr.plan import __main__ as planner
 from tests.support.hf_models import assert_nothing_left
 from tests.support.local_hub import LocalHub, local_hub
 
@@ -86,16 +84,3 @@ def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in error_of("--hf-path", "o/Tiny")
     assert "hf download" in error_of("--hf-path", tmp_path / "nowhere")  # no name on the Hub
-
-
-def test_the_planner_downloads_only_config_json(hub, tmp_path, monkeypatch, exit_code, capsys) -> None:
-    from huggingface_hub import constants
-
-    arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2
-    assert exit_code(planner.main, *arguments, "--gpus", 1, "--gpu-memory-gib", 1, "--seq-length", 16) == 0
-    assert hub.downloads == {"config.json"} and config_folder(Path("o/Tiny")).name == hub.commit("o/Tiny")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert exit_code(importer.main, *arguments, "--save", tmp_path / "offline") == 2
-    assert "the cache doesn't contain it" in capsys.readouterr().err, "it has no weights"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert exit_code(importer.main, *arguments, "--save", tmp_path / "out") == 0

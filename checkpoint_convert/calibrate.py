@@ -72,7 +72,7 @@ def main() -> None:
 
     check_device(args.device)
     texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
-    found = write_calibrated(
+    record = write_calibrated(
         args.model,
         args.base,
         args.save,
@@ -92,15 +92,15 @@ def main() -> None:
             *(f"{shares.all_original:.1%}" for shares in pair),
             *(f"{shares.new_gate_weight:.1%}" for shares in pair),
         ]
-        for text, pair in ((text, (found.before[text], found.after[text])) for text in found.before)
+        for text, pair in ((text, (record.before[text], record.after[text])) for text in record.before)
     ]
     head = ["held-out text", "all original, before", "after", "weight of new experts, before", "after"]
     print(table_text(head, rows, [0]))
-    after = (found.distance[1], found.loss[1])
-    rows = [["trained routers", f"{found.distance[0]:.3f}", f"{found.loss[0]:.3f}"]]
+    after = (record.distance[1], record.loss[1])
+    rows = [["trained routers", f"{record.distance[0]:.3f}", f"{record.loss[0]:.3f}"]]
     rows += [
         ["calibrated, chosen" if pair == after else "calibrated", *(f"{number:.3f}" for number in pair)]
-        for pair in found.tried
+        for pair in record.tried
     ]
     print(table_text(["nats per held-out token", "text to keep, KL(base‖model)", "expanded text, loss"], rows, [0]))
     print(f"{args.save}: {args.model} with calibrated routers")

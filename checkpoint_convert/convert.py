@@ -64,11 +64,9 @@ def main() -> None:
     spec = hf_to_mcore(model.folder, args.save, experts, start, *settings)
     layout = "dense"
     if (moe := spec.moe) is not None:
-        copies, original = f"{moe.original_copies} copies of the dense FFN", f"{moe.num_original_places} original"
-        if moe.original_copies > 1:
-            original = copies if moe.original_copies == moe.num_original_places else f"{original}, with {copies}"
+        copies = f" with {moe.original_copies} copies of the dense FFN" if moe.original_copies > 1 else ""
         layout = (
-            f"{moe.num_experts} experts ({original} + {moe.num_new_experts} new), "
+            f"{moe.num_experts} experts ({moe.num_original_places} original{copies} + {moe.num_new_experts} new), "
             f"top-{moe.topk}, in {len(moe.layers)} of {spec.megatron_args['num_layers']} layers"
         )
     if spec.new_tokens is not None:

@@ -65,8 +65,8 @@ def update_card(
         raise UserError(
             f'--languages must be language codes such as el or pt-BR (or "multilingual" or "code"), got {wrong[0]}'
         )
-    found = [result for path in results for result in _read_results(path, folder, evaluated)]
-    measured = [result.dataset_config or "" for result in found]
+    scores = [result for path in results for result in _read_results(path, folder, evaluated)]
+    measured = [result.dataset_config or "" for result in scores]
     codes = [
         *map(canonical, languages or []),
         *(code for code in measured if re.fullmatch("[a-z]{2,3}(-[A-Z][a-z]{3})?", code)),
@@ -77,8 +77,8 @@ def update_card(
         data.language = list(dict.fromkeys([*texts(data.language), *codes]))
     if tags:
         data.tags = list(dict.fromkeys([*texts(data.tags), *tags]))
-    if found:
-        data.model_name, data.eval_results = folder.resolve().name, found
+    if scores:
+        data.model_name, data.eval_results = folder.resolve().name, scores
     write_text(folder / CARD_FILE, card.content)
     return data
 
@@ -102,18 +102,18 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalR
         raise UserError(f"{path} has only the first {limit} questions of each task; run it again without --limit")
     if missing := models[name].scores.keys() - content.benchmarks.keys():
         raise UserError(f"{path} does not say how {min(missing)} was run; {_REMEDY}")
-    found = [*_on_text(content, name), *_on_benchmarks(content, name)]
-    if bad := [one for one in found if not math.isfinite(one.metric_value)]:
+    results = [*_on_text(content, name), *_on_benchmarks(content, name)]
+    if bad := [result for result in results if not math.isfinite(result.metric_value)]:
         raise UserError(f"{path} has no {bad[0].metric_type} of {name} on {bad[0].dataset_name}; {_REMEDY}")
-    return found
+    return results
 
 
 def _on_text(content: EvaluationFile, model: str) -> Iterator[EvalResult]:
-    for language, found in content.models[model].languages.items():
-        name = f"held-out {language_name(language)} text, {found.documents or 0:,} documents"
+    for language, measures in content.models[model].languages.items():
+        name = f"held-out {language_name(language)} text, {measures.documents or 0:,} documents"
         kind = Path(content.data.get(language, language)).stem
         for metric, title in METRIC_NAMES.items():
-            value = (getattr(found, metric) or Interval(math.nan)).value
+            value = (getattr(measures, metric) or Interval(math.nan)).value
             yield EvalResult(_TASK, kind, name, metric, value, dataset_config=language, metric_name=title)
 
 

@@ -108,10 +108,10 @@ def read_history(checkpoint: Path, iteration: int | None = None) -> History:
         stages.append(_read_stage(folder, int(step.name.removeprefix("iter_")), settings))
         first = _first_start(folder, settings)
         start = _start_of(folder, first or settings)
-        found = _find_start(folder, Path(start), first, spec) if start else None
-        if found is None:
+        started_from = _find_start(folder, Path(start), first, spec) if start else None
+        if started_from is None:
             return History(stages[::-1], start)
-        folder, step = found.parent, found
+        folder, step = started_from.parent, started_from
     return History(stages[::-1])
 
 

@@ -43,8 +43,8 @@ class Upload:
             UserError: There is no model or no card, the card names no licence, or a file has a secret or names a
                 folder of this machine (without `allow_paths`).
         """
-        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = [name for name in found if any(fnmatch(name, pattern) for pattern in _UPLOADED)]
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        files = [name for name in names if any(fnmatch(name, pattern) for pattern in _UPLOADED)]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):
             raise UserError(f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf wrote")
         for name in files:
@@ -58,7 +58,7 @@ class Upload:
                 f"the card of {folder} names no licence; add it with moelpr model card {folder} --license ID"
             )
         sizes = {name: (folder / name).stat().st_size for name in files}
-        return cls(folder, sizes, [name for name in found if name not in files], card)
+        return cls(folder, sizes, [name for name in names if name not in files], card)
 
     def send(self, repository: str, private: bool, overwrite: bool) -> str:
         """Upload the files, and return the address; a repeated call resumes.

@@ -108,12 +108,12 @@ class MegatronReader:
         return self._reader_of.get(piece.key, self._complete)  # the base, which is complete, reports missing keys
 
     def _check_shape(self, piece: Piece) -> None:
-        found, expected = self._reader(piece).shape(piece.key), megatron_shape(piece, self.spec)
+        shape, expected = self._reader(piece).shape(piece.key), megatron_shape(piece, self.spec)
         # Megatron pads the vocabulary; the padding is ignored.
         is_vocabulary = piece.hf_shapes[0][0] == self._sizes["vocab"]
-        if found != expected and not (is_vocabulary and found[0] >= expected[0] and found[1:] == expected[1:]):
+        if shape != expected and not (is_vocabulary and shape[0] >= expected[0] and shape[1:] == expected[1:]):
             raise UserError(
-                f"{self.step_folder}: {piece.key} has shape {list(found)}, but {FILE_NAME} says {list(expected)}"
+                f"{self.step_folder}: {piece.key} has shape {list(shape)}, but {FILE_NAME} says {list(expected)}"
             )
 
 

@@ -100,12 +100,12 @@ def compare_graft(
     base: Path, instruct: Path, model: Path, grafted: Path, verify: Verify = Verify.FULL
 ) -> Iterator[TensorVerdict]:
     """Compare the model plus the difference with a graft, whose graft.json has scale and parts."""
-    record, found = Graft.read(grafted), open_tensors(grafted, verify=verify)
-    assert isinstance(found, HfReader)
-    dtype = common_dtype((found, name) for name in found.names)
+    record, graft = Graft.read(grafted), open_tensors(grafted, verify=verify)
+    assert isinstance(graft, HfReader)
+    dtype = common_dtype((graft, name) for name in graft.names)
     expected = GraftReader(base, instruct, model, record.scale, record.only, dtype, verify)
-    found.list_parts(expected.names)
-    yield from _compare_all(expected, found)
+    graft.list_parts(expected.names)
+    yield from _compare_all(expected, graft)
 
 
 def largest_difference(verdicts: Iterable[TensorVerdict]) -> float:

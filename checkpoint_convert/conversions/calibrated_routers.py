@@ -107,21 +107,21 @@ def write_calibrated(
 
         before = measured({})
         tried = [(measured(one.rows), one) for one in calibrations(trained, places, topk, of_kept, of_expanded, share)]
-    after, found = _chosen(tried, before, max_distance)
+    after, best = _chosen(tried, before, max_distance)
     texts = {"kept": list(kept), "expanded": list(expanded)}
     distances, losses = zip(before, after, strict=True)
     record = CalibratedRouters(
         model.resolve().name,
         texts,
         share,
-        found.before,
-        found.after,
+        best.before,
+        best.after,
         distances,
         losses,
         tried=[pair for pair, _ in tried],
         max_distance=max_distance,
     )
-    _write(model, save, found.rows, places, record, overwrite, verify)
+    _write(model, save, best.rows, places, record, overwrite, verify)
     return record
 
 
@@ -134,7 +134,7 @@ def _chosen(
         UserError: None is better than no calibration, or all are further from the base than `max_distance`.
     """
     if max_distance is None:
-        after, found = min(tried, key=lambda pair: sum(pair[0]))
+        after, best = min(tried, key=lambda pair: sum(pair[0]))
         is_better = sum(after) < sum(before)
     else:
         within = [pair for pair in tried if pair[0][0] <= max_distance]
@@ -143,7 +143,7 @@ def _chosen(
                 f"calibrated routers would be at least {min(pair[0][0] for pair in tried):.3f} nats per token from the "
                 f"base, more than --max-distance {max_distance:g}; pass a larger one, or more text to keep"
             )
-        after, found = min(within, key=lambda pair: pair[0][1])
+        after, best = min(within, key=lambda pair: pair[0][1])
         is_better = any(new < old for new, old in zip(after, before, strict=True))
     if not is_better:
         raise UserError(
@@ -152,7 +152,7 @@ def _chosen(
             f"{after[1]:.3f}, now {before[1]:.3f}; keep the export as it is (in languages.yaml, remove "
             "languages.kept and any replay: none), or pass more text"
         )
-    return after, found
+    return after, best
 
 
 def _sizes(model: Path) -> tuple[int, int]:

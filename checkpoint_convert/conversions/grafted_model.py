@@ -109,8 +109,8 @@ def _license(*cards: dict[str, Any]) -> dict[str, Any]:
     """The keys of the license that all cards have, or one that names each; {} if a card has none."""
     if not all("license" in card for card in cards):
         return {}
-    found = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
-    if all(license == found[0] for license in found):
-        return found[0]
-    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in found)
+    licenses = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
+    if all(license == licenses[0] for license in licenses):
+        return licenses[0]
+    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in licenses)
     return {"license": "other", "license_name": "-and-".join(names)}

@@ -182,9 +182,9 @@ def _norm(a: Tensor, b: Tensor | None = None) -> float:
 
 def _check_settings(a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec) -> None:
     for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):
-        found = [spec.megatron_args.get(key) for spec in (a_spec, b_spec)]
-        if key not in _FREE_ARGS and found[0] != found[1]:
+        ours, theirs = (spec.megatron_args.get(key) for spec in (a_spec, b_spec))
+        if key not in _FREE_ARGS and ours != theirs:
             raise UserError(
-                f"{a} and {b} are different models: {key} is {found[0]} and {found[1]}; pass a base with the instruct "
+                f"{a} and {b} are different models: {key} is {ours} and {theirs}; pass a base with the instruct "
                 "model and the upcycled model that were made of it"
             )

@@ -46,11 +46,11 @@ class ChatFormat:
         answer = _without(_around(render([_user(FIRST)], True), FIRST)[1], after, "")
         head = _without(start, "", before_user)
         own = head, None, (before_user, after), (before_assistant, after_answer), answer
-        found = _with_system(cls(*own), render)
-        for messages in _conversations(found.system is not None):
-            if found.render(messages) != render(messages, True):
+        complete = _with_system(cls(*own), render)
+        for messages in _conversations(complete.system is not None):
+            if complete.render(messages) != render(messages, True):
                 raise Inexpressible(f"it renders a conversation of {len(messages)} messages in another way")
-        return found
+        return complete
 
     def render(self, messages: Messages) -> str:
         """The prompt that ends with `answer`; the first message may be a system message, the last is the user's."""
@@ -88,7 +88,7 @@ class ChatFormat:
         return f"{head}{{{{ range $i, $_ := .Messages }}}}{last}{{{{ {branches}{{{{ end }}}}{{{{ end }}}}"
 
 
-def _with_system(found: ChatFormat, render: Render) -> ChatFormat:
+def _with_system(plain: ChatFormat, render: Render) -> ChatFormat:
     """The same format with what the template does with a system message; without, if it refuses one."""
     system = {"role": "system", "content": SYSTEM}
     try:
@@ -96,15 +96,15 @@ def _with_system(found: ChatFormat, render: Render) -> ChatFormat:
     except Inexpressible:
         raise
     except Exception:  # raise_exception, by which templates refuse a role
-        return found
+        return plain
     place: Literal["own", "first", "last"] = "own"
-    if before == found.user[0] and not between.endswith(found.user[0]):
+    if before == plain.user[0] and not between.endswith(plain.user[0]):
         text = render([system, *_dialogue()], False)
         place = "first" if text.index(SYSTEM) < text.index(FIRST) else "last"
         pair = before, between
     else:
-        pair = before, _without(between, "", found.user[0])
-    return ChatFormat(found.head, pair, found.user, found.assistant, found.answer, place)
+        pair = before, _without(between, "", plain.user[0])
+    return ChatFormat(plain.head, pair, plain.user, plain.assistant, plain.answer, place)
 
 
 def _user(content: str) -> dict[str, str]:
@@ -118,16 +118,19 @@ def _dialogue() -> Messages:
 def _conversations(has_system: bool) -> list[Messages]:
     """Conversations that the user ends, to compare."""
     dialogue = [*_dialogue(), {"role": "assistant", "content": "Ναι.\nNo"}, _user("two\n\nlines")]
-    found = [dialogue[:length] for length in (1, 3, 5)]
-    return [*found, *([{"role": "system", "content": "Be brief."}, *messages] for messages in found if has_system)]
+    starts = [dialogue[:length] for length in (1, 3, 5)]
+    return [
+        *starts,
+        *([{"role": "system", "content": "Be brief."}, *messages] for messages in starts if has_system),
+    ]
 
 
 def _around(text: str, *probes: str) -> list[str]:
     """The parts of a rendered text between the probes."""
     parts = []
     for probe in probes:
-        part, found, text = text.partition(probe)
-        if not found:
+        part, separator, text = text.partition(probe)
+        if not separator:
             raise Inexpressible("it omits or changes a message")
         parts.append(part)
     return [*parts, text]

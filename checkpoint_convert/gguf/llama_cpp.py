@@ -63,20 +63,20 @@ def _first_difference(folder: Path, gguf: Path) -> str | None:
     """The part of a probe before which both tokenizers give the same IDs; None if that is all of it."""
     tokenizer, reader = open_hf_tokenizer(folder), Gguf(gguf, vocab_only=True)
     try:
-        expected, found = tokenizer.encode(_PROBE, add_special_tokens=False), reader.encode(_PROBE)
+        expected, theirs = tokenizer.encode(_PROBE, add_special_tokens=False), reader.encode(_PROBE)
     finally:
         reader.close()
-    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(expected, found, strict=False))])
-    return None if expected == found else tokenizer.decode(expected[:same])
+    same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(expected, theirs, strict=False))])
+    return None if expected == theirs else tokenizer.decode(expected[:same])
 
 
 def _reason(folder: Path, log: str) -> str:
     """One sentence of what the converter printed."""
     if "pre-tokenizer was not recognized" in log:
-        found = re.search(r"chkhsh: +(\w+)", log)
+        match = re.search(r"chkhsh: +(\w+)", log)
         return (
             f"llama.cpp's converter does not know the pre-tokenizer of {folder} ({_pre_tokenizer(folder)}, hash "
-            f"{found[1][:12] if found else '?'}); if it is that of a known model, as with an extended vocabulary, name "
+            f"{match[1][:12] if match else '?'}); if it is that of a known model, as with an extended vocabulary, name "
             "it with --pre-tokenizer, for example qwen2, llama-bpe or smollm"
         )
     if "No module named 'convert_hf_to_gguf'" in log:
@@ -89,8 +89,8 @@ def _pre_tokenizer(folder: Path) -> str:
     """The pre-tokenizer of tokenizer.json in words: the types of its steps."""
     if not (folder / "tokenizer.json").is_file():
         return "none in tokenizer.json"
-    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", [found])
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
+    steps = content.get("pretokenizers", [content])
     return " + ".join(str(step.get("type")) for step in steps)
 
 

@@ -30,12 +30,12 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
         stops: list[str] = []
     else:
         try:
-            found = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
-            template, stops = found.go_template(), [found.assistant[1].strip()]
+            chat = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
+            template, stops = chat.go_template(), [chat.assistant[1].strip()]
         except Inexpressible as error:
             return None, f"no Modelfile: Ollama's templates cannot express this chat template ({error})"
         note = "the template renders what the chat template does"
-        note += "" if found.system else "; it has no system messages"
+        note += "" if chat.system else "; it has no system messages"
     stops += [tokenizer.convert_ids_to_tokens(id) for id in _end_ids(folder, tokenizer)]
     settings = _generation_config(folder)
     window = min(_MOST_CONTEXT, int(read_config(folder).get("max_position_embeddings") or _MOST_CONTEXT))
@@ -66,6 +66,6 @@ def _generation_config(folder: Path) -> dict[str, Any]:
 
 def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
     """The tokens that end an answer."""
-    found = _generation_config(folder).get("eos_token_id")
-    ids = found if isinstance(found, list) else [found]
+    end = _generation_config(folder).get("eos_token_id")
+    ids = end if isinstance(end, list) else [end]
     return [*dict.fromkeys(id for id in [*ids, tokenizer.eos_token_id] if id is not None)]

@@ -27,8 +27,8 @@ def check_weights(source: HfReader, family: Family, base: ModelSpec, plan: list[
                 known.add(name)
                 num_known[stacked_part(name)[0]] += math.prod(shape)
                 if source.shape(name) != shape:
-                    found = list(source.shape(name))
-                    raise UserError(f"{source.folder}: {name} has shape {found}, but config.json says {list(shape)}")
+                    stored = list(source.shape(name))
+                    raise UserError(f"{source.folder}: {name} has shape {stored}, but config.json says {list(shape)}")
                 source.dtype(name)
     must_be_zero = {name for name, _ in zeros(family.table, base)}
     for name in source.names:

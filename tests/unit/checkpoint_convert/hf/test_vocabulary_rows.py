@@ -115,11 +115,10 @@ def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tm
     with pytest.raises(UserError, match=f"delta is damaged: {OUTPUT}"):
         apply_delta(qwen2, delta, tmp_path / "out")
     content = json.loads((delta / DeltaConfig.FILE_NAME).read_text())
-    for rows, message in (([105, 60], "new_rows"), ([50, 95], EMBEDDING)):  # the second: as many rows elsewhere
-        content["tensors"][0]["new_rows"] = rows
-        (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
-        with pytest.raises(UserError, match=message):
-            apply_delta(qwen2, delta, tmp_path / "out")
+    content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
+    (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=EMBEDDING):
+        apply_delta(qwen2, delta, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -87,6 +87,10 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
     assert found["model.layers.0.mlp.gate.weight"] == ["missing"]
     assert found["surplus"] == ["extra"]
     assert largest_difference(compare(export, other)) == float("inf")
+    other = copy_of(export, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
+    for flags, num_shown in (((), 20), (("--all",), len(tensors_of(export)))):
+        assert exit_code(main, export, other, *flags) == 1
+        assert capsys.readouterr().out.count("value") == num_shown
 
 
 def test_tolerance_and_without_it_every_bit_counts(export: Path, exit_code) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint of each kind, a corpus, and a valid command whose problems or final settings are returned."""
 
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,10 @@ def parsed(argv: list[str]) -> Namespace:
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # in this process, other tests initialize Megatron
+    # In this process, other tests initialize Megatron.
+    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)
+    if calculator := sys.modules.get("megatron.core.num_microbatches_calculator"):
+        calculator.unset_num_microbatches_calculator()
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the launchers set it

@@ -30,19 +30,18 @@ def main() -> None:
     if args.command == "init":
         print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
         return
-    file = read_project(args.file)
+    project = ResolvedProject(read_project(args.file))
     if args.command == "plan":
-        project = ResolvedProject(file)
-        check_flags(file, file.project.steps)
+        check_flags(project.file, project.content.steps)
         print(tables.plan(project))
         for stage in project.stages if args.check else ():
             _check(project, stage)
     elif args.command == "status":
-        print(tables.status(ResolvedProject(file)))
+        print(tables.status(project))
     elif args.task:
-        run_task(workflow_of(file), args.task, args.made_as)
+        run_task(workflow_of(project), args.task, args.made_as)
     else:
-        run(file, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
+        run(project, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.project.budget import check_budget
-from moelpr.project.file import ProjectFile
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.tables import changes, plan
@@ -16,7 +15,12 @@ from moelpr.train.lora import require_peft
 
 
 def run(
-    file: ProjectFile, redo: str | None = None, on: str = "local", *, is_dry: bool = False, render_only: bool = False
+    project: ResolvedProject,
+    redo: str | None = None,
+    on: str = "local",
+    *,
+    is_dry: bool = False,
+    render_only: bool = False,
 ) -> None:
     """Do all steps that are not done: on this machine in order, or as jobs of a cluster.
 
@@ -25,6 +29,7 @@ def run(
         is_dry: Only print the steps and their commands; start, submit and write nothing.
         render_only: Write the files for the cluster, but submit nothing.
     """
+    file = project.file
     if on == "local" and render_only:
         raise UserError(
             f"--render-only writes the jobs of a cluster; add --on {'|'.join(SUBMIT)}, or pass --dry-run to see the "
@@ -35,19 +40,20 @@ def run(
             f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
             "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
         )
-    workflow = workflow_of(file, redo)
+    workflow = workflow_of(project, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
-    check(file, outlooks)
+    check(project, outlooks)
     if is_dry:
         print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
         if on != "local":
             print(f"{sum(one.state != 'done' for one in outlooks)} steps would be submitted to {on}.")
         return
-    if on == "local" and file.project.method == "lora":
+    if on == "local" and project.method == "lora":
         require_peft()
     make_folder(workflow.folder)
-    _keep_plan(ResolvedProject(file))
+    if project.trackers and not (path := project.folder / PLAN_FILE).exists():  # later plans have only what is left
+        write_text(path, plan(project) + "\n")
     with locked(workflow.folder / LOCK_FILE, workflow.folder):
         if on != "local":
             if not render_only:
@@ -58,13 +64,7 @@ def run(
         slurm.Chain(workflow, file.project.slurm, file.path).refuse_active()
         workflow.check_machine()
         workflow.run()
-    print(f"\nmodel: {ResolvedProject(file).export}\nreport: {workflow.folder / 'report.html'}")
-
-
-def _keep_plan(project: ResolvedProject) -> None:
-    """Write the first plan for the trackers: later ones have only what is left."""
-    if project.trackers and not (path := project.folder / PLAN_FILE).exists():
-        write_text(path, plan(project) + "\n")
+    print(f"\nmodel: {project.export}\nreport: {workflow.folder / 'report.html'}")
 
 
 SUBMIT: dict[str, Callable[..., None]] = {
@@ -87,14 +87,15 @@ def run_task(workflow: Workflow, name: str, made_as: str | None = None) -> None:
     workflow.perform(name, is_leader=ranks.node_rank() == 0)
 
 
-def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
+def check(project: ResolvedProject, outlooks: Sequence[Outlook]) -> None:
     """Check what can be known before anything runs.
 
     Raises:
         UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
     """
+    file = project.file
     check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
-    check_budget(ResolvedProject(file))
+    check_budget(project)
     for one in outlooks:
         if one.task.shared and one.refusal:
             raise UserError(one.refusal)
@@ -102,7 +103,7 @@ def check(file: ProjectFile, outlooks: Sequence[Outlook]) -> None:
             raise UserError(
                 f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {one.task.name} to train "
                 "again (what it has trained is kept), or remove "
-                f"{file.project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
+                f"{project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
             )
 
 

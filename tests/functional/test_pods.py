@@ -16,6 +16,7 @@ import yaml
 
 from moelpr.base.yaml_files import dump
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import workflow_of
 from moelpr.project.workflow import kubernetes
 from moelpr.project.workflow.kubernetes import KubernetesSettings
@@ -127,7 +128,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def workflow_until_export(nodes: int) -> Workflow:
-    whole = workflow_of(read_project(Path("languages.yaml")))
+    whole = workflow_of(ResolvedProject(read_project(Path("languages.yaml"))))
     wanted = [task for task in whole.tasks.values() if task.name not in ("evaluate", "routing", "card", "report")]
     return Workflow(whole.folder, [replace(task, nodes=nodes) if task.continues else task for task in wanted])
 

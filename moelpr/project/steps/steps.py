@@ -27,15 +27,14 @@ def tasks_of(project: ResolvedProject) -> list[Task]:
     return [task for step in STEPS.values() for task in step.tasks(project)]
 
 
-def workflow_of(file: ProjectFile, redo: str | None = None) -> Workflow:
+def workflow_of(project: ResolvedProject, redo: str | None = None) -> Workflow:
     """The tasks in the project's folder; none starts after the file was edited.
 
     Args:
         redo: Stage to train again if it has changed, with those after it.
     """
-    project = ResolvedProject(file)
     again = project.stages[project.stages.index(redo) :] if redo in project.stages else []
-    return Workflow(project.folder, tasks_of(project), redo=again, check=file.check_unchanged)
+    return Workflow(project.folder, tasks_of(project), redo=again, check=project.file.check_unchanged)
 
 
 def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:

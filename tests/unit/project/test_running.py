@@ -10,6 +10,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import locked
 from moelpr.project import running
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 from tests.unit.project.conftest import Write
 
 
@@ -25,7 +26,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(path: Path) -> None:
-    running.run(read_project(path))
+    running.run(ResolvedProject(read_project(path)))
 
 
 @pytest.mark.parametrize(
@@ -88,4 +89,4 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
     with pytest.raises(
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
-        running.run(read_project(write()), on="slurm", render_only=True)
+        running.run(ResolvedProject(read_project(write())), on="slurm", render_only=True)

@@ -219,8 +219,7 @@ def test_layouts_and_logs_redo_nothing_but_text_and_rates_do(write: Write, monke
     write_manifests(Path("out/data"))
 
     def states(path: Path, run: bool = False) -> list[str]:
-        file = read_project(path)
-        flow = workflow_of(file)
+        flow = workflow_of(ResolvedProject(read_project(path)))
         if run:
             for task in flow.tasks.values():
                 object.__setattr__(task, "is_complete", lambda: True)
@@ -244,7 +243,7 @@ def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch
     monkeypatch.setattr("moelpr.project.workflow.workflow.execute", lambda *_, **__: 0)
 
     def workflow(**changes: Any) -> Workflow:
-        flow = workflow_of(read_project(write(text_output="text", **changes)))
+        flow = workflow_of(ResolvedProject(read_project(write(text_output="text", **changes))))
         for task in flow.tasks.values():
             object.__setattr__(task, "is_complete", lambda: True)
         return flow
@@ -269,6 +268,6 @@ def test_no_more_text_is_held_out_than_is_needed() -> None:
 
 
 def test_a_stage_that_changes_is_redone_with_those_after_it(write: Write) -> None:
-    file = read_project(write())
-    assert workflow_of(file, "stage1")._redo == {"stage1", "stage2"}
-    assert workflow_of(file)._redo == frozenset()
+    project = ResolvedProject(read_project(write()))
+    assert workflow_of(project, "stage1")._redo == {"stage1", "stage2"}
+    assert workflow_of(project)._redo == frozenset()

@@ -21,6 +21,7 @@ from moelpr.model.families.moe_classes import (
     QWEN2_MOE,
     QWEN3_5_MOE,
     QWEN3_MOE,
+    Attention,
     MoeClass,
     has_multipliers,
 )
@@ -52,11 +53,12 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
     if config.model_type == GRANITE_4.model_type:
         _check_granite_4_is_dense(config)
-    known = set(_LAYER_TYPES) if family.is_hybrid else {"full_attention"}
+    attention = family.attention
+    known = set(_LAYER_TYPES) if attention.is_hybrid else {"full_attention"}
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - known):
         raise UserError(f"layer_types must be {' or '.join(sorted(known))}, got also {', '.join(map(str, others))}")
     # attention_bias is read as a family's biases on queries, keys and values; GraniteMoe's fourth must be zero.
-    expected_biases = {"attention_bias": family.qkv_bias} | dict.fromkeys(_OTHER_BIASES, False)
+    expected_biases = {"attention_bias": attention.qkv_bias} | dict.fromkeys(_OTHER_BIASES, False)
     for name, expected in expected_biases.items():
         if bool(found := getattr(config, name, expected)) != expected:
             has = "has these biases" if found else "lacks these biases"
@@ -74,18 +76,18 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "max_position_embeddings": config.max_position_embeddings,
         "position_embedding_type": "rope",
-        **_rope_args(config, family.is_hybrid),
+        **_rope_args(config, attention.is_hybrid),
         # Hugging Face's window includes the current token, Megatron's counts the tokens before it.
         **({"window_size": [window - 1, 0]} if window else {}),
         "normalization": "RMSNorm",
         "norm_epsilon": config.rms_norm_eps,
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": family.qkv_bias,
-        "qk_layernorm": family.qk_norm,
-        **({"rotary_interleaved": True} if family.interleaved_rope else {}),
-        **({"norms_after": True} if family.norms_after else {}),
-        **(_multiplier_args(config) if family.has_multipliers else {}),
+        "add_qkv_bias": attention.qkv_bias,
+        "qk_layernorm": attention.qk_norm,
+        **({"rotary_interleaved": True} if attention.interleaved_rope else {}),
+        **({"norms_after": True} if attention.norms_after else {}),
+        **(_multiplier_args(config) if attention.multipliers else {}),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         # Megatron's defaults are 0.1.
@@ -213,12 +215,6 @@ class Family:
     """A supported dense architecture, and the stock MoE class that its upcycled models are read and written as.
 
     Attributes:
-        qkv_bias: Whether queries, keys and values have biases.
-        qk_norm: Whether attention normalizes queries and keys.
-        interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
-        has_multipliers: Whether it has Granite's multipliers.
-        is_hybrid: Whether some layers have linear attention, and the others gated attention (`hybrid_table`).
-        norms_after: Whether layers normalize outputs, not inputs, and queries and keys over all heads.
         dense_names: Llama's tensor names → its own, where they differ.
         ffn_size: The key of config.json with the FFN's width.
     """
@@ -227,35 +223,25 @@ class Family:
     architecture: str
     model_type: str
     moe_class: MoeClass
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    interleaved_rope: bool = False
-    has_multipliers: bool = False
-    is_hybrid: bool = False
-    norms_after: bool = False
+    attention: Attention = Attention()
     dense_names: dict[str, str] = field(default_factory=dict)
     ffn_size: str = "intermediate_size"
 
     @property
-    def attention(self) -> tuple[bool, ...]:
-        """What an MoE class must share with the family."""
-        rope, norms = self.interleaved_rope, self.norms_after
-        return self.qkv_bias, self.qk_norm, rope, norms, self.has_multipliers, self.is_hybrid
-
-    @property
     def table(self) -> NameTable:
         """The names of dense models, and of upcycled ones in `moe_class`."""
-        zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if self.qkv_bias else {})
-        if self.is_hybrid:
+        attention = self.attention
+        zeros = self.moe_class.zeros | (self.moe_class.bias_zeros if attention.qkv_bias else {})
+        if attention.is_hybrid:
             return hybrid_table(self.moe_class.ffn, zeros)
-        if self.norms_after:
+        if attention.norms_after:
             return norms_after_table(self.moe_class.ffn)
-        table = llama_like_table(self.moe_class.ffn, self.qkv_bias, self.qk_norm, zeros)
+        table = llama_like_table(self.moe_class.ffn, attention.qkv_bias, attention.qk_norm, zeros)
         return table.with_dense_names(self.dense_names)
 
     def megatron_args(self, config: Any) -> dict[str, Any]:
         """Megatron's arguments for transformers' config of the dense or the MoE class; UserError if unsupported."""
-        return llama_like_args(config, self) | (hybrid_args(config) if self.is_hybrid else {})
+        return llama_like_args(config, self) | (hybrid_args(config) if self.attention.is_hybrid else {})
 
     def written_as(self, moe_class: MoeClass) -> "Family":
         """The family with another MoE class than its default; see `MoeClass.misfit`."""
@@ -298,11 +284,11 @@ class Family:
 LLAMA = Family("llama", "LlamaForCausalLM", "llama", MIXTRAL)
 IQUEST = Family("iquestcoder", "IQuestCoderForCausalLM", "iquestcoder", MIXTRAL)
 MISTRAL = Family("mistral", "MistralForCausalLM", _MISTRAL, MIXTRAL)
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, qkv_bias=True)
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, qk_norm=True)
-GRANITE = Family("granite", "GraniteForCausalLM", "granite", GRANITE_MOE, has_multipliers=True)
-ERNIE = Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", ERNIE_MOE, interleaved_rope=True)
-HELIUM = Family("helium", "HeliumForCausalLM", "helium", ERNIE_MOE, interleaved_rope=True)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", "qwen2", QWEN2_MOE, Attention(qkv_bias=True))
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", "qwen3", QWEN3_MOE, Attention(qk_norm=True))
+GRANITE = Family("granite", "GraniteForCausalLM", "granite", GRANITE_MOE, Attention(multipliers=True))
+ERNIE = Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", ERNIE_MOE, Attention(interleaved_rope=True))
+HELIUM = Family("helium", "HeliumForCausalLM", "helium", ERNIE_MOE, Attention(interleaved_rope=True))
 PHI3 = Family(
     *("phi3", "Phi3ForCausalLM", _PHI3, MIXTRAL),
     dense_names={
@@ -315,8 +301,7 @@ PHI3 = Family(
 )
 # Granite 4 without Mamba layers and experts; its FFN is the one next to the experts.
 GRANITE_4 = Family(
-    *("granite4", "GraniteMoeHybridForCausalLM", "granitemoehybrid", GRANITE_MOE),
-    has_multipliers=True,
+    *("granite4", "GraniteMoeHybridForCausalLM", "granitemoehybrid", GRANITE_MOE, Attention(multipliers=True)),
     dense_names={
         "model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.shared_mlp.input_linear.weight[:{ffn}]",
         "model.layers.{i}.mlp.up_proj.weight": "model.layers.{i}.shared_mlp.input_linear.weight[{ffn}:]",
@@ -324,9 +309,9 @@ GRANITE_4 = Family(
     },
     ffn_size="shared_intermediate_size",
 )
-OLMO2 = Family("olmo2", "Olmo2ForCausalLM", "olmo2", FLEX_OLMO, qk_norm=True, norms_after=True)
-SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, qkv_bias=True)
-QWEN3_5 = Family("qwen3_5", "Qwen3_5ForCausalLM", "qwen3_5_text", QWEN3_5_MOE, qk_norm=True, is_hybrid=True)
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM", "olmo2", FLEX_OLMO, Attention(qk_norm=True, norms_after=True))
+SEED_OSS = Family("seed_oss", "SeedOssForCausalLM", "seed_oss", QWEN2_MOE, Attention(qkv_bias=True))
+QWEN3_5 = Family("qwen3_5", "Qwen3_5ForCausalLM", "qwen3_5_text", QWEN3_5_MOE, Attention(is_hybrid=True, qk_norm=True))
 
 
 def _default_token_ids(config: dict[str, Any]) -> dict[str, int | list[int] | None]:
@@ -360,11 +345,10 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             return family, False
     for moe_class in MOE_CLASSES.values():
         if moe_class.architecture in architectures:
-            has_bias = bool(config.get("attention_bias")) if moe_class.has_qkv_bias is None else moe_class.has_qkv_bias
-            is_granite = moe_class.may_have_multipliers and not has_bias and has_multipliers(config)
-            rope, norms = moe_class.has_interleaved_rope, moe_class.has_norms_after
-            wanted = has_bias, moe_class.has_qk_norm, rope, norms, is_granite, moe_class.is_hybrid
-            family = next(family for family in FAMILIES.values() if family.attention == wanted)
+            has_bias = bool(config.get("attention_bias"))
+            traits = {"qkv_bias": has_bias, "multipliers": not has_bias and has_multipliers(config)}
+            attention = replace(moe_class.attention, **{trait: traits[trait] for trait in moe_class.optional})
+            family = next(family for family in FAMILIES.values() if family.attention == attention)
             return family.written_as(moe_class), True
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     known = [family.architecture for family in FAMILIES.values()]

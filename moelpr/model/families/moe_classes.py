@@ -11,6 +11,39 @@ from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 
 @dataclass(frozen=True)
+class Attention:
+    """The traits of a decoder that an MoE class must share with the dense models whose upcycled ones it holds."""
+
+    is_hybrid: bool = False  # some layers have linear attention, and the others a gate on attention's output
+    qk_norm: bool = False  # attention normalizes queries and keys
+    qkv_bias: bool = False  # queries, keys and values have biases
+    interleaved_rope: bool = False  # RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head
+    norms_after: bool = False  # layers normalize outputs, not inputs, and queries and keys over all heads
+    multipliers: bool = False  # Granite's
+
+    @classmethod
+    def of(cls, args: dict[str, Any]) -> "Attention":
+        """The traits of a model by Megatron's arguments."""
+        return cls(
+            "linear_attention_freq" in args,
+            args["qk_layernorm"],
+            args["add_qkv_bias"],
+            *(args.get(name, False) for name in ("rotary_interleaved", "norms_after", "use_mup")),
+        )
+
+
+# Trait → its name in messages.
+_TRAITS = {
+    "is_hybrid": "layers with linear attention",
+    "qk_norm": "norms of queries and keys",
+    "qkv_bias": "biases in attention",
+    "interleaved_rope": "interleaved RoPE",
+    "norms_after": "norms after attention and FFN",
+    "multipliers": "multipliers",
+}
+
+
+@dataclass(frozen=True)
 class MoeClass:
     """A class that upcycled models are exported as.
 
@@ -21,14 +54,9 @@ class MoeClass:
         required: Keys that an imported MoE's config.json must have; "a or b" is a key of two names.
         zeros: HF name → shape of tensors of an MoE layer that only the class has; they are written as zeros.
         bias_zeros: More of them, in a model with biases on queries, keys and values.
-        has_qkv_bias: Whether its attention has these biases; None if config.json decides.
-        has_qk_norm: Whether its attention normalizes queries and keys.
-        is_hybrid: Whether some layers have linear attention, and the others a gate on attention's output.
+        optional: Traits of `attention` that config.json decides.
         may_mix_layers: Whether it supports layers without experts.
         may_have_window: Whether it supports a sliding window in all layers.
-        has_interleaved_rope: Whether RoPE turns channels 0 and 1, 2 and 3, …, and not the halves of a head.
-        has_norms_after: Whether it has OLMo 2's norms.
-        may_have_multipliers: Whether it has Granite's multipliers.
         may_set_head_dim: Whether heads may be of another width than hidden_size / num_attention_heads.
     """
 
@@ -39,12 +67,8 @@ class MoeClass:
     required: tuple[str, ...]
     zeros: dict[str, str] = field(default_factory=dict)
     bias_zeros: dict[str, str] = field(default_factory=dict)
-    has_qkv_bias: bool | None = False
-    has_qk_norm: bool = False
-    has_interleaved_rope: bool = False
-    has_norms_after: bool = False
-    may_have_multipliers: bool = False
-    is_hybrid: bool = False
+    attention: Attention = Attention()
+    optional: tuple[str, ...] = ()
     may_mix_layers: bool = False
     may_have_window: bool = False
     may_set_head_dim: bool = True
@@ -53,18 +77,11 @@ class MoeClass:
         """Why the class cannot hold this model exactly; None if it can."""
         args = spec.megatron_args
         head_dim, window = args["kv_channels"], args.get("window_size")
-        if self.is_hybrid != ("linear_attention_freq" in args):
-            return f"it has {'' if self.is_hybrid else 'no '}layers with linear attention"
-        if self.has_qk_norm != args["qk_layernorm"]:
-            return "it normalizes queries and keys" if self.has_qk_norm else "it cannot normalize queries and keys"
-        if self.has_qkv_bias not in (None, args["add_qkv_bias"]):
-            return f"its attention has {'' if self.has_qkv_bias else 'no '}biases"
-        if self.has_interleaved_rope != args.get("rotary_interleaved", False):
-            return "its RoPE turns other pairs of channels"
-        if self.has_norms_after != args.get("norms_after", False):
-            return f"its norms are {'after' if self.has_norms_after else 'before'} attention and FFN"
-        if args.get("use_mup", False) and not self.may_have_multipliers:
-            return "it has no multipliers"
+        attention = Attention.of(args)
+        for trait, name in _TRAITS.items():
+            has_it = getattr(self.attention, trait)
+            if trait not in self.optional and has_it != getattr(attention, trait):
+                return f"it has {'' if has_it else 'no '}{name}"
         if spec.moe is not None and len(spec.moe.layers) < args["num_layers"] and not self.may_mix_layers:
             return "it has experts in every layer"
         if window is not None and not self.may_have_window:
@@ -129,7 +146,7 @@ QWEN2_MOE = MoeClass(
     required=("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
     # Readers expect the shared expert's gate even if the shared expert has width 0.
     zeros={"model.layers.{i}.mlp.shared_expert_gate.weight": "one hidden"},
-    has_qkv_bias=True,
+    attention=Attention(qkv_bias=True),
     may_mix_layers=True,
 )
 
@@ -140,7 +157,7 @@ QWEN3_MOE = MoeClass(
     # transformers 5 reads and writes num_local_experts, older readers only num_experts.
     config=lambda spec, moe: _qwen_moe_config(spec, moe, num_local_experts=moe.num_experts),
     required=("num_experts or num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    has_qk_norm=True,
+    attention=Attention(qk_norm=True),
     may_mix_layers=True,
 )
 
@@ -197,8 +214,7 @@ QWEN3_5_MOE = MoeClass(
         f"{_SHARED}.down_proj.weight": "hidden shared",
         f"{_SHARED}_gate.weight": "one hidden",
     },
-    has_qk_norm=True,
-    is_hybrid=True,
+    attention=Attention(is_hybrid=True, qk_norm=True),
 )
 
 
@@ -225,8 +241,7 @@ GRANITE_MOE = MoeClass(
     required=("num_local_experts", "num_experts_per_tok"),
     # One setting gives biases to all four projections, but Qwen2's attention output has none.
     bias_zeros={"model.layers.{i}.self_attn.o_proj.bias": "hidden"},
-    has_qkv_bias=None,
-    may_have_multipliers=True,
+    optional=("qkv_bias", "multipliers"),
     may_set_head_dim=False,
 )
 
@@ -252,7 +267,7 @@ ERNIE_MOE = MoeClass(
     config=_ernie_moe_config,
     required=("moe_num_experts", "moe_k", "moe_intermediate_size"),
     zeros={"model.layers.{i}.mlp.moe_statics.e_score_correction_bias": "one experts"},
-    has_interleaved_rope=True,
+    attention=Attention(interleaved_rope=True),
 )
 
 FLEX_OLMO = MoeClass(
@@ -272,8 +287,7 @@ FLEX_OLMO = MoeClass(
         "attention_bias": False,
     },
     required=("num_experts", "num_experts_per_tok"),
-    has_qk_norm=True,
-    has_norms_after=True,
+    attention=Attention(qk_norm=True, norms_after=True),
 )
 
 _ALL = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, QWEN3_5_MOE, GRANITE_MOE, ERNIE_MOE, FLEX_OLMO)

@@ -34,8 +34,8 @@ from tests.support.hf_models import (
 @pytest.mark.parametrize(
     ("architecture", "changes", "moe_class", "message"),
     [
-        ("LlamaForCausalLM", {}, "qwen2_moe", "its attention has biases; pass --as mixtral or granitemoe"),
-        ("LlamaForCausalLM", {}, "qwen3_moe", "it normalizes queries and keys; pass --as mixtral or granitemoe"),
+        ("LlamaForCausalLM", {}, "qwen2_moe", "it has biases in attention; pass --as mixtral or granitemoe"),
+        ("LlamaForCausalLM", {}, "qwen3_moe", "it has norms of queries and keys; pass --as mixtral or granitemoe"),
         ("MistralForCausalLM", {"sliding_window": 6}, "granitemoe", "it has no sliding window; pass --as mixtral"),
         (
             "MistralForCausalLM",
@@ -43,11 +43,11 @@ from tests.support.hf_models import (
             "granitemoe",
             "its heads are .* wide, not 16; pass --as mixtral",
         ),
-        ("Qwen2ForCausalLM", {}, "mixtral", "its attention has no biases; pass --as qwen2_moe or granitemoe"),
+        ("Qwen2ForCausalLM", {}, "mixtral", "it has no biases in attention; pass --as qwen2_moe or granitemoe"),
         ("GraniteForCausalLM", {"residual_multiplier": 0.2}, "mixtral", "it has no multipliers; pass --as granitemoe"),
-        ("Olmo2ForCausalLM", {}, "qwen3_moe", "its norms are before attention and FFN; pass --as flex_olmo"),
-        ("Ernie4_5ForCausalLM", {}, "mixtral", "its RoPE turns other pairs of channels; pass --as ernie4_5_moe"),
-        ("Qwen3ForCausalLM", {"head_dim": 8}, "mixtral", "it cannot normalize queries and keys; pass --as qwen3_moe"),
+        ("Olmo2ForCausalLM", {}, "qwen3_moe", "it has no norms after attention and FFN; pass --as flex_olmo"),
+        ("Ernie4_5ForCausalLM", {}, "mixtral", "it has no interleaved RoPE; pass --as ernie4_5_moe"),
+        ("Qwen3ForCausalLM", {"head_dim": 8}, "mixtral", "it has no norms of queries and keys; pass --as qwen3_moe"),
     ],
 )
 def test_a_class_that_cannot_hold_a_model_is_refused(make_model, tmp_path, architecture, changes, moe_class, message):

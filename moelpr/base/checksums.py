@@ -13,7 +13,6 @@ from collections.abc import Buffer, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import cache
-from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -26,8 +25,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
 
 FILE_NAME = "checksums.json"
-# Files without checksums are hashed in pieces of this size, so that ranks and threads share a large one. The checksum
-# of a base depends on it.
+# Files without checksums are hashed in pieces of this size, on which the checksum of a base depends.
 PIECE_BYTES = 256 << 20
 
 
@@ -202,46 +200,28 @@ def _try_file(path: Path, bar: "tqdm[None] | None" = None) -> FileSum | None:
 def pieces_of(folder: Path) -> str:
     """A line for each piece of all files: name and size of the file, start of the piece and its SHA-256.
 
-    If torch.distributed is initialized, every rank must call this; they share the work.
+    If torch.distributed is initialized, every rank must call this; the first one reads the files.
     """
-    files = sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*"))
-    pieces = [
-        (name, path.stat().st_size, start, path)
-        for name, path in files
-        if path.is_file()
-        for start in range(0, max(path.stat().st_size, 1), PIECE_BYTES)
-    ]
-    own = ranks.own_share(pieces)
-    total = sum(min(PIECE_BYTES, size - start) for _, size, start, _ in own)
-    title, is_hidden = f"checksum of {folder}", not ranks.is_first_rank() or None
-    with (
-        tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
-        ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,  # hashlib releases Python's lock
-    ):
-        digests_of_ranks = ranks.gather(list(pool.map(lambda piece: _digest(piece[3], piece[2], bar), own)))
-    digests = chain.from_iterable(zip_longest(*digests_of_ranks))  # piece i was hashed by rank i % world size
+    (pieces,) = ranks.gather([_read_pieces(path) for path in ranks.own_share([folder])])[0]
+    if pieces is None:
+        raise UserError(f"cannot read the files in {folder}; check the disk and their permissions")
+    return pieces
+
+
+def _read_pieces(folder: Path) -> str | None:
+    """The lines of `pieces_of`; None if a file can't be read: a single rank must not fail while others wait for it."""
     lines = []
-    for (name, size, start, path), digest in zip(pieces, digests, strict=False):
-        if digest is None:
-            raise UserError(f"cannot read {path}; check the disk and the file's permissions")
-        lines.append(f"\n{name} {size} {start} {digest}")
-    return "".join(lines)
-
-
-def _digest(path: Path, start: int, bar: "tqdm[None]") -> str | None:
-    """The SHA-256 of one piece; None if it can't be read: a single rank must not fail while the others wait for it."""
-    digest, left = hashlib.sha256(), PIECE_BYTES
-    buffer = memoryview(bytearray(256 << 10))
     try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while left and (num_read := file.readinto(buffer[:left])):
-                digest.update(buffer[:num_read])
-                bar.update(num_read)
-                left -= num_read
+        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")):
+            if path.is_file():
+                size = path.stat().st_size
+                with open(path, "rb") as file:
+                    for start in range(0, max(size, 1), PIECE_BYTES):
+                        digest = hashlib.sha256(file.read(PIECE_BYTES)).hexdigest()
+                        lines.append(f"\n{name} {size} {start} {digest}")
     except OSError:
         return None
-    return digest.hexdigest()
+    return "".join(lines)
 
 
 def _compare(path: Path, found: FileSum | None, expected: FileSum, fix: str) -> None:

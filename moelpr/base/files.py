@@ -88,9 +88,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path, pattern: str = "**/.*.tmp-*") -> None:
+def remove_temporaries(folder: Path) -> None:
     """Remove what killed processes have left of atomic files; call it if no other process can be writing them."""
-    for path in folder.glob(pattern):
+    for path in folder.glob("**/.*.tmp-*"):
         path.unlink(missing_ok=True)
 
 

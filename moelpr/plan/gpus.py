@@ -115,7 +115,7 @@ def _answer(*command: str) -> list[list[str]]:
     return [line.rsplit(",", 1) for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
 
 
-def cluster_here(gpus: int | None = None, reserve_gib: float | None = None) -> Cluster:
+def cluster_here(gpus: int | None = None) -> Cluster:
     """The GPUs of this machine, or so many in machines like this one; UserError if there are none."""
     found = gpus_here()
     if not found:
@@ -125,5 +125,4 @@ def cluster_here(gpus: int | None = None, reserve_gib: float | None = None) -> C
         )
     name, memory_gib = min(found, key=lambda one: one[1])
     gpu = gpu_named(name, memory_gib) if len({name for name, _ in found}) == 1 else None
-    reserve_gib = memory_gib * RESERVED_FRACTION if reserve_gib is None else reserve_gib
-    return Cluster(gpus or len(found), len(found), memory_gib, reserve_gib, gpu)
+    return Cluster(gpus or len(found), len(found), memory_gib, memory_gib * RESERVED_FRACTION, gpu)

@@ -2,7 +2,7 @@
 
     family, base = read_base(folder)
     spec = with_new_experts(family, base, NewExperts(8).with_default_copies(base))
-    workload, cluster = paper_workload("stage1"), Cluster.of(GPUS["h100-80"], 8)
+    workload, cluster = Workload("stage1", 1024, 1, 512), Cluster.of(GPUS["h100-80"], 8)
     spec = most_experts(spec, workload, cluster)  # if N is to be chosen
     plan = plan_stage(spec, workload, cluster)
     plan.flags, plan.tokens_per_s, plan.cost(24_000_000_000)
@@ -117,12 +117,6 @@ class StagePlan:
         gpu_hours = None if seconds is None else seconds * self.cluster.gpus / 3600
         checkpoints = steps // RETAIN_INTERVAL + 2
         return RunCost(tokens, steps, seconds, gpu_hours, checkpoints, checkpoints * self.disk.checkpoint)
-
-
-def paper_workload(stage: Stage, micro_batch_size: int = 1) -> Workload:
-    """The paper's lengths and batch size for a stage; stages that it does not have get those of stage 1."""
-    seq_length = PAPER_SEQ_LENGTH.get(stage, PAPER_SEQ_LENGTH["stage1"])
-    return Workload(stage, seq_length, micro_batch_size, PAPER_GLOBAL_BATCH_SIZE)
 
 
 def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, any_micro_batch: bool = True) -> StagePlan:

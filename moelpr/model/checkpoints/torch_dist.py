@@ -9,9 +9,7 @@ and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loade
 import json
 import math
 import pickle
-import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -30,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from moelpr.base import checksums, ranks, records
+from moelpr.base import checksums, records
 from moelpr.base.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
 from moelpr.base.command import deferred_signals
 from moelpr.base.errors import UserError
@@ -68,8 +66,7 @@ def read_metadata(folder: Path) -> Metadata:
     path = folder / METADATA_FILE
     try:
         with open(path, "rb") as file:
-            unpickler = _MetadataUnpickler(file)
-            metadata = unpickler.load()
+            metadata = _MetadataUnpickler(file).load()
         contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
         for place in places.values():
             if Path(place.relative_path).name != place.relative_path or place.relative_path == "..":
@@ -81,8 +78,6 @@ def read_metadata(folder: Path) -> Metadata:
     except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(f"{path} is damaged ({error}); {_FIX}") from error
     records.read(_MegatronConfig, folder / MEGATRON_CONFIG_FILE, _FIX)
-    if unpickler.foreign:
-        _note_foreign(folder / METADATA_FILE, ", ".join(sorted(unpickler.foreign)))
     return Metadata(contents, storage_data=places)
 
 
@@ -93,12 +88,6 @@ def _check_entry(key: Any, entry: TensorStorageMetadata) -> None:
         raise TypeError(f"the entry {key!r} is not that of a tensor")
     if any(len(numbers) != len(entry.size) or min(numbers, default=0) < 0 for numbers in sizes):
         raise ValueError(f"the chunks of {key} do not have {len(entry.size)} dimensions")
-
-
-@cache
-def _note_foreign(path: Path, names: str) -> None:
-    if ranks.is_first_rank():
-        print(f"moelpr: {path} names {names}, which is not part of a checkpoint and was not run", file=sys.stderr)
 
 
 def _slices(lower: list[int], upper: list[int], offsets: Sequence[int]) -> tuple[slice, ...]:
@@ -118,11 +107,7 @@ class _Ignored:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the table of contents only: a checkpoint from an untrusted source must not run code.
-
-    Attributes:
-        foreign: what else the file names, except for classes of torch and Megatron.
-    """
+    """Unpickles the table of contents only: a checkpoint from an untrusted source must not run code."""
 
     _ALLOWED = {
         "torch": "Size",
@@ -132,16 +117,10 @@ class _MetadataUnpickler(pickle.Unpickler):
         "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
     }
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.foreign: set[str] = set()
-
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or name in self._ALLOWED.get(module, "").split():
             return super().find_class(module, name)
-        if not module.startswith(("torch.distributed.checkpoint.", "megatron.core.dist_checkpointing.", "collections")):
-            self.foreign.add(f"{module}.{name}")
         return _Ignored
 
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from moelpr.model.layers.config import MoELPRConfig
-from moelpr.model.layers.losses import lpr_loss, lpr_sums
+from moelpr.model.layers.losses import lpr_loss
 from moelpr.model.metrics.routing_sums import routing_vectors
 
 
@@ -54,7 +54,7 @@ class Decisions:
         logits, is_chosen_LTE, bits = (torch.stack(of_routers) for of_routers in tensors)
         logits_LTE, is_original_LT = logits.flatten(1, 2), bits.flatten(1).bool()
         p, variant = routers[0].config.num_original_places, routers[0].config.lpr_loss
-        lpr_sum_L = lpr_sums(logits_LTE, is_original_LT, p, variant)
+        lpr_sum_L = lpr_loss(logits_LTE, is_original_LT, p, variant)
         routed_LTE = routers[0].masked(logits_LTE)
         vectors = routing_vectors(routed_LTE, is_chosen_LTE, lpr_sum_L, is_original_LT, p).unbind()
         sums = [router.routing_sums for router in routers]
@@ -120,7 +120,7 @@ class LPRRouter(TopKRouter):
                 assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"
                 logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
                 p, variant = self.config.num_original_places, self.config.lpr_loss
-                lpr_sum = lpr_loss(logits_TE, is_original_T, p, num_original_tokens=1, variant=variant)
+                lpr_sum = lpr_loss(logits_TE, is_original_T, p, variant)
                 gate_weights_TE = MoEAuxLossAutoScaler.apply(
                     gate_weights_TE, lpr_sum * self.lpr_coeff * LPRLossNormalizer.weight
                 )

@@ -63,7 +63,7 @@ def connect_ranks() -> None:
 
 
 @contextmanager
-def single_process(seed: int = 1234) -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Set up torch.distributed and Megatron's groups for a world of one rank, unless they are initialized already."""
     from megatron.core import parallel_state
 
@@ -73,7 +73,7 @@ def single_process(seed: int = 1234) -> Iterator[None]:
     backend = "gloo" if cpu.is_needed() else "nccl"
     torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
-        with parallel_groups(seed):
+        with parallel_groups(seed=1234):
             yield
     finally:
         torch.distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """Every change of a byte is noticed before the file is used, also by several ranks that share the work."""
 
-import errno
 import json
 import zlib
 from pathlib import Path
@@ -67,14 +66,6 @@ def test_a_missing_file_and_a_folder_in_the_place_of_a_file_are_named(step: Path
         (step / "__0_0.distcp").mkdir(exist_ok=True)
 
 
-def test_a_file_is_read_once(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verifier = Verifier(step, "copy it again")
-    verifier.verify(".metadata")
-    monkeypatch.setattr(FileSum, "of", None)
-    verifier.verify(".metadata")
-    verifier.verify("not listed")
-
-
 @pytest.mark.parametrize("name", ["/dev/zero", "../model.py"])
 def test_a_list_may_name_only_files_of_its_folder(step: Path, name: str) -> None:
     """Reading /dev/zero never ends."""
@@ -137,14 +128,3 @@ def test_a_summed_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatc
     assert (file.name, file.tell()) == ("a", 8)
     assert file.finish() == FileSum.of(tmp_path / "a")
     assert synced == [b"12345678"]
-
-
-def test_a_disk_error_of_a_summed_file_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fsync(number: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("moelpr.base.checksums.os.fsync", fsync)
-    file = SummedFile(tmp_path / "a")
-    with pytest.raises(OSError, match="No space left"):
-        file.finish()
-    file.close()

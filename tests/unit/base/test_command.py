@@ -2,7 +2,6 @@
 
 import errno
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base import ranks
-from moelpr.base.command import CommandParser, deferred_signals, run_command
+from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import MachineError, UserError
 
 
@@ -84,14 +83,6 @@ def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, messa
     assert child.parse_args(["--other=--x", "--hf-path=--y"]).other == "--x"
 
 
-def test_help_marks_required_flags_and_keeps_the_lines_of_the_description() -> None:
-    parser = CommandParser(description="a\nb")
-    parser.add_argument("--size", required=True, help="number")
-    parser.add_argument("--other", help="number")
-    for shown in (parser.format_help(), parser.format_help()):
-        assert "a\nb\n" in shown and shown.count("number (required)\n") == 1 == shown.count("(required)")
-
-
 def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
     class PanicException(BaseException):
         """As those of pyo3, which are no `Exception`."""
@@ -120,30 +111,6 @@ def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, caps
         with pytest.raises(SystemExit):
             run_command(fail_with(UserError("found a")))
     assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]
-
-
-def test_a_waiting_rank_ends_without_a_message_when_the_first_has_failed() -> None:
-    """The launcher's SIGTERM ends it although the trainer has a handler that only sets a flag."""
-    code = """if True:
-        import signal, time
-        from moelpr.base.command import run_command
-        from moelpr.base.errors import UserError
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        sleep = time.sleep
-        time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
-        def main():
-            raise UserError("found a")
-        run_command(main)
-    """
-    environment = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    rank = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert rank.stdout is not None
-    assert rank.stdout.readline() == "waits\n"
-    rank.terminate()
-    _, errors = rank.communicate(timeout=5)
-    assert (rank.returncode, errors) == (-signal.SIGTERM, "")
 
 
 def test_another_encoding_than_utf8_is_one_sentence() -> None:
@@ -220,49 +187,3 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
     heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     done = run_in_shell("$PROGRAM", f"import moelpr, signal, os\n{heed}\nos.kill(os.getpid(), signal.SIGINT)\n")
     assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"
-
-
-AT_EXIT = """
-import atexit, signal
-from moelpr.base.command import run_command
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-atexit.register(lambda: signal.raise_signal(signal.{}))
-run_command(lambda: None)
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_at_exit_ends_the_command_without_a_traceback(name: str) -> None:
-    done = run_in_shell("exec $PROGRAM", AT_EXIT.format(name))
-    assert (done.returncode, done.stderr) == (-signal.Signals[name], "")
-
-
-def test_a_stream_above_a_failed_file_is_not_reported_again() -> None:
-    code = """
-import io, moelpr
-
-class Above(io.IOBase):
-    def close(self):
-        self.raw.flush()
-
-above = Above()
-above.raw = open("/dev/null", "wb")
-above.raw.close()
-del above
-"""
-    done = run_in_shell("$PROGRAM", code)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_deferred_signal_is_handled_after_the_block(number: int) -> None:
-    reached = []
-    before = signal.signal(number, lambda *_: 1 // 0)
-    try:
-        with pytest.raises(ZeroDivisionError), deferred_signals():
-            signal.raise_signal(number)
-            reached.append(number)
-    finally:
-        signal.signal(number, before)
-    assert reached == [number]

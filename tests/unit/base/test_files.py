@@ -41,13 +41,6 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_finished_file_gets_its_name(tmp_path: Path) -> None:
-    with atomic_file(tmp_path / "sub" / "a.txt") as temporary:
-        temporary.write_text("new")
-        assert not (tmp_path / "sub" / "a.txt").exists()
-    assert (tmp_path / "sub" / "a.txt").read_text() == "new"
-
-
 def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     target = tmp_path / "run"
     target.mkdir()
@@ -97,13 +90,6 @@ def test_a_folder_in_the_place_of_a_file_is_a_user_error(tmp_path: Path) -> None
     with pytest.raises(UserError, match=f"{tmp_path}/out is a folder"):
         write_text(tmp_path / "out", "text")
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
-
-
-def test_a_lock_is_free_again_after_its_context(tmp_path: Path) -> None:
-    with locked(tmp_path / LOCK_FILE, "x"):
-        pass
-    with locked(tmp_path / LOCK_FILE, "x"), pytest.raises(UserError), locked(tmp_path / LOCK_FILE, "x"):
-        pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

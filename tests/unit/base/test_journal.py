@@ -126,24 +126,6 @@ def test_a_folder_that_another_process_is_writing_is_rejected(tmp_path: Path) ->
         assert (journal.folder / "part").exists()
 
 
-def test_a_folder_that_another_process_renames_meanwhile_is_one_sentence(tmp_path, monkeypatch) -> None:
-    (tmp_path / ".out.partial").mkdir()
-    mkdir = os.mkdir
-
-    def mkdir_late(path: Path, *mode: int) -> None:
-        if Path(path).name == ".out.partial":
-            os.rename(path, tmp_path / "out")
-            raise FileExistsError(path)
-        mkdir(path, *mode)
-
-    monkeypatch.setattr("os.mkdir", mkdir_late)
-    with (
-        pytest.raises(UserError, match=f"another process has just written {tmp_path}/out"),
-        resumable_directory(tmp_path / "out", "job"),
-    ):
-        pass
-
-
 def test_a_file_in_the_place_of_the_partial_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").touch()
     with pytest.raises(UserError, match="partial is a file"), resumable_directory(tmp_path / "out", "job"):

@@ -1,7 +1,6 @@
 """Threads, CPUs and memory that a process may use, with the limits of its control groups."""
 
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -124,16 +123,3 @@ def test_a_limit_below_the_affinity_limits_the_threads(cgroups: Path) -> None:
     ours = "[os.environ.pop(name, None) for name in ('OMP_NUM_THREADS', 'MOELPR_NUM_THREADS')]; "
     assert threads(f"{limit}{ours}machine.limit_threads()")[1] == "1"
     assert threads(f"{limit}machine.limit_threads()", OMP_NUM_THREADS="3")[1] == "3"
-
-
-COMMANDS = [*ROOT.glob("checkpoint_convert/*.py"), *ROOT.glob("data_tools/*.py"), *ROOT.glob("moelpr/*/__main__.py")]
-
-
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_command_imports_one_of_our_packages_before_torch(path: Path) -> None:
-    """OpenMP reads its settings when torch is imported. A package's own modules import the package first."""
-    if "run_command(main)" not in path.read_text():
-        return
-    imported = re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
-    ours = min(imported.index(name) for name in ("moelpr", "data_tools", "checkpoint_convert") if name in imported)
-    assert not {"torch", "transformers", "megatron"} & set(imported[:ours])

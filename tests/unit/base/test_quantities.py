@@ -19,19 +19,16 @@ from moelpr.base.quantities import format_count, parse_count
         ("24_000", 24_000),
         ("24,000", 24_000),
         (" 7 ", 7),
-        ("1000000000000000001e0", None),
         ("123456789012345678", 123456789012345678),  # a float would round it
     ],
 )
-def test_a_count_is_read_exactly(text: str, number: int | None) -> None:
-    if number is None:
-        with pytest.raises(UserError):
-            parse_count(text)
-    else:
-        assert parse_count(text) == number
+def test_a_count_is_read_exactly(text: str, number: int) -> None:
+    assert parse_count(text) == number
 
 
-@pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "24X", "B", "1e-3", "nan", "inf", "1e99", "１２", "2BB", "_1"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "1_000_000_000_000_000_001", "-3", "1.5", "24X", "B", "1e-3", "nan", "1e99", "１２", "2BB", "_1"]
+)
 def test_what_is_no_count_is_an_error_that_shows_it(text: str) -> None:
     with pytest.raises(UserError, match="24B"):
         parse_count(text)

@@ -36,10 +36,6 @@ class Picture(Record):
 PICTURE = Picture("sea", Size(2, 3), ("blue",))
 
 
-def write(folder: Path, text: str) -> None:
-    (folder / Picture.FILE_NAME).write_text(text)
-
-
 def message(folder: Path) -> str:
     with pytest.raises(UserError) as raised:
         Picture.read(folder)
@@ -54,12 +50,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("record")
     picture.write(folder)
     assert Picture.read(folder) == picture
-
-
-def test_the_file_starts_with_its_version(tmp_path: Path) -> None:
-    PICTURE.write(tmp_path)
-    content = json.loads((tmp_path / Picture.FILE_NAME).read_text())
-    assert list(content) == ["format_version", "title", "size", "tags", "scale"] and content["format_version"] == 1
+    assert next(iter(json.loads((folder / Picture.FILE_NAME).read_text()).items())) == ("format_version", 1)
 
 
 @pytest.mark.parametrize(
@@ -80,21 +71,17 @@ def test_the_file_starts_with_its_version(tmp_path: Path) -> None:
 def test_a_wrong_field_is_named_with_the_file_and_the_remedy(tmp_path, changes, named) -> None:
     PICTURE.write(tmp_path)
     path = tmp_path / Picture.FILE_NAME
-    write(tmp_path, json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     found = message(tmp_path)
     assert named in found and str(path) in found and found.endswith("draw it again") or "NaN" in found
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"title": "\\ud800"}', "[" * 100_000, "\x00", '{"title": 1e999}', "3"]
+    "text",
+    [b"", b"[]", b"{", b'{"title": "\\ud800"}', b"\xff", b"[" * 100_000, b"\0", b'{"title": 1e999}'],
 )
-def test_what_is_no_such_object_is_one_sentence(tmp_path: Path, text: str) -> None:
-    write(tmp_path, text)
-    assert message(tmp_path).endswith("; draw it again")
-
-
-def test_bytes_that_are_not_utf8_are_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / Picture.FILE_NAME).write_bytes(b'{"title": "\xff"}')
+def test_what_is_no_such_object_is_one_sentence(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / Picture.FILE_NAME).write_bytes(text)
     assert message(tmp_path).endswith("; draw it again")
 
 

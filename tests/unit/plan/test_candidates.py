@@ -10,7 +10,7 @@ from moelpr.model.megatron import cpu
 from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
-from moelpr.plan.layouts import RECOMPUTES, PlannedLayout
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import Workload
 from moelpr.train.arguments import parse
 from moelpr.train.arguments.settings import RunSettings
@@ -43,21 +43,6 @@ def layouts_of(
 ) -> list[PlannedLayout]:
     workload = Workload("stage1", seq_length, 1, global_batch_size)
     return list(legal_layouts(SIX_LAYERS, workload, Cluster(gpus, gpus_per_node, 80, 8)))
-
-
-def test_layouts_of_eight_ranks() -> None:
-    found = layouts_of(8)
-    assert len(found) == len(set(found))
-    assert {layout.recompute for layout in found} == set(RECOMPUTES)
-    assert {layout.tp for layout in found} == {1, 2, 4, 8}
-    assert {layout.pp for layout in found} == {1, 2}  # 4 and 8 do not divide 6 layers
-    assert {layout.ep for layout in found} == {1, 2, 4}
-    assert {layout.etp for layout in found} == {1, 2, 4}  # 96 FFN rows over 8 ranks would not be aligned
-    for layout in found:
-        assert layout.world_size == 8
-        assert layout.etp in (1, layout.tp)
-        assert layout.expert_dp * layout.ep * layout.etp * layout.pp == 8
-    assert {layout.ep for layout in found if layout.etp == 4} == {1, 2}
 
 
 def test_tensor_parallelism_stays_inside_a_node() -> None:

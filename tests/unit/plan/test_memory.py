@@ -18,7 +18,6 @@ from moelpr.plan.memory import (
     CPU,
     Activations,
     Dtype,
-    Kernels,
     Routing,
     Workload,
     divisor,
@@ -156,13 +155,6 @@ def test_a_pipeline_stage_keeps_the_micro_batches_in_flight() -> None:
     assert memory(layout, one_micro_batch, pp_rank=0).activation_bytes == first
 
 
-def test_outputs_that_transformer_engine_may_keep_are_counted_by_default() -> None:
-    assert (
-        memory(workload=replace(WORKLOAD, kernels=Kernels())).activation_bytes == memory().activation_bytes + MOE_INPUT
-    )
-    assert memory(workload=replace(WORKLOAD, kernels=CPU)).activation_bytes > memory().activation_bytes
-
-
 def test_stage_0_needs_gradients_and_optimizer_state_of_all_rows_of_the_vocabulary() -> None:
     """Old rows get gradients too, which are then set to zero; only the padded embedding and output layer train."""
     vocabulary = 128 * 8
@@ -262,15 +254,6 @@ def test_counts_equal_those_of_a_built_model(is_untied, layers, m, stage, new_em
     assert rank.frozen == sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
 
 
-@pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("is_untied", [False, True])
-def test_counts_of_a_dense_model_equal_those_of_a_built_one(is_untied: bool) -> None:
-    spec = spec_of(untie_embeddings_and_output_weights=is_untied).as_dense()
-    held = held_on_stage(spec, model_parts(spec), PlannedLayout(), 0)
-    assert sum(held.values()) == sum(parameter.numel() for parameter in build_model(spec).parameters())
-    assert not {Part.ROUTER, Part.NEW_EXPERTS, Part.ORIGINAL_EXPERTS} & set(held)
-
-
 layouts = st.builds(
     lambda tp, pp, ep, split, dp: PlannedLayout(tp, pp, ep, tp if split else 1, dp * ep),
     st.sampled_from([1, 2, 4]),
@@ -321,8 +304,3 @@ def test_the_optimizer_state_of_all_ranks_is_one_copy_per_trained_parameter(spec
     new_experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
     exact = 12 * (layout.tp * routers + (new_experts if stage == "stage1" else 0))
     assert exact <= total <= exact + 12 * 2 * layout.world_size
-
-
-@pytest.mark.parametrize(("tp", "rows"), [(1, 1024), (4, 1024), (3, 1152)])
-def test_the_vocabulary_is_padded_to_128_rows_per_tensor_parallel_rank(tp: int, rows: int) -> None:
-    assert padded_vocabulary(1000, tp) == rows

@@ -10,7 +10,7 @@ from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import DoesNotFitError, fitting, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster
 from moelpr.plan.memory import Workload, checkpoint_bytes, model_parts
-from moelpr.plan.stage_plan import RETAIN_INTERVAL, paper_workload, plan_stage
+from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RETAIN_INTERVAL, plan_stage
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
 SHAPE = TINY_SHAPE | dict(num_layers=6, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8)
@@ -43,8 +43,7 @@ def test_a_run_keeps_as_many_checkpoints_as_the_papers_recipe_says() -> None:
     text = (RECIPES / "paper-stage1.yaml").read_text()
     recipe = yaml.safe_load(text)
     assert recipe["save-retain-interval"] == RETAIN_INTERVAL
-    workload = paper_workload("stage1")
-    assert (workload.seq_length, workload.global_batch_size) == (recipe["seq-length"], recipe["global-batch-size"])
+    workload = Workload("stage1", PAPER_SEQ_LENGTH["stage1"], 1, PAPER_GLOBAL_BATCH_SIZE)
     steps = plan_stage(SPEC, workload, Cluster(1, 8, 80, 8)).cost(recipe["train-iters"] * 512 * 1024)
     assert (steps.steps, steps.checkpoints) == (recipe["train-iters"], 6) and "room for six" in text
 

@@ -5,7 +5,6 @@ import itertools
 import pickle
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from moelpr.base.checksums import SummedFile
 from moelpr.base.errors import UserError
 from moelpr.base.journal import Journal
 from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter, read_metadata
-from tests.support.hf_models import RunsCode
 
 
 def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
@@ -104,40 +102,10 @@ def step(tmp_path: Path) -> Path:
     return folder
 
 
-def edit_metadata(step: Path, **changes: Any) -> None:
-    metadata = pickle.loads((step / ".metadata").read_bytes())
-    for name, value in changes.items():
-        setattr(metadata, name, value)
-    (step / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
 def test_metadata_has_the_entries_that_torch_reads(step: Path) -> None:
     ours, torchs = read_metadata(step), inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
     assert ours.state_dict_metadata == torchs.state_dict_metadata
     assert ours.storage_data == torchs.storage_data
-
-
-def test_metadata_of_an_untrusted_checkpoint_runs_no_code_and_is_noted(step, tmp_path, capsys) -> None:
-    trap = tmp_path / "ran"
-    keys = set(read_metadata(step).state_dict_metadata)
-    assert capsys.readouterr().err == ""
-    (step / "checksums.json").unlink()
-    edit_metadata(step, planner_data=RunsCode(trap))
-    assert set(read_metadata(step).state_dict_metadata) == keys
-    assert f"{step}/.metadata names pathlib" in capsys.readouterr().err
-    assert torch.equal(TorchDistReader(step).read("tensor"), torch.ones(3))
-    assert not trap.exists()
-    inspect.unwrap(dcp.FileSystemReader.read_metadata)(dcp.FileSystemReader(step))
-    assert trap.exists()  # an unrestricted reader runs it
-
-
-def test_a_flipped_bit_in_the_table_of_contents_is_noticed(step: Path) -> None:
-    """It may name another file of the same size: other weights."""
-    content = bytearray((step / ".metadata").read_bytes())
-    content[content.index(b"distcp")] ^= 1
-    (step / ".metadata").write_bytes(content)
-    with pytest.raises(UserError, match=r"\.metadata is damaged: its checksum differs"):
-        TorchDistReader(step)
 
 
 @pytest.mark.parametrize(
@@ -153,22 +121,14 @@ def test_an_entry_of_another_type_is_reported(step: Path, change: dict[str, obje
         TorchDistReader(step)
 
 
-@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])
-def test_a_table_of_contents_that_is_code_is_rejected(step: Path, tmp_path: Path, name: str) -> None:
-    edit_metadata(step, **{name: RunsCode(tmp_path / "ran")})
-    with pytest.raises(UserError, match=".metadata is damaged"):
-        read_metadata(step)
-    assert not (tmp_path / "ran").exists()
-
-
 def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
     intact = (step / ".metadata").read_bytes()
-    (step / ".metadata").write_bytes(b"\x80\x04nonsense")
-    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged"):
-        read_metadata(step)
-    (step / ".metadata").write_bytes(intact.replace(b"offset", b"offseu"))  # a flipped bit in an attribute's name
-    with pytest.raises(UserError, match="iter_0000001/.metadata is damaged .*offset"):
-        read_metadata(step)
+    # The second is a flipped bit in an attribute's name, and without checksums found when the table is read.
+    for content in (b"\x80\x04nonsense", intact.replace(b"offset", b"offseu")):
+        (step / ".metadata").write_bytes(content)
+        for read in (read_metadata, TorchDistReader):
+            with pytest.raises(UserError, match="iter_0000001/.metadata is (damaged|truncated)"):
+                read(step)
     (step / ".metadata").unlink()
     with pytest.raises(UserError, match="iter_0000001 .*.metadata is missing"):
         TorchDistReader(step)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -323,19 +322,6 @@ def test_nothing_of_a_micro_batch_stays_after_it(layer, recompute: bool) -> None
     layer.router.register_forward_pre_hook(lambda _, inputs: seen.append(weakref.ref(inputs[0])))
     layer(torch.randn(9, 2, 32, requires_grad=True) * 1)[0].sum().backward()
     assert len(seen) >= 2 and not any(reference() is not None for reference in seen)
-
-
-def test_split_experts_add_their_results_in_the_dtype_of_the_rows(layer, monkeypatch) -> None:
-    """Not in that of the gate weights, which are fp32 and twice as many bytes."""
-    dispatcher, dtypes = layer.token_dispatcher, []
-    monkeypatch.setattr(token_dispatcher, "sort_chunks_by_idxs", lambda rows, *_, **__: (rows, None))
-    monkeypatch.setattr(
-        token_dispatcher, "reduce_scatter_to_sequence_parallel_region", lambda x, **_: (dtypes.append(x.dtype), x)[1]
-    )
-    dispatcher.tp_size, dispatcher.output_splits_tp, dispatcher.probs = 2, None, torch.ones(4, 4)
-    dispatcher.num_global_tokens_per_local_expert = torch.ones(2, 4)
-    assert dispatcher.combine_preprocess(torch.ones(4, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert dtypes == [torch.bfloat16]
 
 
 def test_every_module_with_a_weight_is_called(layer) -> None:

@@ -86,10 +86,3 @@ def test_the_report_counts_only_new_rows_as_trainable(model) -> None:
     report = parameter_report([model]).splitlines()
     assert report[-1].split() == ["all", f"{new:,}", f"{total - new:,}"]
     assert ["embedding", f"{20 * 32}", f"{100 * 32:,}"] in [line.split() for line in report]
-
-
-def test_other_stages_train_the_vocabulary_wholly_or_not_at_all(model) -> None:
-    for stage in ("stage1", "stage2", "dense"):
-        freeze([model], stage, new_tokens=TOKENS)
-        assert rows_that_train(model.embedding.word_embeddings.weight) == slice(None)
-        assert model.config.finalize_model_grads_func is None

@@ -7,7 +7,6 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelpr.model.layers import router as module
 from moelpr.model.layers.loading import build_model, transformer_config
 from moelpr.model.layers.router import Decisions
 from moelpr.model.metrics.routing_sums import RoutingSums
@@ -24,18 +23,6 @@ def test_losing_the_language_bits_is_an_error_if_they_are_needed(moe_spec: Model
     assert router.eval()(hidden)[0].shape == (8, 5)
     without_loss = build_model(moe_spec).decoder.layers[0].mlp.router
     assert without_loss.train()(hidden)[0].shape == (8, 5)
-
-
-def test_a_run_without_the_lpr_loss_has_no_graph_of_it(moe_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its value is logged all the same."""
-    calls, loss = [], module.lpr_loss
-    monkeypatch.setattr(module, "lpr_loss", lambda *args, **options: calls.append(loss(*args, **options)) or calls[-1])
-    for coeff in (0.0, 0.1):
-        module.LPRLossNormalizer.weight = torch.tensor(1.0)
-        router = build_model(moe_spec, lpr_loss_coeff=coeff).decoder.layers[0].mlp.router.train()
-        router(torch.randn(4, 2, 32), torch.ones(4, 2, dtype=torch.bool))
-        assert len(calls) == (coeff > 0) and router.routing_sums[0] > 0
-    assert calls[0].requires_grad and router.routing_sums[0] == pytest.approx(calls[0].item(), rel=1e-6)
 
 
 class Launches(TorchDispatchMode):

@@ -124,14 +124,6 @@ def test_validation_runs_before_the_first_step_and_instead_of_megatrons(training
     assert events == expected
 
 
-def test_megatrons_functions_are_restored_after_an_error(training: ModuleType) -> None:
-    before = {name: getattr(training, name) for name in READ_ARGUMENTS}
-    with pytest.raises(ZeroDivisionError), hooks.after_save_checkpoint(print), hooks.validation_by(print):
-        assert training.train is not before["train"]
-        raise ZeroDivisionError
-    assert {name: getattr(training, name) for name in READ_ARGUMENTS} == before
-
-
 def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
     args = SimpleNamespace(exit_signal_handler=False)

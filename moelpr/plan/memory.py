@@ -2,7 +2,7 @@
 
 A frozen parameter costs its weight. A trainable parameter also costs its gradient and its optimizer state, which the
 distributed optimizer divides over the ranks that hold the same parameter: for a router the data-parallel ranks, for a
-new expert the expert-data-parallel ranks. `tests/distributed/memory_plan.py` compares the results with real runs.
+new expert the expert-data-parallel ranks. `tests/dry_run` compares the results with dry runs.
 """
 
 import math

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moelpr.base import checksums
-from moelpr.base.checksums import FILE_NAME, NO_VERIFY, FileSum, SummedFile, Verifier, Verify, verify_folder
+from moelpr.base.checksums import FILE_NAME, NO_VERIFY, FileSum, Verifier, Verify, verify_folder
 from moelpr.base.command import CommandParser
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.chain import verify_files, write_checksums
@@ -118,13 +118,3 @@ def test_ranks_share_the_work(step: Path, monkeypatch: pytest.MonkeyPatch, world
         return str(raised.value)
 
     assert len(set(as_ranks(monkeypatch, world, fails))) == 1
-
-
-def test_a_summed_file_is_on_disk_before_it_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced = []
-    monkeypatch.setattr("moelpr.base.checksums.os.fsync", lambda number: synced.append((tmp_path / "a").read_bytes()))
-    file = SummedFile(tmp_path / "a")
-    file.write(b"12345678")
-    assert (file.name, file.tell()) == ("a", 8)
-    assert file.finish() == FileSum.of(tmp_path / "a")
-    assert synced == [b"12345678"]

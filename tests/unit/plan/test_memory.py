@@ -26,7 +26,7 @@ from moelpr.plan.memory import (
     padded_vocabulary,
     stage_memories,
 )
-from tests.distributed.measured_memory import SavedTensors
+from tests.support.saved_tensors import SavedTensors
 from tests.unit.conftest import SHAPE
 from tests.unit.plan.conftest import ROUTING, SMALL_SHAPE, SPEC, WORKLOAD
 
@@ -194,7 +194,7 @@ SEQ_LENGTH, MICRO_BATCH_SIZE = 96, 2
 def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
     stage, new_embeddings, everything, recompute
 ) -> None:
-    """In one process; tests/distributed/memory_plan.py does it in full runs. K = E: routing has no influence."""
+    """In one process; tests/dry_run does it in every layout. K = E: routing has no influence."""
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
     spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage not in DENSE_STAGES else None, new_tokens)
     losses = {

@@ -41,15 +41,11 @@ def flops(layout: PlannedLayout = PlannedLayout(), workload: Workload = WORKLOAD
     return stage_flops(SPEC, PARTS, layout, workload, pp_rank, ROUTING)
 
 
-def test_operations_of_stage1() -> None:
-    first = FORWARD + ROUTER + NEW + NEW / 3  # nothing trains below; the down projection's input gradient is needed
-    second = FORWARD + (FORWARD + CORE) + ROUTER + NEW
-    assert flops() == (pytest.approx(first + second + 2 * OUTPUT), 0)
-
-
-def test_operations_of_stage2() -> None:
-    first, second = FORWARD + ROUTER, FORWARD + (FORWARD + CORE) + ROUTER
-    assert flops(workload=replace(WORKLOAD, stage="stage2")) == (first + second + 2 * OUTPUT, 0)
+def test_operations_of_both_stages() -> None:
+    """Nothing trains below the first layer's experts, of which stage 1 needs the down projection's input gradient."""
+    both = 2 * FORWARD + (FORWARD + CORE) + 2 * ROUTER + 2 * OUTPUT
+    assert flops() == (pytest.approx(both + 2 * NEW + NEW / 3), 0)
+    assert flops(workload=replace(WORKLOAD, stage="stage2")) == (both, 0)
 
 
 def test_operations_of_new_tokens_rows() -> None:
@@ -222,15 +218,6 @@ def six_layers_s(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> float:
 def test_no_step_is_slower_on_a_faster_gpu(layout, workload, gpu, factor, part) -> None:
     faster = replace(gpu, **{part: getattr(gpu, part) * factor})
     assert 0 < six_layers_s(layout, workload, faster) <= six_layers_s(layout, workload, gpu) * (1 + 1e-9)
-
-
-@given(layout=layouts, workload=workloads, gpu=st.sampled_from(list(GPUS.values())))
-@settings(max_examples=100, deadline=None)
-def test_recompute_costs_time_and_stage2_saves_it(layout: PlannedLayout, workload: Workload, gpu: Gpu) -> None:
-    plain = replace(layout, recompute="none")
-    assert six_layers_s(plain, workload, gpu) <= six_layers_s(layout, workload, gpu) * (1 + 1e-9)
-    first, second = (six_layers_s(layout, replace(workload, stage=stage), gpu) for stage in ("stage1", "stage2"))
-    assert second < first
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

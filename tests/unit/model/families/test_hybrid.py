@@ -18,7 +18,6 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.stages import Part, part_of
 from tests.support.hf_models import (
-    TOKENS,
     InDouble,
     assert_as_exact,
     assert_import_fails,
@@ -124,36 +123,6 @@ def test_a_multimodal_checkpoint_that_cannot_be_read_is_refused(multimodal, tmp_
     source = Path(shutil.copytree(multimodal, tmp_path / "source"))
     edit_json(source / "config.json", **changes)
     assert_import_fails(source, tmp_path, message)
-
-
-def test_a_layer_of_an_unknown_type_is_refused(dense: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(dense, tmp_path / "source"))
-    kinds = ["full_attention", "sliding_attention", "linear_attention", "linear_attention"]
-    edit_json(source / "config.json", layer_types=kinds)
-    assert_import_fails(source, tmp_path, "layer_types")
-
-
-def test_the_shared_expert_adds_exactly_nothing(dense: Path, tmp_path: Path) -> None:
-    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    model, outputs = load_stock(tmp_path / "hf", "Qwen3_5MoeForCausalLM"), []
-    for layer in model.model.layers:
-        layer.mlp.shared_expert.register_forward_hook(lambda *hook: outputs.append(hook[-1]))
-        layer.mlp.shared_expert_gate.register_forward_hook(lambda *hook: outputs.append(hook[-1]))
-    model(TOKENS)
-    assert len(outputs) == 8 and not any(output.any() for output in outputs)  # 0 is finite, also after a sigmoid
-    exported = tensors_of(tmp_path / "hf")
-    assert exported["model.layers.0.mlp.shared_expert.down_proj.weight"].shape == (32, 32)
-
-
-def test_an_export_gets_more_experts(dense: Path, tmp_path: Path) -> None:
-    """A further round of languages: what is original stays bit for bit."""
-    hf_to_mcore(dense, tmp_path / "first", NewExperts(2), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
-    hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(2))
-    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    assert all(not verdict.differs(0) for verdict in compare_frozen(tmp_path / "first-hf", tmp_path / "second-hf"))
-    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
 
 
 @pytest.mark.parametrize("lengths", [[7, 70, 1, 12], [90]])

@@ -146,15 +146,6 @@ def test_shards_do_not_divide_stacked_experts(granite: Path, tmp_path: Path) -> 
     assert largest_difference(compare(tmp_path / "many", granite)) == 0.0
 
 
-def test_few_parts_are_held_at_a_time(granite: Path, tmp_path: Path, held_bytes) -> None:
-    largest = 99 * 32 * 4  # the embedding; a stack of experts has 61,440 bytes
-    held_bytes.take_peak()
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "again", as_class="granitemoe")
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-    hf_to_mcore(granite, tmp_path / "second", NewExperts(2))
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

@@ -55,27 +55,6 @@ def test_stage_1_trains_routers_and_new_experts_of_the_stock_class(family: str, 
 
 
 @pytest.mark.parametrize("family", UNSTACKED)
-def test_what_training_must_not_change_is_named_as_in_the_base(family: str, dense_spec: ModelSpec) -> None:
-    def frozen_names(num_original: int) -> dict[str, str]:
-        moe = MoeSpec(4 - num_original, 2, (0, 1, 2), num_original)
-        plan = pieces(FAMILIES[family].table, ModelSpec(family, "float32", dense_spec.megatron_args, moe))
-        frozen = [piece for piece in plan if not piece.is_trained]
-        return {name: base for piece in frozen for name, base in zip(piece.hf_names, piece.origin, strict=True)}
-
-    mlp, names = experts_of(family)
-    of_dense, of_moe = frozen_names(1), frozen_names(3)
-    for dense, stock in names.items():
-        name = f"model.layers.1.{mlp}.experts.{{}}.{stock}.weight"
-        assert of_dense[name.format(0)] == f"model.layers.1.mlp.{dense}_proj.weight"
-        assert name.format(1) not in of_dense
-        assert of_moe[name.format(2)] == name.format(2)
-        assert name.format(3) not in of_moe
-    assert f"model.layers.1.{mlp}.gate.weight" not in of_dense | of_moe
-    for name in ("model.layers.1.post_attention_layernorm.weight", "model.embed_tokens.weight"):
-        assert of_dense[name] == of_moe[name] == name
-
-
-@pytest.mark.parametrize("family", UNSTACKED)
 def test_every_piece_starts_from_tensors_of_the_base(family: str, dense_spec: ModelSpec) -> None:
     table, args = FAMILIES[family].table, dense_spec.megatron_args
     dense = ModelSpec(family, "float32", args)

@@ -133,20 +133,3 @@ def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(dense_spec,
     found = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
     torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
     assert not torch.equal(found.as_subclass(torch.Tensor), ours(*inputs, None))
-
-
-def test_a_window_on_a_gpu_needs_no_mask(dense_spec, monkeypatch) -> None:
-    """With a mask and grouped keys, torch may materialize the scores; its varlen kernel has windows."""
-    inputs = [tensor.detach().bfloat16() for tensor in query_key_value()]
-    monkeypatch.setattr(attention, "_varlen_attention", lambda: varlen_attention)
-    for window, masks in ((5, 0), (SEQUENCE - 1, 1)):  # the second is as long as the sequence
-        config = transformer_config(dense_spec, window_size=(window, 0))
-        ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
-        expected, calls = ours(*inputs, None), []
-        causal = ours._causal
-        monkeypatch.setattr(
-            ours, "_causal", lambda *args, causal=causal, calls=calls: (calls.append(1), causal(*args))[1]
-        )
-        found = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), None)
-        torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
-        assert len(calls) == masks

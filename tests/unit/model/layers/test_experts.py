@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.layer import OverlappedOriginalExperts
 from moelpr.model.layers.loading import build_model
 from moelpr.model.model_spec import ModelSpec
@@ -68,16 +67,6 @@ def test_grouped_experts_equal_a_plain_loop(experts) -> None:
     for a, b, reference in zip(ours, exact, same_precision, strict=True):
         assert (a - b).norm() <= 1.5 * (reference - b).norm()
         assert (a - b).norm() <= 0.02 * b.norm()
-
-
-def test_frozen_experts_propagate_gradients_and_get_none(experts) -> None:
-    rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)
-    experts.requires_grad_(False)
-    output = experts(rows, TOKENS_PER_EXPERT, weights)[0]
-    output.backward(torch.randn_like(output))
-    assert rows.grad.abs().sum() > 0
-    assert weights.grad.abs().sum() > 0
-    assert all(parameter.grad is None for parameter in experts.parameters())
 
 
 def micro_batches(experts, number: int) -> list[torch.Tensor]:
@@ -146,19 +135,6 @@ def test_swiglu_is_recomputed_bit_for_bit_and_not_kept(moe_spec: ModelSpec) -> N
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     ffn = moe_spec.megatron_args["ffn_hidden_size"]
     assert kept[0] - kept[1] == len(rows) * ffn * 4
-
-
-def test_a_frozen_original_expert_saves_no_input(moe_spec: ModelSpec) -> None:
-    """Its linear layers save only their weights, and get no gradient."""
-    model = build_model(moe_spec)
-    freeze([model], "stage1")
-    original = model.decoder.layers[0].mlp.original_experts[0]
-    saved = []
-    hidden = torch.randn(6, 32, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda x: x):
-        original(hidden, per_token_scale=torch.rand(6))[0].sum().backward()
-    assert hidden.data_ptr() not in {tensor.data_ptr() for tensor in saved}
-    assert all(parameter.grad is None for parameter in original.parameters())
 
 
 class Stream:

@@ -302,17 +302,6 @@ def test_the_backward_pass_launches_both_exchanges_before_the_original_experts(l
     assert log == ["rows", "weights", "rows", *["original expert"] * 2 * len(layer.original_experts)]
 
 
-def test_the_backward_pass_copies_no_output(layer) -> None:
-    """An addition in place to a view does, three times (CopySlices)."""
-    output, _ = layer(torch.randn(9, 2, 32, requires_grad=True))
-    nodes, found = [output.grad_fn], set()
-    while nodes:
-        if (node := nodes.pop()) is not None and node not in found:
-            found.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    assert "CopySlices" not in {type(node).__name__ for node in found}
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 def test_nothing_of_a_micro_batch_stays_after_it(layer, recompute: bool) -> None:
     """Neither its graph nor its hidden state, which a recomputed layer holds with its gradient."""

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moelpr.model.layers import new_rows
 from moelpr.model.layers.freezing import freeze, parameter_report
 from moelpr.model.layers.loading import build_model
 from moelpr.model.layers.new_rows import rows_that_train, train_new_rows_only
@@ -32,27 +31,6 @@ def test_each_tensor_parallel_rank_trains_its_part_of_the_new_rows(model, monkey
     assert len(model.embedding.word_embeddings.weight) == 120
     assert rows_that_train(model.embedding.word_embeddings.weight) == expected
     assert rows_that_train(model.decoder.layers[0].mlp.router.weight) == slice(None)
-
-
-def test_old_rows_lose_their_gradient_after_megatron_has_finalized_it(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    freeze([model], "stage1", train_new_embeddings=True, new_tokens=TOKENS)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    order = []
-
-    def finalize(chunks, num_tokens, **options) -> None:
-        order.append((num_tokens, options))
-        for parameter in trained:
-            parameter.main_grad = torch.full_like(parameter, torch.nan if parameter.dim() == 2 else 1.0)
-
-    monkeypatch.setattr(new_rows, "finalize_model_grads", finalize)
-    model.config.finalize_model_grads_func([model], None, force_all_reduce=False)
-    assert order == [(None, {"force_all_reduce": False})]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ("embedding" in name or "output_layer" in name):
-            assert not parameter.main_grad[:100].any() and not parameter.main_grad[120:].any()
-            assert parameter.main_grad[100:120].isnan().all()
-        elif parameter.requires_grad:
-            assert parameter.main_grad.all()
 
 
 def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) -> None:

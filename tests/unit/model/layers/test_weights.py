@@ -1,6 +1,5 @@
 """Weights come from the newest checkpoint of a chain that has them; a trained-only checkpoint has no others."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,22 +83,6 @@ def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec:
     for name, parameter in model.named_parameters():
         if before[name].unique().numel() > 1:  # norms are initialized to ones in both
             assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
-
-
-def test_a_link_may_have_nothing_for_a_model_chunk(chain_of_three: Path, moe_spec: ModelSpec) -> None:
-    """For example, a pipeline stage of dense layers if only routers were saved."""
-
-    def part(is_in: Callable[[str], bool]) -> torch.nn.Module:
-        model = build_model(moe_spec)
-        whole_state = model.sharded_state_dict
-        model.sharded_state_dict = lambda: {name: entry for name, entry in whole_state().items() if is_in(name)}
-        return model
-
-    chunks = [part(lambda name: not name.startswith("embedding.")), part(lambda name: name.startswith("embedding."))]
-    load_weights(chunks, checkpoint_chain(chain_of_three / "stage2"))
-    whole = load_model(chain_of_three / "stage2")
-    assert torch.equal(chunks[1].embedding.word_embeddings.weight, whole.embedding.word_embeddings.weight)
-    assert torch.equal(chunks[0].decoder.layers[0].mlp.router.weight, whole.decoder.layers[0].mlp.router.weight)
 
 
 def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(chain_of_three, moe_spec) -> None:

@@ -65,31 +65,6 @@ def test_the_throughput_counts_the_given_operations(training: ModuleType) -> Non
         assert training.num_floating_point_operations(argparse.Namespace(), 3, total_real_tokens_in_batch=None) == 21
 
 
-def test_the_training_log_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Any] = []
-
-    def training_log(
-        loss_dict: dict, total: dict, learning_rate: float, iteration: int, grad_norm: float, is_first: bool = False
-    ) -> str:
-        events.append("megatron")
-        return "report memory"
-
-    monkeypatch.setattr(training, "training_log", training_log)
-    with hooks.after_training_log(lambda *values: events.append(values)):
-        assert training.training_log({"lm loss": 1}, {}, 0.1, 7, grad_norm=2.0, is_first=True) == "report memory"
-    assert events == ["megatron", ({"lm loss": 1}, 0.1, 7, 2.0)]
-    assert training.training_log is training_log
-
-
-def test_a_saved_checkpoint_is_followed_by_the_callback(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[Any] = []
-    monkeypatch.setattr(training, "save_checkpoint", lambda iteration, model: events.append("megatron"))
-    with hooks.after_save_checkpoint(events.append):
-        training.save_checkpoint(3, "model")
-    training.save_checkpoint(4, "model")
-    assert events == ["megatron", 3, "megatron"]
-
-
 def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else Megatron's configuration says about them."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("embedding", "router")})
@@ -102,26 +77,6 @@ def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkey
         found, overrides = training.get_megatron_optimizer_config(None)
     groups = _get_param_groups([model], found, overrides)
     assert [(group["wd_mult"], group["max_lr"], len(group["params"])) for group in groups] == [(1, 1e-3, 1), (0, 1, 1)]
-
-
-@pytest.mark.parametrize(("resumed_at", "expected"), [(0, [0, "train", 4]), (2, ["train", 4])])
-def test_validation_runs_before_the_first_step_and_instead_of_megatrons(training, monkeypatch, resumed_at, expected):
-    events: list[Any] = []
-
-    def validate(forward_step: str, model: str, config: str, iteration: int) -> None:
-        assert (forward_step, model, config) == ("step", "model", "config")
-        events.append(iteration)
-
-    def train(forward_step_func: str, model: str, config: str) -> str:
-        events.append("train")
-        training.evaluate_and_print_results("prefix", "step", None, "model", 4, None, "config", verbose=True)
-        return "trained"
-
-    monkeypatch.setattr(hooks, "get_args", lambda: argparse.Namespace(iteration=resumed_at))
-    monkeypatch.setattr(training, "train", train)
-    with hooks.validation_by(validate):
-        assert training.train("step", "model", "config") == "trained"
-    assert events == expected
 
 
 def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,11 +100,11 @@ class SummedFile:
 
     def finish(self) -> FileSum:
         """Close the file when everything is on disk."""
-        found = FileSum(self.tell(), f"{self._crc32:08x}")
+        total = FileSum(self.tell(), f"{self._crc32:08x}")
         self.flush()
         os.fsync(self._file.fileno())
         self.close()
-        return found
+        return total
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -172,9 +172,9 @@ def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
     if not sums:
         return
     own = sums_of(folder, ranks.own_share(sorted(sums)))
-    found = {name: found for part in ranks.gather(own) for name, found in part.items()}
+    actual = {name: sum_ for part in ranks.gather(own) for name, sum_ in part.items()}
     for name, expected in sums.items():
-        _compare(folder / name, found[name], expected, fix)
+        _compare(folder / name, actual[name], expected, fix)
 
 
 def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileSum | None]:
@@ -224,14 +224,14 @@ def _read_pieces(folder: Path) -> str | None:
     return "".join(lines)
 
 
-def _compare(path: Path, found: FileSum | None, expected: FileSum, fix: str) -> None:
-    if found == expected:
+def _compare(path: Path, actual: FileSum | None, expected: FileSum, fix: str) -> None:
+    if actual == expected:
         return
     problem = f"is damaged: its checksum differs from the one in {FILE_NAME}"
-    if found is None:
+    if actual is None:
         problem = "is missing or can't be read"
-    elif found.num_bytes < expected.num_bytes:
-        problem = f"is truncated: it has {found.num_bytes:,} bytes, {FILE_NAME} says {expected.num_bytes:,}"
+    elif actual.num_bytes < expected.num_bytes:
+        problem = f"is truncated: it has {actual.num_bytes:,} bytes, {FILE_NAME} says {expected.num_bytes:,}"
     raise UserError(f"{path} {problem}; {fix} (if the file was changed on purpose, delete {FILE_NAME})")
 
 

@@ -1,4 +1,4 @@
-"""What every command does around its work: parse flags, print one error, handle signals, exit with the right code.
+"""The frame of every command: parse flags, print one error, handle signals, exit with the right code.
 
 The exit codes are 0 for success, 1 for failure, 2 for wrong arguments or input, and `STOPPED` for a training that was
 asked to stop before its last step.
@@ -165,10 +165,10 @@ def show_exception(kind: type[BaseException], error: BaseException, trace: Trace
         sys.__excepthook__(kind, error, trace)
 
 
-def show_unraisable(found: Any) -> None:
+def show_unraisable(failure: Any) -> None:
     """Leave out streams above a file whose writing has failed and been reported: torch's, of checkpoints."""
-    if not (isinstance(found.exc_value, ValueError) and "closed file" in str(found.exc_value)):
-        sys.__unraisablehook__(found)
+    if not (isinstance(failure.exc_value, ValueError) and "closed file" in str(failure.exc_value)):
+        sys.__unraisablehook__(failure)
 
 
 def _discard_unwritable() -> None:

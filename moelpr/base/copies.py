@@ -17,12 +17,12 @@ def check_links(path: Path, folder: Path) -> None:
         UserError: there is a link to something else.
     """
     root = folder.resolve()
-    for found in [path, *(path.rglob("*") if path.is_dir() else ())]:
-        target = found.resolve()
+    for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        target = entry.resolve()
         is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
         if not (target.is_relative_to(root) or is_in_cache):
             raise UserError(
-                f"{found} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
+                f"{entry} is a link to {target}, outside {folder}, whose content would be copied and published; remove "
                 "it, or put what belongs there in its place"
             )
 

@@ -22,9 +22,9 @@ LOCK_FILE = ".lock"
 
 def refuse_existing(paths: list[Path], overwrite: bool) -> None:
     """Raise a UserError if an output exists already and `overwrite` is False."""
-    found = [str(path) for path in paths if os.path.exists(path)]  # False if a name is too long
-    if found and not overwrite:
-        raise UserError(f"the output {', '.join(found)} already exists; choose another name or pass --overwrite")
+    existing = [str(path) for path in paths if os.path.exists(path)]  # False if a name is too long
+    if existing and not overwrite:
+        raise UserError(f"the output {', '.join(existing)} already exists; choose another name or pass --overwrite")
 
 
 def make_folder(folder: Path) -> None:

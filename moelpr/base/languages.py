@@ -31,17 +31,17 @@ def canonical(name: str) -> str:
 
     if not is_code(name):
         return name
-    found = Language.get(name)
-    language = _KEPT.get(re.split("[-_]", name)[0].lower()) or found.language
-    if language is None or found.extlangs:
-        return found.to_tag()
-    macrolanguage = found.prefer_macrolanguage().language
+    tag = Language.get(name)
+    language = _KEPT.get(re.split("[-_]", name)[0].lower()) or tag.language
+    if language is None or tag.extlangs:
+        return tag.to_tag()
+    macrolanguage = tag.prefer_macrolanguage().language
     if len(language) > 2 and macrolanguage is not None and len(macrolanguage) == 2:
         language = macrolanguage
-    script, usual = found.script, Language.get(language).maximize().script
+    script, usual = tag.script, Language.get(language).maximize().script
     if script == usual or (script, usual) in _PARTS:
         script = None
-    return Language.make(language, None, script, found.territory, found.variants).to_tag()
+    return Language.make(language, None, script, tag.territory, tag.variants).to_tag()
 
 
 def language_name(language: str) -> str:

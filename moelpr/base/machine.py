@@ -1,4 +1,4 @@
-"""What this process may use of the machine, also inside a container or a batch job: CPUs, memory and GPUs.
+"""The CPUs, the memory and the GPUs that this process may use, also inside a container or a batch job.
 
 `moelpr/__init__.py` calls `limit_threads`, because OpenMP reads its settings when torch is imported.
 """

@@ -53,7 +53,7 @@ def own_share[T](items: Sequence[T]) -> Sequence[T]:
 
 
 def gather[T](own: T) -> list[T]:
-    """What every rank passed, in their order; all must call it. Only `own` before torch.distributed is initialized."""
+    """The values of all ranks, in order; all must call it. Before torch.distributed is initialized, only `own`."""
     if not _is_initialized():
         return [own]
     of_ranks: list[Any] = [None] * world_size()

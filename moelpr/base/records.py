@@ -66,8 +66,8 @@ class Record:
     @classmethod
     def parse(cls, content: bytes | str, origin: str) -> Self:
         """Build the record from JSON text; messages call it `origin`."""
-        found = parse_json(content, origin, cls.REMEDY)
-        version = found.get("format_version", 1) if isinstance(found, dict) else cls.VERSION
+        parsed = parse_json(content, origin, cls.REMEDY)
+        version = parsed.get("format_version", 1) if isinstance(parsed, dict) else cls.VERSION
         if version != cls.VERSION:
             raise UserError(
                 f"{origin}: format_version is {version!r}, but this program reads {cls.VERSION}; {cls.REMEDY}"

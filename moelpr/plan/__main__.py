@@ -74,8 +74,8 @@ def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> Mo
     family, base = read_base(config_folder(args.hf_path))
     if args.stage in DENSE_STAGES:
         flags = "num_new_experts topk original_copies moe_layers moe_every_k_layers train_everything".split()
-        if given := [name for name in flags if getattr(args, name)]:
-            raise UserError(f"--stage {args.stage} trains a dense model; remove --{given[0].replace('_', '-')}")
+        if unused := [name for name in flags if getattr(args, name)]:
+            raise UserError(f"--stage {args.stage} trains a dense model; remove --{unused[0].replace('_', '-')}")
         if base.moe is not None:
             raise UserError(
                 f"--stage {args.stage} requires a dense model, but {args.hf_path} has experts; use --stage stage1"
@@ -103,8 +103,8 @@ def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
     elif args.num_new_tokens is not None:
         first, number = rows, args.num_new_tokens
     elif args.stage == "stage0" or args.train_new_embeddings:
-        what = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
-        raise UserError(f"{what} trains rows of new tokens, got none; pass --extended-tokenizer or --num-new-tokens")
+        flag = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
+        raise UserError(f"{flag} trains rows of new tokens, got none; pass --extended-tokenizer or --num-new-tokens")
     else:
         return spec
     if first > rows:
@@ -137,7 +137,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 
 
 def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
-    found, spec, workload, cluster = plan.candidates, plan.spec, plan.workload, plan.cluster
+    candidates, spec, workload, cluster = plan.candidates, plan.spec, plan.workload, plan.cluster
     time = (
         "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
         if cluster.gpu
@@ -157,7 +157,7 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
     ]
     head = [*_HEAD, *(["step", "tokens/s"] if cluster.gpu else ["time"])]
     table = []
-    for one in found[:rows]:
+    for one in candidates[:rows]:
         layout, rank = one.layout, one.peak
         parts = rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.activation_bytes
         sizes = *parts, rank.working_bytes, rank.total_bytes, one.traffic.all_to_all, one.traffic.expert_tensor
@@ -169,9 +169,9 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
             row.append(f"{one.relative_time:.2f}")
         table.append(row)
     lines.append(table_text(head, table, [_HEAD.index("recompute")]))
-    if rows < len(found):
-        lines.append(f"… and {len(found) - rows} more (--all)")
-    if step := found[0].step_time:
+    if rows < len(candidates):
+        lines.append(f"… and {len(candidates) - rows} more (--all)")
+    if step := candidates[0].step_time:
         shares = (f"{name.removesuffix('_s')} {seconds / step.total_s:.0%}" for name, seconds in asdict(step).items())
         lines += [
             "",
@@ -185,7 +185,7 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export.",
         *([f"{cost}."] if cost else []),
     ]
-    if host_bytes := max(rank.host_bytes for rank in found[0].stages):
+    if host_bytes := max(rank.host_bytes for rank in candidates[0].stages):
         lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
     other = plan_stage(spec, workload, cluster)
     if other.workload != workload and other.tokens_per_s:

@@ -95,7 +95,7 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
 
 
 def _fits(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candidate]:
-    """Those that fit, in order of preference."""
+    """The layouts that fit, in order of preference."""
     parts, fits = model_parts(spec), []
     for layout in legal_layouts(spec, workload, cluster):
         memories = stage_memories(spec, parts, layout, workload)
@@ -124,17 +124,17 @@ def fitting_any_micro_batch(spec: ModelSpec, workload: Workload, cluster: Cluste
     size, most = workload.micro_batch_size, workload.global_batch_size if cluster.gpu else workload.micro_batch_size
     sizes = {size >> power for power in range(size.bit_length())}
     sizes |= {size << power for power in range(most.bit_length()) if size << power <= most}
-    found: list[tuple[float, list[Candidate], Workload]] = []
+    tried: list[tuple[float, list[Candidate], Workload]] = []
     for work in (replace(workload, micro_batch_size=each) for each in sorted(sizes)):
         if fits := _fits(spec, work, cluster):
             time = fits[0].step_time
-            found.append((time.total_s if time else float(fits[0].layout.recompute == "full"), fits, work))
-        if found and (not fits or found[-1][0] > _SLOWER * min(one[0] for one in found)):
+            tried.append((time.total_s if time else float(fits[0].layout.recompute == "full"), fits, work))
+        if tried and (not fits or tried[-1][0] > _SLOWER * min(one[0] for one in tried)):
             break  # a larger one needs more memory
-    if not found:
+    if not tried:
         smallest = replace(workload, micro_batch_size=1)
         return fitting(spec, smallest, cluster), smallest
-    _, fits, work = min(found if cluster.gpu else reversed(found), key=lambda one: one[0])
+    _, fits, work = min(tried if cluster.gpu else reversed(tried), key=lambda one: one[0])
     return fits, work
 
 
@@ -159,7 +159,7 @@ def most_experts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Model
     """
     models = [with_num_experts(spec, number) for number in numbers_of_experts(spec, cluster)]
     best = [_fits(model, workload, cluster)[:1] for model in models]
-    fits = [(model, one.layout.recompute) for model, found in zip(models, best, strict=True) for one in found]
+    fits = [(model, one.layout.recompute) for model, candidates in zip(models, best, strict=True) for one in candidates]
     if not fits:
         fitting(models[-1], workload, cluster)
     return next((model for model, recompute in fits if recompute != "full"), fits[0][0])

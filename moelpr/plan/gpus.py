@@ -103,10 +103,10 @@ for index in range(torch.cuda.device_count()):
 
 def gpus_here() -> list[tuple[str, float]]:
     """Name and GiB of memory of each GPU of this machine, as torch sees them, or nvidia-smi if torch sees none."""
-    found = _answer(sys.executable, "-c", _ASK_TORCH)
-    if not found and "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
-        found = _answer(program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    return [(name, int(mib) / 1024) for name, mib in found]
+    answers = _answer(sys.executable, "-c", _ASK_TORCH)
+    if not answers and "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
+        answers = _answer(program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    return [(name, int(mib) / 1024) for name, mib in answers]
 
 
 def _answer(*command: str) -> list[list[str]]:
@@ -117,12 +117,12 @@ def _answer(*command: str) -> list[list[str]]:
 
 def cluster_here(gpus: int | None = None) -> Cluster:
     """The GPUs of this machine, or so many in machines like this one; UserError if there are none."""
-    found = gpus_here()
-    if not found:
+    devices = gpus_here()
+    if not devices:
         raise UserError(
             "this machine has no NVIDIA GPU; name the GPUs that will train, one of "
             f"{', '.join(GPUS)}, and their number, or their memory"
         )
-    name, memory_gib = min(found, key=lambda one: one[1])
-    gpu = gpu_named(name, memory_gib) if len({name for name, _ in found}) == 1 else None
-    return Cluster(gpus or len(found), len(found), memory_gib, memory_gib * RESERVED_FRACTION, gpu)
+    name, memory_gib = min(devices, key=lambda one: one[1])
+    gpu = gpu_named(name, memory_gib) if len({name for name, _ in devices}) == 1 else None
+    return Cluster(gpus or len(devices), len(devices), memory_gib, memory_gib * RESERVED_FRACTION, gpu)

@@ -41,7 +41,7 @@ Parts = Mapping[tuple[int | None, Part], int]
 
 @dataclass(frozen=True)
 class Kernels:
-    """What implementations keep for the backward pass. The default describes a GPU; `CPU` is what the tests run on."""
+    """Properties of kernels that decide what is kept for the backward pass: by default a GPU's; `CPU` for tests."""
 
     fp32_norm_input: bool = False  # a norm keeps an fp32 copy of its input, and if it trains, of what its weight scales
     # The norm before attention or a dense FFN keeps its output too, as Transformer Engine's fused norm and linear layer
@@ -73,7 +73,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, in which dtype, and how much at a time: `seq_length` in tokens, batch sizes in sequences."""
+    """A stage, its dtype and its sizes: `seq_length` in tokens, batch sizes in sequences."""
 
     stage: Stage
     seq_length: int
@@ -334,7 +334,7 @@ class Activations:
         return elements * self.element + log_sums + qk_norm
 
     def _linear_attention(self) -> float:
-        """What fla's kernels keep, and Megatron's operations around them; an estimate, which was not measured."""
+        """Bytes that fla's kernels and Megatron's operations around them keep; an estimate, which was not measured."""
         shape, tp = self.spec.megatron_args, self.layout.tp
         heads, key_width = shape["linear_num_value_heads"] / tp, shape["linear_key_head_dim"]
         keys, values = shape["linear_num_key_heads"] * key_width / tp, heads * shape["linear_value_head_dim"]

@@ -30,7 +30,7 @@ RETAIN_INTERVAL = 10_000
 
 @dataclass(frozen=True)
 class DiskBytes:
-    """What a run writes: a checkpoint, one of only what is trained, and the exported model in bf16."""
+    """Sizes on disk: of a checkpoint, of one with trained tensors only, and of the exported model in bf16."""
 
     checkpoint: int
     checkpoint_of_what_is_trained: int
@@ -39,7 +39,7 @@ class DiskBytes:
 
 @dataclass(frozen=True)
 class RunCost:
-    """What training on a number of tokens costs; the time is None for GPUs that the planner does not know.
+    """The cost of training on a number of tokens; the time is None for GPUs that the planner does not know.
 
     `checkpoints` is the number of full checkpoints that the recipes keep, and the one that is being written.
     """
@@ -111,7 +111,7 @@ class StagePlan:
         return DiskBytes(full, trained, 2 * export_parameters(self.spec, parts))
 
     def cost(self, tokens: int) -> RunCost:
-        """What training on so many tokens costs."""
+        """The cost of training on so many tokens."""
         steps = math.ceil(tokens / (self.workload.global_batch_size * self.workload.seq_length))
         seconds = None if self.step_time_s is None else steps * self.step_time_s
         gpu_hours = None if seconds is None else seconds * self.cluster.gpus / 3600
@@ -130,10 +130,10 @@ def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, any_micro_
         UserError: no layout has that many GPUs.
     """
     if any_micro_batch:
-        found, workload = fitting_any_micro_batch(spec, workload, cluster)
+        candidates, workload = fitting_any_micro_batch(spec, workload, cluster)
     else:
-        found = fitting(spec, workload, cluster)
-    return StagePlan(spec, workload, cluster, tuple(found))
+        candidates = fitting(spec, workload, cluster)
+    return StagePlan(spec, workload, cluster, tuple(candidates))
 
 
 def _duration(seconds: float) -> str:

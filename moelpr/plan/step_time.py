@@ -1,4 +1,4 @@
-"""What a training step costs in a layout: operations, bytes that ranks exchange, and on known GPUs the predicted time.
+"""The cost of a training step in a layout: operations, bytes that ranks exchange, and time on known GPUs.
 
 docs/design/planner.md gives the equations, the assumptions and how far the predictions are off.
 """

@@ -173,10 +173,10 @@ def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = Non
     names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
     writers = {name: int(rank_of[1]) for name in names if (rank_of := re.match(r"__(\d+)_", name))}
     own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
-    found = checksums.sums_of(step_folder, [name for name in own if name not in known])
+    own_sums = checksums.sums_of(step_folder, [name for name in own if name not in known])
     for name in known.keys() & set(own):
-        found[name] = known[name] if (step_folder / name).stat().st_size == known[name].num_bytes else None
-    parts = ranks.gather(found)
+        own_sums[name] = known[name] if (step_folder / name).stat().st_size == known[name].num_bytes else None
+    parts = ranks.gather(own_sums)
     sums = {name: of_file for part in parts for name, of_file in part.items()}
     complete = {name: of_file for name, of_file in sums.items() if of_file is not None}
     if unread := sums.keys() - complete.keys():

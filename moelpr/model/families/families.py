@@ -60,9 +60,9 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
     # attention_bias is read as a family's biases on queries, keys and values; GraniteMoe's fourth must be zero.
     expected_biases = {"attention_bias": attention.qkv_bias} | dict.fromkeys(_OTHER_BIASES, False)
     for name, expected in expected_biases.items():
-        if bool(found := getattr(config, name, expected)) != expected:
-            has = "has these biases" if found else "lacks these biases"
-            raise UserError(f"{name}: {str(found).lower()} is unsupported: no stock MoE class {has}")
+        if bool(has_it := getattr(config, name, expected)) != expected:
+            has = "has these biases" if has_it else "lacks these biases"
+            raise UserError(f"{name}: {str(has_it).lower()} is unsupported: no stock MoE class {has}")
     # Other classes ignore the key.
     window = config.sliding_window if config.model_type in (_MISTRAL, _PHI3, MIXTRAL.name) else None
     heads = config.num_attention_heads
@@ -350,11 +350,11 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             attention = replace(moe_class.attention, **{trait: traits[trait] for trait in moe_class.optional})
             family = next(family for family in FAMILIES.values() if family.attention == attention)
             return family.written_as(moe_class), True
-    found = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
+    name = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
     known = [family.architecture for family in FAMILIES.values()]
     known += [*(moe_class.architecture for moe_class in MOE_CLASSES.values()), *TEXT_CLASSES]
     raise UserError(
-        f"a {found} cannot be upcycled (docs/models.md#supported-models says why); pass a model of one of these "
+        f"a {name} cannot be upcycled (docs/models.md#supported-models says why); pass a model of one of these "
         f"architectures: {', '.join(known)}"
     )
 
@@ -435,10 +435,10 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
         raise UserError(f"{COPIES_KEY} must be an integer from 1 to {num_experts - 1}, got {copies!r}; remove it")
     moe = MoeSpec(0, config.num_experts_per_tok, layers, num_experts - copies + 1, copies)
     for name, expected in family.moe_class.config(ModelSpec(family.name, "float32", args), moe).items():
-        found = getattr(config, name, raw.get(name, expected))
-        is_close = isinstance(expected, float) and isinstance(found, int | float) and math.isclose(found, expected)
-        if found != expected and not is_close and (found or expected):  # 0, [] and null are equivalent
+        value = getattr(config, name, raw.get(name, expected))
+        is_close = isinstance(expected, float) and isinstance(value, int | float) and math.isclose(value, expected)
+        if value != expected and not is_close and (value or expected):  # 0, [] and null are equivalent
             raise UserError(
-                f"{name} must be {expected} to add experts to a {family.moe_class.architecture}, got {found}"
+                f"{name} must be {expected} to add experts to a {family.moe_class.architecture}, got {value}"
             )
     return moe

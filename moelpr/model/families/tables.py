@@ -105,7 +105,7 @@ def sizes_of(spec: ModelSpec) -> dict[str, int]:
 
 
 def _hybrid_sizes(args: dict[str, Any]) -> dict[str, int]:
-    """Those of the linear attention of a hybrid model; linear_k2 is where the values' rows begin."""
+    """The sizes of a hybrid model's linear attention; linear_k2 is where the values' rows begin."""
     if "linear_attention_freq" not in args:
         return {}
     keys = args["linear_num_key_heads"] * args["linear_key_head_dim"]

@@ -55,15 +55,17 @@ class MoELPRModelBuilder(HybridModelBuilder):
     _model_config: MoELPRModelConfig
 
     def build_model(self, *args: Any, **kwargs: Any) -> HybridModel:
-        given, config = self._model_config, self._model_config.transformer
-        given.hybrid_layer_pattern = layer_pattern(config)
+        model_config, config = self._model_config, self._model_config.transformer
+        model_config.hybrid_layer_pattern = layer_pattern(config)
         layers = HybridStackSubmodules(attention_layer=DecoderLayer)
-        given.hybrid_stack_spec = ModuleSpec(module=DecoderStack, submodules=layers)
+        model_config.hybrid_stack_spec = ModuleSpec(module=DecoderStack, submodules=layers)
         model = super().build_model(*args, **kwargs)
         model.rotary_pos_emb.rotary_interleaved = config.rotary_interleaved
-        if given.rope_scaling:
+        if model_config.rope_scaling:
             unscaled = model.rotary_pos_emb.inv_freq
-            model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(unscaled, given.rope_scaling_factor)
+            model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
+                unscaled, model_config.rope_scaling_factor
+            )
         if model.post_process and config.defer_embedding_wgrad_compute:
             for buffer in ("embedding_activation_buffer", "grad_output_buffer"):
                 kept: list[Tensor] = []

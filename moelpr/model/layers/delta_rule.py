@@ -45,7 +45,7 @@ def causal_conv1d(
 def chunk_gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, cu_seqlens: Tensor | None = None, **_: object
 ) -> tuple[Tensor, None]:
-    """What a state reads for each query, where each token first decays the state and then replaces a value in it.
+    """The values that a state has for each query, where each token first decays it and then replaces a value in it.
 
     S_t = exp(g_t) S_(t-1) + k_t (beta_t (v_t - k_t exp(g_t) S_(t-1)))ᵀ, and the output is q_t S_t / sqrt(head).
 

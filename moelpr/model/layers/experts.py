@@ -92,11 +92,11 @@ def _add_gradient(weight: Any, gradient: Tensor, rows: Tensor, num_rows: list[in
 def _gradient(weight: Tensor, gradient: Tensor, rows: Tensor, ends: Tensor, num_rows: list[int]) -> Tensor:
     if not len(rows):
         return torch.zeros_like(weight)
-    found = torch.nn.functional.grouped_mm(gradient.t(), rows, offs=ends)
+    of_weight = torch.nn.functional.grouped_mm(gradient.t(), rows, offs=ends)
     for expert, number in enumerate(num_rows):
         if number == 0:
-            found[expert].zero_()  # some GPUs leave it unwritten (PyTorch issue 172439)
-    return found
+            of_weight[expert].zero_()  # some GPUs leave it unwritten (PyTorch issue 172439)
+    return of_weight
 
 
 class GroupedExperts(MegatronModule):

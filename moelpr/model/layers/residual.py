@@ -1,4 +1,4 @@
-"""What a layer does with the output of attention or FFN where Megatron would only add it to the residual."""
+"""Additions to the residual of layers that scale or normalize the outputs of attention and FFN."""
 
 from collections.abc import Callable
 

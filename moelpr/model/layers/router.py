@@ -27,7 +27,7 @@ class LPRLossNormalizer:
 
 
 class Decisions:
-    """What the routers of a rank decided in a micro-batch, summed for all of them at once.
+    """The decisions of a rank's routers in a micro-batch, summed for all of them at once.
 
     On a GPU the sums of one router are about 35 tiny kernels, during which its layer waits.
     """

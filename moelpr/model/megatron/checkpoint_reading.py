@@ -56,9 +56,9 @@ def damage_named(path: Path | str) -> Iterator[None]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        if found := re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error)):
+        if code := re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error)):
             raise UserError(
-                f"{path} is damaged or not a checkpoint: loading it would run {found[1]}, so it is not loaded; {_FIX}"
+                f"{path} is damaged or not a checkpoint: loading it would run {code[1]}, so it is not loaded; {_FIX}"
             ) from error
         raise UserError(f"{path} is truncated or damaged ({first_line(error)}); {_FIX}") from error
 

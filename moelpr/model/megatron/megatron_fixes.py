@@ -197,9 +197,9 @@ def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, An
     def identity(group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(name) for name in names)
 
-    found = {identity(group): group for group in source}
+    groups = {identity(group): group for group in source}
     for group in target:
-        same = found.get(identity(group), {})
+        same = groups.get(identity(group), {})
         group |= {name: same[name] for name in rates if name in same}
 
 

@@ -21,7 +21,7 @@ def fail_with(error: BaseException):  # noqa: ANN201
 
 
 def raised_in_c(error: BaseException) -> SystemError:
-    """What C code raises if a signal's handler has raised `error` during it."""
+    """The error of C code during which a signal's handler has raised `error`."""
     found = SystemError("returned a result with an exception set")
     found.__cause__ = error
     return found

@@ -14,7 +14,7 @@ from moelpr.base.journal import JOURNAL_FILE, Journal, resumable_directory
 
 
 class Killed(BaseException):
-    """What an interruption raises."""
+    """An interruption."""
 
 
 class Part(NamedTuple):

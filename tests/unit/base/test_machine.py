@@ -92,7 +92,7 @@ def test_the_peak_memory_of_a_process_is_the_kernels() -> None:
 
 
 def threads(code: str, **variables: str) -> list[str]:
-    """What OpenMP would read after `code`, in a new process on two CPUs."""
+    """The settings that OpenMP would read after `code`, in a new process on four CPUs."""
     environment = {name: value for name, value in os.environ.items() if "OMP_" not in name and "MOELPR_" not in name}
     code += "; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('OMP_NUM_THREADS', '-'))"
     environment |= {"PYTHONPATH": str(ROOT), **variables}

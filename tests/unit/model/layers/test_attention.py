@@ -106,7 +106,7 @@ class OnGpu(torch.Tensor):
 
 
 def varlen_attention(query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa):  # noqa: ANN001, ANN201, PLR0913
-    """What torch's kernel documents: from `left` tokens before each to `right` after it, in its document; -1: all."""
+    """As torch's kernel says: from `left` tokens before each to `right` after it, in its document; -1: all."""
     assert torch.equal(starts, key_starts) and longest == longest_key == SEQUENCE
     left, right = window_size
     parts = []

@@ -70,7 +70,7 @@ def test_grouped_experts_equal_a_plain_loop(experts) -> None:
 
 
 def micro_batches(experts, number: int) -> list[torch.Tensor]:
-    """What Megatron accumulates over micro-batches, in `main_grad`, for both weights."""
+    """The `main_grad` of both weights, in which Megatron adds up micro-batches."""
     for batch in range(number):
         torch.manual_seed(batch)
         rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)

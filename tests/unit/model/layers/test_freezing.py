@@ -1,4 +1,4 @@
-"""What trains in each stage, also with recompute below a frozen embedding."""
+"""The parameters that train in each stage, also with recompute below a frozen embedding."""
 
 from dataclasses import replace
 

@@ -7,11 +7,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
-from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from moelpr.model.layers.layer import LPRMoELayer
 from moelpr.model.layers.loading import build_model, logits
 from moelpr.model.layers.router import LPRLossNormalizer
 from moelpr.model.metrics.routing_sums import RoutingSums
@@ -268,38 +265,6 @@ def test_checkpoint_keys_match_the_format(spec: ModelSpec) -> None:
     assert keys[f"{layer}mlp.experts.experts.linear_fc2.weight"] == (4, 32, 48)
     assert keys[f"{layer}mlp.router.weight"] == (spec.moe.num_original_places + 4, 32)
     assert keys[f"{layer}pre_mlp_layernorm.weight"] == (32,)
-
-
-class Products(TorchDispatchMode):
-    """Notes the matrix products with the original experts' weights."""
-
-    def __init__(self, layer: LPRMoELayer, log: list[str]) -> None:
-        super().__init__()
-        self.log = log
-        self.weights = {weight.untyped_storage().data_ptr() for weight in layer.original_experts.parameters()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        tensors = (argument for argument in args if isinstance(argument, torch.Tensor))
-        if func is torch.ops.aten.mm.default and self.weights & {x.untyped_storage().data_ptr() for x in tensors}:
-            self.log.append("original expert")
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_backward_pass_launches_both_exchanges_before_the_original_experts(layer, monkeypatch) -> None:
-    """Or the exchanges would wait for them on a GPU. That of weights is first: one after it would delay the experts."""
-    log: list[str] = []
-    backward = mappings._AllToAll.backward
-
-    def noted(context: Any, gradient: torch.Tensor) -> Any:
-        log.append("rows" if gradient.dim() == 2 else "weights")
-        return backward(context, gradient)
-
-    layer.original_experts.requires_grad_(False)
-    output, _ = layer(torch.randn(9, 2, 32, requires_grad=True))
-    monkeypatch.setattr(mappings._AllToAll, "backward", noted)
-    with Products(layer, log):
-        output.sum().backward()
-    assert log == ["rows", "weights", "rows", *["original expert"] * 2 * len(layer.original_experts)]
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -28,7 +28,7 @@ OBJECTS = {
 
 
 def sharded_state() -> dict[str, Any]:
-    """What a model, its optimizer and the random state load: objects and a tensor."""
+    """A state as of a model, its optimizer and the random state: objects and a tensor."""
     state: dict[str, Any] = {key: ShardedObject(key, value, (1,), (0,)) for key, value in OBJECTS.items()}
     return state | {"weight": ShardedTensor.from_rank_offsets("weight", torch.arange(6.0))}
 

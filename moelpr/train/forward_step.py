@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
 from moelpr.model.layers.attention import document_edges
-from moelpr.model.layers.router import LPRLossNormalizer
 
 
 def forward_step(
@@ -21,7 +20,7 @@ def forward_step(
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
     batch = reader.next(data_iterator, num_microbatches, owner=model)
-    LPRLossNormalizer.weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
+    config.lpr_token_weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,
         batch.position_ids,

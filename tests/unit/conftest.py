@@ -23,8 +23,6 @@ def reset_moe_state() -> Iterator[None]:
         moe_logging.destroy_moe_metrics_tracker()
     if moe_utils := sys.modules.get("megatron.core.transformer.moe.moe_utils"):
         moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = None
-    if router := sys.modules.get("moelpr.model.layers.router"):
-        router.LPRLossNormalizer.weight = None
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from moelpr.model.layers.losses import LPRVariant
 from moelpr.model.model_spec import ModelSpec
@@ -42,6 +43,11 @@ class MoELPRConfig(TransformerConfig):
     original_copies: int = 1  # C, the router rows of the dense FFN, which a rank holds and computes once
     lpr_loss_coeff: float = 0.0  # the paper's gamma; 0 disables the loss
     lpr_loss: LPRVariant = "paper"
+    # The factor of an original-language token in the LPR loss, the same for all micro-batches of a global batch. The
+    # loss is a mean over the original-language tokens of the global batch (of all ranks and micro-batches), whereas
+    # every rank backpropagates a sum over its own; forward_step sets the factor so that Megatron's later scaling of
+    # gradients results in that mean.
+    lpr_token_weight: Tensor | None = None
     stage1_experts: Stage1Experts = "all"  # with "new", tokens cannot choose original experts in training
     train_everything: bool = False  # the paper's plain-MoE ablation: nothing is frozen, including the original experts
     residual_multiplier: float = 1.0  # Granite's, of what attention and FFN add to the residual

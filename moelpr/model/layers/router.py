@@ -15,17 +15,6 @@ from moelpr.model.layers.losses import lpr_loss
 from moelpr.model.metrics.routing_sums import routing_vectors
 
 
-class LPRLossNormalizer:
-    """The weight of an original-language token in the LPR loss, the same for all micro-batches of a global batch.
-
-    The loss is a mean over the original-language tokens of the global batch (tensor-, context- and data-parallel ranks
-    and micro-batches), whereas every rank backpropagates a sum over its own tokens. forward_step sets the weight in
-    each step so that Megatron's later scaling of gradients results in that mean.
-    """
-
-    weight: Tensor | None = None
-
-
 class Decisions:
     """The decisions of a rank's routers in a micro-batch, summed for all of them at once.
 
@@ -79,6 +68,7 @@ class LPRRouter(TopKRouter):
         router_config = copy.copy(config)
         router_config.num_moe_experts = config.num_original_places + config.num_moe_experts
         super().__init__(config=router_config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.model_config = config
         self.lpr_coeff = config.lpr_loss_coeff / sum(config.is_moe_layer)  # the loss is a mean over layers
         self.routing_sums: Tensor | None = None  # routing_vectors summed over the micro-batches of a step
         self.decisions = Decisions(num_routers=1)
@@ -117,11 +107,10 @@ class LPRRouter(TopKRouter):
         if self.training and torch.is_grad_enabled() and language_bits_SB is not None:
             self.decisions.keep(self, logits_SBE.detach(), is_chosen_TE, language_bits_SB)
             if self.lpr_coeff > 0:
-                assert LPRLossNormalizer.weight is not None, "forward_step sets the weight before the model runs"
+                weight = self.model_config.lpr_token_weight
+                assert weight is not None, "forward_step sets the weight before the model runs"
                 logits_TE, is_original_T = logits_SBE.flatten(0, 1), language_bits_SB.flatten().bool()
                 p, variant = self.config.num_original_places, self.config.lpr_loss
                 lpr_sum = lpr_loss(logits_TE, is_original_T, p, variant)
-                gate_weights_TE = MoEAuxLossAutoScaler.apply(
-                    gate_weights_TE, lpr_sum * self.lpr_coeff * LPRLossNormalizer.weight
-                )
+                gate_weights_TE = MoEAuxLossAutoScaler.apply(gate_weights_TE, lpr_sum * self.lpr_coeff * weight)
         return gate_weights_TE, is_chosen_TE

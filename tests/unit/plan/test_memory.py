@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model
-from moelpr.model.layers.router import LPRLossNormalizer
 from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
 from moelpr.model.stages import DENSE_STAGES, Part, Stage
 from moelpr.plan.layouts import PlannedLayout, Recompute
@@ -210,7 +209,7 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
     elif recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     (model,) = freeze([build_model(spec, **settings)], stage, everything, new_embeddings, new_tokens)
-    LPRLossNormalizer.weight = torch.tensor(1.0)
+    model.config.lpr_token_weight = torch.tensor(1.0)
     tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
     saved = SavedTensors()
     saved.parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

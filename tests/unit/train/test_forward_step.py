@@ -23,7 +23,6 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
     """Every token's bit differs from its label's."""
     from moelpr.data.batch import BatchReader
     from moelpr.model.layers.loading import build_model
-    from moelpr.model.layers.router import LPRLossNormalizer
     from moelpr.model.metrics.routing_sums import RoutingSums
     from moelpr.train.forward_step import forward_step
 
@@ -50,7 +49,7 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
     data, reader = iter(batches), BatchReader()
     for _ in batches:
         forward_step(reader, data, model)
-        assert LPRLossNormalizer.weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
+        assert model.config.lpr_token_weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
     for router, of_batches in zip(routers, logits, strict=True):
         sums = RoutingSums.from_vectors(router.routing_sums[None])
         scores = torch.stack([torch.softmax(found.transpose(0, 1), dim=-1) for found in of_batches])

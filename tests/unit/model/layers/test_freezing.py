@@ -7,7 +7,6 @@ import torch
 
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model
-from moelpr.model.layers.router import LPRLossNormalizer
 from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -60,13 +59,12 @@ def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, sta
     tokens = torch.randint(0, 128, (2, 16))
     positions = torch.arange(16).expand(2, 16)
     bits = torch.rand(2, 16) < 0.5
-    LPRLossNormalizer.weight = torch.tensor(0.1)
     models = [build_model(moe_spec, lpr_loss_coeff=0.1, moe_aux_loss_coeff=0.01, **extra) for extra in ({}, recompute)]
     models[1].load_state_dict(models[0].state_dict())
     gradients = []
     for model in models:
         freeze([model], stage)
-        model.train()
+        model.train().config.lpr_token_weight = torch.tensor(0.1)
         model(tokens, positions, attention_mask=None, labels=tokens, padding_mask=bits).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():

@@ -18,7 +18,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from moelpr.model.layers.builder import DecoderStack, layer_pattern, layer_spec
 from moelpr.model.layers.loading import build_model, transformer_config
 from moelpr.model.layers.norms import RMSNorm
-from moelpr.model.layers.router import LPRLossNormalizer
 from moelpr.model.model_spec import ModelSpec, MoeSpec
 
 UNTIED = {"untie_embeddings_and_output_weights": True}
@@ -56,7 +55,7 @@ def gpt_model(spec: ModelSpec, **settings: Any) -> GPTModel:
 
 def trained(model: Any) -> torch.Tensor:
     """The losses of a micro-batch with half of its languages original; gradients are in the parameters."""
-    LPRLossNormalizer.weight = torch.tensor(0.01)
+    model.config.lpr_token_weight = torch.tensor(0.01)
     tokens = torch.arange(80).reshape(2, 40) * 7 % 99
     bits = torch.arange(80).reshape(2, 40) % 40 < 20
     losses = model.train()(tokens, tokens, None, labels=tokens.roll(-1), padding_mask=bits.to(torch.uint8))

@@ -10,7 +10,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from moelpr.model.layers.loading import build_model, logits
-from moelpr.model.layers.router import LPRLossNormalizer
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec, MoeSpec
 
@@ -204,7 +203,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec, variant
     is_original[:, 0] = True
     is_original[0, 3] = True
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # what Megatron sets for two micro-batches
-    LPRLossNormalizer.weight = torch.tensor(2.0) / is_original.sum()
+    router.model_config.lpr_token_weight = torch.tensor(2.0) / is_original.sum()
     for columns in (slice(0, 2), slice(2, 4)):
         weights, _ = router(hidden[:, columns].contiguous(), is_original[:, columns].contiguous())
         (weights * 0).sum().backward()

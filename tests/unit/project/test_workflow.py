@@ -75,12 +75,8 @@ def chain(tmp_path: Path) -> Chain:
     return go
 
 
-def test_what_is_done_is_not_done_again(chain: Chain) -> None:
-    assert chain() == chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
-
-
 def test_what_reads_another_output_than_before_is_done_again(tmp_path, chain, capsys) -> None:
-    chain()
+    assert chain() == chain() == {"base": 1, "train": 1, "evaluate": 1, "page": 1}
     (tmp_path / "logs" / "base.json").unlink()
     assert chain() == {"base": 2, "train": 1, "evaluate": 1, "page": 1}  # by the same command it is the same
     for change, reason in (
@@ -215,9 +211,7 @@ def test_a_changed_version_of_a_remote_file_is_a_reason_to_do_a_task_again(tmp_p
 def test_a_node_of_a_cluster_does_one_task(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tasks = [
         Task(name="a", command=count(tmp_path / "a")),
-        Task(
-            name="b", command=["-c", f"print('hello'); open({str(tmp_path / 'b')!r}, 'a').write('x')"], made_from=("a",)
-        ),
+        Task(name="b", command=["-c", "print('hello');" + count(tmp_path / "b")[1]], made_from=("a",)),
     ]
     with pytest.raises(UserError, match="b requires a, which is not done"):
         Workflow(tmp_path, tasks).perform("b")

@@ -45,9 +45,10 @@ def run(
     print(changes(outlooks), end="")
     check(project, outlooks)
     if is_dry:
-        print("\n".join(f"{one.task.name}: {one.state}\n    {command(workflow, one)}" for one in outlooks))
+        for outlook in outlooks:
+            print(f"{outlook.task.name}: {outlook.state}\n    {command(workflow, outlook)}")
         if on != "local":
-            print(f"{sum(one.state != 'done' for one in outlooks)} steps would be submitted to {on}.")
+            print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {on}.")
         return
     if on == "local" and project.method == "lora":
         require_peft()
@@ -94,16 +95,17 @@ def check(project: ResolvedProject, outlooks: Sequence[Outlook]) -> None:
         UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
     """
     file = project.file
-    check_flags(file, {one.task.name for one in outlooks if one.state != "done"})
+    check_flags(file, {outlook.task.name for outlook in outlooks if outlook.state != "done"})
     check_budget(project)
-    for one in outlooks:
-        if one.task.shared and one.refusal:
-            raise UserError(one.refusal)
-        if one.refusal:
+    for outlook in outlooks:
+        task = outlook.task
+        if task.shared and outlook.refusal:
+            raise UserError(outlook.refusal)
+        if outlook.refusal:
             raise UserError(
-                f"{one.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {one.task.name} to train "
+                f"{outlook.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {task.name} to train "
                 "again (what it has trained is kept), or remove "
-                f"{project.folder / 'logs' / one.task.name}.json to continue it with the new settings"
+                f"{project.folder / 'logs' / task.name}.json to continue it with the new settings"
             )
 
 

@@ -22,13 +22,13 @@ def plan(project: ResolvedProject) -> str:
     """List the steps and their needs, and the languages and how often their text is read."""
     tasks = tasks_of(project)
     outlooks = Workflow(project.folder, tasks).outlook()
-    rows = [[one.task.name, one.state, *_needs(project, one.task)] for one in outlooks]
+    rows = [[outlook.task.name, outlook.state, *_needs(project, outlook.task)] for outlook in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
     parts += [_experts(project)] if project.method == "moe-lpr" else []
     if not project.content.corpora:
         parts.append(_languages(project))
-    left = [one.task for one in outlooks if one.state != "done"]
+    left = [outlook.task for outlook in outlooks if outlook.state != "done"]
     unknown = [task.name for task in left if not _has_time(project, task)]
     minutes, disk = sum(task.minutes for task in left if task.name not in unknown), sum(task.disk_gib for task in left)
     parts.append(
@@ -44,22 +44,25 @@ def status(project: ResolvedProject) -> str:
     workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
     rows, left, unknown = [], 0.0, []
-    for one in outlooks:
-        if one.state == "done":
-            rows.append([one.task.name, one.state, "", duration(took[one.task.name] / 60)])
+    for outlook in outlooks:
+        if outlook.state == "done":
+            rows.append([outlook.task.name, outlook.state, "", duration(took[outlook.task.name] / 60)])
             continue
-        progress, minutes = _progress(one.task) or ("", one.task.minutes if _has_time(project, one.task) else None)
-        unknown += [] if minutes is not None else [one.task.name]
+        progress, minutes = _progress(outlook.task) or (
+            "",
+            outlook.task.minutes if _has_time(project, outlook.task) else None,
+        )
+        unknown += [] if minutes is not None else [outlook.task.name]
         left += minutes or 0
-        rows.append([one.task.name, one.state, progress, "" if minutes is None else duration(minutes)])
-    done = sum(one.state == "done" for one in outlooks)
+        rows.append([outlook.task.name, outlook.state, progress, "" if minutes is None else duration(minutes)])
+    done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
     return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}{_without(unknown)}."
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:
     """List the steps that will be done again, and why; empty without any."""
-    again = [f"  {one.task.name}: {one.reason}" for one in outlooks if one.state == "again"]
+    again = [f"  {outlook.task.name}: {outlook.reason}" for outlook in outlooks if outlook.state == "again"]
     return "\n".join(["Done again:", *again, ""]) if again else ""
 
 

@@ -124,7 +124,7 @@ class Workflow:
     def outlook(self) -> list[Outlook]:
         """Tell what `run` would do with each task, and why; start nothing."""
         ids: dict[str, str | None] = {}
-        found = []
+        outlooks: list[Outlook] = []
         read = {name for task in self.tasks.values() for name in task.inputs}
         for task in self.tasks.values():
             before, undone = self._mark(task.name), [name for name in task.inputs if ids.get(name, "") is None]
@@ -142,8 +142,8 @@ class Workflow:
                 outlook = Outlook(task, "done")
             else:
                 outlook = Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason))
-            found.append(replace(outlook, id=ids[task.name]))
-        return found
+            outlooks.append(replace(outlook, id=ids[task.name]))
+        return outlooks
 
     def outlook_of_jobs(self) -> list[Outlook]:
         """Tell what jobs of a cluster must do: as `outlook`, but removed outputs that they read are made again.
@@ -151,21 +151,21 @@ class Workflow:
         Raises:
             UserError: A task cannot be done.
         """
-        found = {one.task.name: one for one in self.outlook()}
-        for one in reversed(list(found.values())):
-            if found[one.task.name].refusal:
-                raise UserError(found[one.task.name].refusal)
-            for name in one.task.inputs if found[one.task.name].state != "done" else ():
-                if found[name].state == "done" and not found[name].task.has_output():
-                    found[name] = replace(found[name], state="again", reason="its output was removed")
-        return list(found.values())
+        outlooks = {outlook.task.name: outlook for outlook in self.outlook()}
+        for outlook in reversed(list(outlooks.values())):
+            if refusal := outlooks[outlook.task.name].refusal:
+                raise UserError(refusal)
+            for name in outlook.task.inputs if outlooks[outlook.task.name].state != "done" else ():
+                if outlooks[name].state == "done" and not outlooks[name].task.has_output():
+                    outlooks[name] = replace(outlooks[name], state="again", reason="its output was removed")
+        return list(outlooks.values())
 
     def tasks_of_jobs(self) -> list[Task]:
         """The tasks that jobs of a cluster must do; print the state of each task."""
         outlooks = self.outlook_of_jobs()
-        for one in outlooks:
-            print(f"{one.task.name}: {one.state}" + (f", because {one.reason}" if one.reason else ""))
-        return [one.task for one in outlooks if one.state != "done"]
+        for outlook in outlooks:
+            print(f"{outlook.task.name}: {outlook.state}" + (f", because {outlook.reason}" if outlook.reason else ""))
+        return [outlook.task for outlook in outlooks if outlook.state != "done"]
 
     def check_machine(self) -> None:
         """Check that disk and memory can hold what the tasks that are not done need.
@@ -189,9 +189,9 @@ class Workflow:
 
     def set_aside(self, outlooks: Iterable[Outlook]) -> None:
         """Set the trainings aside that are done again, before jobs of a cluster start them."""
-        for one in outlooks:
-            if one.state == "again" and one.task.name in self._redo:
-                self._set_aside(one.task)
+        for outlook in outlooks:
+            if outlook.state == "again" and outlook.task.name in self._redo:
+                self._set_aside(outlook.task)
 
     def is_done(self, name: str) -> bool:
         """Whether a task has succeeded once, whatever has changed since."""

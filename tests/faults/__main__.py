@@ -24,6 +24,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib import import_module
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from moelpr.base.machine import available_cpus
 def main() -> None:
     args = parse_arguments()
     sys.argv[1:] = []
-    folder = Path(tempfile.mkdtemp(prefix="moelpr-faults-", dir=args.folder))
+    folder = Path(tempfile.mkdtemp(prefix="moelpr-faults-"))
     me = os.getpid()
     try:
         start_s = time.monotonic()
@@ -49,7 +50,7 @@ def main() -> None:
         if args.case:
             failures = campaign.repeat(*args.case)
         else:
-            failures = campaign.run(start_s + 60 * args.minutes, args.workers, args.first)
+            failures = campaign.run(start_s + 60 * args.minutes)
             campaign.print_counts()
     finally:
         if os.getpid() == me:
@@ -66,9 +67,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=8.0, metavar="X", help="time for new cases to start (default: %(default)s)")
     add("--kinds", nargs="+", metavar="KIND", help="kinds of cases (default: all)")
     add("--case", type=kind_and_number, metavar="KIND:NUMBER", help="repeat one case of this --seed")
-    add("--first", type=int, default=0, metavar="N", help="number of each kind's first case (default: %(default)s)")
-    add("--workers", type=int, default=available_cpus(), metavar="N", help="cases at once (default: one per CPU)")
-    add("--folder", type=Path, metavar="DIR", help="where to make a temporary folder (default: $TMPDIR or /tmp)")
     return parser.parse_args()
 
 
@@ -115,16 +113,15 @@ class Campaign:
         self._spent_s: Counter[str] = Counter()
         self._running: dict[Future[tuple[str, str]], tuple[str, int, float]] = {}  # kind, number, start
 
-    def run(self, end_s: float, workers: int, first: int) -> int:
-        """Start cases until `end_s` (of the monotonic clock); returns the number of failures."""
-        next_number = dict.fromkeys(self._kinds, first)
-        with ProcessPoolExecutor(workers, get_context("fork")) as pool:
+    def run(self, end_s: float) -> int:
+        """Start cases until `end_s` (of the monotonic clock), one per CPU at once; returns the number of failures."""
+        numbers = {kind: count() for kind in self._kinds}
+        with ProcessPoolExecutor(available_cpus(), get_context("fork")) as pool:
             while time.monotonic() < end_s or self._running:
-                if time.monotonic() < end_s and len(self._running) < workers:
+                if time.monotonic() < end_s and len(self._running) < available_cpus():
                     # The kind that has had the least time of what it should have.
                     kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
-                    self._start(pool, kind, next_number[kind])
-                    next_number[kind] += 1
+                    self._start(pool, kind, next(numbers[kind]))
                 else:
                     self._finish_one()
         return sum(counts["failed"] for counts in self._counts.values())
@@ -162,18 +159,15 @@ class Campaign:
         """Cases by kind and outcome."""
         from tests.faults.cases import Outcome
 
-        rows = []
-        for kind, counts in self._counts.items():
-            row = {"kind": kind, "seed": str(self._seed), "cases": counts.total()}
-            rows.append(
-                row | {str(outcome): counts[outcome] for outcome in Outcome} | {"s": round(self._spent_s[kind])}
-            )
-        groups: Counter[str] = Counter()
-        for kind, counts in self._counts.items():
-            groups[self._kinds[kind].group] += counts.total()
         print()
-        print_table(rows)
-        print(", ".join(f"{number:,} × {group}" for group, number in groups.items()))
+        print_table(
+            [
+                {"kind": kind, "cases": counts.total()}
+                | {str(outcome): counts[outcome] for outcome in Outcome}
+                | {"s": round(self._spent_s[kind])}
+                for kind, counts in self._counts.items()
+            ]
+        )
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 
 from moelpr.base.command import STOPPED
-from moelpr.base.files import write_text
 from tests.faults import hostile
 from tests.faults.commands import (
     COMMANDS,
+    Command,
     Judge,
     anything,
     digests,
@@ -91,8 +91,7 @@ class Case:
             return Outcome.REFUSED
         if is_right is anything:
             return Outcome.CLEAN
-        if not is_right(self.box, other):
-            raise Failure(f"exit code 0 and a wrong result: {difference(self.box, other)}")
+        require_result(self, is_right, other)
         return Outcome.RIGHT
 
 
@@ -214,21 +213,18 @@ def wrong_arguments(case: Case) -> Outcome:
     slow = ("evaluate", "compare", "report", "train", "resume")
     name = case.random.choices(names, [0.1 if candidate.startswith(slow) else 1 for candidate in names])[0]
     case.prepare(name)
-    flags = re.findall(r"(?<![\w-])--[a-z][\w-]+", help_of(name, case))
-    words, how = change_words(COMMANDS[name].words, sorted({*flags} - {"--debug"}), case.random)
+    words, how = change_words(COMMANDS[name].words, flags_of(COMMANDS[name].module, case.folder / "help"), case.random)
     case.notes.append(how)
     ended = run(COMMANDS[name], case.box, words)
     return case.judge(ended, anything, case.box)
 
 
-def help_of(name: str, case: Case) -> str:
-    """What --help prints, which names all flags; it is asked for once."""
-    file = case.material / f"help of {COMMANDS[name].module}"
-    if not file.exists():
-        box = case.folder / "help" / "box"
-        box.mkdir(parents=True)
-        write_text(file, run(COMMANDS[name], box, ["--help"]).output)
-    return file.read_text()
+@cache
+def flags_of(module: str, folder: Path) -> list[str]:
+    """All flags that --help names."""
+    (folder / "box").mkdir(parents=True)
+    printed = Running.forked(module, ["--help"], folder / "box").wait().output
+    return sorted({*re.findall(r"(?<![\w-])--[a-z][\w-]+", printed)} - {"--debug"})
 
 
 def hostile_file(case: Case) -> Outcome:
@@ -260,40 +256,54 @@ SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
 
 def killed_fork(case: Case) -> Outcome:
     """A signal to a forked command at any moment of its work, and the same command again."""
-    name = case.random.choices([*WRITERS], [0.2 if name == "train" else 1 for name in WRITERS])[0]
-    return killed(case, name, is_forked=True)
+    return killed(case, a_writer(case), start)
 
 
 def killed_command(case: Case) -> Outcome:
     """The same with a command that was started as a user does."""
-    return killed(case, case.random.choice([name for name in WRITERS if name != "train"]))
+    return killed(case, case.random.choice([name for name in WRITERS if name != "train"]), launch)
 
 
 def killed_training(case: Case) -> Outcome:
     """The same with a launcher and two ranks."""
-    return killed(case, "train on two ranks")
+    return killed(case, "train on two ranks", launch)
 
 
-def killed(case: Case, name: str, is_forked: bool = False) -> Outcome:
+def a_writer(case: Case) -> str:
+    return case.random.choices([*WRITERS], [0.2 if name == "train" else 1 for name in WRITERS])[0]
+
+
+def killed(case: Case, name: str, begin: Callable[[Command, Path, list[str]], Running]) -> Outcome:
     options, is_right = WRITERS.get(name, ("", same_run))
     command, other = COMMANDS[name], case.prepare(name)
     words = [*command.words, *options.split()]
     for _ in range(case.random.choice([1, 1, 2])):
-        running = start(command, case.box, words) if is_forked else launch(command, case.box, words)
-        wait_for_a_moment(case, running, name, is_forked)
+        running = begin(command, case.box, words)
+        wait_for_a_moment(case, running, name, is_forked=begin is start)
         number, whom = case.random.choice(SIGNALS), case.random.choice(["group", "launcher", "one"])
         case.notes.append(f"{number.name} to {whom}")
         running.send(number, whom, case.random)
         ended = running.wait()
         if ended.code not in (-number, 128 + number, STOPPED) and not ended.never_started:
             ended.require_clean()
-    ended = (start(command, case.box, words) if is_forked else launch(command, case.box, words)).wait()
+    return resumed(case, begin(command, case.box, words).wait(), is_right, other)
+
+
+def resumed(case: Case, ended: Ended, is_right: Judge, other: Path) -> Outcome:
+    """Raise `Failure` unless the command has completed what was interrupted, or found it complete."""
     ended.require_clean()
-    if ended.code and "already exists" not in ended.errors:  # it was complete
+    if ended.code and "already exists" not in ended.errors:
         raise Failure(f"it does not resume:\n{ended.last_words()}")
-    if not is_right(case.box, other):
-        raise Failure(f"another result than without a kill: {difference(case.box, other)}")
+    require_result(case, is_right, other)
     return Outcome.RIGHT
+
+
+def require_result(case: Case, is_right: Judge, other: Path) -> None:
+    """Raise `Failure` unless the output is right."""
+    if not is_right(case.box, other):
+        here, there = digests(case.box / "out"), digests(other / "out")
+        names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        raise Failure(f"a wrong result: {', '.join(names[:5])}")
 
 
 def wait_for_a_moment(case: Case, running: Running, name: str, is_forked: bool) -> None:
@@ -310,15 +320,9 @@ def wait_for_a_moment(case: Case, running: Running, name: str, is_forked: bool) 
     running.is_over(case.random.uniform(0, seconds_alone * 1.1))
 
 
-def difference(box: Path, other: Path) -> str:
-    """The names of files that are not the same."""
-    one, two = digests(box / "out"), digests(other / "out")
-    return ", ".join(sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))[:5])
-
-
 def full_disk(case: Case) -> Outcome:
     """The output is on a disk that fills; with more room, the same command completes it."""
-    name = case.random.choices([*WRITERS], [0.2 if name == "train" else 1 for name in WRITERS])[0]
+    name = a_writer(case)
     options, is_right = WRITERS[name]
     other = case.prepare(name)
     size = sum(path.stat().st_size for path in (other / "out").rglob("*") if path.is_file())
@@ -333,8 +337,7 @@ def full_disk(case: Case) -> Outcome:
             again = run(COMMANDS[name], case.box, words)
             if again.code:
                 raise Failure(f"with enough room, code {again.code}:\n{again.last_words()}")
-        if not is_right(case.box, other):
-            raise Failure(f"another result than on an empty disk: {difference(case.box, other)}")
+        require_result(case, is_right, other)
     return Outcome.REFUSED if ended.code else Outcome.RIGHT
 
 
@@ -360,7 +363,7 @@ def why_no_disk(folder: Path) -> str:
 
 def two_at_once(case: Case) -> Outcome:
     """Two jobs with one output: one writes it, the other is refused, or the first has finished."""
-    name = case.random.choices([*WRITERS], [0.3 if name == "train" else 1 for name in WRITERS])[0]
+    name = a_writer(case)
     is_right = WRITERS[name][1]
     other = case.prepare(name)
     first = start(COMMANDS[name], case.box, name="first-")
@@ -373,8 +376,7 @@ def two_at_once(case: Case) -> Outcome:
     is_finished = any("is finished, step" in ended.output for ended in ends)  # training that has nothing left to do
     if codes != [0, 2] and not (codes == [0, 0] and is_finished):
         raise Failure(f"exit codes {codes}:\n{ends[0].last_words()}\n{ends[1].last_words()}")
-    if not is_right(case.box, other):
-        raise Failure(f"another result than alone: {difference(case.box, other)}")
+    require_result(case, is_right, other)
     return Outcome.RIGHT
 
 
@@ -387,10 +389,8 @@ def disturbed_network(case: Case) -> Outcome:
         uri = server.uri(case.random.choice(["http", "s3"]), f"text.{suffix}")
         words = [uri if word.startswith("text/") else word for word in COMMANDS[name].words] + ["--resume"]
         file = case.box / "text" / f"text.{suffix}"
-        kind, after = (
-            case.random.choice(["cut", "500", "503", "403", "changed", "killed"]),
-            case.random.randrange(file.stat().st_size),
-        )
+        kind = case.random.choice(["cut", "500", "503", "403", "changed", "killed"])
+        after = case.random.randrange(file.stat().st_size)
         case.notes.append(f"{kind} after {after} bytes of {uri}")
         if kind == "killed":
             running = start(COMMANDS[name], case.box, words)
@@ -398,13 +398,7 @@ def disturbed_network(case: Case) -> Outcome:
             running.send(number := case.random.choice(SIGNALS), "group", case.random)
             case.notes.append(f"{number.name}")
             running.wait()
-            ended = run(COMMANDS[name], case.box, words)
-            ended.require_clean()
-            if ended.code and "already exists" not in ended.errors:
-                raise Failure(f"it does not resume:\n{ended.last_words()}")
-            if not same_corpus(case.box, other):
-                raise Failure(f"another result than without a kill: {difference(case.box, other)}")
-            return Outcome.RIGHT
+            return resumed(case, run(COMMANDS[name], case.box, words), same_corpus, other)
         is_brief = kind not in ("403", "changed")
         server.fail(kind if is_brief else "403", times=2 if is_brief else 1 << 30, after=after)
         ended = run(COMMANDS[name], case.box, words)
@@ -427,19 +421,18 @@ class Kind:
 
     try_case: Callable[[Case], Outcome]
     weight: float  # its share of the time, before it is divided by the sum of all
-    group: str = "mutated input"  # a row of the table of counts
 
 
 KINDS = {
     **{name: Kind(damaged_input, 4) for name in DAMAGED},
     "arguments": Kind(wrong_arguments, 4),
-    "hostile files": Kind(hostile_file, 6, "hostile file"),
-    "kills of forks": Kind(killed_fork, 5, "kill"),
-    "kills of commands": Kind(killed_command, 5, "kill"),
-    "kills of training": Kind(killed_training, 8, "kill"),
-    "full disks": Kind(full_disk, 4, "full disk"),
-    "two at once": Kind(two_at_once, 3, "two jobs"),
-    "networks": Kind(disturbed_network, 3, "disturbed network"),
+    "hostile files": Kind(hostile_file, 6),
+    "kills of forks": Kind(killed_fork, 5),
+    "kills of commands": Kind(killed_command, 5),
+    "kills of training": Kind(killed_training, 8),
+    "full disks": Kind(full_disk, 4),
+    "two at once": Kind(two_at_once, 3),
+    "networks": Kind(disturbed_network, 3),
 }
 
 

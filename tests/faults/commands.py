@@ -66,6 +66,15 @@ COMMANDS = {
         suffix: Command("data_tools.preprocess_data", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
         for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
     },
+    **{
+        f"corpus of {language}": Command(
+            "data_tools.preprocess_data",
+            f"--input text/{language}.jsonl --language {group} --output-prefix out/{language} --append-eod --workers 1 "
+            + _TOKENIZER,
+            "text hf",
+        )
+        for language, group in (("en", "original"), ("el", "expanded"))
+    },
     "merge": Command("data_tools.merge_data", f"--output-prefix out/all --input {_CORPORA}", "corpus"),
     "merge large corpora": Command(
         "data_tools.merge_data", f"--output-prefix out/all --input {' '.join(['large/a_text_document'] * 8)}", "large"

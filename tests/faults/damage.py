@@ -38,14 +38,6 @@ def _bytes(path: Path, random: Random) -> str:
     return "bytes changed"
 
 
-def _flip(path: Path, random: Random) -> str:
-    content = bytearray(path.read_bytes())
-    place = random.randrange(max(1, len(content)))
-    content[place : place + 1] = bytes(byte ^ 1 << random.randrange(8) for byte in content[place : place + 1])
-    path.write_bytes(content)
-    return f"a bit of byte {place} flipped"
-
-
 def _truncate(path: Path, random: Random) -> str:
     size = random.choice([0, 1, random.randrange(max(1, path.stat().st_size))])
     os.truncate(path, size)
@@ -62,21 +54,13 @@ def _zeros(path: Path, random: Random) -> str:
     return f"zeros from {start} to {stop}"
 
 
-def _invert(path: Path, random: Random) -> str:
-    content = path.read_bytes()
-    start = random.choice([0, 64, random.randrange(max(1, len(content)))])
-    path.write_bytes(content[:start] + bytes(byte ^ 255 for byte in content[start:]))
-    return f"inverted from byte {start}"
-
-
 def _swap(path: Path, random: Random) -> str:
     content, size = path.read_bytes(), 1 << random.randint(3, 9)
-    first, second = sorted(random.randrange(max(1, len(content) // size)) * size for _ in range(2))
-    blocks = content[first : first + size], content[second : second + size]
-    if first != second:
-        content = content[:first] + blocks[1] + content[first + size : second] + blocks[0] + content[second + size :]
-    path.write_bytes(content)
-    return f"blocks of {size} bytes at {first} and {second} swapped"
+    blocks = [content[start : start + size] for start in range(0, len(content), size)] or [b""]
+    first, second = random.randrange(len(blocks)), random.randrange(len(blocks))
+    blocks[first], blocks[second] = blocks[second], blocks[first]
+    path.write_bytes(b"".join(blocks))
+    return f"blocks {first} and {second} of {size} bytes swapped"
 
 
 def _remove(path: Path, _: Random) -> str:
@@ -105,8 +89,16 @@ def _dangling(path: Path, _: Random) -> str:
     return "a dangling link in its place"
 
 
-_WAYS: list[Callable[[Path, Random], str]] = [_bytes, _bytes, _bytes, _flip, _flip, _truncate, _zeros, _invert]
-_WAYS += [_swap, _remove, _folder, _other, _dangling]
+_WAYS: list[Callable[[Path, Random], str]] = [
+    *[_bytes] * 5,
+    _truncate,
+    _zeros,
+    _swap,
+    _remove,
+    _folder,
+    _other,
+    _dangling,
+]
 
 
 def _json(path: Path, random: Random) -> str:

@@ -1,6 +1,5 @@
 """Files that run code in a reader that unpickles, imports or evaluates what it reads."""
 
-import io
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,13 +14,8 @@ from tests.faults.commands import COMMANDS
 from tests.support.hf_models import RunsCode, replace_object
 
 # Others read the same files with the same code, or more of them.
-_LEFT_OUT = (
-    "preprocess a large file",
-    "merge large corpora",
-    "sample a large corpus",
-    "train on two ranks",
-)
-_LEFT_OUT += ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "new tokens", "delta")
+_LEFT_OUT = "preprocess a large file,merge large corpora,sample a large corpus,train on two ranks".split(",")
+_LEFT_OUT += ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "corpus of en", "new tokens", "delta"]
 
 
 @cache
@@ -44,81 +38,70 @@ def choose(seed: int, number: int, material: Path) -> tuple[str, str, str]:
     pairs = list(all_files(material))
     Random(seed).shuffle(pairs)
     name, file = pairs[number % len(pairs)]
-    random = Random(f"{seed} {number}")
-    suffix = Path(file).suffix or Path(file).name
-    return name, file, random.choice([*_IN_ITS_PLACE, *_OF_SUFFIX.get(suffix, {})])
+    return name, file, Random(f"{seed} {number}").choice([*_payloads(Path(file))])
 
 
 def place(payload: str, path: Path, ran: Path, random: Random) -> None:
     """Write a file that creates `ran` if its code is run."""
-    suffix = path.suffix or path.name
     if path.name != "checksums.json":  # it would show the change, but an attacker would write a right one
         (path.parent / "checksums.json").unlink(missing_ok=True)
-    ({**_IN_ITS_PLACE, **_OF_SUFFIX.get(suffix, {})})[payload](path, RunsCode(ran), ran, random)
+    _payloads(path)[payload](path, RunsCode(ran), random)
 
 
-Place = Callable[[Path, RunsCode, Path, Random], None]
+def _payloads(path: Path) -> dict[str, "Place"]:
+    return _IN_ITS_PLACE | _OF_SUFFIX.get(path.suffix or path.name, {})
 
 
-def _pickle(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+Place = Callable[[Path, RunsCode, Random], None]
+
+
+def _pickle(path: Path, code: RunsCode, random: Random) -> None:
     path.write_bytes(pickle.dumps(code, protocol=random.choice([0, 2, 4])))
 
 
-def _torch(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _torch(path: Path, code: RunsCode, random: Random) -> None:
     with path.open("wb") as file:  # torch refuses some names
-        torch.save({"weight": code}, file)
+        torch.save({"weight": code}, file, _use_new_zipfile_serialization=random.random() < 0.5)
 
 
-def _torch_legacy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _numpy(path: Path, code: RunsCode, random: Random) -> None:
     with path.open("wb") as file:
-        torch.save([code], file, _use_new_zipfile_serialization=False)
+        np.save(file, np.array([code], dtype=object), allow_pickle=True)
 
 
-def _numpy(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    content = io.BytesIO()
-    np.save(content, np.array([code], dtype=object), allow_pickle=True)
-    path.write_bytes(content.getvalue())
-
-
-def _yaml_tag(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _yaml_tag(path: Path, code: RunsCode, random: Random) -> None:
     with path.open("a") as file:
-        file.write(f"\nmin-lr: !!python/object/apply:os.system ['touch {ran}']\n")
+        file.write(f"\nmin-lr: !!python/object/apply:os.system ['touch {code.path}']\n")
 
 
-def _pickles_beside(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _pickles_beside(path: Path, code: RunsCode, random: Random) -> None:
     """Names that Megatron, transformers and PEFT know, in the folder of the file."""
-    names = ("common.pt", "pytorch_model.bin", "model.pt", "mp_rank_00/model_optim_rng.pt")
-    for name in names:
+    for name in ("common.pt", "pytorch_model.bin", "model.pt", "mp_rank_00/model_optim_rng.pt"):
         (path.parent / name).parent.mkdir(exist_ok=True)
         torch.save({"iteration": code}, path.parent / name)
 
 
-def _true_table(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    """A correct table of contents next to code."""
+def _table(path: Path, code: RunsCode, random: Random) -> None:
+    """Code in the table of contents, or next to a true one."""
     metadata = pickle.loads(path.read_bytes())
-    setattr(metadata, random.choice(["planner_data", "storage_meta", "version"]), code)
+    parts = ["planner_data", "storage_meta", "version", "state_dict_metadata", "storage_data"]
+    setattr(metadata, random.choice(parts), code)
     path.write_bytes(pickle.dumps(metadata))
 
 
-def _table_of_code(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
-    metadata = pickle.loads(path.read_bytes())
-    setattr(metadata, random.choice(["state_dict_metadata", "storage_data"]), code)
-    path.write_bytes(pickle.dumps(metadata))
-
-
-def _entry(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _entry(path: Path, code: RunsCode, random: Random) -> None:
     """Code in the place of an object or a tensor of the step."""
     metadata = pickle.loads((path.parent / ".metadata").read_bytes())
     replace_object(path.parent, random.choice(sorted({index.fqn for index in metadata.storage_data})), [code])
 
 
-def _own_module(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
+def _own_module(path: Path, code: RunsCode, random: Random) -> None:
     """Settings that name a class of a file next to them."""
     try:
         content = json.loads(path.read_text())
     except ValueError:
         content = {}
-    module = f"open({str(ran)!r}, 'w')\nfrom transformers import Qwen2Config as Own, Qwen2ForCausalLM as Model\n"
+    module = f"open('{code.path}', 'w')\nfrom transformers import Qwen2Config as Own, Qwen2ForCausalLM as Model\n"
     (path.parent / "own.py").write_text(module)
     names = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Own", "own.Own"]}
     content |= {"auto_map": names, "tokenizer_class": "Own", "model_type": random.choice(["own", "qwen2"])}
@@ -129,13 +112,12 @@ def _own_module(path: Path, code: RunsCode, ran: Path, random: Random) -> None:
 _IN_ITS_PLACE: dict[str, Place] = {
     "pickle": _pickle,
     "torch archive": _torch,
-    "old torch archive": _torch_legacy,
     "numpy objects": _numpy,
     "pickles beside it": _pickles_beside,
 }
 _OF_SUFFIX: dict[str, dict[str, Place]] = {
     ".yaml": {"a YAML tag": _yaml_tag, "a second YAML tag": _yaml_tag},
-    ".metadata": {"code beside the true table": _true_table, "code in the table": _table_of_code},
+    ".metadata": {"code in the table": _table, "other code in the table": _table},
     ".distcp": {"code as an entry": _entry, "code as another entry": _entry},
     ".json": {"a module of its own": _own_module},
 }

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tests.faults.commands import COMMANDS, Command, fill, run
+from tests.faults.commands import COMMANDS, fill, run
 from tests.faults.processes import Failure
 
 WORDS = {
@@ -52,8 +52,8 @@ UNDISTURBED = "undisturbed"  # folder of the material: per command, its box and 
 def make(folder: Path) -> None:
     """Write all material to `folder`."""
     in_child(lambda: write_sources(folder))
-    write_corpora(folder)
     for name, source, target in (
+        *((f"corpus of {language}", ".", "corpus") for language in WORDS),
         ("convert", "checkpoint", "checkpoint"),
         ("export", "hf", "export"),
         ("train", "run", "stage1"),
@@ -61,7 +61,7 @@ def make(folder: Path) -> None:
         ("preprocess a large file", ".", "large"),
     ):
         box = undisturbed(name, folder)
-        shutil.copytree(box / "out" / source, folder / target, symlinks=True)
+        shutil.copytree(box / "out" / source, folder / target, symlinks=True, dirs_exist_ok=True)
     half_a_run(folder / "stage1", folder / "half")
     (folder / "evaluation").mkdir()
     first = undisturbed("evaluate again", folder)
@@ -136,14 +136,10 @@ def write_text(folder: Path) -> None:
     parquet.write_table(Table.from_pylist(rows), text / "text.parquet", row_group_size=9, write_page_checksum=True)
     for language in WORDS:
         (text / f"{language}.jsonl").write_bytes(as_lines(row for row in rows[:16] if row["lang"] == language))
-    large = ({"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS)
+    large = [{"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS]
     (folder / "large.jsonl").write_bytes(as_lines(large))
-    roles = ("user", "assistant")
-    chats = (
-        {"messages": [{"role": role, "content": sentence(rng, language)} for role in roles], "lang": language}
-        for _ in range(2000)
-        for language in WORDS
-    )
+    turns = [{"role": role, "content": row["text"]} for row in large[:4000] for role in ("user", "assistant")]
+    chats = ({"messages": turns[i : i + 2], "lang": large[i // 2]["lang"]} for i in range(0, len(turns), 2))
     (folder / "chat.jsonl").write_bytes(as_lines(chats))
     (folder / "chat.jinja").write_text(TEMPLATE)
 
@@ -172,19 +168,6 @@ def byte_level_tokenizer(folder: Path):  # noqa: ANN201 — transformers' class
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts * 5), **options)
     (folder / "words.vocab").unlink()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
-
-
-def write_corpora(folder: Path) -> None:
-    """One corpus per language, with manifests."""
-    for language, group in (("en", "original"), ("el", "expanded")):
-        words = f"--input text/{language}.jsonl --language {group} --output-prefix out/{language} --append-eod"
-        words += " --workers 1 --tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
-        box = folder / UNDISTURBED / f"corpus of {language}" / "box"
-        command = Command("data_tools.preprocess_data", words, "text hf")
-        fill(box, command, folder)
-        if (ended := run(command, box)).code:
-            raise Failure(f"preprocess fails without any fault:\n{ended.last_words()}")
-        shutil.copytree(box / "out", folder / "corpus", dirs_exist_ok=True)
 
 
 def half_a_run(run_folder: Path, target: Path) -> None:

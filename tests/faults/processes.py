@@ -1,6 +1,5 @@
 """Commands as processes that can be limited, killed and searched for what they leave behind."""
 
-import faulthandler
 import os
 import re
 import resource
@@ -106,8 +105,7 @@ class Running:
         """Any command, as from a shell."""
         words = list(map(str, command))
         all_variables = environment(OMP_NUM_THREADS="1", MOELPR_FAULTS_BOX=str(box), **variables)
-        mark = f"MOELPR_FAULTS_BOX={box}"
-        return cls(lambda: os.execve(words[0], words, all_variables), box, mark=mark)
+        return cls(lambda: os.execve(words[0], words, all_variables), box, mark=f"MOELPR_FAULTS_BOX={box}")
 
     def is_over(self, timeout_s: float = 0) -> bool:
         return bool(select.select([self._end], [], [], timeout_s)[0])
@@ -116,9 +114,8 @@ class Running:
         """Raises `Failure` if it hangs, or if one of its processes outlives it."""
         timeout_s = HANGS_AFTER_S * max(1, os.getloadavg()[0] / available_cpus())
         if not self.is_over(timeout_s):
-            where = self._stack()
             self.kill_all()
-            raise Failure(f"hangs: no end after {timeout_s:.0f} s{where}")
+            raise Failure(f"hangs: no end after {timeout_s:.0f} s")
         _, status = os.waitpid(self.pid, 0)
         os.close(self._end)
         deadline = time.monotonic() + ORPHANS_AFTER_S
@@ -159,16 +156,6 @@ class Running:
                 return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
         return False
 
-    def _stack(self) -> str:
-        """Where a forked command hangs: it prints its stacks on SIGUSR2."""
-        if self._mark:
-            return ""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR2)
-            time.sleep(1)
-        lines = self._paths[1].read_text(errors="replace").splitlines()[-60:]
-        return "\n" + "\n".join(f"    {line[:200]}" for line in lines)
-
 
 def _command_line(pid: int) -> str:
     with suppress(OSError):
@@ -182,7 +169,6 @@ def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> No
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
-    faulthandler.register(signal.SIGUSR2, file=2)
     os.environ |= variables
     sys.argv[:] = [module.rsplit(".", 1)[-1], *words]
     main = import_module(module).main
@@ -196,14 +182,14 @@ def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> No
 
 def _exit_code(main: Callable[[], None]) -> int:
     """The exit code of a command, whose error is printed as Python would print it."""
-    code: object = 0
+    code = 0
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
         run_command(main)
     except SystemExit as end:
-        code = end.code or 0
-        if not isinstance(code, int):
-            print(code, file=sys.stderr)
+        code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        if code != (end.code or 0):
+            print(end.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
@@ -215,4 +201,4 @@ def _exit_code(main: Callable[[], None]) -> int:
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    return code if isinstance(code, int) else 1
+    return code

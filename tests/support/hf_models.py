@@ -325,10 +325,10 @@ class RunsCode:
     """Unpickled without restrictions, it creates a file."""
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
 
     def __reduce__(self):
-        return (Path.touch, (self._path,))
+        return (Path.touch, (self.path,))
 
 
 def replace_object(step: Path, key: str, value: object) -> None:

@@ -177,11 +177,13 @@ def export(checkpoint: Path, folder: Path) -> Path:
 
 def write_corpus(prefix: Path, vocab_size: int, documents: Iterable[tuple[Any, bool]]) -> Path:
     """Write a corpus of (token IDs, is original-language text); returns its prefix."""
+    import numpy as np
+
     from data_tools.corpus.corpus_writer import CorpusWriter
 
     with CorpusWriter(prefix, vocab_size) as writer:
         for tokens, is_original in documents:
-            writer.add_document(tokens, is_original)
+            writer.add_document(np.asarray(tokens, np.int32), is_original)
         writer.finalize()
         writer.commit()
     return prefix

@@ -120,9 +120,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense Qwen2 as `hf`, its conversions `dense` and `upcycled`, and corpora `original` and `expanded`."""
     from transformers import Qwen2ForCausalLM
 
-    from benchmarks.common import qwen2_config
+    from benchmarks.common import qwen2_config, write_corpus
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-    from data_tools.corpus.corpus_writer import CorpusWriter
     from moelpr.model.families.new_experts import NewExperts
 
     folder = tmp_path_factory.mktemp("material")
@@ -133,17 +132,11 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf_to_mcore(folder / "hf", folder / "upcycled", NewExperts(4, topk=2))
     random = np.random.default_rng(0)
     for name in ("original", "expanded"):
-        with CorpusWriter(folder / name, vocab_size=256) as writer:
-            for _ in range(60):
-                start = int(random.integers(0, 128)) + (128 if name == "expanded" else 0)
-                writer.add_document((start + np.arange(random.integers(10, 40))) % 256, name == "original")
-            writer.finalize()
-            writer.commit()
+        starts = (int(random.integers(0, 128)) + (128 if name == "expanded" else 0) for _ in range(60))
+        documents = ((start + np.arange(random.integers(10, 40))) % 256 for start in starts)
+        write_corpus(folder / name, 256, ((document, name == "original") for document in documents))
     for name, document in HELD_OUT.items():
-        with CorpusWriter(folder / f"held-out-{name}", vocab_size=256) as writer:
-            writer.add_document(document, name == "en")
-            writer.finalize()
-            writer.commit()
+        write_corpus(folder / f"held-out-{name}", 256, [(document, name == "en")])
     return folder
 
 

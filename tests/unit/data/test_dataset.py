@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import common
 from moelpr.base.errors import UserError
 from moelpr.model.megatron import bootstrap
 
@@ -123,12 +124,7 @@ def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> Non
 
 
 def test_empty_corpus_is_rejected(tmp_path) -> None:  # noqa: ANN001
-    from data_tools.corpus.corpus_writer import CorpusWriter
-
-    with CorpusWriter(tmp_path / "nothing", vocab_size=500) as writer:
-        writer.add_document(np.array([], np.int32), True)
-        writer.finalize()
-        writer.commit()
+    common.write_corpus(tmp_path / "nothing", 500, [([], True)])
     with pytest.raises(UserError, match=r"nothing.bin contains no tokens"):
         build(TaggedGPTDataset, [str(tmp_path / "nothing")])
 

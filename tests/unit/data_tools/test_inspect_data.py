@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from benchmarks.common import write_corpus
 from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
-from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest, manifest_path
 
@@ -22,12 +22,8 @@ TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην
 @pytest.fixture
 def prefix(sp_tokenizer: Path, tmp_path: Path) -> Path:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(sp_tokenizer))
-    with CorpusWriter(tmp_path / "corpus", processor.get_piece_size()) as writer:
-        for text, is_original in zip([*TEXTS, ""], [True, False, True], strict=True):
-            writer.add_document(np.array(processor.encode(text), np.int32), is_original)
-        writer.finalize()
-        writer.commit()
-    return tmp_path / "corpus"
+    documents = zip(map(processor.encode, [*TEXTS, ""]), [True, False, True], strict=True)
+    return write_corpus(tmp_path / "corpus", processor.get_piece_size(), documents)
 
 
 def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
@@ -128,10 +124,7 @@ def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys
         def decode(self, ids: list[int]) -> str:
             return "".join(map(chr, ids))
 
-    with CorpusWriter(tmp_path / "c", 256) as writer:
-        writer.add_document(np.array([65, 27, 10, *[66] * 1000], np.int32), True)
-        writer.finalize()
-        writer.commit()
+    write_corpus(tmp_path / "c", 256, [([65, 27, 10, *[66] * 1000], True)])
     document = inspect_data.show_document(Corpus(tmp_path / "c"), 0, Letters(), 30)
     inspect_data.print_document(document, 1, 1)
     out = capsys.readouterr().out
@@ -156,9 +149,6 @@ def test_files_that_do_not_belong_together_are_reported(prefix: Path, sp_tokeniz
     damage(Path(f"{prefix}.bin"), 0, b"\xff\xff")
     expect("token ID 65,535, .* ends at", *flags)
     total = Corpus(prefix).bits.num_tokens
-    with CorpusWriter(tmp_path / "shorter", 100) as writer:
-        writer.add_document(np.arange(5, dtype=np.int32), True)
-        writer.finalize()
-        writer.commit()
+    write_corpus(tmp_path / "shorter", 100, [(range(5), True)])
     shutil.copy(tmp_path / "shorter.lang", f"{prefix}.lang")
     expect(rf"corpus\.lang covers 5 tokens, .*corpus\.bin contains {total};")

@@ -9,22 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.common import write_corpus
 from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
-from data_tools.corpus.corpus_writer import CorpusWriter
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount, Manifest, Source
 
 Documents = list[tuple[list[int], bool]]
-
-
-def write(prefix: Path, documents: Documents, vocab_size: int = 300) -> Path:
-    with CorpusWriter(prefix, vocab_size) as writer:
-        for ids, is_original in documents:
-            writer.add_document(np.array(ids, np.int32), is_original)
-        writer.finalize()
-        writer.commit()
-    return prefix
 
 
 def merge(output: Path, *inputs: Path, flags: tuple[str, ...] = ()) -> None:
@@ -45,15 +36,21 @@ def test_merged_corpora_are_the_bytes_of_one(vocab_size: int, tmp_path: Path) ->
     ]
     parts.insert(2, [([], True)])
     parts.insert(4, [])
-    inputs = [write(tmp_path / f"part{index}", part, vocab_size) for index, part in enumerate(parts)]
-    whole = write(tmp_path / "whole", [document for part in parts for document in part], vocab_size)
+    inputs = [write_corpus(tmp_path / f"part{index}", vocab_size, part) for index, part in enumerate(parts)]
+    whole = write_corpus(tmp_path / "whole", vocab_size, [document for part in parts for document in part])
     merge(tmp_path / "merged", *inputs)
     assert content(tmp_path / "merged") == content(whole)
 
 
 def test_unmergeable_corpora_are_reported_and_leave_nothing(tmp_path: Path) -> None:
-    small, large = write(tmp_path / "small", [([1], True)]), write(tmp_path / "large", [([1], True)], 100_000)
-    damaged, empty = write(tmp_path / "damaged", [([1, 2], True)]), write(tmp_path / "empty", [])
+    small, large = (
+        write_corpus(tmp_path / "small", 300, [([1], True)]),
+        write_corpus(tmp_path / "large", 100_000, [([1], True)]),
+    )
+    damaged, empty = (
+        write_corpus(tmp_path / "damaged", 300, [([1, 2], True)]),
+        write_corpus(tmp_path / "empty", 300, []),
+    )
     lang = CorpusPaths.of(damaged).lang
     lang.write_bytes(lang.read_bytes()[:-1] + b"\x01")
     for inputs, message in [
@@ -121,7 +118,7 @@ def test_corpora_that_do_not_belong_together_are_rejected(make_corpus: Callable)
 
 def test_an_output_that_is_an_input_under_another_name_is_refused(tmp_path: Path) -> None:
     """--remove-input removed what had just been written."""
-    one, two = write(tmp_path / "one", [([1], True)]), write(tmp_path / "two", [([2], True)])
+    one, two = write_corpus(tmp_path / "one", 300, [([1], True)]), write_corpus(tmp_path / "two", 300, [([2], True)])
     (tmp_path / "link").symlink_to(tmp_path)
     before = content(one)
     for name in (tmp_path / "link" / "one", tmp_path / "link" / ".." / tmp_path.name / "one"):

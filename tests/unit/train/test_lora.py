@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_tools.corpus.corpus_writer import CorpusWriter
+from benchmarks.common import write_corpus
 from moelpr.base.errors import StoppedError, UserError
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import lora
@@ -35,11 +35,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     LlamaForCausalLM(config).save_pretrained("base")
     save_tokenizer(tmp_path / "base", 64)
     random = np.random.default_rng(0)
-    with CorpusWriter(tmp_path / "corpus", vocab_size=64) as writer:
-        for _ in range(40):
-            writer.add_document(random.integers(0, 64, 50), False)
-        writer.finalize()
-        writer.commit()
+    write_corpus(tmp_path / "corpus", 64, ((random.integers(0, 64, 50), False) for _ in range(40)))
 
     def train(run: str = "run", *words: str) -> Path:
         command = f"lora --hf-path base --data-path corpus --save {run} --export hf-{run} --train-tokens 200 --lr 1e-2"

@@ -3,11 +3,10 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from data_tools.corpus.corpus_writer import CorpusWriter
+from benchmarks.common import write_corpus
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
 from moelpr.train.validation import HeldOut, bytes_per_token, result
@@ -37,12 +36,8 @@ def corpus(tmp_path: Path, model: Path) -> tuple[str, int]:
     """A prefix and its number of tokens, ends of documents included."""
     tokenizer = Tokenizer.from_file(str(model / "hf" / "tokenizer.json"))
     documents = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<|end_of_text|>")] for text in TEXTS]
-    with CorpusWriter(tmp_path / "corpus", vocab_size=600) as writer:
-        for document in documents:
-            writer.add_document(np.array(document), True)
-        writer.finalize()
-        writer.commit()
-    return str(tmp_path / "corpus"), sum(map(len, documents))
+    prefix = write_corpus(tmp_path / "corpus", 600, ((document, True) for document in documents))
+    return str(prefix), sum(map(len, documents))
 
 
 def test_bytes_are_counted_by_decoding(model: Path, corpus: tuple[str, int]) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from benchmarks.common import write_corpus
 from data_tools.corpus import corpus_writer
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output
@@ -194,8 +195,5 @@ def test_of_a_folder_beside_the_corpus_only_saved_orders_are_removed(tmp_path: P
     for name in ("TaggedGPTDataset_indices/a.npy", "GPTDataset_indices/b.npy", "mine.txt"):
         (prefix / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
         (prefix / "cache" / name).touch()
-    with CorpusWriter(prefix, 300) as writer:
-        writer.add_document(np.array([1, 2]), True)
-        writer.finalize()
-        writer.commit()
+    write_corpus(prefix, 300, [([1, 2], True)])
     assert [path.name for path in (prefix / "cache").iterdir()] == ["mine.txt"]

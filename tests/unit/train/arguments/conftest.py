@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-from data_tools.corpus.corpus_writer import CorpusWriter
+from benchmarks import common
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.data.language_bits import LanguageBitsWriter
@@ -105,12 +104,7 @@ def write_corpus(tmp_path: Path) -> Callable[..., str]:
     """Writes documents of 20 tokens, each original or not; returns their prefix."""
 
     def write(name: str, *is_original: bool) -> str:
-        with CorpusWriter(tmp_path / name, vocab_size=128) as writer:
-            for bit in is_original:
-                writer.add_document(np.arange(20), bit)
-            writer.finalize()
-            writer.commit()
-        return str(tmp_path / name)
+        return str(common.write_corpus(tmp_path / name, 128, ((range(20), bit) for bit in is_original)))
 
     return write
 

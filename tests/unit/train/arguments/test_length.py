@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.corpus.corpus_writer import CorpusWriter
+from benchmarks import common
 from moelpr.data.manifest import FileRecord, Manifest, TokenizerRecord
 from tests.support.gpt_data import gpt_config, training_set
 
@@ -19,12 +18,8 @@ Resolve = Callable[..., tuple[int | None, str, list[str]]]
 
 
 def write_corpus(prefix: Path, tokens: int) -> str:
-    with CorpusWriter(prefix, vocab_size=100) as writer:
-        for start in range(0, tokens, 7):
-            writer.add_document(np.arange(min(7, tokens - start)), True)
-        writer.finalize()
-        writer.commit()
-    return str(prefix)
+    lengths = (min(7, tokens - start) for start in range(0, tokens, 7))
+    return str(common.write_corpus(prefix, 100, ((range(length), True) for length in lengths)))
 
 
 def write_manifest(prefix: Path, tokens: int) -> str:

@@ -1,11 +1,11 @@
-"""Arguments, tables and folders of the benchmarks."""
+"""Commands and ranks of the benchmarks."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common import ROOT, print_table, run_ranks
+from benchmarks.common import ROOT, run_ranks
 
 PROGRAMS = [path for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()]
 
@@ -16,15 +16,6 @@ def test_the_docstring_contains_the_command(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
     commands = [line for line in docstring.splitlines() if line.startswith("    ") and "python" in line]
     assert any(f"-m {module}" in line or f"python {path.relative_to(ROOT)}" in line for line in commands)
-
-
-def test_tables_show_numbers_readably_and_omit_nested_values(capsys: pytest.CaptureFixture) -> None:
-    print_table(
-        [{"name": "a", "bytes": 1234567, "ratio": 0.123456}, {"name": "b", "difference": 1.5e-7, "x": {"y": 1}}]
-    )
-    header, *rows = (line.split() for line in capsys.readouterr().out.splitlines() if line)
-    assert header == ["name", "bytes", "ratio", "difference"]
-    assert rows == [["a", "1,234,567", "0.123"], ["b", "1.5e-07"]]
 
 
 def test_failed_ranks_end_the_benchmark_with_the_end_of_their_log(tmp_path: Path) -> None:

@@ -1,17 +1,9 @@
-"""Plain Megatron MoE trains every parameter, on every token."""
+"""Plain Megatron MoE trains on every token."""
 
 import torch
 
 from benchmarks.optimizer_steps import plain_step, random_batch
 from moelpr.model.model_spec import ModelSpec
-
-
-def test_plain_megatron_trains_every_parameter(spec: ModelSpec) -> None:
-    step = plain_step(spec, random_batch(spec, 2))
-    first, second = step(), step()
-    assert second < first
-    assert all(parameter.requires_grad for parameter in step.model.parameters())
-    assert len(step.model.decoder.layers[0].mlp.experts.local_experts) == 4
 
 
 def test_language_bits_do_not_change_plain_megatron(spec: ModelSpec) -> None:

@@ -1,14 +1,12 @@
 """A project that a CPU finishes in a minute: a tiny Qwen2, and text in FineWeb-2's layout."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow import parquet
-
+from benchmarks.common import qwen2_config, save_random_model
 from moelpr.base.yaml_files import dump
+from tests.support.packed_files import parquet_table
 from tests.support.small_tokenizers import documents_in, save_qwen
 
 # Language → its folder, of which `train` is to be read.
@@ -70,16 +68,13 @@ def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> P
 
 def _save_models(folder: Path, chat: Path | None) -> None:
     import torch
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
 
     save_qwen(folder)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(**shape, num_key_value_heads=2, vocab_size=512, max_position_embeddings=128)
-    config.eos_token_id = AutoTokenizer.from_pretrained(folder).eos_token_id
-    model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
+    eos = AutoTokenizer.from_pretrained(folder).eos_token_id
+    save_random_model(qwen2_config(2, 32, 48, 512, length=128, eos_token_id=eos), folder)
     if chat:
+        model = Qwen2ForCausalLM.from_pretrained(folder)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter) * parameter.std())
@@ -88,24 +83,9 @@ def _save_models(folder: Path, chat: Path | None) -> None:
 
 
 def _write_fineweb(path: Path, documents: list[str], name: str) -> None:
-    """A table with the columns of FineWeb-2, in several row groups."""
-    draw = random.Random(name)
+    """A table with columns of FineWeb-2, in several row groups."""
     language, script = name.split("_")
-    rows = [
-        {
-            "text": text,
-            "id": f"<urn:uuid:{draw.getrandbits(64):016x}>",
-            "dump": "CC-MAIN-2024-10",
-            "url": f"https://example.org/{number}",
-            "date": "2024-02-21T00:00:00Z",
-            "file_path": "s3://commoncrawl/crawl-data/x.warc.gz",
-            "language": language,
-            "language_score": draw.random(),
-            "language_script": script,
-            "minhash_cluster_size": 1,
-            "top_langs": f'{{"{name}_score": 1.0}}',
-        }
-        for number, text in enumerate(documents)
-    ]
+    others = {"dump": "CC-MAIN-2024-10", "language": language, "language_score": 0.9, "language_script": script}
+    rows = [{"text": text, "id": f"<urn:uuid:{number:016x}>", **others} for number, text in enumerate(documents)]
     path.parent.mkdir(parents=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=50)
+    path.write_bytes(parquet_table(rows, rows_per_group=50))

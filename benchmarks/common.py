@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, tables, tiny models, corpora, and programs on several CPU ranks."""
+"""Parts that the benchmarks share: arguments, tables, tiny models, corpora, and programs on several CPU ranks."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What a dry run says about the runs of benchmarks.trainer_steps: memory, kernels and waits of a step.
+"""A dry run of the runs of benchmarks.trainer_steps: memory, kernels and waits of a step.
 
     python -m benchmarks.dry_steps FOLDER GPU RANKS
 

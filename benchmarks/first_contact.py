@@ -59,7 +59,7 @@ USABLE = 0.9  # the share of a GPU's memory that a run may take
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run. `layers`: numbers to choose from, descending; the last two are options of the benchmarks."""
+    """The sizes of a run. `layers`: numbers to choose from, descending; the last two are options of the benchmarks."""
 
     hidden: int
     ffn: int

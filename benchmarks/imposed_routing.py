@@ -48,7 +48,7 @@ def uniform_choices(num_tokens: int, num_experts: int, topk: int, generator: tor
 
 @torch.no_grad()
 def recorded_routing(demo: Path | None, stage: MoeStage) -> RecordedRouting:
-    """What the routers of the model after `stage` choose on held-out text of the languages that the stage trains on.
+    """The choices of the routers of the model after `stage` on held-out text of the languages that the stage trains on.
 
     These are the expanded languages, in stage 2 all of them, each with the same number of tokens. Without a demo, the
     choices are random, among as many experts.

@@ -14,7 +14,7 @@ Times = dict[str, list[float]]  # contender -> seconds in each round
 
 @dataclass(frozen=True)
 class Turns:
-    """How contenders are measured.
+    """A way to measure contenders.
 
     Attributes:
         rounds: number of rounds, in each of which every contender is measured once.

@@ -1,4 +1,4 @@
-"""What every test can rely on. Set before torch is imported, and inherited by the processes that tests start."""
+"""Settings of all tests, made before torch is imported, and inherited by the processes that tests start."""
 
 import json
 import os
@@ -65,13 +65,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def port() -> int:
-    """One that is free."""
+    """A free port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """One on which a program takes connections and says nothing."""
+    """A port on which a program takes connections and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]

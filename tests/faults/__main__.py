@@ -76,7 +76,7 @@ def kind_and_number(text: str) -> tuple[str, int]:
 
 
 def import_everything() -> None:
-    """What the commands import, so that their forks start at once."""
+    """Import the modules of the commands, so that their forks start at once."""
     warnings.simplefilter("ignore")  # about optional packages, and forks while pyarrow's allocator has a thread
     install_megatron()
     from tests.faults.commands import COMMANDS

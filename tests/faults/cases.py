@@ -54,7 +54,7 @@ class Outcome(StrEnum):
 
 @dataclass
 class Case:
-    """One case, and its folder."""
+    """A case, and its folder."""
 
     kind: str
     seed: int
@@ -105,9 +105,9 @@ class Reading:
     weight: float = 1.0  # how often, compared with other readings: less for commands that take seconds
 
     def paths(self, box: Path) -> list[Path]:
-        found = sorted({path for pattern in self.files.split() for path in box.glob(pattern) if path.is_file()})
-        assert found, f"{self.files}: no such files"
-        return found
+        paths = sorted({path for pattern in self.files.split() for path in box.glob(pattern) if path.is_file()})
+        assert paths, f"{self.files}: no such files"
+        return paths
 
 
 def inside(folder: str, names: str) -> str:
@@ -437,7 +437,7 @@ KINDS = {
 
 
 def try_case(case: Case) -> tuple[Outcome, str]:
-    """How a case ended, and what there is to say about it."""
+    """The outcome of a case, and the reason of a failure."""
     case.folder.mkdir()
     try:
         return KINDS[case.kind].try_case(case), ""

@@ -197,7 +197,7 @@ def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:
 
 
 def _variables(command: Command) -> dict[str, str]:
-    """What torchrun would set for a single rank, if the command trains, without a port: such a rank opens none."""
+    """torchrun's variables for a single rank, if the command trains, without a port: such a rank opens none."""
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if command.arguments == _TRAIN else {}
 
 
@@ -235,7 +235,7 @@ def same_run(box: Path, other: Path) -> bool:
 
 
 def same_print(box: Path, other: Path) -> bool:
-    """What was printed."""
+    """The commands have printed the same."""
     return box.with_name("stdout").read_bytes() == other.with_name("stdout").read_bytes()
 
 

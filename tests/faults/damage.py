@@ -1,4 +1,4 @@
-"""What can happen to a file or a command line: changed bytes, changed values, something else in its place."""
+"""Damage to a file or a command line: changed bytes, changed values, something else in its place."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the cases start from: a tiny model, text, and what the commands make of them, undisturbed."""
+"""The inputs of the cases: a tiny model, text, and the results of the commands on them, undisturbed."""
 
 import bz2
 import gzip
@@ -101,7 +101,7 @@ def undisturbed(name: str, folder: Path) -> Path:
 
 
 def seconds(name: str, folder: Path) -> float:
-    """How long a command takes without any fault."""
+    """The time that a command takes without any fault."""
     return float((folder / UNDISTURBED / name / "seconds").read_text())
 
 

@@ -1,4 +1,4 @@
-"""What the right result of a changed input is, found without the code under test."""
+"""The right results of changed inputs, computed without the code under test."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ def right_scores(box: Path, other: Path) -> bool:
     now, before = ([documents(folder / f"text/{name}.jsonl") for name in ("en", "el")] for folder in (box, other))
     if None in now:
         return False  # it should have been refused
-    texts_now, texts_before = ([[text for text, _ in rows or []] for rows in found] for found in (now, before))
+    texts_now, texts_before = ([[text for text, _ in rows or []] for rows in files] for files in (now, before))
     return texts_now != texts_before or same_print(box, other)
 
 
@@ -54,8 +54,8 @@ def corpus(box: Path) -> list[tuple[list[int], bool]]:
     """Token IDs and the language bit of each document in out/a_text_document."""
     from data_tools.corpus.corpus import Corpus
 
-    found = Corpus(box / "out/a_text_document")
-    rows = (found.document(index) for index in range(found.num_documents))
+    written = Corpus(box / "out/a_text_document")
+    rows = (written.document(index) for index in range(written.num_documents))
     return [(ids.tolist(), bool(bits[:1].any())) for ids, bits in rows]
 
 
@@ -64,11 +64,11 @@ def documents(path: Path) -> list[tuple[str, Any]] | None:
     try:
         content = _unpacked(path)
         rows = [json.loads(line.decode("utf-8-sig")) for line in content.split(b"\n") if line.strip()]
-        found = [(row["text"], row.get("lang")) for row in rows]
-        "".join(text for text, _ in found).encode()
+        pairs = [(row["text"], row.get("lang")) for row in rows]
+        "".join(text for text, _ in pairs).encode()
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, lzma.LZMAError):
         return None
-    return found
+    return pairs
 
 
 def _unpacked(path: Path) -> bytes:

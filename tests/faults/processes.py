@@ -36,7 +36,7 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code (−N: signal N), and what it printed."""
+    """The end of a command: its exit code (−N: signal N), and what it printed."""
 
     code: int
     output: str

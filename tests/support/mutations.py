@@ -38,5 +38,5 @@ def mutate(content: bytes, random: Random) -> bytes:
 
 
 def mutated(content: bytes) -> st.SearchStrategy[bytes]:
-    """What `mutate` can make of it."""
+    """The results that `mutate` can give."""
     return st.builds(partial(mutate, content), st.randoms(use_true_random=False))

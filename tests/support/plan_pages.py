@@ -29,7 +29,7 @@ MORE = {"examples/users/paper.yaml": 4}  # times as much
 
 
 def plan(file: str, folder: Path) -> str:
-    """What `moelpr plan` prints about a file, in a folder where its text and its base's configuration are made."""
+    """The output of `moelpr plan` for a file, in a folder where its text and its base's configuration are made."""
     with contextlib.chdir(folder):
         path = Path(Path(file).name)
         path.write_text((ROOT / file).read_text())

@@ -36,7 +36,7 @@ _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", t
 
 
 class Description(NamedTuple):
-    """What a docstring says: the text before its sections, and the text of each attribute."""
+    """A docstring: the text before its sections, and the text of each attribute."""
 
     text: str
     attributes: dict[str, str]
@@ -136,7 +136,7 @@ def _keys_table(kind: Any) -> str:
 
 
 def _value(hint: Any) -> str:
-    """What a key of YAML takes; one that may be left out need not be null."""
+    """The values that a key of YAML takes; an optional key need not be null."""
     if any(dataclasses.is_dataclass(part) for part in _parts(hint)):
         return "mapping"
     return type_name(hint).replace(" or null", "").replace("object of", "mapping of")

@@ -1,4 +1,4 @@
-"""What first contact runs on which GPUs, what it makes of the results, and parts that fail or hang."""
+"""The runs of first contact by GPU, its table of results, and parts that fail or hang."""
 
 import argparse
 import time

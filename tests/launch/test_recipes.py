@@ -6,6 +6,7 @@ import shlex
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -26,7 +27,6 @@ from moelpr.train.arguments.requested import RequestedRun
 from tests.support.model_shapes import SHAPES, save_config
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
-PAPER = sorted(path.name for path in RECIPES.glob("paper-*.yaml"))
 
 
 @pytest.fixture
@@ -38,89 +38,69 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def comment_of(recipe: str) -> str:
-    lines = (RECIPES / recipe).read_text().splitlines()
-    return "\n".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+class Recipe(NamedTuple):
+    path: Path
+    stage: str
+    settings: dict[str, Any]
+    comment: str
+    planner_words: list[str]  # the arguments of "python -m moelpr.plan" in the comment
+
+    def spec(self) -> ModelSpec:
+        """The model that the planner's command names."""
+        args = planner_flags().parse_args(self.planner_words)
+        family, base = read_base(args.hf_path)
+        return with_new_experts(family, base, new_experts(args, base)) if args.num_new_experts else base
 
 
-def command_in(comment: str) -> list[str]:
-    """The arguments of "python -m moelpr.plan", which may continue on the next line."""
-    found = re.search(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
-    assert found
-    return shlex.split(found[1])
+@pytest.fixture(params=sorted(RECIPES.glob("paper-*.yaml")), ids=lambda path: path.stem)
+def recipe(request: pytest.FixtureRequest, models: None) -> Recipe:
+    text = request.param.read_text()
+    comment = "\n".join(re.findall(r"^#+ *(.*)", text, re.MULTILINE))
+    (words,) = re.findall(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
+    stage = request.param.stem.rpartition("-")[2]
+    return Recipe(request.param, stage, yaml.safe_load(text), comment, shlex.split(words))
 
 
-def value_of(flag: str, argv: list[str]) -> str:
-    return argv[argv.index(flag) + 1]
-
-
-def spec_of(planner_argv: list[str]) -> ModelSpec:
-    """The model that a planner command names."""
-    args = planner_flags().parse_args(planner_argv)
-    family, base = read_base(args.hf_path)
-    return with_new_experts(family, base, new_experts(args, base)) if args.num_new_experts else base
-
-
-def stage_of(recipe: str) -> str:
-    return recipe.removesuffix(".yaml").rsplit("-", 1)[1]
-
-
-@pytest.mark.parametrize("recipe", PAPER)
-def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe, models, monkeypatch, capsys) -> None:
-    settings, comment = yaml.safe_load((RECIPES / recipe).read_text()), comment_of(recipe)
-    monkeypatch.setattr("sys.argv", ["plan", *command_in(comment), "--json"])
+def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe: Recipe, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["plan", *recipe.planner_words, "--json"])
     plan()
-    planned = json.loads(capsys.readouterr().out)
+    planned, get = json.loads(capsys.readouterr().out), recipe.settings.get
     expected = {
-        "tp": settings.get("tensor-model-parallel-size", 1),
-        "pp": settings.get("pipeline-model-parallel-size", 1),
-        "ep": settings.get("expert-model-parallel-size", 1),
-        "etp": settings.get("expert-tensor-parallel-size", settings.get("tensor-model-parallel-size", 1)),
-        "recompute": settings.get("recompute-granularity", "none"),
+        "tp": get("tensor-model-parallel-size", 1),
+        "pp": get("pipeline-model-parallel-size", 1),
+        "ep": get("expert-model-parallel-size", 1),
+        "etp": get("expert-tensor-parallel-size", get("tensor-model-parallel-size", 1)),
+        "recompute": get("recompute-granularity", "none"),
     }
-    assert (
-        planned["run"].items()
-        >= {
-            name.replace("-", "_"): settings[name] for name in ("seq-length", "micro-batch-size", "global-batch-size")
-        }.items()
-    )
-    (layout,) = [one for one in planned["layouts"] if one.items() >= expected.items()]
-    assert ("--use-distributed-optimizer" in layout["flags"]) == settings.get("use-distributed-optimizer", False)
-    assert f"{layout['fullest_rank']['total_bytes'] / 2**30:.2f} GiB" in comment
-    if "the recommended one" in comment:
+    for name in ("seq-length", "micro-batch-size", "global-batch-size"):
+        assert planned["run"][name.replace("-", "_")] == recipe.settings[name]
+    (layout,) = [row for row in planned["layouts"] if row.items() >= expected.items()]
+    assert ("--use-distributed-optimizer" in layout["flags"]) == get("use-distributed-optimizer", False)
+    assert f"{layout['fullest_rank']['total_bytes'] / 2**30:.2f} GiB" in recipe.comment
+    if "the recommended one" in recipe.comment:
         assert layout == planned["recommended"]
 
 
-@pytest.mark.parametrize("recipe", PAPER)
-def test_a_checkpoint_has_the_size_in_the_comment(recipe: str, models: None) -> None:
-    comment, stage = comment_of(recipe), stage_of(recipe)
-    spec = spec_of(command_in(comment))
-    args = Namespace(stage=stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
+def test_a_checkpoint_has_the_size_in_the_comment(recipe: Recipe) -> None:
+    args = Namespace(stage=recipe.stage, bf16=True, fp16=False, train_everything=False, train_new_embeddings=False)
     args.no_save_optim = None
-    args.save_trained_only = yaml.safe_load((RECIPES / recipe).read_text()).get("save-trained-only", False)
+    args.save_trained_only = recipe.settings.get("save-trained-only", False)
     args.use_distributed_optimizer = True
-    assert f"A checkpoint takes {format_bytes(checkpoint_bytes(args, spec))}" in comment
+    assert f"A checkpoint takes {format_bytes(checkpoint_bytes(args, recipe.spec()))}" in recipe.comment
 
 
-@pytest.mark.parametrize("recipe", PAPER)
-def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe, models, monkeypatch) -> None:
-    planner_argv = command_in(comment_of(recipe))
-    spec_of(planner_argv).write(make_material())
-    command = shlex.split("--pretrained-checkpoint upcycled --data-path corpus --recipe") + [str(RECIPES / recipe)]
-    command += ["--stage", stage_of(recipe)]
-    monkeypatch.setattr(ranks, "world_size", lambda: int(value_of("--gpus", planner_argv)))
-    run = RequestedRun.gather(command, all_arguments())
-    assert [*run.problems, *find_problems(run)] == []
-
-
-def make_material() -> Path:
-    """A checkpoint without model_spec.json in the folder `upcycled`, and `corpus`."""
-    folder = Path("upcycled")
+def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "upcycled"
     (folder / "release").mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    recipe.spec().write(folder)
     for suffix in ("bin", "idx"):
         Path(f"corpus.{suffix}").touch()
     with LanguageBitsWriter(Path("corpus.lang")) as bits:
         bits.append_run(True, 1)
         bits.finalize()
-    return folder
+    command = f"--stage {recipe.stage} --pretrained-checkpoint upcycled --data-path corpus --recipe".split()
+    gpus = int(recipe.planner_words[recipe.planner_words.index("--gpus") + 1])
+    monkeypatch.setattr(ranks, "world_size", lambda: gpus)
+    run = RequestedRun.gather([*command, str(recipe.path)], all_arguments())
+    assert [*run.problems, *find_problems(run)] == []

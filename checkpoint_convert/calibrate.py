@@ -11,6 +11,7 @@ many languages, code and dialogues. Only routers change, and the model stays of 
 
 import argparse
 import sys
+from itertools import chain
 from pathlib import Path
 
 from checkpoint_convert.common.arguments import add_output_options
@@ -19,6 +20,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
 from moelpr.base.text_tables import table_text
 from moelpr.data.text.sources import named_files
+from moelpr.measure.evaluate.arguments import at_least, named_paths
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
@@ -41,7 +43,9 @@ def _parse_arguments() -> argparse.Namespace:
     what = "most KL(base‖model) on held-out text to keep, in nats per token, for which as much as possible of what "
     what += "was learned is kept (default: the smallest sum of this distance and the loss of expanded text)"
     add("--max-distance", type=float, metavar="NATS", help=what)
-    add("--max-tokens", type=int, default=2048, metavar="N", help="tokens of each text (default: %(default)s)")
+    add(
+        "--max-tokens", type=at_least(100), default=2048, metavar="N", help="tokens of each text (default: %(default)s)"
+    )
     add("--json-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
     what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
     add("--device", default="auto", help=what)
@@ -57,8 +61,6 @@ def main() -> None:
         raise UserError(f"--keep-original must be above 0 and below 1, got {args.keep_original}")
     if args.max_distance is not None and not args.max_distance > 0:
         raise UserError(f"--max-distance must be positive, got {args.max_distance}")
-    if args.max_tokens < 100:
-        raise UserError(f"--max-tokens must be at least 100, got {args.max_tokens}")
     files = _named(args.data)
     languages = [canonical(name.strip()) for name in args.expanded_languages.split(",") if name.strip()]
     if missing := [name for name in languages if name not in files]:
@@ -114,22 +116,12 @@ def main() -> None:
 
 
 def _named(items: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for name, path in (pair for item in items for pair in _pairs(item)):
-        if (name := canonical(name)) in named:
-            raise UserError(f"--data has {name} twice ({named[name]} and {path}); give each its own name")
-        named[name] = path
-    return named
-
-
-def _pairs(item: str) -> list[tuple[str, str]]:
-    """Names and files of one --data; without a name, each file is a text."""
-    name, has_name, path = item.partition("=")
-    if not has_name:
-        return [*named_files([item], "--data").items()]
-    if not name or not path:
-        raise UserError(f"--data must be NAME=FILE, such as el=el.jsonl, or files without a name, got {item}")
-    return [(name, path)]
+    """The files of --data by name; without a name, each file is a text, named like it."""
+    pairs = (
+        [item] if "=" in item else [f"{name}={path}" for name, path in named_files([item], "--data").items()]
+        for item in items
+    )
+    return named_paths([*chain.from_iterable(pairs)], "--data")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from checkpoint_convert.common.arguments import add_gguf_options
 from checkpoint_convert.gguf import TYPES, gguf_folder
 from moelpr.base.checksums import NO_VERIFY
 from moelpr.base.command import CommandParser, run_command
-from moelpr.base.languages import canonical
+from moelpr.measure.evaluate.arguments import named_paths
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -25,7 +25,7 @@ def _parse_arguments() -> argparse.Namespace:
     add("--save", type=Path, metavar="DIR", help="folder to write (default: EXPORT-gguf)")
     add_gguf_options(parser, TYPES)
     text = "text of a language, as JSON lines or Parquet, on which weights' importance is measured; repeat for all"
-    add("--imatrix", type=_language_file, action="append", default=[], metavar="LANG=FILE", help=f"{text} languages")
+    add("--imatrix", action="append", default=[], metavar="LANG=FILE", help=f"{text} languages")
     known = "llama.cpp's name of the pre-tokenizer, if its converter does not know the tokenizer, e.g. qwen2"
     add("--pre-tokenizer", metavar="NAME", help=known)
     add("--overwrite", action="store_true", help="replace existing GGUF files at --save")
@@ -36,19 +36,12 @@ def _parse_arguments() -> argparse.Namespace:
     return args
 
 
-def _language_file(text: str) -> tuple[str, Path]:
-    language, separator, path = text.partition("=")
-    if not (language and separator and path):
-        raise argparse.ArgumentTypeError(f"expected LANG=FILE, such as el=el.jsonl, got {text}")
-    return canonical(language), Path(path)
-
-
 def main() -> None:
     args = _parse_arguments()
     from checkpoint_convert.gguf.write import write_gguf
     from moelpr.data.text.reading import read_documents
 
-    imatrix = {language: read_documents(path) for language, path in args.imatrix}
+    imatrix = {name: read_documents(path) for name, path in named_paths(args.imatrix, "--imatrix").items()}
     settings = args.quantize, args.ollama, imatrix, args.pre_tokenizer, args.overwrite, args.verify
     print(*write_gguf(args.export, args.save or gguf_folder(args.export), *settings), sep="\n")
 

@@ -203,7 +203,7 @@ def test_what_cannot_be_calibrated_is_one_sentence(
         (["--keep-original", "1.5"], "--keep-original .*1.5"),
         (["--max-distance", "-0.1"], "--max-distance .*-0.1"),
         (["--data", f"ell={file}"], "--data has el twice"),
-        (["--data", "=x"], "--data must be NAME=FILE"),
+        (["--data", "=x"], "--data must be"),
     ):
         monkeypatch.setattr(sys, "argv", ["calibrate", *flags, "--expanded-languages", "el", *more])
         with pytest.raises(UserError, match=message):

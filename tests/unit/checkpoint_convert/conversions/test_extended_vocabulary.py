@@ -112,8 +112,3 @@ def no_record(extended: Path) -> None:
 def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(qwen2, extended, tmp_path, change, message) -> None:
     change(extended)
     assert_import_fails(qwen2, tmp_path, message, extended_tokenizer=extended)
-
-
-def test_of_the_model_one_matrix_is_in_memory(qwen2: Path, extended: Path, tmp_path: Path, held_bytes) -> None:
-    hf_to_mcore(qwen2, tmp_path / "out", NewExperts(4), extended_tokenizer=extended)
-    assert held_bytes.take_peak() <= 99 * 32 * 4

@@ -246,16 +246,6 @@ def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path],
     assert Graft.read(out) == Graft("o/Base", "o/Base-Instruct", "model", scale=0.5)
 
 
-def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
-    """One of the model, the base and the instruct model each."""
-    base = make_qwen2(num_hidden_layers=8, tokenizer=True)
-    folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path)
-    largest = max(tensor.nbytes for tensor in tensors_of(base).values())
-    held_bytes.take_peak()
-    run(folders, tmp_path / "out")
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-
-
 def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2, tmp_path: Path) -> None:
     base = make_qwen2(torch.float32, tokenizer=True)
     hf_to_mcore(base, tmp_path / "megatron", NewExperts(1), dtype="bfloat16")

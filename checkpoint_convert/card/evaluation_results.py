@@ -1,4 +1,4 @@
-"""Adds evaluation results and metadata to a model card."""
+"""Add evaluation results and metadata to a model card."""
 
 import math
 import re

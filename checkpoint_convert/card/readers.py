@@ -1,4 +1,4 @@
-"""Says which programs run an export as transformers does, from its config.json.
+"""Say which programs run an export as transformers does, from its config.json.
 
 docs/serving.md shows where this was seen.
 

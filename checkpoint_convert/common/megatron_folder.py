@@ -158,7 +158,7 @@ def num_elements(plan: list[Piece]) -> int:
 
 
 def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
-    """Returns the tensor's bytes, and keeps no reference to it."""
+    """Return the tensor's bytes, and keep no reference to it."""
     chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
     writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
     return tensor.nbytes

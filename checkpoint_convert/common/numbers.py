@@ -1,4 +1,4 @@
-"""Checks that no number is lost: dtypes that are too narrow, NaN and Inf."""
+"""Check that no number is lost: dtypes that are too narrow, NaN and Inf."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Compares two models by their fp32 logits on real text.
+"""Compare two models by their fp32 logits on real text.
 
 transformers runs a Hugging Face model and the trainer's model code a Megatron checkpoint; one model is in memory at a
 time, and the logits of the first are stored in a temporary file.

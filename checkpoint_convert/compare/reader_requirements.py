@@ -1,4 +1,4 @@
-"""Checks an export against what a program that is to run it requires, without the program."""
+"""Check an export against what a program that is to run it requires, without the program."""
 
 from pathlib import Path
 

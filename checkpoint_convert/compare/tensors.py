@@ -1,4 +1,4 @@
-"""Compares two models, tensor by tensor; two tensors are in memory at a time."""
+"""Compare two models, tensor by tensor; two tensors are in memory at a time."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""Writes an export again with calibrated routers: rows of the original expert's copies that text to keep chooses."""
+"""Write an export again with calibrated routers: rows of the original expert's copies that text to keep chooses."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Exports a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
+"""Export a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
 
 from dataclasses import asdict
 from pathlib import Path

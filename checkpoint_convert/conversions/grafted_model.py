@@ -1,4 +1,4 @@
-"""Writes a graft: a model with an instruct difference, the instruct model's tokenizer and settings, and the cards."""
+"""Write a graft: a model with an instruct difference, the instruct model's tokenizer and settings, and the cards."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Adds an instruct difference to a model that was upcycled from the same base.
+"""Add an instruct difference to a model that was upcycled from the same base.
 
     θ = θ_M + s · (θ_I − θ_B)
 

@@ -1,4 +1,4 @@
-"""Opens two models of which one was made from the other, and pairs their tensors."""
+"""Open two models of which one was made from the other, and pairs their tensors."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
+"""Convert a Hugging Face model to a Megatron checkpoint, dense or upcycled."""
 
 import json
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""Writes an export as GGUF files, with Ollama's Modelfile."""
+"""Write an export as GGUF files, with Ollama's Modelfile."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checks that a Hugging Face directory has the weights that its config.json describes, and a tokenizer that fits."""
+"""Check that a Hugging Face directory has the weights that its config.json describes, and a tokenizer that fits."""
 
 import math
 from collections import Counter

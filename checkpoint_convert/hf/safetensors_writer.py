@@ -1,4 +1,4 @@
-"""Writes safetensors shards, their index and checksums, one tensor at a time."""
+"""Write safetensors shards, their index and checksums, one tensor at a time."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the demo claims about its models, fixed in advance, and whether the numbers of its report show it."""
+"""Claims of the demo about its models, fixed in advance, and whether the numbers of its report show them."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -57,13 +57,13 @@ class Source:
 
     @property
     def remedy(self) -> str:
-        """What may help if the registry does not have it."""
+        """Advice for a registry that does not have it."""
         is_debian = self.registry == "debian"
         return "update the package lists (apt-get update)" if is_debian else "connect to a registry that has it"
 
     @property
     def command(self) -> list[str]:
-        """What downloads it into the current folder."""
+        """The command that downloads it into the current folder."""
         if self.registry == "debian":
             return ["apt-get", "download", f"{self.package}={self.version}"]
         options = ["--no-deps", "--ignore-requires-python", "--only-binary", ":all:"]

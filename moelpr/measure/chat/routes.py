@@ -89,7 +89,7 @@ def end_ids(loaded: LoadedModel) -> set[int]:
 
 
 class TokenTexts:
-    """What each token adds to the text of those before."""
+    """The text of tokens, one by one."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

@@ -51,7 +51,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What calibration found for one of `TARGETS`.
+    """The rows of routers for one of `TARGETS`, and their effect.
 
     Attributes:
         rows: Layer number, from 0 → the router's row of each copy of the original expert [H].
@@ -64,7 +64,7 @@ class Calibration:
 
 
 class Inputs:
-    """What the routers of a model read: sums for the regression, and held-out rows as they are."""
+    """The inputs of the routers of a model: sums for the regression, and held-out rows as they are."""
 
     def __init__(self) -> None:
         self.gram: dict[int, Tensor] = {}  # layer → Σ w x xᵀ [H, H]
@@ -240,7 +240,7 @@ def _strength(
 
 
 def _missing(rows_TH: Tensor, weight_EH: Tensor, num_original: int) -> Tensor:
-    """What the logits of all original places lack to be above those of all new experts [T]."""
+    """The margin [T] by which original logits must rise to exceed those of all new experts."""
     logits_TE = rows_TH @ weight_EH.T
     return logits_TE[:, num_original:].amax(1) - logits_TE[:, :num_original].amin(1)
 

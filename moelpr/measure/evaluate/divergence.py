@@ -59,7 +59,7 @@ def mean_loss(loaded: LoadedModel, pieces: list[list[int]]) -> float:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts after each token of some pieces: its most likely tokens, and all others as one.
+    """The predictions of a model after each token of some pieces: its most likely tokens, and all others as one.
 
     Attributes:
         tokens: IDs of the most likely tokens [tokens, M].

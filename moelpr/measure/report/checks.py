@@ -1,4 +1,4 @@
-"""What a report adds to runs: results of moelpr model verify, and facts."""
+"""Results of moelpr model verify and facts, which a report adds to runs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -33,7 +33,7 @@ class ExpertShare:
 
 @dataclass(frozen=True, config=FOREIGN)
 class LanguageResult:
-    """What was measured of a model in a language, or the mean over languages.
+    """The measurements of a model in a language, or their means over languages.
 
     Attributes:
         bits_per_byte: Bits per byte.
@@ -123,7 +123,7 @@ class ModelResult:
 
 @dataclass(frozen=True, config=FOREIGN)
 class Continuation:
-    """What models write after the first words of a held-out document.
+    """Continuations of the first words of a held-out document.
 
     Attributes:
         prompt: The first words.

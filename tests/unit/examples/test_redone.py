@@ -1,4 +1,4 @@
-"""What the demo made from something is made again when that was made again."""
+"""The demo makes again whatever depends on an input that has changed."""
 
 import json
 import shutil

@@ -40,6 +40,8 @@ def test_the_same_texts_give_the_same_files(corpus: Path, tmp_path: Path) -> Non
         train_demo_tokenizer([corpus], tmp_path / name, 320)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    with pytest.raises(UserError, match="--overwrite"):
+        train_demo_tokenizer([corpus], tmp_path / "one", 320)
 
 
 def test_too_little_text_for_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> None:
@@ -48,11 +50,3 @@ def test_too_little_text_for_the_vocabulary_is_rejected(corpus: Path, tmp_path: 
     with pytest.raises(UserError, match="--vocab-size must be at least 257"):
         train_demo_tokenizer([corpus], tmp_path / "tokenizer", 200)
     assert not (tmp_path / "tokenizer").exists()
-
-
-def test_existing_output_is_replaced_only_with_overwrite(corpus: Path, tmp_path: Path) -> None:
-    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 300)
-    with pytest.raises(UserError, match="--overwrite"):
-        train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310)
-    train_demo_tokenizer([corpus], tmp_path / "tokenizer", 310, overwrite=True)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 310

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from examples.experiments import package_text
-from examples.experiments.package_text import CAMPAIGNS, HELP_CODES, _scenes, clean, is_sentence, read_stories
-from examples.experiments.text import PLAIN, UNSEEN, is_held_out, ngrams, sums, training_text, write_texts
+from examples.experiments.package_text import CAMPAIGNS, HELP_CODES, clean, is_sentence, read_stories
+from examples.experiments.text import PLAIN, UNSEEN, is_held_out, ngrams, training_text, write_texts
 from examples.languages import LANGUAGES
 from tests.support.debian_packages import write_deb
 
@@ -142,11 +142,6 @@ def test_scenes_are_parallel_and_in_the_order_of_the_game(packages: Path) -> Non
     assert told == [paragraph("el", first + page, place) for page in range(12) for place in range(PARAGRAPHS)]
 
 
-def test_strings_of_a_campaign() -> None:
-    source = 'name="a" message= _ "He said ""no"", twice" + _"and\nwent" # _ "x"'
-    assert [*_scenes(source)] == [['He said "no", twice', "and\nwent", "x"]]
-
-
 def test_training_text_shares_no_13_gram_with_held_out_text() -> None:
     shared = "one two three four five six seven eight nine ten eleven twelve thirteen"
     documents = {"a": [f"Start {shared} here.", "Something else that is long enough"], "b": [f"{shared} " * 5]}
@@ -170,13 +165,6 @@ def test_two_builds_have_the_same_bytes(folder, packages, tmp_path, monkeypatch)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         path.name: path.read_bytes() for path in tmp_path.iterdir()
     }
-
-
-def test_sums_are_right() -> None:
-    for text in sums():
-        for line in text.splitlines():
-            terms, result = line.split(" = ")
-            assert sum(map(int, terms.split(" + "))) == int(result)
 
 
 def test_sentences() -> None:

@@ -12,21 +12,18 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from moelpr.base.checksums import NO_VERIFY
 from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.arguments import device_arguments
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(prog=program_name("python -m moelpr.measure.chat"), description=__doc__)
+    name = program_name("python -m moelpr.measure.chat")
+    parser = CommandParser(prog=name, description=__doc__, parents=[device_arguments()])
     add = parser.add_argument
     add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
     add("--port", type=int, default=7860, metavar="N", help="port of the page (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto: a GPU if any (default: auto)")
-    dtype = "auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=dtype)
-    add("--no-verify", **NO_VERIFY)
     return parser.parse_args()
 
 

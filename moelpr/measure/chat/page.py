@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,8 @@ Messages = list[dict[str, str]]
 
 def check_gradio() -> None:
     """Raise a UserError if the page's library is missing."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"moelpr chat needs gradio; run {install_command('chat')}") from error
+    if find_spec("gradio") is None:
+        raise UserError(f"moelpr chat needs gradio; run {install_command('chat')}")
 
 
 def check_port(port: int) -> None:

@@ -30,17 +30,23 @@ def reading_arguments(documents: str) -> CommandParser:
     return parser
 
 
-def computing_arguments() -> CommandParser:
-    """The arguments of all commands that run models."""
+def device_arguments() -> CommandParser:
+    """The arguments of how models are loaded."""
     parser = CommandParser(add_help=False)
     add = parser.add_argument
     what = "cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs (default: auto)"
     add("--device", default="auto", help=what)
     what = "auto: float32 on a CPU, the model's own on a GPU (default: %(default)s)"
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help=what)
-    what = "folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume"
-    add("--output", type=Path, metavar="DIR", help=what)
     add("--no-verify", **NO_VERIFY)
+    return parser
+
+
+def computing_arguments() -> CommandParser:
+    """The arguments of all commands that measure models."""
+    parser = CommandParser(add_help=False, parents=[device_arguments()])
+    what = "folder for results as JSON, Markdown and HTML, and for figures; rerun the command to resume"
+    parser.add_argument("--output", type=Path, metavar="DIR", help=what)
     return parser
 
 

@@ -63,10 +63,10 @@ class Benchmark:
     metric: str
     tasks: dict[str, TaskNames]
 
-    def score(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-        """The language's value and stderr, from 0 to 100 as in the paper; `found`: task -> metric -> number.
+    def stderr(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> float:
+        """The standard error of a language's score, from 0 to 100 as in the paper; NaN if the harness has none.
 
-        A stderr that the harness does not know is NaN.
+        `found`: task -> metric -> number.
         """
         tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
         for task in tasks:
@@ -76,8 +76,7 @@ class Benchmark:
                     f"{task} has the metrics {', '.join(metrics)}, but not {self.metric}; correct the --tasks file"
                 )
         errors = [found[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
-        stderr = scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
-        return {"value": scale * fmean(found[task][self.metric] for task in tasks), "stderr": stderr}
+        return scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
 
     def estimate(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> Estimate:
         """The value, and what it is in samples of the questions, the same for every model.

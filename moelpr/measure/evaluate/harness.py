@@ -5,9 +5,8 @@ A result has what every question scored, so that changes are paired.
 
 import logging
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ def run_tasks(
     settings: Mapping[str, Any],
     verify: Verify = Verify.FULL,
     num_processes: int = 1,
+    only: Sequence[str] | None = None,
 ) -> Scores:
     """Run every task on every model (name -> Hugging Face directory), one model after another.
 
@@ -37,6 +37,7 @@ def run_tasks(
         num_processes: Processes that share what is missing in the cache, each with a GPU of its own if there are GPUs.
         settings: "include_path" (folder with additional task files, or None), "limit" (questions per task, None for
             all), "batch_size", and "device" and "dtype" of `moelpr.measure.evaluate.models.load_model`.
+        only: Tasks to run; None for all.
 
     Raises:
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.
@@ -49,7 +50,7 @@ def run_tasks(
         if not folder.is_dir():
             raise UserError(f"--include-path {folder} is not a folder; pass one with task files")
         of["include_path"] = fingerprint_files(file for file in folder.rglob("*") if file.suffix != ".pyc")
-    shots = shots_of(benchmarks)
+    shots = {task: count for task, count in shots_of(benchmarks).items() if only is None or task in only}
     keys: dict[str, dict[str, Json]] = {}  # model -> what its results are computed from, by name in the cache
     for name, directory in models.items():
         of["model"] = fingerprint_model(directory)
@@ -60,7 +61,8 @@ def run_tasks(
         if any(cache.read(name, _CACHED + task, by_task[_CACHED + task]) is None for name, by_task in keys.items())
     ]
     if num_processes > 1 and len(missing) > 1:
-        _run_shares(num_processes, models, benchmarks, missing, cache, settings, verify)
+        run = partial(run_tasks, dict(models), dict(benchmarks), cache, verify=verify)
+        _run_shares(run, min(num_processes, len(missing)), missing, cache, settings)
         missing = []
     manager, tasks = load_tasks(missing, settings["include_path"]) if missing else (None, {})
     for name in tasks:
@@ -82,37 +84,19 @@ def run_tasks(
 
 
 def _run_shares(
-    number: int,
-    models: Mapping[str, Path],
-    benchmarks: Mapping[str, Benchmark],
-    missing: Sequence[str],
-    cache: ResultCache,
-    settings: Mapping[str, Any],
-    verify: Verify,
+    run: Callable[..., Scores], number: int, missing: Sequence[str], cache: ResultCache, settings: Mapping[str, Any]
 ) -> None:
     """Run the missing tasks in several processes, which put each result into the cache."""
     if cache.is_off:
         raise UserError("--num-processes requires --output, where the processes leave their results")
-    number, gpus = min(number, len(missing)), torch.cuda.device_count()
+    gpus = torch.cuda.device_count()
     with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:
         runs = []
         for place in range(number):
-            own = {task: "" for task in missing[place::number]}
-            share = {
-                name: replace(benchmark, tasks=tasks)
-                for name, benchmark in benchmarks.items()
-                if (
-                    tasks := {
-                        code: kept
-                        for code, names in benchmark.tasks.items()
-                        if (kept := [n for n in names if n in own])
-                    }
-                )
-            }
             device = f"cuda:{place % gpus}" if gpus and settings["device"] in ("auto", "cuda") else settings["device"]
-            runs.append(pool.submit(run_tasks, dict(models), share, cache, {**settings, "device": device}, verify))
-        for run in runs:
-            run.result()
+            runs.append(pool.submit(run, settings={**settings, "device": device}, only=missing[place::number]))
+        for submitted in runs:
+            submitted.result()
 
 
 def _fixes_no_shots(task: Any) -> bool:

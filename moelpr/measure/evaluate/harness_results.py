@@ -3,11 +3,9 @@
 A row per model, a column per benchmark, a table per group of languages.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from moelpr.base.languages import language_name
@@ -15,7 +13,7 @@ from moelpr.measure.evaluate.benchmarks import Benchmark, Scores
 from moelpr.measure.evaluate.confidence import Estimate, interval_of, mean
 from moelpr.measure.evaluate.result_cache import Json
 from moelpr.measure.evaluate.results import Results
-from moelpr.measure.report.numbers import Interval, signed
+from moelpr.measure.report.numbers import Interval, number_text, signed
 from moelpr.measure.report.page import Table
 
 GROUPS = ("expanded", "original")
@@ -41,48 +39,35 @@ class HarnessResults(Results):
             group: [language for language in languages if (language in original) == (group == "original")]
             for group in GROUPS
         }
-        # model -> benchmark -> language -> {value, stderr}
-        self._scores = {
-            model: {
-                name: {code: benchmark.score(code, found) for code in benchmark.tasks}
-                for name, benchmark in benchmarks.items()
+        # model -> benchmark -> language -> standard error, or estimate
+        self._errors, self._estimates = (
+            {
+                model: {
+                    name: {code: getattr(benchmark, number)(code, found) for code in benchmark.tasks}
+                    for name, benchmark in benchmarks.items()
+                }
+                for model, found in scores.items()
             }
-            for model, found in scores.items()
-        }
-        self._estimates = {
-            model: {
-                name: {code: benchmark.estimate(code, found) for code in benchmark.tasks}
-                for name, benchmark in benchmarks.items()
-            }
-            for model, found in scores.items()
-        }
-
-    def _average(self, model: str, group: str) -> Estimate | None:
-        """The average of a group: the mean over benchmarks of means over languages; None if there is no score."""
-        by_benchmark = [
-            [found for language, found in by_language.items() if language in self._groups[group]]
-            for by_language in self._estimates[model].values()
-        ]
-        means = [mean(found) for found in by_benchmark if found]
-        return mean(means) if means else None
+            for number in ("stderr", "estimate")
+        )
 
     def change(self, model: str, group: str) -> Interval | None:
         """The change of a group's average from the first model, paired by question; None for that model itself."""
-        ours, theirs = self._average(model, group), self._average(self._reference, group)
+        ours, theirs = self.means(model, group)[-1], self.means(self._reference, group)[-1]
         return None if model == self._reference or ours is None or theirs is None else interval_of(ours - theirs)
 
-    def means(self, model: str, group: str) -> list[float | None]:
+    def means(self, model: str, group: str) -> list[Estimate | None]:
         """The row of the paper's Table 1.
 
         It has the mean score per benchmark over the group's languages (None if it covers none), then their mean.
         """
         by_benchmark = [
-            [score["value"] for language, score in scores.items() if language in self._groups[group]]
-            for scores in self._scores[model].values()
+            [estimate for language, estimate in estimates.items() if language in self._groups[group]]
+            for estimates in self._estimates[model].values()
         ]
-        means = [fmean(values) if values else None for values in by_benchmark]
-        found = [mean for mean in means if mean is not None]
-        return [*means, fmean(found) if found else None]
+        means = [mean(estimates) if estimates else None for estimates in by_benchmark]
+        known = [estimate for estimate in means if estimate is not None]
+        return [*means, mean(known) if known else None]
 
     def _change(self, model: str, group: str) -> str:
         """The change of the average from the first model in words; "" for that model itself."""
@@ -92,7 +77,7 @@ class HarnessResults(Results):
 
     def findings(self) -> list[str]:
         findings = [
-            f"{group.capitalize()} languages: {model} has {self.means(model, group)[-1]:.2f} on average, {change} "
+            f"{group.capitalize()} languages: {model} has {_text(self.means(model, group)[-1])} on average, {change} "
             f"against {self._reference}."
             for group in GROUPS
             for model in self._models
@@ -116,7 +101,7 @@ class HarnessResults(Results):
     def _group_table(self, group: str) -> Table:
         rows = []
         for model in self._models:
-            cells = ["\u2013" if mean is None else f"{mean:.2f}" for mean in self.means(model, group)]
+            cells = [*map(_text, self.means(model, group))]
             rows.append([model, *cells, self._change(model, group)])
         header = [f"{name} ({benchmark.num_fewshot})" for name, benchmark in self._benchmarks.items()]
         names = ", ".join(map(language_name, self._groups[group]))
@@ -136,7 +121,9 @@ class HarnessResults(Results):
 
     def _cell(self, model: str, name: str, code: str) -> str:
         change = self._changes(model, name, code)
-        return _with_error(self._scores[model][name][code]) + (f"; {change.text(signed)}" if change else "")
+        error = number_text(self._errors[model][name][code], "{:.2f}")
+        score = f"{_text(self._estimates[model][name][code])} \u00b1 {error}"
+        return score + (f"; {change.text(signed)}" if change else "")
 
     def _changes(self, model: str, name: str, code: str) -> Interval | None:
         if model == self._reference:
@@ -146,7 +133,8 @@ class HarnessResults(Results):
     def _score_json(self, model: str, name: str, code: str) -> Json:
         found, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
         clear = {"change": asdict(change) | {"is_clear": change.is_clear}} if change else {}
-        return self._scores[model][name][code] | {"low": found.low, "high": found.high} | clear
+        stderr = self._errors[model][name][code]
+        return {"value": found.value, "stderr": stderr, "low": found.low, "high": found.high} | clear
 
     def to_json(self) -> dict[str, Any]:
         include_path = self._settings["include_path"]
@@ -159,9 +147,12 @@ class HarnessResults(Results):
                     "directory": str(directory),
                     "scores": {
                         name: {code: self._score_json(model, name, code) for code in found}
-                        for name, found in self._scores[model].items()
+                        for name, found in self._estimates[model].items()
                     },
-                    "averages": {group: self.means(model, group)[-1] for group in GROUPS},
+                    "averages": {
+                        group: None if (average := self.means(model, group)[-1]) is None else average[0]
+                        for group in GROUPS
+                    },
                     "average_changes": {g: asdict(found) for g in GROUPS if (found := self.change(model, g))},
                 }
                 for model, directory in self._models.items()
@@ -169,6 +160,5 @@ class HarnessResults(Results):
         }
 
 
-def _with_error(score: Mapping[str, float]) -> str:
-    stderr = "\u2013" if math.isnan(score["stderr"]) else f"{score['stderr']:.2f}"
-    return f"{score['value']:.2f} \u00b1 {stderr}"
+def _text(estimate: Estimate | None) -> str:
+    return number_text(None if estimate is None else estimate[0], "{:.2f}")

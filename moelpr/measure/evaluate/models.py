@@ -27,7 +27,7 @@ from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import install_command
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.measure.evaluate.llama_cpp import Gguf
-from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.hf_config import read_config
 from moelpr.model.megatron import bootstrap, cpu
 from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
@@ -77,13 +77,6 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     config = model.config
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     layers = getattr(model.get_decoder(), "layers", []) if num_experts else []
-    for name in ("num_original_experts", "num_experts_per_tok"):
-        value = getattr(config, name, None)
-        if num_experts and value is not None and (type(value) is not int or not 1 <= value <= num_experts):
-            raise UserError(
-                f"{directory / CONFIG_FILE}: {name} must be from 1 to the number of experts, {num_experts}, got "
-                f"{value!r}; download it again"
-            )
 
     def router_logits(router: nn.Module, inputs: Any, output: Any) -> Tensor:
         logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
@@ -270,16 +263,15 @@ def _placement(directory: Path, device: torch.device, dtype: str, is_chosen: boo
     needed, own = _weight_bytes(directory, dtype), _free_bytes(device.index)
     if needed <= own:
         return {}
-    what = f"{directory} takes {format_bytes(needed)}, and GPU {device.index} has {format_bytes(own)} for it"
     free = {number: _free_bytes(number) for number in range(torch.cuda.device_count())}
-    if is_chosen and len(free) > 1:
-        raise UserError(f"{what}; spread it over the GPUs with --device auto, or use --device cpu --dtype bfloat16")
-    if len(free) == 1 or needed > sum(free.values()):
+    has_accelerate = find_spec("accelerate") is not None
+    if is_chosen or needed > sum(free.values()) or not has_accelerate:
         raise UserError(
-            f"{what}, all GPUs {format_bytes(sum(free.values()))}; use more GPUs, or --device cpu --dtype bfloat16"
+            f"{directory} takes {format_bytes(needed)}, GPU {device.index} has {format_bytes(own)} for it, and all "
+            f"{len(free)} GPUs {format_bytes(sum(free.values()))}; "
+            + ("" if has_accelerate else f"run {install_command('eval')} and ")
+            + "use --device auto with enough GPUs, or --device cpu --dtype bfloat16"
         )
-    if find_spec("accelerate") is None:
-        raise UserError(f"{what}; to spread it over {len(free)} GPUs, run {install_command('eval')}")
     return {"device_map": "auto", "max_memory": free}
 
 

@@ -52,14 +52,11 @@ class ResultCache:
 
     def __init__(self, folder: Path | None):
         """`folder` is the evaluation's --output; None caches nothing."""
-        if folder and folder.exists() and not folder.is_dir():
-            raise UserError(f"--output {folder} is a file; pass a folder")
-        if folder and folder.is_dir() and any(folder.iterdir()) and not (folder / CACHE_FOLDER).is_dir():
-            raise UserError(f"--output {folder} is not an evaluation folder; choose another")
-        if folder:
-            make_folder(folder)  # now, and not when the first result is there
         self._folder = folder and folder / CACHE_FOLDER
-        if self._folder:
+        if folder and self._folder:
+            is_foreign = not self._folder.is_dir() and folder.is_dir() and any(folder.iterdir())
+            if is_foreign or folder.is_file():
+                raise UserError(f"--output {folder} is not an evaluation folder; choose another")
             make_folder(self._folder)  # now, because measuring takes long
 
     @property

@@ -1,7 +1,5 @@
 """The results of a command: JSON, a page and tables on the terminal."""
 
-import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +10,7 @@ from moelpr.base.files import write_text
 from moelpr.data.text.remote import shown
 from moelpr.measure.evaluate.compare import Comparison
 from moelpr.measure.report import page
+from moelpr.measure.report.numbers import finite_json
 
 
 class Results(ABC):
@@ -26,7 +25,7 @@ class Results(ABC):
 
     def json_text(self, indent: int | None = None) -> str:
         """`to_json` as text; null for numbers that are infinite or NaN, such as those of a model that has diverged."""
-        return json.dumps(_finite(self.to_json()), indent=indent, ensure_ascii=False, allow_nan=False)
+        return finite_json(self.to_json(), indent)
 
     @abstractmethod
     def findings(self) -> list[str]:
@@ -68,11 +67,3 @@ def settings_json(
         "data": {language: shown(str(path)) for language, path in data.items()},
         "original_languages": list(original),
     }
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,7 +1,7 @@
 """Bits per byte and routing per language, from evaluations or from a run's validation passes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -97,31 +97,25 @@ def held_out_results(runs: Sequence[Run]) -> LanguageResults:
     return results
 
 
-def read_evaluations(paths: Iterable[Path]) -> LanguageResults:
+def read_evaluations(paths: Sequence[Path]) -> LanguageResults:
     """Read files of --evaluation; later files add to earlier ones."""
-    results = LanguageResults()
-    averaged: dict[str, dict[str, set[str]]] = {}  # model -> group with a mean -> the mean's languages
-    for path in paths:
-        content = EvaluationFile.read(path)
+    results, contents = LanguageResults(), [EvaluationFile.read(path) for path in paths]
+    for path, content in zip(paths, contents, strict=True):
         _add(results, content, path)
-        for model, result in content.models.items():
-            for group in GROUPS:
-                if f"mean {group}" in result.means:
-                    languages = {name for name in result.languages if results.groups[name] == group}
-                    averaged.setdefault(model, {})[group] = languages
-    for model, by_group in averaged.items():
-        for group, languages in by_group.items():
-            _average_again(results, model, group, languages)
+    averaged = {  # the languages of each mean, which are those of one file
+        (model, group): {name for name in result.languages if GROUPS[name in content.original_languages] == group}
+        for content in contents
+        for model, result in content.models.items()
+        for group in GROUPS
+        if f"mean {group}" in result.means
+    }
+    for (model, group), languages in averaged.items():
+        row, bits = f"mean {group}", results.bits.get(model, {})
+        of_group = [name for name in results.languages(group) if name in bits]
+        if row in bits and set(of_group) != languages:  # without an interval then
+            bits[row] = Interval(fmean(bits[name].value for name in of_group) if of_group else math.nan)
+            results.changes.get(model, {}).pop(row, None)
     return results
-
-
-def _average_again(results: LanguageResults, model: str, group: str, languages: set[str]) -> None:
-    """Replace a mean over `languages`, those of one file, if the group has others: by a value without an interval."""
-    row, bits = f"mean {group}", results.bits.get(model, {})
-    of_group = [name for name in results.languages(group) if name in bits]
-    if row in bits and set(of_group) != languages:
-        bits[row] = Interval(fmean(bits[name].value for name in of_group) if of_group else math.nan)
-        results.changes.get(model, {}).pop(row, None)
 
 
 def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:

@@ -1,8 +1,9 @@
 """Numbers and how they are written: intervals, relative changes, means."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
@@ -63,3 +64,9 @@ def finite_mean(values: Iterable[float | None]) -> float:
     """The mean of the finite numbers; NaN without any."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
+
+
+def finite_json(content: Any, indent: int | None = None) -> str:
+    """JSON with null for NaN and infinite numbers, which JSON does not have."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent, ensure_ascii=False)

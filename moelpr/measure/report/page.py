@@ -23,18 +23,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Points:
-    """A list with bullets."""
+    """A list with bullets; with a title in bold, it is highlighted."""
 
     items: Sequence[str]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A highlighted result."""
-
-    finding: str  # in bold
-    details: str = ""  # continues the sentence of `finding`
-    missed: Sequence[str] = ()  # one item per thing that failed
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,16 +41,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table, named by its first cell; a cell may have several lines."""
+    """A row of a table, named by its first cell."""
 
-    cells: Sequence[str | Cell | Sequence[Cell]]
+    cells: Sequence[str | Cell]
     kind: Literal["", "group", "mean"] = ""  # "group": a heading above rows; "mean": a summary of the rows before it
 
     @property
-    def lines(self) -> list[list[Cell]]:
-        """The lines of every cell."""
-        cells = [Cell(cell) if isinstance(cell, str) else cell for cell in self.cells]
-        return [[cell] if isinstance(cell, Cell) else list(cell) for cell in cells]
+    def full_cells(self) -> list[Cell]:
+        return [Cell(cell) if isinstance(cell, str) else cell for cell in self.cells]
 
 
 @dataclass(frozen=True)
@@ -122,7 +112,7 @@ class Code:
         return "`" * max(3, 1 + max(map(len, re.findall("`+", self.text)), default=0))
 
 
-Block = Text | Points | Verdict | Table | Figure | Sample | Facts | Code
+Block = Text | Points | Table | Figure | Sample | Facts | Code
 
 
 @dataclass(frozen=True)
@@ -168,7 +158,7 @@ def to_markdown(page: Page) -> str:
 
 def terminal_table(table: Table) -> str:
     """The table as plain text."""
-    rows = [["\n".join(map(_line, lines)) for lines in row.lines] for row in table.full_rows]
+    rows = [[*map(_line, row.full_cells)] for row in table.full_rows]
     return table_text(table.head, rows, (0, *table.text_columns))
 
 
@@ -176,7 +166,7 @@ def markdown_table(table: Table, escape: Callable[[str], str] = str) -> str:
     """The table with aligned columns; `escape` makes Markdown of a text, by default texts are Markdown already."""
     rows = [list(map(escape, table.head))]
     for row in table.full_rows:
-        cells = ["<br>".join(_line(cell, escape) for cell in lines) for lines in row.lines]
+        cells = [_line(cell, escape) for cell in row.full_cells]
         cells = [f"**{cell}**" if row.kind and cell else cell for cell in cells]
         rows.append(cells + [""] * (len(table.head) - len(cells)))
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,6 +1,5 @@
 """The report of runs: learned and forgotten, routing, curves, cost, and how to repeat it."""
 
-import json
 import math
 import shlex
 import time
@@ -16,7 +15,7 @@ from moelpr.measure.report import page, plots
 from moelpr.measure.report.checks import Verification, check_result
 from moelpr.measure.report.evaluation_files import continuation_samples
 from moelpr.measure.report.language_results import LanguageResults, held_out_results
-from moelpr.measure.report.numbers import Interval, finite_mean, number_text, percent
+from moelpr.measure.report.numbers import Interval, finite_json, finite_mean, number_text, percent
 from moelpr.measure.report.page import Block, Cell, Row, Section, Table, Text
 from moelpr.measure.report.run_figures import curve_figures, routing_figures
 from moelpr.measure.report.runs import Run
@@ -45,9 +44,7 @@ class Report:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""
         held_out = held_out_results(self.runs)
         title = _title(self.runs)
-        numbers = json.dumps(_numbers(self, title, held_out))
-        content = json.loads(numbers, parse_constant=lambda _: None)  # JSON has neither NaN nor Inf
-        write_text(folder / "report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / "report.json", finite_json(_numbers(self, title, held_out), indent=1) + "\n")
         written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         kicker = f"Training report of {', '.join(str(run.folder) for run in self.runs)}, written {written}"
         return page.write_page(folder, "report", page.Page(title, kicker, _sections(self, held_out)))
@@ -124,9 +121,9 @@ def _overview(report: Report, held_out: LanguageResults) -> Iterator[Block]:
         for record in run.metrics.warnings
     ]
     if warnings:
-        more = f" The first {MAX_WARNINGS} of {len(warnings)}." if len(warnings) > MAX_WARNINGS else ""
         title = f"{_count(len(warnings), 'warning')} during training."
-        yield page.Verdict(title, more, warnings[:MAX_WARNINGS])
+        title += f" The first {MAX_WARNINGS}:" if len(warnings) > MAX_WARNINGS else ""
+        yield page.Points(warnings[:MAX_WARNINGS], title)
 
 
 def _benchmark_tables(evaluation: LanguageResults) -> Iterator[Block]:

@@ -17,7 +17,6 @@ from moelpr.model.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER
 from moelpr.model.model_spec import ModelSpec
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
-MAX_SECONDS = 1e9  # what a damaged record may add up to, and a duration can still be printed
 _STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its steps, has stopped
 
 
@@ -77,12 +76,12 @@ class Run:
     @property
     def time_left_s(self) -> float:
         """The time until the last step; 0 if unknown."""
-        return min(max(0, (self.num_steps or 0) - self.step) * (self.median(STEP_TIME_S) or 0.0), MAX_SECONDS)
+        return max(0, (self.num_steps or 0) - self.step) * (self.median(STEP_TIME_S) or 0.0)
 
     @property
     def training_time_s(self) -> float:
         """The time of all recorded steps; a step that was repeated after an interruption counts once."""
-        return min(sum(record.get(STEP_TIME_S) or 0.0 for record in self.metrics.steps), MAX_SECONDS)
+        return sum(record.get(STEP_TIME_S) or 0.0 for record in self.metrics.steps)
 
     @property
     def peak_memory_gib(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Routes of tokens: against transformers' own router logits, and against a plain computation of the routers."""
+"""Routes of tokens: against transformers' own router logits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,45 +34,6 @@ def export(request, make_model: Callable[..., Path], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="module")
 def loaded(export: Path) -> LoadedModel:
     return load_model(export, "cpu")
-
-
-@torch.no_grad()
-def plain_routes(loaded: LoadedModel, ids: list[int]) -> list[list[list[tuple[int, float]]]]:
-    """Token → layer → experts with weights: the router's matrix times what the norm before it returns."""
-    normed = []
-    hooks = [
-        layer.post_attention_layernorm.register_forward_hook(lambda module, inputs, output: normed.append(output[0]))
-        for layer in loaded.model.model.layers
-    ]
-    loaded.model(torch.tensor([ids]))
-    for hook in hooks:
-        hook.remove()
-    routers = [dict(router.named_parameters()) for router in loaded.routers.values()]
-    routes = []
-    for place in range(len(ids)):
-        layers = []
-        for states, parameters in zip(normed, routers, strict=True):
-            (matrix,) = parameters.values()
-            scores = [sum(w * x for w, x in zip(row, states[place].tolist(), strict=True)) for row in matrix.tolist()]
-            chosen = sorted(range(len(scores)), key=lambda expert: -scores[expert])[:2]
-            total = sum(torch.tensor(scores[expert]).exp().item() for expert in chosen)
-            layers.append([(expert, torch.tensor(scores[expert]).exp().item() / total) for expert in chosen])
-        routes.append(layers)
-    return routes
-
-
-def test_routes_are_those_of_a_plain_computation(loaded: LoadedModel) -> None:
-    steps = [*answer(loaded, PROMPT, max_new_tokens=4)]
-    found = [token.route for step in steps for token in step]
-    tokens = list(PROMPT)
-    for _ in range(len(steps) - 1):
-        with torch.no_grad():
-            tokens.append(int(loaded.model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    assert [len(step) for step in steps] == [5, *(1 for _ in steps[1:])] and len(steps) > 1
-    for route, plain in zip(found, plain_routes(loaded, tokens), strict=True):
-        for layer, expected in zip(route, plain, strict=True):
-            assert [expert for expert, _ in layer] == [expert for expert, _ in expected]
-            assert [weight for _, weight in layer] == pytest.approx([weight for _, weight in expected], abs=1e-5)
 
 
 def test_routes_agree_with_transformers_router_logits(loaded: LoadedModel) -> None:

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 
-from moelpr.base.errors import UserError
 from moelpr.measure.evaluate import compare
 from moelpr.measure.evaluate.compare import choose_prompts, compare_models, continue_prompts
 from moelpr.measure.evaluate.models import load_model
@@ -17,7 +16,7 @@ from moelpr.measure.evaluate.scoring import Settings
 
 @pytest.fixture
 def measured(monkeypatch) -> list[tuple[str, str]]:
-    """What is measured, in order: (model, language) or (folder, prompt)."""
+    """The measurements, in order: (model, language) or (folder, prompt)."""
     log: list[tuple[str, str]] = []
     score_each, continue_prompts = compare.score_each, compare.continue_prompts
 
@@ -107,12 +106,6 @@ def test_models_side_by_side_see_the_same_windows(dense_dir, moe_dir, texts, mon
     assert list(comparison.scores) == ["base", "moe"]
     alone = compare_models({"base": dense_dir}, texts, Settings(20, 5), device="cpu")
     assert alone.scores["base"] == comparison.scores["base"]
-
-
-def test_a_megatron_checkpoint_continues_no_prompts(tmp_path, dense_spec, texts):
-    dense_spec.write(tmp_path)
-    with pytest.raises(UserError, match="--continuations .*moelpr model export"):
-        compare_models({"m": tmp_path}, texts, continuation_tokens=4)
 
 
 @pytest.mark.parametrize("penalty", [None, 5.0])

@@ -182,14 +182,6 @@ def test_local_tasks_run_offline_and_their_results_are_kept(
 
 
 @needs_lm_eval
-def test_a_task_without_data_is_rejected(rejected, tmp_path, local_tasks, dense_dir):
-    base = ("--model", dense_dir, "--languages", "en", "--original-languages", "en", "--include-path", local_tasks)
-    table = tmp_path / "table.yaml"
-    (local_tasks / "en.jsonl").unlink()
-    assert "door_en" in rejected("harness", *base, "--tasks", table)
-
-
-@needs_lm_eval
 def test_the_harness_has_every_task_of_the_papers_table():
     from lm_eval.tasks import TaskManager
 
@@ -230,13 +222,6 @@ def test_a_task_that_would_ignore_the_number_of_shots_is_rejected(rejected, tmp_
     assert "sets num_fewshot to 0" in rejected("harness", *base, "--tasks", table)
 
 
-def test_the_papers_languages_have_tasks_with_the_papers_shots():
-    benchmarks = read_benchmarks(PAPER_TASKS, ["en", "es", "zh", "el", "hu", "tr"])
-    shots = {"ARC": 25, "MMLU": 5, "HellaSwag": 10, "Belebele": 5, "FLORES": 8}
-    assert {name: benchmark.num_fewshot for name, benchmark in benchmarks.items()} == shots
-    assert len(benchmarks["Belebele"].tasks) == len(benchmarks["MMLU"].tasks) == 6
-
-
 def test_languages_of_fineweb_2_have_their_benchmarks_under_any_code(tmp_path):
     benchmarks = read_benchmarks(PAPER_TASKS, [canonical(code) for code in ("eus_Latn", "glg", "isl_Latn", "no", "nb")])
     assert benchmarks["Belebele"].tasks["eu"] == ["belebele_eus_Latn"]
@@ -260,13 +245,12 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     models = {"base": Path("base"), "ours": Path("ours")}
     scores, settings = {"base": base, "ours": ours}, {"limit": 5, "include_path": None}
     results = HarnessResults(models, benchmarks, ["en", "es", "el"], ["en", "es"], scores, settings)
-    assert results.means("base", "original")[-1] == pytest.approx((30 + 50) / 2)
-    assert results.means("base", "expanded")[-1] == pytest.approx(50)
-    assert results.means("ours", "original")[-1] == pytest.approx((40 + 50.1) / 2)
+    assert results.means("base", "original")[-1][0] == pytest.approx((30 + 50) / 2)
+    assert results.means("base", "expanded")[-1][0] == pytest.approx(50)
+    assert results.means("ours", "original")[-1][0] == pytest.approx((40 + 50.1) / 2)
     flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
     assert (flores["value"], flores["stderr"]) == (pytest.approx(50), pytest.approx(2.5))
     assert (flores["low"], flores["high"]) == (pytest.approx(45.1, abs=0.5), pytest.approx(54.9, abs=0.5))
-    assert benchmarks["B"].score("en", {task: {"chrf": 40.0} for task in ("b_in", "b_out")})["value"] == 40
     scores = {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}
     settings = {"limit": None, "include_path": None}
     unknown = HarnessResults({"base": Path("base")}, {"B": benchmarks["B"]}, ["en"], ["en"], scores, settings)
@@ -298,15 +282,6 @@ def test_changes_are_paired_by_question_over_translations_too():
     assert (change["low"], change["high"]) == (pytest.approx(1, abs=1), pytest.approx(9.3, abs=1))  # ± 1.96 √(5 · 0.95)
     assert content["scores"]["A"]["en"]["high"] - content["scores"]["A"]["en"]["low"] == pytest.approx(18.9, abs=1.5)
     assert content["average_changes"]["expanded"]["low"] == pytest.approx(change["low"]), "the same samples"
-    same = HarnessResults(
-        models,
-        benchmarks,
-        ["en", "el"],
-        ["en"],
-        {name: scores["base"] for name in models},
-        {"limit": None, "include_path": None},
-    )
-    assert same.change("ours", "original").text("{:g}".format) == "0 [0, 0]"
 
 
 def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tmp_path, dense_dir):

@@ -51,14 +51,6 @@ def test_text_prints_tables_and_writes_json_markdown_and_html(
     assert "<svg" in page and not re.search(r"<script|src=|href=\"[^#]|url\([^#]", page)
 
 
-def test_text_is_the_default_command(evaluate, capsys, data, dense_dir):
-    printed = []
-    for command in ([], ["text"]):
-        evaluate(*command, "--model", dense_dir, *data)
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] != ""
-
-
 def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_path, data, dense_dir, moe_dir, texts):
     output = tmp_path / "out"
     evaluate("--model", dense_dir, "--model", moe_dir, *data, "--continuations", 4, "--output", output)
@@ -74,7 +66,7 @@ def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_pa
         assert list(rates) == ["dense", "moe", "the text itself"]
         assert all(rate["decided"] + rate["undecided"] == len(choose_prompts(documents, 20)) for rate in rates.values())
     assert "Continued in another language" in page
-    evaluate("--model", dense_dir, *data, "--continuations", 4, "--language-id", "none", "--output", output)
+    evaluate("text", "--model", dense_dir, *data, "--continuations", 4, "--language-id", "none", "--output", output)
     assert json.loads((output / "results.json").read_text())["wrong_language"] == {}
 
 
@@ -139,11 +131,11 @@ def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path,
         ((*model, "--data", f"en={tmp_path}/gone.jsonl"), ("gone.jsonl",)),
         ((*model, *data, "--original-languages", "en,fr"), ("--original-languages fr", "--data")),
         ((*model, *data, "--batch-size", "many"), ("--batch-size", "at least 1")),
+        ((*model, *data, "--skip-tokens", 500), ("--skip-tokens", "500")),
         ((*model, *data, "--sequence-length", 100), ("--sequence-length", "at most 64", "100")),
         ((*model, *data, "--sequence-length", 8, "--context", 8), ("--context", "below", "8")),
         ((*model, *data, "--json-key", "body"), ("--json-key",)),
         ((*model, *data, "--device", "abacus"), ("--device", "cpu", "abacus")),
-        ((*model, *data, "--device", "meta"), ("--device", "cpu", "meta")),
         ((*model, *data, "--seed", -1), ("--seed", "at least 0")),
         ((*model, "--data", "en=\udce9.jsonl"), ("--data", r"\xe9.jsonl", "not UTF-8")),
         ((*model, "--data", f"en={tmp_path}/there.json/x"), ("there.json/x", "Not a directory")),

@@ -3,7 +3,6 @@
 import json
 from dataclasses import astuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from moelpr.base import machine
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate import models
 from moelpr.measure.evaluate.compare import compare_models
-from moelpr.measure.evaluate.models import check_device, choose_device, hf_model, load_model, open_model
+from moelpr.measure.evaluate.models import check_device, choose_device, load_model, open_model
 from moelpr.measure.evaluate.routing import RoutingObserver
 from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
@@ -59,15 +58,6 @@ def test_a_checkpoint_and_its_export_have_equal_scores_routing_and_distance_from
     assert scores["dense"]["en"].metrics["bits_per_byte"] != pytest.approx(
         scores["moe"]["en"].metrics["bits_per_byte"], rel=1e-3
     )
-
-
-@pytest.mark.usefixtures("megatron")
-def test_a_checkpoint_in_bfloat16_is_close_to_its_export_in_bfloat16(both, texts):
-    models = {name: both[name] for name in ("moe", "moe-hf")}
-    scores = compare_models(models, texts, Settings(16, 4), dtype="bfloat16").scores
-    for language in texts:
-        ours, theirs = (scores[name][language].metrics["bits_per_byte"] for name in models)
-        assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.usefixtures("megatron")
@@ -159,10 +149,9 @@ GIB = 1 << 30
         ([80, 80], "auto", "auto", False, {}),
         ([70, 100], "auto", "auto", True, {0: 63, 1: 90}),
         ([80, 160], "auto", "float32", True, {0: 72, 1: 144}),
-        ([70, 80], "auto", "auto", False, "takes 70 GiB, and GPU 0 has 63 GiB .* over 2 GPUs, .*pip install"),
+        ([70, 80], "auto", "auto", False, "takes 70 GiB, GPU 0 has 63 GiB .*2 GPUs .*pip install"),
         ([70, 80], "cuda:0", "auto", True, "GPU 0 has 63 GiB .*--device auto"),
-        ([70], "auto", "auto", True, "all GPUs 63 GiB; use more GPUs"),
-        ([70, None], "auto", "auto", True, "all GPUs 63 GiB; use more GPUs"),
+        ([70, None], "auto", "auto", True, "2 GPUs 63 GiB"),
     ],
 )
 def test_a_model_that_one_gpu_cannot_hold_is_spread_or_refused_before_it_is_loaded(
@@ -201,8 +190,6 @@ def test_the_files_of_the_index_are_counted(tmp_path: Path) -> None:
     index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors", "z": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert models._weight_bytes(tmp_path, "auto") == 20 and models._weight_bytes(tmp_path, "float32") == 40
-    (tmp_path / "model.safetensors.index.json").write_text("[")
-    assert models._weight_bytes(tmp_path, "auto") == 30
 
 
 def test_a_model_that_accelerate_has_placed_gives_the_same_routing(both, monkeypatch) -> None:
@@ -216,13 +203,3 @@ def test_a_model_that_accelerate_has_placed_gives_the_same_routing(both, monkeyp
                 loaded.logits(tokens)
             results.append(observer.result())
     assert results[0] == results[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("num_original_experts", 9), ("num_original_experts", 0), ("num_experts_per_tok", "x")]
-)
-def test_numbers_of_experts_that_a_model_does_not_have_are_rejected(name: str, value: object) -> None:
-    config = SimpleNamespace(num_experts=4, **{name: value})
-    model = SimpleNamespace(config=config, get_decoder=lambda: SimpleNamespace(layers=[]))
-    with pytest.raises(UserError, match=f"{name} must be from 1 to the number of experts, 4, got {value!r}"):
-        hf_model(Path("m"), model, None, 0, None)

@@ -57,11 +57,6 @@ def test_tokens_that_are_skipped_are_context_and_nothing_else(score, dense, text
             assert result[language].document_bytes == pytest.approx(left, abs=4)  # a cut letter counts
 
 
-def test_skipping_whole_documents_is_an_error(score, dense, texts):
-    with pytest.raises(UserError, match="--skip-tokens 500 leaves nothing of the en documents"):
-        score(dense, texts, Settings(64, skip_tokens=500))
-
-
 def test_bits_per_byte_depend_on_the_context(score, dense, texts):
     """Otherwise the test above would pass for any windows."""
     long, short = (score(dense, texts, Settings(window, 0))["en"].metrics["bits_per_byte"] for window in (64, 8))
@@ -93,11 +88,6 @@ def test_windows_predict_each_token_exactly_once(length, context):
         assert len(window.inputs) == len(window.targets) <= 5
         # Tokens are their own positions here, so what follows an input is its number plus one.
         assert all(target in (IGNORED, value + 1) for value, target in zip(window.inputs, window.targets, strict=True))
-
-
-def test_a_window_longer_than_the_model_supports_is_rejected(score, dense, texts):
-    with pytest.raises(UserError, match="--sequence-length .* 64, .* dense .* 65"):
-        score(dense, texts, Settings(65))
 
 
 def test_the_default_window_is_what_all_models_support():

@@ -16,17 +16,9 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(UserError, match=r"check-export\.log: .*moelpr model verify A B --json"):
             read_verifications([path])
-    with pytest.raises(UserError, match="nowhere"):
-        read_verifications([tmp_path / "nowhere"])
-
-
-def test_verifications_of_one_name_are_rejected(tmp_path: Path) -> None:
-    paths = [tmp_path / folder / "check.log" for folder in ("one", "two")]
-    for path in paths:
-        path.parent.mkdir()
-        path.write_text('{"equal": true, "num_tensors": 7}')
-    with pytest.raises(UserError, match=r"two/check\.log has the name of another one"):
-        read_verifications(paths)
+    path.write_text('{"equal": true, "num_tensors": 7}')
+    with pytest.raises(UserError, match="another one"):
+        read_verifications([path, path])
 
 
 def test_numbers_and_dates_of_facts_as_yaml_reads_them(tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def test_pipe_gets_one_line_per_record_until_the_run_is_finished(tmp_path, capsy
 
 
 def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", "stage2", 60, is_finished=False, train_iters=100)
+    languages = {"en": "original", "el[/b]": "expanded"}
+    folder = make_run(tmp_path / "run", "stage2", 60, languages=languages, is_finished=False, train_iters=100)
     run = read_run(folder)
     live.add(run, {"iteration": 61, "stage": "stage2", "lm_loss": 0.125})
     console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
@@ -55,7 +56,7 @@ def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     shown = console.export_text()
     assert "step 61 of 100 (61%)" in shown
     assert "0.125" in shown and "LPR" in shown and "█" in shown
-    assert "en (original)" in shown and "bits per byte" in shown
+    assert "en (original)" in shown and "el[/b] (expanded)" in shown and "bits per byte" in shown
     assert "warning, step 60: expert 3" in shown
 
 
@@ -96,16 +97,3 @@ def test_a_run_folder_that_is_removed_is_one_sentence(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="no longer there"):
         next(following)
-
-
-def test_names_of_languages_are_no_markup(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", "stage1", 5, languages={"el[/b]": "expanded"}, is_finished=False)
-    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
-    console.print(live.drawing(read_run(folder)))
-    assert "el[/b] (expanded)" in console.export_text()
-
-
-def test_sparkline_shows_the_course() -> None:
-    assert live.sparkline([1.0, 2.0, 3.0]) == "▁▅█"
-    assert live.sparkline([2.0]) == "▁"
-    assert len(live.sparkline([float(n) for n in range(1000)])) == 40

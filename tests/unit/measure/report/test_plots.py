@@ -60,29 +60,11 @@ def test_ids_of_two_charts_on_one_page_differ() -> None:
     assert first and not first & second
 
 
-def test_colors_follow_the_page_and_have_a_fallback() -> None:
-    svg = line_chart("loss", [FALLING, RISING])
-    assert "var(--series-0,#1d4f91)" in svg and "var(--series-1,#b35900)" in svg and "var(--muted,#5f6c7b)" in svg
-    assert "stroke: #1d4f91" not in svg
-
-
-def test_curves_differ_in_dash_and_marker() -> None:
-    svg = line_chart("loss", [FALLING, RISING])
-    assert "stroke-dasharray" in svg
-    markers = {use.get("href") for use in ElementTree.fromstring(svg).iter(f"{SVG}use")}
-    assert len(markers) >= 3  # two curves and the ticks
-
-
 def test_what_was_learned_and_lost_is_drawn_with_intervals_but_not_what_has_no_number() -> None:
     svg = charts()["learned"]
     assert [texts(svg).count(name) for name in ("a", "<c>", "base", "diverged")] == [2, 2, 2, 0]
     assert "a: expanded \u221210.0% [\u221220.0%, \u22125.0%], other +10.0% [+5.0%, +15.0%]" in svg
     assert "diverged: expanded unavailable" in svg
-
-
-def test_small_numbers_stay_on_the_axis() -> None:
-    labels = texts(line_chart("learning rate", [Curve("", [1, 2, 3], [2.5e-4, 2e-3, 2.5e-3])], smooth=False))
-    assert {"0.0006", "0.0012"} <= set(labels)
 
 
 def test_text_is_neither_markup_nor_mathematics() -> None:
@@ -140,17 +122,3 @@ def test_spike_in_a_thinned_curve_is_still_in_the_band() -> None:
     assert min(heights) < 0 < sorted(heights)[1]  # above the chart, which cuts it off
     assert thinning_note([curve]).startswith("Each point represents up to 13 steps")
     assert thinning_note([Curve("", [1, 2], [1, 2])]).startswith("Faint: the individual steps")
-
-
-def test_running_mean_starts_and_ends_at_the_means_of_the_ends() -> None:
-    chart = line_chart("loss", [Curve("", list(range(400)), [float(step) for step in range(400)])])
-    start, end = re.search(r"value from (\S+) to (\S+)</desc>", chart).groups()
-    assert (float(start), float(end)) == (5, 394)  # the mean of the first and of the last eleven
-
-
-def test_a_title_that_is_too_long_for_the_chart_breaks_after_the_run() -> None:
-    title = "Llama-3.1-8B-stage1: tokens whose first choice is an original expert"
-    assert {"Llama-3.1-8B-stage1:", "tokens whose first choice is an original expert"} <= {
-        *texts(line_chart(title, [FALLING]))
-    }
-    assert "stage1: balance loss" in texts(line_chart("stage1: balance loss", [FALLING]))

@@ -67,34 +67,17 @@ def evaluation(tmp_path: Path) -> Path:
     return file
 
 
-def test_both_pages_show_what_was_learned_and_forgotten_since_the_start(written: tuple[str, str]) -> None:
+def test_both_pages_show_what_was_learned_and_what_it_cost(written: tuple[str, str]) -> None:
     html, markdown = written
-    assert "stage1 finished, stage2 running at step 200 of 300" in html
-    for text in (html, markdown):
-        assert "English" in text and "Turkish" in text and "held out while training" in text
+    for text in written:
+        assert all(
+            part in text for part in ("Turkish", "78,643,200", "41.25 GiB", "torch 2.15.0", "--nproc-per-node 8")
+        )
     start, first, second = (float(cell.split()[0]) for cell in row_of(markdown, "English")[1:])
     assert (start, second) == pytest.approx((2.4, 2.434), abs=2e-3)
     assert row_of(markdown, "English")[2].endswith(f"(+{100 * (first / start - 1):.1f}%)")
-
-
-def test_cost_recipe_versions_and_commands_are_there(written: tuple[str, str]) -> None:
-    html, markdown = written
-    for text in (html, markdown):
-        assert "78,643,200" in text and "41.25 GiB" in text
-        assert "torch 2.15.0" in text
-        assert "moelpr.pretrain \\\n    --stage stage2 \\\n    --recipe r.yaml" in text
-        assert "--nproc-per-node 8" in text
     assert "--save &#39;runs/a folder&#39;" in html and "--save 'runs/a folder'" in markdown
-    assert "4 warnings during training" in html and "expert 3 of &lt;layer&gt; 1 is idle" in html
-
-
-def test_the_command_of_a_run_on_several_nodes_is_that_of_each_node(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "stage1", 5, languages={})
-    command = json.loads((run / "command.json").read_text()) | {"num_ranks": 32, "ranks_per_node": 8}
-    (run / "command.json").write_text(json.dumps(command))
-    _, markdown = pages(run)
-    nodes = "--nnodes 4 --node-rank RANK --master-addr FIRST-NODE --nproc-per-node 8 -m moelpr.pretrain"
-    assert nodes in " ".join(markdown.replace("\\\n", "").split())
+    assert "expert 3 of &lt;layer&gt; 1 is idle" in html
 
 
 def test_without_a_start_there_are_no_changes(tmp_path: Path) -> None:
@@ -102,19 +85,11 @@ def test_without_a_start_there_are_no_changes(tmp_path: Path) -> None:
     second = make_run(tmp_path / "stage2", "stage2", 20)
     _, markdown = pages(first, second)
     assert row_of(markdown, "held out while training")[1:] == ["before stage2", "after stage2"]
-    assert "after stage2 against before stage2" in markdown
     metrics = second / "metrics.jsonl"
     metrics.write_text("".join(line for line in metrics.open() if '"iteration": 0' not in line))
     _, markdown = pages(first, second)
     assert row_of(markdown, "held out while training")[1:] == ["after stage2"]
     assert "%" not in row_of(markdown, "English")[1]
-
-
-def test_runs_with_different_languages_share_one_table(tmp_path: Path) -> None:
-    first = make_run(tmp_path / "a", "stage1", 20, languages={"en": "original", "el": "expanded"})
-    second = make_run(tmp_path / "b", "stage2", 20, languages={"en": "original", "sw": "expanded"})
-    _, markdown = pages(first, second)
-    assert row_of(markdown, "Greek")[-1] == "–" and row_of(markdown, "Swahili").count("–") == 2
 
 
 def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -127,14 +102,10 @@ def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> N
     assert "No command line was recorded" in markdown
 
 
-def test_few_steps_and_numbers_that_are_null_or_far_too_large_are_shown(tmp_path: Path) -> None:
-    line = '{"iteration": 1, "lm_loss": 3.0, "consumed_tokens": null, "step_time_s": 1e29}\n'
-    (tmp_path / "metrics.jsonl").write_text(line + line.replace("1,", "2,", 1))
-    assert "step 2" in pages(tmp_path)[0]
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert "step 0" in pages(tmp_path)[0]
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n')
-    assert "no curves yet" in pages(tmp_path)[0]
+def test_a_run_without_steps_or_with_one_is_shown(tmp_path: Path) -> None:
+    for lines, expected in (("", "step 0"), ('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n', "no curves yet")):
+        (tmp_path / "metrics.jsonl").write_text(lines)
+        assert expected in pages(tmp_path)[0]
 
 
 def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], evaluation: Path) -> None:
@@ -179,13 +150,10 @@ def test_run_of_50000_steps_is_reported_within_10_s_and_3_mb(tmp_path: Path) -> 
 def test_windows_of_another_length_are_not_compared(tmp_path: Path) -> None:
     """The paper's recipes have 1,024 and 512 tokens; a shorter window alone costs several percent."""
     first, second = (make_run(tmp_path / name, name, 20) for name in ("stage1", "stage2"))
-    _, markdown = pages(first, second)
-    assert "%" in row_of(markdown, "English")[-1] and "another length" not in markdown
     recipe = first / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("seq_length: 512", "seq_length: 1024"))
     _, markdown = pages(first, second)
     assert "%" in row_of(markdown, "English")[-2] and "%" not in row_of(markdown, "English")[-1]
-    assert "No change is shown after stage2" in markdown and "against before stage1" not in markdown
 
 
 def test_routing_before_and_after_review_comes_from_the_runs_own_steps(tmp_path: Path) -> None:

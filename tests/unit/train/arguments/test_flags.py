@@ -26,38 +26,21 @@ def test_valid_arguments_are_parsed_next_to_wrong_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "meant"),
+    ("argv", "parts"),
     [
-        ("--tensor-parallel-size=2", "--tensor-model-parallel-size"),
-        ("--balance_loss_coeff", "--balance-loss-coeff"),
-        ("--xyzzy", None),
+        ("--tensor-parallel-size=2", [" --tensor-parallel-size;", "did you mean --tensor-model-parallel-size?"]),
+        ("--balance_loss_coeff", [" --balance_loss_coeff;", "did you mean --balance-loss-coeff?"]),
+        ("--xyzzy", [" --xyzzy;", "--help-all"]),
+        ("--bf16 yes", [" yes;"]),
+        ("--moe-layer-freq [1]*(", ["--moe-layer-freq:", "'[1]*('"]),
     ],
 )
-def test_a_misspelled_flag_is_answered_with_the_nearest(flag: str, meant: str | None) -> None:
-    (problem,) = parse(flag)[1]
-    assert f" {flag.split('=')[0]};" in problem
-    assert ("did you mean" in problem) == (meant is not None)
-    assert meant is None or problem.endswith(f"did you mean {meant}?")
+def test_a_wrong_argument_is_named_with_what_helps(argv: str, parts: list[str]) -> None:
+    (problem,) = parse(*argv.split())[1]
+    assert all(part in problem for part in parts)
 
 
-def test_a_value_without_a_flag_is_reported() -> None:
-    (problem,) = parse("--bf16", "yes")[1]
-    assert " yes;" in problem
-
-
-def test_a_value_that_megatron_cannot_evaluate_is_reported() -> None:
-    (problem,) = parse("--moe-layer-freq", "[1]*(")[1]
-    assert problem.startswith("--moe-layer-freq:") and "'[1]*('" in problem
-
-
-def test_the_source_of_a_wrong_argument_is_named() -> None:
-    from moelpr.train.arguments.flags import all_arguments
-
-    parser = all_arguments()
-    assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr:")
-
-
-def test_a_later_source_overrides_and_keeps_the_rest() -> None:
+def test_a_later_source_overrides_and_keeps_the_rest_and_wrong_ones_are_named() -> None:
     from moelpr.train.arguments.flags import all_arguments
 
     parser = all_arguments()
@@ -65,6 +48,7 @@ def test_a_later_source_overrides_and_keeps_the_rest() -> None:
     second, _ = parser.parse_tolerantly(["--lr", "2", "--data-path", "c"], first)
     assert (second.lr, second.data_path, second.seed) == (2.0, ["c"], 5)
     assert (first.lr, first.data_path) == (1.0, ["a", "b"])
+    assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr:")
 
 
 def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(capsys) -> None:

@@ -37,28 +37,28 @@ def machine(monkeypatch: pytest.MonkeyPatch):
 TE = {"transformer_engine"}
 
 
-@pytest.mark.parametrize("capability", [9, 10])
-def test_torch_computes_experts_where_it_is_fast(machine, capability: int) -> None:
-    args, line = machine(capability, TE)
-    assert not args.moe_grouped_gemm and args.moe_permute_fusion
+@pytest.mark.parametrize(
+    ("capability", "installed", "bf16", "uses_te"),
+    [
+        (9, TE, True, False),
+        (10, TE, True, False),
+        (8, TE, True, True),  # an A100
+        (12, TE, True, True),  # a consumer GPU
+        (9, TE, False, True),
+        (0, set(), True, False),
+    ],
+)
+def test_experts_are_computed_where_it_is_fast(machine, capability: int, installed, bf16: bool, uses_te: bool) -> None:
+    args, line = machine(capability, installed, bf16=bf16)
+    assert args.moe_grouped_gemm == uses_te and args.moe_permute_fusion == bool(installed)
+    assert not args.gradient_accumulation_fusion and args.fuse_expert_gradients  # the former needs Apex
+    assert not machine(capability, installed, gradient_accumulation_fusion=False)[0].fuse_expert_gradients
+    experts = "Transformer Engine's grouped linear layers" if uses_te else "torch grouped_mm"
+    attention, owner = ("Transformer Engine",) * 2 if installed else ("torch scaled dot product", "torch")
     assert line == (
-        "experts: torch grouped_mm; attention: Transformer Engine; optimizer: Transformer Engine's fused Adam; "
-        "dispatcher: all-to-all with Transformer Engine's permutation"
+        f"experts: {experts}; attention: {attention}; optimizer: {owner}'s fused Adam; "
+        f"dispatcher: all-to-all with {owner}'s permutation" + "; faster: a GPU" * (capability == 0)
     )
-
-
-@pytest.mark.parametrize("capability", [0, 8, 9, 10])
-def test_gradients_are_added_in_products_unless_megatrons_flag_forbids_it(machine, capability: int) -> None:
-    assert machine(capability, TE)[0].fuse_expert_gradients
-    assert not machine(capability, TE, gradient_accumulation_fusion=False)[0].fuse_expert_gradients
-
-
-@pytest.mark.parametrize(("capability", "bf16"), [(8, True), (12, True), (9, False)])
-def test_transformer_engine_computes_experts_where_torch_is_slow(machine, capability: int, bf16: bool) -> None:
-    """An A100, a consumer GPU, and fp16 or fp32."""
-    args, line = machine(capability, TE, bf16=bf16)
-    assert args.moe_grouped_gemm and not args.gradient_accumulation_fusion
-    assert line.startswith("experts: Transformer Engine's grouped linear layers; ") and "faster" not in line
 
 
 def test_what_is_slow_without_transformer_engine_is_named(machine) -> None:
@@ -90,17 +90,3 @@ def test_a_dense_model_has_neither_experts_nor_a_dispatcher(machine) -> None:
     assert not args.moe_grouped_gemm and not args.moe_permute_fusion
     assert line == "attention: Transformer Engine; optimizer: Transformer Engine's fused Adam"
     assert "optimizer: torch's fused Adam on the host" in machine(8, TE, optimizer_cpu_offload=True)[1]
-
-
-def test_without_a_gpu_nothing_of_one_is_chosen(machine) -> None:
-    args, line = machine(0, set())
-    assert not args.moe_grouped_gemm and not args.moe_permute_fusion and not args.gradient_accumulation_fusion
-    assert line == (
-        "experts: torch grouped_mm; attention: torch scaled dot product; optimizer: torch's fused Adam; "
-        "dispatcher: all-to-all with torch's permutation; faster: a GPU"
-    )
-
-
-def test_the_line_is_printed_at_the_start(upcycled: str, accepted, capsys) -> None:
-    accepted("stage1", upcycled)
-    assert "moelpr: experts: torch grouped_mm; attention: " in capsys.readouterr().err

@@ -9,32 +9,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.training.training import evaluate
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from moelpr.base import ranks
-from moelpr.base.errors import UserError
-from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest
-from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.model.megatron import hooks
 from moelpr.model.metrics.run_metrics import HeldOutLoss
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.run_log import finite
 from moelpr.train.step_log import StepLog
-
-MAX_DECODED_TOKENS = 1_000_000  # decoded to count bytes if there is no manifest; takes two seconds
 
 
 @contextmanager
@@ -86,8 +79,8 @@ class Validation:
             return
         self._last_iteration = iteration
         if self._held_out is None:
-            folder, corpora = self.settings.start.checkpoint, self.settings.validation_data
-            self._held_out = [held_out(self.args, language, prefix, folder) for language, prefix in corpora.items()]
+            corpora = self.settings.validation_data
+            self._held_out = [held_out(self.args, language, prefix) for language, prefix in corpora.items()]
         results = {}
         for text in self._held_out:
             loss = self._mean_loss(text, forward_step, model, config)
@@ -121,7 +114,7 @@ def result(text: HeldOut, loss: float) -> HeldOutLoss:
     return found
 
 
-def held_out(args: argparse.Namespace, language: str, prefix: str, model_folder: Path) -> HeldOut:
+def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:
     """Open a held-out corpus. Every rank must call this."""
     config = replace(
         dataset_config(args),
@@ -136,7 +129,7 @@ def held_out(args: argparse.Namespace, language: str, prefix: str, model_folder:
     if dataset is not None:
         numbers[0] = len(dataset)
     if ranks.is_first_rank():
-        numbers[1] = bytes_per_token(prefix, model_folder) or 0.0
+        numbers[1] = bytes_per_token(prefix) or 0.0
     torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
     num_windows, known_bytes_per_token = int(numbers[0]), float(numbers[1]) or None
     if args.eval_iters:
@@ -145,28 +138,12 @@ def held_out(args: argparse.Namespace, language: str, prefix: str, model_folder:
     return HeldOut(language, "original" if is_original else "expanded", dataset, num_windows, known_bytes_per_token)
 
 
-def bytes_per_token(prefix: str, model_folder: Path) -> float | None:
-    """The UTF-8 bytes per token of a corpus, from its manifest or by decoding its first tokens with `<model>/hf`.
+def bytes_per_token(prefix: str) -> float | None:
+    """The UTF-8 bytes per token of a corpus, from its manifest; None if it has none.
 
-    An end-of-document token stands for no bytes, but it is predicted, so it counts. None without both files.
+    An end-of-document token stands for no bytes, but it is predicted, so it counts.
     """
     manifest = Manifest.read(prefix)
-    if loss_bits_path(prefix).exists():
-        return None  # only the assistant's tokens count, whose bytes are unknown
-    if manifest is not None and manifest.tokens:
-        return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens
-    try:
-        tokenizer = load_tokenizer("HuggingFaceTokenizer", str(model_folder / HF_FOLDER))
-    except UserError:
-        return None
-    corpus = IndexedDataset(prefix)
-    num_tokens = num_bytes = 0
-    for document in range(len(corpus)):
-        ids = corpus.get(document).tolist()
-        num_tokens += len(ids)
-        text = tokenizer.decode([token for token in ids if token != tokenizer.eod_id])
-        num_bytes += len(text.encode("utf-8", errors="replace"))
-        if num_tokens >= MAX_DECODED_TOKENS:
-            break
-    # For a folder without a tokenizer, transformers makes an empty one, which decodes everything to "".
-    return num_bytes / num_tokens if num_bytes else None
+    if loss_bits_path(prefix).exists() or manifest is None or not manifest.tokens:
+        return None  # of conversations only the assistant's tokens count, whose bytes are unknown
+    return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens

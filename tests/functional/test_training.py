@@ -380,7 +380,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
         loss = (sum(losses) / 79).item()
         found = passes[-1]["languages"][name]
         assert found["lm_loss"] == pytest.approx(loss, rel=1e-5)
-        assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the model has no tokenizer
+        assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the corpus has no manifest
 
 
 def test_a_nan_gradient_ends_the_run_with_one_message(material: Path, stage1: Path) -> None:

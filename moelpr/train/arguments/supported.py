@@ -4,8 +4,6 @@ Every other flag of Megatron needs --allow-untested. A new version of Megatron a
 what is not listed is not taken for granted. Names are flags without their dashes.
 """
 
-from collections.abc import Mapping
-
 _SUPPORTED = {
     "start and data": """
         pretrained-checkpoint load finetune ckpt-step no-load-optim no-load-rng
@@ -94,22 +92,5 @@ _REFUSED = {
     """,
 }
 
-# Why Megatron's settings that the MoE-LPR layer fixes (moelpr.model.layers.config.FIXED_FOR_MOE) have no other value.
-_WHY_FIXED = {
-    "the flex dispatcher is not supported, see docs/design/gpu.md": "moe-token-dispatcher-type",
-    "the number of rows differs from step to step, see docs/design/gpu.md": "cuda-graph-impl",
-    "new experts are not tested with it, see docs/design/gpu.md": "fp8-format fp4-format te-precision-config-file",
-    "Megatron does not pass language bits to the chunks": "mlp-chunks-for-training",
-    "the experts of the first MoE layer would get no gradient": "overlap-dispatch-backward-with-experts-wgrad",
-    "checkpoints have the gate's rows before the up projection's": "moe-mlp-glu-interleave-size",
-    "it would scale the weights of frozen attention": "qk-clip",
-}
-
-
-def _by_name(reasons: Mapping[str, str]) -> dict[str, str]:
-    return {name: reason for reason, names in reasons.items() for name in names.split()}
-
-
 SUPPORTED = frozenset(name for names in _SUPPORTED.values() for name in names.split())
-REFUSED = _by_name(_REFUSED)
-WHY_FIXED = _by_name(_WHY_FIXED)
+REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names.split()}

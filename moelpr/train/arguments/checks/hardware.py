@@ -8,7 +8,7 @@ from moelpr.base import machine, ranks
 from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
-from moelpr.plan.layouts import PlannedLayout, Recompute, divisors, layout_problems
+from moelpr.plan.layouts import PlannedLayout, Recompute, layout_problems
 from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
 from moelpr.train.arguments.checks.layout import is_uneven
 from moelpr.train.arguments.requested import RequestedRun
@@ -27,22 +27,20 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
     """The planner expects a rank to need more than its GPU has, or the ranks more than a machine without GPUs has."""
     if (expected := expected_memory(run)) is None:
         return
+    fix = "use a smaller --micro-batch-size, --recompute-granularity, or a layout of moelpr layouts"
     if not cpu.is_needed():
         total = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in range(torch.cuda.device_count()))
         if expected > (1 - RESERVED_FRACTION) * total:
             yield (
                 f"warning: a rank may need {machine.format_bytes(expected)}, and a GPU here has "
                 f"{machine.format_bytes(total)}, of which {RESERVED_FRACTION:.0%} are left for what is not counted; if "
-                f"it runs out of memory, use {smaller_settings(run)}, or a layout of moelpr layouts"
+                f"it runs out of memory, {fix}"
             )
-        return
-    # The kernel would kill a rank, where a GPU reports an error.
-    number = ranks.local_world_size()
-    if number * expected > (free := machine.free_memory()):
+    elif (number := ranks.local_world_size()) * expected > (free := machine.free_memory()):
+        # The kernel would kill a rank, where a GPU reports an error.
         yield (
-            f"warning: this machine has {machine.format_bytes(free)} of free memory, and {number} "
-            f"rank{'s' if number > 1 else ''} of {machine.format_bytes(expected)} may need more; if one is killed, use "
-            f"{smaller_settings(run)}"
+            f"warning: this machine has {machine.format_bytes(free)} of free memory, and {number} ranks of "
+            f"{machine.format_bytes(expected)} may need more; if one is killed, {fix}"
         )
 
 
@@ -55,8 +53,8 @@ def note_host_memory(run: RequestedRun) -> Iterable[str]:
     if number * needed > (free := machine.free_memory()):
         yield (
             f"warning: --optimizer-cpu-offload needs up to {machine.format_bytes(needed)} of this machine's memory for "
-            f"each of {number} rank{'s' if number > 1 else ''}, and {machine.format_bytes(free)} are free; if one is "
-            "killed, train fewer experts, or use more machines"
+            f"each of {number} ranks, and {machine.format_bytes(free)} are free; if one is killed, train fewer "
+            "experts, or use more machines"
         )
 
 
@@ -91,19 +89,6 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     kernels = CPU if cpu.is_needed() else Kernels()
     trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)
     return planned, Workload(args.stage, *sizes, dtype, kernels, *trains)
-
-
-def smaller_settings(run: RequestedRun) -> str:
-    """Settings with which a rank needs less memory, as flags."""
-    args, recompute = run.args, _recompute(run)
-    settings = [] if args.use_distributed_optimizer or run.layout.dp == 1 else ["--use-distributed-optimizer"]
-    if (args.micro_batch_size or 1) > 1:
-        settings.append(f"--micro-batch-size {divisors(args.micro_batch_size)[-2]}")
-    if run.is_moe and recompute == "none":
-        settings.append("--recompute-granularity selective --recompute-modules moe")
-    elif recompute != "full":
-        settings.append("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1")
-    return ", ".join([*settings, "or more ranks on more machines with --use-distributed-optimizer"])
 
 
 def _recompute(run: RequestedRun) -> Recompute:

@@ -72,8 +72,7 @@ def check_supported_flags(run: RequestedRun) -> Iterable[str]:
         if flag in supported.REFUSED:
             yield f"--{flag} is not supported: {supported.REFUSED[flag]}"
         elif run.is_moe and name in FIXED_FOR_MOE:
-            why = supported.WHY_FIXED.get(flag, "the layers with experts do not have it")
-            yield f"--{flag} is not supported: {why}; remove it"
+            yield f"--{flag} is not supported: the layers with experts fix or lack it (docs/design/gpu.md); remove it"
         elif flag not in allowed:
             yield f"--{flag} is not tested with this trainer; remove it, or pass --allow-untested {flag} too"
 

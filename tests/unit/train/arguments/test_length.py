@@ -55,9 +55,11 @@ def test_tokens_are_rounded_up_to_whole_steps_of_64(resolved: Resolve, tokens: s
     assert resolved("--train-tokens", tokens)[0] == steps
 
 
-def test_the_papers_budget_in_the_papers_steps(resolved: Resolve) -> None:
-    found = resolved("--global-batch-size", "512", "--seq-length", "1024", "--train-tokens", "24B")
-    assert found == (45_777, "24,000,000,000 tokens: 45,777 steps of 512 sequences of 1,024 tokens", [])
+def test_epochs_of_one_corpus_are_as_many_samples_as_megatron_makes_of_them(resolved: Resolve, tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "corpus", 1001)
+    for epochs in (2, 2.5):
+        steps, _, _ = resolved("--data-path", prefix, "--train-epochs", str(epochs))
+        assert steps == int(epochs * 1001 - 1) // SEQUENCE // BATCH
 
 
 def test_an_epoch_counts_every_corpus_once_whatever_its_weight(resolved: Resolve, tmp_path: Path) -> None:
@@ -88,13 +90,6 @@ def test_megatron_reads_no_text_twice_in_one_epoch(resolved, tmp_path_factory, t
     assert BATCH * steps <= available
     if epochs == 1:
         assert available - BATCH * steps < BATCH  # nothing more than what fills no step is left out
-
-
-@pytest.mark.parametrize("epochs", [2, 2.5])
-def test_more_epochs_of_one_corpus_are_as_many_samples_as_megatron_makes_of_them(resolved, tmp_path, epochs) -> None:
-    prefix = write_corpus(tmp_path / "corpus", 1001)
-    steps, _, _ = resolved("--data-path", prefix, "--train-epochs", str(epochs))
-    assert steps == int(epochs * 1001 - 1) // SEQUENCE // BATCH
 
 
 @pytest.mark.parametrize(
@@ -183,13 +178,3 @@ def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
     assert "900K tokens would read the text more often than max_epochs allows" in found
     for wrong in ("temperature=2", "temperature=x", "heat=1", "max-epochs=3", "temperature=0.3,max-epochs=0", "0.3"):
         assert any("--mix: expected temperature=T" in found for found in problems("stage1", upcycled, "--mix", wrong))
-
-
-def test_a_run_records_the_weights_of_its_mix(accepted, upcycled: str, tmp_path: Path, capsys) -> None:
-    data = ["--data-path", write_corpus(tmp_path / "large", 6400), write_corpus(tmp_path / "small", 1600)]
-    length = [*STEP[2:], "--train-tokens", "6400", "--mix", "temperature=0.5"]
-    final = accepted("stage1", upcycled, *data, *length, steps=False, with_data=False)
-    assert final["data_path"] == ["0.666667", data[1], "0.333333", data[2]] and final["mix"] is None
-    table = capsys.readouterr().err.partition("moelpr: the corpora share 6,400 tokens:\n")[2].splitlines()
-    assert table[0].split() == ["corpus", "tokens", "share", "epochs", "limited", "by"]
-    assert table[2].split() == [data[2], "1.6K", "33.3%", "1.33"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.train.arguments.recipes import read_recipe
-from moelpr.train.arguments.supported import REFUSED, SUPPORTED, WHY_FIXED
+from moelpr.train.arguments.supported import REFUSED, SUPPORTED
 
 ROOT = Path(__file__).parents[4]
 
@@ -23,9 +23,9 @@ def megatrons() -> dict[str, str]:
 def test_every_flag_in_the_table_exists_and_is_there_once(megatrons: dict[str, str]) -> None:
     from moelpr.model.layers.config import FIXED_FOR_MOE
 
-    assert (SUPPORTED | REFUSED.keys() | WHY_FIXED.keys()) <= megatrons.keys()
-    assert not SUPPORTED & (REFUSED.keys() | WHY_FIXED.keys())
-    assert {megatrons[flag] for flag in WHY_FIXED} <= FIXED_FOR_MOE.keys() <= set(megatrons.values())
+    assert (SUPPORTED | REFUSED.keys()) <= megatrons.keys()
+    assert not SUPPORTED & REFUSED.keys()
+    assert FIXED_FOR_MOE.keys() <= set(megatrons.values())
 
 
 def test_recipes_and_commands_in_the_documentation_use_supported_flags_only(megatrons: dict[str, str]) -> None:

@@ -81,7 +81,7 @@ stage1 upcycled --norms-after -> --norms-after True contradicts … has False;
 stage1 second-round --num-original-experts 1 -> --num-original-experts 1 contradicts … has 3;
 stage1 upcycled --save-trained-only --train-everything -> --save-trained-only … --train-everything
 stage1 upcycled --yaml-cfg a.yaml -> --yaml-cfg is not supported … --recipe
-stage1 upcycled --qk-clip -> --qk-clip is not supported … frozen attention
+stage1 upcycled --qk-clip -> --qk-clip is not supported … remove
 stage1 upcycled --moe-router-pre-softmax -> --moe-router-pre-softmax is not supported … remove
 stage1 upcycled --qk-clip --allow-untested qk-clip -> --qk-clip is not supported
 stage1 upcycled --fim-data -> --fim-data is not tested with this trainer … --allow-untested fim-data

@@ -31,47 +31,45 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     assert find_problems(gathered()) == []
 
 
-@pytest.mark.parametrize(("free_gib", "is_warned"), [(0.9, True), (1.1, False)])
-def test_more_memory_than_is_free_is_a_warning(gathered, monkeypatch, free_gib: float, is_warned: bool) -> None:  # noqa: ANN001
+@pytest.mark.parametrize("is_warned", [False, True])
+def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned: bool) -> None:
+    """Of the ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
     from moelpr.train.arguments.checks import hardware
 
+    run, offloaded = gathered(ranks=2), gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
+    (rank,) = stage_memories(offloaded.spec, model_parts(offloaded.spec), *hardware.as_planned(offloaded))
+    assert hardware.expected_memory(offloaded) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(hardware, "expected_memory", lambda run: 1 << 29)
-    monkeypatch.setattr(machine, "free_memory", lambda: int(free_gib * 2**30))
-    notes = list(hardware.note_memory(gathered(ranks=2)))
-    assert len(notes) == is_warned
-    assert not notes or ("MiB" in notes[0] and "--micro-batch-size 3" in notes[0])
-
-
-@pytest.mark.parametrize(("free", "is_warned"), [(2.1, False), (1.9, True)])
-def test_a_host_without_room_for_the_optimizer_is_a_warning(gathered, monkeypatch, free: float, is_warned) -> None:  # noqa: ANN001
-    from moelpr.train.arguments.checks import hardware
-
-    run = gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
-    planned = hardware.as_planned(run)
-    (rank,) = stage_memories(run.spec, model_parts(run.spec), *planned)
-    assert hardware.expected_memory(run) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
+    monkeypatch.setattr(machine, "free_memory", lambda: int((0.9 if is_warned else 1.1) * 2**30))
+    of_ranks = [*hardware.note_memory(run)]
     monkeypatch.setattr(cpu, "is_needed", lambda: False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(machine, "free_memory", lambda: int(free * rank.host_bytes))
-    notes = list(hardware.note_host_memory(run))
-    assert len(notes) == is_warned
-    assert not notes or ("--optimizer-cpu-offload needs" in notes[0] and "each of 2 ranks" in notes[0])
-
-
-@pytest.mark.parametrize(("need_gib", "is_warned"), [(71, False), (73, True)])
-def test_a_rank_that_may_not_fit_its_gpu_is_a_warning(gathered, monkeypatch, need_gib: int, is_warned: bool) -> None:  # noqa: ANN001
-    from moelpr.train.arguments.checks import hardware
-
-    run = gathered()
-    monkeypatch.setattr(cpu, "is_needed", lambda: False)
-    monkeypatch.setattr(hardware, "expected_memory", lambda run: need_gib << 30)
+    monkeypatch.setattr(hardware, "expected_memory", lambda run: (73 if is_warned else 71) << 30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     sizes = {0: 94 << 30, 1: 80 << 30}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu]))
-    notes = list(hardware.note_memory(run))
-    assert len(notes) == is_warned
-    assert not notes or ("73 GiB" in notes[0] and "80 GiB" in notes[0] and "moelpr layouts" in notes[0])
+    of_a_gpu = [*hardware.note_memory(run)]
+    monkeypatch.setattr(machine, "free_memory", lambda: int((1.9 if is_warned else 2.1) * rank.host_bytes))
+    of_the_host = [*hardware.note_host_memory(offloaded)]
+    assert [len(notes) for notes in (of_ranks, of_a_gpu, of_the_host)] == [is_warned] * 3
+    if is_warned:
+        assert "2 ranks of 512 MiB" in of_ranks[0] and "--micro-batch-size" in of_ranks[0]
+        assert "73 GiB" in of_a_gpu[0] and "80 GiB" in of_a_gpu[0] and "moelpr layouts" in of_a_gpu[0]
+        assert "--optimizer-cpu-offload" in of_the_host[0] and "each of 2 ranks" in of_the_host[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "ranks"),
+    [
+        ("stage1", "--micro-batch-size 0", 1),
+        ("dense", "", 1),  # on a model with experts
+        ("stage1", "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1", 2),
+    ],
+)
+def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, stage: str, flags: str, ranks) -> None:
+    from moelpr.train.arguments.checks.hardware import expected_memory
+
+    assert expected_memory(gathered(*flags.split(), stage=stage, ranks=ranks)) is None
 
 
 @pytest.mark.parametrize(
@@ -102,22 +100,3 @@ def test_the_expected_memory_is_the_planners_plus_the_process(
         expected_memory(gathered(*flags.split(), start=start, ranks=ranks, stage=stage))
         == rank.total_bytes + PROCESS_BYTES
     )
-
-
-def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, dense: str) -> None:
-    from moelpr.train.arguments.checks.hardware import expected_memory
-
-    assert expected_memory(gathered(start=dense, stage="stage1")) is None
-    assert expected_memory(gathered("--micro-batch-size", "0")) is None
-    uneven = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
-    assert expected_memory(gathered(*uneven.split(), ranks=2)) is None
-
-
-def test_settings_that_need_less_are_those_that_the_run_does_not_have(gathered) -> None:
-    from moelpr.train.arguments.checks.hardware import smaller_settings
-
-    first = smaller_settings(gathered(ranks=2))
-    assert "--use-distributed-optimizer" in first and "--micro-batch-size 3" in first and "selective" in first
-    small = "--use-distributed-optimizer --micro-batch-size 1 --recompute-granularity full --recompute-method uniform"
-    second = smaller_settings(gathered(*small.split(), ranks=2))
-    assert not any(flag in second for flag in ("--micro-batch-size", "recompute")) and "more ranks" in second

@@ -1,4 +1,4 @@
-"""What a run writes next to its checkpoints, so that they can be read without the command that made them."""
+"""Files next to a run's checkpoints, so that they can be read without the command that made them."""
 
 import argparse
 import json

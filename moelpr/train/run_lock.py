@@ -46,7 +46,7 @@ def run_lock(settings: RunSettings) -> Iterator[None]:
 
 
 def _word_of_rank_0(word: str) -> str:
-    """What rank 0 passes, on every rank: otherwise the others would wait for it, on other nodes for ten minutes."""
+    """Return rank 0's word on every rank: otherwise the others would wait for it, on other nodes for ten minutes."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return word  # no torchrun, so there is no store before Megatron makes one
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -166,10 +166,10 @@ class StepLog:
 def _peak_memory_gib() -> float:
     """The ranks' highest peak memory so far: tensors on the GPU, or the process's resident memory without a GPU."""
     if torch.cuda.is_available():
-        own = torch.cuda.max_memory_allocated() / 2**30
+        peak = torch.cuda.max_memory_allocated() / 2**30
     else:
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-    maximum = torch.tensor(own, device=torch.cuda.current_device())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    maximum = torch.tensor(peak, device=torch.cuda.current_device())
     torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
     return round(maximum.item(), 3)
 

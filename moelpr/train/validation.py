@@ -105,13 +105,13 @@ class Validation:
 
 def result(text: HeldOut, loss: float) -> HeldOutLoss:
     """The record of a language, from its mean loss in nats per token."""
-    found = HeldOutLoss(group=text.group, lm_loss=finite(loss))
+    record = HeldOutLoss(group=text.group, lm_loss=finite(loss))
     bits = loss / math.log(2)
     if text.bytes_per_token is None:
-        found["bits_per_token"] = finite(bits)
+        record["bits_per_token"] = finite(bits)
     else:
-        found["bits_per_byte"] = finite(bits / text.bytes_per_token)
-    return found
+        record["bits_per_byte"] = finite(bits / text.bytes_per_token)
+    return record
 
 
 def held_out(args: argparse.Namespace, language: str, prefix: str) -> HeldOut:

@@ -222,7 +222,7 @@ def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
 
 
 def outcome(case: Case) -> dict[str, Any]:
-    """What the ranks of a case did, as JSON."""
+    """Return the launches and the memory of a case's ranks, as JSON."""
     from moelpr.plan.step_time import expert_traffic
     from moelpr.train.check.cost import disagreements, moved_by_group
 

@@ -21,7 +21,7 @@ VERSION = "2.20.2"
 
 
 class _Module(torch.nn.Module):
-    """What Transformer Engine's modules have in common (TransformerEngineBaseModule)."""
+    """The base of Transformer Engine's modules (TransformerEngineBaseModule)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,15 +20,15 @@ def set_train_iters(run: RequestedRun) -> str:
         The budget and its steps, to be printed; "" if the length is given in steps or samples, and if what it depends
         on is missing or wrong, which the checks report.
     """
-    args, given = run.args, [flag for flag in LENGTH_FLAGS if flag in run.given]
+    args, flags = run.args, [flag for flag in LENGTH_FLAGS if flag in run.given]
     batch, length = run.global_batch_size, args.seq_length or 0
-    if len(given) != 1 or batch < 1 or length < 1:
+    if len(flags) != 1 or batch < 1 or length < 1:
         return ""
     step = f"{batch:,} sequences of {length:,} tokens"
-    if given == ["--train-tokens"] and args.train_tokens:
+    if flags == ["--train-tokens"] and args.train_tokens:
         budget, tokens = f"{args.train_tokens:,} tokens", args.train_tokens
         steps = -(-tokens // (batch * length)) if tokens >= batch * length else 0
-    elif given == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < 10**6:  # else reported by the checks
+    elif flags == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < 10**6:  # else reported by the checks
         prefixes, weights = training_blend(run)
         if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
             return ""
@@ -54,7 +54,7 @@ def set_train_iters(run: RequestedRun) -> str:
     else:
         return ""
     if steps < 1:
-        run.problems.append(f"{budget} fill no step of {step}; raise {given[0]}, or lower --global-batch-size")
+        run.problems.append(f"{budget} fill no step of {step}; raise {flags[0]}, or lower --global-batch-size")
         return ""
     args.train_iters = steps
     return f"{budget}: {steps:,} steps of {step}"
@@ -84,7 +84,7 @@ def set_weights(run: RequestedRun) -> str:
     except UserError as error:
         run.problems.append(f"--mix: {error}")
         return ""
-    args.data_path = [word for prefix, one in parts.items() for word in (f"{one.weight:.6g}", prefix)]
+    args.data_path = [word for prefix, part in parts.items() for word in (f"{part.weight:.6g}", prefix)]
     args.mix = None  # the weights are what is recorded
     return f"the corpora share {total:,} tokens:\n{share_table(parts, 'corpus')}"
 

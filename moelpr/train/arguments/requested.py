@@ -39,7 +39,7 @@ class RequestedRun:
     Attributes:
         args: The settings, by Megatron's names, without invalid arguments.
         defaults: The same without recipe and command line.
-        given: What recipe and command line set: the flag used → Megatron's name.
+        given: The settings of recipe and command line: the flag used → Megatron's name.
         checkpoint: The folder that this run starts or resumes from; None if it has none.
         step: The saved step that --ckpt-step selects; None for the latest.
         step_folder: The folder of that step; None if it is missing.
@@ -81,13 +81,13 @@ class RequestedRun:
         run.defaults = run.args
         run._add(f"in the recipe {path}, ", recipe, parser)
         run._add("", argv, parser)
-        flags, given = parser.flags(), (item.split("=", 1)[0] for item in [*recipe, *argv])
-        run.given = {flag: flags[flag].dest for flag in given if flag in flags}
+        flags, words = parser.flags(), (item.split("=", 1)[0] for item in [*recipe, *argv])
+        run.given = {word: flags[word].dest for word in words if word in flags}
         return run
 
     @property
     def explicit_args(self) -> dict[str, str]:
-        """What recipe and command line set: Megatron's name → the flag used."""
+        """The settings of recipe and command line: Megatron's name → the flag used."""
         return {name: flag for flag, name in self.given.items()}
 
     @property
@@ -98,8 +98,8 @@ class RequestedRun:
     @property
     def is_resumed(self) -> bool:
         """Whether the checkpoint is this run's own, so that its optimizer state, data position and step are loaded."""
-        own = {Path(folder) for folder in (self.args.load, self.args.save) if folder}
-        return self.checkpoint in own and not self.args.finetune
+        folders = {Path(folder) for folder in (self.args.load, self.args.save) if folder}
+        return self.checkpoint in folders and not self.args.finetune
 
     @property
     def has_no_optimizer_state(self) -> bool:

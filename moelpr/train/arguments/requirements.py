@@ -1,4 +1,4 @@
-"""What machine and method require of the settings that Megatron reads, each set once."""
+"""The settings of Megatron that machine and method require, each set once."""
 
 from collections.abc import Mapping
 from pathlib import Path

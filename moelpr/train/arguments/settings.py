@@ -12,7 +12,7 @@ from moelpr.train.arguments.requested import RequestedRun
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts or resumes, resolved once.
+    """The checkpoint that a run starts or resumes from, resolved once.
 
     Attributes:
         step_folder: The saved step in the checkpoint folder.
@@ -32,7 +32,7 @@ class Start:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What a stage trains.
+    """The tensors that a stage trains, and its losses.
 
     Attributes:
         stage1_experts: The experts that tokens can choose in training.

@@ -1,4 +1,4 @@
-"""What a rank's launches cost on a GPU, and whether ranks launch the same collectives."""
+"""The cost of a rank's launches on a GPU, and differences between the collectives of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,9 +51,9 @@ def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
             products += number * max(kernel.flops / flops, kernel.num_bytes / memory)
         else:
             other += number * kernel.num_bytes / memory
-    for one, number in run.counts.collectives.items():
-        time_s = number * _collective_s(one, run.rank, gpu, per_node)
-        if _is_of_data(one):
+    for collective, number in run.counts.collectives.items():
+        time_s = number * _collective_s(collective, run.rank, gpu, per_node)
+        if _is_of_data(collective):
             gradients += time_s
         else:
             exchanges += time_s
@@ -62,24 +62,24 @@ def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
     return Seconds(products, other, exchanges, max(0.0, gradients - each), waits)
 
 
-def _is_of_data(one: Collective) -> bool:
+def _is_of_data(collective: Collective) -> bool:
     """Whether it reduces gradients or gathers weights, which overlaps with a micro-batch's work."""
-    return "DATA_PARALLEL" in one.group.name and "TENSOR_AND" not in one.group.name
+    return "DATA_PARALLEL" in collective.group.name and "TENSOR_AND" not in collective.group.name
 
 
-def _collective_s(one: Collective, rank: int, gpu: Gpu, per_node: int) -> float:
-    members = one.group.members
+def _collective_s(collective: Collective, rank: int, gpu: Gpu, per_node: int) -> float:
+    members = collective.group.members
     inside = sum(member // per_node == rank // per_node for member in members)
     node, network = gpu.node_bandwidth * LINK_EFFICIENCY, gpu.network_bandwidth * LINK_EFFICIENCY
     if len(members) == 1:
         return 0.0
-    if one.operator.startswith("alltoall"):  # both networks work at the same time
+    if collective.operator.startswith("alltoall"):  # both networks work at the same time
         outside = (len(members) - inside) / (len(members) - 1)
-        return max(one.moved * (1 - outside) / node, one.moved * outside / network)
+        return max(collective.moved * (1 - outside) / node, collective.moved * outside / network)
     if inside == len(members):
-        return one.moved / node
+        return collective.moved / node
     # A ring leaves the node through the adapters of all its ranks.
-    return max(one.moved / node, one.moved / inside / network)
+    return max(collective.moved / node, collective.moved / inside / network)
 
 
 def totals(counts: Counts) -> Iterator[tuple[str, int, float, float]]:
@@ -93,12 +93,12 @@ def totals(counts: Counts) -> Iterator[tuple[str, int, float, float]]:
 
 def moved_by_group(counts: Counts) -> dict[tuple[str, int, str], tuple[int, float]]:
     """Group, its size and operator → number of collectives, and bytes that a rank sends in them."""
-    found: dict[tuple[str, int, str], tuple[int, float]] = {}
-    for one, number in counts.collectives.items():
-        key = one.group.name, len(one.group.members), one.operator
-        before = found.get(key, (0, 0.0))
-        found[key] = before[0] + number, before[1] + number * one.moved
-    return dict(sorted(found.items()))
+    moved: dict[tuple[str, int, str], tuple[int, float]] = {}
+    for collective, number in counts.collectives.items():
+        key = collective.group.name, len(collective.group.members), collective.operator
+        before = moved.get(key, (0, 0.0))
+        moved[key] = before[0] + number, before[1] + number * collective.moved
+    return dict(sorted(moved.items()))
 
 
 def disagreements(runs: list[DryRun]) -> Iterator[str]:
@@ -130,17 +130,19 @@ type _Order = dict[tuple[str, tuple[int, ...]], list[tuple[str, int]]]
 
 
 def _by_group(run: DryRun, with_sends: bool) -> _Order:
-    found: _Order = {}
-    for one in run.order:
-        if one.operator in ("send", "recv_") and not with_sends:
+    order: _Order = {}
+    for collective in run.order:
+        if collective.operator in ("send", "recv_") and not with_sends:
             continue
-        found.setdefault((one.group.name, one.group.members), []).append((one.operator, one.num_bytes))
-    return found
+        order.setdefault((collective.group.name, collective.group.members), []).append(
+            (collective.operator, collective.num_bytes)
+        )
+    return order
 
 
 def _by_name(order: _Order) -> _Order:
     """The same for groups of the same name: ranks of a stage are in different ones."""
-    found: _Order = {}
+    by_name: _Order = {}
     for (name, members), launched in order.items():
-        found.setdefault((name, (len(members),)), []).extend(launched)
-    return found
+        by_name.setdefault((name, (len(members),)), []).extend(launched)
+    return by_name

@@ -48,12 +48,12 @@ def install(meter: Meter) -> None:
         for name in _COMPILED[module.__name__.rpartition(".")[2]].split():
             setattr(module, name, meter.as_one_kernel(name, getattr(module, name)))
 
-    # What it finds out of values that there are none of does not count, but that it waits for them does.
+    # Its verdict is meaningless without values; only its waits count.
     rerun_state_machine.RerunStateMachine.validate_result = lambda self, result, is_wrong, *_, **__: is_wrong(result)
     has_group = optimizer.MegatronOptimizer.has_grad_norm_group
 
     def has_no_group(self: Any, group: str) -> bool:
-        """What ranks answer together, which is no in all models here."""
+        """All ranks agree on False: no model here has such a group."""
         has_group(self, group)
         return False
 

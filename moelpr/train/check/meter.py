@@ -58,7 +58,7 @@ class Collective(NamedTuple):
 
 @dataclass
 class Counts:
-    """What a step launches."""
+    """The launches and waits of a step."""
 
     kernels: Counter[Kernel] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)

@@ -32,7 +32,7 @@ from moelpr.train.check.meter import Collective, Counts, Meter
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner's formulas take and give for the same run."""
+    """The same run for the planner's formulas, and the memory that they expect."""
 
     layout: PlannedLayout
     workload: Workload
@@ -41,7 +41,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one rank does in a step.
+    """The launches and the memory of a rank's step.
 
     Attributes:
         stage: its pipeline stage.

@@ -1,4 +1,4 @@
-"""What a command line names and this machine does not have: a checkpoint's shape, and corpora without text."""
+"""Stand-ins for files that a command line names and this machine lacks: a checkpoint's shape, corpora without text."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

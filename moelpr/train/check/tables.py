@@ -1,4 +1,4 @@
-"""What a dry run prints."""
+"""The tables and the JSON of a dry run."""
 
 from collections import Counter
 from typing import Any

@@ -24,7 +24,7 @@ _CAPABILITIES |= {"a10": (8, 6), "l4": (8, 9), "b200": (10, 0), "rtx5090": (12, 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the ranks did, what the trainer noted, and what was not there.
+    """The ranks' dry runs, the trainer's notes, and the files that were missing.
 
     Attributes:
         witnesses: ranks that were only compared with the others.

@@ -93,19 +93,19 @@ class TrackedRun(Record):
 
 
 def values_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """What trackers get of a record in metrics.jsonl: of what is measured per layer, means."""
+    """Tracker values of a record in metrics.jsonl; per-layer metrics are averaged."""
     if record.get("event") == "validation":
         units = {language: bits_of(result) for language, result in record["languages"].items()}
         return {f"validation {unit}/{language}": bits for language, (unit, bits) in units.items() if bits is not None}
     if "event" in record:
         return {}
     means = {m.tracked: mean_of(record.get(m)) for m in METRICS if m.tracked}
-    found = {name: float(value) for name, value in means.items() if value is not None}
-    return found | {f"{record.get('stage', 'run')}/step": float(record["iteration"])}
+    values = {name: float(value) for name, value in means.items() if value is not None}
+    return values | {f"{record.get('stage', 'run')}/step": float(record["iteration"])}
 
 
 class Tracking:
-    """What a training sends to its trackers: from threads, so that it waits for none of them."""
+    """The clients of a training's trackers, each in a thread, so that the training waits for none of them."""
 
     def __init__(
         self, args: argparse.Namespace, save: Path, before: Path | None, steps_before: int, *, is_new: bool

@@ -47,9 +47,9 @@ def check_presence(run: RequestedRun) -> Iterable[str]:
         if run.recipe_is_read and not any(name in run.explicit_args for name in names):
             yield f"{usage.split()[0]} is required; pass {usage}"
     for names in _EXCLUSIVE:
-        given = [run.flag(name) for name in names if name in run.explicit_args]
-        if len(given) > 1:
-            yield f"{' and '.join(given)} are mutually exclusive; keep one of them"
+        flags = [run.flag(name) for name in names if name in run.explicit_args]
+        if len(flags) > 1:
+            yield f"{' and '.join(flags)} are mutually exclusive; keep one of them"
 
 
 def check_optimizer(run: RequestedRun) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""What this machine has (GPUs that PyTorch can use, and memory), and what the planner expects the run to need of it."""
+"""This machine's GPUs, which PyTorch can use, and its memory, beside the memory that the planner expects of the run."""
 
 from collections.abc import Iterable
 

@@ -26,7 +26,7 @@ def check_layout(run: RequestedRun) -> Iterable[str]:
 
 
 def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
-    """What Megatron does not check, or reports only in the first step."""
+    """Virtual stages fit the layers and the batch, which Megatron does not check, or only in the first step."""
     stages, micro, batch = run.layout.pp, run.args.micro_batch_size, run.args.global_batch_size
     virtual = run.args.num_virtual_stages_per_pipeline_rank
     layers_per_stage = run.shape.get("num_layers", 0) // stages

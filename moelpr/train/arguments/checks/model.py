@@ -53,11 +53,11 @@ def check_model_flags(run: RequestedRun) -> Iterable[str]:
     """Flags that contradict the checkpoint: one of the two would be ignored."""
     shape = (_ABSENT | run.shape) if run.shape else {}
     for name, value in shape.items():
-        found = getattr(run.args, name)
+        setting = getattr(run.args, name)
         is_known = value is not None or name in _ABSENT
-        if name in run.explicit_args and name not in _FREE_SHAPE and is_known and found != value:
+        if name in run.explicit_args and name not in _FREE_SHAPE and is_known and setting != value:
             yield (
-                f"{run.flag(name)} {found} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
+                f"{run.flag(name)} {setting} contradicts the checkpoint {run.checkpoint}, whose model_spec.json has "
                 f"{value}; remove the flag, or convert the model again"
             )
 
@@ -114,7 +114,7 @@ def check_method(run: RequestedRun) -> Iterable[str]:
 
 
 def check_stage1_experts(run: RequestedRun) -> Iterable[str]:
-    """Where tokens cannot choose original experts: only in stage 1, and nothing may need those places."""
+    """Tokens can be kept from original experts in stage 1 only, if nothing needs those places."""
     args = run.args
     if args.stage1_experts == "all":
         return

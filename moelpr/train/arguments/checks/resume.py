@@ -169,17 +169,17 @@ def check_schedule(run: RequestedRun) -> Iterable[str]:
 
 def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that Megatron derives the schedule from; None for those that it does not use."""
-    found = {name: settings.get(name) for name in (*_SCHEDULE, *_NOT_SAVED)}
+    schedule = {name: settings.get(name) for name in (*_SCHEDULE, *_NOT_SAVED)}
     for unit in ("iters", "samples"):
-        if found[f"lr_decay_{unit}"] is None:
-            found[f"lr_decay_{unit}"] = found[f"train_{unit}"]
-    is_constant = found["weight_decay_incr_style"] == "constant"
+        if schedule[f"lr_decay_{unit}"] is None:
+            schedule[f"lr_decay_{unit}"] = schedule[f"train_{unit}"]
+    is_constant = schedule["weight_decay_incr_style"] == "constant"
     unused = ["start_weight_decay", "end_weight_decay"] if is_constant else ["weight_decay"]
-    if found["lr_decay_style"] != "WSD":
+    if schedule["lr_decay_style"] != "WSD":
         unused += [name for name in _NOT_SAVED if "wsd" in name]
-    if found["train_iters"] is None:
+    if schedule["train_iters"] is None:
         unused.append("global_batch_size")  # the schedule counts in samples
-    return found | dict.fromkeys(unused)
+    return schedule | dict.fromkeys(unused)
 
 
 def _record_of_state(run: RequestedRun) -> dict[str, Any] | None:

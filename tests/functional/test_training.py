@@ -426,13 +426,3 @@ def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(materia
 
     export(stage2, material / "stage2-hf", overwrite=True)
     assert largest_difference(compare_frozen(material / "hf", material / "stage2-hf")) == 0.0
-
-
-def test_base_plus_delta_is_the_export(material: Path, stage2: Path) -> None:
-    from checkpoint_convert.conversions.delta import apply_delta
-
-    export(stage2, material / "full-hf")
-    export(stage2, material / "delta", as_delta=True)
-    apply_delta(material / "hf", material / "delta", material / "whole-hf")
-    for path in (material / "full-hf").iterdir():
-        assert path.read_bytes() == (material / "whole-hf" / path.name).read_bytes(), path

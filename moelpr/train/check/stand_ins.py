@@ -58,9 +58,7 @@ class StandIns:
         (made / RELEASE).mkdir(parents=True)
         (made / TRACKER_FILE).write_text(RELEASE)
         model.write(made)
-        _, self.argv = split_by_flags(self.argv, [flag])
-        self.argv += [flag, str(made)]
-        self._names[str(made)] = given
+        self._replace(flag, made, given)
         self.missing.append(f"the checkpoint {given}, of which only the shape is known")
 
     def _replace_folders(self) -> None:
@@ -68,11 +66,13 @@ class StandIns:
         for flag in ("--save", "--data-cache-path"):
             given = values_of(self.argv).get(flag)
             if given is not None and not Path(given).exists():
-                made = str(self.folder / flag[2:])
-                _, self.argv = split_by_flags(self.argv, [flag])
-                self.argv += [flag, made]
-                self._names[made] = given
+                self._replace(flag, self.folder / flag[2:], given)
                 self.missing.append(f"{flag} {given}")
+
+    def _replace(self, flag: str, made: Path, given: str) -> None:
+        _, self.argv = split_by_flags(self.argv, [flag])
+        self.argv += [flag, str(made)]
+        self._names[str(made)] = given
 
     def _replace_corpora(self) -> None:
         for flag, bits in (("--data-path", [0, 1]), ("--validation-data", [0])):

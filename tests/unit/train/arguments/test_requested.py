@@ -51,16 +51,6 @@ def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_pat
     assert accepted("stage1", upcycled, "--recipe", str(recipe))["model_source"] == upcycled
 
 
-def test_every_recipe_of_the_project_names_flags_that_exist() -> None:
-    from moelpr.train.arguments.flags import all_arguments
-    from moelpr.train.arguments.recipes import read_recipe, recipe_argv
-
-    recipes = list((Path(__file__).parents[4] / "launch" / "recipes").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        assert all_arguments().parse_tolerantly(recipe_argv(read_recipe(recipe)))[1] == [], recipe.name
-
-
 def test_a_checkpoint_to_start_from_is_required(tmp_path: Path, problems) -> None:
     (found,) = problems("stage1", None)
     assert "--pretrained-checkpoint DIR" in found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.train.arguments.recipes import read_recipe
+from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 from moelpr.train.arguments.supported import REFUSED, SUPPORTED
 
 ROOT = Path(__file__).parents[4]
@@ -29,9 +29,12 @@ def test_every_flag_in_the_table_exists_and_is_there_once(megatrons: dict[str, s
 
 
 def test_recipes_and_commands_in_the_documentation_use_supported_flags_only(megatrons: dict[str, str]) -> None:
+    from moelpr.train.arguments.flags import all_arguments
+
     recipes = [*(ROOT / "launch" / "recipes").glob("*.yaml")]
     used = {flag[2:] for recipe in recipes for flag in read_recipe(recipe)}
     assert recipes and used & megatrons.keys() <= SUPPORTED
+    assert not any(all_arguments().parse_tolerantly(recipe_argv(read_recipe(recipe)))[1] for recipe in recipes)
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = page.read_text().replace("\\\n", "")
         trainings = re.findall(r"^(?:launch/|moelpr train ).*", text, re.MULTILINE)

@@ -145,5 +145,5 @@ def bytes_per_token(prefix: str) -> float | None:
     """
     manifest = Manifest.read(prefix)
     if loss_bits_path(prefix).exists() or manifest is None or not manifest.tokens:
-        return None  # of conversations only the assistant's tokens count, whose bytes are unknown
+        return None  # the bytes of the assistant's tokens, which alone count in conversations, are unknown
     return sum(count.bytes for count in manifest.languages.values()) / manifest.tokens

@@ -1,4 +1,4 @@
-"""This machine's GPUs, which PyTorch can use, and its memory, beside the memory that the planner expects of the run."""
+"""This machine's GPUs, which PyTorch can use, and its memory, next to what the planner expects of the run."""
 
 from collections.abc import Iterable
 

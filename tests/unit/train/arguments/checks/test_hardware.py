@@ -33,7 +33,7 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
 
 @pytest.mark.parametrize("is_warned", [False, True])
 def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned: bool) -> None:
-    """Of the ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
+    """The memory of ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
     from moelpr.train.arguments.checks import hardware
 
     run, offloaded = gathered(ranks=2), gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")

@@ -3,7 +3,9 @@
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 
+from moelpr.base.errors import UserError
 from moelpr.base.program_files import launch_folder
 
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
@@ -14,6 +16,12 @@ def install_command(extra: str) -> str:
     if not (launch_folder().parent / "setup.py").exists():
         return f"{sys.executable} -m pip install 'moelpr[{extra}]'"
     return f"{sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
+
+
+def require_package(name: str, extra: str) -> None:
+    """Raise a UserError that says how to install an optional package, unless it is there."""
+    if find_spec(name) is None:
+        raise UserError(f"{name} is not installed; run {install_command(extra)}")
 
 
 def installed_versions() -> dict[str, str]:

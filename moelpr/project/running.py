@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
+from moelpr.base.versions import require_package
 from moelpr.project.budget import check_budget
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.tables import changes, plan
 from moelpr.project.workflow import kubernetes, skypilot, slurm
 from moelpr.project.workflow.workflow import Outlook, Workflow
-from moelpr.train.lora import require_peft
 
 
 def run(
@@ -51,7 +51,7 @@ def run(
             print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {on}.")
         return
     if on == "local" and project.method == "lora":
-        require_peft()
+        require_package("peft", "lora")
     make_folder(workflow.folder)
     if project.trackers and not (path := project.folder / PLAN_FILE).exists():  # later plans have only what is left
         write_text(path, plan(project) + "\n")

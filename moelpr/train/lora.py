@@ -21,7 +21,7 @@ from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, 
 from moelpr.base.quantities import count_argument, format_count
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
 from moelpr.base.stop import SIGNALS
-from moelpr.base.versions import install_command
+from moelpr.base.versions import require_package
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
@@ -29,7 +29,7 @@ _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
 
 def main() -> None:
     args = _parser().parse_args()
-    require_peft()
+    require_package("peft", "lora")
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.global_batch_size % args.micro_batch_size:
@@ -46,18 +46,6 @@ def main() -> None:
             train(args, adapter)
         merge(args, adapter)
         write_text(args.save / FINISHED_FILE, f"{args.train_iters}\n")
-
-
-def require_peft() -> None:
-    """Check that peft is installed.
-
-    Raises:
-        UserError: It is not.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"peft is not installed, which LoRA requires; run {install_command('lora')}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Model families: the name table, the config.json and the stock MoE classes of each, and the models they can upcycle.
 
-To add a family, write its entry and add it to FAMILIES; docs/design/families.md works through an example. The MoE
-classes are in moe_classes.py.
+To add a family, write its entry and name it in the order below; docs/design/families.md works through an example.
+The MoE classes are in moe_classes.py.
 """
 
 import math

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_corpus
 from moelpr.base.errors import StoppedError, UserError
+from moelpr.base.versions import require_package
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import lora
 from tests.support.hf_models import save_tokenizer
@@ -116,5 +117,5 @@ def test_wrong_arguments_are_one_sentence(train: Train, words: list[str], messag
 
 def test_without_peft_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"peft is not installed, .*\[lora\]"):
-        lora.require_peft()
+    with pytest.raises(UserError, match=r"peft .*\[lora\]"):
+        require_package("peft", "lora")

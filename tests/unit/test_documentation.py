@@ -148,18 +148,6 @@ def test_the_generated_results_have_their_place() -> None:
     assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1
 
 
-def test_a_program_is_said_to_run_no_class_that_only_its_loader_has_seen() -> None:
-    """vLLM's loader has seen what EXPORTS and MORE of test_readers.py list, and its kernels nothing."""
-    rows = re.findall(
-        r"^\| (\w[\w.]*)[^|]*\| `(\w+)`[^|]*\| yes \| (\w+) \|", (ROOT / "docs/serving.md").read_text(), re.M
-    )
-    assert len(rows) == 16 and {found for *_, found in rows} == {"loads", "untested", "no"}
-    loaded = {(base, as_class) for base, as_class, found in rows if found == "loads"}
-    default = {("Llama", "mixtral"), ("Mistral", "mixtral"), ("Qwen1.5", "qwen2_moe"), ("Qwen3", "qwen3_moe")}
-    default |= {("Qwen3.5", "qwen3_5_moe_text"), ("ERNIE", "ernie4_5_moe"), ("OLMo", "flex_olmo")}
-    assert loaded == default | {("Llama", "granitemoe"), ("Granite", "granitemoe")}
-
-
 @pytest.fixture
 def read_language_bits() -> Callable[[Path], list[int]]:
     """The reader that docs/data-format.md prints."""

@@ -38,6 +38,15 @@ SHAPE = {
     "max_position_embeddings": 64,
     "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
 }
+# Fields of a Qwen3.5, whose layers have linear and full attention.
+HYBRID = {
+    "head_dim": 16,
+    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 # transformers' own class for models of this architecture, and their config.
 RENAMED = {"IQuestCoderForCausalLM": ("LlamaForCausalLM", "IQuestCoderConfig")}
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 99

@@ -1,6 +1,11 @@
 """Files of the forms that preprocessing reads."""
 
+import bz2
+import gzip
 import io
+import json
+import lzma
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow
@@ -15,3 +20,14 @@ def parquet_table(rows: list[dict[str, Any]], rows_per_group: int = 7) -> bytes:
     file = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=rows_per_group)
     return file.getvalue()
+
+
+# Suffix → how JSON lines become such a file.
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "jsonl": bytes,
+    "jsonl.gz": gzip.compress,
+    "jsonl.bz2": bz2.compress,
+    "jsonl.xz": lambda data: lzma.compress(data, preset=0),
+    "jsonl.zst": zstd,
+    "parquet": lambda data: parquet_table([json.loads(line) for line in data.splitlines()], 100),
+}

@@ -1,44 +1,29 @@
 """Documents are read from every form of file in one order, and a message names the line of an unusable one."""
 
-import bz2
-import gzip
 import json
-import lzma
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from moelpr.base.errors import UserError
 from moelpr.data.text.reading import read_documents
-from tests.support.packed_files import parquet_table, zstd
+from tests.support.packed_files import PACK
 
 
-@pytest.mark.parametrize(
-    ("name", "pack"),
-    [
-        ("a.jsonl", bytes),
-        ("a.jsonl.gz", gzip.compress),
-        ("a.jsonl.bz2", bz2.compress),
-        ("a.jsonl.xz", lzma.compress),
-        ("a.jsonl.zst", zstd),
-        ("a.parquet", lambda lines: parquet_table([json.loads(line) for line in lines.splitlines()])),
-    ],
-)
-def test_every_form_of_a_file_and_its_folder_have_the_same_documents(
-    name: str, pack: Callable[[bytes], bytes], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("suffix", PACK)
+def test_every_form_of_a_file_and_its_folder_have_the_same_documents(suffix: str, tmp_path: Path) -> None:
     texts = [f"text\u2028 {number}" for number in range(300)]
-    path = tmp_path / "folder" / name
+    path = tmp_path / "folder" / f"a.{suffix}"
     path.parent.mkdir()
-    path.write_bytes(pack("".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts).encode()))
+    lines = "".join(json.dumps({"n": 1, "text": text}) + "\n" for text in texts)
+    path.write_bytes(PACK[suffix](lines.encode()))
     assert read_documents(path) == read_documents(path.parent) == read_documents(f"{path.parent}/*") == texts
     assert read_documents(path, max_documents=7) == texts[:7]
-    with pytest.raises(UserError, match=f'{name}.*"?body'):
+    with pytest.raises(UserError, match=f'{path.name}.*"?body'):
         read_documents(path, "body")
-    if name != "a.jsonl":
+    if suffix != "jsonl":
         path.write_bytes(path.read_bytes()[:-30])
-        with pytest.raises(UserError, match=f"{name} .* is damaged or truncated"):
+        with pytest.raises(UserError, match=f"{path.name} .* is damaged or truncated"):
             read_documents(path)
 
 

@@ -19,6 +19,7 @@ from moelpr.model.families.families import FAMILIES, read_base
 from moelpr.model.families.moe_classes import MOE_CLASSES
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
+    HYBRID,
     SHAPE,
     TOKENS,
     assert_import_fails,
@@ -44,15 +45,6 @@ GRANITE = {
     "attention_multiplier": 0.2,
     "residual_multiplier": 0.22,
     "logits_scaling": 10.0,
-}
-
-HYBRID = {
-    "head_dim": 16,
-    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
 }
 
 # A tiny Granite 4 without Mamba layers, whose settings must fit even so.

@@ -18,6 +18,7 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.stages import Part, part_of
 from tests.support.hf_models import (
+    HYBRID,
     InDouble,
     assert_as_exact,
     assert_import_fails,
@@ -32,15 +33,7 @@ from tests.support.hf_models import (
     tensors_of,
 )
 
-SHAPE = {
-    "head_dim": 16,
-    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 12,
-    "max_position_embeddings": 4096,
-}
+SHAPE = HYBRID | {"max_position_embeddings": 4096}
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What a job does, after all checks that are possible before the work starts.
+    """A description of a job, after all checks that are possible before the work starts.
 
     Attributes:
         settings: Everything that determines the output's bytes, by flag.

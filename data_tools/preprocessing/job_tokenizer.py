@@ -17,7 +17,7 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 
 
 class JobTokenizer(NamedTuple):
-    """What a job needs of a tokenizer.
+    """The tokenizer of a job, and the IDs around each text.
 
     Attributes:
         prefix: IDs to add before each text.

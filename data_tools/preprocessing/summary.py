@@ -1,4 +1,4 @@
-"""What a job counts on its way, and the report that it prints of that in the end."""
+"""Counts of a job, and the report that it prints of them in the end."""
 
 import sys
 from collections import Counter

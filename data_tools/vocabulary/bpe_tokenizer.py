@@ -1,4 +1,4 @@
-"""What can be extended: a byte-level BPE (Qwen, Llama 3), or a SentencePiece BPE with byte fallback (Llama 2, Mistral).
+"""Tokenizers that can be extended: byte-level BPE (Qwen, Llama 3), and SentencePiece BPE with byte fallback (Llama 2).
 
 Both are a tokenizer.json of the `tokenizers` library that can write any text and lists its merges.
 """

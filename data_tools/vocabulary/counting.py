@@ -1,4 +1,4 @@
-"""What is counted in text: words of new text, uses of token pairs in original text, and tokens before and after.
+"""Counts of text: words of new text, uses of token pairs in original text, and tokens before and after.
 
 Workers count batches of documents; the results are added in order, so they do not depend on the number of workers. One
 document in many is held out, chosen by a hash of its text: from the words that merges are learned from, and from the
@@ -167,7 +167,7 @@ class PairCounts:
 
 @dataclass
 class OriginalText:
-    """What original-language text contains that a new token might change.
+    """The token pairs of original-language text that a new token might change.
 
     Attributes:
         pairs: Pairs of neighboring tokens.

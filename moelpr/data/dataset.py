@@ -35,7 +35,7 @@ _SHORTER = "raise --seq-length, or preprocess them again with --max-tokens"
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What Megatron's datasets need of a tokenizer.
+    """The values of a tokenizer that Megatron's datasets need.
 
     Attributes:
         vocab_size: Vocabulary size of the model.
@@ -233,7 +233,7 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
 
 
 def index_checksums(prefixes: Iterable[str], shares_windows: bool = False) -> dict[str, str]:
-    """What tells corpora of one name apart: the checksum of each .idx, from its manifest if it has one.
+    """Identify corpora of one name: the checksum of each .idx, from its manifest if it has one.
 
     Megatron's cache holds the order of samples by name and settings, so that a corpus that was made again would be read
     in the order of the old one.

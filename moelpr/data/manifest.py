@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(config=STRICT)
 class LanguageCount:
-    """What a corpus contains of one language (or dataset of a registry).
+    """Counts of one language of a corpus (or dataset of a registry).
 
     Attributes:
         bit: "original" or "expanded".

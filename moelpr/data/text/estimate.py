@@ -23,7 +23,7 @@ _LONGEST_S = 1.5
 
 
 class TextEstimate(NamedTuple):
-    """What files contain; the last two are estimates.
+    """The content of files; the last two are estimates.
 
     Attributes:
         files: Number of files.

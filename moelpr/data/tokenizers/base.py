@@ -1,4 +1,4 @@
-"""What every tokenizer offers, whichever library runs it."""
+"""The interface of every tokenizer, whichever library runs it."""
 
 import hashlib
 import json

@@ -138,7 +138,7 @@ def damage(path: Path, position: int, value: bytes) -> None:
 
 
 def test_files_that_do_not_belong_together_are_reported(prefix: Path, sp_tokenizer: Path, tmp_path: Path) -> None:
-    """What is damaged is tested with the readers of each file."""
+    """Damage is tested with the readers of each file."""
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
 
     def expect(message: str, *flags: str) -> None:

@@ -26,7 +26,6 @@ from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.reading import read_documents
 from moelpr.data.tokenizers.loading import load_tokenizer
-from tests.support.packed_files import parquet_table
 
 ONE = ("--language", "original", "--append-eod")
 KEY = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title")
@@ -435,33 +434,6 @@ def test_documents_and_flags_may_name_a_language_by_any_of_its_codes(
     two = preprocess(sp_tokenizer, "--input", lines, *flags, out="out/b")
     assert corpus_bytes(f"{one}_text_document") == corpus_bytes(f"{two}_text_document")
     assert Manifest.read(f"{one}_text_document").languages == Manifest.read(f"{two}_text_document").languages
-
-
-def test_fineweb_2_is_read_as_it_is_published(hf_tokenizer, sentences, preprocess, tmp_path, monkeypatch) -> None:
-    """Its folders, columns and codes (language is ISO 639-3), in files of several row groups, by shards."""
-    monkeypatch.chdir(tmp_path)
-    folders = {"ell_Grek": "el", "hun_Latn": "hu", "eng_Latn": "en"}
-    for code, language in folders.items():
-        for place in (f"{code}/train", f"{code}/test", f"{code}_removed/train"):
-            (tmp_path / "data" / place).mkdir(parents=True)
-            name, script = code.split("_")
-            row = {"text": f"{place} {sentences[language]}", "language": name, "language_script": script}
-            table = parquet_table([row | {"id": f"{i}", "language_score": 0.9} for i in range(40)])
-            (tmp_path / "data" / place / "000_00000.parquet").write_bytes(table)
-    flags = ("--language-key", "language", "--original-languages", "en", "--expanded-languages", "el,hu")
-    for shard in range(3):
-        prefix = preprocess(hf_tokenizer, "--input", "data", *flags, "--num-shards", 3, "--shard", shard, workers=2)
-    merge_data.main(["--output-prefix", f"{prefix}_text_document", "--num-shards", "3"])
-    manifest = Manifest.read(f"{prefix}_text_document")
-    assert {name: (count.bit, count.documents) for name, count in manifest.languages.items()} == {
-        "el": ("expanded", 40),
-        "en": ("original", 40),
-        "hu": ("expanded", 40),
-    }
-    assert {source.path: source.documents for source in manifest.sources} == {
-        f"data/{code}/train/000_00000.parquet": 40 for code in folders
-    }
-    assert read_documents("data/ell_Grek/test") == [f"ell_Grek/test {sentences['el']}"] * 40
 
 
 def test_existing_corpus_is_replaced_only_with_overwrite(sp_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:

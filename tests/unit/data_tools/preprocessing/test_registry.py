@@ -141,14 +141,6 @@ def test_max_samples_applies_to_each_dataset(registry, preprocess, hf_tokenizer,
     assert set(other) != set(documents) and other[-30:] == documents[-30:]
 
 
-def test_blank_lines_are_not_sampled(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join([b"", b'{"text": "aa"}', b"  ", b'{"text": "b"}', b"", b""]))
-    flags = ("--language", "original", "--max-samples", "2")
-    assert (
-        Corpus(f"{preprocess(hf_tokenizer, '--input', tmp_path / 'a.jsonl', *flags)}_text_document").num_documents == 2
-    )
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

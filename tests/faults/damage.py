@@ -54,6 +54,13 @@ def _zeros(path: Path, random: Random) -> str:
     return f"zeros from {start} to {stop}"
 
 
+def _invert(path: Path, random: Random) -> str:
+    content = path.read_bytes()
+    start = random.choice([0, 64, random.randrange(max(1, len(content)))])
+    path.write_bytes(content[:start] + bytes(byte ^ 255 for byte in content[start:]))
+    return f"inverted from byte {start}"
+
+
 def _swap(path: Path, random: Random) -> str:
     content, size = path.read_bytes(), 1 << random.randint(3, 9)
     blocks = [content[start : start + size] for start in range(0, len(content), size)] or [b""]
@@ -93,6 +100,7 @@ _WAYS: list[Callable[[Path, Random], str]] = [
     *[_bytes] * 5,
     _truncate,
     _zeros,
+    _invert,
     _swap,
     _remove,
     _folder,

@@ -1,4 +1,4 @@
-"""The destinations of a run's records: metrics.jsonl, TensorBoard, trackers, and stderr.
+"""The destinations of a run's records: metrics.jsonl, TensorBoard, trackers, and stderr (a bar or lines).
 
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from megatron.training import get_tensorboard_writer
+from tqdm import tqdm
 
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
@@ -42,14 +42,15 @@ class RunLog:
         self.stage = settings.stage.name
         self._tracking: Tracking | None = None
         self._file: TextIO | None = None
-        self._first_step: int | None = None
-        self._first_time = 0.0
+        self._bar: tqdm | None = None
+        self._first_time = time.monotonic()
+        self._steps_before = 0
 
     def step(self, record: Step) -> None:
         """Write a training step, and the warnings that follow from it."""
         self._append(record, before_iteration=record["iteration"])
         _write_to_tensorboard(record, with_layers=record["iteration"] % self.settings.log_interval == 0)
-        self._show_progress(record)
+        self._show_progress(record, self.settings.last_step, self.settings.log_interval)
         self.warn(record["iteration"], self.early_warnings.step(record))
 
     def validation(self, iteration: int, results: dict[str, HeldOutLoss]) -> None:
@@ -64,7 +65,7 @@ class RunLog:
                 tag = f"validation {unit}/{language}"
                 if (writer := get_tensorboard_writer()) is not None:
                     writer.add_scalar(tag, value, iteration)
-        print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}", file=sys.stderr, flush=True)
+        self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
         self.warn(iteration, self.early_warnings.validation(event))
 
     def warn(self, iteration: int, warnings: list[EarlyWarning]) -> None:
@@ -74,13 +75,17 @@ class RunLog:
                 iteration=iteration, event="warning", stage=self.stage, kind=warning.kind, message=warning.message
             )
             self._append(event, before_iteration=iteration + 1)
-            line = f"moelpr: warning: {self.stage} step {iteration}: {warning.message}"
-            print(line, file=sys.stderr, flush=True)
+            self.print(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
+
+    def print(self, line: str) -> None:
+        """Print a line on stderr, above the progress bar if there is one."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
 
     def close(self) -> None:
         if (writer := get_tensorboard_writer()) is not None:
             writer.flush()  # Megatron does before the last validation, and a thread of the writer may not get to it
-        for output in (self._file, self._tracking):
+        for output in (self._file, self._bar, self._tracking):
             if output is not None:
                 output.close()
 
@@ -99,16 +104,22 @@ class RunLog:
             self._tracking.add(record["iteration"], values_of(record))
             self._tracking.flush()
 
-    def _show_progress(self, record: Step) -> None:
-        """Print a line per log interval, with the time left, in addition to Megatron's log."""
-        step, total, interval = record["iteration"], self.settings.last_step, self.settings.log_interval
-        if self._first_step is None:
-            self._first_step, self._first_time = step, time.monotonic() - record[STEP_TIME_S]
-        if step % interval == 0 or step == total:
-            shown = (f"{m.label} {record[m]:.4g}" for m in METRICS if m.in_progress and record.get(m) is not None)
-            left_s = (time.monotonic() - self._first_time) / (step - self._first_step + 1) * (total - step)
-            left = timedelta(seconds=round(left_s))
-            print(f"{self.stage} {step}/{total}  {'  '.join(shown)}  {left} left", file=sys.stderr, flush=True)
+    def _show_progress(self, record: Step, total: int, log_interval: int) -> None:
+        """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
+        if self._bar is None:
+            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record[STEP_TIME_S]
+            settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
+            self._bar = tqdm(total=total, initial=self._steps_before, **settings)
+        shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.in_progress and record.get(m) is not None}
+        if not self._bar.disable:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(1)
+        elif record["iteration"] % log_interval == 0 or record["iteration"] == total:
+            steps = record["iteration"] - self._steps_before
+            left_s = (time.monotonic() - self._first_time) / steps * (total - record["iteration"])
+            values = "  ".join(f"{name} {value}" for name, value in shown.items())
+            left = tqdm.format_interval(left_s)
+            print(f"{self.stage} {record['iteration']}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
 
 
 @contextmanager

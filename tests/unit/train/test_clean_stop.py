@@ -119,8 +119,10 @@ LOST = "[/gloo/transport/tcp/pair.cc:561] Connection closed by peer"
 @pytest.mark.parametrize(
     ("message", "signals", "code"),
     [
+        (LOST, [signal.SIGTERM], -signal.SIGTERM),
         (LOST, [signal.SIGUSR1, signal.SIGTERM], -signal.SIGTERM),
         (LOST, [signal.SIGUSR1], 1),
+        (LOST, [], 1),
         ("a bug", [signal.SIGTERM], 1),
     ],
 )

@@ -33,12 +33,6 @@ def test_an_idle_expert_is_named_once_until_it_recovers() -> None:
     assert block(watch, token_share=busy) == []
     assert block(watch, token_share=idle) == ["idle_expert"]
     assert block(warnings_of(expert_share=0), token_share=idle) == []
-    masked = EarlyWarnings("stage1", Thresholds(window=WINDOW), lpr_loss_is_on=False, first_expert=1)
-    assert block(masked, token_share=[[0.0, 1.0, 1.0]]) == []
-    assert block(masked, token_share=[[0.0, 2.0, 0.0]]) == ["idle_expert"]
-    steps = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]
-    watch = warnings_of()
-    assert [warning for record in steps for warning in watch.step(record)] == []
 
 
 def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
@@ -48,6 +42,18 @@ def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
     assert found.kind == "grace_too_short" and "up to 10.5 s and a checkpoint 20 s" in found.message
     assert watch.saved(11, 20) == []
     assert warnings_of().saved(1e6, 1e6) == []
+
+
+def test_experts_that_tokens_cannot_choose_are_not_idle() -> None:
+    watch = EarlyWarnings("stage1", Thresholds(window=WINDOW), lpr_loss_is_on=False, first_expert=1)
+    assert block(watch, token_share=[[0.0, 1.0, 1.0]]) == []
+    assert block(watch, token_share=[[0.0, 2.0, 0.0]]) == ["idle_expert"]
+
+
+def test_one_idle_step_does_not_make_an_expert_idle() -> None:
+    watch = warnings_of()
+    records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]
+    assert [warning for record in records for warning in watch.step(record)] == []
 
 
 def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() -> None:

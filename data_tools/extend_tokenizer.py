@@ -21,7 +21,7 @@ from moelpr.base.files import atomic_directory, refuse_existing
 from moelpr.base.languages import canonical
 from moelpr.base.machine import available_cpus
 from moelpr.base.text_tables import table_text
-from moelpr.data.text.sources import STANDARD_INPUT, find_files, open_source
+from moelpr.data.text.sources import STANDARD_INPUT, download, find_files, open_source
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,7 +119,7 @@ def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFil
         if language not in languages:
             languages.append(language)
         sources += [open_source(file, languages.index(language)) for file in find_files([path])]
-    return TextFiles(languages, sources, args.json_key, args.held_out_share)
+    return TextFiles(languages, download(sources), args.json_key, args.held_out_share)
 
 
 def print_comparison(title: str, languages: list[str], compared: list[Comparison]) -> None:

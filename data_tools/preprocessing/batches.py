@@ -18,8 +18,6 @@ from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
-# A remote table's, which the workers fetch: so much that a request's delay does not count.
-REMOTE_BATCH_BYTES = 1 << 22
 # A longer document is left out: a tokenizer needs about 120 times a text's size while it works.
 DOCUMENT_BYTES = 1 << 24
 # A larger row group is read by the main process, in batches of its rows, as no worker can begin in its midst.
@@ -33,7 +31,7 @@ class ReadCursor(NamedTuple):
     Attributes:
         share: Index of the share.
         offset: Byte of the (decompressed) JSON lines, or row of the Parquet file.
-        line: Number of lines before it in the share, or of rows in the file; not counted in plain local files.
+        line: Number of lines before it in the share, or of rows in the file; not counted in plain files.
         documents: Number of these that are not blank; only counted if documents are chosen, and in compressed files.
     """
 
@@ -69,7 +67,7 @@ class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
-        content: Lines, the bytes or the range of a file that contain them, rows of a table, or one long line.
+        content: Lines, the range of a file that contains them, rows of a table, or one long line.
         numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
             consecutive.
         after: Where reading resumes after this batch.
@@ -79,7 +77,7 @@ class Batch(NamedTuple):
     """
 
     share: Share
-    content: list[bytes] | bytes | FileRange | list[dict[str, Any]] | RowGroups | LongLine
+    content: list[bytes] | FileRange | list[dict[str, Any]] | RowGroups | LongLine
     numbers: Sequence[int] | None
     after: ReadCursor
     num_bytes: int
@@ -98,7 +96,7 @@ class Batch(NamedTuple):
     def _rows(self) -> Iterator[tuple[dict[str, Any], int]]:
         assert isinstance(self.content, RowGroups)
         groups, columns, _ = self.content
-        with name_damaged(self.share.source), open_table(self.share.source, columns, by_group=True) as file:
+        with name_damaged(self.share.source), open_table(self.share.source, columns) as file:
             yield from rows_of(file, groups, columns)
 
     def items(self) -> Iterable[bytes | dict[str, Any] | LongLine]:
@@ -107,8 +105,6 @@ class Batch(NamedTuple):
             return (row for row, _ in self._rows())
         if isinstance(self.content, list):
             return self.content
-        if isinstance(self.content, bytes):
-            return self.content.removesuffix(b"\n").split(b"\n")
         if isinstance(self.content, LongLine):
             return [self.content]
         path, start, stop = self.content
@@ -123,10 +119,8 @@ class Batch(NamedTuple):
         number = first + index + 1 if self.numbers is None else self.numbers[index]
         if source.form is Form.PARQUET:
             return f"{source.path}, row {number}"
-        if source.uri and start:
-            return f"{source.path}, line {number} after byte {start}"
         path = "standard input" if source.form is Form.STREAM else source.path
-        return f"{path}:{number + (_lines_before(path, start) if start else 0)}"
+        return f"{path}:{number + (_lines_before(source.file, start) if start else 0)}"
 
 
 # Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
@@ -163,8 +157,7 @@ class Reader:
                 if share.source.form is Form.PARQUET:
                     yield from self._table_rows(share, start)
                 elif share.source.form is Form.LINES and self._chosen is None:
-                    is_local = share.source.uri is None
-                    yield from self._plain_lines(share, start) if is_local else self._remote_lines(share, start)
+                    yield from self._plain_lines(share, start)
                 else:
                     yield from self._stream_lines(share, start)
 
@@ -173,7 +166,7 @@ class Reader:
 
     def _plain_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         """Find only the ends of batches; the workers read what is between."""
-        path = share.source.path
+        path = share.source.file
         with open(path, "rb") as file:
             position = cursor.offset or _first_line(file, share)
             while position < share.stop:
@@ -190,28 +183,6 @@ class Reader:
                         content = LongLine(size) if size > DOCUMENT_BYTES else FileRange(path, start, end)
                         yield Batch(Share(share.source, start, end), content, None, after, size, size)
                 position = stop
-
-    def _remote_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
-        """Read blocks of complete lines; the workers split them."""
-        with open_stream(share.source) as (stream, _):
-            position, line = cursor.offset or _first_line(stream, share), cursor.line
-            stream.seek(position)
-            while position < share.stop and (block := stream.read(min(BATCH_BYTES, share.stop - position))):
-                start, long_bytes = block.rfind(b"\n") + 1, 0
-                if start < len(block):
-                    block += stream.readline(DOCUMENT_BYTES + 1 - (len(block) - start))
-                    if len(block) - start > DOCUMENT_BYTES:
-                        long_bytes = len(block) - start + _skip_line(stream, block)
-                        block = block[:start]
-                if block:
-                    first, line = line + 1, line + block.count(b"\n") + (not block.endswith(b"\n"))
-                    position += len(block)
-                    after = ReadCursor(cursor.share, position, line)
-                    yield Batch(share, block, range(first, line + 1), after, len(block), len(block))
-                if long_bytes:
-                    line, position = line + 1, position + long_bytes
-                    after = ReadCursor(cursor.share, position, line)
-                    yield Batch(share, LongLine(long_bytes), [line], after, long_bytes, long_bytes)
 
     def _stream_lines(self, share: Share, cursor: ReadCursor) -> Iterator[Batch]:
         with open_stream(share.source) as (stream, tell):
@@ -254,7 +225,6 @@ class Reader:
                 and starts[group + 1] > max(starts[group], cursor.offset)
             ]
             bytes_per_row = source.bytes / max(starts[-1], 1)
-            enough = BATCH_BYTES if source.uri is None else REMOTE_BATCH_BYTES
             named: list[int] = []
             size = 0
             for group in groups:
@@ -266,7 +236,7 @@ class Reader:
                 if is_named:
                     named.append(group)
                     size += group_bytes
-                if named and (not is_named or size >= enough or group == groups[-1]):
+                if named and (not is_named or size >= BATCH_BYTES or group == groups[-1]):
                     first, stop = starts[named[0]], starts[named[-1] + 1]
                     content = RowGroups(range(named[0], named[-1] + 1), columns, first)
                     after = ReadCursor(cursor.share, stop, stop, stop)

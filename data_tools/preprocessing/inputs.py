@@ -13,9 +13,8 @@ from data_tools.preprocessing.registry import Dataset
 from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.base.errors import UserError
-from moelpr.data.text import remote
 from moelpr.data.text.documents import BadLine
-from moelpr.data.text.sources import Form, Source
+from moelpr.data.text.sources import Form, Source, download
 from moelpr.data.text.streams import name_damaged
 from moelpr.data.text.tables import open_table
 
@@ -49,7 +48,10 @@ class Inputs:
         max_samples: int | None,
         seed: int,
     ) -> None:
-        self.sources = [source for dataset in datasets for source in dataset.sources]
+        sources = [source for dataset in datasets for source in dataset.sources]
+        used = [share.source for share in shares_of(sources, shard, num_shards)]
+        local = dict(zip(used, download(used), strict=True))
+        self.sources = [local.get(source, source) for source in sources]
         self.shares = list(shares_of(self.sources, shard, num_shards))
         files = [source for source in self.sources if source.form is not Form.STREAM]
         self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
@@ -85,8 +87,6 @@ class Inputs:
         Lines may have been appended to plain JSON lines; they are not read.
         """
         for source, before in zip(self.sources, self._states, strict=True):
-            if source.uri and remote.identify(source.uri, refresh=True) != (source.bytes, source.version):
-                raise remote.changed(source.uri)
             if before is None:
                 continue
             now = _state_of(source)

@@ -16,7 +16,7 @@ from typing import Any
 
 from moelpr.base.command import deferred_signals
 from moelpr.base.errors import UserError, reports_panics
-from moelpr.data.text.tables import prepare_to_fork
+from moelpr.data.text.remote import close_connections
 
 _CHECK_EVERY_S = 5.0
 
@@ -85,7 +85,7 @@ def started_pool(workers: int, work: Callable[[Any], Any] | None = None) -> Any:
     A worker may be killed while it sends a result. The executor would wait for the rest of it indefinitely, because
     this process could still send it: it holds the sending end of that pipe too.
     """
-    prepare_to_fork()
+    close_connections()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking while there are threads. The only threads here are numpy's, which the workers do not use;
     # those of pyarrow, which reads, start later.

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +35,7 @@ class TextServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes the libraries ask it."""
+        """The variables that make the libraries ask it."""
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "hidden-secret", "AWS_REGION": "us-east-1"}
         return keys | {"AWS_ENDPOINT_URL": self.address, "HF_ENDPOINT": self.address, "HF_TOKEN": "hf_hidden-token"}
 
@@ -44,13 +44,13 @@ class TextServer:
         places = {"http": f"{self.address}/files", "s3": "s3://bucket", "hf": "hf://datasets/owner/name"}
         return f"{places[way]}/{path}"
 
-    def fail(self, kind: str, times: int = 1, after: int = 0) -> None:
-        """Let the next requests for content from byte `after` on fail: with a status, or "cut" in the midst of it."""
-        body = json.dumps({"kind": kind, "times": times, "after": after}).encode()
+    def fail(self, kind: str, times: int = 1) -> None:
+        """Let the next downloads of whole files fail, with a status or "cut" in the midst; "whole": know no ranges."""
+        body = json.dumps({"kind": kind, "times": times}).encode()
         urllib.request.urlopen(urllib.request.Request(f"{self.address}/_fail", body)).close()
 
     def requests(self) -> list[str]:
-        """What was asked for since the last call: method, path and range."""
+        """The requests since the last call: method, path and range."""
         with urllib.request.urlopen(f"{self.address}/_log") as answer:
             found: list[str] = json.load(answer)
             return found
@@ -171,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
         start, stop = int(first or 0), min(int(last) + 1 if last else size, size)
         fault = ""
-        if self.command == "GET" and self.faults["times"] > 0 and start >= self.faults["after"]:
+        if self.faults["times"] > 0 and self.faults["kind"] == "whole":
+            return self._answer(200, path.read_bytes(), {"ETag": etag})
+        if self.command == "GET" and self.faults["times"] > 0 and "Range" not in self.headers:
             self.faults["times"] -= 1
             fault = self.faults["kind"]
         if fault.isdigit():
@@ -198,7 +200,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
+            with suppress(ConnectionError):  # a client may read only the start
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+                self.wfile.flush()
         if cut:
             self.close_connection = True
 

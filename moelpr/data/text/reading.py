@@ -6,7 +6,7 @@ from typing import Any
 
 from moelpr.base.errors import UserError
 from moelpr.data.text.documents import BadLine, is_blank, parse, text_of
-from moelpr.data.text.sources import Form, Source, find_files, open_source
+from moelpr.data.text.sources import Form, Source, download, find_files, open_source
 from moelpr.data.text.streams import name_damaged, open_stream
 from moelpr.data.text.tables import open_table, rows_of
 
@@ -22,7 +22,7 @@ def read_documents(path: Path | str, json_key: str = "text", max_documents: int 
     """
     documents: list[str] = []
     for file in find_files([str(path)]):
-        source = open_source(file)
+        [source] = download([open_source(file)])
         with name_damaged(source):
             for place, item in _items(source, json_key):
                 if len(documents) == max_documents:

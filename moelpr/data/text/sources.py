@@ -1,12 +1,11 @@
 """Files of text: which ones a name, a folder or a pattern means, and their form."""
 
 import glob
-import io
 import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -27,7 +26,6 @@ _SPLIT = re.compile(
     r"(?:[-_.]?\d+(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f]+)?)?(?:\.[a-z][a-z0-9]*)*"
 )
 _SHOWN_NAMES = 3
-_BUFFER_BYTES = 1 << 16
 _MANIFEST_SUFFIX = ".manifest.json"  # a corpus may have been written into the folder
 
 
@@ -60,8 +58,9 @@ class Source(NamedTuple):
         bytes: File size; 0 for standard input.
         dataset: Index of the dataset that the file belongs to.
         sha1: Expected checksum, from a registry; None if it states none.
-        uri: Where a remote file is read; None if it is a local one.
+        uri: The URI of a remote file; None if it is a local one.
         version: The checksum or ETag that identifies a remote file's content.
+        copy: The local copy of a remote file; None before `download`.
     """
 
     path: str
@@ -71,13 +70,21 @@ class Source(NamedTuple):
     sha1: str | None = None
     uri: str | None = None
     version: str | None = None
+    copy: str | None = None
 
-    def open(self, in_order: bool = True) -> BinaryIO:
-        """Open the file. Of a remote one that is not read in order, only what is asked for is fetched."""
-        if self.uri is None:
-            return open(self.path, "rb")
-        file = remote.RemoteFile(self.uri, remote.Identity(self.bytes, self.version), in_order)
-        return io.BufferedReader(file, _BUFFER_BYTES) if in_order else file  # type: ignore[return-value]
+    @property
+    def is_local(self) -> bool:
+        """Whether the file or a copy of it is on this machine."""
+        return self.uri is None or self.copy is not None
+
+    @property
+    def file(self) -> str:
+        """The local file."""
+        return self.copy or self.path
+
+    def open(self) -> BinaryIO:
+        """Open the file, also where it is remote."""
+        return open(self.file, "rb") if self.is_local else remote.open_remote(self.uri or "")
 
 
 def find_files(names: list[str]) -> list[str]:
@@ -219,16 +226,22 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 
 def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
-    """Detect the form of a file. Opens it once, so that errors show before the work starts."""
+    """Detect the form of a file. Opens it once, so that errors show before the work starts.
+
+    A remote file is not downloaded yet, unless its server sends it only whole.
+    """
     if path == STANDARD_INPUT:
         return Source(path, Form.STREAM, 0, dataset)
     check_is_utf8(path, "input")
     if remote.is_remote(path):
         uri, path = path, remote.shown(path)
-        size, version = remote.identify(uri)
-        source = Source(path, Form.LINES, size, dataset, None, uri, version)
-        with source.open(in_order=False) as file:
-            return source._replace(form=_form(path, file.read(8)))
+        identity = remote.identify(uri)
+        form = _form(path, remote.first_bytes(uri, 8))
+        source = Source(path, form, identity.bytes, dataset, None, uri, identity.version)
+        if remote.has_ranges(uri, identity.bytes):
+            return source
+        copy = remote.download({uri: identity})[uri]
+        return source._replace(bytes=os.path.getsize(copy), copy=copy)
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             # The size of a pipe is unknown, and it can be read only once.
@@ -241,6 +254,17 @@ def open_source(path: str, dataset: int = 0, sha1: str | None = None) -> Source:
             f"the input {path} can't be read ({error.strerror}); pass JSON lines or Parquet files"
         ) from error
     return Source(path, _form(path, start), size, dataset, sha1)
+
+
+def download(sources: Sequence[Source]) -> list[Source]:
+    """Return sources with local copies of the remote files, which are downloaded unless they are there."""
+    missing = {
+        source.uri: remote.Identity(source.bytes, source.version)
+        for source in sources
+        if source.uri and not source.is_local
+    }
+    copies = remote.download(missing)
+    return [source._replace(copy=copies[source.uri]) if source.uri in missing else source for source in sources]
 
 
 def _form(path: str, start: bytes) -> Form:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
 from moelpr.base.errors import DISK_FULL, UserError
+from moelpr.data.text import remote
 from moelpr.data.text.sources import Form, Source
 
 BLOCK_BYTES = 1 << 16
@@ -81,6 +82,10 @@ def name_damaged(source: Source) -> Iterator[None]:
 
     A damaged archive always stops the job: it is unknown how many documents it has lost.
     """
+    if source.uri and not source.is_local:
+        with remote.explained(source.uri):
+            yield
+        return
     try:
         yield
     except UserError:

@@ -1,34 +1,35 @@
 """Rows of Parquet files."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.data.text import remote
 from moelpr.data.text.filters import Bounds
 from moelpr.data.text.sources import Source
 
 _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 20
-_REMOTE_BUFFER_BYTES = 1 << 23  # a request each
-_OPEN_FILES = 4
 
 
 @contextmanager
-def open_table(source: Source, columns: list[str], by_group: bool = False, texts: Sequence[str] = ()) -> Iterator[Any]:
+def open_table(source: Source, columns: list[str], texts: Sequence[str] = ()) -> Iterator[Any]:
     """Open a file of which `columns` will be read.
 
     Args:
-        by_group: The row groups are small, so that of a remote file, all that is read at once is fetched at once.
         texts: Columns that must be text.
 
     Raises:
         UserError: One of the columns is missing, there several times, or of another type.
     """
-    with _opened(source) if source.uri is None else nullcontext(_kept_open(source, by_group, os.getpid())) as file:
+    from pyarrow import parquet
+
+    # So a page of a row group is in memory at a time, not all of it.
+    options = {"page_checksum_verification": True, "buffer_size": _BUFFER_BYTES, "pre_buffer": False}
+    with (
+        nullcontext(source.file) if source.is_local else source.open() as opened,
+        parquet.ParquetFile(opened, **options) as file,
+    ):
         names = file.schema_arrow.names
         if repeated := [name for name in columns if names.count(name) > 1]:
             raise UserError(f"{source.path} has several columns {repeated[0]}; rename all but one")
@@ -48,27 +49,6 @@ def _is_text(kind: Any) -> bool:
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
-def _opened(source: Source, by_group: bool = False) -> Any:
-    from pyarrow import parquet
-
-    # So a page of a row group is in memory at a time, not all of it.
-    size = _BUFFER_BYTES if source.uri is None else _REMOTE_BUFFER_BYTES
-    file = source.path if source.uri is None else source.open(in_order=False)
-    return parquet.ParquetFile(file, page_checksum_verification=True, buffer_size=size, pre_buffer=by_group)
-
-
-@lru_cache(_OPEN_FILES)
-def _kept_open(source: Source, by_group: bool, process: int) -> Any:
-    """Open a remote file once in each process: reading its metadata takes several requests."""
-    return _opened(source, by_group)
-
-
-def prepare_to_fork() -> None:
-    """Close remote files and connections. Files are opened again when they are needed."""
-    _kept_open.cache_clear()
-    remote.close_connections()
 
 
 def num_bytes(file: Any, group: int, columns: list[str]) -> int:

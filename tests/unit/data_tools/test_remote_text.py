@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.text import remote
 from moelpr.data.text.estimate import estimate
 from moelpr.data.text.reading import read_documents
-from moelpr.data.text.tables import prepare_to_fork
+from moelpr.data.text.sources import find_files
 from moelpr.project.file import found_text, versions
 from tests.support.text_server import COMMIT, TextServer, text_server
 
@@ -49,7 +48,7 @@ def fineweb_2(first: int, count: int, text: str) -> pyarrow.Table:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, sentences: dict[str, str]) -> Path:
-    """What is served: the data set, and its training text as JSON lines, plain and packed."""
+    """The folder that is served: the data set, and its training text as JSON lines, plain and packed."""
     top = tmp_path_factory.mktemp("served")
 
     def write(path: str, table: pyarrow.Table) -> None:
@@ -62,11 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sentences: dict[str, str]) 
     write(f"{FOLDER}_removed/train/000_00000.parquet", fineweb_2(0, 9, "removed"))
     rows = [row for number in range(2) for row in fineweb_2(number * ROWS, ROWS, sentences["el"]).to_pylist()]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    packed = {
-        "jsonl": lines,
-        "jsonl.gz": gzip.compress(lines),
-        "jsonl.zst": pyarrow.compress(lines, "zstd", asbytes=True),
-    }
+    packed = {"jsonl": lines, "jsonl.gz": gzip.compress(lines)}
     for suffix, content in packed.items():
         (top / suffix).mkdir()
         (top / suffix / f"el.{suffix}").write_bytes(content)
@@ -80,8 +75,8 @@ def running(folder: Path) -> Iterator[TextServer]:
 
 
 @pytest.fixture
-def server(running: TextServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[TextServer]:
-    """The server as the libraries find it, with nothing that they have kept from another test."""
+def server(running: TextServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextServer:
+    """The server as the libraries find it, and an empty cache."""
     for name, value in running.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(constants, "ENDPOINT", running.address)
@@ -91,8 +86,8 @@ def server(running: TextServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tex
     monkeypatch.setattr(remote, "_WAITS_S", (0.01, 0.01, 0.01, 0.01))
     running.fail("", 0)
     running.requests()
-    yield running
-    prepare_to_fork()
+    monkeypatch.setattr(constants, "HF_HOME", tmp_path / "cache")
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -124,21 +119,17 @@ def test_every_way_gives_the_corpus_of_the_local_folder(
     assert "hidden" not in text
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst"])
-def test_lines_and_archives_are_read_by_pattern(
-    suffix, server, expected, hf_tokenizer, preprocess, corpus_bytes
-) -> None:
-    out = preprocess(hf_tokenizer, "--input", server.uri("s3", f"{suffix}/*.{suffix}"), *KEYS)
+def test_files_are_found_by_pattern(server, expected, hf_tokenizer, preprocess, corpus_bytes) -> None:
+    out = preprocess(hf_tokenizer, "--input", server.uri("s3", "jsonl.gz/*.jsonl.gz"), *KEYS)
     assert corpus_bytes(f"{out}_text_document") == expected
 
 
-@pytest.mark.parametrize("path", ["jsonl/el.jsonl", f"{FOLDER}/"])
 def test_shards_of_remote_files_merge_to_the_bytes_of_one_job(
-    path, server, expected, hf_tokenizer, preprocess, corpus_bytes
+    server, expected, hf_tokenizer, preprocess, corpus_bytes
 ) -> None:
     for shard in range(3):
         many = preprocess(
-            hf_tokenizer, "--input", server.uri("http", path), *KEYS, "--num-shards", "3", "--shard", str(shard)
+            hf_tokenizer, "--input", server.uri("http", f"{FOLDER}/"), *KEYS, "--num-shards", "3", "--shard", str(shard)
         )
     merge_data.main(["--output-prefix", f"{many}_text_document", "--num-shards", "3"])
     assert corpus_bytes(f"{many}_text_document") == expected
@@ -146,79 +137,59 @@ def test_shards_of_remote_files_merge_to_the_bytes_of_one_job(
 
 @pytest.mark.parametrize("kind", ["cut", "503", "500"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_may_pass_is_tried_again(way, kind, server, monkeypatch) -> None:
-    """Connections that end in the midst of a range, throttling and failing servers."""
-    waited: list[float] = []
-    monkeypatch.setattr(remote.time, "sleep", waited.append)
+def test_what_may_pass_is_tried_again(way, kind, server) -> None:
+    """Connections that end in the midst of a file, throttling and failing servers."""
     uri = remote.pinned(server.uri(way, "jsonl/el.jsonl"))
     identity = remote.identify(uri)
-    server.fail(kind, times=2, after=100)
-    with remote.RemoteFile(uri, identity) as file:
-        file.seek(100)
-        assert file.read() == (server.folder / "jsonl/el.jsonl").read_bytes()[100:]
-    if kind == "503" and way == "http":
-        assert waited == [1, 1]  # as Retry-After says
+    server.fail(kind, times=2)
+    assert Path(remote.download({uri: identity})[uri]).read_bytes() == (server.folder / "jsonl/el.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_job_whose_login_expires_goes_on_where_it_was(
-    way, server, expected, hf_tokenizer, preprocess, corpus_bytes, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(job, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(remote, "_FIRST_RANGE", 1 << 14)
-    monkeypatch.setattr(remote, "_LARGEST_RANGE", 1 << 15)
-    words = ("--input", server.uri(way, "jsonl/el.jsonl"), *KEYS, "--resume", "--tokenizer-backend", "reference")
-    server.fail("403", times=99, after=200_000)
-    monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 1 << 13)
-    with pytest.raises(MachineError, match="403.*--resume"):
-        preprocess(hf_tokenizer, *words)
+def test_what_is_downloaded_is_not_downloaded_again(way, server) -> None:
+    """Not by the next command, nor under another commit, nor after a failure; shards need only their own files."""
+    [first, second] = files = find_files([server.uri(way, FOLDER + "/" * (way == "http"))])
+    identities = {uri: remote.identify(uri) for uri in files}
+    before = remote.download({first: identities[first]})
+    server.fail("403", times=99)
+    with pytest.raises(MachineError, match="can't be read"):
+        remote.download(identities)
     server.fail("", 0)
-    capsys.readouterr()
-    out = preprocess(hf_tokenizer, *words)
-    assert corpus_bytes(f"{out}_text_document") == expected
-    resumed = re.search(r"resuming after ([\d,]+) bytes", capsys.readouterr().err)
-    assert resumed is not None and int(resumed[1].replace(",", "")) > 100_000
+    server.requests()
+    copies = remote.download(identities)
+    assert copies[first] == before[first] and Path(copies[second]).stat().st_size == identities[second].bytes
+    assert not [line for line in server.requests() if line.startswith("GET") and first.rpartition("/")[2] in line]
+    assert remote.download({first.replace(COMMIT, "f" * 40): identities[first]}).popitem()[1] == before[first]
 
 
-@pytest.mark.parametrize("is_resumed", [True, False])
-def test_a_remote_file_that_changes_is_noticed(is_resumed, server, hf_tokenizer, preprocess, monkeypatch) -> None:
-    file = server.folder / "changing.jsonl"
-    file.write_bytes((server.folder / "jsonl/el.jsonl").read_bytes())
-    words = ("--input", server.uri("http", "changing.jsonl"), *KEYS, "--resume", "--tokenizer-backend", "reference")
-    monkeypatch.setattr(remote, "_FIRST_RANGE", 1 << 14)
-    monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 1 << 13)
-    if is_resumed:
-        server.fail("403", times=99, after=100_000)
-        with pytest.raises(MachineError):
-            preprocess(hf_tokenizer, *words)
-        server.fail("", 0)
-        file.write_bytes(file.read_bytes() + b"\n")
-        with pytest.raises(UserError, match=r"different input files \(http.*/changing.jsonl\)"):
-            preprocess(hf_tokenizer, *words)
-        return
-    identify = remote.identify
+def test_a_server_that_sends_files_only_whole(server, expected, hf_tokenizer, preprocess, corpus_bytes) -> None:
+    server.fail("whole", times=1 << 30)
+    uri = server.uri("http", "jsonl/el.jsonl")
+    tokens = estimate([uri], "text", hf_tokenizer).tokens
+    assert tokens == estimate([server.folder / "jsonl/el.jsonl"], "text", hf_tokenizer).tokens
+    assert corpus_bytes(f"{preprocess(hf_tokenizer, '--input', uri, *KEYS)}_text_document") == expected
 
-    def changing(uri: str, refresh: bool = False) -> remote.Identity:
-        found = identify(uri, refresh)
-        file.write_bytes(b"{}" + file.read_bytes()[2:])
-        return found
 
-    monkeypatch.setattr(remote, "identify", changing)
-    with pytest.raises(UserError, match=r"changing.jsonl has changed"):
-        preprocess(hf_tokenizer, *words)
+@pytest.mark.parametrize(("way", "version"), [("http", '"other"'), ("hf", "0" * 64)])
+def test_a_file_that_changes_is_noticed(way, version, server, tmp_path) -> None:
+    uri = remote.pinned(server.uri(way, "jsonl/el.jsonl"))
+    identity = remote.identify(uri)._replace(version=version)
+    with pytest.raises(UserError, match="el.jsonl has changed"):
+        remote.download({uri: identity})
+    assert not [*(tmp_path / "cache/moelpr").iterdir()]
 
 
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("hf://datasets/owner/gated/x.parquet", "needs another login than yours.*hf auth login"),
+        ("hf://datasets/owner/gated/x.parquet", "gated.*hf auth login"),
         ("hf://datasets/owner/absent/x.parquet", "hf://datasets/owner/absent/x.parquet"),
-        ("hf://datasets/owner/name@gone/x.parquet", "revision .* does not exist"),
-        ("hf://datasets/owner/name/none.parquet", "there is no hf://.*none.parquet"),
-        ("s3://bucket/none.parquet", "there is no s3://bucket/none.parquet"),
-        ("{http}/none.parquet?signature=hidden", "there is no http.*/none.parquet; "),
+        ("hf://datasets/owner/name@gone/x.parquet", "(?i)name@gone.*not found"),
+        ("hf://datasets/owner/name/none.parquet", "(?i)none.parquet.*not found"),
+        ("s3://bucket/none.parquet", "(?i)s3://bucket/none.parquet.*not found"),
+        ("{http}/none.parquet?signature=hidden", "(?i)http.*/none.parquet .*not found"),
         ("http://user:hidden@localhost/a.jsonl", "contains a login.*netrc"),
-        ("http://127.0.0.1:9/a.jsonl", "can't be read .*check the address"),
+        ("http://127.0.0.1:9/a.jsonl", "can't be read .*check the network"),
         ("{http}/jsonl/*.none", "no file matches"),
     ],
 )
@@ -232,8 +203,8 @@ def test_a_network_that_stays_away_is_one_sentence_without_secrets(server) -> No
     uri = server.uri("http", "jsonl/el.jsonl?signature=hidden")
     identity = remote.identify(uri)
     server.fail("500", times=99)
-    with remote.RemoteFile(uri, identity) as file, pytest.raises(MachineError, match="HTTP status 500") as error:
-        file.read()
+    with pytest.raises(MachineError, match="500") as error:
+        remote.download({uri: identity})
     assert "hidden" not in str(error.value)
 
 
@@ -259,15 +230,14 @@ def test_a_project_knows_remote_files_by_their_content_not_by_a_commit(server, m
     before = versions(server.uri("hf", path))
     assert before.keys() == {server.uri("hf", path)}
     (server.folder / ".commit").write_text("f" * 40)
-    prepare_to_fork()
+    remote._file_system("hf://").invalidate_cache()
     found_text.cache_clear()
     assert versions(server.uri("hf", path)) == before
     (server.folder / ".commit").unlink()
     (file := server.folder / "versioned.jsonl").write_text("{}")
     first = versions(server.uri("s3", "versioned.jsonl"))
     file.write_text("[]")
-    prepare_to_fork()
-    monkeypatch.setattr("moelpr.project.file._identity", remote.identify)  # as another process would see it
+    monkeypatch.setattr("moelpr.project.file._identity", lambda uri: remote.identify(uri, refresh=True))
     assert versions(server.uri("s3", "versioned.jsonl")) != first
 
 

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -25,7 +24,6 @@ from data_tools.preprocessing.sampling import sample_documents
 from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
-from moelpr.data.text import remote
 from moelpr.data.text.sources import Form, Source, open_source
 from tests.support.packed_files import parquet_table, zstd
 
@@ -45,27 +43,23 @@ def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokeni
     has_end=st.booleans(),
     shards=st.integers(1, 3),
 )
-def test_remote_lines_are_read_in_blocks_from_any_place(lines, has_end, shards, tmp_path, monkeypatch) -> None:
-    """Lines shorter and longer than a block, and too long for a document; a cut file stands for a network."""
+def test_lines_are_read_from_any_place(lines, has_end, shards, tmp_path, monkeypatch) -> None:
+    """Lines shorter and longer than a batch, and too long for a document."""
     monkeypatch.setattr(batches, "BATCH_BYTES", 40)
     monkeypatch.setattr(batches, "DOCUMENT_BYTES", 100)
     expected = [bytes([97 + number % 26]) * length for number, length in enumerate(lines)] + [b"end"]
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(expected) + b"\n" * has_end)
-    monkeypatch.setattr(remote, "RemoteFile", lambda *_: io.FileIO(path))
-    source = Source("http://host/a.jsonl", Form.LINES, path.stat().st_size, uri="http://host/a.jsonl")
+    source = Source(str(path), Form.LINES, path.stat().st_size)
     found: list[object] = []
     for shard in range(shards):
         shares = list(shares_of([source], shard, shards))
         reader = Reader(shares, [[]], None)
         read = [batch for batch in reader.batches(ReadCursor())]
-        numbers = [number for batch in read for number in batch.numbers or ()]
-        assert numbers == [*range(1, len(numbers) + 1)]
         items = [item for batch in read for item in batch.items()]
-        assert len(items) == len(numbers)
         done = 0
         for batch in read:
-            done += len(batch.numbers or ())
+            done += len([*batch.items()])
             assert [item for later in reader.batches(batch.after) for item in later.items()] == items[done:]
         found += items
     sizes = [len(line) + (number + 1 < len(expected) or has_end) for number, line in enumerate(expected)]
@@ -109,12 +103,6 @@ def test_an_input_of_long_documents_only_is_an_error(preprocess, hf_tokenizer, w
     path = write_lines("a.jsonl", [{"text": "a long text"}])
     with pytest.raises(UserError, match="1 lines were skipped .*a.jsonl:1: a document of 24 bytes"):
         preprocess(hf_tokenizer, "--input", path, "--language", "original")
-
-
-def test_missing_column_is_reported(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(parquet_table([{"content": "a", "lang": "en"}]))
-    with pytest.raises(UserError, match=r"a\.parquet has no column text; its columns are content, lang"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
 
 
 def test_bad_row_is_reported_by_number(preprocess, hf_tokenizer, tmp_path: Path) -> None:
@@ -222,14 +210,6 @@ class Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
-
-
-def test_bad_line_of_an_archive_is_reported_by_number(rows, expected, preprocess, hf_tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_BYTES", 500)
-    lines = (tmp_path / "plain.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "a.gz").write_bytes(gzip.compress(b"".join([*lines[:40], b"\n", b"oops\n", *lines[40:]])))
-    with pytest.raises(UserError, match=r"a\.gz:42: not JSON"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS)
 
 
 BLANK = b"\n \t\r\n" * 1000

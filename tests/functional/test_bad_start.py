@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tests.support.limits import PROCESS_S
+
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 
@@ -19,7 +21,7 @@ def start(node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subpro
 def error_of(node: subprocess.Popen) -> str:
     """The error of a node that exits with code 2, in time."""
     try:
-        _, errors = node.communicate(timeout=60)
+        _, errors = node.communicate(timeout=PROCESS_S)
     finally:
         node.kill()
     assert node.returncode == 2, errors

@@ -15,6 +15,7 @@ import pytest
 
 from moelpr.base.command import STOPPED
 from moelpr.base.machine import available_cpus, peak_memory
+from tests.support.limits import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
 RANK = r"""
@@ -87,7 +88,7 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
         time.sleep(0.1)
     time.sleep(3)  # the launcher notes the memory every second
     os.kill(ranks[1], signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=PROCESS_S)
     assert launcher.returncode == 1 and errors.count("\n") == 1
     (held,) = re.findall(r"rank 1 was killed \(signal 9\).*it held (.*) MiB, 2 ranks of this machine share", errors)
     assert 100 <= float(held) < 1000
@@ -102,7 +103,7 @@ def test_a_training_that_was_asked_to_stop_is_no_error_and_not_started_again(tmp
     )
     command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PET_MAX_RESTARTS": "3", **variables}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_S)
     assert (done.returncode, done.stdout, done.stderr) == (code, "started\n" * 2, "")
 
 
@@ -111,5 +112,5 @@ def test_another_signal_is_named(start: Start, number: signal.Signals) -> None:
     """Also one that Python turns into an exception."""
     launcher, ranks, _ = start()
     os.kill(ranks[0], number)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=PROCESS_S)
     assert (launcher.returncode, errors) == (1, f"torchrun: error: rank 0 was ended by {number.name}\n")

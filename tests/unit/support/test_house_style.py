@@ -7,7 +7,15 @@ from tests.support.house_style import all_problems, comments, problems_of
 
 @pytest.mark.parametrize(
     "source",
-    ['"""Of a module."""', "x = 1  # of the weights", "# Which is\n# long.", "# It is made anew.", "# This is none."],
+    [
+        '"""Of a module."""',
+        '"""What it has."""',
+        '"""Those of a layer."""',
+        "x = 1  # of the weights",
+        "# Which is\n# long.",
+        "# It is made anew.",
+        "# This is none.",
+    ],
 )
 def test_a_problem_is_found(source):
     (problem,) = problems_of("moelpr/a.py", source)

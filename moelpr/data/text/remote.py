@@ -260,10 +260,18 @@ def _persistently[T](uri: str, call: Callable[[Any], T], attempts: int | None = 
         try:
             return call(_file_system(uri))
         except Exception as error:
-            if isinstance(error, UserError) or _is_disk_full(error):
+            if _is_final(error):
                 raise
             time.sleep(wait)
     return call(_file_system(uri))
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether another attempt cannot help: the file is missing or forbidden, or the disk is full."""
+    if isinstance(error, UserError | FileNotFoundError | PermissionError) or _is_disk_full(error):
+        return True
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    return status in (401, 403, 404, 410)
 
 
 def _is_disk_full(error: BaseException) -> bool:

@@ -21,14 +21,14 @@ from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.base.files import atomic_file
 from moelpr.base.versions import install_command
 
-# Where to log in, by a URI's scheme.
-_LOGIN = {
+# Scheme of a URI -> how to log in; a name with one of these schemes is remote.
+_SCHEMES = {
     "hf": "accept the data set's terms on the Hub if it has some, and run hf auth login or set HF_TOKEN",
     "s3": "renew the credentials that AWS_PROFILE or ~/.aws names, or set FSSPEC_S3_ANON=true for a public bucket",
     "gs": "run gcloud auth application-default login",
     "https": "renew the URL if it is signed, or put user and password into ~/.netrc",
 }
-_LOGIN["http"] = _LOGIN["https"]
+_SCHEMES["http"] = _SCHEMES["https"]
 # Waits between attempts to download a file; of finding one, which may be a typo, only the first.
 _WAITS_S: tuple[float, ...] = (0.5, 2, 8, 32, 60)
 _FIRST_WAITS = 2
@@ -52,7 +52,7 @@ class Identity(NamedTuple):
 
 def is_remote(name: str) -> bool:
     """Whether a name is a URI."""
-    return name.partition("://")[0] in _LOGIN and "://" in name
+    return name.partition("://")[0] in _SCHEMES and "://" in name
 
 
 def shown(uri: str) -> str:
@@ -69,7 +69,7 @@ def pinned(uri: str) -> str:
     scheme, _, rest = uri.partition("://")
     login, _, host = rest.split("/")[0].rpartition("@")
     if login and scheme.startswith("http"):
-        raise UserError(f"the URL at {host} contains a login; {_LOGIN[scheme]}")
+        raise UserError(f"the URL at {host} contains a login; {_SCHEMES[scheme]}")
     if scheme != "hf":
         return uri
     from huggingface_hub import HfApi
@@ -248,7 +248,7 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
             first = cause
         reason = "not found" if isinstance(first, FileNotFoundError) else first_line(first)
         reason = re.sub(r"\w+://\S+", "its address", reason)
-        login = _LOGIN[uri.partition("://")[0]]
+        login = _SCHEMES[uri.partition("://")[0]]
         raise kind(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"
         ) from None

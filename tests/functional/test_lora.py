@@ -3,7 +3,7 @@
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,12 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """Run the command on a tiny base and a random corpus; returns the folder of the run, next to which `hf-RUN` is."""
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+    """Run the command on a tiny base and a random corpus: returns the folder of the run, next to which `hf-RUN` is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    # transformers' Trainer takes NumPy's classes back from torch.load when it resumes, Megatron's tests need them.
+    safe_globals = torch.serialization.get_safe_globals()
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=64, num_key_value_heads=2, tie_word_embeddings=True, **shape)
@@ -45,7 +47,8 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
         lora.main()
         return Path(run)
 
-    return train
+    yield train
+    torch.serialization.add_safe_globals(safe_globals)
 
 
 def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(train: Train) -> None:

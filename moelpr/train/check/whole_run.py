@@ -1,13 +1,15 @@
 """The dry run of a stage's command line, as several of its ranks."""
 
 import os
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 from moelpr.base.errors import UserError
 from moelpr.base.machine import available_cpus
@@ -73,14 +75,12 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         stand_ins = StandIns.of(argv, folder, spec)
         all_arguments()  # kept for the forks
 
-        def start(rank: int, is_witness: bool = False) -> Future[DryRun]:
+        def start(rank: int, is_witness: bool = False) -> _Fork:
             """Be a rank in a fork of this process, whose patches and memory end with it."""
-            pool = ProcessPoolExecutor(1, get_context("fork"), _print_to, (folder / f"log-{rank}",))
-            run = pool.submit(dry_run, stand_ins.argv, rank, ranks, per_node, is_witness)
-            pool.shutdown(wait=False)
-            return run
+            arguments = stand_ins.argv, rank, ranks, per_node, is_witness
+            return _Fork.start(folder / f"log-{rank}", dry_run, *arguments)
 
-        def result(rank: int, run: Future[DryRun]) -> DryRun:
+        def result(rank: int, run: _Fork) -> DryRun:
             try:
                 return run.result()
             except UserError as error:
@@ -105,8 +105,39 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         return Outcome(runs, compared, notes, stand_ins.missing)
 
 
-def _print_to(log: Path) -> None:
-    """Write this process's output to a file."""
+@dataclass(frozen=True)
+class _Fork:
+    """A call in a fork of this process, which starts no thread: a lock that one holds stays locked in a fork."""
+
+    process: BaseProcess
+    answer: Connection
+
+    @classmethod
+    def start(cls, log: Path, function: Callable[..., Any], *arguments: Any) -> Self:
+        context = get_context("fork")
+        answer, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_answer, args=(sender, log, function, arguments), daemon=True)
+        process.start()
+        sender.close()
+        return cls(process, answer)
+
+    def result(self) -> Any:
+        """Wait for the call; raises its exception, or an EOFError if the fork was killed."""
+        with self.answer:
+            answer = self.answer.recv()
+        self.process.join()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _answer(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Print to a file, and send what the function returns or raises."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    try:
+        sender.send(function(*arguments))
+    except BaseException as error:  # argparse exits, too
+        error.add_note(traceback.format_exc())
+        sender.send(error)

@@ -84,26 +84,11 @@ def _leave_eager(function: Any = None, **_: Any) -> Any:
 
 
 def async_save_worker(*args: Any, **kwargs: Any) -> None:
-    """Run Megatron's loop in the helper process that writes a checkpoint while training continues (`--async-save`).
-
-    Megatron copies GPU tensors to the helper's memory before training may change them. Without a GPU, two things fail,
-    silently or with a trainer that waits indefinitely: the helper divides by the number of CUDA devices, and it gets
-    CPU tensors as shared memory, which training overwrites while the helper saves it.
-    """
+    """Run Megatron's loop in the helper process of `--async-save`, which would look for its CUDA device."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device, torch.cuda.synchronize = _doing_nothing(), _doing_nothing()
-    share = FileSystemWriterAsync.preload_tensors
-
-    def copy(buckets: list[Any], non_blocking: bool = True) -> list[Any]:
-        return [
-            (file, key, (objects, [(item, tensor.clone()) for item, tensor in tensors]))
-            for file, key, (objects, tensors) in share(buckets, non_blocking)
-        ]
-
-    FileSystemWriterAsync.preload_tensors = staticmethod(copy)
+    torch.cuda.set_device = _doing_nothing()
     PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 

@@ -48,6 +48,7 @@ def install() -> None:
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
     _sum_files_while_they_are_written()
+    _end_with_the_helper_that_saves()
     _check_gradients_after_the_backward_pass()
     _compute_the_gradient_norm_on_its_device()
     _compute_the_parameter_norm_without_copies()
@@ -349,6 +350,12 @@ def _sum_files_while_they_are_written() -> None:
     checkpoint_sums.install()
 
 
+def _end_with_the_helper_that_saves() -> None:
+    from moelpr.model.megatron import async_save
+
+    async_save.install()
+
+
 def _check_gradients_after_the_backward_pass() -> None:
     """Megatron waits for the GPU twice per bucket of gradients, to see in the middle of the backward pass if it is NaN.
 
@@ -417,7 +424,8 @@ def _let_compiled_functions_have_more_variants() -> None:
     if not cpu.is_needed():  # else nothing is compiled
         import torch._dynamo.config as compiler
 
-        compiler.recompile_limit = max(32, compiler.recompile_limit)
+        # Values that are set count for one thread only, and backward passes run in another one.
+        compiler._config["recompile_limit"].default = max(32, compiler.recompile_limit)  # type: ignore[attr-defined]
 
 
 class GroupStepAdam(torch.optim.Adam):

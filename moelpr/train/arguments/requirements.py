@@ -9,7 +9,7 @@ import torch
 from moelpr.model.layers.config import FIXED_FOR_MOE
 from moelpr.model.layers.losses import megatron_balance_coeff
 from moelpr.model.megatron import cpu
-from moelpr.train.arguments.kernels import choose_kernels, is_installed
+from moelpr.train.arguments.kernels import choose_kernels
 from moelpr.train.arguments.requested import RequestedRun
 from moelpr.train.arguments.settings import RunSettings
 
@@ -29,8 +29,7 @@ def apply_machine(run: RequestedRun) -> None:
         args.pin_cpu_grads = not cpu.is_needed()
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
-        if cpu.is_needed() or not is_installed("nvidia_resiliency_ext"):
-            args.async_strategy = "mcore"
+        args.async_strategy = "mcore"
     choose_kernels(args, run.record if run.is_resumed else None)
 
 

@@ -10,8 +10,6 @@ import megatron.core
 import megatron.training.initialize as initialize
 import pytest
 import torch
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.training.arguments import add_megatron_arguments
 
@@ -87,26 +85,3 @@ def test_megatrons_random_number_tracker_forks_the_cpu_generator() -> None:
     assert not torch.equal(first, second)
     torch.manual_seed(7)
     assert torch.equal(torch.rand(3), first)
-
-
-def staged(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as Megatron's helper process would write it."""
-    (bucket,) = FileSystemWriterAsync.preload_tensors([("file", "key", ([], [("item", tensor)]))])
-    assert bucket[:2] == ("file", "key")
-    ((item, found),) = bucket[2][1]
-    assert item == "item"
-    return found
-
-
-def test_the_helper_writes_a_copy_but_megatrons_own_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(FileSystemWriterAsync, "preload_tensors", FileSystemWriterAsync.preload_tensors)
-    monkeypatch.setattr(PersistentAsyncCaller, "async_loop", lambda *args, **kwargs: calls.append((args, kwargs)))
-    tensor = torch.ones(3)
-    before = staged(tensor)
-    cpu.async_save_worker(0, "queue", log_level=1)
-    assert calls == [((0, "queue"), {"log_level": 1})]
-    saved = staged(tensor)
-    tensor.zero_()
-    assert before.sum() == 0, "Megatron copies CPU tensors itself: remove the patch"
-    assert saved.sum() == 3

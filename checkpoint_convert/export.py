@@ -29,11 +29,9 @@ def _parse_arguments() -> argparse.Namespace:
     size = "largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)"
     base = "name of the base on the Hub, for the model card (default: the name of its folder)"
     stock = "stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a Qwen)"
-    delta = "write only routers and new experts; moelpr model apply-delta adds the base"
     add("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help=size)
     add("--base-model", metavar="NAME", help=base)
     add("--as", dest="as_class", choices=MOE_CLASSES, help=stock)
-    add("--delta", action="store_true", help=delta)
     chat = (
         "folder of the chat model whose template, special tokens and generation settings the export gets (docs/chat.md)"
     )
@@ -57,16 +55,14 @@ def main() -> None:
     args = _parse_arguments()
     if (args.quantize or args.ollama) and not args.gguf:
         raise UserError("--quantize and --ollama are about the GGUF file; add --gguf")
-    if args.gguf and args.delta:
-        raise UserError("a delta is no whole model, so it has no GGUF file; remove --gguf, or --delta")
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
-    settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.delta, args.as_class
+    settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.as_class
     others = args.verify, args.chat_template_from, args.multimodal_base
     facts = mcore_to_hf(args.load, args.save, args.iteration, *settings, *others)
     moe = facts.source.spec.moe
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
-    print(f"{args.save}: {'delta of ' if args.delta else ''}{facts.architecture}, {experts}, {facts.dtype}")
+    print(f"{args.save}: {facts.architecture}, {experts}, {facts.dtype}")
     print(facts.readers)
     if args.gguf:
         from checkpoint_convert.gguf.write import write_gguf

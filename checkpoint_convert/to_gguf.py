@@ -21,7 +21,7 @@ from moelpr.measure.evaluate.arguments import named_paths
 def _parse_arguments() -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export or graft")
     add("--save", type=Path, metavar="DIR", help="folder to write (default: EXPORT-gguf)")
     add_gguf_options(parser, TYPES)
     text = "text of a language, as JSON lines or Parquet, on which weights' importance is measured; repeat for all"

@@ -20,7 +20,7 @@ def _parse_arguments() -> argparse.Namespace:
         "folder",
         type=Path,
         metavar="DIR",
-        help="folder written by moelpr model export, moelpr model apply-delta or moelpr model graft",
+        help="folder written by moelpr model export or moelpr model graft",
     )
     results = "JSON of moelpr evaluate, of held-out text or of the harness"
     add("--results", type=Path, nargs="+", default=[], metavar="FILE", help=results)

@@ -53,7 +53,6 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
         "model card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
         "model push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
-        "model apply-delta": Tool("checkpoint_convert.apply_delta", "make a model of its base and a delta"),
     },
     "Training": {
         "layouts": Tool("moelpr.plan.__main__", "list the layouts that fit a cluster, with memory and speed"),

@@ -55,8 +55,8 @@ class CardFacts:
         return readers_sentence(self.source.family, self.source.spec, self.config)
 
 
-def model_card(facts: CardFacts, is_delta: bool = False) -> str:
-    """README.md of an export, or of a delta: front matter for the Hugging Face Hub, then Markdown."""
+def model_card(facts: CardFacts) -> str:
+    """README.md of an export: front matter for the Hugging Face Hub, then Markdown."""
     base, spec = facts.source.folder / HF_FOLDER, facts.source.spec
     num_parameters = num_active = num_elements(facts.source.pieces)
     if spec.moe is not None:
@@ -75,7 +75,6 @@ def model_card(facts: CardFacts, is_delta: bool = False) -> str:
         num_parameters=num_parameters,
         num_active=num_active,
         installed=installed_versions(),
-        is_delta=is_delta,
         new_tokens=_new_tokens(facts.source),
     )
 

@@ -1,4 +1,4 @@
-"""Export a Megatron checkpoint as a stock Hugging Face model, or as a delta to its base."""
+"""Export a Megatron checkpoint as a stock Hugging Face model."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +10,6 @@ from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.conversions.delta import (
-    DELTA_STEM,
-    DeltaConfig,
-    check_delta,
-    complete_delta,
-    trained_tensors,
-)
 from checkpoint_convert.hf.chat_tokenizer import (
     GENERATION_FILE,
     check_chat_tokens,
@@ -24,7 +17,7 @@ from checkpoint_convert.hf.chat_tokenizer import (
     write_chat_tokenizer,
 )
 from checkpoint_convert.hf.companions import copy_companions, write_companions
-from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, MODEL_STEM
+from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
 from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
@@ -43,19 +36,17 @@ def mcore_to_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     base_model: str | None = None,
-    as_delta: bool = False,
     as_class: str | None = None,
     verify: Verify = Verify.FULL,
     chat_template_from: Path | None = None,
     multimodal_base: Path | None = None,
 ) -> CardFacts:
-    """Export a checkpoint as a Hugging Face model or a delta, and return the facts of its model card; resumable.
+    """Export a checkpoint as a Hugging Face model, and return the facts of its model card; resumable.
 
     Args:
         iteration: Saved step to export; None for the latest.
         dtype: None for that of the model the checkpoint came from.
         base_model: Name of the base for the model card; None for the recorded one.
-        as_delta: Whether to omit what `apply_delta` takes from the base.
         as_class: Name of the MoE class to write, a key of MOE_CLASSES; None for the family's default.
         multimodal_base: Folder of the multimodal base whose other parts to take over; None for the language model only.
         chat_template_from: Folder of the chat model whose template, special tokens and generation settings to take.
@@ -63,11 +54,7 @@ def mcore_to_hf(
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
     """
-    check_output(save, [load], overwrite, (CONFIG_FILE, DeltaConfig.FILE_NAME))
-    if as_delta and (chat_template_from or multimodal_base):
-        raise UserError(
-            "--chat-template-from and --multimodal-base change what --delta takes from the base; remove one"
-        )
+    check_output(save, [load], overwrite, (CONFIG_FILE,))
     source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
     spec, dtype_name, hf = source.spec, dtype or source.spec.dtype, load / HF_FOLDER
     target: torch.dtype = getattr(torch, dtype_name)
@@ -82,26 +69,20 @@ def mcore_to_hf(
         check_chat_tokens(chat_template_from, hf)
         config = with_chat_settings(config, chat_template_from)
     tensors = Tensors({name: source.shape(name) for name in source.names}, source.read_finite)
-    if as_delta:
-        check_delta(facts)
-        tensors = trained_tensors(source, tensors)
-    elif whole is not None:
+    if whole is not None:
         tensors, config = whole.with_tensors(tensors), whole.with_text(config)
-    settings = asdict(spec), dtype, max_shard_bytes, as_delta, facts.architecture
+    settings = asdict(spec), dtype, max_shard_bytes, facts.architecture
     others = str(multimodal_base), str(chat_template_from)
     num_bytes, inputs = tensors.num_bytes(target), [source.step_folder]
     with output_folder(save, overwrite, num_bytes, inputs, settings=settings, others=others) as (folder, journal, bar):
-        if not as_delta:  # before the weights, so that an error does not follow hours of writing
-            if whole is not None:
-                copy_companions(whole.folder, folder, files=PROCESSOR_FILES)
-            write_companions(folder, hf, hf, config, model_card(facts))
-            if chat_template_from is not None:
-                write_chat_tokenizer(folder, chat_template_from, folder)
-                copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
-        stem = DELTA_STEM if as_delta else MODEL_STEM
-        write_weights(journal, tensors, target, max_shard_bytes, bar, stem, stack=not as_delta)
-        if as_delta:
-            complete_delta(folder, facts, max_shard_bytes)
+        # Before the weights, so that an error does not follow hours of writing.
+        if whole is not None:
+            copy_companions(whole.folder, folder, files=PROCESSOR_FILES)
+        write_companions(folder, hf, config, model_card(facts))
+        if chat_template_from is not None:
+            write_chat_tokenizer(folder, chat_template_from, folder)
+            copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
+        write_weights(journal, tensors, target, max_shard_bytes, bar)
     return facts
 
 

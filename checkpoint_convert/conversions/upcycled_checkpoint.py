@@ -12,7 +12,7 @@ from checkpoint_convert.common.megatron_folder import SIGNS, num_elements, write
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
 from checkpoint_convert.hf.checks import check_tokenizer, check_weights
-from checkpoint_convert.hf.companions import copy_companions, record_dtype
+from checkpoint_convert.hf.companions import copy_companions
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import EXTENDED_FILES, TOKENIZER_FILES
@@ -92,7 +92,6 @@ def hf_to_mcore(
             (folder / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
             if extended_tokenizer is None:
                 keep_tokenizer(hf_path, folder / HF_FOLDER)
-        record_dtype(folder / HF_FOLDER, ((source, name) for name in names))
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)

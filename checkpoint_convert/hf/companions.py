@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
-from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.base.copies import check_links, copy_folder
-from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.hf_config import CONFIG_FILE
 
 
 def copy_companions(
@@ -37,30 +35,11 @@ def copy_companion(source: Path, name: str, target: Path) -> None:
     shutil.copyfile(source / name, target)
 
 
-def write_companions(folder: Path, tokenizer: Path, base: Path, config: dict[str, Any], card: str) -> None:
-    """Write everything of an export except its weights.
-
-    Args:
-        tokenizer: Folder with the tokenizer and all other companions but the base's card, which is in `base`: the same
-            folder, or a delta, whose tokenizer is already the export's.
-    """
-    copy_companions(tokenizer, folder, skip=(CONFIG_FILE, CARD_FILE))
+def write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
+    """Write everything of an export of the model in `base` except its weights."""
+    copy_companions(base, folder, skip=(CONFIG_FILE, CARD_FILE))
     if (base / CARD_FILE).is_file():
         copy_companion(base, CARD_FILE, folder / BASE_CARD_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer == base:
-        keep_tokenizer(base, folder)
+    keep_tokenizer(base, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def record_dtype(folder: Path, tensors: Iterable[tuple[HfReader, str]]) -> None:
-    """Make a copied config.json name the dtype of the model's weights, as deltas depend on what training rounded.
-
-    If they have several, it is float32, which holds all of them.
-    """
-    dtypes = {str(reader.dtype(name)).removeprefix("torch.") for reader, name in tensors}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    config = read_config(folder)
-    if (config.get("dtype") or config.get("torch_dtype")) != dtype:
-        config |= {"dtype": dtype, "torch_dtype": dtype}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

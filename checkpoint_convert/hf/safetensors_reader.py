@@ -37,16 +37,16 @@ class HfReader:
         UserError: files are missing, damaged or pickled, or (on access) a tensor is missing or quantized.
     """
 
-    def __init__(self, folder: Path, stem: str = MODEL_STEM, verify: Verify = Verify.FULL, text: bool = True):
+    def __init__(self, folder: Path, verify: Verify = Verify.FULL, text: bool = True):
         self.folder = folder
         self._headers: dict[str, tuple[str, str, tuple[int, ...]]] = {}  # file, dtype, shape
         self._open_name: str | None = None
         self._open_file: Any = None
         self._mapped_bytes = 0
         self._verifier = Verifier(folder, "copy or download it again", verify)
-        index_file = folder / f"{stem}.safetensors.index.json"
+        index_file = folder / f"{MODEL_STEM}.safetensors.index.json"
         weight_map = _read_index(index_file)
-        for file_name in sorted(set(weight_map.values())) or [_single_file(folder, stem)]:
+        for file_name in sorted(set(weight_map.values())) or [_single_file(folder)]:
             file = self._open(file_name)
             for name in file.keys():
                 if name in self._headers:
@@ -61,7 +61,7 @@ class HfReader:
         self.names = list(self._headers)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._headers or stacked_part(name)[0] in self._headers
+        return stacked_part(name)[0] in self._headers
 
     def list_parts(self, parts: Iterable[str]) -> None:
         """In `names`, replace every stacked tensor that one of `parts` is in by its parts."""
@@ -73,7 +73,7 @@ class HfReader:
         self.names = [part for name in self.names for part in parts_of.get(name, [name])]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape, (_, index) = self._header(name)[2], self._stored(name)
+        shape, (_, index) = self._header(name)[2], stacked_part(name)
         if len(index) > len(shape):
             raise UserError(f"{self.folder}: the tensor with {name} has shape {list(shape)}; download it again")
         return tuple(torch.empty(shape, device="meta")[index].shape)
@@ -93,7 +93,7 @@ class HfReader:
         self.dtype(name)  # refused unless it is a dtype that fp32 holds
         file_name = self._header(name)[0]
         self._verifier.verify(file_name)
-        stored, index = self._stored(name)
+        stored, index = stacked_part(name)
         file = self._open(file_name)
         with deferred_signals():  # the library calls torch, which makes an exception of a handler another one
             # Without the copy, a slice would keep its whole stack mapped.
@@ -106,13 +106,9 @@ class HfReader:
         """Like `read`, but UserError if the tensor contains NaN or Inf."""
         return check_finite(self.read(name), f"{self.folder}: {name}", "download the model again or use another one")
 
-    def _stored(self, name: str) -> tuple[str, tuple[Any, ...]]:
-        """The stored tensor that `name` is in, and its index; a delta stores parts by themselves."""
-        return (name, ()) if name in self._headers else stacked_part(name)
-
     def _header(self, name: str) -> tuple[str, str, tuple[int, ...]]:
         """The file, dtype and shape of the tensor, or of the stacked one that it is a part of."""
-        stored, index = self._stored(name)
+        stored, index = stacked_part(name)
         header = self._headers.get(stored)
         is_expert = bool(index) and isinstance(index[0], int)
         if header is None or (is_expert and header[2][:1] <= index[:1]):  # fewer experts
@@ -149,8 +145,8 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _single_file(folder: Path, stem: str) -> str:
-    name = f"{stem}.safetensors"
+def _single_file(folder: Path) -> str:
+    name = f"{MODEL_STEM}.safetensors"
     if (folder / name).is_file():
         return name
     if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*")):

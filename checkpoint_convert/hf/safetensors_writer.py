@@ -55,10 +55,10 @@ class _StoredTensor:
         return math.prod(self.shape)
 
 
-def _stored_tensors(shapes: Mapping[str, tuple[int, ...]], stack: bool) -> list[_StoredTensor]:
-    """Join the parts of joined matrices and stacked experts, unless they are to be stored by themselves."""
+def _stored_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[_StoredTensor]:
+    """Join the parts of joined matrices and stacked experts."""
     stored = []
-    for name, group in groupby(shapes.items(), key=lambda tensor: stacked_part(tensor[0])[0] if stack else tensor[0]):
+    for name, group in groupby(shapes.items(), key=lambda tensor: stacked_part(tensor[0])[0]):
         parts = list(group)
         shape = parts[0][1]
         if parts[0][0] != name:
@@ -71,24 +71,18 @@ def _stored_tensors(shapes: Mapping[str, tuple[int, ...]], stack: bool) -> list[
 
 
 def write_weights(
-    journal: Journal,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    bar: "tqdm[None]",
-    stem: str = MODEL_STEM,
-    stack: bool = True,
+    journal: Journal, tensors: Tensors, dtype: torch.dtype, max_shard_bytes: int, bar: "tqdm[None]"
 ) -> None:
     """Write safetensors shards, index and checksums, one tensor at a time; shards of an interrupted call are kept.
 
     Args:
         journal: The journal of the folder to write.
+        tensors: Of stacked experts, all parts follow one another.
         max_shard_bytes: Largest size of a shard; a larger tensor gets its own.
-        stack: Whether parts of stacked experts become one tensor; if so, all of them follow one another.
     """
     shards: list[list[_StoredTensor]] = [[]]
     total_size = filled = 0
-    for tensor in _stored_tensors(tensors.shapes, stack):
+    for tensor in _stored_tensors(tensors.shapes):
         nbytes = tensor.num_elements * dtype.itemsize
         if shards[-1] and filled + nbytes > max_shard_bytes:
             shards.append([])
@@ -100,7 +94,7 @@ def write_weights(
     sums = {file.name: file.sum for file in journal.entries(WrittenFile)}
     for number, shard in enumerate(shards, start=1):
         suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        name = f"{stem}{suffix}.safetensors"
+        name = f"{MODEL_STEM}{suffix}.safetensors"
         weight_map |= {tensor.name: name for tensor in shard}
         if name in sums:
             bar.update(sum(tensor.num_elements for tensor in shard) * dtype.itemsize)
@@ -110,7 +104,7 @@ def write_weights(
     checksums.write(journal.folder, sums)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-        (journal.folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (journal.folder / f"{MODEL_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_shard(

@@ -154,7 +154,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("convert", "hf/config.json hf/generation_config.json", same_tensors),
         Reading("another round", "export/config.json export/generation_config.json", same_tensors),
         Reading("export", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
-        Reading("apply_delta", "delta/*.json hf/config.json", same_tensors),
         Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
         Reading("plan", "hf/config.json", anything),
         Reading("evaluate", "hf/*config.json", anything, 0.2),
@@ -164,14 +163,12 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
     "weights": (
         Reading("convert", "hf/*.safetensors", anything),  # downloaded, without checksums
         Reading("another round", "export/*.safetensors export/checksums.json", same_files),
-        Reading("apply_delta", "delta/*.safetensors delta/checksums.json hf/*.safetensors", same_files),
         Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
     ),
     "checkpoints": (
         Reading("export", f"{inside(START, STEP)} checkpoint/*.txt", same_files),
         Reading("export a run", inside(LAST, STEP), same_files),
         Reading("export a run", "stage1/*.txt", same_tensors),
-        Reading("delta", inside(LAST, STEP), same_files),
         Reading("evaluate a checkpoint", inside(LAST, STEP), same_print, 0.2),
         Reading("train", f"{inside(START, STEP)} checkpoint/*.txt", same_run, 0.1),
         Reading("resume", f"{inside(HALF, STEP)} out/run/*.txt", same_run, 0.1),
@@ -248,7 +245,6 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "sample a large corpus": ("", same_files),
     "convert": ("", same_files),
     "export": ("", same_files),
-    "apply_delta": ("", same_files),
     "train": ("", same_run),
 }
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]

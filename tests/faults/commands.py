@@ -120,8 +120,6 @@ COMMANDS = {
     "export a run": Command(
         "checkpoint_convert.export", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
     ),
-    "delta": Command("checkpoint_convert.export", "--load stage1 --save out/delta --delta", "stage1 checkpoint"),
-    "apply_delta": Command("checkpoint_convert.apply_delta", "--base hf --delta delta --save out/hf", "hf delta"),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
     "train on two ranks": Command(
         "",

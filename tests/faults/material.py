@@ -57,7 +57,6 @@ def make(folder: Path) -> None:
         ("convert", "checkpoint", "checkpoint"),
         ("export", "hf", "export"),
         ("train", "run", "stage1"),
-        ("delta", "delta", "delta"),
         ("preprocess a large file", ".", "large"),
     ):
         box = undisturbed(name, folder)

@@ -142,8 +142,6 @@ def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(mate
     assert found("Ανάψτε το <|im_start|> light").input_ids == tokenizer("Ανάψτε το <|im_start|> light").input_ids
     for name in ("config.json", "generation_config.json"):
         assert json.loads((material / "with-template" / name).read_text())["eos_token_id"] == end
-    with pytest.raises(UserError, match="--chat-template-from"):
-        export(sft, material / "refused", chat_template_from=chat, as_delta=True)
     other = save_tokenizer(material / "other", "llama2")
     with pytest.raises(UserError, match=r"<\|im_start\|>.* not the same token"):
         export(sft, material / "refused", chat_template_from=other)

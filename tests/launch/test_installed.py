@@ -142,8 +142,6 @@ def test_all_but_training_works_without_megatron(
         "model export --load dense --save back",
         f"model convert --hf-path {model} --save upcycled --num-new-experts 2 --original-copies 1",
         "model export --load upcycled --save export",
-        "model export --load upcycled --save delta --delta --base-model base",
-        f"model apply-delta --base {model} --delta delta --save whole",
         "model card export --languages el",
         f"model verify --frozen {model} upcycled",
         f"model verify --frozen {model} export --text text.jsonl",

@@ -21,7 +21,7 @@ def _parse_arguments() -> argparse.Namespace:
     name = program_name("python -m moelpr.measure.chat")
     parser = CommandParser(prog=name, description=__doc__, parents=[device_arguments()])
     add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export, apply-delta or graft")
+    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export or graft")
     add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
     add("--port", type=int, default=7860, metavar="N", help="port of the page (default: %(default)s)")
     return parser.parse_args()

@@ -1,9 +1,7 @@
 """Commands print one line, and end with one message and exit code 2 for invalid input, 1 for a full disk."""
 
 import sys
-from pathlib import Path
 
-from checkpoint_convert import apply_delta as apply_delta_module
 from checkpoint_convert import convert as importer
 from checkpoint_convert import export as exporter
 from checkpoint_convert import graft as grafter
@@ -66,8 +64,6 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(qwen2, upcycled, tmp
         (importer.main, convert, "--num-new-experts"),
         (importer.main, (*convert, "--dense", "--moe-layers", "1"), "--dense"),
         (importer.main, (*convert, "--num-new-experts", 1, "--moe-layers", "a"), "layer numbers"),
-        (exporter.main, (*write, "--delta", "--multimodal-base", qwen2), "--multimodal-base"),
-        (exporter.main, (*write, "--delta", "--gguf"), "--gguf"),
         (exporter.main, (*write, "--max-shard-size", "big"), "5GB"),
         (exporter.main, (*write, "--as", "mixtral"), "--as qwen2_moe or granitemoe"),
         (exporter.main, (*write, "--as", "llama"), "--as"),
@@ -91,16 +87,3 @@ def test_the_last_line_and_the_card_say_which_programs_run_an_export(upcycled, t
     assert exit_code(verify.main, tmp_path / "out", "--reader", "llama.cpp") == 0
     assert exit_code(verify.main, tmp_path / "out", "--reader", "vllm") == 1
     assert "vLLM: it has no biases in this class" in capsys.readouterr().out
-
-
-def test_a_delta_is_made_and_applied_by_commands(base: Path, tmp_path: Path, exit_code, capsys) -> None:
-    checkpoint, delta, whole = (tmp_path / name for name in ("megatron", "delta", "whole"))
-    hf_to_mcore(base, checkpoint, NewExperts(3, moe_layers=[0, 2]))
-    assert exit_code(exporter.main, "--load", checkpoint, "--save", delta, "--delta", "--base-model", "o/Base") == 0
-    assert "delta of Qwen2MoeForCausalLM, 4 experts, top-2, bfloat16" in capsys.readouterr().out
-    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 0
-    assert f"{whole}: Qwen2MoeForCausalLM, bfloat16, of o/Base and {delta}" in capsys.readouterr().out
-    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", whole) == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert exit_code(apply_delta_module.main, "--base", base, "--delta", base, "--save", tmp_path / "x") == 2
-    assert exit_code(apply_delta_module.main, "--base", base, "--delta", delta, "--save", delta, "--overwrite") == 2

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 from checkpoint_convert.card.history import read_history
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.checkpoints.chain import BaseCheckpoint
 from moelpr.model.families.new_experts import NewExperts
@@ -34,9 +33,3 @@ def test_a_run_is_described_by_the_step_that_it_started_from_also_if_there_are_l
     assert [stage.step for stage in read_history(Path("after")).stages] == [3, 4]
     shutil.rmtree("stage1/iter_0000003")
     assert read_history(Path("after")).missing == "stage1"
-
-
-def test_a_delta_whose_earlier_training_is_unknown_is_written_with_a_note(runs, capsys) -> None:
-    shutil.move("stage1", "elsewhere")
-    mcore_to_hf(Path("stage2"), Path("delta"), base_model="base", as_delta=True)
-    assert "note: how stage1 was trained is not recorded" in capsys.readouterr().err

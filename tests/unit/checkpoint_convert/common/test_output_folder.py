@@ -10,7 +10,6 @@ import pytest
 from torch import Tensor
 
 from checkpoint_convert.common.megatron_folder import MegatronReader
-from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.initialization import Start
@@ -33,13 +32,11 @@ def conversions(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """All directions, in files of a few tensors."""
     monkeypatch.setattr(TorchDistWriter.__init__, "__defaults__", (None, 30_000))
     hf_to_mcore(qwen2, tmp_path / "source", NewExperts(4))
-    mcore_to_hf(tmp_path / "source", tmp_path / "delta", max_shard_bytes=30_000, as_delta=True)
     mcore_to_hf(tmp_path / "source", tmp_path / "export")
     models = [Model(folder, folder.name) for folder in (qwen2, qwen2, tmp_path / "export")]
     return {
         "import": lambda save: hf_to_mcore(qwen2, save, NewExperts(4), start=Start(noise=0.1)),
         "export": lambda save: mcore_to_hf(tmp_path / "source", save, max_shard_bytes=30_000),
-        "base and delta": lambda save: apply_delta(qwen2, tmp_path / "delta", save),
         "graft": lambda save: graft(*models, save, max_shard_bytes=9_000),  # type: ignore[call-arg]
     }
 
@@ -64,7 +61,7 @@ def interrupted_after(num_reads: int) -> Iterator[list[str]]:
         yield reads
 
 
-@pytest.mark.parametrize("direction", ["import", "export", "base and delta", "graft"])
+@pytest.mark.parametrize("direction", ["import", "export", "graft"])
 def test_an_interrupted_conversion_resumes_to_the_same_bytes(conversions, tmp_path, direction) -> None:
     convert = conversions[direction]
     convert(tmp_path / "unbroken")

@@ -9,9 +9,10 @@ import torch
 
 from checkpoint_convert.compare import tensors
 from checkpoint_convert.compare.logits import compare_on_text
-from checkpoint_convert.compare.tensors import compare, largest_difference
+from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import copy_of, tensors_of
 
@@ -56,3 +57,15 @@ def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: 
     assert verdict.num_tokens == 72
     assert verdict.max_abs_logit_diff == pytest.approx((a - b).abs().max().item(), rel=1e-5)
     assert verdict.num_same_choice == int((a.argmax(-1) == b.argmax(-1)).sum()) < 72
+
+
+def test_a_further_round_is_compared_with_the_first_in_its_class_only(base: Path, tmp_path: Path) -> None:
+    granite, second = tmp_path / "granite", tmp_path / "second"
+    hf_to_mcore(base, tmp_path / "first", NewExperts(1))
+    mcore_to_hf(tmp_path / "first", granite, as_class="granitemoe")
+    hf_to_mcore(granite, second, NewExperts(1))
+    mcore_to_hf(second, tmp_path / "same", as_class="granitemoe")
+    assert largest_difference(compare_frozen(granite, tmp_path / "same")) == 0.0
+    mcore_to_hf(second, tmp_path / "other", as_class="qwen2_moe")
+    with pytest.raises(UserError, match="--as"):
+        list(compare_frozen(granite, tmp_path / "other"))

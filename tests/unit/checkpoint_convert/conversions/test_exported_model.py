@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -45,10 +44,6 @@ def test_few_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
     hf_to_mcore(source, tmp_path / "megatron", NewExperts(8))
     assert 0 < held_bytes.take_peak() <= 3 * largest
     mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True)
-    assert 0 < held_bytes.take_peak() <= 3 * largest
-    apply_delta(source, tmp_path / "delta", tmp_path / "whole")
     assert 0 < held_bytes.take_peak() <= 3 * largest
 
 

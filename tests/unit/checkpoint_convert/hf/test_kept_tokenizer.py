@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -82,10 +81,6 @@ def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base
     shutil.copyfile(tmp_path / "hf" / "config.json", as_copied / "config.json")
     assert facts(as_copied) != facts(base)  # what this test is about
     assert facts(tmp_path / "hf") == facts(base)
-
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "delta", as_delta=True)
-    apply_delta(base, tmp_path / "delta", tmp_path / "applied")
-    assert files_of(tmp_path / "applied") == files_of(tmp_path / "hf")
 
     hf_to_mcore(tmp_path / "hf", tmp_path / "mcore2", NewExperts(1))  # another round
     assert facts(tmp_path / "mcore2" / "hf") == facts(base)

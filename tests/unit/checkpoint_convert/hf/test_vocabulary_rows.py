@@ -1,4 +1,4 @@
-"""Exports, deltas, comparisons and grafts of a model with an extended vocabulary."""
+"""Exports, comparisons and grafts of a model with an extended vocabulary."""
 
 import json
 import shutil
@@ -7,23 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert.compare.logits import compare_on_text
 from checkpoint_convert.compare.tensors import compare_frozen, compare_graft
-from checkpoint_convert.conversions.delta import DeltaConfig, apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.graft import main as graft_main
 from checkpoint_convert.hf.vocabulary_rows import new_rows
 from checkpoint_convert.verify import main as verify_main
-from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import edit_json, edit_tensors, files_of, load_stock, save_extended_tokenizer, tensors_of
+from tests.support.hf_models import edit_json, edit_tensors, load_stock, save_extended_tokenizer, tensors_of
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
@@ -66,7 +63,7 @@ def old_text(tmp_path: Path) -> Path:
     return tmp_path / "old.txt"
 
 
-# --- exports and deltas
+# --- exports
 
 
 @pytest.mark.parametrize("as_class", [None, "granitemoe", "mixtral"])
@@ -79,47 +76,6 @@ def test_every_class_is_exported_with_the_rows_and_the_tokenizer(make_model, tmp
     assert VocabularyExtension.read(tmp_path / "model").number == 45
     card = (tmp_path / "model/README.md").read_text()
     assert "extended by 45 tokens (IDs 60 to 104), each in place of 2.0 of the base's on average" in card
-
-
-@pytest.mark.parametrize("num_new", [45, 10], ids=["more rows", "spare rows"])
-@pytest.mark.parametrize(
-    ("architecture", "tied", "options"),
-    [
-        ("Qwen2ForCausalLM", False, {"max_shard_bytes": 20_000}),
-        ("Qwen2ForCausalLM", True, {"as_class": "granitemoe"}),
-        ("LlamaForCausalLM", False, {"dtype": "float32"}),
-    ],
-)
-def test_base_and_delta_give_the_bytes_of_the_full_export(make_model, tmp_path, architecture, tied, options, num_new):
-    base = make_model(architecture, torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
-    base = Path(shutil.copytree(base, tmp_path / "Base-1B"))
-    (base / "README.md").write_text("The base.\n")
-    (base / "generation_config.json").write_text('{"do_sample": true}')
-    checkpoint = grown(base, tmp_path, num_new)
-    mcore_to_hf(checkpoint, tmp_path / "full", **options)
-    mcore_to_hf(checkpoint, tmp_path / "delta", as_delta=True, **options)
-    apply_delta(base, tmp_path / "delta", tmp_path / "whole")
-    assert files_of(tmp_path / "full") == files_of(tmp_path / "whole")
-    full, delta = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "delta")
-    vocabulary = {EMBEDDING} if tied else {EMBEDDING, OUTPUT}
-    assert {name for name in delta if not name.startswith("model.layers.")} == vocabulary
-    for name in vocabulary:
-        assert torch.equal(delta[name], full[name][60 : 60 + num_new])
-    assert "the rows of new tokens and the tokenizer" in (tmp_path / "delta/README.md").read_text()
-
-
-def test_a_delta_that_does_not_fit_is_rejected(qwen2: Path, checkpoint: Path, tmp_path: Path) -> None:
-    delta = tmp_path / "delta"
-    mcore_to_hf(checkpoint, delta, as_delta=True)
-    edit_tensors(delta / "delta.safetensors", lambda tensors: tensors.update({OUTPUT: tensors[OUTPUT][1:].clone()}))
-    with pytest.raises(UserError, match=f"delta is damaged: {OUTPUT}"):
-        apply_delta(qwen2, delta, tmp_path / "out")
-    content = json.loads((delta / DeltaConfig.FILE_NAME).read_text())
-    content["tensors"][0]["new_rows"] = [50, 95]  # as many rows elsewhere
-    (delta / DeltaConfig.FILE_NAME).write_text(json.dumps(content))
-    with pytest.raises(UserError, match=EMBEDDING):
-        apply_delta(qwen2, delta, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # --- comparisons
@@ -188,12 +144,6 @@ def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tm
             assert list(new_rows(earlier, later)) == list(rows)
             assert all(not verdict.differs(0) for verdict in compare_frozen(earlier, later))
         assert torch.equal(tensors_of(later)[EMBEDDING][:105], tensors_of(model)[EMBEDDING])
-    for checkpoint, export, rows in (("second", "model2", None), ("megatron3", "model3", 1)):
-        mcore_to_hf(tmp_path / checkpoint, tmp_path / f"{export}-delta", as_delta=True)
-        delta = load_file(tmp_path / f"{export}-delta/delta.safetensors")
-        assert (len(delta[EMBEDDING]) if EMBEDDING in delta else None) == rows
-        apply_delta(model, tmp_path / f"{export}-delta", tmp_path / f"{export}-whole")
-        assert files_of(tmp_path / export) == files_of(tmp_path / f"{export}-whole")
 
 
 # --- grafts

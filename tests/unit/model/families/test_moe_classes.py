@@ -9,7 +9,6 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from checkpoint_convert.compare.tensors import compare, compare_frozen, largest_difference
-from checkpoint_convert.conversions.delta import apply_delta
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -23,11 +22,9 @@ from tests.support.hf_models import (
     assert_nothing_left,
     edit_json,
     edit_tensors,
-    files_of,
     load_stock,
     our_logits,
     stock_logits,
-    tensors_of,
 )
 
 
@@ -129,14 +126,6 @@ def test_a_granitemoe_with_multipliers_is_extended(make_model, tmp_path: Path) -
     exported = load_stock(tmp_path / "hf", "GraniteMoeForCausalLM")
     assert {name: getattr(exported.config, name) for name in multipliers} == multipliers
     assert_logits(our_logits(tmp_path / "megatron"), exported)
-
-
-def test_base_and_delta_give_the_bytes_of_a_granitemoe(granite: Path, dense: Path, tmp_path: Path) -> None:
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "delta", as_delta=True, as_class="granitemoe")
-    names = tensors_of(tmp_path / "delta")
-    assert {name.rsplit("[")[-1] for name in names if "output_linear" in name} == {"2]", "3]", "4]"}
-    apply_delta(dense, tmp_path / "delta", tmp_path / "whole")
-    assert files_of(granite) == files_of(tmp_path / "whole")
 
 
 def test_shards_do_not_divide_stacked_experts(granite: Path, tmp_path: Path) -> None:

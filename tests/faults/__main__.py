@@ -11,8 +11,9 @@ started as usual. docs/reliability.md has the counts of the last long campaign.
 
 import os
 
-# Set before torch is imported, as a fork has only one thread.
+# Set before the imports: this process forks, so it may have one thread only.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 import argparse
 import gc
@@ -50,7 +51,7 @@ def main() -> None:
         if args.case:
             failures = campaign.repeat(*args.case)
         else:
-            failures = campaign.run(start_s + 60 * args.minutes)
+            failures = campaign.run(time.monotonic() + 60 * args.minutes)
             campaign.print_counts()
     finally:
         if os.getpid() == me:
@@ -77,7 +78,7 @@ def kind_and_number(text: str) -> tuple[str, int]:
 
 def import_everything() -> None:
     """Import the modules of the commands, so that their forks start at once."""
-    warnings.simplefilter("ignore")  # about optional packages, and forks while pyarrow's allocator has a thread
+    warnings.simplefilter("ignore")  # about optional packages
     install_megatron()
     from tests.faults.commands import COMMANDS
 
@@ -114,11 +115,15 @@ class Campaign:
         self._running: dict[Future[tuple[str, str]], tuple[str, int, float]] = {}  # kind, number, start
 
     def run(self, end_s: float) -> int:
-        """Start cases until `end_s` (of the monotonic clock), one per CPU at once; returns the number of failures."""
+        """Try cases, one per CPU at once, until `end_s` (of the monotonic clock), and one of each kind in any case.
+
+        Returns:
+            The number of failures.
+        """
         numbers = {kind: count() for kind in self._kinds}
         with ProcessPoolExecutor(available_cpus(), get_context("fork")) as pool:
-            while time.monotonic() < end_s or self._running:
-                if time.monotonic() < end_s and len(self._running) < available_cpus():
+            while (goes_on := time.monotonic() < end_s or not all(self._counts.values())) or self._running:
+                if goes_on and len(self._running) < available_cpus():
                     # The kind that has had the least time of what it should have.
                     kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
                     self._start(pool, kind, next(numbers[kind]))

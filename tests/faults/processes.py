@@ -19,14 +19,13 @@ from typing import NoReturn
 
 from benchmarks.common import environment
 from moelpr.base.command import run_command
-from moelpr.base.machine import available_cpus
 
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30
-CPU_S = 60
+CPU_S = 100  # for one process
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # run_command handles them
-HANGS_AFTER_S = 150  # on a machine with a CPU for each process that wants one
-# Within which what belongs to a killed command must have ended (docs/reliability.md).
+# Seconds as `Patience` counts them: for a command, and for what is left after a killed one (docs/reliability.md).
+HANGS_AFTER_S = 150
 ORPHANS_AFTER_S = 10
 
 
@@ -66,6 +65,25 @@ class Ended:
         return "\n".join(f"    {line[:300]}" for line in self.errors.splitlines()[-8:])
 
 
+class Patience:
+    """Counts the seconds in which all of some processes sleep, and their CPU time: neither grows for want of a CPU."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s, self._spent_s = limit_s, 0.0
+        self._last, self._cpu_s = time.monotonic(), dict[int, float]()
+
+    def is_over(self, pids: list[int]) -> bool:
+        now, cpu_s, all_sleep = time.monotonic(), dict[int, float](), True
+        for pid in pids:
+            if fields := _status(pid):
+                cpu_s[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                all_sleep &= fields[0] not in "RD"  # running or waiting for a CPU, or for a disk
+        self._spent_s += sum(max(0, spent - self._cpu_s.get(pid, spent)) for pid, spent in cpu_s.items())
+        self._spent_s += all_sleep * (now - self._last)
+        self._last, self._cpu_s = now, cpu_s
+        return self._spent_s > self._limit_s
+
+
 class Running:
     """A command in a session of its own, with the current folder `box`; its output is next to that folder.
 
@@ -77,6 +95,8 @@ class Running:
 
     def __init__(self, become: Callable[[], object], box: Path, name: str = "", mark: str = "") -> None:
         self._mark = mark.encode()
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise Failure("this process has threads, whose locks would stay locked in a fork")
         self._paths = [box.with_name(f"{name}{stream}") for stream in ("stdout", "stderr")]
         self.pid = os.fork()
         if self.pid == 0:
@@ -112,15 +132,16 @@ class Running:
 
     def wait(self) -> Ended:
         """Raises `Failure` if it hangs, or if one of its processes outlives it."""
-        timeout_s = HANGS_AFTER_S * max(1, os.getloadavg()[0] / available_cpus())
-        if not self.is_over(timeout_s):
-            self.kill_all()
-            raise Failure(f"hangs: no end after {timeout_s:.0f} s")
+        patience = Patience(HANGS_AFTER_S)
+        while not self.is_over(0.5):
+            if patience.is_over(self._family()):
+                self.kill_all()
+                raise Failure(f"hangs: no end after {HANGS_AFTER_S} s of sleep or work")
         _, status = os.waitpid(self.pid, 0)
         os.close(self._end)
-        deadline = time.monotonic() + ORPHANS_AFTER_S
+        patience = Patience(ORPHANS_AFTER_S)
         while left := self._family():
-            if time.monotonic() > deadline:
+            if patience.is_over(left):
                 names = ", ".join(map(_command_line, left))
                 self.kill_all()
                 raise Failure(f"{len(left)} processes still run {ORPHANS_AFTER_S} s after the command: {names}")
@@ -153,8 +174,15 @@ class Running:
             # torchrun's ranks have sessions of their own.
             is_marked = bool(self._mark) and self._mark in Path(f"/proc/{pid}/environ").read_bytes()
             if is_marked or os.getsid(pid) == self.pid:
-                return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+                return bool(fields := _status(pid)) and fields[0] != "Z"
         return False
+
+
+def _status(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; [] if the process is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return []
 
 
 def _command_line(pid: int) -> str:

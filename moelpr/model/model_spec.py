@@ -81,7 +81,7 @@ class MoeSpec:
 
     Attributes:
         num_new_experts: N, the experts of this round.
-        topk: K, experts per token.
+        topk: K, experts per token; with 1, every gate weight is 1, so routers cannot be trained.
         layers: 0-based numbers of the MoE layers, ascending; the others stay dense.
         num_original_experts: m, the experts from before this round, which don't change: the dense FFN, then those of
             earlier rounds in order.
@@ -105,7 +105,7 @@ class MoeSpec:
         return self.num_original_places + self.num_new_experts
 
     def check(self, num_layers: int) -> None:
-        """Raise a UserError if a model of `num_layers` layers can't be trained with these settings."""
+        """Raise a UserError if a model of `num_layers` layers can't have these experts."""
         if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
             raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
         if not 1 <= self.num_original_experts <= MAX_EXPERTS:
@@ -116,12 +116,10 @@ class MoeSpec:
             raise UserError(
                 f"--original-copies must be at least 1 (the dense FFN) and at most 1024, got {self.original_copies}"
             )
-        if self.topk == 1:
-            raise UserError("with K = 1 every gate weight is 1, so the router gets no gradient; pass --topk 2 or more")
-        if not 2 <= self.topk <= self.num_experts:
+        if not 1 <= self.topk <= self.num_experts:
             raise UserError(
                 f"top-{self.topk} routing is impossible with {self.num_experts} experts ({self.num_new_experts} new + "
-                f"{self.num_original_places} original); pass --topk between 2 and {self.num_experts}"
+                f"{self.num_original_places} original); pass --topk between 1 and {self.num_experts}"
             )
         if self.original_copies > self.topk:
             raise UserError(

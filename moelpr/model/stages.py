@@ -10,6 +10,12 @@ Stage1Experts = Literal["all", "new"]
 MOE_STAGES: tuple[Stage, ...] = (*get_args(MoeStage), "sft")
 DENSE_STAGES: tuple[Stage, ...] = ("dense", "ffn")  # for models without experts
 
+# Why no MoE stage trains a model in which a token uses one expert.
+UNTRAINED_ROUTERS = (
+    "with K = 1 every gate weight is 1, so routers get no gradient; train the FFNs of the dense model (stage ffn), and "
+    "let moelpr model combine find the routers, or use --topk 2 or more"
+)
+
 STAGE_HELP: dict[Stage, str] = {
     "dense": "(full training): train every parameter of a dense model (a base from scratch, or full fine-tuning)",
     "ffn": "(FFNs only): train the FFNs of a dense model, what MoE-LPR trains, but without experts",

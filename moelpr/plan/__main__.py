@@ -24,7 +24,7 @@ from moelpr.model.families.families import read_base
 from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import with_new_experts
 from moelpr.model.model_spec import ModelSpec
-from moelpr.model.stages import DENSE_STAGES, Part, Stage, Stage1Experts
+from moelpr.model.stages import DENSE_STAGES, MOE_STAGES, UNTRAINED_ROUTERS, Part, Stage, Stage1Experts
 from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
@@ -86,6 +86,8 @@ def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> Mo
     is_auto = args.num_new_experts == "auto"
     experts = replace(new_experts(args, base), num_new_experts=MOST_EXPERTS if is_auto else args.num_new_experts)
     spec = _with_new_tokens(with_new_experts(family, base, experts), args)
+    if spec.moe is not None and spec.moe.topk == 1 and args.stage in MOE_STAGES:
+        raise UserError(f"--stage {args.stage} is impossible: {UNTRAINED_ROUTERS}")
     return most_experts(spec, workload, cluster) if is_auto else spec
 
 

@@ -63,12 +63,15 @@ class MoELPRConfig(TransformerConfig):
     recompute_modules: list[str] | None = None  # Megatron's field, typed
 
     def __post_init__(self) -> None:
-        """Allow `moe_act` without Transformer Engine's grouped layers, which Megatron requires for it."""
-        modules = self.recompute_modules
+        """Allow `moe_act` without Transformer Engine's grouped layers, and K = 1 with gate weights of 1.
+
+        Megatron requires those layers for the former, and softmax before top-k for the latter, so that routers train.
+        """
+        modules, self.moe_router_pre_softmax = self.recompute_modules, self.moe_router_topk == 1
         if modules and not self.moe_grouped_gemm:
             self.recompute_modules = [name for name in modules if name != "moe_act"]
         super().__post_init__()
-        self.recompute_modules = modules or self.recompute_modules
+        self.recompute_modules, self.moe_router_pre_softmax = modules or self.recompute_modules, False
 
     @property
     def recomputes_expert_activation(self) -> bool:

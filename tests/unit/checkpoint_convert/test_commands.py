@@ -60,7 +60,7 @@ def test_invalid_arguments_exit_with_one_message_and_code_2(qwen2, upcycled, tmp
     convert = "--hf-path", qwen2, "--save", tmp_path / "out"
     write = "--load", upcycled, "--save", tmp_path / "out"
     for main, arguments, message in (
-        (importer.main, (*convert, "--num-new-experts", 4, "--topk", 1), "K = 1"),
+        (importer.main, (*convert, "--num-new-experts", 4, "--topk", 0), "--topk"),
         (importer.main, convert, "--num-new-experts"),
         (importer.main, (*convert, "--dense", "--moe-layers", "1"), "--dense"),
         (importer.main, (*convert, "--num-new-experts", 1, "--moe-layers", "a"), "layer numbers"),

@@ -14,7 +14,8 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
     assert MoeSpec(num_new_experts=4, topk=2, layers=(0,)).num_experts == 5
     moe = MoeSpec(num_new_experts=4, topk=7, layers=(0,), num_original_experts=3)
     assert moe.num_experts == 7
-    moe.check(num_layers=1)  # K = E
+    for topk in (1, 7):
+        replace(moe, topk=topk).check(num_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -27,8 +28,9 @@ def test_original_and_new_experts_together_are_all_experts() -> None:
         ({"original_copies": 10**9, "topk": 10**9}, "--original-copies must be at least 1 .* at most 1024, got"),
         ({"original_copies": 3}, "--original-copies must be at most --topk, got 3 and 2"),
         ({"num_original_experts": 10**9}, "to 4096, got 1000000000"),
-        ({"topk": 1}, "K = 1 .*--topk 2"),
-        ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 2 and 7"),
+        ({"topk": 0}, "top-0 .*--topk between 1 and 7"),
+        ({"topk": 8}, r"top-8 .* 7 experts \(4 new \+ 3 original\).*--topk between 1 and 7"),
+        ({"topk": 1, "original_copies": 2}, "--original-copies must be at most --topk, got 2 and 1"),
         ({"layers": ()}, "--moe-layers"),
         ({"layers": (1,)}, "no layer 1; pass --moe-layers from 0 to 0"),
         ({"layers": (0, 0)}, "without repetition"),

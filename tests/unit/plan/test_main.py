@@ -158,6 +158,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--gpus", "0"], "argument --gpus: must be "),
         (["--gpu-memory-gib", "inf"], "argument --gpu-memory-gib: must be "),
         (["--moe-layers", "7"], "no layer 7"),
+        (["--topk", "1"], "--stage stage1 .* K = 1 .*ffn"),
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),

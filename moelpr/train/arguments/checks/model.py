@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from moelpr.base.versions import install_command
 from moelpr.model.layers.config import FIXED_FOR_MOE
-from moelpr.model.stages import DENSE_STAGES, MOE_STAGES
+from moelpr.model.stages import DENSE_STAGES, MOE_STAGES, UNTRAINED_ROUTERS
 from moelpr.train.arguments import kernels, supported
 from moelpr.train.arguments.flags import all_arguments, own_arguments, suggestion
 from moelpr.train.arguments.requested import RequestedRun
@@ -47,6 +47,8 @@ def check_checkpoint_kind(run: RequestedRun) -> Iterable[str]:
             f"--stage {run.args.stage} requires an upcycled checkpoint, but {run.checkpoint} is dense; upcycle it with "
             "moelpr model convert --num-new-experts N"
         )
+    elif run.args.stage in MOE_STAGES and run.spec.moe is not None and run.spec.moe.topk == 1:
+        yield f"--stage {run.args.stage} cannot train {run.checkpoint}: {UNTRAINED_ROUTERS}"
 
 
 def check_model_flags(run: RequestedRun) -> Iterable[str]:

@@ -215,7 +215,7 @@ def test_a_diverged_run_is_rejected(upcycled: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
-        ({"moe": {"num_new_experts": 4, "topk": 1, "layers": [0]}}, "K = 1"),
+        ({"moe": {"num_new_experts": 4, "topk": 6, "layers": [0]}}, "top-6"),
         ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
         (
             {"moe": {"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]}},

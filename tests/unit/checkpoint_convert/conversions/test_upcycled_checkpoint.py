@@ -327,7 +327,7 @@ def test_mixed_and_unsupported_dtypes_are_rejected(source: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"topk": 1}, "K = 1 .*--topk 2"),
+        ({"topk": 1, "original_copies": 2}, "--original-copies.* 2 and 1"),
         ({"topk": 6}, "top-6 .* 5"),
         ({"original_copies": 3}, "--original-copies.* 3 and 2"),
         ({"original_copies": 0}, "--original-copies.*at least 1"),

@@ -1,6 +1,7 @@
 """Every family: bitwise identical after import and export, and our model computes what transformers computes."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.support.hf_models import (
     assert_import_fails,
     assert_logits,
     edit_json,
+    edit_tensors,
     load_stock,
     our_logits,
     stock_logits,
@@ -170,6 +172,28 @@ def test_a_trained_model_computes_the_same_in_both(model: tuple[Path, str, str],
     ours = our_logits(tmp_path / "megatron")
     assert_logits(ours, exported)
     assert (ours - stock_logits(load_stock(source, architecture))).abs().max() > 1e-3
+
+
+def test_a_token_may_use_one_expert_with_a_weight_of_one(model: tuple[Path, str, str], tmp_path: Path) -> None:
+    """Our model, the stock class and, where all tokens choose the dense FFN, the dense model compute the same."""
+    source, architecture, moe_architecture = model
+    hf_to_mcore(source, tmp_path / "megatron", NewExperts(1, topk=1), start=Start(noise=0.5))
+    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class=chosen(architecture, moe_architecture))
+    exported, dense = load_stock(tmp_path / "hf", moe_architecture), load_stock(source, architecture)
+    ours = our_logits(tmp_path / "megatron")
+    assert_logits(ours, exported)
+    assert (ours - stock_logits(dense)).abs().max() > 1e-3
+    edit_tensors(tmp_path / "hf", zero_routers)  # top-k takes the first of equal logits
+    assert_logits(stock_logits(tmp_path / "hf"), dense)
+    if moe_architecture == "MixtralForCausalLM":
+        again = hf_to_mcore(tmp_path / "hf", tmp_path / "second", NewExperts(1)).moe
+        assert again is not None and (again.topk, again.num_original_experts, again.num_experts) == (1, 2, 3)
+
+
+def zero_routers(tensors: dict[str, torch.Tensor]) -> None:
+    for name in tensors:
+        if re.search(r"(mlp|moe)\.(gate|router\.layer)\.weight", name):
+            tensors[name].zero_()
 
 
 def test_the_exported_config_has_old_and_new_names(model: tuple[Path, str, str], tmp_path: Path) -> None:
@@ -376,7 +400,6 @@ def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
         ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size .*0.* 64"),
         ({"mlp_only_layers": [0], "moe_intermediate_size": 24}, "48 and 24"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step .*1.* 2"),
-        ({"num_experts": 1, "num_experts_per_tok": 1}, "K = 1"),
         ({"num_experts": 1 << 31}, "at most 4096 experts"),
     ],
 )

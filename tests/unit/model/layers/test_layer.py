@@ -40,7 +40,7 @@ def first_layer(spec: ModelSpec, **settings: Any):
 
 
 def plain_loop(layer, hidden_TH: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """sum over the two best places of softmax over their two logits times the expert's output, token by token.
+    """sum over the K best places of softmax over their K logits times the expert's output, token by token.
 
     `first` is the first place that a token can choose.
     """
@@ -52,7 +52,7 @@ def plain_loop(layer, hidden_TH: torch.Tensor, first: int = 0) -> torch.Tensor:
     )
     outputs = []
     for hidden in hidden_TH:
-        best = torch.topk((layer.router.weight @ hidden)[first:], 2)
+        best = torch.topk((layer.router.weight @ hidden)[first:], layer.router.topk)
         output = torch.zeros_like(hidden)
         for weight, expert in zip(torch.softmax(best.values, dim=0), best.indices + first, strict=True):
             gate, up = (fc1[expert] @ hidden).chunk(2)
@@ -76,6 +76,15 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
     torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
     for ours_grad, loop_grad in zip(ours_grads, loop_grads, strict=True):
         torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("original_experts", [1, 3])
+def test_with_one_choice_the_gate_weight_is_one_and_routers_get_no_gradient(moe_spec, original_experts) -> None:
+    layer = first_layer(replace(moe_spec, moe=replace(moe_spec.moe, topk=1, num_original_experts=original_experts)))
+    test_output_and_gradients_equal_a_plain_loop_over_experts(layer)
+    assert not layer.router.weight.grad.any() and layer.experts.linear_fc1.weight.grad.any()
+    weights, is_chosen = layer.router(torch.randn(7, 3, 32))
+    assert torch.equal(weights, is_chosen.float()) and bool((is_chosen.sum(dim=1) == 1).all())
 
 
 def test_stage_1_may_keep_tokens_from_the_original_experts(spec: ModelSpec) -> None:
@@ -120,6 +129,8 @@ def test_all_tokens_may_choose_the_same_two_experts(layer, favorite: int) -> Non
         MoeSpec(4, 2, (0, 1, 2)),
         MoeSpec(2, 3, (1,)),
         MoeSpec(1, 2, (0, 2)),
+        MoeSpec(1, 1, (0, 1, 2)),
+        MoeSpec(3, 1, (0, 2), num_original_experts=2),
         MoeSpec(2, 3, (0, 2), num_original_experts=3),
         MoeSpec(4, 2, (0, 1, 2), original_copies=2),
         MoeSpec(2, 3, (0, 2), num_original_experts=2, original_copies=3),
@@ -150,7 +161,7 @@ def dense_and_upcycled(dense_spec: ModelSpec, moe: MoeSpec) -> tuple:
     return dense, upcycled
 
 
-@pytest.mark.parametrize("topk", [2, 3])
+@pytest.mark.parametrize("topk", [1, 2, 3])
 def test_tokens_that_choose_only_copies_get_the_dense_models_logits_bit_for_bit(dense_spec, topk) -> None:
     """Whatever the new experts compute, and however the token's weight is divided over the copies."""
     dense, upcycled = dense_and_upcycled(dense_spec, MoeSpec(4, topk, (0, 1, 2), original_copies=topk))

@@ -74,6 +74,7 @@ def checkpoint(make_checkpoint: Callable[..., str], moe_spec: ModelSpec, dense_s
         specs = {
             "dense": dense_spec,
             "few": replace(moe_spec, moe=replace(moe_spec.moe, num_new_experts=1)),
+            "one-choice": replace(moe_spec, moe=replace(moe_spec.moe, topk=1)),
             "some-layers": replace(moe_spec, moe=replace(moe_spec.moe, layers=(0, 2))),
             "second-round": replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=3)),
             "grown": replace(moe_spec, megatron_args=grown, new_tokens=NewTokens(120, 20, 128)),

@@ -69,6 +69,8 @@ stage1 upcycled BATCH 3 -> BATCH 3 … use 2 or 4
 stage1 six VIRTUAL 2 -> Megatron … pipeline-model-parallel size should be greater than 1
 
 stage2 dense -> --stage stage2 … CHECKPOINT … --num-new-experts
+stage1 one-choice -> --stage stage1 … K = 1 … ffn … combine
+stage2 one-choice -> --stage stage2 … K = 1
 dense upcycled -> --stage dense … CHECKPOINT … --stage stage1 or stage2
 stage1 upcycled --moe-router-topk 1 -> --moe-router-topk 1 contradicts the checkpoint CHECKPOINT … has 2;
 stage1 upcycled --untie-embeddings-and-output-weights -> --untie-embeddings-and-output-weights True … has False;

@@ -14,6 +14,7 @@ from checkpoint_convert.hf.hub import DOWNLOADED
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, MODEL_STEM
 from moelpr.base import records
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
+from moelpr.base.model_code import refuse_code
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_hub_name
 
@@ -43,6 +44,7 @@ class Upload:
             UserError: There is no model or no card, the card names no licence, or a file has a secret or names a
                 folder of this machine (without `allow_paths`).
         """
+        refuse_code(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         files = [name for name in names if any(fnmatch(name, pattern) for pattern in _UPLOADED)]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):

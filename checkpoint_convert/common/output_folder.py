@@ -12,6 +12,7 @@ from tqdm import tqdm
 from moelpr.base.errors import UserError
 from moelpr.base.files import refuse_existing
 from moelpr.base.journal import Journal, partial_name, resumable_directory
+from moelpr.base.model_code import drop_code
 
 
 def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[str, ...]) -> None:
@@ -58,3 +59,4 @@ def output_folder(
     ):
         refuse_existing([save], overwrite)  # again: a job that started before may just have ended
         yield journal.folder, journal, bar
+        drop_code(journal.folder)

@@ -58,7 +58,6 @@ def graft(
     check_same_tokenizer(*sources, reader.shape("model.embed_tokens.weight")[0], reader.new_rows)
     config = with_chat_settings(read_config(model.folder), instruct.folder)
     config |= {"dtype": reader.dtype, "torch_dtype": reader.dtype}
-    config.pop("auto_map", None)  # older exports have their base's
     tensors = Tensors({name: reader.shape(name) for name in reader.names}, reader.read)
     target: torch.dtype = getattr(torch, reader.dtype)
     num_bytes = tensors.num_bytes(target)

@@ -14,6 +14,7 @@ from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, write_text
 from moelpr.base.machine import format_bytes
+from moelpr.base.model_code import refuse_code
 
 MODELFILE = "Modelfile"
 _READER = f"{READERS['llama.cpp']}: "
@@ -41,6 +42,7 @@ def write_gguf(
     Raises:
         UserError: llama.cpp cannot run the export, or a program is missing; `save` is then unchanged.
     """
+    refuse_code(folder)
     if reasons := unmet_requirements(folder, "llama.cpp", verify):
         raise UserError(
             f"{folder} cannot become a GGUF file that computes the same model ({reasons[0].removeprefix(_READER)}); "

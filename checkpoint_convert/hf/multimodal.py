@@ -16,6 +16,7 @@ from checkpoint_convert.hf.safetensors_writer import Tensors
 from moelpr.base import records
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
+from moelpr.base.model_code import without_code
 from moelpr.model.families.families import read_base
 from moelpr.model.families.hf_config import CONFIG_FILE, TEXT_CLASSES, TEXT_PREFIX
 from moelpr.model.model_spec import ModelSpec
@@ -41,7 +42,7 @@ class MultimodalBase:
             UserError: It is not multimodal, has another shape, or has a head that its config.json does not describe.
         """
         base = read_base(folder)[1]
-        config = records.read(dict[str, Any], folder / CONFIG_FILE, "download it again")
+        config = without_code(records.read(dict[str, Any], folder / CONFIG_FILE, "download it again"))
         if "text_config" not in config:
             raise UserError(
                 f"--multimodal-base {folder} is a language model only; pass the multimodal base, or remove it"

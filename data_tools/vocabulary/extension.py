@@ -14,6 +14,7 @@ from data_tools.vocabulary.counting import NewText, OriginalText
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
 from moelpr.base.copies import check_links, copy_folder
 from moelpr.base.errors import UserError
+from moelpr.base.model_code import drop_code
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
 
@@ -118,6 +119,7 @@ def write_tokenizer(
             copy_folder(source, folder / name)
         elif source.is_file():
             shutil.copyfile(source, folder / name)
+    drop_code(folder)
     (folder / "tokenizer.json").write_text(bpe.extended(new), encoding="utf-8")
     VocabularyExtension(
         first_new_id=bpe.first_new_id,

@@ -18,10 +18,13 @@ from moelpr.base import machine, yaml_files
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import StoppedError, UserError, first_line
 from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
+from moelpr.base.model_code import drop_code
 from moelpr.base.quantities import count_argument, format_count
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
 from moelpr.base.stop import SIGNALS
 from moelpr.base.versions import require_package
+from moelpr.data.tokenizers.loading import open_hf_tokenizer
+from moelpr.model.families.hf_config import transformers_config
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
@@ -187,9 +190,9 @@ def _with_adapters(args: argparse.Namespace) -> Any:
 def _base(args: argparse.Namespace, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
-        args.hf_path, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
+    config = transformers_config(args.hf_path)
+    options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(args.hf_path, config=config, **options)
 
 
 def _samples(args: argparse.Namespace, model: Any) -> Any:
@@ -280,11 +283,11 @@ def _callback(args: argparse.Namespace, signals: list[int]) -> Any:
 def merge(args: argparse.Namespace, adapter: Path) -> None:
     """Write the base, in its own dtype, with the adapter merged into it."""
     from peft import PeftModel
-    from transformers import AutoTokenizer
 
     with atomic_directory(args.export) as temporary:
         PeftModel.from_pretrained(_base(args, "auto"), adapter).merge_and_unload().save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(args.hf_path, local_files_only=True).save_pretrained(temporary)
+        open_hf_tokenizer(args.hf_path).save_pretrained(temporary)
+        drop_code(temporary)
         write_text(temporary / "README.md", _card(args))
 
 

@@ -27,7 +27,7 @@ from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import install_command
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.measure.evaluate.llama_cpp import Gguf
-from moelpr.model.families.hf_config import read_config
+from moelpr.model.families.hf_config import read_config, transformers_config
 from moelpr.model.megatron import bootstrap, cpu
 from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
@@ -230,9 +230,8 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verif
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the empty shared expert, see below
             options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True, **placement}
-            model, loading_info = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **options
-            )
+            options |= {"config": transformers_config(directory), "trust_remote_code": False}
+            model, loading_info = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, **options)
     except MemoryError:
         raise
     except Exception as error:  # transformers and safetensors each raise errors of their own

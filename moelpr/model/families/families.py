@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.model.families.hf_config import TEXT_CLASSES, read_config
+from moelpr.model.families.hf_config import TEXT_CLASSES, read_config, transformers_config
 from moelpr.model.families.moe_classes import (
     ERNIE_MOE,
     FLEX_OLMO,
@@ -265,7 +265,6 @@ class Family:
             "vocab_size": args["vocab_size"],
             "tie_word_embeddings": not args["untie_embeddings_and_output_weights"],
         }
-        config.pop("auto_map", None)  # code of the base, which is no part of an export
         if spec.moe is None:
             return config
         # A base that is an MoE has its class's keys. From transformers 5's layer_types, vLLM would conclude that a
@@ -394,8 +393,7 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     from transformers import AutoConfig
 
     try:
-        # With the defaults of its class. Without `trust_remote_code`, transformers would ask at a terminal.
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers_config(folder)  # with the defaults of its class
         if config.get_text_config() is not config:  # a multimodal model
             config = AutoConfig.for_model(**raw)
     except Exception as error:  # a damaged config may raise any exception

@@ -1,7 +1,10 @@
 """config.json of a Hugging Face model."""
 
+import json
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -9,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from moelpr.base import records
 from moelpr.base.errors import UserError
+from moelpr.base.model_code import without_code
 from moelpr.base.records import FOREIGN
 from moelpr.model.model_spec import MAX_LAYERS
 
@@ -38,7 +42,7 @@ class _Config:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json; of a multimodal model, the language model's.
+    """Read the folder's config.json, without what names code; of a multimodal model, the language model's.
 
     Raises:
         UserError: It is missing, is not a JSON object, or has a field of a wrong type or more than MAX_LAYERS layers.
@@ -50,12 +54,25 @@ def read_config(folder: Path) -> dict[str, Any]:
                 f"{folder} is a GGUF, which only llama.cpp reads; pass the Hugging Face directory that it was made from"
             )
         raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
-    config = records.read(dict[str, Any], path, _REMEDY)
+    config = without_code(records.read(dict[str, Any], path, _REMEDY))
     records.validate(_Config, config, str(path), _REMEDY)
     text = _language_model(config, path)
     if text is not config:
         records.validate(_Config, text, str(path), _REMEDY)
     return text
+
+
+def transformers_config(folder: Path) -> Any:
+    """The folder's config.json as an object of transformers, without what names code."""
+    from transformers import AutoConfig
+
+    settings = records.read(dict[str, Any], folder / CONFIG_FILE, _REMEDY)
+    has_code = (kept := without_code(settings)) != settings
+    with TemporaryDirectory() if has_code else nullcontext(folder) as source:
+        if has_code:
+            (Path(source) / CONFIG_FILE).write_text(json.dumps(kept))
+        # Without `trust_remote_code`, transformers would ask at a terminal.
+        return AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def text_names(names: Iterable[str], text: bool = True) -> dict[str, str]:

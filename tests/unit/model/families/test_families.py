@@ -370,14 +370,6 @@ def test_a_llama_with_a_window_that_transformers_ignores_has_none(make_model, tm
     assert "window_size" not in hf_to_mcore(tmp_path / "granitemoe", tmp_path / "second", NewExperts(1)).megatron_args
 
 
-@pytest.mark.parametrize("experts", [None, NewExperts(2)])
-def test_an_export_does_not_name_the_code_of_its_base(source: Path, tmp_path: Path, experts: NewExperts | None) -> None:
-    edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
-    hf_to_mcore(source, tmp_path / "megatron", experts)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
-
-
 def test_old_configs_with_a_plain_rope_theta_are_read(make_qwen2: Callable[..., Path], tmp_path: Path) -> None:
     source = make_qwen2()
     config = json.loads((source / "config.json").read_text())

@@ -7,14 +7,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from checkpoint_convert.card.front_matter import front_matter, inherited
-from checkpoint_convert.card.history import History
-from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.common.megatron_folder import MegatronReader, num_elements
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import installed_versions
 from moelpr.data.vocabulary_extension import VocabularyExtension
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.hub import is_hub_name
 from moelpr.model.metrics import schema
 from moelpr.model.stages import Part
@@ -41,8 +40,7 @@ class CardFacts:
     config: dict[str, Any]
     dtype: str
     base_model: str | None
-    origin: Origin
-    history: History
+    lineage: Lineage
 
     @property
     def architecture(self) -> str:

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint_convert.card.history import read_history
 from checkpoint_convert.card.model_card import CardFacts, model_card
-from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.hf.chat_tokenizer import (
@@ -23,6 +21,7 @@ from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 from moelpr.model.families.moe_classes import MOE_CLASSES, MoeClass
 from moelpr.model.model_spec import ModelSpec
@@ -61,10 +60,8 @@ def mcore_to_hf(
     config = source.family.export_config(read_config(hf), spec, dtype_name)
     whole = None if multimodal_base is None else MultimodalBase.read(multimodal_base, spec, target, verify)
     config |= {} if whole is None else {"vision_config": whole.config["vision_config"]}
-    origin = Origin.of(load)
-    facts = CardFacts(
-        source, config, dtype_name, base_model or origin.base_model, origin, read_history(load, iteration)
-    )
+    lineage = Lineage.of(source.step_folder)
+    facts = CardFacts(source, config, dtype_name, base_model or lineage.base_model, lineage)
     if chat_template_from is not None:
         check_chat_tokens(chat_template_from, hf)
         config = with_chat_settings(config, chat_template_from)

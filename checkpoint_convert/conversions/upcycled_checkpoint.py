@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from checkpoint_convert.card.origin import Origin
 from checkpoint_convert.common.megatron_folder import SIGNS, num_elements, write_checkpoint
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.initialization import Start, starting_tensors
@@ -22,6 +21,7 @@ from moelpr.base import records
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.families import read_base
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
@@ -93,7 +93,7 @@ def hf_to_mcore(
             if extended_tokenizer is None:
                 keep_tokenizer(hf_path, folder / HF_FOLDER)
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
-        Origin(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder / HF_FOLDER)
+        Lineage(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder / HF_FOLDER)
         write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
     return spec
 

@@ -48,11 +48,7 @@ class Settings(TypedDict, total=False):
     """
 
     stage: str
-    save: _Name | None
-    model_source: _Name | None
     pretrained_checkpoint: _Name | None
-    model_step: _Name | None
-    ckpt_step: _Count | None
     world_size: _Count | None
     train_iters: _Count | None
     train_samples: _Count | None

@@ -11,6 +11,7 @@ from moelpr.base.files import make_folder, write_text
 from moelpr.base.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
 from moelpr.base.versions import installed_versions
 from moelpr.model.checkpoints.chain import step_name
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.megatron import hooks
 from moelpr.train.arguments.requirements import resolved_settings
 from moelpr.train.arguments.settings import RunSettings
@@ -32,6 +33,7 @@ def run_records(settings: RunSettings, args: argparse.Namespace, argv: list[str]
         settings.spec.write(save)
         if (source / HF_FOLDER).is_dir():
             copy_folder(source / HF_FOLDER, save / HF_FOLDER)
+            Lineage.of(settings.start.step_folder).write(save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(vars(args)), sort_keys=True)
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")

@@ -23,6 +23,7 @@ import yaml
 
 from moelpr.base.checksums import verify_folder
 from moelpr.base.command import STOPPED
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.model_spec import ModelSpec
 from moelpr.train.arguments.checks.folders import checkpoint_bytes
 from tests.support.hf_models import RunsCode, replace_object
@@ -419,6 +420,9 @@ def test_a_run_folder_contains_its_settings_and_model(stage1: Path, stage2: Path
     assert command["num_ranks"] == 1
     assert command["arguments"][-2:] == ["--save-trained-only", "--async-save"]
     assert (stage2 / "hf" / "config.json").is_file()
+    (before,) = Lineage.read(stage2 / "hf").stages
+    assert (before.folder, before.step, before.settings["stage"]) == (str(stage1), 6, "stage1")
+    assert before.first == metrics(stage1)[0] and before.last == metrics(stage1)[-1]
 
 
 def test_frozen_tensors_of_the_export_are_bitwise_identical_to_the_bases(material: Path, stage2: Path) -> None:

@@ -37,7 +37,6 @@ def apply_method(run: RequestedRun, settings: RunSettings) -> None:
     """Set what follows from start, stage and model, in a run without problems."""
     args, start, moe = run.args, settings.start, settings.spec.moe
     args.model_source, args.ckpt_step, args.is_resumed = str(start.checkpoint), start.selected_step, start.is_resumed
-    args.model_step = start.step_folder.name  # recorded, because the checkpoint may get further steps
     args.no_load_optim = args.no_load_optim or run.has_no_optimizer_state
     if args.stage == "sft":
         args.calculate_per_token_loss = True  # micro-batches differ in how much of them counts

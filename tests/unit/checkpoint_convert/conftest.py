@@ -14,6 +14,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.command import run_command
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
 
@@ -42,8 +43,6 @@ SETTINGS = {
     "seed": 1234,
     "world_size": 8,
     "train_everything": False,
-    "is_resumed": False,
-    "ckpt_step": None,
 }
 
 
@@ -111,20 +110,18 @@ def runs(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     return tmp_path
 
 
-def write_run(name: str, start: str, steps: list[int], settings: dict, resumed: tuple[int, ...] = ()) -> None:
+def write_run(name: str, start: str, steps: list[int], settings: dict) -> None:
     """A run of one stage whose weights are those it started from."""
     save, before = Path(name), Path(start)
     save.mkdir()
     shutil.copytree(before / "hf", save / "hf")
     shutil.copyfile(before / "model_spec.json", save / "model_spec.json")
     weights = next(folder for folder in sorted(before.iterdir(), reverse=True) if (folder / ".metadata").is_file())
-    settings = settings | {"save": name, "pretrained_checkpoint": start}
+    Lineage.of(weights).write(save / "hf")
     for step in steps:
         shutil.copytree(weights, save / f"iter_{step:07d}")
-        is_resumed = step in resumed
-        record = settings | {"is_resumed": is_resumed, "model_source": name if is_resumed else start}
         for folder in (save, save / f"iter_{step:07d}"):
-            (folder / "recipe.yaml").write_text(yaml.safe_dump(record))
+            (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
     (save / "latest_checkpointed_iteration.txt").write_text(str(steps[-1]))
     with open(save / "metrics.jsonl", "w") as file:
         for step in range(1, steps[-1] + 1):

@@ -98,7 +98,7 @@ def test_unrecorded_details_are_omitted(runs: Path) -> None:
     (runs / "stage1" / "metrics.jsonl").unlink()
     (runs / "stage1" / "versions.json").write_text("{")
     for recipe in (runs / "stage1").rglob("recipe.yaml"):
-        recipe.write_text(yaml.safe_dump({"stage": "stage1", "model_source": "upcycled", "lr": None, "bf16": None}))
+        recipe.write_text(yaml.safe_dump({"stage": "stage1", "lr": None, "bf16": None}))
     card = card_of("stage1")
     assert "None" not in card and "Qwen-tiny" not in card
     assert set(front_matter(card)) == {"library_name", "pipeline_tag", "tags"}

@@ -1,7 +1,6 @@
 """Results of `moelpr compare`: a table, a picture and all numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
@@ -93,20 +92,16 @@ class Compared(Results):
         return [page.Figure([learned_lost_chart(title, panels, x_axis=learned)], caption, name=self.name)]
 
     def to_json(self) -> dict[str, Any]:
-        written = {
-            label: {row: {name: asdict(one) for name, one in numbers.items()} for row, numbers in of.items()}
-            for label, of in self.found.items()
-        }
         return {
-            "settings": asdict(self._settings),
-            "base": str(self._projects[self._first].base),
+            "settings": self._settings,
+            "base": self._projects[self._first].base,
             "groups": self._groups,
             "projects": {
                 label: {
-                    "file": str(project.file.path),
-                    "directory": str(project.export),
-                    "means": {group: written[label].pop(GROUPS[group]) for group in self._groups},
-                    "texts": written[label],
+                    "file": project.file.path,
+                    "directory": project.export,
+                    "means": {group: self.found[label][GROUPS[group]] for group in self._groups},
+                    "texts": {text: self.found[label][text] for texts in self._groups.values() for text in texts},
                 }
                 for label, project in self._projects.items()
             },

@@ -4,7 +4,6 @@ A row per model, a column per benchmark, a table per group of languages.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +131,16 @@ class HarnessResults(Results):
 
     def _score_json(self, model: str, name: str, code: str) -> Json:
         found, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
-        clear = {"change": asdict(change) | {"is_clear": change.is_clear}} if change else {}
-        stderr = self._errors[model][name][code]
-        return {"value": found.value, "stderr": stderr, "low": found.low, "high": found.high} | clear
+        return vars(found) | {"stderr": self._errors[model][name][code]} | ({"change": change} if change else {})
 
     def to_json(self) -> dict[str, Any]:
-        include_path = self._settings["include_path"]
         return {
-            "settings": {**self._settings, "include_path": include_path and str(include_path)},
+            "settings": self._settings,
             "groups": self._groups,
-            "benchmarks": {name: asdict(benchmark) for name, benchmark in self._benchmarks.items()},
+            "benchmarks": self._benchmarks,
             "models": {
                 model: {
-                    "directory": str(directory),
+                    "directory": directory,
                     "scores": {
                         name: {code: self._score_json(model, name, code) for code in found}
                         for name, found in self._estimates[model].items()
@@ -153,7 +149,7 @@ class HarnessResults(Results):
                         group: None if (average := self.means(model, group)[-1]) is None else average[0]
                         for group in GROUPS
                     },
-                    "average_changes": {g: asdict(found) for g in GROUPS if (found := self.change(model, g))},
+                    "average_changes": {g: found for g in GROUPS if (found := self.change(model, g))},
                 }
                 for model, directory in self._models.items()
             },

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def settings_json(
 ) -> dict[str, Any]:
     """The settings and data that all results are computed from."""
     return {
-        "settings": {**asdict(comparison.settings), **settings},
+        "settings": vars(comparison.settings) | settings,
         "data": {language: shown(str(path)) for language, path in data.items()},
         "original_languages": list(original),
     }

@@ -1,7 +1,6 @@
 """Results of routing: statistics per layer and language, and the layers that break the language prior."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -137,10 +136,10 @@ class RoutingResults(Results):
                 model: {
                     "directory": str(self._comparison.models[model]),
                     "languages": {
-                        language: asdict(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS}
+                        language: vars(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS}
                         for language, routing in statistics.items()
                     },
-                    "broken_priors": [asdict(prior) for prior in self.broken(model)],
+                    "broken_priors": self.broken(model),
                 }
                 for model, statistics in self._routing.items()
             },

@@ -1,7 +1,6 @@
 """Results on held-out text: each metric and its changes, with intervals, per language and model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from moelpr.base.languages import language_name
@@ -160,21 +159,19 @@ class TextResults(Results):
     def to_json(self) -> dict[str, Any]:
         of = self._comparison
         settings: dict[str, Any] = {"seed": self._seed, "continuation_tokens": of.continuation_tokens}
-        settings |= {"base": str(of.base)} if of.base else {}
+        settings |= {"base": of.base} if of.base else {}
         return {
-            **settings_json(self._comparison, self._data, self._original, settings),
+            **settings_json(of, self._data, self._original, settings),
             "models": {
                 model: {
-                    "directory": str(directory),
+                    "directory": directory,
                     "languages": {language: self._language_json(model, language) for language in self._data},
                     "means": {row: self._row_json(model, row) for row in self._rows if row not in self._data},
                 }
-                for model, directory in self._comparison.models.items()
+                for model, directory in of.models.items()
             },
-            "continuations": {code: asdict(found) for code, found in self._comparison.continuations.items()},
-            "wrong_language": {
-                code: {writer: asdict(rate) for writer, rate in found.items()} for code, found in self._wrong.items()
-            },
+            "continuations": of.continuations,
+            "wrong_language": self._wrong,
         }
 
     def _language_json(self, model: str, language: str) -> dict[str, Any]:
@@ -190,6 +187,4 @@ class TextResults(Results):
         }
 
     def _row_json(self, model: str, row: str) -> dict[str, Any]:
-        changes = self._changes[row].get(model, {})
-        change = {metric: asdict(change) | {"is_clear": change.is_clear} for metric, change in changes.items()}
-        return {metric: asdict(found) for metric, found in self._rows[row][model].items()} | {"change": change}
+        return self._rows[row][model] | {"change": self._changes[row].get(model, {})}

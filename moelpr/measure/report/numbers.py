@@ -1,10 +1,10 @@
 """Numbers and how they are written: intervals, relative changes, means."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
+import pydantic_core
 from pydantic import Field, WrapValidator
 from pydantic.dataclasses import dataclass
 
@@ -67,6 +67,5 @@ def finite_mean(values: Iterable[float | None]) -> float:
 
 
 def finite_json(content: Any, indent: int | None = None) -> str:
-    """JSON with null for NaN and infinite numbers, which JSON does not have."""
-    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    return json.dumps(finite, indent=indent, ensure_ascii=False)
+    """JSON of dicts and dataclasses, with null for NaN and infinite numbers, which JSON does not have."""
+    return pydantic_core.to_json(content, indent=indent, inf_nan_mode="null").decode()

@@ -4,7 +4,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -257,15 +257,9 @@ def _numbers(report: Report, title: str, held_out: LanguageResults) -> dict[str,
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "facts": report.facts,
-        "continuations": {language: asdict(found) for language, found in evaluation.continuations.items()},
-        "benchmarks": {
-            name: {model: {code: asdict(score) for code, score in scores.items()} for model, scores in found.items()}
-            for name, found in evaluation.benchmarks.items()
-        },
-        "wrong_language": {
-            language: {writer: asdict(rate) for writer, rate in found.items()}
-            for language, found in evaluation.wrong_language.items()
-        },
+        "continuations": evaluation.continuations,
+        "benchmarks": evaluation.benchmarks,
+        "wrong_language": evaluation.wrong_language,
     }
 
 
@@ -280,8 +274,8 @@ def _run_numbers(run: Run) -> dict[str, Any]:
     }
 
 
-def _by_model(results: LanguageResults, number: Callable[..., Interval]) -> dict[str, dict[str, dict[str, float]]]:
-    return {model: {row: asdict(number(model, row)) for row in rows} for model, rows in results.bits.items()}
+def _by_model(results: LanguageResults, number: Callable[..., Interval]) -> dict[str, dict[str, Interval]]:
+    return {model: {row: number(model, row) for row in rows} for model, rows in results.bits.items()}
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import pytest
 from moelpr.measure.evaluate.compare import Comparison
 from moelpr.measure.evaluate.scoring import LanguageScore, Settings
 from moelpr.measure.evaluate.text_results import TextResults
+from moelpr.measure.report.numbers import Interval
 from tests.unit.measure.evaluate.conftest import score_of
 
 
@@ -26,12 +27,12 @@ def test_a_paired_change_is_clear_when_the_intervals_overlap():
     hardness = np.random.default_rng(1).uniform(1, 9, 50)
     noise = np.random.default_rng(2).permutation(hardness)
     scores = {"base": score_of(hardness), "ours": score_of(0.98 * hardness), "noise": score_of(noise)}
-    results = text_results(scores).to_json()["models"]
+    results = json.loads(text_results(scores).json_text())["models"]
     base, ours, unclear = (results[model]["languages"]["en"] for model in scores)
     assert ours["bits_per_byte"]["high"] > base["bits_per_byte"]["low"]
     change = ours["change"]["bits_per_byte"]
-    assert change.pop("is_clear") and list(change.values()) == pytest.approx([-0.02, -0.02, -0.02])
-    assert not unclear["change"]["bits_per_byte"]["is_clear"]
+    assert list(change.values()) == pytest.approx([-0.02, -0.02, -0.02])
+    assert not Interval(**unclear["change"]["bits_per_byte"]).is_clear
 
 
 def test_one_document_has_no_interval():
@@ -39,7 +40,7 @@ def test_one_document_has_no_interval():
     base, ours = json.loads(results.json_text())["models"].values()
     assert base["languages"]["en"]["perplexity"] == {"value": 8, "low": None, "high": None}
     change = ours["languages"]["en"]["change"]["bits_per_byte"]
-    assert change == {"value": pytest.approx(-1 / 3), "low": None, "high": None, "is_clear": False}
+    assert change == {"value": pytest.approx(-1 / 3), "low": None, "high": None}
 
 
 def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_on_tokens():
@@ -47,13 +48,13 @@ def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_o
     fewer = LanguageScore([1, 2, 4], [2, 2, 4], [1, 1, 2], [1, 1, 1], unknown_tokens=0, routing=None)
     scores = {"base": base, "same": base, "fewer": fewer}
     found = text_results(scores)
-    models = {name: model["languages"]["en"] for name, model in found.to_json()["models"].items()}
+    models = {name: model["languages"]["en"] for name, model in json.loads(found.json_text())["models"].items()}
     everything = {"bits_per_byte", "perplexity", "accuracy", "bytes_per_token"}
     assert models["same"]["change"].keys() == everything
     assert models["fewer"]["change"].keys() == {"bits_per_byte", "bytes_per_token"}
     assert models["fewer"]["change"]["bits_per_byte"]["value"] == pytest.approx(1 / 6)
     assert [model["bytes_per_token"]["value"] for model in models.values()] == [1, 1, 2]
-    assert models["fewer"]["change"]["bytes_per_token"] == {"value": 1, "low": 1, "high": 1, "is_clear": True}
+    assert models["fewer"]["change"]["bytes_per_token"] == {"value": 1, "low": 1, "high": 1}
     table = found.tables()["Bytes per token (higher is better)"]
     assert [row.cells[0] for row in table.rows] == ["en", "mean original"]
     assert [cell.split()[0] for cell in table.rows[0].cells[1:]] == ["1.00", "1.00", "2.00"]

@@ -35,7 +35,6 @@ _KEYS = {
     "--gpus": "hardware.gpus",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
 }
-_DEFAULT_MINUTES = 60.0
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class StageLayout:
     memory_gib: float = 4.0
     plan: StagePlan | None = None
 
-    def minutes(self, tokens: float | None) -> float:
-        return _DEFAULT_MINUTES if not tokens or not self.tokens_per_s else tokens / self.tokens_per_s / 60
+    def minutes(self, tokens: float | None) -> float | None:
+        return tokens / self.tokens_per_s / 60 if tokens and self.tokens_per_s else None
 
     def disk_gib(self, tokens: float | None) -> float:
         return self.plan.cost(int(tokens or 1)).checkpoints_bytes / GIB if self.plan else 0.0

@@ -29,11 +29,11 @@ def plan(project: ResolvedProject) -> str:
     if not project.content.corpora:
         parts.append(_languages(project))
     left = [outlook.task for outlook in outlooks if outlook.state != "done"]
-    unknown = [task.name for task in left if not _has_time(project, task)]
-    minutes, disk = sum(task.minutes for task in left if task.name not in unknown), sum(task.disk_gib for task in left)
-    parts.append(
-        f"Left: about {duration(minutes)}{_without(unknown)}, {format_bytes(disk * GIB)} of disk in {project.folder}."
-    )
+    disk, remote = sum(task.disk_gib for task in left), {uri: of for task in left for uri, of in task.versions.items()}
+    copies = sum(int(of.split()[0]) for of in remote.values())
+    place = f", and {format_bytes(copies)} in the cache of Hugging Face (HF_HOME)" if copies else ""
+    time = _sum_of([task.minutes for task in left])
+    parts.append(f"Left: about {time}, {format_bytes(disk * GIB)} of disk in {project.folder}{place}.")
     if project.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
@@ -43,21 +43,17 @@ def status(project: ResolvedProject) -> str:
     """Tell which steps are done, which run, and when the rest will be."""
     workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
-    rows, left, unknown = [], 0.0, []
+    rows, left = [], []
     for outlook in outlooks:
         if outlook.state == "done":
             rows.append([outlook.task.name, outlook.state, "", duration(took[outlook.task.name] / 60)])
             continue
-        progress, minutes = _progress(outlook.task) or (
-            "",
-            outlook.task.minutes if _has_time(project, outlook.task) else None,
-        )
-        unknown += [] if minutes is not None else [outlook.task.name]
-        left += minutes or 0
-        rows.append([outlook.task.name, outlook.state, progress, "" if minutes is None else duration(minutes)])
+        progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
+        left.append(minutes)
+        rows.append([outlook.task.name, outlook.state, progress, duration(minutes)])
     done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
-    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {duration(left)}{_without(unknown)}."
+    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:
@@ -66,8 +62,10 @@ def changes(outlooks: Iterable[Outlook]) -> str:
     return "\n".join(["Done again:", *again, ""]) if again else ""
 
 
-def duration(minutes: float) -> str:
-    """A time in its largest unit."""
+def duration(minutes: float | None) -> str:
+    """A time in its largest unit; a dash if it is unknown."""
+    if minutes is None:
+        return "–"
     for unit, size in (("days", 1440), ("hours", 60)):
         if minutes >= 2 * size:
             return f"{minutes / size:.3g} {unit}"
@@ -76,33 +74,24 @@ def duration(minutes: float) -> str:
     return "1 minute" if minutes >= 0.9 else f"{60 * minutes:.0f} s"
 
 
-def _without(unknown: list[str]) -> str:
-    return f" without {' and '.join(unknown)}" if unknown else ""
+def _sum_of(minutes: list[float | None]) -> str:
+    known = [number for number in minutes if number is not None]
+    return duration(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
 
 
 def _needs(project: ResolvedProject, task: Task) -> list[str]:
     gpus = task.nodes * task.gpus_per_node
-    layout = project.layouts.of(task.name) if task.name in project.stages else None
-    if layout is None or layout.plan is None:
-        time = "" if layout else duration(task.minutes)
-        memory = f"{task.memory_gib:.3g} GiB"
-        return [time, f"{task.minutes / 60 * gpus:,.0f}" if gpus and not layout else "", memory, _disk(task), ""]
-    known = _has_time(project, task)
-    used = layout.plan.memory_bytes / GIB
+    plan = project.layouts.of(task.name).plan if task.name in project.stages else None
+    memory = f"{task.memory_gib:.3g} GiB"
+    if plan is not None:
+        memory = f"{plan.memory_bytes / GIB:.1f} of {plan.cluster.gpu_memory_gib:g} GiB"
     return [
-        duration(task.minutes) if known else "by its text",
-        f"{task.minutes / 60 * gpus:,.0f}" if known else "",
-        f"{used:.1f} of {layout.plan.cluster.gpu_memory_gib:g} GiB",
+        duration(task.minutes),
+        f"{task.minutes / 60 * gpus:,.0f}" if gpus and task.minutes is not None else "",
+        memory,
         _disk(task),
-        _layout(gpus, layout.plan.best, layout.plan.spec.moe is not None),
+        _layout(gpus, plan.best, plan.spec.moe is not None) if plan else "",
     ]
-
-
-def _has_time(project: ResolvedProject, task: Task) -> bool:
-    """Whether the time of a task is expected; that of a training depends on its tokens and on a known GPU."""
-    if task.name not in project.stages:
-        return True
-    return bool(project.layouts.of(task.name).tokens_per_s and expected_tokens(project, task.name))
 
 
 def _layout(gpus: int, best: Candidate, has_experts: bool) -> str:

@@ -31,7 +31,7 @@ class Task:
         shared: Folder of outputs that several workflows share. Its mark and log are there; one workflow makes it while
             others wait, and none makes it with another command than the first.
         environment: Environment variables of the command.
-        minutes: Expected time.
+        minutes: Expected time; None if unknown.
         memory_gib: Memory that it needs while it runs, on each node.
         disk_gib: Disk space that its output needs.
         nodes: Number of nodes, on each of which the command is started.
@@ -52,7 +52,7 @@ class Task:
     unfinished: tuple[Path, ...] = ()
     shared: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    minutes: float = 1.0
+    minutes: float | None = None
     memory_gib: float = 4.0
     disk_gib: float = 0.0
     nodes: int = 1

@@ -9,24 +9,36 @@ from moelpr.project import tables
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
+from moelpr.project.workflow.task import Task
 from tests.unit.project.conftest import QWEN2, Write
 
 
 def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
     on_a_cpu = tables.plan(ResolvedProject(read_project(write()))).split("Left: ")[1]
-    assert " without stage1 and stage2, " in on_a_cpu and "hours" not in on_a_cpu
-    assert tables.status(ResolvedProject(read_project(write()))).endswith(" minutes without stage1 and stage2.")
+    assert " s without steps marked –, " in on_a_cpu
+    assert tables.status(ResolvedProject(read_project(write()))).endswith(" s without steps marked –.")
     hardware = {"gpu": "h100-80", "gpus": 8}
     for budget in ({"tokens": "6K"}, {"epochs": 1}, {"hours": 1e-5}):
         known = tables.plan(ResolvedProject(read_project(write(hardware=hardware, budget=budget))))
-        assert " without stage2, " in known.split("Left: ")[1], budget
+        times = dict(line.split()[:1] + line.split()[3:4] for line in known.splitlines() if "  to do " in line)
+        assert times["stage1"] != "–" and times["stage2"] == times["export"] == "–", budget
+
+
+def test_a_plan_adds_up_the_copies_of_remote_text_that_steps_will_make(write: Write, monkeypatch) -> None:
+    versions = {"hf://a": "3221225472 x", "hf://b": "1073741824 y"}
+    tasks = [
+        Task(name="a", command=[], versions=versions),
+        Task(name="b", command=[], versions=dict([*versions.items()][:1])),
+    ]
+    monkeypatch.setattr(tables, "tasks_of", lambda project: tasks)
+    assert ", and 4 GiB in the cache" in tables.plan(ResolvedProject(read_project(write())))
 
 
 @pytest.mark.parametrize(
     ("minutes", "text"),
-    [(0, "0 s"), (0.2, "12 s"), (1, "1 minute"), (90, "90 minutes"), (150, "2.5 hours"), (2880, "2 days")],
+    [(None, "–"), (0, "0 s"), (0.2, "12 s"), (1, "1 minute"), (90, "90 minutes"), (150, "2.5 hours"), (2880, "2 days")],
 )
-def test_a_time_is_in_its_largest_unit(minutes: float, text: str) -> None:
+def test_a_time_is_in_its_largest_unit(minutes: float | None, text: str) -> None:
     assert tables.duration(minutes) == text
 
 

@@ -73,6 +73,7 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     args, layout, spec = run.args, run.layout, run.spec
     if (
         spec is None
+        or args.stage is None
         or (args.stage in DENSE_STAGES) != (spec.moe is None)
         or layout.cp * layout.vpp > 1
         or is_uneven(run)

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.gguf.chat_format import ChatFormat
 from checkpoint_convert.gguf.write import write_gguf
 from moelpr.base.errors import UserError
@@ -20,7 +17,7 @@ from moelpr.measure.evaluate.compare import compare_models
 from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE
-from tests.support.hf_models import make_model  # noqa: F401
+from tests.support.hf_models import make_model, write_export  # noqa: F401
 
 TEXT = ["Η Αθήνα είναι η πρωτεύουσα της Ελλάδας.", "There are 12 cats, isn't it?  光が見える 3 33 333"] * 4
 _GO = """package main
@@ -56,9 +53,7 @@ def export(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", bos_token="<|endoftext|>")
     tokenizer.chat_template = CHATML_WITH_DEFAULT
     tokenizer.save_pretrained(dense)
-    hf_to_mcore(dense, folder / "megatron", NewExperts(3, original_copies=2), start=Start(noise=0.5))
-    mcore_to_hf(folder / "megatron", folder / "hf")
-    return folder / "hf"
+    return write_export(dense, folder, NewExperts(3, original_copies=2), noise=0.5)
 
 
 @pytest.fixture(scope="module")

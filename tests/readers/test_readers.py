@@ -14,9 +14,6 @@ from torch import Tensor
 
 from checkpoint_convert.card.readers import obstacle
 from checkpoint_convert.compare.reader_requirements import unmet_requirements
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.hf_config import read_config
 from moelpr.model.families.new_experts import NewExperts
 from tests.readers import llama_cpp
@@ -26,6 +23,7 @@ from tests.support.hf_models import (
     load_stock,
     make_model,  # noqa: F401
     save_multimodal,
+    write_export,
 )
 
 VOCAB = 99
@@ -93,9 +91,7 @@ def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest
     """Experts that differ as after training, in fp32."""
     folder = tmp_path_factory.mktemp("export")
     dense = make_model(case.architecture, tokenizer=True, **case.changes)
-    hf_to_mcore(dense, folder / "megatron", NewExperts(3, **case.upcycling), start=Start(noise=0.5))
-    mcore_to_hf(folder / "megatron", folder / "hf", as_class=case.as_class)
-    return folder / "hf"
+    return write_export(dense, folder, NewExperts(3, **case.upcycling), noise=0.5, as_class=case.as_class)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -173,8 +169,7 @@ def test_a_whole_multimodal_model_runs_as_its_language_model(
 ) -> None:
     dense = make_model("Qwen3_5ForCausalLM", tokenizer=True, **HYBRID)
     whole = save_multimodal(dense, tmp_path / "base")
-    hf_to_mcore(whole, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", multimodal_base=whole)
+    write_export(whole, tmp_path, NewExperts(3), noise=0.5, multimodal_base=whole)
     assert obstacle(reader, read_config(tmp_path / "hf")) is None
     tokens, expected = in_transformers(tmp_path / "hf", prompt_of(100))
     found_tokens, found = RUN[reader](tmp_path / "hf", prompt_of(100), tmp_path)

@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.model_files import TOKENIZER_FILES
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import vocabulary_checksum
@@ -315,10 +318,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 FOUR = NewExperts(4)
 
 
+def write_export(base: Path, folder: Path, experts: NewExperts | None, noise: float = 0.0, **options: Any) -> Path:
+    """The export `folder`/hf, with options, of the checkpoint `folder`/megatron that is made of a model."""
+    hf_to_mcore(base, folder / "megatron", experts, start=Start(noise=noise))
+    mcore_to_hf(folder / "megatron", folder / "hf", **options)
+    return folder / "hf"
+
+
 def assert_import_fails(source: Path, tmp_path: Path, message: str, experts: NewExperts = FOUR, **options) -> None:
     """The import fails with a one-line message that matches, and leaves nothing."""
-    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-
     with pytest.raises(UserError, match=message) as caught:
         hf_to_mcore(source, tmp_path / "out", experts, **options)
     assert "\n" not in str(caught.value)

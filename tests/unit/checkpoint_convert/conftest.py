@@ -10,13 +10,12 @@ import pytest
 import torch
 import yaml
 
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.command import run_command
 from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401
+from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source, write_export  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
 # The settings of the first run in `runs`, as its recipe.yaml records them.
@@ -79,9 +78,7 @@ def upcycled(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
 @pytest.fixture
 def export(qwen2: Path, tmp_path: Path) -> Path:  # noqa: F811
     """The export of the checkpoint tmp_path/megatron: qwen2 with 4 new experts in layers 0 and 3."""
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4, moe_layers=[0, 3]))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "hf"
+    return write_export(qwen2, tmp_path, NewExperts(4, moe_layers=[0, 3]))
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
-"""Rules of style that ruff does not know."""
-
 import pytest
 
-from tests.support.house_style import all_problems, comments, problems_of
+from tests.support.house_style import problems_of
 
 
 @pytest.mark.parametrize(
@@ -22,21 +20,8 @@ def test_a_problem_is_found(source):
     assert problem.startswith("moelpr/a.py:1: ")
 
 
-def test_good_english_has_no_problem():
-    assert not [*problems_of("a.py", '"""The size; None if there is none."""\nx = "Of"  # often, that is beta')]
-
-
 def test_only_commands_declare_flags():
     library = "def flags(parser):\n    parser.add_argument('--flag')\n"
     assert len([*problems_of("moelpr/data/a.py", library)]) == 1
     assert not [*problems_of("moelpr/train/arguments/a.py", library)]
     assert not [*problems_of("moelpr/data/a.py", f"{library}if __name__ == '__main__':\n    pass\n")]
-
-
-def test_lines_of_a_comment_belong_together():
-    source = "# One\n# of two.\nx = 1  # another\n# Last."
-    assert [*comments(source)] == [(1, "One of two."), (3, "another"), (4, "Last.")]
-
-
-def test_the_repository_has_no_problem():
-    assert all_problems() == []

@@ -10,6 +10,7 @@ from huggingface_hub.repocard import metadata_load
 
 from checkpoint_convert import update_card as command
 from checkpoint_convert.card.front_matter import inherited
+from moelpr.measure.evaluate import __main__ as evaluate
 
 CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
 
@@ -82,8 +83,6 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
 
 
 def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, exit_code, capsys) -> None:
-    from moelpr.measure.evaluate import __main__ as evaluate
-
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(source), "--data", f"el={text}", "--json"])
     evaluate.main()
     printed = capsys.readouterr().out

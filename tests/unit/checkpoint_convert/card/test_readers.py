@@ -18,14 +18,11 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.card.readers import READERS, obstacle, readers_sentence
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.families import FAMILIES
 from moelpr.model.families.moe_classes import MOE_CLASSES
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec, MoeSpec
-from tests.support.hf_models import tensors_of
+from tests.support.hf_models import tensors_of, write_export
 
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))
 QWEN = tuple(f"mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -62,9 +59,7 @@ def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     architecture, changes, as_class, _ = (EXPORTS | MORE)[name]
     sizes = {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels require multiples of 16
     dense = make_model(architecture, **changes, **sizes)
-    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=800_000, as_class=as_class)
-    return tmp_path / "hf"
+    return write_export(dense, tmp_path, NewExperts(3), noise=0.5, max_shard_bytes=800_000, as_class=as_class)
 
 
 def expert(tensors: dict[str, Tensor], name: str, layer: int, number: int) -> tuple[Tensor, Tensor]:

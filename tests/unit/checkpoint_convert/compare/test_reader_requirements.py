@@ -10,7 +10,7 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import edit_json, edit_tensors, load_stock
+from tests.support.hf_models import edit_json, edit_tensors, load_stock, write_export
 
 
 def found(folder: Path) -> dict[str, str]:
@@ -21,9 +21,7 @@ def found(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def mixtral(make_model: Callable[..., Path], tmp_path: Path) -> Path:
-    hf_to_mcore(make_model("LlamaForCausalLM", tokenizer=True), tmp_path / "megatron", NewExperts(2))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
-    return tmp_path / "hf"
+    return write_export(make_model("LlamaForCausalLM", tokenizer=True), tmp_path, NewExperts(2))
 
 
 def test_every_program_runs_a_mixtral(mixtral: Path) -> None:
@@ -44,8 +42,7 @@ def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_pat
 
 
 def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Callable[..., Path], tmp_path: Path):
-    hf_to_mcore(make_model("Qwen3ForCausalLM", head_dim=8), tmp_path / "megatron", NewExperts(2, moe_layers=[1]))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    write_export(make_model("Qwen3ForCausalLM", head_dim=8), tmp_path, NewExperts(2, moe_layers=[1]))
     tokenizer = "there is no tokenizer"
     llama_cpp = "llama.cpp (Ollama, LM Studio): it requires experts in every layer"
     assert found(tmp_path / "hf") == {"vllm": tokenizer, "llama.cpp": f"{llama_cpp}; {tokenizer}", "mlx": tokenizer}

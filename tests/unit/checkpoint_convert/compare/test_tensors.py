@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoint_convert.compare import tensors
 from checkpoint_convert.compare.logits import compare_on_text
@@ -14,7 +15,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import copy_of, tensors_of
+from tests.support.hf_models import copy_of, tensors_of, write_export
 
 
 def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatch) -> None:
@@ -27,8 +28,7 @@ def test_a_difference_in_any_chunk_of_a_tensor_is_found(export: Path, monkeypatc
 def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_path: Path, held_bytes) -> None:
     base = make_qwen2(num_hidden_layers=12)
     largest = max(tensor.nbytes for tensor in tensors_of(base).values())
-    hf_to_mcore(base, tmp_path / "megatron", NewExperts(8))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    write_export(base, tmp_path, NewExperts(8))
     held_bytes.take_peak()
     for a, b in (("megatron", "hf"), ("hf", "megatron")):
         assert largest_difference(compare(tmp_path / a, tmp_path / b)) == 0.0
@@ -45,8 +45,6 @@ def test_every_pair_of_readers_agrees_on_the_upcycled_model(qwen2, export, text,
 
 def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: Path, text: Path) -> None:
     """Independently: both models at once, the whole file in sequences of 16 tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     other = copy_of(export, lambda tensors: tensors["model.norm.weight"][:16].mul_(3))
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (qwen2, other)]
     lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]

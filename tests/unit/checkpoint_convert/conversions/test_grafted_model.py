@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig
 
 from checkpoint_convert import graft as grafter
 from checkpoint_convert import verify as verifier
@@ -218,9 +220,6 @@ def test_only_the_chosen_part_is_scaled_and_added(only, part, models, tmp_path) 
 
 
 def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard
-    from transformers import AutoTokenizer, GenerationConfig
-
     base, instruct, model = models
     for folder in (base, instruct, model):
         assert not (folder / "graft.json").exists()

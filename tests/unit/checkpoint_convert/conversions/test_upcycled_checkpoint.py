@@ -28,6 +28,7 @@ from tests.support.hf_models import (
     our_logits,
     stock_logits,
     tensors_of,
+    write_export,
 )
 
 MLP = "model.layers.2.mlp."
@@ -164,13 +165,9 @@ ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
 @pytest.fixture(params=ARCHITECTURES)
 def first_round(request: pytest.FixtureRequest, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """An export with 2 new experts that differ from the original one, as after stage 2."""
-    return export_first_round(make_model(request.param, **ARCHITECTURES[request.param]), tmp_path)
-
-
-def export_first_round(dense: Path, tmp_path: Path, **options) -> Path:
-    hf_to_mcore(dense, tmp_path / "first", NewExperts(2, **options), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
-    return tmp_path / "first-hf"
+    return write_export(
+        make_model(request.param, **ARCHITECTURES[request.param]), tmp_path / "first", NewExperts(2), noise=0.5
+    )
 
 
 def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(first_round, tmp_path) -> None:
@@ -227,7 +224,9 @@ def router_choices(folder: Path) -> Tensor:
 
 
 def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = export_first_round(make_model("Qwen3ForCausalLM"), tmp_path, moe_layers=[1, 3])
+    folder = write_export(
+        make_model("Qwen3ForCausalLM"), tmp_path / "first", NewExperts(2, moe_layers=[1, 3]), noise=0.5
+    )
     spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (1, 3), num_original_experts=3)
     mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
@@ -262,7 +261,9 @@ def test_a_checkpoint_holds_the_ffn_once_and_an_export_has_it_in_every_place(mak
 
 def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """Equal experts are found by their bits, with or without the key of config.json."""
-    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    folder = write_export(
+        make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(2, original_copies=2), noise=0.5
+    )
     config = json.loads((folder / "config.json").read_text())
     assert (config.pop("original_copies"), config["num_original_experts"], config["num_local_experts"]) == (2, 2, 4)
     (folder / "config.json").write_text(json.dumps(config))
@@ -276,7 +277,9 @@ def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_
 
 
 def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = export_first_round(make_model("LlamaForCausalLM"), tmp_path, original_copies=2)
+    folder = write_export(
+        make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(2, original_copies=2), noise=0.5
+    )
     name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
     edit_tensors(folder, lambda tensors: tensors[name].view(torch.uint8)[0, 0].bitwise_xor_(1))
     spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))

@@ -6,15 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.measure.chat.drawing import colour, panel, routes_panel
 from moelpr.measure.chat.routes import Token, TokenTexts, answer, original_share, prompt_ids
 from moelpr.measure.evaluate.models import LoadedModel, load_model
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML
-from tests.support.hf_models import make_model  # noqa: F401
+from tests.support.hf_models import make_model, write_export  # noqa: F401
 
 # Classes of exports, and the name of the router in a layer.
 CLASSES = {"mixtral": "LlamaForCausalLM", "qwen3_moe": "Qwen3ForCausalLM", "granitemoe": "Qwen2ForCausalLM"}
@@ -26,9 +23,7 @@ def export(request, make_model: Callable[..., Path], tmp_path_factory: pytest.Te
     """Two copies of the original expert and two new ones, which differ."""
     folder = tmp_path_factory.mktemp("chat")
     dense = make_model(CLASSES[request.param], tokenizer=True)
-    hf_to_mcore(dense, folder / "megatron", NewExperts(2, original_copies=2), start=Start(noise=0.5))
-    mcore_to_hf(folder / "megatron", folder / "hf", as_class=request.param)
-    return folder / "hf"
+    return write_export(dense, folder, NewExperts(2, original_copies=2), noise=0.5, as_class=request.param)
 
 
 @pytest.fixture(scope="module")

@@ -48,13 +48,6 @@ def runs(tmp_path: Path, moe_spec: ModelSpec) -> Path:
     return folder
 
 
-def test_the_chain_is_read_newest_first(runs: Path) -> None:
-    links = checkpoint_chain(runs / "stage2")
-    assert links == [runs / "stage2/iter_0000003", runs / "stage1/iter_0000003", runs / "upcycled/release"]
-    assert checkpoint_chain(runs / "upcycled") == [runs / "upcycled/release"]
-    verify_chain(links)
-
-
 def test_a_moved_run_finds_its_base_as_a_whole_folder_does(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "far/away").mkdir(parents=True)
     copy = Path(shutil.copytree(runs, tmp_path / "elsewhere"))

@@ -1,3 +1,1 @@
-"""The tiny models that these tests share."""
-
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source  # noqa: F401

@@ -16,7 +16,11 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.model.families.new_experts import NewExperts
+from moelpr.model.layers import loading
+from moelpr.model.layers.attention import document_edges
+from moelpr.model.megatron import bootstrap
 from moelpr.model.stages import Part, part_of
+from moelpr.plan.memory import model_parts
 from tests.support.hf_models import (
     HYBRID,
     InDouble,
@@ -31,6 +35,7 @@ from tests.support.hf_models import (
     save_multimodal,
     stock_logits,
     tensors_of,
+    write_export,
 )
 
 SHAPE = HYBRID | {"max_position_embeddings": 4096}
@@ -121,15 +126,9 @@ def test_a_multimodal_checkpoint_that_cannot_be_read_is_refused(multimodal, tmp_
 @pytest.mark.parametrize("lengths", [[7, 70, 1, 12], [90]])
 def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, lengths: list[int]) -> None:
     """Neither through attention, nor through states and convolutions; in the second sequence they are reversed."""
-    from moelpr.model.megatron import bootstrap
-
     hf_to_mcore(dense, tmp_path / "megatron", None)
     tokens = torch.randint(99, (2, 90), generator=torch.Generator().manual_seed(0))
     per_sequence = lengths, lengths[::-1]
-    bootstrap.install_patches()
-    from moelpr.model.layers import loading
-    from moelpr.model.layers.attention import document_edges
-
     positions = torch.stack([torch.cat([torch.arange(length) for length in own]) for own in per_sequence])
     with bootstrap.single_process(), torch.no_grad():
         model = loading.load_model(tmp_path / "megatron").eval()
@@ -142,19 +141,13 @@ def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, len
 
 def test_new_experts_get_the_gradients_of_transformers(dense: Path, tmp_path: Path) -> None:
     """Through the layers above, at a length that is no multiple of the chunk."""
-    from moelpr.model.megatron import bootstrap
-
-    hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3), start=Start(noise=0.5))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf")
+    write_export(dense, tmp_path, NewExperts(3), noise=0.5)
     tokens = torch.randint(99, (2, 150), generator=torch.Generator().manual_seed(0))
     stock = load_stock(tmp_path / "hf")
     exact = in_double(stock)
     backward(stock(tokens).logits, tokens)
     with InDouble():
         backward(exact(tokens).logits, tokens)
-    bootstrap.install_patches()
-    from moelpr.model.layers import loading
-
     with bootstrap.single_process():
         model = loading.load_model(tmp_path / "megatron").eval()
         backward(model(tokens, torch.arange(150).expand_as(tokens), attention_mask=None), tokens)
@@ -170,13 +163,7 @@ def backward(logits: Tensor, tokens: Tensor) -> None:
 
 
 def test_the_planner_counts_every_parameter(dense: Path, tmp_path: Path) -> None:
-    from moelpr.model.megatron import bootstrap
-    from moelpr.plan.memory import model_parts
-
     spec = hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
-    bootstrap.install_patches()
-    from moelpr.model.layers import loading
-
     with bootstrap.single_process():
         model = loading.build_model(spec)
     found: dict[tuple[int | None, Part], int] = {}

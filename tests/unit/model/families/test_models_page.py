@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.families import FAMILIES
@@ -29,9 +31,6 @@ def test_the_page_lists_every_architecture_with_its_moe_class() -> None:
 
 
 def test_the_text_model_of_a_multimodal_model_is_saved_as_the_page_shows(tmp_path: Path) -> None:
-    import torch
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
-
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = {"model_type": "mistral", "vocab_size": 99, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": None}

@@ -25,6 +25,7 @@ from tests.support.hf_models import (
     load_stock,
     our_logits,
     stock_logits,
+    write_export,
 )
 
 
@@ -148,16 +149,14 @@ def test_a_granitemoe_that_computes_something_else_is_rejected(granite, tmp_path
 
 
 def test_a_bias_that_qwen2_lacks_is_rejected(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(1))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    write_export(qwen2, tmp_path, NewExperts(1), as_class="granitemoe")
     edit_tensors(tmp_path / "hf", lambda tensors: tensors["model.layers.2.self_attn.o_proj.bias"][7].add_(1))
     assert_import_fails(tmp_path / "hf", tmp_path, "layers.2.self_attn.o_proj.bias must be zero", NewExperts(1))
 
 
 @pytest.mark.parametrize(("experts", "message"), [(4, r"lacks the tensor .*\[4,:48\]"), (6, "not in this size")])
 def test_a_stack_with_another_number_of_experts_is_rejected(qwen2, tmp_path, experts, message) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", as_class="granitemoe")
+    write_export(qwen2, tmp_path, NewExperts(4), as_class="granitemoe")
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         name = "model.layers.0.block_sparse_moe.input_linear.weight"

@@ -1,16 +1,12 @@
-"""Name tables agree with moelpr.model.stages on what trains, and transforms are exact."""
-
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.families import FAMILIES
 from moelpr.model.families.moe_classes import GRANITE_MOE, MIXTRAL
-from moelpr.model.families.tables import pieces, stacked_part
+from moelpr.model.families.tables import pieces
 from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.model.stages import part_of, trained_parts
 from tests.support.hf_models import megatron_tensors_of, tensors_of
@@ -52,52 +48,3 @@ def test_stage_1_trains_routers_and_new_experts_of_the_stock_class(family: str, 
     assert {name for piece in plan if piece.is_trained for name in piece.hf_names} == expected
     for piece in plan:
         assert piece.is_trained == (part_of(piece.key) in trained_parts("stage1")), piece.key
-
-
-@pytest.mark.parametrize("family", UNSTACKED)
-def test_every_piece_starts_from_tensors_of_the_base(family: str, dense_spec: ModelSpec) -> None:
-    table, args = FAMILIES[family].table, dense_spec.megatron_args
-    dense = ModelSpec(family, "float32", args)
-    first = ModelSpec(family, "float32", args, MoeSpec(2, 2, (0, 2)))
-    second = ModelSpec(family, "float32", args, MoeSpec(3, 2, (0, 2), num_original_experts=3))
-    for base, upcycled in ((dense, first), (first, second)):
-        in_base = {name for piece in pieces(table, base) for name in piece.hf_names}
-        for piece in pieces(table, upcycled):
-            assert set(piece.origin) <= in_base, piece
-            if piece.is_trained and piece.expert is not None and base.moe is not None:
-                assert all(re.search(r"experts\.0\.", name) for name in piece.origin)
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [
-        ("a.weight", ("a.weight", ())),
-        ("a.weight[3]", ("a.weight", (3,))),
-        ("a.weight[3,:48]", ("a.weight", (3, slice(None, 48)))),
-        ("a.weight[32:48]", ("a.weight", (slice(32, 48),))),
-        ("a.weight[48:]", ("a.weight", (slice(48, None),))),
-    ],
-)
-def test_parts_are_named_as_slices(name: str, part: tuple) -> None:
-    assert stacked_part(name) == part
-
-
-def test_parts_of_stacked_experts_are_slices_in_the_order_of_the_stack(dense_spec: ModelSpec) -> None:
-    spec = ModelSpec("qwen2", "float32", dense_spec.megatron_args, MoeSpec(2, 2, (0, 1, 2), original_copies=2))
-    table = FAMILIES["qwen2"].written_as(GRANITE_MOE).table
-    parts: dict[str, list[Tensor]] = {}
-    for piece in pieces(table, spec):
-        for names in piece.places:
-            for name, shape in zip(names, piece.hf_shapes, strict=True):
-                stack, index = stacked_part(name)
-                if index:
-                    parts.setdefault(stack, []).append(torch.zeros(shape))
-                    expected = torch.zeros(4, 96, 32) if "input_linear" in stack else torch.zeros(4, 32, 48)
-                    assert expected[index].shape == shape
-                    expected.view(-1)[sum(part.numel() for part in parts[stack][:-1])] = 1
-                    assert expected[index].view(-1)[0] == 1, name  # where the bytes of the parts before it end
-    assert len(parts) == 6
-    assert {stack: len(found) for stack, found in parts.items() if ".0." in stack} == {
-        "model.layers.0.block_sparse_moe.input_linear.weight": 8,
-        "model.layers.0.block_sparse_moe.output_linear.weight": 4,
-    }

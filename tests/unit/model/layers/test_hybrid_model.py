@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -116,9 +118,6 @@ def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, s
 
 def test_a_stage_without_layers_copies_its_input(megatron, dense_spec: ModelSpec) -> None:
     """The schedule frees the outputs of stages."""
-    from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     ends: Any = {"pre_process": False, "post_process": False, "submodules": HybridStackSubmodules()}
     groups = ProcessGroupCollection.use_mpu_process_groups()
     stack = DecoderStack(transformer_config(dense_spec), layer_type_list=[], pg_collection=groups, **ends)

@@ -1,5 +1,3 @@
-"""The losses equal numbers worked out by hand, however a batch is divided."""
-
 import math
 from typing import get_args
 

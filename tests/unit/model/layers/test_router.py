@@ -1,5 +1,3 @@
-"""The router trains with the LPR loss only if it knows the tokens' languages."""
-
 from typing import Any
 
 import pytest

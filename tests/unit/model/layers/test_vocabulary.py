@@ -1,5 +1,3 @@
-"""The softmax excludes padding rows of the vocabulary."""
-
 import dataclasses
 
 import pytest

@@ -1,6 +1,5 @@
 """Weights come from the newest checkpoint of a chain that has them; a trained-only checkpoint has no others."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from moelpr.base.errors import UserError
-from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
-from moelpr.model.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.checkpoints.chain import BaseCheckpoint, checksum
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model, load_model
 from moelpr.model.layers.weights import load_weights, save_trained_only, trained_entries
@@ -58,13 +56,6 @@ def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe
     return folder
 
 
-def test_a_trained_only_checkpoint_contains_only_what_the_stage_trains(chain_of_three: Path) -> None:
-    whole = TorchDistReader(chain_of_three / "whole/iter_0000001").keys
-    for name, trained in (("stage1", (ROUTERS, NEW_EXPERTS)), ("stage2", (ROUTERS,))):
-        saved = TorchDistReader(chain_of_three / name / "iter_0000001").keys
-        assert saved == {key for key in whole if any(part in key for part in trained)}
-
-
 def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Path) -> None:
     whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
     for (name, expected), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
@@ -73,29 +64,6 @@ def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Pat
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
         assert torch.equal(parameter, upcycled[name]) != moved, name
-
-
-def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec: ModelSpec) -> None:
-    model = build_model(moe_spec)
-    freeze([model], "stage2")
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    load_weights([model], checkpoint_chain(chain_of_three / "stage2")[1:], only_frozen=True)
-    for name, parameter in model.named_parameters():
-        if before[name].unique().numel() > 1:  # norms are initialized to ones in both
-            assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
-
-
-def test_weights_are_converted_to_the_models_dtype_and_padded_vocabulary(chain_of_three, moe_spec) -> None:
-    padded = replace(moe_spec, megatron_args=moe_spec.megatron_args | {"vocab_size": 160})
-    model = build_model(padded, params_dtype=torch.bfloat16, bf16=True).bfloat16()
-    load_weights([model], checkpoint_chain(chain_of_three / "stage2"))
-    reader = TorchDistReader(chain_of_three / "whole/iter_0000001")
-    embedding = model.embedding.word_embeddings.weight
-    assert embedding.dtype == torch.bfloat16
-    assert torch.equal(embedding[:128], reader.read("embedding.word_embeddings.weight").bfloat16())
-    assert embedding[128:].abs().max() == 0
-    router = model.decoder.layers[1].mlp.router.weight
-    assert torch.equal(router, reader.read("decoder.layers.1.mlp.router.weight").to(router.dtype))
 
 
 def test_a_tensor_that_is_missing_from_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:

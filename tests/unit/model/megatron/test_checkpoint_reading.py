@@ -1,6 +1,5 @@
 """A checkpoint from an untrusted source runs no code, whatever Megatron loads from it, and a damaged file is named."""
 
-import inspect
 import os
 import pickle
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.torch_dist import TorchDistWriter
@@ -44,11 +42,6 @@ def step(tmp_path: Path) -> Path:
 
 def load(step: Path) -> dict[str, Any]:
     return dist_checkpointing.load(sharded_state(), str(step))
-
-
-def test_torch_and_megatron_still_load_without_restriction() -> None:
-    assert "pickle.load(" in inspect.getsource(inspect.unwrap(FileSystemReader.read_metadata))
-    assert "weights_only=False" in inspect.getsource(inspect.unwrap(DefaultLoadPlanner.load_bytes))
 
 
 def test_everything_that_megatron_saves_is_loaded(step: Path) -> None:

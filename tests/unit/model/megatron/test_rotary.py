@@ -1,5 +1,3 @@
-"""Rotary embeddings are Megatron's bit for bit, without repeated work."""
-
 import inspect
 
 import pytest

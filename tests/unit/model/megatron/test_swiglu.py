@@ -1,5 +1,3 @@
-"""SwiGLU in blocks against three plain operations."""
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-"""metrics.jsonl as the trainer writes it: events, repeated steps, incomplete lines."""
-
 import json
 from pathlib import Path
 

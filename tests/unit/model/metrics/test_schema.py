@@ -1,5 +1,3 @@
-"""The table of metrics is complete."""
-
 from pathlib import Path
 
 from moelpr.model.metrics.schema import METRICS

@@ -1,4 +1,4 @@
-"""Megatron is patched before the tests of this folder import it."""
+"""Megatron is patched before the tests of these folders import it."""
 
 from moelpr.model.megatron import bootstrap
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
 from checkpoint_convert.gguf.modelfile import modelfile, rendered
@@ -14,9 +16,6 @@ from tests.support.hf_models import make_model, save_tokenizer  # noqa: F401
 @pytest.fixture
 def tokenizer(tmp_path: Path):
     """It writes BOS before a text, as llama.cpp does, so that Ollama's template must not."""
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer
-
     save_tokenizer(tmp_path, num_ids=60)
     found = AutoTokenizer.from_pretrained(tmp_path)
     found.add_special_tokens({"bos_token": "<|begin|>"})

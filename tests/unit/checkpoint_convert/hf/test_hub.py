@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, constants
 
 from checkpoint_convert import convert as importer
 from checkpoint_convert.compare.tensors import compare
@@ -35,8 +36,6 @@ def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 
 def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tmp_path, monkeypatch, exit_code) -> None:
-    from huggingface_hub import ModelCard, constants
-
     arguments = "--hf-path", "o/Tiny", "--num-new-experts", 2, "--save"
     assert exit_code(importer.main, *arguments, tmp_path / "out") == 0
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
@@ -65,8 +64,6 @@ def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path
 
 
 def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, exit_code, capsys):
-    from huggingface_hub import constants
-
     def error_of(*arguments: object) -> str:
         assert exit_code(importer.main, *arguments, "--dense", "--save", tmp_path / "out") == 2
         error = capsys.readouterr().err.splitlines()[-1]

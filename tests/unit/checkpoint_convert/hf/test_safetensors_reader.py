@@ -1,6 +1,7 @@
 """Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.models import load_model
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
     assert_import_fails,
@@ -24,38 +26,21 @@ from tests.support.hf_models import (
     save_tokenizer,
     stock_logits,
     tensors_of,
+    write_export,
 )
 
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def truncated(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
-
-
-def without_file(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def damaged_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 5}}')
-
-
-def incomplete(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}')
-    without_file(folder)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MISSING = '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (pickled, "source .*pickled.*safetensors"),
-        (without_file, "source contains no weights: .*model.safetensors"),
-        (truncated, "model.safetensors .*truncated"),
-        (damaged_index, "index.json: "),
-        (incomplete, "model.safetensors.index.json .*model-00002-of-"),
+        (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"), "source .*pickled.*safetensors"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "source contains no weights: .*model.safetensors"),
+        (lambda folder: os.truncate(folder / WEIGHTS, 5000), "model.safetensors .*truncated"),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 5}}'), "index.json: "),
+        (lambda folder: (folder / WEIGHTS).rename(folder / INDEX).write_text(MISSING), "index.json .*model-00002-of-"),
     ],
 )
 def test_damaged_weights_are_rejected(damage: Callable[[Path], None], message, source: Path, tmp_path: Path) -> None:
@@ -154,10 +139,7 @@ def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) ->
 
 def test_a_flipped_bit_in_the_weights_stops_every_reader(qwen2: Path, tmp_path: Path) -> None:
     """A checkpoint and an export; without their checksums, nothing else notices it."""
-    from moelpr.measure.evaluate.models import load_model
-
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", max_shard_bytes=40_000)
+    write_export(qwen2, tmp_path, NewExperts(2), max_shard_bytes=40_000)
     for folder, pattern in ((tmp_path / "megatron" / "release", "__0_0.distcp"), (tmp_path / "hf", "*-00002-of-*")):
         (file,) = folder.glob(pattern)
         content = bytearray(file.read_bytes())

@@ -1,5 +1,3 @@
-"""When a run counts as finished, and how it is stopped."""
-
 import os
 import signal
 import subprocess

@@ -1,9 +1,12 @@
-"""The losses of a step belong to the tokens that the model reads, and to its original-language tokens."""
-
 import pytest
 import torch
+from megatron.core import num_microbatches_calculator as calculator
 
+from moelpr.data.batch import BatchReader
+from moelpr.model.layers.loading import build_model
+from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec
+from moelpr.train.forward_step import forward_step
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -12,8 +15,6 @@ MICROBATCHES = 2
 
 @pytest.fixture
 def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron.core import num_microbatches_calculator as calculator
-
     monkeypatch.setattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)  # another test's
     calculator.init_num_microbatches_calculator(0, None, 2 * MICROBATCHES, 2, 1)
 
@@ -21,11 +22,6 @@ def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_micro_batches")
 def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec) -> None:
     """Every token's bit differs from its label's."""
-    from moelpr.data.batch import BatchReader
-    from moelpr.model.layers.loading import build_model
-    from moelpr.model.metrics.routing_sums import RoutingSums
-    from moelpr.train.forward_step import forward_step
-
     torch.manual_seed(0)
     model = build_model(moe_spec, lpr_loss_coeff=0.1).train()
     routers = [layer.mlp.router for layer in model.decoder.layers]

@@ -1,5 +1,3 @@
-"""One run per --save folder, and all ranks agree on it."""
-
 import subprocess
 import sys
 from pathlib import Path

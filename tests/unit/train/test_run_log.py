@@ -1,5 +1,3 @@
-"""The destinations of a run's records."""
-
 import argparse
 import json
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""A step that can't be loaded is one message before anything is built."""
-
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +8,7 @@ import pytest
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.torch_dist import TorchDistWriter
 from moelpr.model.model_spec import ModelSpec
+from moelpr.train.starting_weights import starting_weights
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -49,8 +48,6 @@ def legacy(step: Path) -> None:
     ],
 )
 def test_an_unreadable_step_is_named_at_start_and_on_resume(run: Path, is_resumed: bool, damage, named: str) -> None:  # noqa: ANN001
-    from moelpr.train.starting_weights import starting_weights
-
     starting_weights(settings(run, is_resumed), Namespace())
     damage(run / "iter_0000003")
     with pytest.raises(UserError, match=f"iter_0000003.*{named}"):

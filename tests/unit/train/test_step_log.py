@@ -1,5 +1,3 @@
-"""Routing of a step: which layers have routers does not depend on what they compute."""
-
 import math
 from types import SimpleNamespace
 
@@ -7,14 +5,13 @@ import pytest
 import torch
 
 from moelpr.model.megatron import cpu
+from moelpr.model.metrics.routing_sums import routing_vectors
+from moelpr.train.step_log import MetricsTracker
 
 
 def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three layers, of which the first is dense; the activations overflow in the last one."""
     cpu.install()
-    from moelpr.model.metrics.routing_sums import routing_vectors
-    from moelpr.train.step_log import MetricsTracker
-
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     tracker = MetricsTracker()
     tracker.num_places = 2

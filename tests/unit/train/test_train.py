@@ -1,13 +1,13 @@
-"""Operations that --log-throughput counts."""
-
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from megatron.training.training import num_floating_point_operations
 
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Stage
+from moelpr.train.train import operations_per_sequence
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -23,15 +23,11 @@ class Trained:
 
 
 def operations(spec: ModelSpec, *trained: Any) -> float:
-    from moelpr.train.train import operations_per_sequence
-
     settings: Any = SimpleNamespace(spec=spec, stage=Trained(*trained))
     return operations_per_sequence(settings, LENGTH)
 
 
 def test_full_training_of_a_dense_model_has_megatrons_operations(dense_spec: ModelSpec) -> None:
-    from megatron.training.training import num_floating_point_operations
-
     args = dict.fromkeys(
         "hybrid_layer_pattern moe_layer_freq num_experts mtp_num_layers multi_latent_attention is_hybrid_model "
         "moe_latent_size experimental_attention_variant attention_output_gate".split()

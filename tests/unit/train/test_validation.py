@@ -1,5 +1,3 @@
-"""Bits per byte of held-out text, and the number of bytes per token they are computed with."""
-
 import math
 from pathlib import Path
 

@@ -9,16 +9,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.training import global_vars
 
 from benchmarks import common
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.data.language_bits import LanguageBitsWriter
-from moelpr.model.megatron import bootstrap
 from moelpr.model.model_spec import ModelSpec, NewTokens
-
-# Before Megatron is imported: so the tests import moelpr.train.arguments inside functions.
-bootstrap.install_patches()
+from moelpr.train.arguments.flags import all_arguments
+from moelpr.train.arguments.parse import check_arguments, register_arguments
+from moelpr.train.arguments.requested import RequestedRun
+from moelpr.train.arguments.requirements import apply_machine
+from moelpr.train.arguments.settings import RunSettings
 
 STEPS = ["--micro-batch-size", "2", "--seq-length", "32", "--lr", "1e-3", "--train-iters", "2"]
 
@@ -27,9 +30,6 @@ Problems = Callable[..., list[str]]
 
 def parsed(argv: list[str]) -> Namespace:
     """Megatron's settings after all checks, as the trainer registers them."""
-    from moelpr.train.arguments.parse import check_arguments, register_arguments
-    from moelpr.train.arguments.settings import RunSettings
-
     run = check_arguments(argv)
     return register_arguments(run, RunSettings.of(run))
 
@@ -143,8 +143,6 @@ def problems(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Problems:
 @pytest.fixture
 def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
     """The final settings of a valid command, by Megatron's names; unregistered afterwards."""
-    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
-    from megatron.training import global_vars
 
     def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, **given: bool) -> dict:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -165,10 +163,6 @@ def gathered(upcycled: str, data: list[str], monkeypatch: pytest.MonkeyPatch):  
     """Settings of a run on CPU, before they are checked."""
 
     def gather(*argv: str, ranks: int = 1, start: str = upcycled, stage: str = "stage1"):  # noqa: ANN202
-        from moelpr.train.arguments.flags import all_arguments
-        from moelpr.train.arguments.requested import RequestedRun
-        from moelpr.train.arguments.requirements import apply_machine
-
         steps = "--seq-length 32 --lr 1e-3 --train-iters 2 --global-batch-size 12 --micro-batch-size 6"
         command = ["--stage", stage, "--pretrained-checkpoint", start, *steps.split(), *data, *argv]
         monkeypatch.setenv("WORLD_SIZE", str(ranks))

@@ -1,17 +1,16 @@
 """All wrong arguments are reported, each with the flag that was most likely meant."""
 
+import argparse
 import re
 import subprocess
 import sys
 
 import pytest
 
-# Imported inside the tests: Megatron may be imported only after the patches are installed (conftest.py).
+from moelpr.train.arguments.flags import add_arguments, all_arguments
 
 
 def parse(*argv: str) -> tuple[dict, list[str]]:
-    from moelpr.train.arguments.flags import all_arguments
-
     namespace, problems = all_arguments().parse_tolerantly(list(argv))
     return vars(namespace), problems
 
@@ -40,17 +39,6 @@ def test_a_wrong_argument_is_named_with_what_helps(argv: str, parts: list[str]) 
     assert all(part in problem for part in parts)
 
 
-def test_a_later_source_overrides_and_keeps_the_rest_and_wrong_ones_are_named() -> None:
-    from moelpr.train.arguments.flags import all_arguments
-
-    parser = all_arguments()
-    first, _ = parser.parse_tolerantly(["--lr", "1", "--data-path", "a", "b", "--seed", "5"])
-    second, _ = parser.parse_tolerantly(["--lr", "2", "--data-path", "c"], first)
-    assert (second.lr, second.data_path, second.seed) == (2.0, ["c"], 5)
-    assert (first.lr, first.data_path) == (1.0, ["a", "b"])
-    assert parser.parse_tolerantly(["--lr", "x"], where="in r.yaml, ")[1][0].startswith("in r.yaml, --lr:")
-
-
 def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(capsys) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "moelpr.pretrain", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -63,9 +51,5 @@ def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(caps
 
 
 def test_the_help_of_each_of_our_flags_states_its_default_or_that_it_is_required() -> None:
-    import argparse
-
-    from moelpr.train.arguments.flags import add_arguments
-
     for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions:
         assert action.nargs == 0 or "default: " in action.help or "(required)" in action.help, action.option_strings

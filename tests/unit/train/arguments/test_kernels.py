@@ -1,92 +1,60 @@
 """Defaults are the fastest kernels of the machine, and one line names them."""
 
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
 
 from moelpr.model.megatron import cpu
+from moelpr.train.arguments import kernels
 
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch):
-    """The settings that a machine chooses, and its line."""
-
-    def choose(capability: int, installed: set[str], record: dict | None = None, **changed: object):
-        from moelpr.train.arguments import kernels
-
-        monkeypatch.setattr(cpu, "is_needed", lambda: capability == 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
-        monkeypatch.setattr(kernels, "is_installed", lambda module: module in installed)
-        monkeypatch.setattr(kernels, "_fuses_permutation", lambda: True)
-        defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam"}
-        defaults["optimizer_cpu_offload"] = False
-        defaults |= dict.fromkeys(("gradient_accumulation_fusion", "bf16"), True)
-        defaults |= dict.fromkeys(
-            "moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking".split(), False
-        )
-        defaults |= {"stage": "stage1", "window_size": None, "seq_length": 64, "linear_attention_freq": None}
-        args = Namespace(**defaults | changed)
-        kernels.choose_kernels(args, record)
-        return args, kernels.describe_kernels(args)
-
-    return choose
-
-
-TE = {"transformer_engine"}
+LOCAL = {"transformer_impl": "local"}
+HERE = "attention: Transformer Engine; optimizer: T"
+VARLEN = "attention: torch varlen; optimizer: Transformer Engine's"
+TE_EXPERTS = "experts: Transformer Engine's"
+NOT_LOCAL = "; faster: Transformer Engine (remove --transformer-impl local)"
+MEGATRONS = "; faster: --moe-grouped-gemm, with --no-load-optim"
 
 
 @pytest.mark.parametrize(
-    ("capability", "installed", "bf16", "uses_te"),
+    ("capability", "has_te", "changes", "record", "grouped", "part"),
     [
-        (9, TE, True, False),
-        (10, TE, True, False),
-        (8, TE, True, True),  # an A100
-        (12, TE, True, True),  # a consumer GPU
-        (9, TE, False, True),
-        (0, set(), True, False),
+        (9, True, {}, None, False, f"experts: torch grouped_mm; {HERE}"),
+        (10, True, {}, None, False, "experts: torch grouped_mm;"),
+        (8, True, {}, None, True, f"{TE_EXPERTS} grouped linear layers; {HERE}"),  # an A100
+        (12, True, {}, None, True, TE_EXPERTS),  # a consumer GPU
+        (9, True, {"bf16": False}, None, True, TE_EXPERTS),
+        (9, True, {"gradient_accumulation_fusion": False}, None, False, "experts: torch grouped_mm;"),
+        (0, False, {}, None, False, "attention: torch scaled dot product; optimizer: torch's fused Adam; "),
+        (0, False, {}, None, False, "with torch's permutation; faster: a GPU"),
+        (8, False, {}, None, False, "experts: torch grouped_mm in a loop; attention: torch scaled dot product; "),
+        (8, False, {}, None, False, "; faster: Transformer Engine also for the experts on this GPU ("),
+        (9, True, LOCAL | {"dataloader_inter_document_masking": True}, None, False, VARLEN),
+        (9, True, LOCAL | {"window_size": (16, 0)}, None, False, VARLEN),
+        (9, True, LOCAL, None, False, NOT_LOCAL),
+        # A resumed run keeps its kernel.
+        (8, True, {}, False, False, MEGATRONS),
+        (8, True, {}, True, True, TE_EXPERTS),
+        (9, True, {}, True, True, TE_EXPERTS),
+        (8, False, {}, True, False, "grouped_mm in a loop"),
+        (8, True, {"num_experts": None}, None, False, HERE),
+        (8, True, {"optimizer_cpu_offload": True}, None, True, "optimizer: torch's fused Adam on the host"),
     ],
 )
-def test_experts_are_computed_where_it_is_fast(machine, capability: int, installed, bf16: bool, uses_te: bool) -> None:
-    args, line = machine(capability, installed, bf16=bf16)
-    assert args.moe_grouped_gemm == uses_te and args.moe_permute_fusion == bool(installed)
-    assert not args.gradient_accumulation_fusion and args.fuse_expert_gradients  # the former needs Apex
-    assert not machine(capability, installed, gradient_accumulation_fusion=False)[0].fuse_expert_gradients
-    experts = "Transformer Engine's grouped linear layers" if uses_te else "torch grouped_mm"
-    attention, owner = ("Transformer Engine",) * 2 if installed else ("torch scaled dot product", "torch")
-    assert line == (
-        f"experts: {experts}; attention: {attention}; optimizer: {owner}'s fused Adam; "
-        f"dispatcher: all-to-all with {owner}'s permutation" + "; faster: a GPU" * (capability == 0)
-    )
-
-
-def test_what_is_slow_without_transformer_engine_is_named(machine) -> None:
-    args, line = machine(8, set())
-    assert not args.moe_grouped_gemm and not args.moe_permute_fusion and args.transformer_impl == "local"
-    assert line == (
-        "experts: torch grouped_mm in a loop; attention: torch scaled dot product; optimizer: torch's fused Adam; "
-        "dispatcher: all-to-all with torch's permutation; faster: Transformer Engine also for the experts on this GPU "
-        f"({sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[gpu]')"
-    )
-    _, line = machine(9, TE, transformer_impl="local", dataloader_inter_document_masking=True)
-    assert "attention: torch varlen; optimizer: Transformer Engine's fused Adam; " in line
-    assert line.endswith("; faster: Transformer Engine (remove --transformer-impl local)")
-    _, line = machine(9, TE, transformer_impl="local", window_size=(16, 0))
-    assert "attention: torch varlen; " in line
-
-
-@pytest.mark.parametrize("before", [False, True])
-def test_a_resumed_run_keeps_its_kernel(machine, before: bool) -> None:
-    args, line = machine(8, TE, {"moe_grouped_gemm": before})
-    assert args.moe_grouped_gemm == before
-    assert line.endswith("; faster: --moe-grouped-gemm, with --no-load-optim") != before
-    assert machine(9, TE, {"moe_grouped_gemm": before})[0].moe_grouped_gemm == before
-    assert not machine(8, set(), {"moe_grouped_gemm": before})[0].moe_grouped_gemm
-
-
-def test_a_dense_model_has_neither_experts_nor_a_dispatcher(machine) -> None:
-    args, line = machine(8, TE, num_experts=None)
-    assert not args.moe_grouped_gemm and not args.moe_permute_fusion
-    assert line == "attention: Transformer Engine; optimizer: Transformer Engine's fused Adam"
-    assert "optimizer: torch's fused Adam on the host" in machine(8, TE, optimizer_cpu_offload=True)[1]
+def test_a_machine_gets_its_fastest_kernels(monkeypatch, capability, has_te, changes, record, grouped, part) -> None:
+    monkeypatch.setattr(cpu, "is_needed", lambda: capability == 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(kernels, "is_installed", lambda module: has_te and module == "transformer_engine")
+    monkeypatch.setattr(kernels, "_fuses_permutation", lambda: True)
+    defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam", "stage": "stage1"}
+    defaults |= {"gradient_accumulation_fusion": True, "bf16": True, "window_size": None, "seq_length": 64}
+    off = "optimizer_cpu_offload moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking"
+    args = Namespace(**defaults | dict.fromkeys(off.split(), False) | {"linear_attention_freq": None} | changes)
+    wants_fusion = args.gradient_accumulation_fusion
+    kernels.choose_kernels(args, None if record is None else {"moe_grouped_gemm": record})
+    line = kernels.describe_kernels(args)
+    assert args.moe_grouped_gemm == grouped and part in line
+    assert args.moe_permute_fusion == bool(has_te and args.num_experts and "transformer_impl" not in changes)
+    assert not args.gradient_accumulation_fusion and args.fuse_expert_gradients == wants_fusion  # the former needs Apex
+    assert ("experts: " in line) == ("dispatcher: " in line) == bool(args.num_experts)
+    assert ("--moe-grouped-gemm" in line) == (part == MEGATRONS)

@@ -7,14 +7,17 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.training.argument_utils import core_transformer_config_from_args
+
+from moelpr.model.layers.config import FIXED_FOR_MOE, MoELPRConfig
+from moelpr.train.arguments.checks import find_notes, find_problems
+from moelpr.train.arguments.flags import all_arguments
+from moelpr.train.arguments.requested import RequestedRun
 
 
 @pytest.fixture
 def make_run(upcycled: str) -> Callable:
     """A run in which settings have been changed without any check."""
-    from moelpr.train.arguments.flags import all_arguments
-    from moelpr.train.arguments.requested import RequestedRun
-
     argv = ["--pretrained-checkpoint", upcycled, "--seq-length", "32"]
     with_checkpoint = RequestedRun.gather(argv, all_arguments())
     without = RequestedRun.gather([], all_arguments())
@@ -41,8 +44,6 @@ NUMBERS = (
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_check_fails_on_invalid_settings(make_run, data: st.DataObject) -> None:
-    from moelpr.train.arguments.checks import find_notes, find_problems
-
     stage = data.draw(st.sampled_from([None, "dense", "stage1", "stage2"]))
     values = st.one_of(st.sampled_from([0, -1, 1, 2, 3, 4, 10**9 + 7]), st.none())
     changed = {name: data.draw(values) for name in data.draw(st.sets(st.sampled_from(NUMBERS), max_size=6))}
@@ -66,8 +67,6 @@ def test_a_missing_recipe_hides_no_other_problem_and_causes_none(upcycled: str, 
 
 def test_what_the_method_fixes_is_set_and_the_balance_loss_is_a_mean_over_layers(checkpoint, accepted) -> None:
     """Megatron adds layers up."""
-    from moelpr.model.layers.config import FIXED_FOR_MOE
-
     final = accepted("stage1", checkpoint("upcycled"))
     assert {name: final[name] for name in FIXED_FOR_MOE} == FIXED_FOR_MOE
     assert final["moe_aux_loss_coeff"] == pytest.approx(0.01 * 2 / 3)
@@ -76,10 +75,6 @@ def test_what_the_method_fixes_is_set_and_the_balance_loss_is_a_mean_over_layers
 
 @pytest.mark.parametrize("variant", ["paper", "reference"])
 def test_the_variant_of_the_lpr_loss_reaches_the_model(upcycled: str, accepted, variant: str) -> None:
-    from megatron.training.argument_utils import core_transformer_config_from_args
-
-    from moelpr.model.layers.config import MoELPRConfig
-
     args = argparse.Namespace(**accepted("stage2", upcycled, "--lpr-loss", variant))
     assert core_transformer_config_from_args(args, config_class=MoELPRConfig).lpr_loss == variant
 

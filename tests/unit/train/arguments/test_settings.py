@@ -1,14 +1,12 @@
-"""The settings that the trainer's own code reads."""
-
 from pathlib import Path
 
 import pytest
 
+from moelpr.train.arguments.settings import RunSettings
+
 
 @pytest.mark.parametrize(("argv", "last"), [("", 2), ("--train-samples 43", 3), ("--train-samples 48", 4)])
 def test_the_last_step_follows_from_steps_or_samples(gathered, argv: str, last: int) -> None:
-    from moelpr.train.arguments.settings import RunSettings
-
     run = gathered(*argv.split())
     if argv:
         run.args.train_iters = None
@@ -18,8 +16,6 @@ def test_the_last_step_follows_from_steps_or_samples(gathered, argv: str, last: 
 
 
 def test_where_a_run_starts_is_resolved_once(gathered, upcycled: str, make_checkpoint) -> None:
-    from moelpr.train.arguments.settings import RunSettings
-
     new = RunSettings.of(gathered("--save", f"{upcycled}-new")).start
     assert (new.checkpoint, new.step_folder) == (Path(upcycled), Path(upcycled) / "release")
     assert not new.is_resumed and new.saved_step is None

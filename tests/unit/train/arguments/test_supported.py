@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.model.layers.config import FIXED_FOR_MOE
+from moelpr.train.arguments.flags import all_arguments, own_arguments
 from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 from moelpr.train.arguments.supported import REFUSED, SUPPORTED
 
@@ -14,23 +16,17 @@ ROOT = Path(__file__).parents[4]
 @pytest.fixture(scope="module")
 def megatrons() -> dict[str, str]:
     """Flag without dashes → Megatron's name."""
-    from moelpr.train.arguments.flags import all_arguments, own_arguments
-
     ours = own_arguments().flags()
     return {flag[2:]: action.dest for flag, action in all_arguments().flags().items() if flag not in ours}
 
 
 def test_every_flag_in_the_table_exists_and_is_there_once(megatrons: dict[str, str]) -> None:
-    from moelpr.model.layers.config import FIXED_FOR_MOE
-
     assert (SUPPORTED | REFUSED.keys()) <= megatrons.keys()
     assert not SUPPORTED & REFUSED.keys()
     assert FIXED_FOR_MOE.keys() <= set(megatrons.values())
 
 
 def test_recipes_and_commands_in_the_documentation_use_supported_flags_only(megatrons: dict[str, str]) -> None:
-    from moelpr.train.arguments.flags import all_arguments
-
     recipes = [*(ROOT / "launch" / "recipes").glob("*.yaml")]
     used = {flag[2:] for recipe in recipes for flag in read_recipe(recipe)}
     assert recipes and used & megatrons.keys() <= SUPPORTED

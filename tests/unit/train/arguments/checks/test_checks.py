@@ -5,6 +5,8 @@ import shlex
 
 import pytest
 
+from moelpr.model.megatron import cpu
+
 SHORT = {
     "TP": "--tensor-model-parallel-size",
     "PP": "--pipeline-model-parallel-size",
@@ -77,13 +79,10 @@ stage1 upcycled --untie-embeddings-and-output-weights -> --untie-embeddings-and-
 stage1 upcycled --moe-layer-freq [0,1,1] -> --moe-layer-freq [0, 1, 1] contradicts … has [1, 1, 1];
 stage1 upcycled --window-size 8,0 -> --window-size (8, 0) contradicts … has None;
 stage1 upcycled --use-rope-scaling -> --use-rope-scaling True contradicts … has False;
-stage1 upcycled --softmax-scale 0.5 -> --softmax-scale 0.5 contradicts … has None;
 stage1 upcycled --residual-multiplier 0.5 -> --residual-multiplier 0.5 contradicts … has 1.0;
-stage1 upcycled --norms-after -> --norms-after True contradicts … has False;
 stage1 second-round --num-original-experts 1 -> --num-original-experts 1 contradicts … has 3;
 stage1 upcycled --save-trained-only --train-everything -> --save-trained-only … --train-everything
 stage1 upcycled --yaml-cfg a.yaml -> --yaml-cfg is not supported … --recipe
-stage1 upcycled --qk-clip -> --qk-clip is not supported … remove
 stage1 upcycled --moe-router-pre-softmax -> --moe-router-pre-softmax is not supported … remove
 stage1 upcycled --qk-clip --allow-untested qk-clip -> --qk-clip is not supported
 stage1 upcycled --fim-data -> --fim-data is not tested with this trainer … --allow-untested fim-data
@@ -192,8 +191,6 @@ def test_valid_settings_arrive(accepted, checkpoint, row: str) -> None:
 
 
 def test_rows_of_grouped_gemm_are_checked_on_a_gpu_only(upcycled, problems, monkeypatch) -> None:
-    from moelpr.model.megatron import cpu
-
     with monkeypatch.context() as gpu:
         gpu.setattr(cpu, "is_needed", lambda: False)
         found = problems("stage1", upcycled, SHORT["TP"], "4", ranks=4)

@@ -1,5 +1,3 @@
-"""The stage sft: what it needs, and what it sets."""
-
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +5,9 @@ import pytest
 
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, runs_of
+from moelpr.train.arguments.flags import all_arguments
+from moelpr.train.arguments.length import set_train_iters
+from moelpr.train.arguments.requested import RequestedRun
 
 
 @pytest.fixture
@@ -37,10 +38,6 @@ def test_sft_packs_where_attention_keeps_apart_and_weighs_tokens_alike(upcycled:
 
 
 def test_an_epoch_is_its_windows(upcycled: str, chat: str) -> None:
-    from moelpr.train.arguments.flags import all_arguments
-    from moelpr.train.arguments.length import set_train_iters
-    from moelpr.train.arguments.requested import RequestedRun
-
     words = ["--pretrained-checkpoint", upcycled, "--stage", "sft", "--seq-length", "16", "--micro-batch-size", "1"]
     words += ["--global-batch-size", "1", "--data-path", chat, "--train-epochs", "2"]
     for flags, steps in ((["--dataloader-inter-document-masking"], 2 * 4), ([], 2 * 9)):

@@ -1,5 +1,3 @@
-"""Folders can be loaded and saved, and a checkpoint fits."""
-
 import os
 import shutil
 import subprocess

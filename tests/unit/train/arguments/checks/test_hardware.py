@@ -1,5 +1,3 @@
-"""GPUs that PyTorch cannot use are an error, little memory is a warning."""
-
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +7,10 @@ import torch
 from moelpr.base import machine
 from moelpr.model.megatron import cpu
 from moelpr.model.model_spec import ModelSpec
+from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import CPU, Workload, model_parts, stage_memories
+from moelpr.train.arguments.checks import find_problems, hardware
+from moelpr.train.arguments.checks.hardware import PROCESS_BYTES, expected_memory
 
 
 @pytest.mark.parametrize(
@@ -18,8 +19,6 @@ from moelpr.plan.memory import CPU, Workload, model_parts, stage_memories
 def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
     gathered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
 ) -> None:
-    from moelpr.train.arguments.checks import find_problems
-
     (tmp_path / "nvidia0").touch()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine, "_DEVICES", tmp_path)
@@ -34,8 +33,6 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
 @pytest.mark.parametrize("is_warned", [False, True])
 def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned: bool) -> None:
     """The memory of ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
-    from moelpr.train.arguments.checks import hardware
-
     run, offloaded = gathered(ranks=2), gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
     (rank,) = stage_memories(offloaded.spec, model_parts(offloaded.spec), *hardware.as_planned(offloaded))
     assert hardware.expected_memory(offloaded) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
@@ -67,8 +64,6 @@ def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned
     ],
 )
 def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, stage: str, flags: str, ranks) -> None:
-    from moelpr.train.arguments.checks.hardware import expected_memory
-
     assert expected_memory(gathered(*flags.split(), stage=stage, ranks=ranks)) is None
 
 
@@ -87,16 +82,13 @@ def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, stag
 def test_the_expected_memory_is_the_planners_plus_the_process(
     gathered, upcycled, dense, stage, flags, ranks, layout
 ) -> None:
-    from moelpr.plan.layouts import PlannedLayout
-    from moelpr.train.arguments.checks.hardware import PROCESS_BYTES, expected_memory
-
     start = dense if stage == "dense" else upcycled
     spec = ModelSpec.read(Path(start))
     planned = PlannedLayout(**layout, distributed_optimizer="--use-distributed-optimizer" in flags)
     trains = "--train-new-embeddings" in flags, "--train-everything" in flags
     workload = Workload(stage, 32, 6, 12, "fp32", CPU, *trains)
     (rank,) = stage_memories(spec, model_parts(spec), planned, workload)
-    assert (
-        expected_memory(gathered(*flags.split(), start=start, ranks=ranks, stage=stage))
-        == rank.total_bytes + PROCESS_BYTES
-    )
+    run = gathered(*flags.split(), start=start, ranks=ranks, stage=stage)
+    assert expected_memory(run) == rank.total_bytes + PROCESS_BYTES
+    run.args.stage = None  # as after a wrong name
+    assert expected_memory(run) is None

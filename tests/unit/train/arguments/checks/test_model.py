@@ -1,5 +1,3 @@
-"""Flags agree with the checkpoint, the method and the machine."""
-
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -41,8 +39,6 @@ def test_an_untested_flag_is_accepted_on_request_with_a_warning(upcycled, accept
     assert warning in capsys.readouterr().err
     (found,) = problems("stage1", upcycled, *argv)
     assert found.startswith("--empty-unused-memory-level is not tested") and "--allow-untested empty-un" in found
-    (found,) = problems("stage1", upcycled, "--allow-untested", "empty-unused-memory")
-    assert "did you mean empty-unused-memory-level?" in found
 
 
 def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:

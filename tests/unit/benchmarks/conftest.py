@@ -1,4 +1,4 @@
-"""A model spec of the sizes that the step benchmarks accept, and tiny Hugging Face models."""
+"""A model spec of the sizes that the step benchmarks accept."""
 
 import argparse
 
@@ -6,7 +6,6 @@ import pytest
 
 from moelpr.model.megatron import bootstrap
 from moelpr.model.model_spec import ModelSpec
-from tests.support.hf_models import make_model  # noqa: F401
 
 bootstrap.install_patches()  # before the tests of this folder import Megatron
 

@@ -4,14 +4,6 @@ import pytest
 import torch
 
 from benchmarks.expert_traffic import experts_of, nearest_multiple
-from benchmarks.imposed_routing import uniform_choices
-
-
-def test_uniform_choices_are_different_and_cover_all_experts() -> None:
-    choices = uniform_choices(1000, 9, 2, torch.Generator().manual_seed(0))
-    assert choices.shape == (1000, 2) and (choices[:, 0] != choices[:, 1]).all()
-    counts = choices.flatten().bincount()
-    assert len(counts) == 9 and counts.min() > 150  # 222 on average
 
 
 @pytest.mark.parametrize(("experts", "ep", "multiple"), [(10, 2, 10), (10, 4, 8), (9, 4, 8), (4, 4, 4), (11, 4, 12)])

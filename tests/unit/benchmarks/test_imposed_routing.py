@@ -1,9 +1,3 @@
-"""Recorded choices against evaluation's statistics, and routers that make imposed choices."""
-
-import json
-import random
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,56 +5,10 @@ import pytest
 import torch
 
 from benchmarks.baselines.stock_moe import StockStep
-from benchmarks.imposed_routing import LENGTH, WINDOWS, impose, recorded_routing
+from benchmarks.imposed_routing import impose, recorded_routing
 from benchmarks.optimizer_steps import our_step, plain_step, random_batch
-from examples.languages import EXPANDED, ORIGINAL
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.models import load_model
-from moelpr.measure.evaluate.routing import RoutingObserver
 from moelpr.model.model_spec import ModelSpec
-
-
-@pytest.fixture(scope="module")
-def demo(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random MoE of six experts, 1 and 2 of them copies, and more documents per language than are read."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "corpus").mkdir()
-    random.seed(0)
-    for number, language in enumerate((*ORIGINAL, *EXPANDED)):
-        weights = (1, number + 1)  # the languages' routing differs
-        texts = ["".join(random.choices("ab", weights, k=2 * LENGTH)) for _ in range(WINDOWS + 2)]
-        lines = [json.dumps({"text": text}) + "\n" for text in ["ab", *texts]]
-        (folder / "corpus" / f"validation.{language}.jsonl").write_text("".join(lines))
-    moe = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
-    moe |= {"shared_expert_intermediate_size": 0, "max_position_embeddings": LENGTH, "num_original_experts": 2}
-    model = make_model("Qwen2MoeForCausalLM", tokenizer=True, **moe)
-    for stage in ("stage1", "stage2"):
-        shutil.copytree(model, folder / f"{stage}-hf")
-    return folder
-
-
-@pytest.mark.parametrize(("stage", "languages"), [("stage1", EXPANDED), ("stage2", (*ORIGINAL, *EXPANDED))])
-def test_recorded_choices_are_those_that_evaluation_counts(demo, stage, languages) -> None:
-    routing = recorded_routing(demo, stage)
-    loaded = load_model(demo / "stage2-hf", device="cpu")
-    observer = RoutingObserver(loaded)
-    for language in languages:
-        lines = (demo / "corpus" / f"validation.{language}.jsonl").read_text().splitlines()[1:]
-        documents = [[0, *loaded.tokenizer(json.loads(line)["text"])["input_ids"]] for line in lines]
-        windows = [ids[first : first + LENGTH] for ids in documents for first in range(0, len(ids), LENGTH)]
-        tokens = torch.tensor([window for window in windows if len(window) == LENGTH][:WINDOWS])
-        with torch.no_grad(), observer.observe(torch.ones_like(tokens).bool()):
-            loaded.logits(tokens)
-    counted = observer.result()
-    assert counted is not None and counted.layers == [0, 2, 3]
-    assert routing.experts == {"new_experts": 4, "original_copies": 2, "topk": 2}
-    assert len(routing.choices_TK) == 3 * len(languages) * WINDOWS * LENGTH
-    for choices, expected in [
-        (routing.choices_TK, counted.chosen_share),
-        (routing.choices_TK[:, 0], counted.first_choice_share),
-    ]:
-        shares = choices.flatten().bincount(minlength=6) / len(choices)
-        torch.testing.assert_close(shares, torch.tensor(expected).mean(dim=0), rtol=0, atol=1e-6)
 
 
 def test_a_missing_demo_is_named_with_the_flag(tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-"""Contenders take turns, and ratios compare times of the same round."""
-
 from benchmarks.timing import Turns, median_s, time_ratio
 
 

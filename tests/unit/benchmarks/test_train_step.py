@@ -1,5 +1,3 @@
-"""The work that a step needs."""
-
 import torch
 
 from benchmarks.train_step import needed_flops, rows_of

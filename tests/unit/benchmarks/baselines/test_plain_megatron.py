@@ -1,5 +1,3 @@
-"""Plain Megatron MoE trains on every token."""
-
 import torch
 
 from benchmarks.optimizer_steps import plain_step, random_batch

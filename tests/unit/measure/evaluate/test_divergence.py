@@ -113,17 +113,8 @@ class Reversed(Digits):
 def test_the_command_writes_it_per_text_with_its_interval(
     evaluate, capsys, tmp_path, monkeypatch, data, dense_dir, moe_dir, texts
 ) -> None:
-    models = (
-        "--model",
-        dense_dir,
-        "--model",
-        moe_dir,
-        *data,
-        "--original-languages",
-        "en",
-        "--output",
-        tmp_path / "out",
-    )
+    models = ("--model", dense_dir, "--model", moe_dir, *data, "--original-languages", "en")
+    models += ("--output", tmp_path / "out")
     evaluate(*models)
     without = (tmp_path / "out/results.json").read_text()
     assert '"distance"' not in without and "Distance" not in capsys.readouterr().out

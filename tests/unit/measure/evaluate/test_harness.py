@@ -284,7 +284,8 @@ def test_changes_are_paired_by_question_over_translations_too():
     assert content["average_changes"]["expanded"]["low"] == pytest.approx(change["low"]), "the same samples"
 
 
-def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tmp_path, dense_dir):
+def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tmp_path, dense_dir, dense_spec):
+    dense_spec.write(tmp_path)
     model, english = ("--model", dense_dir), ("--languages", "en", "--original-languages", "en")
     (tmp_path / "list.yaml").write_text("- ARC\n")
     (tmp_path / "half.yaml").write_text("ARC: {num_fewshot: 25, tasks: {en: arc_challenge}}\n")
@@ -302,12 +303,7 @@ def test_bad_tables_and_arguments_are_rejected_with_what_to_correct(rejected, tm
         ((*model, *english, "--tasks", tmp_path / "half.yaml"), "ARC.metric"),
         ((*model, *english, "--tasks", tmp_path / "none.yaml"), "ARC.tasks.en"),
         ((*model, *english, "--tasks", tmp_path / "two.yaml"), "0 and 25 shots"),
-        (("--model", tmp_path, *english), "config.json"),
+        (("--model", tmp_path / "nowhere", *english), "nowhere"),
+        (("--model", tmp_path, *english), "moelpr model export"),
     ]:
         assert expected in rejected("harness", *arguments)
-
-
-def test_a_megatron_checkpoint_must_be_exported_first(rejected, tmp_path, dense_spec):
-    dense_spec.write(tmp_path)
-    message = rejected("harness", "--model", tmp_path, "--languages", "en", "--original-languages", "en")
-    assert "moelpr model export" in message

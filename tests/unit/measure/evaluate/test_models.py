@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
@@ -129,10 +132,6 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
 
 
 def test_a_document_starts_with_the_token_that_begins_texts(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
     words = WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>")
     end = {"eos_token": "</s>"}
     for folder, special, start in (("both", {"bos_token": "<s>"} | end, 1), ("eos", end, 2)):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moelpr.measure.evaluate.models import hf_model, load_model
 from moelpr.measure.evaluate.routing import BrokenPrior, Routing, broken_priors
@@ -88,8 +89,6 @@ def test_context_tokens_are_counted_once(score, moe_dir, texts):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_routers_of_the_other_exported_families_are_found(family):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     shape = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 8, "moe_intermediate_size": 8}
     shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
     config = AutoConfig.for_model(family, **shape, num_local_experts=3, num_experts=3, num_experts_per_tok=2)

@@ -8,6 +8,7 @@ import unicodedata
 
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM
 
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.models import load_model
@@ -96,8 +97,6 @@ def test_the_default_window_is_what_all_models_support():
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_rejected(score, tmp_path, dense_dir, texts, tokenizer):
-    from transformers import Qwen2ForCausalLM
-
     model = Qwen2ForCausalLM.from_pretrained(dense_dir)
     model.resize_token_embeddings(len(tokenizer) - 40)
     model.save_pretrained(tmp_path)

@@ -1,5 +1,3 @@
-"""A file that is not one of verifications or facts is rejected clearly."""
-
 from pathlib import Path
 
 import pytest

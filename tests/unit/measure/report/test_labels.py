@@ -1,5 +1,3 @@
-"""Labels are legible where points are crowded."""
-
 from itertools import combinations, product
 
 from matplotlib.backends.backend_agg import RendererAgg

@@ -1,5 +1,3 @@
-"""Evaluations and validation passes are read completely, and other files are rejected clearly."""
-
 import json
 import math
 from pathlib import Path

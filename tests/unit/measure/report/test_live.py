@@ -1,5 +1,3 @@
-"""The live view follows a run that is being written."""
-
 import json
 import shutil
 import threading

@@ -1,5 +1,3 @@
-"""The command line of reports."""
-
 import sys
 
 import pytest

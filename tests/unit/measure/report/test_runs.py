@@ -1,5 +1,3 @@
-"""A run folder is read completely, and one that is damaged or of something else is rejected clearly."""
-
 import json
 import math
 import os
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.measure.report.runs import ENDS, curve_of, read_run, read_runs
+from moelpr.measure.report.runs import curve_of, read_run, read_runs
 from tests.support.run_folders import make_run
 
 
@@ -25,11 +23,6 @@ def test_curve_takes_finite_numbers_and_means_of_layers() -> None:
     values = [1.0, None, math.nan, [0.5, None, 1.0], math.inf, "x"]
     curve = curve_of([{"iteration": step, "loss": value} for step, value in enumerate(values)], "loss", "name")
     assert (curve.name, list(curve.x), list(curve.y)) == ("name", [0, 3], [1.0, 0.75])
-
-
-def test_a_run_keeps_the_values_per_layer_of_its_first_and_last_steps(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "run", "stage1", 3 * ENDS, num_layers=2, languages={}))
-    assert len([record for record in run.metrics.steps if isinstance(record["token_share"], list)]) == 2 * ENDS
 
 
 @pytest.mark.parametrize("content", [None, '{"iteration": 1}\nrubbish\n{"iteration": 2}\n'])

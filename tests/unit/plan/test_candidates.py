@@ -1,5 +1,3 @@
-"""The layouts to choose from, which the trainer accepts, and their order."""
-
 import sys
 from dataclasses import replace
 

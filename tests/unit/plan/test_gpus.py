@@ -1,5 +1,3 @@
-"""GPUs by the names that torch reports, and groups of ranks that span nodes."""
-
 import os
 from pathlib import Path
 

@@ -18,6 +18,7 @@ from benchmarks import common
 from benchmarks.common import STAGES
 from moelpr.base.run_folder import METRICS_FILE
 from moelpr.model.checkpoints.chain import step_folder
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.metrics.run_metrics import Step, read_run_metrics
 from moelpr.model.model_spec import ModelSpec, NewTokens
 
@@ -298,8 +299,6 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """All model tensors of the last step."""
-    from moelpr.model.checkpoints.torch_dist import TorchDistReader
-
     reader = TorchDistReader(step_folder(run))
     return {key: reader.read(key) for key in reader.keys if key.startswith(("decoder.", "embedding.", "output_layer."))}
 

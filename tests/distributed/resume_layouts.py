@@ -13,19 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from tests.distributed import layout_runs
-from tests.distributed.layout_runs import (
-    EP2,
-    OPTIMIZER,
-    PP2,
-    STAGES,
-    STEPS,
-    TP2,
-    TP2_ETP1,
-    VPP2,
-    Commands,
-    Layout,
-    trainer_arguments,
-)
+from tests.distributed.layout_runs import EP2, OPTIMIZER, PP2, STAGES, STEPS, TP2, TP2_ETP1, VPP2, Commands, Layout
 
 RESHARDABLE = f"{OPTIMIZER} --dist-ckpt-optim-fully-reshardable"
 
@@ -58,12 +46,12 @@ def halves(folder: Path, only: str) -> tuple[Commands, Commands]:
     found: tuple[Commands, Commands] = (defaultdict(list), defaultdict(list))
     for stage in STAGES:
         steps = ["--train-iters", str(2 * STEPS)]
-        uninterrupted = trainer_arguments(folder, Layout(1, ""), stage, _save(folder, "whole", stage))
+        uninterrupted = layout_runs.trainer_arguments(folder, Layout(1, ""), stage, _save(folder, "whole", stage))
         found[0][1].append([*uninterrupted, *steps])
         for name in _chosen(only):
             for half, layout in enumerate(PAIRS[name]):
                 stop = [] if half else ["--exit-interval", str(STEPS)]
-                arguments = trainer_arguments(folder, layout, stage, _save(folder, name, stage))
+                arguments = layout_runs.trainer_arguments(folder, layout, stage, _save(folder, name, stage))
                 found[half][layout.ranks].append([*arguments, *steps, *stop])
     return found
 

@@ -94,68 +94,51 @@ OTHERS = {
     "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
     "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
 }
-# Allowed flags that change a step and are in no layout, as many together as there can be.
-_WSD = (
-    "--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1 --lr-warmup-init 1e-5 --lr-decay-iters 3"
-)
-_GROWING_DECAY = "--weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1"
-_UNEVEN = "--decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3"
-_KERNELS = (
-    "--transformer-impl local --attention-backend auto --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm"
-)
+# Allowed flags that change a step and are in no layout, as many together as there can be: ranks, model, stage.
+_FLAGS = """
+2 all-moe sft conversations, documents apart
+  --expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+  --lpr-loss reference --bf16 --moe-router-dtype fp64 --attention-softmax-in-fp32 --ddp-num-buckets 2 --clip-grad 0.5
+  --adam-beta1 0.8 --adam-beta2 0.9 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1
+4 all-moe sft conversations, pipeline
+  --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2
+  --decoder-first-pipeline-num-layers 1 --decoder-last-pipeline-num-layers 3 --transformer-impl local
+  --attention-backend auto --no-gradient-accumulation-fusion --no-rope-fusion --no-bias-swiglu-fusion
+  --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm --hidden-dropout 0.1
+  --init-method-std 0.01 --make-vocab-size-divisible-by 64 --recompute-activations
+2 all-moe stage1 fp16
+  --fp16 --initial-loss-scale 4096 --min-loss-scale 1 --loss-scale-window 100 --hysteresis 2
+  --weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1
+  --accumulate-allreduce-grads-in-fp32 --expert-model-parallel-size 2 --optimizer sgd --sgd-momentum 0.5
+  --lr-warmup-iters 1 --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1 --lr-warmup-init 1e-5
+  --lr-decay-iters 3
+1 all-moe stage2 fp16, constant scale
+  --fp16 --loss-scale 128
+1 all-moe stage2 fp32
+  --fp32 --train-everything --decoupled-lr 1e-4 --decoupled-min-lr 1e-5
+2 all-moe stage1 norms and times
+  --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --log-params-norm --log-num-zeros-in-grad
+  --timing-log-level 2
+2 all-moe stage1 optimizer on the host
+  --optimizer-cpu-offload --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1000000
+  --main-grads-dtype bf16 --use-precision-aware-optimizer --seed 7
+4 rows stage1 gradients in bf16
+  --grad-reduce-in-bf16 --use-distributed-optimizer --pipeline-model-parallel-size 2
+  --num-layers-per-virtual-pipeline-stage 1 --microbatch-group-size-per-virtual-pipeline-stage 2
+2 all-moe stage1 layers by a list
+  --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*3L --recompute-granularity full
+  --recompute-method block --recompute-num-layers 1
+3 all-moe stage1 embedding and loss count as layers
+  --pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
+  --global-batch-size 6 --no-overlap-p2p-communication
+2 dense ffn ffn
+  --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
+2 dense dense dense
+  --pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce
+"""
 FLAGS = {
-    "flags: conversations, documents apart": (
-        (2, "all-moe", "sft"),
-        f"{EP2} {OVERLAP} --lpr-loss reference --bf16 --moe-router-dtype fp64 --attention-softmax-in-fp32 "
-        "--ddp-num-buckets 2 --clip-grad 0.5 --adam-beta1 0.8 --adam-beta2 0.9 --min-lr 1e-5 --lr-decay-style cosine "
-        "--lr-warmup-fraction 0.1",
-    ),
-    "flags: conversations, pipeline": (
-        (4, "all-moe", "sft"),
-        f"--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2 {_UNEVEN} {_KERNELS} "
-        "--hidden-dropout 0.1 --init-method-std 0.01 --make-vocab-size-divisible-by 64 --recompute-activations",
-    ),
-    "flags: fp16": (
-        (2, "all-moe", "stage1"),
-        f"--fp16 --initial-loss-scale 4096 --min-loss-scale 1 --loss-scale-window 100 --hysteresis 2 {_GROWING_DECAY} "
-        "--accumulate-allreduce-grads-in-fp32 --expert-model-parallel-size 2 --optimizer sgd --sgd-momentum 0.5 "
-        f"--lr-warmup-iters 1 {_WSD}",
-    ),
-    "flags: fp16, constant scale": ((1, "all-moe", "stage2"), "--fp16 --loss-scale 128"),
-    "flags: fp32": ((1, "all-moe", "stage2"), "--fp32 --train-everything --decoupled-lr 1e-4 --decoupled-min-lr 1e-5"),
-    "flags: norms and times": (
-        (2, "all-moe", "stage1"),
-        f"{OVERLAP} --log-params-norm --log-num-zeros-in-grad --timing-log-level 2",
-    ),
-    "flags: optimizer on the host": (
-        (2, "all-moe", "stage1"),
-        "--optimizer-cpu-offload --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1000000 "
-        "--main-grads-dtype bf16 --use-precision-aware-optimizer --seed 7",
-    ),
-    "flags: gradients in bf16": (
-        (4, "rows", "stage1"),
-        "--grad-reduce-in-bf16 --use-distributed-optimizer --pipeline-model-parallel-size 2 "
-        "--num-layers-per-virtual-pipeline-stage 1 --microbatch-group-size-per-virtual-pipeline-stage 2",
-    ),
-    "flags: layers by a list": (
-        (2, "all-moe", "stage1"),
-        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*3L --recompute-granularity full "
-        "--recompute-method block --recompute-num-layers 1",
-    ),
-    "flags: embedding and loss count as layers": (
-        (3, "all-moe", "stage1"),
-        "--pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split "
-        "--account-for-loss-in-pipeline-split --global-batch-size 6 --no-overlap-p2p-communication",
-    ),
-    "flags: ffn": (
-        (2, "dense", "ffn"),
-        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-    ),
-    "flags: dense": (
-        (2, "dense", "dense"),
-        "--pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce",
-    ),
+    f"flags: {name}": ((int(ranks), model, stage), flags)
+    for ranks, model, stage, name, flags in re.findall(r"^(\d) (\S+) (\S+) (.+)\n((?:  .+\n)+)", _FLAGS, re.MULTILINE)
 }
 SUITE = [*REAL, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
 

@@ -12,7 +12,7 @@ import pytest
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.training import check_words
-from tests.dry_run.cases import REAL, SUITE
+from tests.dry_run.cases import MODELS, REAL, SUITE
 from tests.support.limits import PROCESS_S
 from tests.support.tiny_project import write_project
 
@@ -107,8 +107,6 @@ def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tm
 
 def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path) -> None:
     """On the checkpoint that the command names, not on what takes its place."""
-    from tests.dry_run.cases import MODELS
-
     MODELS["all-moe"].write(tmp_path)
     flags = (
         "--lr 1e-4 --train-iters 9 --micro-batch-size 1 --global-batch-size 8 --seq-length 64 --data-path nowhere/el"

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from benchmarks.common import qwen2_config
+from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from data_tools import preprocess_data
 from moelpr.base.errors import UserError
+from moelpr.model.checkpoints.torch_dist import TorchDistReader
+from moelpr.model.families.new_experts import NewExperts
 from tests.functional.test_training import cut_back, export, metrics, model_tensors, run_to_the_end, tensors
 from tests.support.chat import MARKED, conversations_in, save_tokenizer, write_conversations
 from tests.support.hf_models import load_stock, our_logits
@@ -21,12 +27,6 @@ LONGER = ["--train-iters", "40", "--save-interval", "40", "--no-save-optim"]
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that has learned conversations in English, upcycled, and corpora in English and Greek."""
-    from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-    from benchmarks.common import qwen2_config
-    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-    from moelpr.model.families.new_experts import NewExperts
-
     folder = tmp_path_factory.mktemp("chat")
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder / "hf"))
     torch.manual_seed(0)
@@ -91,9 +91,6 @@ def test_two_expert_parallel_ranks_train_as_one(material: Path, sft: Path) -> No
 
 
 def test_only_new_experts_and_routers_change_and_the_export_has_them(material: Path, sft: Path) -> None:
-    from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
-    from moelpr.model.checkpoints.torch_dist import TorchDistReader
-
     start = TorchDistReader(material / "upcycled" / "release")
     trained = model_tensors(tensors(sft, 6))
     for key, value in trained.items():
@@ -110,8 +107,6 @@ def test_only_new_experts_and_routers_change_and_the_export_has_them(material: P
 
 
 def test_tokens_that_choose_only_copies_keep_the_bases_logits_bit_for_bit(material: Path, sft: Path) -> None:
-    from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-
     def prefers_copies(model: torch.nn.Module) -> None:
         preference = torch.tensor([100.0] * 2 + [0.0] * 4)
         for layer in model.decoder.layers:
@@ -125,8 +120,6 @@ def test_tokens_that_choose_only_copies_keep_the_bases_logits_bit_for_bit(materi
 
 
 def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(material: Path, sft: Path) -> None:
-    from transformers import AutoTokenizer
-
     chat = shutil.copytree(material / "hf", material / "instruct")
     tokenizer = AutoTokenizer.from_pretrained(chat)
     tokenizer.eos_token, tokenizer.chat_template = "<|im_end|>", MARKED
@@ -157,8 +150,6 @@ def test_the_assistants_turns_are_learned(longer: dict[str, Path]) -> None:
 
 def test_the_lpr_loss_keeps_the_distribution_on_original_language_prompts(material: Path, longer) -> None:
     """KL divergence from the base on 40 English prompts, of tokens after the template's own start of an answer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(material / "hf")
     base = AutoModelForCausalLM.from_pretrained(material / "hf")
     divergence = dict.fromkeys(longer, 0.0)

@@ -1,5 +1,3 @@
-"""launch/first_contact.sh, really run on CPU ranks."""
-
 import json
 import os
 import subprocess

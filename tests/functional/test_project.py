@@ -1,7 +1,4 @@
-"""`moelpr run` goes from FineWeb-2's files to an evaluated model, is stopped on the way, and resumes.
-
-`python -m tests.functional.killed_project` compares results after kills at random moments with an unbroken run's.
-"""
+"""`moelpr run` goes from FineWeb-2's files to an evaluated model, is stopped on the way, and resumes."""
 
 import json
 import signal

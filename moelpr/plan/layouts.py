@@ -80,7 +80,8 @@ class PlannedLayout(Layout):
         if self.tp > 1:
             argv.append("--sequence-parallel")
         if self.divides_optimizer:
-            argv.append("--use-distributed-optimizer")
+            # Without overlap, Megatron gathers the weights twice: in each of its two optimizers' steps.
+            argv += ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
         if self.recompute == "selective":
             argv += ["--recompute-granularity", "selective", "--recompute-modules", "moe"]
         elif self.recompute == "full":

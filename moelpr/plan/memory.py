@@ -18,7 +18,7 @@ from moelpr.plan.layouts import PlannedLayout
 
 # Bytes per parameter.
 WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
-GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too
+GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too, without --grad-reduce-in-bf16
 MOMENT_BYTES = 8  # Adam's two, in fp32
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
 # With the optimizer on the host: a copy of the weight, Adam's two moments, and the gradient, whose pinned memory torch
@@ -85,6 +85,7 @@ class Workload:
     train_everything: bool = False  # as stage "dense" does
     stage1_experts: Stage1Experts = "all"
     optimizer_cpu_offload: bool = False
+    gradient_bytes: int = GRADIENT_BYTES  # per parameter
 
     @property
     def trained(self) -> frozenset[Part]:
@@ -188,7 +189,7 @@ def stage_memories(
                 frozen=sum(held.values()) - trainable,
                 trainable=trainable,
                 parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
-                gradient_bytes=trainable * GRADIENT_BYTES,
+                gradient_bytes=trainable * workload.gradient_bytes,
                 optimizer_bytes=0 if is_on_host else state * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES),
                 activation_bytes=round(activations.peak(pp_rank)),
                 working_bytes=round(activations.working(pp_rank)),

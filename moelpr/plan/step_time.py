@@ -12,7 +12,6 @@ from moelpr.model.stages import Part
 from moelpr.plan.gpus import Cluster
 from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import (
-    GRADIENT_BYTES,
     HOST_BYTES,
     LINEAR_CHUNK,
     WEIGHT_BYTES,
@@ -207,7 +206,7 @@ def step_time(
         accessed += sum(_ACCESSES * kept + 1.5 * _ACCESSES * inside for kept, inside in activations.layers(pp_rank))
         # Adam reads and writes its state; gradients are set to 0, read for their norm, and read again.
         update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
-        update_s = links.memory_s(update) + links.host_s(memory.host_bytes / HOST_BYTES)
+        update_s = links.memory_s(update) + host_update_s(memory)
         # Sequence parallelism gathers and scatters around attention and dense FFNs, forward and backward.
         layers = layers_of_stage(spec, layout, pp_rank)
         exchanges = len(layers) + sum(not spec.is_moe_layer(layer) for layer in layers)
@@ -217,10 +216,10 @@ def step_time(
         layers_s += links.pipeline_s(2 * hidden_bytes) if layout.pp > 1 else 0
         memory_s = links.memory_s(accessed)
         held = held_on_stage(spec, parts, layout, pp_rank)
-        gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else GRADIENT_BYTES
+        gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else workload.gradient_bytes
         reduce_s = 0.0
         for part in workload.trained - {Part.ROUTER, Part.NORM}:  # these are small
-            reduce_s += links.data_s(held.get(part, 0) * (GRADIENT_BYTES + gathered), part is Part.NEW_EXPERTS)
+            reduce_s += links.data_s(held.get(part, 0) * (workload.gradient_bytes + gathered), part is Part.NEW_EXPERTS)
         return StepTime(
             products_s=num_microbatches * products_s,
             memory_s=num_microbatches * memory_s + update_s,
@@ -233,6 +232,12 @@ def step_time(
     return max(map(of_stage, range(layout.pp)), key=lambda stage: stage.total_s)
 
 
+def host_update_s(memory: RankMemory) -> float:
+    """Adam on the host reads four numbers of a parameter and writes three; a gradient goes there, a weight back."""
+    parameters = memory.host_bytes / HOST_BYTES
+    return 4 * parameters * (7 / HOST_MEMORY_BANDWIDTH + 2 / (HOST_LINK_BANDWIDTH * LINK_EFFICIENCY))
+
+
 class _Links:
     """Seconds for bytes of a rank, by who exchanges them. Ranks are numbered TP or ETP, EP, DP, PP, innermost first."""
 
@@ -242,10 +247,6 @@ class _Links:
 
     def memory_s(self, num_bytes: float) -> float:
         return num_bytes / (self.gpu.memory_bandwidth * MEMORY_EFFICIENCY)
-
-    def host_s(self, parameters: float) -> float:
-        """Adam on the host reads four numbers of a parameter and writes three; a gradient goes there, a weight back."""
-        return 4 * parameters * (7 / HOST_MEMORY_BANDWIDTH + 2 / (HOST_LINK_BANDWIDTH * LINK_EFFICIENCY))
 
     def node_s(self, num_bytes: float) -> float:
         return num_bytes / (self.gpu.node_bandwidth * LINK_EFFICIENCY)

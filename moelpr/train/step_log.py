@@ -100,7 +100,7 @@ class MetricsTracker(MoEMetricsTracker):
                 sums[router.layer_number - 1] += router.routing_sums
                 router.routing_sums = None
         torch.distributed.all_reduce(sums)
-        layers = RoutingSums.from_vectors(sums)
+        layers = RoutingSums.from_vectors(sums.cpu())  # each number that is read would wait for the GPU
         has_router = layers.tokens.sum(dim=1) > 0  # scores may be NaN
         return RoutingSums(*(field[has_router] for field in layers))
 

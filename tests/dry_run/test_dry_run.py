@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.training import check_words
+from moelpr.train.check.meter import attention_flops
 from tests.dry_run.cases import MODELS, REAL, SUITE
 from tests.support.limits import PROCESS_S
 from tests.support.tiny_project import write_project
@@ -73,6 +75,16 @@ def test_a_layer_is_as_lean_as_megatrons(outcomes: dict) -> None:
     """Launches, and bytes without those of the original expert's weights."""
     (stock_launches, stock_bytes), (launches, num_bytes) = outcomes["against Megatron"]
     assert launches <= 1.15 * stock_launches and num_bytes <= 1.02 * stock_bytes
+
+
+@pytest.mark.parametrize("window", [None, 0, 7, 100])
+def test_attention_counts_the_pairs_of_tokens_within_the_window(window: int | None) -> None:
+    length, sequences, width = 32, 3, 8
+    attends = torch.ones(length, length).tril().triu(-length if window is None else -window)
+    products = 2 * 2 * sequences * int(attends.sum()) * width  # two, of a multiply and an add each
+    query, size = torch.empty(sequences * length, 2, width // 2), None if window is None else [window, 0]
+    assert attention_flops(query, length, is_backward=False, window_size=size) == products
+    assert attention_flops(query, length, is_backward=True, window_size=size) == products * 5 // 2
 
 
 def test_experts_exchange_what_the_planner_says(outcomes: dict) -> None:

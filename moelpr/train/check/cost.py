@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import combinations, zip_longest
 
 from moelpr.plan.gpus import Gpu
-from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY
+from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, host_update_s
 from moelpr.train.check.meter import Collective, Counts, Kernel
 from moelpr.train.check.one_rank import DryRun
 
@@ -13,7 +13,7 @@ from moelpr.train.check.one_rank import DryRun
 _KINDS = {
     "products": ("mm", "addmm", "bmm", "baddbmm"),
     "products of experts": ("_grouped_mm",),
-    "attention": ("_scaled_dot", "_flash_attention", "_efficient_attention"),
+    "attention": ("_scaled_dot", "_flash_attention", "_efficient_attention", "_varlen_attn"),
     "linear attention": ("chunk_gated_delta_rule", "causal_conv1d", "l2norm"),
     "compiled": ("compiled",),
     "copies": ("copy_", "_to_copy", "clone", "cat", "constant_pad"),
@@ -59,6 +59,8 @@ def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
             exchanges += time_s
     each = (products + other + exchanges) / run.num_microbatches
     waits = (run.layout.pp - 1) / run.layout.vpp * each
+    if run.planned is not None:  # the optimizer's state may be on the host
+        other += host_update_s(run.planned.memories[run.stage])
     return Seconds(products, other, exchanges, max(0.0, gradients - each), waits)
 
 

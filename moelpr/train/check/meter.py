@@ -273,9 +273,26 @@ def _flops(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
     if name == "_grouped_mm":  # each row meets one expert's matrix; in the gradient of weights, each pair of columns
         left, right = args[0], args[1]
         return 2 * math.prod(left.shape) * right.shape[-1]
+    if name.startswith("_varlen_attn"):
+        names = [argument.name for argument in func._schema.arguments]
+        return attention_flops(is_backward="backward" in name, **dict(zip(names, args, strict=False)) | kwargs)
     if (count := flop_registry.get(func._overloadpacket)) is None:
         return 0
     return int(count(*args, **kwargs, out_val=result)) // (2 if "attention" in name else 1)
+
+
+def attention_flops(
+    query: torch.Tensor, max_q: int, is_backward: bool, window_size: list[int] | None = None, **_: Any
+) -> int:
+    """The products of causal attention within documents or a window, at most: with one document per sequence.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        max_q: tokens per sequence.
+    """
+    window = max_q if window_size is None or window_size[0] < 0 else min(window_size[0] + 1, max_q)
+    pairs = query.shape[0] * (window - window * (window - 1) / (2 * max_q))
+    return int((5 if is_backward else 2) * 2 * pairs * math.prod(query.shape[1:]))
 
 
 def _caller() -> str:

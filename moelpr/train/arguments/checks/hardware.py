@@ -9,7 +9,7 @@ from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.plan.layouts import PlannedLayout, Recompute, layout_problems
-from moelpr.plan.memory import CPU, Dtype, Kernels, Workload, model_parts, stage_memories
+from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, Workload, model_parts, stage_memories
 from moelpr.train.arguments.checks.layout import is_uneven
 from moelpr.train.arguments.requested import RequestedRun
 
@@ -89,7 +89,8 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
     trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)
-    return planned, Workload(args.stage, *sizes, dtype, kernels, *trains)
+    gradient_bytes = 2 if args.grad_reduce_in_bf16 else GRADIENT_BYTES
+    return planned, Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes)
 
 
 def _recompute(run: RequestedRun) -> Recompute:

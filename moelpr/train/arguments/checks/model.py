@@ -203,8 +203,8 @@ def note_second_round(run: RequestedRun) -> Iterable[str]:
     """Corpora do not record the round they were tagged for."""
     if run.is_moe and (m := run.shape["num_original_experts"]) > 1:
         yield (
-            f"{run.checkpoint} has {m} original experts, so languages were added to it before: their text is now "
-            "original-language text, language bit 1; preprocess corpora of an earlier round again"
+            f"{run.checkpoint} has {m} original experts; if an earlier round added languages, their text is now "
+            "original-language text, language bit 1: preprocess its corpora again"
         )
         if run.args.stage1_experts == "new":
             yield "with --stage1-experts new, tokens cannot choose the experts of earlier rounds either until stage 2"

@@ -76,6 +76,7 @@ def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, stag
         ("stage1", "--train-new-embeddings", 1, {}),
         ("stage0", "", 1, {}),
         ("stage2", "--train-everything", 1, {}),
+        ("stage1", "--grad-reduce-in-bf16 --bf16", 1, {}),
         ("dense", "", 2, {"dp": 2}),
     ],
 )
@@ -86,7 +87,8 @@ def test_the_expected_memory_is_the_planners_plus_the_process(
     spec = ModelSpec.read(Path(start))
     planned = PlannedLayout(**layout, distributed_optimizer="--use-distributed-optimizer" in flags)
     trains = "--train-new-embeddings" in flags, "--train-everything" in flags
-    workload = Workload(stage, 32, 6, 12, "fp32", CPU, *trains)
+    dtype, gradient_bytes = ("bf16", 2) if "bf16" in flags else ("fp32", 4)
+    workload = Workload(stage, 32, 6, 12, dtype, CPU, *trains, gradient_bytes=gradient_bytes)
     (rank,) = stage_memories(spec, model_parts(spec), planned, workload)
     run = gathered(*flags.split(), start=start, ranks=ranks, stage=stage)
     assert expected_memory(run) == rank.total_bytes + PROCESS_BYTES

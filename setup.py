@@ -14,7 +14,7 @@ EXTRAS = {
     "chat": ["gradio"],
     "lora": ["peft"],
 }
-# What the extras add is tested too. examples/clean_text.py uses datatrove, whose own extra for orjson and xxhash has
+# Tests cover the extras, too. examples/clean_text.py uses datatrove, whose own extra for orjson and xxhash has
 # packages that wheels for Python 3.13 do not exist of.
 TEST = [
     *EXTRAS["language-id"],

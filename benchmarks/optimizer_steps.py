@@ -29,7 +29,7 @@ from moelpr.train.forward_step import forward_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BALANCE_COEFF, LPR_COEFF = 0.01, 0.1
-# What the trainer chooses on a GPU; the defaults of build_model are those of a CPU.
+# The trainer's choices on a GPU; the defaults of build_model are those of a CPU.
 _SETTINGS: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "bias_activation_fusion": True}
 _SETTINGS = _SETTINGS if DEVICE == "cuda" else {}
 

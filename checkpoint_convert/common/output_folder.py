@@ -47,7 +47,7 @@ def output_folder(
     parent = save.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    # What an interrupted conversion left is kept or replaced.
+    # Files of an interrupted conversion are kept or replaced.
     left = sum(path.stat().st_size for path in partial_name(save.resolve()).rglob("*") if path.is_file())
     if shutil.disk_usage(parent).free < num_bytes - left:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save))

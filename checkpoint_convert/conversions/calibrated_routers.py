@@ -229,7 +229,7 @@ def _write(
         return tensor
 
     tensors = Tensors({name: reader.shape(name) for name, reader in readers.items()}, read)
-    norms = {name: row_H.norm().item() for name, row_H in rows.items()}  # those of other text are others
+    norms = {name: row_H.norm().item() for name, row_H in rows.items()}  # other text has other norms
     with output_folder(save, overwrite, tensors.num_bytes(dtype), [model], rows=norms) as (folder, journal, bar):
         copy_companions(model, folder, skip=(CARD_FILE,))
         for name in (CARD_FILE, BASE_CARD_FILE):

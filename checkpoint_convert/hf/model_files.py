@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-# What replaces the model's own if its tokenizer is extended.
+# Files that replace the model's own if its tokenizer is extended.
 EXTENDED_FILES = (*TOKENIZER_FILES, VOCABULARY_EXTENSION_FILE, "chat_template.jinja", "chat_template.json")
 COMPANION_FILES = (
     CONFIG_FILE,

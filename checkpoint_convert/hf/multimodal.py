@@ -21,7 +21,7 @@ from moelpr.model.families.families import read_base
 from moelpr.model.families.hf_config import CONFIG_FILE, TEXT_CLASSES, TEXT_PREFIX
 from moelpr.model.model_spec import ModelSpec
 
-# What the processors of images and videos are read from.
+# Files from which the processors of images and videos are read.
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 _HEAD = "mtp."
 

@@ -88,7 +88,7 @@ def started_pool(workers: int, work: Callable[[Any], Any] | None = None) -> Any:
     close_connections()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (work,))
     # Python warns of forking while there are threads. The only threads here are numpy's, which the workers do not use;
-    # those of pyarrow, which reads, start later.
+    # pyarrow's threads, which read, start later.
     # A signal between the forks would leave workers that nobody stops, and a worker that has not begun must not take
     # SIGTERM for a signal to defer: the executor ends it so if another one was killed.
     with (

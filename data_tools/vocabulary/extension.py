@@ -21,7 +21,7 @@ from moelpr.data.vocabulary_extension import VocabularyExtension
 # A token must occur twice in the smallest language's text, or as often relative to its tokens in another's.
 _MIN_OCCURRENCES = 2
 _WEIGHT_OF_LARGEST = 1 << 8  # weights are whole numbers, so that sums do not depend on their order
-# What a tokenizer's folder contains besides its vocabulary.
+# Files of a tokenizer's folder besides its vocabulary.
 _COMPANIONS = (
     "tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json "
     "additional_chat_templates"

@@ -98,7 +98,7 @@ class _HelpPage(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         if tag in BLOCKS or tag == "noscript":
             self._close()
-        if tag == "noscript":  # what a browser without scripts shows on every page
+        if tag == "noscript":  # shown on every page by a browser without scripts
             self.paragraphs.clear()
 
     def handle_data(self, data: str) -> None:

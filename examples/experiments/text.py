@@ -30,7 +30,7 @@ from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import atomic_directory, refuse_existing
 
 UNSEEN = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")  # languages that no training and no kept text has
-PLAIN = (*ORIGINAL, "de", "fr", "pl", "fi")  # those that the second base reads
+PLAIN = (*ORIGINAL, "de", "fr", "pl", "fi")  # languages that the second base reads
 HELP_BYTES, STORY_BYTES, PLAIN_BYTES = 700_000, 400_000, 200_000  # per language, at most
 HELD_OUT_ONE_IN, HELD_OUT_DOCUMENTS = 6, 32
 HELD_OUT_CHARACTERS = (200, 1200)  # length in English

@@ -14,7 +14,7 @@ from pathlib import Path
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _DEVICES = Path("/dev")
 _THREADS = "OMP_NUM_THREADS"
-_OUR_THREADS = "MOELPR_NUM_THREADS"  # what moelpr has set, also in a process that has started this one
+_OUR_THREADS = "MOELPR_NUM_THREADS"  # set by moelpr, also in a process that has started this one
 
 
 def limit_threads() -> None:

@@ -4,7 +4,7 @@ from enum import Enum
 from typing import Literal, get_args
 
 Stage = Literal["dense", "ffn", "stage0", "stage1", "stage2", "sft"]
-MoeStage = Literal["stage1", "stage2"]  # those of the paper
+MoeStage = Literal["stage1", "stage2"]  # the paper's
 # The experts that tokens can choose in stage 1: all (the paper), or only those that it trains.
 Stage1Experts = Literal["all", "new"]
 MOE_STAGES: tuple[Stage, ...] = (*get_args(MoeStage), "sft")

@@ -14,7 +14,7 @@ from moelpr.project.project import Language, Method
 from moelpr.train.arguments.recipes import read_recipe
 from moelpr.train.track.tracking import TrackedRun
 
-PLAN_FILE = "plan.txt"  # what a project with trackers was expected to take
+PLAN_FILE = "plan.txt"  # the expected time of a project with trackers
 # The training that has the budget, and the default recipe of each; lora has none.
 MAIN_STAGE: dict[Method, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
 _RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}

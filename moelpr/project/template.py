@@ -27,7 +27,7 @@ languages:
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
 # With conversations in some, an original one too, a chat stage follows:  en: {{text: …, conversations: en-chat.jsonl}}
 
-# What stage 1 trains on: tokens, hours (on GPUs whose speed is predicted) or epochs.
+# The budget of stage 1: tokens, hours (on GPUs whose speed is predicted) or epochs.
 budget: {{epochs: 1}}
 # How the new languages share it: by their size to this power (0: equally), or by a weight for each.
 mix: {{temperature: 0.3}}

@@ -28,7 +28,7 @@ class StopRequest:
     """Whether any rank was asked to stop. Replaces Megatron's handler, which supports only one signal."""
 
     def __init__(self) -> None:
-        self.received: set[int] = set()  # those of `SIGNALS` that have arrived
+        self.received: set[int] = set()  # members of `SIGNALS` that have arrived
         self.file: Path | None = None  # the stop file, which only rank 0 looks for
         self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 

@@ -10,7 +10,7 @@ from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
-# What a page reports is written into it, so that --dump-dom prints it.
+# A page's reports are written into it, so that --dump-dom prints them.
 _TELL = """
 <script>
 const tell = found => {

@@ -87,7 +87,7 @@ MODELS = {
     "window": ModelSpec("qwen2", "bfloat16", _WINDOW, MoeSpec(4, 2, _LAYERS)),
     "dense": ModelSpec("qwen2", "bfloat16", _UNTIED, None),
 }
-# What no layout has: flags and models, with their number of ranks.
+# Cases that no layout has: flags and models, with their number of ranks.
 _ACTIVATION = "--recompute-granularity selective --recompute-modules moe_act"
 OTHERS = {
     "window, documents apart": (1, "window", "stage1", APART),

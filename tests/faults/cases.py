@@ -61,7 +61,7 @@ class Case:
     number: int
     folder: Path
     material: Path
-    notes: list[str] = field(default_factory=list)  # what was done, to be printed if the case fails
+    notes: list[str] = field(default_factory=list)  # steps done, to be printed if the case fails
 
     @cached_property
     def random(self) -> Random:
@@ -237,7 +237,7 @@ def hostile_file(case: Case) -> Outcome:
     return case.judge(ended, anything, other)
 
 
-# What is killed, written to a full disk, and run twice at once: the command, options for resuming, and the judge.
+# Commands that are killed, write to a full disk, and run twice at once: the command, options for resuming, the judge.
 WRITERS: dict[str, tuple[str, Judge]] = {
     "preprocess a large file": ("--resume", same_files),
     "preprocess conversations": ("--resume", same_files),

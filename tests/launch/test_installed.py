@@ -17,7 +17,7 @@ from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: 
 from tests.support.run_folders import make_run
 
 ROOT = Path(__file__).parents[2]
-# What only a clone needs.
+# Files that only a clone needs.
 OF_THE_REPOSITORY = re.compile(r"launch/(container/|\w+_venv\.sh)")
 LAUNCHERS = [path.name for path in sorted(ROOT.glob("launch/*.sh")) if not path.name.endswith("_venv.sh")]
 # A Python that cannot import Megatron and what comes with it; the rest of the program follows.

@@ -134,7 +134,7 @@ def in_mlx(folder: Path, prompt: list[int], tmp_path: Path) -> tuple[list[int], 
     return [int(token) for token, _ in steps], torch.stack([torch.tensor(scores.tolist()) for _, scores in steps])
 
 
-# What they raise if a directory cannot be loaded.
+# Their errors if a directory cannot be loaded.
 LOAD_ERRORS: dict[str, tuple[type[BaseException], ...]] = {
     "llama.cpp": (ValueError, RuntimeError, SystemExit),
     "mlx": (ValueError, ZeroDivisionError, TypeError),

@@ -2,9 +2,9 @@
 
     python -m tests.support.house_style
 
-A docstring and a comment do not start with "Of", "Which", "That" or "Whose", a docstring neither with "What", "Those"
-or "Such"; some words are refused in both; the formatter is switched off in at most five places; command-line flags are
-declared in commands, not in libraries. The exit status is 1 if there is a problem.
+A docstring and a comment do not start with a clause in the place of a noun ("What", "Those", "Of", "Which" …); some words
+are refused in both; the formatter is switched off in at most five places; command-line flags are declared in commands,
+not in libraries. The exit status is 1 if there is a problem.
 """
 
 import ast
@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-HEADLESS = re.compile(r"(of|which|that|whose)\b", re.IGNORECASE)
-HEADLESS_DOCSTRING = re.compile(r"(of|which|that|whose|what|those|such)\b", re.IGNORECASE)  # a clause for a noun
+HEADLESS = re.compile(r"(of|which|that|whose|what|those|such)\b", re.IGNORECASE)
 REFUSED = {"anew": "again", "beside": "next to"}
 REFUSED_WORDS = re.compile(rf"\b(?i:{'|'.join(REFUSED)})\b|(?<!there )\b(?:is|are) none\b(?! of)")
 FORMATTER_OFF = re.compile(r"# fmt: ?(skip|off)")
@@ -35,7 +34,7 @@ def problems_of(path: str, source: str) -> Iterator[str]:
     texts = [(line, "docstring", text) for line, text in docstrings(tree)]
     texts += [(line, "comment", text) for line, text in comments(source)]
     for line, kind, text in sorted(texts):
-        if found := (HEADLESS_DOCSTRING if kind == "docstring" else HEADLESS).match(text):
+        if found := HEADLESS.match(text):
             yield f'{path}:{line}: a {kind} starts with "{found[0]}"; start with a verb or a noun and its article'
         for found in REFUSED_WORDS.finditer(text):
             better = REFUSED.get(found[0].lower(), "say what it is")

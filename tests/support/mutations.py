@@ -5,7 +5,7 @@ from random import Random
 
 from hypothesis import strategies as st
 
-# What a hostile or broken file may contain in the place of a number.
+# Values of a hostile or broken file in the place of a number.
 NUMBERS = (0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**32, 2**62, 2**63 - 1, -(2**63))
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
 BLOCK = re.compile(r"<!-- plan: (\S+) -->\n(```\n.*?\n```\n)?", re.DOTALL)
 GB = 10**9
-# What stands in for the text of the files that are planned: bytes per language; of others, as much as replay needs.
+# The assumed text of the files that are planned: bytes per language; of others, as much as replay needs.
 BYTES = {"el": 8, "hu": 8, "tr": 8, "eu": 6, "ca": 30, "gl": 8, "ar": 20, "he": 12, "is": 4}
 OTHERS = 0.2
 MORE = {"examples/users/paper.yaml": 4}  # times as much

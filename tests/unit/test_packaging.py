@@ -31,7 +31,7 @@ TOOL_FILES = (
 FOR_MEGATRON = ("einops",)
 # Transformer Engine loads its libraries without declaring them.
 FOR_TRANSFORMER_ENGINE = ("cuda-toolkit",)
-# Those parts of datatrove that we use need these.
+# The parts of datatrove that we use need these.
 FOR_DATATROVE = ("orjson", "xxhash")
 # Packages whose module has another name, and which need not be installed or, as stubs, are only read by mypy.
 MODULES = {"mlflow-skinny": "mlflow", "types-pyyaml": "yaml"}

@@ -27,7 +27,7 @@ from moelpr.measure.evaluate.confidence import NUM_SAMPLES, Estimate, mean
 PAPER_TASKS = Path(__file__).with_name("paper_tasks.yaml")
 # Fractions in the harness's results; others (chrf, bleu) are percentages already.
 FRACTIONS = ("acc", "acc_norm", "exact_match", "f1")
-# What lm-eval has beyond the paper's table, without examples in the prompt: metric, and forms of names with the code.
+# lm-eval's tasks beyond the paper's table, without examples in the prompt: metric, and forms of names with the code.
 _MORE = {
     "XCOPA": ("acc", "x?copa_([a-z]{2})"),
     "XStoryCloze": ("acc", "xstorycloze_([a-z]{2})"),

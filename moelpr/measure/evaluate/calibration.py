@@ -27,7 +27,7 @@ from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
 from moelpr.model.metrics.routing_sums import text_vector
 
-# What expanded text should score; the lower, the more of it goes to new experts.
+# The score that expanded text should have; the lower, the more of it goes to new experts.
 TARGETS = (-0.2, -0.4, -0.6, -0.8, -1.2, -1.6)
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal

@@ -29,7 +29,7 @@ _STYLE = matplotlib.rc_params_from_file(
     Path(__file__).parent / "templates" / "charts.mplstyle", use_default_template=False
 )
 _DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # whatever the user's matplotlibrc says
+styled = matplotlib.rc_context(_DEFAULTS | _STYLE)  # independent of the user's matplotlibrc
 
 
 def width_of(texts: Iterable[str], size: float) -> float:

@@ -187,7 +187,7 @@ def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
         names = {number: kind for kind, number in _LAYER_TYPES.items()}
         hybrid = {name: args[name] for name in (*_LINEAR_SIZES, "linear_conv_kernel_dim")}
         hybrid |= {"layer_types": [names[kind] for kind in kinds], "attn_output_gate": True}
-        # What readers other than transformers take in place of layer_types.
+        # Keys that readers other than transformers take in place of layer_types.
         interval = kinds.index(0) + 1 if 0 in kinds else 0
         if kinds == [int(not interval or (i + 1) % interval > 0) for i in range(len(kinds))]:
             hybrid["full_attention_interval"] = interval

@@ -25,7 +25,7 @@ TEXT_CLASSES = {
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
 TEXT_PREFIX, _OTHER_PREFIXES = "model.language_model.", ("model.visual.", "mtp.")
-# What the config.json of a multimodal model has next to its parts.
+# Keys next to the parts in the config.json of a multimodal model.
 _COMMON_KEYS = "dtype torch_dtype vision_config quantization_config quantization transformers_weights".split()
 
 

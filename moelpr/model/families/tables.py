@@ -122,7 +122,7 @@ def _hybrid_sizes(args: dict[str, Any]) -> dict[str, int]:
 
 # --- tables
 
-# What stage 1 trains; everything else equals the base.
+# Tensors that stage 1 trains; all others equal the base's.
 _TRAINED = trained_parts("stage1")
 
 

@@ -10,8 +10,8 @@ from moelpr.model.layers.losses import LPRVariant
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Stage1Experts
 
-# What the method fixes in a model with experts: arguments and fields of Megatron that would change it or be ignored by
-# our layer, with the only value that works.
+# Megatron's arguments and fields that would change a model with experts or that our layer ignores, with the only value
+# that works.
 FIXED_FOR_MOE: dict[str, Any] = {
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_load_balancing_type": "aux_loss",

@@ -20,7 +20,7 @@ def mask_padding(model_chunks: list[HybridModel], vocab_size: int) -> list[Hybri
 
 
 def _mask_padding_of(output_layer: ColumnParallelLinear, vocab_size: int) -> None:
-    num_rows = output_layer.output_size_per_partition  # those of this tensor-parallel rank
+    num_rows = output_layer.output_size_per_partition  # rows of this tensor-parallel rank
     num_real = min(max(vocab_size - output_layer.tp_group.rank() * num_rows, 0), num_rows)
     if num_real == num_rows:
         return

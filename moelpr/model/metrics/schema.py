@@ -21,7 +21,7 @@ class Metric(str):
     """A metric: its key in metrics.jsonl, and what readers need to know of it."""
 
     key: str  # equal to the metric
-    name: str  # what is measured; metrics of the same name share a chart
+    name: str  # metrics of the same name share a chart
     unit: str = ""  # unless the name has it
     label: str = ""  # a short name for the live view; "" if it does not show the metric
     group: str = ""  # group of languages whose tokens are measured; "" for all tokens

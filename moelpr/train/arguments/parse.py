@@ -50,7 +50,7 @@ def register_arguments(run: RequestedRun, settings: RunSettings) -> argparse.Nam
     """
     apply_method(run, settings)
     try:
-        # What Megatron adds to the parsed flags, such as the rank; its parser would only parse the same ones again.
+        # Megatron's additions to the parsed flags, such as the rank; its parser would only parse the same ones again.
         args = parse_args(lambda _: SimpleNamespace(parse_args=lambda: run.args))
         validate_args(args)
         core_transformer_config_from_args(args, config_class=MoELPRConfig)  # for its checks; the result is not used

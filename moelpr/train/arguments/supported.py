@@ -60,7 +60,7 @@ _SUPPORTED = {
     """,
 }
 
-# What the trainer cannot do, even if a flag need not be tested: why, and what to do instead.
+# Flags that the trainer cannot support, tested or not: the reason, and an alternative.
 _REFUSED = {
     "its file would replace all other settings; use --recipe": "yaml-cfg",
     "the trainer builds its own layers; remove it": "spec",

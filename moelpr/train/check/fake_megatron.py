@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from moelpr.train.check.fake_cuda import DEVICE
 from moelpr.train.check.meter import Meter
 
-# What torch.compile makes one kernel of on a GPU, by module.
+# Functions that torch.compile makes one kernel of on a GPU, by module.
 _COMPILED = {
     "fused_bias_swiglu": "swiglu swiglu_back weighted_swiglu weighted_swiglu_back",
     "fused_bias_dropout": "bias_dropout_add_fused_train",

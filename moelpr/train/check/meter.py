@@ -237,7 +237,7 @@ class Meter(TorchDispatchMode):
                 self.in_flight[results[0].untyped_storage()._cdata] = results[0]
         if func.is_view or name in _INERT or all(tensor.device.type != "cuda" for tensor in results):
             return
-        # What is updated in place is read and written.
+        # A tensor that is updated in place is read and written.
         read = {id(one): one for one in tensors_of((args, kwargs)) if one.device.type == "cuda"}
         touched = sum(map(touched_bytes, [*read.values(), *results]))
         operator = name.split("::")[1]

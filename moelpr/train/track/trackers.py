@@ -76,7 +76,7 @@ class Wandb(Tracker):
         import wandb
 
         args = self.args
-        # What it would find out by itself has the names of user and host, and the command line.
+        # Metadata that it would collect has the names of user and host, and the command line.
         quiet = wandb.Settings(
             x_disable_meta=True, x_disable_machine_info=True, disable_git=True, save_code=False, console="off", host=""
         )

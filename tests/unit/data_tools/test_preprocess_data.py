@@ -115,7 +115,7 @@ def test_shards_of_different_jobs_are_not_joined(change, hf_tokenizer, corpus_li
     merge_data.main(words)
     if change == "input":
         lines.write_bytes(lines.read_bytes() * 2)
-    # What changes no finished shard may differ: the other jobs need not run again.
+    # Settings that change no finished shard may differ: the other jobs need not run again.
     preprocess(hf_tokenizer, *flags[:-1], "--on-error", "skip", "--shard", "1", "--overwrite")
     if change == "flag":
         merge_data.main([*words, "--overwrite"])

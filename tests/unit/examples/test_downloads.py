@@ -121,7 +121,7 @@ def test_an_interrupted_download_starts_over(deb: Source, tmp_path: Path, monkey
     monkeypatch.setenv("APT_CODE", "100")
     with pytest.raises(UserError, match="could not be downloaded .*apt-get update"):
         fetch_all([deb], cache)
-    # What a killed process leaves.
+    # Files that a killed process leaves.
     (cache / downloads.DOWNLOAD).mkdir()
     (cache / downloads.DOWNLOAD / "half").write_bytes(b"!<a")
     assert not (cache / deb.file).exists()

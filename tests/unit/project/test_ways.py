@@ -17,7 +17,7 @@ from tests.unit.project.conftest import Write
 
 FILES = [ROOT / "examples" / "languages.yaml", *sorted((ROOT / "examples" / "users").glob("*.yaml"))]
 ONE_GPU = ROOT / "examples" / "users" / "one-gpu.yaml"
-# What a cluster requires of languages.yaml.
+# Keys of languages.yaml that a cluster requires.
 REQUIRED = {
     "kubernetes": {"image": "registry/moelpr", "claim": "moelpr"},
     "skypilot": {"gpu": "H100", "volumes": {"/work": "moelpr"}},
@@ -108,7 +108,7 @@ def test_a_dry_run_starts_submits_and_writes_nothing(
     assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
     moelpr(monkeypatch, "run", path, "--on", on, "--dry-run", *(["--render-only"] if on != "local" else []))
     assert contents(path.parent) == before and not calls.exists()
-    if on != "local":  # what is submitted is seen by this test
+    if on != "local":  # the stubs see a job that is submitted
         moelpr(monkeypatch, "run", path, "--on", on, "--render-only")
         assert contents(path.parent) != before and not calls.exists()
         moelpr(monkeypatch, "run", path, "--on", on)

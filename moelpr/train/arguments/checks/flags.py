@@ -10,7 +10,7 @@ from moelpr.train.track.trackers import TRACKERS, missing_packages
 
 _LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 
-# What to pass if none of the arguments is given.
+# The flag to pass if none of the arguments is given.
 _REQUIRED = {
     "--stage stage1 (or stage0, stage2, sft, dense, ffn)": ("stage",),
     "--micro-batch-size SEQUENCES": ("micro_batch_size",),

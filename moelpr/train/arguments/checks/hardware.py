@@ -13,7 +13,7 @@ from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, Workload, mo
 from moelpr.train.arguments.checks.layout import is_uneven
 from moelpr.train.arguments.requested import RequestedRun
 
-# What torch, Megatron and Python occupy in a rank without a GPU, in addition to the code that all ranks share.
+# Memory of torch, Megatron and Python in a rank without a GPU, in addition to the code that all ranks share.
 PROCESS_BYTES = 450 << 20
 
 

@@ -18,7 +18,7 @@ from moelpr.train.arguments.requested import RequestedRun
 # Saved with the optimizer state, and then used instead of other values.
 _ADAM = ["adam_beta1", "adam_beta2", "adam_eps"]
 
-# What has to match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
+# Settings that must match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
 # without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
 # Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
 # DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.

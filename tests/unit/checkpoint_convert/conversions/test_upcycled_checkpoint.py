@@ -205,7 +205,7 @@ def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Pat
     hf_to_mcore(first_round, tmp_path / "second", NewExperts(2))
     with torch.no_grad():
         chosen = router_choices(first_round)
-    # Whether expert 0 leads is a matter of the token's sign; tokens of both kinds are there.
+    # The token's sign decides whether expert 0 leads; tokens of both kinds are there.
     assert 0 < chosen.float().mean() < 1
     assert_logits(our_logits(tmp_path / "second"), first_round)
 

@@ -79,7 +79,7 @@ def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base
     mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
     as_copied = Path(shutil.copytree(base, tmp_path / "copied"))
     shutil.copyfile(tmp_path / "hf" / "config.json", as_copied / "config.json")
-    assert facts(as_copied) != facts(base)  # what this test is about
+    assert facts(as_copied) != facts(base)
     assert facts(tmp_path / "hf") == facts(base)
 
     hf_to_mcore(tmp_path / "hf", tmp_path / "mcore2", NewExperts(1))  # another round

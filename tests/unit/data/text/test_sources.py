@@ -128,7 +128,7 @@ def test_of_a_language_of_fineweb_2_only_the_training_text_is_read(tmp_path: Pat
     assert find_files(["data"]) == [files[1], files[3]]
     left_out = "data/eus_Latn/test/, data/eus_Latn_removed/, data/glg_Latn/test/ and 1 more\n"
     assert capsys.readouterr().err.endswith(left_out)
-    # What is named is read.
+    # A named field is read.
     assert find_files(["data/eus_Latn/test"]) == [files[0]]
     assert find_files(["data/eus_Latn_removed"]) == ["data/eus_Latn_removed/train/000_00000.parquet"]
     assert find_files(["data/eus_Latn/*/*.parquet"]) == files[:2]

@@ -67,7 +67,7 @@ def test_every_change_of_a_corpus_is_noticed(whole: Path, copy: Callable[..., Pa
     else:
         with pytest.raises(UserError):
             Corpus(prefix).verify()
-        with pytest.raises(UserError, match=rf"{prefix}\.{name} "):  # what the trainer does
+        with pytest.raises(UserError, match=rf"{prefix}\.{name} "):  # as the trainer opens it
             manifest.verify_files(prefix, Verify.SAMPLED)
     # Without a manifest some changes are as good as the truth; what is opened then can be read to its end.
     manifest_path(prefix).unlink()

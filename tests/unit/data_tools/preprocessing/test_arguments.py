@@ -59,7 +59,7 @@ def test_the_output_prefix_has_a_file_name(prefix: str) -> None:
 
 
 def test_a_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", None)  # what Python makes of a closed descriptor
+    monkeypatch.setattr("sys.stdin", None)  # Python's value for a closed descriptor
     with pytest.raises(UserError, match="--input - requires standard input, which is closed"):
         parse("--input - --language original")
 

@@ -212,7 +212,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec, variant
     is_original = torch.zeros(8, 4, dtype=torch.bool)
     is_original[:, 0] = True
     is_original[0, 3] = True
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # what Megatron sets for two micro-batches
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1) / 2)  # Megatron's value for two micro-batches
     router.model_config.lpr_token_weight = torch.tensor(2.0) / is_original.sum()
     for columns in (slice(0, 2), slice(2, 4)):
         weights, _ = router(hidden[:, columns].contiguous(), is_original[:, columns].contiguous())

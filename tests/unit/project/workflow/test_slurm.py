@@ -191,7 +191,7 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
     assert "#SBATCH --array=0,1,2\n" in (run / "slurm" / "preprocess-el-shards.sbatch").read_text()
     assert not list(corpus.parent.iterdir())
 
-    # What the last line of the joining job does.
+    # As the last line of the joining job does.
     workflow = Workflow(run, tasks(run))
     workflow.logs.mkdir()
     with pytest.raises(UserError, match="has changed since its shards were submitted"):

@@ -2,7 +2,7 @@
 
     python -m tests.support.house_style
 
-A docstring and a comment do not start with a clause in the place of a noun ("What", "Those", "Of", "Which" …); some words
+A docstring and a comment do not start with a clause in the place of a noun ("What", "Those", "Of" …); some words
 are refused in both; the formatter is switched off in at most five places; command-line flags are declared in commands,
 not in libraries. The exit status is 1 if there is a problem.
 """

@@ -16,15 +16,15 @@ from moelpr.train.check.whole_run import check, prepare
 def main() -> None:
     folder, gpu, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     prepare(gpu, ranks)
-    found = {}
+    results = {}
     for name, arguments in json.loads((folder / "runs.json").read_text()).items():
         last = check(arguments, 1, ranks).runs[-1]
-        found[name] = {
+        results[name] = {
             "memory_gib": last.peak_bytes / 2**30,
             "kernels": last.counts.kernels.total(),
             "waits": last.counts.waits.total(),
         }
-    (folder / "dry.json").write_text(json.dumps(found))
+    (folder / "dry.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

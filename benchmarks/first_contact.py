@@ -278,14 +278,14 @@ def _arguments(run: TrainerRun, work: Path) -> list[str]:
 
 def _measured(run: TrainerRun, last_rank: dict[str, Any], matmul_flops: float) -> dict[str, float]:
     """tokens_per_s (per GPU), memory_gib, share_of_matmul_rate; and on a GPU kernels and waits of the last step."""
-    found = last_rank["runs"][run.name]
-    tokens_per_s = statistics.median(step["tokens_per_s"] for step in found["steps"][WARMUP_STEPS:])
+    measured = last_rank["runs"][run.name]
+    tokens_per_s = statistics.median(step["tokens_per_s"] for step in measured["steps"][WARMUP_STEPS:])
     tokens_per_s /= run.layout.world_size
     return {
         "tokens_per_s": tokens_per_s,
-        "memory_gib": found["steps"][-1]["peak_memory_gib"] - found["held_gib"],
+        "memory_gib": measured["steps"][-1]["peak_memory_gib"] - measured["held_gib"],
         "share_of_matmul_rate": tokens_per_s * run.flops_per_token / matmul_flops,
-        **{name: found["steps"][-1][name] for name in ("kernels", "waits") if name in found["steps"][-1]},
+        **{name: measured["steps"][-1][name] for name in ("kernels", "waits") if name in measured["steps"][-1]},
     }
 
 

@@ -124,10 +124,10 @@ def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFil
 
 def print_comparison(title: str, languages: list[str], compared: list[Comparison]) -> None:
     rows = []
-    for language, found in zip(languages, compared, strict=True):
-        before, after = (found.bytes / max(tokens, 1) for tokens in (found.before, found.after))
+    for language, comparison in zip(languages, compared, strict=True):
+        before, after = (comparison.bytes / max(tokens, 1) for tokens in (comparison.before, comparison.after))
         numbers = f"{before:.3f}", f"{after:.3f}", f"{after / max(before, 1e-9):.2f}"
-        rows.append([language, f"{found.documents:,}", f"{found.bytes:,}", *numbers])
+        rows.append([language, f"{comparison.documents:,}", f"{comparison.bytes:,}", *numbers])
     head = [title, "documents", "bytes", "bytes per token: before", "after", "ratio"]
     print(f"\n{table_text(head, rows, indent='  ')}")
 

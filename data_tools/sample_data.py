@@ -118,7 +118,7 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.N
     lengths, is_original = corpus.document_lengths, corpus.is_original_document
     languages = {bit: languages_of(manifest, bit) for bit in BITS}
     # The group's name stands for languages that no manifest names, and for several languages of the other group.
-    names = {bit: found[0] if len(found) == 1 else bit for bit, found in languages.items()}
+    names = {bit: codes[0] if len(codes) == 1 else bit for bit, codes in languages.items()}
     for group, bit in enumerate(BITS):
         documents, tokens = (getattr(arguments, f"{bit}_{unit}") for unit in ("documents", "tokens"))
         if documents is None and tokens is None:

@@ -66,8 +66,8 @@ def check_tokens(path: Path, index: CorpusIndex, tokenizer: JobTokenizer, eod_id
         raise UserError(f"{path} contains no tokens; tag another corpus")
     tokens = np.memmap(path, f"<u{index.dtype.itemsize}", "r")  # an ID below 0 is a large one
     if index.dtype != token_dtype(vocab_size) or tokens.max() >= vocab_size:
-        found = f"{path} has {index.dtype.name} tokens up to {tokens.max():,}"
-        raise UserError(f"{found}, unlike the {vocab_size:,} of {model}; pass the corpus's own tokenizer")
+        contents = f"{path} has {index.dtype.name} tokens up to {tokens.max():,}"
+        raise UserError(f"{contents}, unlike the {vocab_size:,} of {model}; pass the corpus's own tokenizer")
     edges = np.unique(np.concatenate([[0], np.cumsum(index.sequence_lengths, dtype=np.int64)])[index.document_starts])
     around = [(id, edges[:-1], "begin", "--tokenizer-hf-no-include-special-tokens") for id in tokenizer.prefix[:1]]
     around += [(id, edges[1:] - 1, "end", "--eod-token or --no-append-eod") for id in [eod_id] if id is not None]

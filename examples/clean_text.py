@@ -69,7 +69,7 @@ def write_index(folder: Path, files: list[str], config: NGramsDecontConfig) -> N
     hash_text = create_hash_func(config.hash_config)
     for number, file in enumerate(files):
         words = (Words().word_tokenize(simplify_text(text, config.norm_config)) for text in read_documents(file))
-        hashes = {hash_text(" ".join(gram)) for found in words for gram in ngrams(found, config.n_grams)}
+        hashes = {hash_text(" ".join(gram)) for seen in words for gram in ngrams(seen, config.n_grams)}
         np.array(sorted(hashes), config.hash_config.np_descr).tofile(folder / f"{number}.index.hashes")
 
 

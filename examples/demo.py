@@ -85,15 +85,15 @@ def data(run: Path, cache: Path | None) -> list[Task]:
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
     words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
     words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
-    found = [
+    tasks = [
         Task(name="corpus", command=download, is_complete=corpus.is_dir),
         Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
     ]
     made_from = ("corpus", "tokenizer")
     for group, languages in GROUPS.items():
         prefix, inputs = run / "data" / group, [files[language] for language in languages]
-        found.append(preprocess(prefix, inputs, tokenizer, made_from=made_from))
-    return found
+        tasks.append(preprocess(prefix, inputs, tokenizer, made_from=made_from))
+    return tasks
 
 
 def base(run: Path) -> list[Task]:
@@ -206,9 +206,9 @@ def print_report(run: Path) -> None:
     print(f"\n{terminal_table(Table(['bits per byte (lower is better)', *MODELS], rows))}\n")
     judgments = [*judge(numbers)]
     print(f"{sum(judgment.ok for judgment in judgments)} of {len(judgments)} claims are shown")
-    for name, language, claim, found, is_shown in judgments:
+    for name, language, claim, measured, is_shown in judgments:
         if not is_shown:
-            print(f"  not shown: {language or name}: {found}; claim: {claim}")
+            print(f"  not shown: {language or name}: {measured}; claim: {claim}")
     print(f"\nreport: {run / 'report.html'}")
 
 

@@ -81,8 +81,10 @@ def judge(report: dict[str, Any]) -> Iterator[Judgment]:
         for language in (name for name, group in report["languages"].items() if group == claim.languages):
             measured = [report["change"].get(model, {}).get(language, {}).get("value") for model in claim.models]
             changes = [math.nan if value is None else value for value in measured]
-            found = ", ".join(f"{model} {percent(change)}" for model, change in zip(claim.models, changes, strict=True))
-            yield Judgment(claim.name, language, claim.text, f"{found} against base", claim.is_shown(*changes))
+            figures = ", ".join(
+                f"{model} {percent(change)}" for model, change in zip(claim.models, changes, strict=True)
+            )
+            yield Judgment(claim.name, language, claim.text, f"{figures} against base", claim.is_shown(*changes))
     for name, meaning in CHECKS.items():
         check = report["checks"].get(name, {})
         yield Judgment(name, "", meaning, check_result(check), check.get("equal", False))

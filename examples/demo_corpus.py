@@ -68,18 +68,18 @@ def read_documents(wheel: Path, languages: Iterable[str] = LANGUAGES) -> dict[st
             match = pattern.fullmatch(member)
             if match and (language := language_of_code.get(match[2])):
                 texts[language][match[1]] = [text.strip() for text in _strings(json.loads(archive.read(member)))]
-    found = keep_sentences(texts, _is_sentence)
-    return {language: {name: "\n".join(kept) for name, kept in its.items()} for language, its in found.items()}
+    documents = keep_sentences(texts, _is_sentence)
+    return {language: {name: "\n".join(kept) for name, kept in its.items()} for language, its in documents.items()}
 
 
-def keep_sentences(found: Documents, is_sentence: Callable[[str, str], bool]) -> Documents:
+def keep_sentences(documents: Documents, is_sentence: Callable[[str, str], bool]) -> Documents:
     """Keep texts that are sentences, new, and not English that nobody has translated; and documents that have any."""
-    english = {text for texts in found["en"].values() for text in texts}
+    english = {text for texts in documents["en"].values() for text in texts}
     kept: Documents = {}
-    for language in found:
+    for language in documents:
         seen = set() if language == "en" else set(english)
         kept[language] = {}
-        for name, texts in sorted(found[language].items()):
+        for name, texts in sorted(documents[language].items()):
             new = [text for text in dict.fromkeys(texts) if text not in seen and is_sentence(text, language)]
             seen.update(new)
             if new:

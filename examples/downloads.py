@@ -124,11 +124,11 @@ def _download(source: Source, cache: Path) -> None:
         words = [sys.executable, "-m", *words, *quiet]
     try:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-        found = next(folder.glob("*"), None) if done.returncode == 0 else None
-        if found is None:
+        file = next(folder.glob("*"), None) if done.returncode == 0 else None
+        if file is None:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise _not_downloaded(source, cache, reason)
-        _verified(found, source).replace(cache / source.file)
+        _verified(file, source).replace(cache / source.file)
     except FileNotFoundError:
         raise _not_downloaded(source, cache, f"there is no {words[0]}") from None
     finally:
@@ -143,12 +143,12 @@ def _not_downloaded(source: Source, cache: Path, reason: str) -> UserError:
 
 
 def _verified(path: Path, source: Source) -> Path:
-    found = digest_of(path, source.folder) if source.folder else sha256(path)
-    if found != source.sha256:
+    digest = digest_of(path, source.folder) if source.folder else sha256(path)
+    if digest != source.sha256:
         path.unlink()
         what = f"{source.folder} in {path}" if source.folder else path
         raise UserError(
-            f"{what} has SHA-256 {found}, but {source.sha256} is pinned; the file was removed, run it again to "
+            f"{what} has SHA-256 {digest}, but {source.sha256} is pinned; the file was removed, run it again to "
             "download it"
         )
     return path

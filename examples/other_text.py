@@ -82,8 +82,8 @@ def write_pack(
             is_chat = source.kind == "chat"
             origins, documents = texts.setdefault("chat" if is_chat else "code", ([], []))
             origins.append(source)
-            found = dialogues(packages[package], left_out) if is_chat else code(packages[package], source)
-            documents += _first(found, most_bytes // 10 if is_chat else most_bytes)
+            passages = dialogues(packages[package], left_out) if is_chat else code(packages[package], source)
+            documents += _first(passages, most_bytes // 10 if is_chat else most_bytes)
     items = {}
     for name, (origins, documents) in texts.items():
         if documents:
@@ -112,10 +112,12 @@ def manual(pages: dict[str, bytes], folder: str, name: str) -> Documents:
     """Yield the pages of a language that are translated."""
     for path, page in pages.items():
         if path.startswith(f"{folder}{name}/"):
-            found = paragraphs(page)
+            passages = paragraphs(page)
             english = {*paragraphs(pages.get(path.replace(f"{folder}{name}/", f"{folder}C/"), b"<page/>"))}
-            text = "\n\n".join(found)
-            if len(text) >= _SHORTEST_CHARACTERS and sum(x in english for x in found) <= _MOST_ENGLISH * len(found):
+            text = "\n\n".join(passages)
+            if len(text) >= _SHORTEST_CHARACTERS and sum(x in english for x in passages) <= _MOST_ENGLISH * len(
+                passages
+            ):
                 yield {"text": text, "language": canonical(name)}
 
 

@@ -112,10 +112,10 @@ def _check_text(path: Path, allow_paths: bool) -> None:
     if path.suffix not in _TEXT or path.stat().st_size > _MOST_TEXT:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    if found := _SECRET.search(text):
-        raise UserError(f"{path} contains what looks like a secret ({found[0][:6]}…); remove it, and revoke it")
-    if not allow_paths and (found := _LOCAL_PATH.search(text)):
-        raise UserError(f"{path} names a folder of this machine ({found[0]}); edit it, or pass --allow-paths")
+    if match := _SECRET.search(text):
+        raise UserError(f"{path} contains what looks like a secret ({match[0][:6]}…); remove it, and revoke it")
+    if not allow_paths and (match := _LOCAL_PATH.search(text)):
+        raise UserError(f"{path} names a folder of this machine ({match[0]}); edit it, or pass --allow-paths")
 
 
 @contextmanager

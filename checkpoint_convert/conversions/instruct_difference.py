@@ -134,18 +134,18 @@ class GraftReader:
         base, instruct, model = self._base, self._instruct, self._model
         for name in base.names:
             if name not in instruct or instruct.shape(name) != base.shape(name):
-                found = list(instruct.shape(name)) if name in instruct else "missing"
+                shape = list(instruct.shape(name)) if name in instruct else "missing"
                 raise UserError(
-                    f"{name} has shape {list(base.shape(name))} in {base.folder}, but is {found} in {instruct.folder}; "
+                    f"{name} has shape {list(base.shape(name))} in {base.folder}, but is {shape} in {instruct.folder}; "
                     "pass the base's own instruct model, with the same vocabulary"
                 )
         for name, (origin, piece) in self._sources.items():
             rows = self._rows(piece)
             if origin not in base or shape_without(base.shape(origin), rows) != shape_without(model.shape(name), rows):
-                found = list(base.shape(origin)) if origin in base else "missing"
+                shape = list(base.shape(origin)) if origin in base else "missing"
                 raise UserError(
                     f"{name} has shape {list(model.shape(name))} in {model.folder}, but the {origin} that it comes "
-                    f"from is {found} in {base.folder}; pass the model that was upcycled as --base"
+                    f"from is {shape} in {base.folder}; pass the model that was upcycled as --base"
                 )
 
 

@@ -48,9 +48,9 @@ class MultimodalBase:
                 f"--multimodal-base {folder} is a language model only; pass the multimodal base, or remove it"
             )
         for name, value in base.megatron_args.items():
-            if name != "vocab_size" and (found := spec.megatron_args.get(name)) != value:
+            if name != "vocab_size" and (actual := spec.megatron_args.get(name)) != value:
                 raise UserError(
-                    f"--multimodal-base {folder} is not the base: its {name} is {value}, the model's {found}"
+                    f"--multimodal-base {folder} is not the base: its {name} is {value}, the model's {actual}"
                 )
         reader = HfReader(folder, verify=verify, text=False)
         heads = {int(name.split(".")[2]) for name in reader.names if name.startswith(f"{_HEAD}layers.")}
@@ -61,10 +61,10 @@ class MultimodalBase:
                 "layers of the head; download it again"
             )
         for name in reader.names:
-            if (found := reader.dtype(name)) != dtype:
+            if (actual := reader.dtype(name)) != dtype:
                 raise UserError(
-                    f"{name} of --multimodal-base {folder} is {str(found).removeprefix('torch.')}; export with"
-                    f" --dtype {str(found).removeprefix('torch.')} to keep its bits"
+                    f"{name} of --multimodal-base {folder} is {str(actual).removeprefix('torch.')}; export with"
+                    f" --dtype {str(actual).removeprefix('torch.')} to keep its bits"
                 )
         return cls(folder, config, reader)
 

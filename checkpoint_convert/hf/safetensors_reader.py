@@ -166,8 +166,8 @@ def common_dtype(tensors: Iterable[tuple[HfReader, str]]) -> str:
     """The dtype of all tensors, each a reader and a name; UserError if they have several."""
     folders = {str(reader.dtype(name)).removeprefix("torch."): reader.folder for reader, name in tensors}
     if len(folders) > 1:
-        found = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
-        raise UserError(f"the tensors mix {found}; choose one with --dtype; float32 is lossless")
+        dtypes = " and ".join(f"{dtype} ({folder})" for dtype, folder in sorted(folders.items()))
+        raise UserError(f"the tensors mix {dtypes}; choose one with --dtype; float32 is lossless")
     return next(iter(folders))
 
 

@@ -74,15 +74,15 @@ class Corpus:
         manifest.verify_files(self.prefix)
         languages = manifest.languages.values()
         original = sum(language.tokens for language in languages if language.bit == "original")
-        for what, found, expected in (
+        for what, actual, expected in (
             ("documents", self.num_documents, manifest.documents),
             ("tokens", self.bits.num_tokens, manifest.tokens),
             ("tokens of all languages", self.bits.num_tokens, sum(language.tokens for language in languages)),
             ("original-language tokens", self.bits.num_original, original),
         ):
-            if found != expected:
+            if actual != expected:
                 path = manifest_path(self.prefix)
-                raise UserError(f"{self.prefix} contains {found:,} {what}, but {path} states {expected:,}; {REBUILD}")
+                raise UserError(f"{self.prefix} contains {actual:,} {what}, but {path} states {expected:,}; {REBUILD}")
         return manifest
 
     @property
@@ -98,9 +98,9 @@ class Corpus:
     def is_original_document(self) -> NDArray[np.bool_]:
         """Whether each document's first token is of an original language: [documents]; False for empty ones."""
         starts, lengths = self._document_offsets[:-1], self.document_lengths
-        found = np.zeros(len(starts), np.bool_)
-        found[lengths > 0] = self.bits.at(starts[lengths > 0])
-        return found
+        is_original = np.zeros(len(starts), np.bool_)
+        is_original[lengths > 0] = self.bits.at(starts[lengths > 0])
+        return is_original
 
     def document(self, index: int) -> tuple[NDArray[np.number], NDArray[np.uint8]]:
         """Return the token IDs and language bits of one document: [tokens] each."""

@@ -21,10 +21,12 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
     allow_open_files()
     corpora = [Corpus(prefix) for prefix in prefixes]
     manifests = [corpus.verify() for corpus in corpora]
-    found = [(prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None]
+    described = [
+        (prefix, manifest) for prefix, manifest in zip(prefixes, manifests, strict=True) if manifest is not None
+    ]
     bits: dict[str, tuple[str, str]] = {}  # language -> its first corpus, and its bit there
-    for prefix, manifest in found:
-        _compare_tokenizers(*found[0], prefix, manifest)
+    for prefix, manifest in described:
+        _compare_tokenizers(*described[0], prefix, manifest)
         for language, count in manifest.languages.items():
             other_prefix, other_bit = bits.setdefault(language, (prefix, count.bit))
             if count.bit != other_bit:
@@ -41,7 +43,7 @@ def open_corpora(prefixes: Sequence[str]) -> tuple[list[Corpus], list[Manifest] 
                 f"{corpus.paths.bin} contains {corpus.tokens.dtype.name}, but {corpora[0].paths.bin} contains "
                 f"{first.name}; join corpora of one tokenizer"
             )
-    return corpora, [manifest for _, manifest in found] if len(found) == len(corpora) else None
+    return corpora, [manifest for _, manifest in described] if len(described) == len(corpora) else None
 
 
 def check_same_job(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:

@@ -306,8 +306,8 @@ def _line_end(file: BinaryIO, position: int) -> int:
     """Return the position after the first line feed at `position` or later, or the end of the file."""
     file.seek(position)
     while block := file.read(BLOCK_BYTES):
-        if (found := block.find(b"\n")) >= 0:
-            return position + found + 1
+        if (end := block.find(b"\n")) >= 0:
+            return position + end + 1
         position += len(block)
     return position
 

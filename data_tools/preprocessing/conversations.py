@@ -163,11 +163,11 @@ def _messages(document: dict[str, Any], key: str) -> list[dict[str, str]]:
     """The messages under a key, with role and content only; `BadLine` if there is anything else."""
     if key not in document:
         raise BadLine(f'the key "{key}" is missing')
-    found, messages = document[key], []
-    if not isinstance(found, list) or not found:
-        what = "an empty list" if isinstance(found, list) else json_type(found)
+    turns, messages = document[key], []
+    if not isinstance(turns, list) or not turns:
+        what = "an empty list" if isinstance(turns, list) else json_type(turns)
         raise BadLine(f'the key "{key}" contains {what}, not a list of messages')
-    for number, message in enumerate(found, 1):
+    for number, message in enumerate(turns, 1):
         if not isinstance(message, dict):
             raise BadLine(f'message {number} is {json_type(message)}, not an object with "role" and "content"')
         for name in _KEYS:

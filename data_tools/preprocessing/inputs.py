@@ -136,11 +136,11 @@ class Inputs:
             characters = 0
             for item in batch.items():
                 try:
-                    found = self._parser.texts(item, batch.share.source.dataset) or []
+                    parsed = self._parser.texts(item, batch.share.source.dataset) or []
                 except BadLine:
                     continue
-                texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in found]
-                characters += sum(len(text.tagged.text) for text in found)
+                texts += [text.tagged.text[:_SAMPLE_CHARACTERS] for text in parsed]
+                characters += sum(len(text.tagged.text) for text in parsed)
                 if characters >= _SAMPLE_CHARACTERS:
                     break
         return texts
@@ -164,10 +164,10 @@ def _verify_checksum(source: Source) -> None:
     if source.sha1 is None:
         return
     with open(source.path, "rb") as file:
-        found = hashlib.file_digest(file, "sha1").hexdigest()
-    if found != source.sha1:
+        digest = hashlib.file_digest(file, "sha1").hexdigest()
+    if digest != source.sha1:
         raise UserError(
-            f"{source.path} has SHA-1 {found}, its registry expects {source.sha1}; copy it again or correct file_sha1"
+            f"{source.path} has SHA-1 {digest}, its registry expects {source.sha1}; copy it again or correct file_sha1"
         )
 
 

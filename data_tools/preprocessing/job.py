@@ -205,10 +205,10 @@ class Job:
 
     def _check_settings(self) -> None:
         """Raise a UserError if another job was interrupted here."""
-        found = Journal.job_in(self._folder)
+        recorded = Journal.job_in(self._folder)
         settings = json.loads(json.dumps(self.spec.settings))
-        for name in settings.keys() | found.keys() if found else ():
-            if (before := found.get(name)) != (now := settings.get(name)):
+        for name in settings.keys() | recorded.keys() if recorded else ():
+            if (before := recorded.get(name)) != (now := settings.get(name)):
                 # The file that differs, among many.
                 pairs = zip(before, now, strict=False) if name == "input files" else ()
                 differing = next((f" ({new[0]})" for old, new in pairs if old != new), "")
@@ -247,11 +247,11 @@ class Job:
                 f"{empty[0].prefix} would contain no text, so nothing was written; check --json-keys and "
                 "--validation-share"
             )
-        found = {language for corpus in tally.corpora.values() for language in corpus.languages}
-        if missing := self.spec.needed_languages - found:
+        languages = {language for corpus in tally.corpora.values() for language in corpus.languages}
+        if missing := self.spec.needed_languages - languages:
             raise UserError(
                 f"no document has the language {', '.join(sorted(missing))} of --original-languages; found: "
-                f"{', '.join(sorted(found))}; correct the name or remove it; nothing was written"
+                f"{', '.join(sorted(languages))}; correct the name or remove it; nothing was written"
             )
 
     def _manifest(self, name: str, writer: CorpusWriter) -> Manifest:

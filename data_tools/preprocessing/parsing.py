@@ -93,22 +93,22 @@ class DocumentParser:
         if self.filter is not None and not self.filter.keeps(item):
             return []
         if self.chat is not None:
-            found = self._conversations(self.chat, item, dataset, keys)
+            texts = self._conversations(self.chat, item, dataset, keys)
         else:
-            found = [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
-        for text in found:
+            texts = [Text(tagged) for tagged in self.tagger.texts(item, dataset, keys)]
+        for text in texts:
             if len(text.tagged.text) > DOCUMENT_BYTES:  # in a row
                 raise LongDocument(len(text.tagged.text.encode()))
-        return found
+        return texts
 
     def _conversations(self, chat: ChatTemplate, item: dict[str, Any], dataset: int, keys: list[str]) -> list[Text]:
         rendered = [chat.render(item, key) for key in keys]
-        contents = item | {key: found.contents for key, found in zip(keys, rendered, strict=True)}
+        contents = item | {key: conversation.contents for key, conversation in zip(keys, rendered, strict=True)}
         tagged = self.tagger.texts(contents, dataset, keys)
         languages = [text.spans[0][0] for text in tagged]  # the template's own words are no language
         return [
-            Text(TaggedText(found.text, [(language, len(found.text))]), turns=found.turns)
-            for found, language in zip(rendered, languages, strict=True)
+            Text(TaggedText(conversation.text, [(language, len(conversation.text))]), turns=conversation.turns)
+            for conversation, language in zip(rendered, languages, strict=True)
         ]
 
 

@@ -97,8 +97,8 @@ def why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
         return f"{label} contains no usable document, {number:,} lines were skipped (first: {tally.problems[0]})"
     if tally.num_filtered and not documents:
         return f"--filter drops all {tally.num_filtered:,} documents of {label}; check its keys and values"
-    found = f"{documents:,} documents without any text" if documents else "no documents"
-    return f"{label} contains {found}"
+    contents = f"{documents:,} documents without any text" if documents else "no documents"
+    return f"{label} contains {contents}"
 
 
 def print_summary(
@@ -125,8 +125,8 @@ def print_summary(
             head = ["language", "bit", "documents", "tokens", "bytes"]
             print(f"\n{table_text(head, rows, (0, 1), indent='  ')}\n")
     if shows_languages:
-        found = {language for manifest in manifests.values() for language in manifest.languages}
-        for language in sorted((groups.original | groups.expanded) - found):
+        languages = {language for manifest in manifests.values() for language in manifest.languages}
+        for language in sorted((groups.original | groups.expanded) - languages):
             print(f"note: no document is tagged {language}")
     if num_empty := sum(corpus.num_empty for corpus in tally.corpora.values()):
         print(f"note: {num_empty:,} documents are empty and contain no tokens")
@@ -146,9 +146,9 @@ def print_summary(
 
 def _warn_of_expanded(detected: Counter[str], groups: LanguageGroups) -> None:
     """Print how much of the kept text is in an expanded language, which the routers would hold back too."""
-    found = {language: detected[language] for language in groups.expanded if detected[language]}
-    if found:
-        number, total, names = sum(found.values()), detected.total(), ", ".join(sorted(found))
+    numbers = {language: detected[language] for language in groups.expanded if detected[language]}
+    if numbers:
+        number, total, names = sum(numbers.values()), detected.total(), ", ".join(sorted(numbers))
         print(
             f"warning: {number:,} of {total:,} kept documents ({number / total:.1%}) seem to be in expanded languages "
             f"({names}), which the new experts should get; leave them out",

@@ -88,8 +88,8 @@ class LanguageKey(Tagger):
         name = document.get(self.key)
         if not isinstance(name, str):
             value = json.dumps(name, default=str)[:40]
-            found = f"contains {value}, not a language" if self.key in document else "is missing"
-            raise BadLine(f'the language key "{self.key}" {found}')
+            problem = f"contains {value}, not a language" if self.key in document else "is missing"
+            raise BadLine(f'the language key "{self.key}" {problem}')
         language = self.groups.checked(text_of(document, self.key))
         return [_one_span(text_of(document, key), language) for key in keys]
 
@@ -137,8 +137,8 @@ class DetectedLanguages(Tagger):
         for text in (text_of(document, key) for key in keys):
             language = self.detector.language(text)
             lines = text.splitlines(keepends=True) if self.by_line else []
-            found = [(self.detector.language(line), len(line)) for line in lines]
-            spans = [(language if name == UNDETECTED else name, length) for name, length in found]
+            pieces = [(self.detector.language(line), len(line)) for line in lines]
+            spans = [(language if name == UNDETECTED else name, length) for name, length in pieces]
             tagged.append(TaggedText(text, _merge(spans)) if self.by_line else _one_span(text, language))
         return tagged
 

@@ -112,20 +112,20 @@ def count_words(files: TextFiles, bpe: BpeTokenizer, workers: int) -> list[NewTe
     """Count the words of each language of `files`."""
     counted = [NewText() for _ in files.languages]
     work = partial(_words, bpe=bpe)
-    for language, found in files.process(work, workers, "counting words of expanded languages"):
-        counted[language].add(found)
+    for language, text in files.process(work, workers, "counting words of expanded languages"):
+        counted[language].add(text)
     return counted
 
 
 def _words(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer) -> NewText:
-    found = NewText()
+    counted_text = NewText()
     for text, is_held_out in reader.documents(batch):
         if is_held_out:
-            found.held_out += 1
+            counted_text.held_out += 1
             continue
-        found.words.update(bpe.words(text))
-        found.bytes += len(text.encode())
-    return found
+        counted_text.words.update(bpe.words(text))
+        counted_text.bytes += len(text.encode())
+    return counted_text
 
 
 class PairCounts:
@@ -191,29 +191,29 @@ def find_uses(
     files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer, workers: int
 ) -> tuple[OriginalText, OriginalText]:
     """Return what the documents of `files` contain: those that are not held out, and those that are."""
-    found = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
+    originals = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
     work = partial(_uses, bpe=bpe, tokenizer=tokenizer)
     for _, parts in files.process(work, workers, "reading original languages"):
-        for text, uses in zip(found, parts, strict=True):
+        for text, uses in zip(originals, parts, strict=True):
             text.pairs.add(uses.pair_keys, uses.pair_documents)
             text.whole.update(uses.whole)
             text.documents += uses.documents
-    return found[0], found[1]
+    return originals[0], originals[1]
 
 
 def _uses(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer) -> list[_Uses]:
     groups: tuple[list[str], list[str]] = ([], [])
     for text, is_held_out in reader.documents(batch):
         groups[is_held_out].append(text)
-    found = []
+    uses = []
     for texts in groups:
         keys = [distinct_pairs(ids, bpe.first_new_id) for ids in token_ids(tokenizer, texts)]
         pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
         whole: Counter[str] = Counter()
         for text in texts:
             whole.update(set(bpe.taken_whole(text)))
-        found.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
-    return found
+        uses.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
+    return uses
 
 
 def distinct_pairs(ids: NDArray[np.int32], vocab_size: int) -> NDArray[np.int64]:
@@ -255,8 +255,8 @@ def compare(
     compared = [Comparison() for _ in files.languages]
     work = partial(_compare, before=before, after=after, only_held_out=only_held_out)
     label = f"tokenizing {'held-out text of expanded' if only_held_out else 'original'} languages"
-    for language, found in files.process(work, workers, label):
-        compared[language].add(found)
+    for language, comparison in files.process(work, workers, label):
+        compared[language].add(comparison)
     return compared
 
 
@@ -264,9 +264,9 @@ def _compare(
     batch: Batch, reader: DocumentReader, before: Tokenizer, after: Tokenizer, only_held_out: bool
 ) -> Comparison:
     texts = [text for text, is_held_out in reader.documents(batch) if is_held_out or not only_held_out]
-    found = Comparison(len(texts), sum(len(text.encode()) for text in texts))
+    comparison = Comparison(len(texts), sum(len(text.encode()) for text in texts))
     for old_ids, new_ids in zip(token_ids(before, texts), token_ids(after, texts), strict=True):
-        found.before += len(old_ids)
-        found.after += len(new_ids)
-        found.changed += not np.array_equal(old_ids, new_ids)
-    return found
+        comparison.before += len(old_ids)
+        comparison.after += len(new_ids)
+        comparison.changed += not np.array_equal(old_ids, new_ids)
+    return comparison

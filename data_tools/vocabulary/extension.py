@@ -66,10 +66,10 @@ class OriginalTextGuard:
 
     def _documents_with(self, part: OriginalText, candidate: Candidate, text: str) -> int:
         """At most in how many documents a new token would change something."""
-        found = part.whole[text]
+        number = part.whole[text]
         if len(candidate) == 2 and 0 <= min(candidate) and max(candidate) < self._first_new_id:
-            found += part.pairs.documents_with(*candidate)
-        return found
+            number += part.pairs.documents_with(*candidate)
+        return number
 
 
 def choose_tokens(
@@ -87,7 +87,7 @@ def choose_tokens(
     for text, weight in zip(texts.values(), weights, strict=True):
         for word, count in text.words.items():
             counts[word] += count * weight
-    words = Words((found, counts[word]) for word, found in symbols.items())
+    words = Words((pieces, counts[word]) for word, pieces in symbols.items())
     least = _MIN_OCCURRENCES * max(weights)
     tokens = continue_merges(words, bpe.texts, bpe.characters, bpe.first_new_id, least, guard.allows)
     label = "choosing new tokens"
@@ -134,9 +134,9 @@ def write_tokenizer(
 def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenizer:
     """Load the extended tokenizer as training will, and check that it is what was written."""
     loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
-    found, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)
+    actual, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
-        if found.get(part) != wanted[part]:
+        if actual.get(part) != wanted[part]:
             raise UserError(
                 f"transformers changes the {part} of the extended tokenizer when it loads it; load the old "
                 "tokenizer with AutoTokenizer, save it with save_pretrained, and extend that"

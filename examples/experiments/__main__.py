@@ -66,12 +66,12 @@ def comparison(base: str, files: Sequence[Path]) -> str:
     output, unseen = RUNS / base / "comparison", [f"interface.{language}" for language in UNSEEN]
     data = [word for name in (*unseen, "code", "sums") for word in ("--data", f"{name}={RUNS / 'text' / name}.jsonl")]
     run("-m", "moelpr", "compare", *files, *data, "--dtype", "bfloat16", "--skip-tokens", "32", "--output", output)
-    found = records.read(dict[str, Any], output / "compare.json", "remove it, and run make results again")
+    results = records.read(dict[str, Any], output / "compare.json", "remove it, and run make results again")
     rows = [
         [name]
         + [Interval(**project["means"][group]["change"]).text(percent) for group in GROUPS]
         + [Interval(**project["means"][group]["distance"]).text("{:.3f}".format) for group in GROUPS]
-        for name, project in found["projects"].items()
+        for name, project in results["projects"].items()
     ]
     head = ["change of bits per byte", *GROUPS.values(), *(f"KL, {name}" for name in GROUPS.values())]
     return f"{markdown_table(Table(head, rows))}\n\n![Learned and lost]({base}/comparison/compare.svg)"

@@ -29,13 +29,13 @@ BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "td", "th", "dt", "dd")
 
 def read_help(packages: Mapping[str, Path]) -> Documents:
     """LibreOffice's help: one page is one document."""
-    found: Documents = {}
+    documents: Documents = {}
     for language in LANGUAGES:
         code = HELP_CODES.get(language, language)
         prefix = f"usr/share/libreoffice/help/{code}/text/"
         pages = read_deb(packages[f"libreoffice-help-{code.lower()}"], prefix, ".html")
-        found[language] = {name[len(prefix) : -5]: _help_page(page.decode()) for name, page in pages.items()}
-    return clean(found)
+        documents[language] = {name[len(prefix) : -5]: _help_page(page.decode()) for name, page in pages.items()}
+    return clean(documents)
 
 
 def read_stories(packages: Mapping[str, Path]) -> Documents:
@@ -43,7 +43,7 @@ def read_stories(packages: Mapping[str, Path]) -> Documents:
 
     Source files hold the English text in the order of the game, catalogs its translations.
     """
-    found: Documents = {language: {} for language in LANGUAGES}
+    documents: Documents = {language: {} for language in LANGUAGES}
     for campaign in CAMPAIGNS:
         files = read_deb(packages[f"wesnoth-1.18-{campaign}"], "usr/share/games/wesnoth/1.18/", (".cfg", ".mo"))
         catalogs = {
@@ -56,14 +56,14 @@ def read_stories(packages: Mapping[str, Path]) -> Documents:
         for name in sorted(name for name in files if name.endswith(".cfg")):
             for number, scene in enumerate(_scenes(files[name].decode())):
                 document = f"{campaign}/{PurePosixPath(name).stem}/{number}"
-                found["en"][document] = [_plain(text) for text in scene]
+                documents["en"][document] = [_plain(text) for text in scene]
                 for language, catalog in catalogs.items():
-                    found[language][document] = [_plain(catalog.gettext(text)) for text in scene]
-    return clean(found)
+                    documents[language][document] = [_plain(catalog.gettext(text)) for text in scene]
+    return clean(documents)
 
 
-def clean(found: Documents) -> Documents:
-    return demo_corpus.keep_sentences(found, is_sentence)
+def clean(documents: Documents) -> Documents:
+    return demo_corpus.keep_sentences(documents, is_sentence)
 
 
 def is_sentence(text: str, language: str) -> bool:

@@ -42,8 +42,8 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
     """Write all files; `packages` are paths by name."""
     wheel = packages[WHEEL.package]
     interface = {
-        language: {name: text.split("\n") for name, text in found.items()}
-        for language, found in read_documents(wheel, (*LANGUAGES, *UNSEEN)).items()
+        language: {name: text.split("\n") for name, text in held.items()}
+        for language, held in read_documents(wheel, (*LANGUAGES, *UNSEEN)).items()
     }
     pages, stories = read_help(packages), read_stories(packages)
     names = held_out_names(interface)
@@ -81,7 +81,7 @@ def is_held_out(name: str) -> bool:
 
 def held_out_names(documents: Documents) -> list[str]:
     """Return held-out documents that all languages have, in an order that does not depend on their content."""
-    shared = set.intersection(*({*found} for found in documents.values()))
+    shared = set.intersection(*({*names} for names in documents.values()))
     low, high = HELD_OUT_CHARACTERS
     suitable = [x for x in shared if is_held_out(x) and low <= sum(map(len, documents["en"][x])) <= high]
     return sorted(suitable, key=hash_of)[:HELD_OUT_DOCUMENTS]

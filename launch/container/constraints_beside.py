@@ -23,20 +23,20 @@ def main() -> None:
 
 def installed_closure(names: tuple[str, ...]) -> dict[str, str]:
     """Versions of those packages that are installed and of their direct and indirect dependencies, without extras."""
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     waiting = list(names)
     while waiting:
         name = normalized(waiting.pop())
-        if name in found:
+        if name in versions:
             continue
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-        found[name] = package.version
+        versions[name] = package.version
         needs = [need for need in package.requires or [] if "extra ==" not in need]
         waiting += [re.match(r"[\w.-]+", need)[0] for need in needs]  # type: ignore[index]
-    return found
+    return versions
 
 
 def normalized(name: str) -> str:

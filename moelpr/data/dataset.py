@@ -238,16 +238,16 @@ def index_checksums(prefixes: Iterable[str], shares_windows: bool = False) -> di
     Megatron's cache holds the order of samples by name and settings, so that a corpus that was made again would be read
     in the order of the old one.
     """
-    found = {}
+    checksums = {}
     for prefix in prefixes:
         manifest, path = Manifest.read(prefix), Path(f"{prefix}.idx")
         if manifest is not None and "idx" in manifest.files:
-            found[prefix] = manifest.files["idx"].sha256
+            checksums[prefix] = manifest.files["idx"].sha256
         elif path.is_file():  # else its reader reports it
-            found[prefix] = _checksum(path, path.stat().st_mtime_ns)
-        if prefix in found and loss_bits_path(prefix).exists():
-            found[prefix] += f" conversations {shares_windows}"
-    return found
+            checksums[prefix] = _checksum(path, path.stat().st_mtime_ns)
+        if prefix in checksums and loss_bits_path(prefix).exists():
+            checksums[prefix] += f" conversations {shares_windows}"
+    return checksums
 
 
 @cache
@@ -279,17 +279,17 @@ def _eod_id(args: argparse.Namespace, corpora: Iterable[str]) -> int:
                 f"--eod-mask-loss requires an end-of-document token, but {prefix} was made without --append-eod; "
                 "remove the flag"
             )
-    found: set[int | None] = {manifest.tokenizer.eod_id for manifest in manifests.values()}
-    if len(found) > 1:
+    ids: set[int | None] = {manifest.tokenizer.eod_id for manifest in manifests.values()}
+    if len(ids) > 1:
         raise UserError(
             f"--eod-mask-loss requires one end-of-document token, but the corpora have "
-            f"{' and '.join(sorted(map(str, found)))}; remove the flag, or preprocess them with the same --eod-token"
+            f"{' and '.join(sorted(map(str, ids)))}; remove the flag, or preprocess them with the same --eod-token"
         )
     config_file = Path(args.model_source) / HF_FOLDER / "config.json"
-    if not found and config_file.is_file():
+    if not ids and config_file.is_file():
         eod = read_config(config_file.parent).get("eos_token_id")
-        found = {eod[0] if isinstance(eod, list) else eod}
-    if (eod_id := next(iter(found), None)) is None:
+        ids = {eod[0] if isinstance(eod, list) else eod}
+    if (eod_id := next(iter(ids), None)) is None:
         raise UserError(
             f"--eod-mask-loss requires an end-of-document token, but {config_file} has no eos_token_id; remove the flag"
         )

@@ -86,14 +86,14 @@ class FileRecord:
     @classmethod
     def of(cls, path: Path, progress: Callable[[int], object] = lambda _: None) -> Self:
         """Read a file; `progress` is called with the bytes of each block."""
-        checksum, found, size = hashlib.sha256(), [], 0
+        checksum, blocks, size = hashlib.sha256(), [], 0
         with open(path, "rb") as file:
             while block := file.read(BLOCK_BYTES):
                 checksum.update(block)
-                found.append(_block_checksum(block))
+                blocks.append(_block_checksum(block))
                 size += len(block)
                 progress(len(block))
-        return cls(size, checksum.hexdigest(), "".join(found))
+        return cls(size, checksum.hexdigest(), "".join(blocks))
 
     def matches(self, path: Path, progress: Callable[[int], object] = lambda _: None) -> bool:
         """Read all of a file and compare it with the checksums."""

@@ -105,14 +105,14 @@ def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:
 def shares(project: ResolvedProject, tokens: Mapping[str, int]) -> dict[str, Share]:
     """How languages share the main stage, given the tokens of each: the expanded ones, and with replay all."""
     replay, total = project.content.mix.replay, total_tokens(project, tokens)
-    found: dict[str, Share] = {}
+    shares: dict[str, Share] = {}
     try:
         for group, codes, part in (("expanded", project.expanded, 1 - replay), ("original", project.original, replay)):
             languages = {code: project.languages[code] for code in codes if part}
             available = {code: tokens[code] for code in languages}
             shared = mix(languages, available, part * total, project.content.mix.temperature, group)
-            found |= {code: replace(share, weight=part * share.weight) for code, share in shared.items()}
-        return found
+            shares |= {code: replace(share, weight=part * share.weight) for code, share in shared.items()}
+        return shares
     except UserError as error:
         key = str(error).split(":")[0].split(".")
         raise UserError(

@@ -130,15 +130,15 @@ def read_texts(
     first = next(iter(projects.values()))
     limit = max_documents or first.content.held_out
     groups = {"expanded": first.expanded, "kept": [*first.original], "other": [*more]}
-    found: dict[str, tuple[str, list[str]]] = {}
+    texts: dict[str, tuple[str, list[str]]] = {}
 
     def add(name: str, path: str, key: str) -> None:
         documents = read_documents(path, key, limit)
-        if name in found and found[name][1] != documents:
+        if name in texts and texts[name][1] != documents:
             raise UserError(
-                f"the text {name} is not the same in {path} and {found[name][0]}; compare projects that share it"
+                f"the text {name} is not the same in {path} and {texts[name][0]}; compare projects that share it"
             )
-        found[name] = path, documents
+        texts[name] = path, documents
 
     for project in projects.values():
         for code in project.languages:
@@ -147,10 +147,10 @@ def read_texts(
             add(name, path, next(iter(project.languages.values())).json_key)
             groups["kept"] += [] if name in groups["kept"] else [name]
     for name, path in more.items():
-        if name in found:
+        if name in texts:
             raise UserError(f"--data {name} names a text of the projects; give it another name")
         add(name, path, json_key)
-    documents = {name: documents for name, (_, documents) in found.items()}
+    documents = {name: documents for name, (_, documents) in texts.items()}
     return documents, {group: names for group, names in groups.items() if names}
 
 

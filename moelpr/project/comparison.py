@@ -37,22 +37,22 @@ class Compared(Results):
         """
         self._projects, self._groups, self._settings = projects, groups, settings
         self._first = next(iter(projects))
-        found: dict[str, dict[str, dict[str, Estimate]]] = {label: {} for label in projects}
+        by_label: dict[str, dict[str, dict[str, Estimate]]] = {label: {} for label in projects}
         for text in (text for texts in groups.values() for text in texts):
             of_text = [of_base[text], *(scores[label][text] for label in projects)]
             base, *others = estimates(dict(zip(["", *projects], of_text, strict=True)), seed=1).values()
-            for of, metrics in zip(found.values(), others, strict=True):
+            for of, metrics in zip(by_label.values(), others, strict=True):
                 of[text] = {"change": metrics["bits_per_byte"] / base["bits_per_byte"] - 1}
                 of[text] |= {name: metrics[name] for name in ("distance",) if name in metrics}
         for group, texts in groups.items():
-            for of in found.values():
+            for of in by_label.values():
                 of[GROUPS[group]] = {name: mean([of[text][name] for text in texts]) for name in of[texts[0]]}
-                first = found[self._first][GROUPS[group]]["change"]
+                first = by_label[self._first][GROUPS[group]]["change"]
                 of[GROUPS[group]]["against_first"] = of[GROUPS[group]]["change"] - first
         # project → text, or mean → change of bits per byte, distance from the base and, of a mean, against_first
-        self.found = {
+        self.estimates = {
             label: {row: {name: interval_of(one) for name, one in numbers.items()} for row, numbers in of.items()}
-            for label, of in found.items()
+            for label, of in by_label.items()
         }
 
     @property
@@ -62,7 +62,7 @@ class Compared(Results):
     def findings(self) -> list[str]:
         return [
             f"{label} against {self._first}, {row}: {change.text(percent)}{'' if change.is_clear else ' unclear'}."
-            for label, of in self.found.items()
+            for label, of in self.estimates.items()
             if label != self._first
             for row in self._means
             for change in [of[row]["against_first"]]
@@ -72,7 +72,7 @@ class Compared(Results):
         rows = [
             [label, *(of[row]["change"].text(percent) for row in self._means)]
             + [of[row]["distance"].text("{:.4f}".format) if "distance" in of[row] else "\u2013" for row in self._means]
-            for label, of in self.found.items()
+            for label, of in self.estimates.items()
         ]
         distances = [f"KL, {row.rpartition(': ')[2]}" for row in self._means]
         note = (
@@ -84,7 +84,7 @@ class Compared(Results):
     def figures(self) -> list[page.Figure]:
         learned, *others = self._means
         panels = {
-            row: {label: (of[learned]["change"], of[row]["change"]) for label, of in self.found.items()}
+            row: {label: (of[learned]["change"], of[row]["change"]) for label, of in self.estimates.items()}
             for row in others
         }
         title = "Learned and lost: change of bits per byte against the base"
@@ -100,8 +100,8 @@ class Compared(Results):
                 label: {
                     "file": project.file.path,
                     "directory": project.export,
-                    "means": {group: self.found[label][GROUPS[group]] for group in self._groups},
-                    "texts": {text: self.found[label][text] for texts in self._groups.values() for text in texts},
+                    "means": {group: self.estimates[label][GROUPS[group]] for group in self._groups},
+                    "texts": {text: self.estimates[label][text] for texts in self._groups.values() for text in texts},
                 }
                 for label, project in self._projects.items()
             },

@@ -96,8 +96,8 @@ def versions(*names: str) -> dict[str, str]:
 
     A commit of the Hub is left out of a name, because a later one may have the same file.
     """
-    found = {uri: _identity(uri) for uri in filter(remote.is_remote, found_text(*names))}
-    return {re.sub("@[0-9a-f]{40}/", "/", uri): f"{one.bytes} {one.version}" for uri, one in found.items()}
+    identities = {uri: _identity(uri) for uri in filter(remote.is_remote, found_text(*names))}
+    return {re.sub("@[0-9a-f]{40}/", "/", uri): f"{one.bytes} {one.version}" for uri, one in identities.items()}
 
 
 _identity = cache(remote.identify)

@@ -62,8 +62,8 @@ def template(
         texts: dict[str, list[str]] = {}
         for code, text in pairs:
             texts.setdefault(code, []).append(text)
-        found = dump({code: text if len(text) > 1 else text[0] for code, text in texts.items()})
-        return "".join(f"    {line}\n" for line in found.splitlines()).rstrip("\n")
+        block = dump({code: text if len(text) > 1 else text[0] for code, text in texts.items()})
+        return "".join(f"    {line}\n" for line in block.splitlines()).rstrip("\n")
 
     chat = model.removesuffix("-Base") if model.endswith("-Base") else f"{model}-Instruct"
     values = {"model": model, "chat": chat, "output": f"runs/{model.rstrip('/').rpartition('/')[2]}-languages"}

@@ -58,17 +58,17 @@ def estimate(
     sources = [open_source(file) for file in find_files([str(path) for path in paths])]
     counter = _Counter(json_key, _token_counter(Path(tokenizer_folder)), filter)
     total, started = sum(source.bytes for source in sources), time.monotonic()
-    found: dict[tuple[Source, int], _Density] = {}  # an archive counts at 0
+    densities: dict[tuple[Source, int], _Density] = {}  # an archive counts at 0
     places = []
     for source, start in _spread(sources, total):
         place = source, start if source.form in (Form.LINES, Form.PARQUET) else 0
-        if place not in found:
-            if found and time.monotonic() - started > _LONGEST_S:
+        if place not in densities:
+            if densities and time.monotonic() - started > _LONGEST_S:
                 break
             sample = _rows if source.form is Form.PARQUET else _lines
             with name_damaged(source):
-                found[place] = sample(source, place[1], counter)
-        places.append(found[place])
+                densities[place] = sample(source, place[1], counter)
+        places.append(densities[place])
     documents, tokens = (total * sum(values) / max(len(places), 1) for values in zip(_Density(), *places, strict=True))
     if not documents:
         names = ", ".join(map(str, paths))
@@ -111,9 +111,9 @@ def _lines(source: Source, start: int, count: "_Counter") -> _Density:
     sampled = documents[:: len(documents) // _DOCUMENTS + 1]
     if not sampled:
         return _Density()
-    found, tokens = count(map(_parsed, sampled))
+    number, tokens = count(map(_parsed, sampled))
     return _Density(
-        per_byte * len(documents) / size * found / len(sampled),
+        per_byte * len(documents) / size * number / len(sampled),
         per_byte * sum(map(len, documents)) / size * tokens / sum(map(len, sampled)),
     )
 
@@ -133,10 +133,10 @@ def _rows(source: Source, start: int, count: "_Counter") -> _Density:
         if not rows:
             return _Density()
         size = sum(metadata.row_group(group).column(column).total_uncompressed_size for group in groups)
-        found, tokens = count(rows)
+        number, tokens = count(rows)
         num_bytes = sum(len(row[key].encode()) for row in rows if isinstance(row[key], str))
         return _Density(
-            metadata.num_rows / source.bytes * found / len(rows), size / source.bytes * tokens / max(num_bytes, 1)
+            metadata.num_rows / source.bytes * number / len(rows), size / source.bytes * tokens / max(num_bytes, 1)
         )
 
 
@@ -154,15 +154,15 @@ class _Counter(NamedTuple):
     filter: Filter | None
 
     def __call__(self, documents: Iterable[dict[str, Any]]) -> tuple[int, float]:
-        found, tokens = 0, 0.0
+        number, tokens = 0, 0.0
         for document in documents:
             with suppress(BadLine):
                 text = text_of(document, self.key)
                 if self.filter is None or self.filter.keeps(document):
                     part = text[:_TOKENIZED_CHARACTERS]
                     tokens += self.count_tokens(part) * len(text) / max(len(part), 1)
-                    found += 1
-        return found, tokens
+                    number += 1
+        return number, tokens
 
 
 def _token_counter(folder: Path) -> Callable[[str], int]:

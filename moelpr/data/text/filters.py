@@ -43,28 +43,28 @@ class _Comparison:
     value: Any = None
 
     def of(self, document: dict[str, Any]) -> bool | None:
-        found = document.get(self.column)
+        content = document.get(self.column)
         if self.operator is None:
-            return found is None
-        if found is None:
+            return content is None
+        if content is None:
             return None
         values = self.value if isinstance(self.value, list) else [self.value]
         for value in values:
-            if _kind(found) is not _kind(value):
+            if _kind(content) is not _kind(value):
                 raise BadLine(
-                    f'the key "{self.column}" contains {json_type(found)}, which the filter compares with {value!r}'
+                    f'the key "{self.column}" contains {json_type(content)}, which the filter compares with {value!r}'
                 )
         if isinstance(self.value, list):
-            return (found in values) == (self.operator is ast.In)
-        return bool(_COMPARISONS[self.operator](found, self.value))
+            return (content in values) == (self.operator is ast.In)
+        return bool(_COMPARISONS[self.operator](content, self.value))
 
     def may_hold(self, bounds: Bounds) -> bool:
-        found = bounds(self.column)
-        if found is None or self.operator in (None, ast.NotEq, ast.NotIn):
+        extremes = bounds(self.column)
+        if extremes is None or self.operator in (None, ast.NotEq, ast.NotIn):
             return True
-        least, most = found
+        least, most = extremes
         values = self.value if isinstance(self.value, list) else [self.value]
-        if any(_kind(value) is not _kind(bound) for value in values for bound in found):
+        if any(_kind(value) is not _kind(bound) for value in values for bound in extremes):
             return True  # its rows report it
         if self.operator in (ast.Lt, ast.LtE):
             return bool(_COMPARISONS[self.operator](least, self.value))
@@ -81,12 +81,12 @@ class _Combination:
     is_all: bool = True
 
     def of(self, document: dict[str, Any]) -> bool | None:
-        found = [part.of(document) for part in self.parts]
-        if len(found) == 1:
-            return None if found[0] is None else not found[0]
-        if (not self.is_all) in found:
+        values = [part.of(document) for part in self.parts]
+        if len(values) == 1:
+            return None if values[0] is None else not values[0]
+        if (not self.is_all) in values:
             return not self.is_all
-        return None if None in found else self.is_all
+        return None if None in values else self.is_all
 
     def may_hold(self, bounds: Bounds) -> bool:
         if len(self.parts) == 1:

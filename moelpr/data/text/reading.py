@@ -50,8 +50,10 @@ def _nonempty_text(item: bytes | dict[str, Any], json_key: str, place: str) -> s
     try:
         document = item if isinstance(item, dict) else parse(item, [json_key])
         if json_key not in document:
-            found = ", ".join(document) or "none"
-            raise UserError(f'{place} has no key "{json_key}" (keys: {found}); pass the key of the text as --json-key')
+            columns = ", ".join(document) or "none"
+            raise UserError(
+                f'{place} has no key "{json_key}" (keys: {columns}); pass the key of the text as --json-key'
+            )
         text = text_of(document, json_key)
     except BadLine as error:
         raise UserError(f"{place}: {error}; fix or remove it") from error

@@ -100,9 +100,9 @@ def walk(uri: str) -> Iterator[tuple[str, list[str], list[str]]]:
 
 def matches(uri: str) -> list[str]:
     """The files that match a pattern."""
-    found = _find(uri, lambda system: system.glob(uri, detail=True))
+    listing = _find(uri, lambda system: system.glob(uri, detail=True))
     name = _file_system(uri).unstrip_protocol
-    return sorted(name(path) for path, info in found.items() if info["type"] == "file")
+    return sorted(name(path) for path, info in listing.items() if info["type"] == "file")
 
 
 def identify(uri: str, refresh: bool = False) -> Identity:

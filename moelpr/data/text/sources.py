@@ -96,7 +96,7 @@ def find_files(names: list[str]) -> list[str]:
     Raises:
         UserError: A folder or pattern matches no file.
     """
-    found: list[str] = []
+    uris: list[str] = []
     left_out: list[str] = []
     for name in names:
         is_remote = remote.is_remote(name)
@@ -104,23 +104,23 @@ def find_files(names: list[str]) -> list[str]:
             name = remote.pinned(name)
         is_pattern = has_pattern(name)
         if name == STANDARD_INPUT or os.path.isfile(name):
-            found.append(name)
+            uris.append(name)
         elif os.path.isdir(name) or (is_remote and not is_pattern and remote.is_folder(name)):
             if not (files := sorted(_files_below(name, left_out))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
-            found += files
+            uris += files
         elif is_pattern:
             if not (files := remote.matches(name) if is_remote else _matches(name)):
                 raise UserError(f"no file matches {name}; check the pattern and the current folder")
-            found += files
+            uris += files
         else:
-            found.append(name)  # opening it reports what is wrong
+            uris.append(name)  # opening it reports what is wrong
     if left_out:
         more = f" and {len(left_out) - _SHOWN_NAMES:,} more" if len(left_out) > _SHOWN_NAMES else ""
         shown = ", ".join(sorted(left_out)[:_SHOWN_NAMES]) + more
         print(f"note: not text to train on, so not read unless it is named: {shown}", file=sys.stderr)
-    return found
+    return uris
 
 
 def named_files(paths: list[str], what: str) -> dict[str, str]:
@@ -129,13 +129,13 @@ def named_files(paths: list[str], what: str) -> dict[str, str]:
     Raises:
         UserError: As `find_files`, or two files have one name; the message calls the paths `what`.
     """
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for path in find_files(paths):
         name = PurePath(path).name.partition(".")[0]
-        if name in found:
-            raise UserError(f"{what} has two files named {name} ({found[name]} and {path}); name them yourself")
-        found[name] = path
-    return found
+        if name in by_name:
+            raise UserError(f"{what} has two files named {name} ({by_name[name]} and {path}); name them yourself")
+        by_name[name] = path
+    return by_name
 
 
 def has_pattern(name: str) -> bool:
@@ -179,16 +179,16 @@ def _not_to_train_on(names: list[str]) -> set[str]:
 def _check_folders_of(pattern: str) -> None:
     """List the folders that a pattern may lead to, because `glob` omits those that it can't read."""
     *folders, name = Path(pattern).parts
-    found = [Path(pattern).anchor or "."]
+    parents = [Path(pattern).anchor or "."]
     for part in folders[bool(Path(pattern).anchor) :]:
         if part == "**":
-            found = [path for folder in found for path, _ in _walk(folder)]
+            parents = [path for folder in parents for path, _ in _walk(folder)]
         elif glob.has_magic(part):
-            found = [path for folder in found for path in _listed(folder) if fnmatch(os.path.basename(path), part)]
+            parents = [path for folder in parents for path in _listed(folder) if fnmatch(os.path.basename(path), part)]
         else:
-            found = [os.path.join(folder, part) for folder in found]
-        found = [path for path in found if os.path.isdir(path)]
-    for folder in found if glob.has_magic(name) else ():
+            parents = [os.path.join(folder, part) for folder in parents]
+        parents = [path for path in parents if os.path.isdir(path)]
+    for folder in parents if glob.has_magic(name) else ():
         _listed(folder)
         if name == "**":
             list(_walk(folder))

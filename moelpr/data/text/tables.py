@@ -64,8 +64,8 @@ def bounds_of(file: Any, group: int) -> Bounds:
     columns = {metadata.column(index).path_in_schema: index for index in range(metadata.num_columns)}
 
     def bounds(name: str) -> tuple[Any, Any] | None:
-        found = metadata.column(columns[name]).statistics if name in columns else None
-        return (found.min, found.max) if found is not None and found.has_min_max else None
+        statistics = metadata.column(columns[name]).statistics if name in columns else None
+        return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
     return bounds
 

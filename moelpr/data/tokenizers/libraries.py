@@ -46,7 +46,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return type(self), self._arguments
 
     def encode(self, texts: list[str]) -> Encoded:
-        return Encoded.of([found.ids for found in self._library.encode_batch_fast(texts, add_special_tokens=False)])
+        return Encoded.of(
+            [encoding.ids for encoding in self._library.encode_batch_fast(texts, add_special_tokens=False)]
+        )
 
     def encode_with_starts(self, text: str) -> Piece:
         encoding = self._library.encode(text, add_special_tokens=False)

@@ -76,16 +76,16 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
             ) from error
     if tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(f"--tokenizer-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type}")
-    found = open_hf_tokenizer(tokenizer_model)
+    tokenizer = open_hf_tokenizer(tokenizer_model)
     if must_keep_text:
-        check_text_is_kept(tokenizer_model, found)
+        check_text_is_kept(tokenizer_model, tokenizer)
     # Megatron uses the separator if a tokenizer (BERT's) has only that.
-    eod_id = found.sep_token_id if found.eos_token_id is None else found.eos_token_id
-    if not found.is_fast:
-        return SlowHuggingFaceTokenizer(found, eod_id)
+    eod_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if not tokenizer.is_fast:
+        return SlowHuggingFaceTokenizer(tokenizer, eod_id)
     try:
         with reports_panics(), _without_panic_trace():
-            return HuggingFaceTokenizer(found.backend_tokenizer.to_str(), eod_id, found.split_special_tokens)
+            return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), eod_id, tokenizer.split_special_tokens)
     except UserError:
         raise
     except Exception as error:  # tokenizers raises no other
@@ -139,18 +139,18 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
         try:
             with reports_panics():
                 ids = tokenizer.encode(text, add_special_tokens=False)
-                found = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                if found != text:
+                decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+                if decoded != text:
                     in_file = in_file or FileTokenizer.from_file(str(path))
                     kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
         except Exception:  # tokenizers raises no other, for a damaged file or text that a vocabulary cannot express
             continue
-        if found != text and kept == text:
+        if decoded != text and kept == text:
             raise UserError(
                 f"transformers loads the tokenizer in {folder} as {type(tokenizer).__name__}, which loses text that "
-                f"its tokenizer.json keeps ({text!r} becomes {found!r}); set tokenizer_class in tokenizer_config.json "
-                "to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers ignores it, use another "
-                "model"
+                f"its tokenizer.json keeps ({text!r} becomes {decoded!r}); set tokenizer_class in "
+                "tokenizer_config.json to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers "
+                "ignores it, use another model"
             )
 
 

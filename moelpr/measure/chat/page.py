@@ -34,10 +34,10 @@ def check_gradio() -> None:
 
 def check_port(port: int) -> None:
     """Raise a UserError if another program has the port."""
-    with socket.socket() as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            found.bind((HOST, port))
+            listener.bind((HOST, port))
         except OSError as error:
             raise UserError(f"port {port} cannot be used ({error.strerror}); pass another --port") from error
 
@@ -51,7 +51,7 @@ class Chat:
     def ask(self, prompt: str, histories: list[Messages], max_tokens: int, temperature: float) -> Iterator[list[Any]]:
         """Yield, as the answers grow, their panels, the map of tokens, and the histories with them."""
         histories = [[*history, {"role": "user", "content": prompt}] for history in histories]
-        found: list[list[list[Token]]] = [
+        answer_steps: list[list[list[Token]]] = [
             [] for _ in self._models
         ]  # model → the prompt's tokens, then the answer's one by one
         streams = [
@@ -60,24 +60,24 @@ class Chat:
         ]
         last = 0.0
         for steps in zip_longest(*streams):
-            for tokens, step in zip(found, steps, strict=True):
+            for tokens, step in zip(answer_steps, steps, strict=True):
                 tokens += [step] if step else []
             if time.monotonic() - last > _UPDATE_SECONDS:
                 last = time.monotonic()
-                yield [*self._shown(found), histories]
-        answers = ["".join(token.text for step in tokens[1:] for token in step) for tokens in found]
+                yield [*self._shown(answer_steps), histories]
+        answers = ["".join(token.text for step in tokens[1:] for token in step) for tokens in answer_steps]
         for history, text in zip(histories, answers, strict=True):
             history.append({"role": "assistant", "content": text})
-        yield [*self._shown(found, "(The answer ends at once.)"), histories]
+        yield [*self._shown(answer_steps, "(The answer ends at once.)"), histories]
 
-    def _shown(self, found: list[list[list[Token]]], empty: str = "…") -> list[str]:
+    def _shown(self, answer_steps: list[list[list[Token]]], empty: str = "…") -> list[str]:
         """The panel of each model, and the map."""
         export, layers = self._models[0], sorted(self._models[0].routers)
         panels = []
-        for title, model, tokens in zip(("Export", "Base"), self._models, found, strict=False):
+        for title, model, tokens in zip(("Export", "Base"), self._models, answer_steps, strict=False):
             text = "".join(token.text for step in tokens[1:] for token in step)
             panels.append(panel(title, model.directory.name, text or empty))
-        prompt, *steps = found[0] or [[]]
+        prompt, *steps = answer_steps[0] or [[]]
         written = [token for step in steps for token in step]
         parts = (("Prompt", prompt), ("Answer", written))
         maps = [routes_panel(title, tokens, export.num_original_places, layers) for title, tokens in parts]

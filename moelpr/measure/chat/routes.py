@@ -61,11 +61,11 @@ def answer(
 
 def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list[Route]]:
     """Logits [V] after the last of the new tokens, which the cache then has, and a route for each of them."""
-    found: dict[int, tuple[list[list[float]], list[list[int]]]] = {}
+    choices: dict[int, tuple[list[list[float]], list[list[int]]]] = {}
 
     def note(number: int, router: nn.Module, inputs: Any, output: Any) -> None:
         weights_TK, experts_TK = gate_weights(loaded.router_logits(router, inputs, output), loaded.topk)
-        found[number] = weights_TK.tolist(), experts_TK.tolist()
+        choices[number] = weights_TK.tolist(), experts_TK.tolist()
 
     with ExitStack() as hooks:
         for number, router in loaded.routers.items():
@@ -74,7 +74,7 @@ def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list
         name = "cache" if "cache" in signature(loaded.model.forward).parameters else "past_key_values"
         tokens = torch.tensor([new], device=loaded.device)
         output = loaded.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **{name: cache})
-    layers = [found[number] for number in sorted(found)]
+    layers = [choices[number] for number in sorted(choices)]
     routes: list[Route] = [
         [[*zip(experts[place], weights[place], strict=True)] for weights, experts in layers]
         for place in range(len(new))
@@ -84,8 +84,8 @@ def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list
 
 def end_ids(loaded: LoadedModel) -> set[int]:
     """The tokens that end an answer."""
-    found = getattr(loaded.model.generation_config, "eos_token_id", None)
-    return {id for id in [*(found if isinstance(found, list) else [found]), loaded.eos_id] if id is not None}
+    ids = getattr(loaded.model.generation_config, "eos_token_id", None)
+    return {id for id in [*(ids if isinstance(ids, list) else [ids]), loaded.eos_id] if id is not None}
 
 
 class TokenTexts:

@@ -63,22 +63,22 @@ class Benchmark:
     metric: str
     tasks: dict[str, TaskNames]
 
-    def stderr(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> float:
+    def stderr(self, language: str, numbers: Mapping[str, Mapping[str, Any]]) -> float:
         """The standard error of a language's score, from 0 to 100 as in the paper; NaN if the harness has none.
 
-        `found`: task -> metric -> number.
+        `numbers`: task -> metric -> number.
         """
         tasks, scale = self.tasks[language], 100.0 if self.metric in FRACTIONS else 1.0
         for task in tasks:
-            if self.metric not in found[task]:
-                metrics = [name for name in found[task] if not name.endswith("_stderr") and name != DOCUMENTS]
+            if self.metric not in numbers[task]:
+                metrics = [name for name in numbers[task] if not name.endswith("_stderr") and name != DOCUMENTS]
                 raise UserError(
                     f"{task} has the metrics {', '.join(metrics)}, but not {self.metric}; correct the --tasks file"
                 )
-        errors = [found[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
+        errors = [numbers[task].get(f"{self.metric}_stderr", math.nan) for task in tasks]
         return scale * sum(error**2 for error in errors) ** 0.5 / len(errors)
 
-    def estimate(self, language: str, found: Mapping[str, Mapping[str, Any]]) -> Estimate:
+    def estimate(self, language: str, by_task: Mapping[str, Mapping[str, Any]]) -> Estimate:
         """The value, and what it is in samples of the questions, the same for every model.
 
         Tasks with the same number of questions get the same samples, because they may be translations. Where the
@@ -87,13 +87,13 @@ class Benchmark:
         scale = 100.0 if self.metric in FRACTIONS else 1.0
         samples = []
         for task in self.tasks[language]:
-            value, numbers = found[task][self.metric], found[task].get(DOCUMENTS, {}).get(self.metric, [])
+            value, numbers = by_task[task][self.metric], by_task[task].get(DOCUMENTS, {}).get(self.metric, [])
             if len(numbers) > 1:
                 times = _samples(len(numbers)) @ np.array(numbers) / len(numbers)
                 times += value - fmean(numbers)  # a group may weight its tasks
             else:
-                rng = np.random.default_rng([_SEED, zlib.crc32(repr((task, sorted(found[task].items()))).encode())])
-                times = value + found[task].get(f"{self.metric}_stderr", math.nan) * rng.standard_normal(NUM_SAMPLES)
+                rng = np.random.default_rng([_SEED, zlib.crc32(repr((task, sorted(by_task[task].items()))).encode())])
+                times = value + by_task[task].get(f"{self.metric}_stderr", math.nan) * rng.standard_normal(NUM_SAMPLES)
             samples.append(scale * np.append(value, times))
         return mean(samples)
 
@@ -114,7 +114,7 @@ def installed_benchmarks(languages: Sequence[str]) -> dict[str, Benchmark]:
     harness_version()
     from lm_eval.tasks import TaskManager
 
-    found = read_benchmarks(PAPER_TASKS, languages, needs_one=False)
+    benchmarks = read_benchmarks(PAPER_TASKS, languages, needs_one=False)
     names = sorted(TaskManager().all_tasks)
     for benchmark, (metric, form) in _MORE.items():
         tasks: dict[str, list[str]] = {}
@@ -123,8 +123,8 @@ def installed_benchmarks(languages: Sequence[str]) -> dict[str, Benchmark]:
             if is_code(code) and code in languages:
                 tasks.setdefault(code, [match[0]])
         if tasks:
-            found[benchmark] = Benchmark(0, metric, tasks)
-    return found
+            benchmarks[benchmark] = Benchmark(0, metric, tasks)
+    return benchmarks
 
 
 def harness_version() -> str:

@@ -127,16 +127,16 @@ def compare_models(
     scores = {
         name: {
             language: replace(
-                LanguageScore.from_json(found[language]),
-                document_distances=found.get(_DISTANCE + language, {}).get("nats"),
+                LanguageScore.from_json(result[language]),
+                document_distances=result.get(_DISTANCE + language, {}).get("nats"),
             )
             for language in documents
         }
-        for name, found in results.items()
+        for name, result in results.items()
     }
     continuations, continued = {}, {}
     for language, pairs in prompts.items():
-        by_model = {name: found[_PROMPT + language]["texts"] for name, found in results.items()}
+        by_model = {name: result[_PROMPT + language]["texts"] for name, result in results.items()}
         continuations[language] = Continuation(*pairs[0], {name: texts[0] for name, texts in by_model.items()})
         # As long as the models' continuations, so that its language shows as well as theirs.
         lengths = [max(map(len, texts)) for texts in zip(*by_model.values(), strict=True)]
@@ -150,7 +150,7 @@ def choose_prompts(documents: Sequence[str], number: int) -> list[tuple[str, str
 
     Returns these words, and the rest of the line as reference.
     """
-    best, found = ("", ""), []
+    best, chosen = ("", ""), []
     for document in documents:
         line = document.strip().split("\n", 1)[0]
         words = list(re.finditer(r"\S+", line))[:PROMPT_WORDS]
@@ -159,11 +159,11 @@ def choose_prompts(documents: Sequence[str], number: int) -> list[tuple[str, str
             cut = PROMPT_CHARACTERS
         prompt, reference = line[:cut].rstrip(), line[cut:].strip()
         if len(reference) >= len(prompt) > 0:
-            found.append((prompt, reference))
-            if len(found) == number:
+            chosen.append((prompt, reference))
+            if len(chosen) == number:
                 break
         best = max(best, (prompt, reference), key=lambda parts: len(parts[0]) + len(parts[1]))
-    return found or [best]
+    return chosen or [best]
 
 
 @torch.inference_mode()
@@ -192,10 +192,10 @@ def continue_prompts(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens
         output = loaded.model.generate(
             inputs.to(loaded.device), attention_mask=mask.to(loaded.device), generation_config=config
         )
-        for pad, one, found in zip(padding, ids, output.tolist(), strict=True):
+        for pad, one, sequence in zip(padding, ids, output.tolist(), strict=True):
             # Decoded together with the prompt, because some tokenizers drop a leading space.
             prompt_text = loaded.tokenizer.decode(one[1:], skip_special_tokens=True)
-            text = loaded.tokenizer.decode(found[pad + 1 :], skip_special_tokens=True)[len(prompt_text) :]
+            text = loaded.tokenizer.decode(sequence[pad + 1 :], skip_special_tokens=True)[len(prompt_text) :]
             line = next((line for line in text.split("\n") if line.strip()), "")
             texts.append(line.rstrip("\ufffd "))  # the last character may be incomplete
     return texts

@@ -43,8 +43,8 @@ def document_distances(
         rows = base.logits(inputs.to(base.device)), loaded.logits(inputs), targets != IGNORED
         for window, of_base, of_model, is_predicted in zip(batch, *rows, strict=True):
             pairs = zip(of_base.split(chunk), of_model.split(chunk), is_predicted.split(chunk), strict=True)
-            for expected, found, counted in pairs:
-                old, new = (logits.to(loaded.device).double().log_softmax(-1) for logits in (expected, found))
+            for expected, actual, counted in pairs:
+                old, new = (logits.to(loaded.device).double().log_softmax(-1) for logits in (expected, actual))
                 of_tokens = F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
                 nats[window.document] += of_tokens[counted].clamp(min=0).sum().item()
     return nats
@@ -73,11 +73,11 @@ class Predictions:
 @torch.inference_mode()
 def predictions(loaded: LoadedModel, pieces: list[list[int]]) -> Predictions:
     """The most likely tokens of a model, on the CPU."""
-    found = []
+    parts = []
     for logits, _ in _logits(loaded, pieces):
         tokens = logits.topk(min(_MOST_LIKELY, logits.shape[1] - 1)).indices
-        found.append((tokens.int().cpu(), _grouped(logits, tokens).cpu()))
-    tokens, log_probabilities = map(torch.cat, zip(*found, strict=True))
+        parts.append((tokens.int().cpu(), _grouped(logits, tokens).cpu()))
+    tokens, log_probabilities = map(torch.cat, zip(*parts, strict=True))
     return Predictions(tokens, log_probabilities)
 
 

@@ -80,7 +80,7 @@ def run_tasks(
                 yield _CACHED + task, _evaluate(loaded, manager, tasks[task], task, shots[task], settings)
 
     results = {name: cache.complete(name, keys[name], partial(measure, name)) for name in models}
-    return {name: {task: found[_CACHED + task] for task in shots} for name, found in results.items()}
+    return {name: {task: result[_CACHED + task] for task in shots} for name, result in results.items()}
 
 
 def _run_shares(
@@ -119,13 +119,13 @@ def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, di
     tasks = {}
     for name in names:
         try:
-            found = manager.load([name])
+            loaded = manager.load([name])
         except Exception as error:  # datasets raises errors of its own, and a task may run code of its own
             raise UserError(
                 f"the data of task {name} are unavailable: {first_line(error)}; run once with network access to fill "
                 "the cache, or omit the task in a --tasks file of your own"
             ) from error
-        tasks[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
+        tasks[name] = [loaded["groups"][name]] if name in loaded["groups"] else [*loaded["tasks"].values()]
     return manager, tasks
 
 
@@ -137,7 +137,7 @@ def _evaluate(
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    found = lm_eval.simple_evaluate(
+    evaluation = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=settings["batch_size"]),
         tasks=task,
         task_manager=manager,  # without it, all tasks are indexed again
@@ -146,13 +146,15 @@ def _evaluate(
         log_samples=True,
         bootstrap_iters=1000,
     )
-    results = found["results"].get(name, {})  # empty for a group that does not aggregate its tasks
+    results = evaluation["results"].get(name, {})  # empty for a group that does not aggregate its tasks
     numbers: Json = {
         key.partition(",")[0]: float(value)
         for key, value in results.items()
         if key.endswith(",none") and isinstance(value, int | float)
     }
-    questions = [row for rows in found.get("samples", {}).values() for row in sorted(rows, key=lambda r: r["doc_id"])]
+    questions = [
+        row for rows in evaluation.get("samples", {}).values() for row in sorted(rows, key=lambda r: r["doc_id"])
+    ]
     by_metric = {metric: [row.get(metric) for row in questions] for metric in numbers if not metric.endswith("_stderr")}
     kept = {metric: values for metric, values in by_metric.items() if all(isinstance(v, int | float) for v in values)}
     return numbers | {DOCUMENTS: {metric: list(map(float, values)) for metric, values in kept.items() if values}}

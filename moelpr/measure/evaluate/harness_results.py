@@ -42,10 +42,10 @@ class HarnessResults(Results):
         self._errors, self._estimates = (
             {
                 model: {
-                    name: {code: getattr(benchmark, number)(code, found) for code in benchmark.tasks}
+                    name: {code: getattr(benchmark, number)(code, by_task) for code in benchmark.tasks}
                     for name, benchmark in benchmarks.items()
                 }
-                for model, found in scores.items()
+                for model, by_task in scores.items()
             }
             for number in ("stderr", "estimate")
         )
@@ -70,9 +70,9 @@ class HarnessResults(Results):
 
     def _change(self, model: str, group: str) -> str:
         """The change of the average from the first model in words; "" for that model itself."""
-        found = self.change(model, group)
-        unclear = " unclear" if found and found.has_bounds and not found.is_clear else ""
-        return found.text(signed) + unclear if found else ""
+        change = self.change(model, group)
+        unclear = " unclear" if change and change.has_bounds and not change.is_clear else ""
+        return change.text(signed) + unclear if change else ""
 
     def findings(self) -> list[str]:
         findings = [
@@ -130,8 +130,8 @@ class HarnessResults(Results):
         return interval_of(self._estimates[model][name][code] - self._estimates[self._reference][name][code])
 
     def _score_json(self, model: str, name: str, code: str) -> Json:
-        found, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
-        return vars(found) | {"stderr": self._errors[model][name][code]} | ({"change": change} if change else {})
+        interval, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
+        return vars(interval) | {"stderr": self._errors[model][name][code]} | ({"change": change} if change else {})
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -142,14 +142,14 @@ class HarnessResults(Results):
                 model: {
                     "directory": directory,
                     "scores": {
-                        name: {code: self._score_json(model, name, code) for code in found}
-                        for name, found in self._estimates[model].items()
+                        name: {code: self._score_json(model, name, code) for code in estimates}
+                        for name, estimates in self._estimates[model].items()
                     },
                     "averages": {
                         group: None if (average := self.means(model, group)[-1]) is None else average[0]
                         for group in GROUPS
                     },
-                    "average_changes": {g: found for g in GROUPS if (found := self.change(model, g))},
+                    "average_changes": {g: estimates for g in GROUPS if (estimates := self.change(model, g))},
                 }
                 for model, directory in self._models.items()
             },

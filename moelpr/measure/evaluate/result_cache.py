@@ -65,8 +65,8 @@ class ResultCache:
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
-        found = _read(self._path(model, name)) if self._folder else None
-        return found.result if found and found.of == {**_VERSION, **key} else None
+        kept = _read(self._path(model, name)) if self._folder else None
+        return kept.result if kept and kept.of == {**_VERSION, **key} else None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
@@ -82,12 +82,12 @@ class ResultCache:
             keys: name of a result -> what it is computed from.
             measure: yields (name, result) for the names that are missing, which it gets in the order of `keys`.
         """
-        found = {name: result for name, key in keys.items() if (result := self.read(model, name, key)) is not None}
-        if missing := [name for name in keys if name not in found]:
+        results = {name: result for name, key in keys.items() if (result := self.read(model, name, key)) is not None}
+        if missing := [name for name in keys if name not in results]:
             for name, result in measure(missing):
-                found[name] = result
+                results[name] = result
                 self.write(model, name, keys[name], result)
-        return found
+        return results
 
     def _path(self, model: str, name: str) -> Path:
         assert self._folder
@@ -97,8 +97,8 @@ class ResultCache:
 def _read(path: Path) -> KeptResult | None:
     """The content of a file of the cache; None if it is missing or damaged."""
     with suppress(UserError):
-        found = records.read(KeptResult, path, "evaluate again")
-        return found if found.crc32 == _checksum(found.result) else None
+        kept = records.read(KeptResult, path, "evaluate again")
+        return kept if kept.crc32 == _checksum(kept.result) else None
     return None
 
 

@@ -199,10 +199,10 @@ def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[l
         # A tokenizer with neither byte tokens nor an unknown token omits text, and the rest would score too well.
         pairs = list(zip(texts, documents, strict=True))[:LETTERS_SAMPLE]
         expected = sum(_num_letters(text) for text, _ in pairs)
-        found = sum(min(_num_letters(text), _num_letters(loaded.tokenizer.decode(ids))) for text, ids in pairs)
-        if expected - found > MAX_LOST_SHARE * expected:
+        kept = sum(min(_num_letters(text), _num_letters(loaded.tokenizer.decode(ids))) for text, ids in pairs)
+        if expected - kept > MAX_LOST_SHARE * expected:
             raise UserError(
-                f"the tokenizer in {loaded.directory} omits {1 - found / expected:.1%} of the letters of {language} "
+                f"the tokenizer in {loaded.directory} omits {1 - kept / expected:.1%} of the letters of {language} "
                 f"text, so its bits per byte would be wrong; use a tokenizer that supports {language}"
             )
     largest = max(loaded.start_id, *(max(ids) for ids in documents))

@@ -41,19 +41,21 @@ class TextResults(Results):
         self._wrong = wrong_language(identifier, comparison.continued) if identifier else {}
         self._comparison, self._data, self._original, self._seed = comparison, data, original, seed
         self._first, *others = models = list(comparison.models)
-        found = {language: estimates(comparison.scores_on(language), seed) for language in data}
+        by_model = {language: estimates(comparison.scores_on(language), seed) for language in data}
         for group in MEANS if original else ():
-            members = [found[code] for code in data if (code in original) == (group == "mean original")]
+            members = [by_model[code] for code in data if (code in original) == (group == "mean original")]
             if members:
-                found[group] = {m: {x: mean([by[m][x] for by in members]) for x in members[0][m]} for m in models}
+                by_model[group] = {m: {x: mean([by[m][x] for by in members]) for x in members[0][m]} for m in models}
         tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
         self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in models}
         # language or mean -> model -> metric -> interval
         self._rows = {
             row: {m: {name: interval_of(estimate) for name, estimate in of.items()} for m, of in by.items()}
-            for row, by in found.items()
+            for row, by in by_model.items()
         }
-        self._changes = {row: {m: self._change(by[m], by[self._first], m) for m in others} for row, by in found.items()}
+        self._changes = {
+            row: {m: self._change(by[m], by[self._first], m) for m in others} for row, by in by_model.items()
+        }
         self._bits_changes = {
             row: {m: change["bits_per_byte"] for m, change in by.items()} for row, by in self._changes.items()
         }
@@ -124,7 +126,7 @@ class TextResults(Results):
             "Next-token accuracy (higher is better)": self._table(self._cells("accuracy", "{:.2%}"), per_token),
             "Perplexity per token (lower is better)": self._table(perplexity, per_token),
         }
-        if any("distance" in found for by_model in self._rows.values() for found in by_model.values()):
+        if any("distance" in estimates for by_model in self._rows.values() for estimates in by_model.values()):
             title = "Distance from the base: KL(base‖model), nats per token"
             tables[title] = self._table(self._cells("distance", "{:.4f}"), "0: it predicts what the base does.")
         if self._wrong:
@@ -133,7 +135,11 @@ class TextResults(Results):
 
     def _cells(self, metric: str, form: str) -> dict[str, dict[str, str]]:
         return {
-            row: {model: found[metric].text(form.format) for model, found in by_model.items() if metric in found}
+            row: {
+                model: estimates[metric].text(form.format)
+                for model, estimates in by_model.items()
+                if metric in estimates
+            }
             for row, by_model in self._rows.items()
         }
 

@@ -35,8 +35,8 @@ def wrong_language(
 
 def _rate(identifier: Detector | FastTextModel, language: str, texts: Sequence[str]) -> WrongLanguage:
     right = next((alike for alike in _ALIKE if language in alike), {language})
-    found = [identifier.language(text) for text in texts if _shows_a_language(text)]
-    decided = [name for name in found if name != UNDETECTED]
+    languages = [identifier.language(text) for text in texts if _shows_a_language(text)]
+    decided = [name for name in languages if name != UNDETECTED]
     wrong = sum(name not in right for name in decided)
     return WrongLanguage(wilson(wrong, len(decided)), len(decided), len(texts) - len(decided))
 

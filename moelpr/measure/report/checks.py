@@ -57,6 +57,6 @@ def read_facts(path: Path) -> dict[str, dict[str, str]]:
 def check_result(check: Mapping[str, Any]) -> str:
     """The result of moelpr model verify in words."""
     keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
-    found = {name: check[key] for key, name in keys.items() if key in check}
-    parts = [f"{name} {'Inf or NaN' if value is None else f'{value:.2g}'}" for name, value in found.items()]
+    values = {name: check[key] for key, name in keys.items() if key in check}
+    parts = [f"{name} {'Inf or NaN' if value is None else f'{value:.2g}'}" for name, value in values.items()]
     return f"largest difference of a {' and of a '.join(parts)}" if parts else "not measured"

@@ -71,8 +71,8 @@ class LanguageResult:
         """Name in `ROUTING_SHARES` -> fraction per MoE layer, of those that were measured."""
         share = self.original_expert_share
         first = share.per_layer if share else self.original_first_share
-        found = {"original_first_share": first, "all_original_share": self.all_original_share}
-        return {name: values for name, values in found.items() if values}
+        shares = {"original_first_share": first, "all_original_share": self.all_original_share}
+        return {name: values for name, values in shares.items() if values}
 
     @property
     def moe_layers(self) -> list[int] | None:
@@ -197,20 +197,22 @@ def continuation_samples(
 ) -> list[page.Block]:
     """Show the continuations of each language, and how often they are in another; `note` says what one is worth."""
     samples = [
-        page.Sample(code, language_name(code), found.prompt, found.by_model | {TEXT_ITSELF: found.reference})
-        for code, found in continuations.items()
+        page.Sample(
+            code, language_name(code), continued.prompt, continued.by_model | {TEXT_ITSELF: continued.reference}
+        )
+        for code, continued in continuations.items()
     ]
     what = f"The first words of a held-out document, continued by each model. {note}"
     tables = [wrong_language_table(wrong_language)] if wrong_language else []
     return [*tables, page.Text(what, "note"), *samples] if samples else []
 
 
-def wrong_language_table(found: Mapping[str, Mapping[str, WrongLanguage]]) -> page.Table:
+def wrong_language_table(rates: Mapping[str, Mapping[str, WrongLanguage]]) -> page.Table:
     """The rates per language and writer."""
-    writers = list(dict.fromkeys(writer for by_writer in found.values() for writer in by_writer))
+    writers = list(dict.fromkeys(writer for by_writer in rates.values() for writer in by_writer))
     rows = [
         [code, *(_rate_text(by_writer[writer]) if writer in by_writer else "–" for writer in writers)]
-        for code, by_writer in found.items()
+        for code, by_writer in rates.items()
     ]
     note = (
         "Continuations that are in another language than their prompt, by language identification, of those whose "
@@ -220,7 +222,7 @@ def wrong_language_table(found: Mapping[str, Mapping[str, WrongLanguage]]) -> pa
     return page.Table(["continued in another language", *writers], rows, note)
 
 
-def _rate_text(found: WrongLanguage) -> str:
-    if not found.decided:
-        return f"– (none of {found.undecided} identified)"
-    return f"{found.rate.text('{:.0%}'.format)} of {found.decided}"
+def _rate_text(rate: WrongLanguage) -> str:
+    if not rate.decided:
+        return f"– (none of {rate.undecided} identified)"
+    return f"{rate.rate.text('{:.0%}'.format)} of {rate.decided}"

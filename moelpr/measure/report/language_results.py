@@ -50,7 +50,9 @@ class LanguageResults:
         """Group -> its languages with results, then their mean if there is one."""
         known = {row for rows in self.bits.values() for row in rows}
         rows = {group: [*self.languages(group), f"mean {group}"] for group in (*GROUPS, "")}
-        return {group: found for group, names in rows.items() if (found := [name for name in names if name in known])}
+        return {
+            group: present for group, names in rows.items() if (present := [name for name in names if name in known])
+        }
 
     def value(self, model: str, row: str) -> Interval:
         """Bits per byte; NaN if not measured."""

@@ -185,9 +185,9 @@ def _results_table(title: str, results: LanguageResults, note: str) -> Table:
 def _checks_table(report: Report) -> list[Block]:
     rows = []
     for name, check in report.checks.items():
-        found = Cell(check_result(check), ok=check["equal"])
+        cell = Cell(check_result(check), ok=check["equal"])
         same = number_text(check.get("same_next_token"), "{:.2%}")
-        rows.append(Row([name, found, f"{check['num_tensors']:,}", same]))
+        rows.append(Row([name, cell, f"{check['num_tensors']:,}", same]))
     note = "Measured by moelpr model verify. Equal: within its tolerances, "
     note += "by default 0 for a tensor and 1e-4 for a logit."
     return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []

@@ -79,7 +79,7 @@ def to_svg(figure: Figure, title: str, description: str, **options: Any) -> str:
 
 def _shorten(match: re.Match[str]) -> str:
     """Outside of text: a coordinate with two decimals, a color as the page's variable."""
-    found = match[0]
-    if found[0] == "#":
-        return f"var(--{_VARIABLES[found]},{found})" if found in _VARIABLES else found
-    return found if found[0] == ">" else f"{float(found):.2f}".rstrip("0").rstrip(".")
+    number = match[0]
+    if number[0] == "#":
+        return f"var(--{_VARIABLES[number]},{number})" if number in _VARIABLES else number
+    return number if number[0] == ">" else f"{float(number):.2f}".rstrip("0").rstrip(".")

@@ -191,9 +191,9 @@ def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Ma
 
 def _gpus(project: ResolvedProject) -> Cluster:
     if (cluster := project.layouts.cluster) is None or cluster.gpu not in GPUS.values():
-        place, found = project.file.at("hardware", "gpu"), "an unknown one" if cluster else "none"
+        place, gpu = project.file.at("hardware", "gpu"), "an unknown one" if cluster else "none"
         raise UserError(
-            f"{place}--check runs stages as on GPUs, got {found}; set hardware.gpu to one of {', '.join(GPUS)}"
+            f"{place}--check runs stages as on GPUs, got {gpu}; set hardware.gpu to one of {', '.join(GPUS)}"
         )
     return cluster
 

@@ -209,9 +209,9 @@ def _label(name: str) -> str:
 
 def _apply(name: str, path: Path, namespace: str | None) -> None:
     """Create a JobSet, in place of a finished one of that name."""
-    found = _kubectl(namespace, "get", "jobset", name, "--ignore-not-found", "--output", "json")
-    if found.strip():
-        status = records.parse_json(found, "what kubectl prints", "try again").get("status", {})
+    shown = _kubectl(namespace, "get", "jobset", name, "--ignore-not-found", "--output", "json")
+    if shown.strip():
+        status = records.parse_json(shown, "what kubectl prints", "try again").get("status", {})
         conditions = {one["type"] for one in status.get("conditions", ()) if one["status"] == "True"}
         if not conditions & {"Completed", "Failed"}:
             raise UserError(

@@ -64,27 +64,27 @@ def shown(words: Iterable[str]) -> str:
 def difference(before: str, now: str) -> str:
     """The flags in which two command lines differ, for people: " (--lr 1e-3, not 1e-4)"; empty if none does."""
     old, new = _by_flag(before), _by_flag(now)
-    found = []
+    changes = []
     for flag in dict.fromkeys([*new, *old]):
         if flag and old.get(flag) != new.get(flag):
             value = " ".join([flag, *new[flag]]) if flag in new else f"no {flag}"
-            found.append(value + (f", not {' '.join(old[flag])}" if old.get(flag) else ""))
-    listed = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}…" for one in found[:_MOST_SHOWN]]
-    listed += [f"and {len(found) - _MOST_SHOWN} more"] if len(found) > _MOST_SHOWN else []
+            changes.append(value + (f", not {' '.join(old[flag])}" if old.get(flag) else ""))
+    listed = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}…" for one in changes[:_MOST_SHOWN]]
+    listed += [f"and {len(changes) - _MOST_SHOWN} more"] if len(changes) > _MOST_SHOWN else []
     return f" ({'; '.join(listed)})" if listed else ""
 
 
 def _by_flag(command: str) -> dict[str, list[str]]:
     """The words after each flag; those before the first one are after ""."""
-    found: dict[str, list[str]] = {"": []}
+    values: dict[str, list[str]] = {"": []}
     flag = ""
     for word in shlex.split(command):
         if word.startswith("--"):
             flag = word
-            found.setdefault(flag, [])
+            values.setdefault(flag, [])
         else:
-            found[flag].append(word)
-    return found
+            values[flag].append(word)
+    return values
 
 
 def relative(word: str) -> str:
@@ -95,8 +95,8 @@ def fingerprint(path: Path) -> str:
     """The checksum of a file, or of the names and contents of all files in a folder; "" if it is missing."""
     if path.is_file():
         return _fingerprint_of_file(path, path.stat().st_mtime_ns)
-    found = [(str(file.relative_to(path)), fingerprint(file)) for file in sorted(path.rglob("*")) if file.is_file()]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
+    prints = [(str(file.relative_to(path)), fingerprint(file)) for file in sorted(path.rglob("*")) if file.is_file()]
+    return hashlib.sha256(json.dumps(prints).encode()).hexdigest() if prints else ""
 
 
 @cache
@@ -105,8 +105,8 @@ def _fingerprint_of_file(path: Path, _: int) -> str:
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) <= _READ_WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
+        digest = hashlib.sha256(str(size).encode())
         for place in range(_SAMPLES):
             file.seek((size - _SAMPLE_BYTES) * place // (_SAMPLES - 1))
-            found.update(file.read(_SAMPLE_BYTES))
-        return found.hexdigest()
+            digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()

@@ -58,14 +58,14 @@ class SlurmSettings:
 
     def options_of(self, task: Task) -> Options:
         """The options of a task's job, those of the user last."""
-        found: Options = {"nodes": task.nodes, "ntasks-per-node": 1, "requeue": True, "open-mode": "append"}
+        options: Options = {"nodes": task.nodes, "ntasks-per-node": 1, "requeue": True, "open-mode": "append"}
         if task.gpus_per_node:
-            found["gpus-per-node"] = task.gpus_per_node
+            options["gpus-per-node"] = task.gpus_per_node
         if task.continues:
-            found |= {"exclusive": True, "mem": 0, "signal": "B:USR1@300"}
+            options |= {"exclusive": True, "mem": 0, "signal": "B:USR1@300"}
         else:
-            found |= {"cpus-per-task": task.cpus, "mem": f"{max(1, round(task.memory_gib))}G"}
-        return found | self.options | (self.training if task.continues else {}) | self.steps.get(task.name, {})
+            options |= {"cpus-per-task": task.cpus, "mem": f"{max(1, round(task.memory_gib))}G"}
+        return options | self.options | (self.training if task.continues else {}) | self.steps.get(task.name, {})
 
     def container(self) -> list[str]:
         """The container options of Slurm's scripts (launch/slurm/lib.sh)."""

@@ -204,8 +204,8 @@ class Workflow:
         marks = sorted(
             (path for logs in folders for path in logs.glob("*.json")), key=lambda path: path.stat().st_mtime
         )
-        found = {path.stem: self._mark(path.stem) for path in marks}
-        return {name: mark.wall_s for name, mark in found.items() if mark and mark.wall_s is not None}
+        read = {path.stem: self._mark(path.stem) for path in marks}
+        return {name: mark.wall_s for name, mark in read.items() if mark and mark.wall_s is not None}
 
     def _perform(self, task: Task, *, needs_output: bool, on_cluster: bool = False) -> None:
         """Run a task unless it is done.

@@ -246,13 +246,13 @@ def _parts(model: list[Any], optimizer: Any, peak: int) -> dict[str, int]:
     seen: set[int] = set()
 
     def size(tensors: list[Any]) -> int:
-        found = 0
+        total = 0
         for tensor in tensors:
             if torch.is_tensor(tensor) and tensor.device.type == "cuda":
                 storage = tensor.untyped_storage()
-                found += 0 if storage._cdata in seen else storage.nbytes()
+                total += 0 if storage._cdata in seen else storage.nbytes()
                 seen.add(storage._cdata)
-        return found
+        return total
 
     parts = {
         "original experts": size([one for name, one in named if ".original_experts." in name]),

@@ -135,8 +135,8 @@ class Mlflow(Tracker):
         from mlflow import MlflowClient
 
         self._client = client = MlflowClient()
-        found = client.get_experiment_by_name(self.project)
-        experiment = found.experiment_id if found else client.create_experiment(self.project)
+        existing = client.get_experiment_by_name(self.project)
+        experiment = existing.experiment_id if existing else client.create_experiment(self.project)
         runs = client.search_runs([experiment], f"tags.`moelpr.run` = '{self.run}'")
         run = runs[0] if runs else client.create_run(experiment, run_name=self.run, tags={"moelpr.run": self.run})
         self._id, self._params = run.info.run_id, dict(run.data.params)
@@ -208,7 +208,7 @@ def redact(text: str) -> str:
     for name, value in os.environ.items():
         words = {*name.upper().split("_")}
         if words & _SECRET_NAMES and len(value) > 5 or words & _HOST_NAMES and len(value) > 1:
-            private |= {value, *([found[1]] if (found := re.search(r"://(?:[^/@]*@)?([^/:]+)", value)) else [])}
+            private |= {value, *([match[1]] if (match := re.search(r"://(?:[^/@]*@)?([^/:]+)", value)) else [])}
     text = re.sub(r"(\w://)[^/\s@]+@", r"\1***@", text)
     either = "|".join(map(re.escape, sorted(private, key=len, reverse=True)))
     return re.sub(rf"(?<!\w)(?:{either})(?!\w)", "***", text)

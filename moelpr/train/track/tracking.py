@@ -57,25 +57,25 @@ class TrackedRun(Record):
             before: The folder of the stage before, if there is one.
             steps_before: The steps of that stage.
         """
-        found = cls.read_file(file) if file.is_file() else None
+        tracked = cls.read_file(file) if file.is_file() else None
         own = os.path.relpath(save, file.parent)
-        if found and own in found.starts and is_new:
+        if tracked and own in tracked.starts and is_new:
             # It is trained again: in a run of its own with the stages before it, which have not changed.
-            found = cls("", {name: start for name, start in found.starts.items() if start < found.starts[own]})
-        found = found or cls("", {})
-        if not found.run:
+            tracked = cls("", {name: start for name, start in tracked.starts.items() if start < tracked.starts[own]})
+        tracked = tracked or cls("", {})
+        if not tracked.run:
             name = re.sub(r"[^\w.-]+", "-", file.resolve().parent.name)
-            found = replace(found, run=f"{name}-{uuid.uuid4().hex[:8]}")
-        if own not in found.starts:
+            tracked = replace(tracked, run=f"{name}-{uuid.uuid4().hex[:8]}")
+        if own not in tracked.starts:
             start = 0
             if before:
                 theirs = cls.read_if_there(before)
-                start = found.starts.get(
+                start = tracked.starts.get(
                     os.path.relpath(before, file.parent), theirs.starts.get(".", 0) if theirs else 0
                 )
-            found = replace(found, starts=found.starts | {own: start + steps_before})
-            found.write_file(file)
-        return found
+            tracked = replace(tracked, starts=tracked.starts | {own: start + steps_before})
+            tracked.write_file(file)
+        return tracked
 
     def values(self, folder: Path, sent: Mapping[str, int]) -> Iterator[Values]:
         """The values in metrics.jsonl of all run folders, without stages that a tracker has whole.
@@ -201,8 +201,8 @@ def tracked_folders(folders: list[Path], file: Path) -> TrackedRun:
     """
     if missing := [folder for folder in folders if not (folder / METRICS_FILE).is_file()]:
         raise UserError(f"{missing[0]} has no {METRICS_FILE}; pass run folders, in the order of training")
-    found, before, steps = None, None, 0
+    run, before, steps = None, None, 0
     for folder in folders:
-        found = TrackedRun.join(file, folder, before, steps)
+        run = TrackedRun.join(file, folder, before, steps)
         before, steps = folder, max((record["iteration"] for record in read_records(folder / METRICS_FILE)), default=0)
-    return found or TrackedRun.read_file(file)
+    return run or TrackedRun.read_file(file)

@@ -80,6 +80,7 @@ STAGES = {
 
 
 def main() -> None:
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process that it starts imports a user's yaml.py or tokenize.py
     run_command(lambda: run(sys.argv[1:]))
 
 

@@ -35,6 +35,7 @@ from moelpr.base.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
 def main() -> None:
     # The ranks inherit this, so that a SIGUSR1 to all processes of a job spares those that have no handler yet.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    os.environ["PYTHONSAFEPATH"] = "1"  # the ranks import nothing from the current folder
     args = parse_args(sys.argv[1:])
     run_command(lambda: wait_for_nodes(args))
     with suppress(ValueError, RuntimeError):  # torchrun reports a wrong number

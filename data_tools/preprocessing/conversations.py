@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.job_tokenizer import omit_torch
-from data_tools.preprocessing.workers import started_pool
+from data_tools.preprocessing.workers import result_of, started_pool
 from moelpr.base.errors import UserError, first_line, reports_panics
 from moelpr.data.text.documents import BadLine, json_type
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
@@ -137,7 +137,7 @@ def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
     """
     with started_pool(1) as pool:
         try:
-            return pool.submit(_load, source, tokenizer).result()
+            return result_of(pool, pool.submit(_load, source, tokenizer))
         except BrokenProcessPool as error:
             raise UserError(f"the process that loads the tokenizer {source} was killed; free some memory") from error
 

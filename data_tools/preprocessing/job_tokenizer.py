@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from multiprocessing import parent_process
 from typing import NamedTuple
 
-from data_tools.preprocessing.workers import started_pool
+from data_tools.preprocessing.workers import result_of, started_pool
 from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.manifest import TokenizerRecord
@@ -38,7 +38,7 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
     """
     with started_pool(1) as pool:
         try:
-            return pool.submit(_load, type, model, special_tokens, eod_token).result()
+            return result_of(pool, pool.submit(_load, type, model, special_tokens, eod_token))
         except BrokenProcessPool as error:
             raise UserError(
                 f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"

@@ -42,7 +42,7 @@ def worker_pool[B, T](work: Callable[[B], T], workers: int) -> Iterator[Callable
             pending = deque(islice(submitted, 4 * workers))
             while pending:
                 batch, future = pending.popleft()
-                result = _result(pool, future)
+                result = result_of(pool, future)
                 pending.extend(islice(submitted, 1))
                 yield batch, result
         except BrokenProcessPool as error:
@@ -61,18 +61,24 @@ def worker_pool[B, T](work: Callable[[B], T], workers: int) -> Iterator[Callable
             pool.shutdown(cancel_futures=True)
 
 
-def _result(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
+def result_of(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:
     """Wait for a result, and end the others if a worker was killed.
 
     The executor reads a result that was being sent to its end, for which it would wait as long as any worker lives:
     they all hold the sending end.
+
+    Raises:
+        BrokenProcessPool: A worker was killed, or the executor's thread that reads results has ended.
     """
     while True:
+        reader: Any = pool._executor_manager_thread
         try:
             return future.result(timeout=_CHECK_EVERY_S)
         except TimeoutError:
             if future.done():
-                raise  # the work itself raised it
+                return future.result()  # the work itself may have raised it
+            if reader and not reader.is_alive():
+                raise BrokenProcessPool("nothing reads its results") from None
             workers = [*(pool._processes or {}).values()]
             if not all(worker.is_alive() for worker in workers):
                 for worker in workers:

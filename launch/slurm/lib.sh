@@ -62,8 +62,8 @@ path_outside() {
 # shellcheck disable=SC2016  # the node's own variables
 start='if [[ $1 == *.sh ]]; then exec "$@"; fi
     python=${MOELPR_PYTHON:-$0/.venv/bin/python}
-    [[ -x $python ]] || python=python3
-    exec "$python" "$@"'
+    [[ -x $python ]] || { python=python3 && export PYTHONPATH=$0${PYTHONPATH:+:$PYTHONPATH}; }
+    exec "$python" -P "$@"'
 
 # run_tool ARGUMENTS…: become Python with these arguments, on one node.
 run_tool() {

@@ -68,7 +68,7 @@ def interpreter(words: Sequence[str]) -> list[str]:
     """The start of the command line: this Python, unless the command is a shell script."""
     if words[0].endswith(".sh"):
         return []
-    return [sys.executable, "-m"] if words[0] == "moelpr" else [sys.executable]
+    return [sys.executable, "-P", "-m"] if words[0] == "moelpr" else [sys.executable]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from data_tools.preprocessing import workers
-from data_tools.preprocessing.workers import _result, worker_pool
+from data_tools.preprocessing.workers import result_of, worker_pool
 from moelpr.base.errors import UserError
 
 ROOT = Path(__file__).parents[4]
@@ -162,9 +162,9 @@ def test_a_result_that_a_killed_worker_was_sending_ends_the_others(monkeypatch: 
         def done(self) -> bool:
             return False
 
-    pool = SimpleNamespace(_processes={number: Worker(number) for number in (1, 2)})
+    pool = SimpleNamespace(_processes={number: Worker(number) for number in (1, 2)}, _executor_manager_thread=None)
     with pytest.raises(BrokenProcessPool):
-        _result(pool, Waiting())  # type: ignore[arg-type]
+        result_of(pool, Waiting())  # type: ignore[arg-type]
     assert killed == [1, 2]
 
 
@@ -180,3 +180,12 @@ def test_a_worker_that_is_killed_before_the_queue_is_full_is_one_sentence() -> N
 
     with pytest.raises(UserError, match="a worker process was killed"), worker_pool(lambda _: None, 1) as run:
         list(run(batches()))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_job_ends_whose_results_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a module of the executor's thread was replaced by a user's file of its name."""
+    monkeypatch.setattr(workers, "_CHECK_EVERY_S", 0.05)
+    monkeypatch.setattr("concurrent.futures.process._ExecutorManagerThread.wait_result_broken_or_wakeup", None)
+    with pytest.raises(UserError, match="--workers"), worker_pool(str, 1) as run:
+        list(run(iter([1])))

@@ -148,6 +148,7 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
     is_code = language_flag == "--language" and args.language not in GROUPS
     has_names = is_code or language_flag not in ("--language", "--dataset")
     named = args.original_languages or (is_code and args.expanded_languages)
+    listed = f"{args.original_languages},{args.expanded_languages}".split(",")
     keys, last, is_sampled = args.json_keys or [], args.num_shards - 1, args.max_samples is not None
     streams = (args.input or []).count(STANDARD_INPUT)
     registry = args.dataset_info or args.dataset_dir
@@ -168,8 +169,9 @@ def _check(args: argparse.Namespace, language_flag: str) -> None:
         f"--dataset excludes {language_flag}, as the registry states each dataset's language; remove it": (
             args.dataset and language_flag != "--dataset"
         ),
-        f"--language must be original, expanded, kept or a code such as eu or eus_Latn, got {args.language}": (
-            is_code and not is_language(args.language)
+        "--language must be original, expanded, kept, a code such as eu or eus_Latn, or one of --original-languages or "
+        f"--expanded-languages, got {args.language}": (
+            is_code and not is_language(args.language) and args.language not in listed
         ),
         f"--language {args.language} requires --original-languages or --expanded-languages, such as "
         f"--expanded-languages {args.language}": is_code and not named,

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+# Characters that end a line, or that a terminal, a scheduler or a system call takes for something else than text.
+CONTROL = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ud800-\\udfff]")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # the errno of an OSError
 
 

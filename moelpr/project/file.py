@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from moelpr.base import records
-from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.errors import CONTROL, UserError, did_you_mean
 from moelpr.base.yaml_files import key_lines, parse_mapping
 from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
@@ -56,7 +56,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     """Read the text of a languages.yaml, without looking at the files that it names; messages call it `path`."""
     content = parse_mapping(text, f"file {path}")
     lines = key_lines(text)
-    _check_keys(path, content)
+    _check_words(path, content)
     try:
         project = _adapter().validate_json(json.dumps(content, default=str))
     except ValidationError as error:
@@ -67,13 +67,17 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _check_keys(path: Path, content: Any) -> None:
-    """Check that keys are text: YAML reads the code of Norwegian as false."""
+def _check_words(path: Path, content: Any, may_have_lines: bool = False) -> None:
+    """Check that keys are text, as YAML reads the code of Norwegian as false, and that no text could end a line."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
         if isinstance(content, dict) and not isinstance(key, str):
             raise UserError(f"{path}: a key is read as {key!r}; put it in quotes, such as 'no' for Norwegian")
+        lines_here = may_have_lines or key in ("kubernetes", "skypilot", "filter")
+        for word in (key, value):
+            if isinstance(word, str) and CONTROL.search(word.replace("\n", "") if lines_here else word):
+                raise UserError(f"{path}: {word!r} has a control character; remove it")
         if isinstance(value, dict | list):
-            _check_keys(path, value)
+            _check_words(path, value, lines_here)
 
 
 def local_files(names: list[str]) -> list[Path]:

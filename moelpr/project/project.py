@@ -4,6 +4,7 @@ Everything else has a default. `moelpr.project.reading` reads the file; the JSON
 prints is made from these types and their descriptions.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import field
 from pathlib import Path
@@ -20,6 +21,9 @@ from moelpr.data.text.sources import named_files
 from moelpr.project.workflow.kubernetes import KubernetesSettings
 from moelpr.project.workflow.skypilot import SkyPilotSettings
 from moelpr.project.workflow.slurm import SlurmSettings
+
+# Names that corpora and flags next to those of languages have.
+_OTHER_NAMES = "original", "expanded", "kept", "replay"
 
 
 def _as_text(value: Any) -> Any:
@@ -100,6 +104,14 @@ class Languages:
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}
+        for group in ("expanded", "original", "kept"):
+            for name in getattr(self, group):
+                # It becomes part of file names, lists and commands.
+                if not re.fullmatch(r"\w[\w.+ -]*", name) or name in _OTHER_NAMES:
+                    raise UserError(
+                        f"languages.{group} has the name {name!r}; use letters, digits, and within . + - _; not "
+                        f"{', '.join(_OTHER_NAMES)}"
+                    )
         for group in ("expanded", "original"):
             for name in getattr(self, group):
                 code = canonical(name)

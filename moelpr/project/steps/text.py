@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moelpr.base.languages import is_code
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import local_files, text_bytes, versions
 from moelpr.project.project import Replay
@@ -128,6 +129,7 @@ def _tokenize(
         "output-prefix": prefix,
         "language": code,
         "original-languages": ",".join(project.original),
+        "expanded-languages": None if is_code(code) or code in project.original else code,
         "tokenizer-type": "HuggingFaceTokenizer",
         "tokenizer-model": project.tokenizer,
         **flags,

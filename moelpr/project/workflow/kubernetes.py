@@ -90,13 +90,14 @@ class Chain:
     def __init__(self, tasks: list[Task], folder: Path, settings: KubernetesSettings, file: Path) -> None:
         self._tasks = {task.name: task for task in tasks}
         self._settings, self._file = settings, file
+        self._key = re.sub(r"[^\w.-]", "-", file.name, flags=re.ASCII)  # as Kubernetes takes it
         longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
         name = _label(folder.resolve().name)
         self.name = (name if name[:1].isalpha() else f"run-{name}")[: _MOST_LETTERS - longest].rstrip("-")
 
     def config_map(self) -> Manifest:
         """The file that the pods read."""
-        data = {self._file.name: self._file.read_text(encoding="utf-8")}
+        data = {self._key: self._file.read_text(encoding="utf-8")}
         return self._object("v1", "ConfigMap", data=data)
 
     def _needs(self, task: Task) -> list[str]:
@@ -131,7 +132,7 @@ class Chain:
         container = {
             "name": "moelpr",
             "image": settings.image,
-            "args": ["moelpr", "run", f"{_FILES}/{self._file.name}", "--task", task.name],
+            "args": ["moelpr", "run", f"{_FILES}/{self._key}", "--task", task.name],
             "workingDir": settings.folder,
             "env": self._variables(task),
             "envFrom": [{"secretRef": {"name": name}} for name in settings.secrets],

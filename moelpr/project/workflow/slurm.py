@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.base.errors import MachineError, UserError
+from moelpr.base.errors import CONTROL, MachineError, UserError
 from moelpr.base.files import remove, write_text
 from moelpr.base.program_files import launch_folder
 from moelpr.base.records import DOCUMENTED, STRICT, Record
@@ -238,7 +238,7 @@ class Chain:
     def _script(self, name: str, task: Task, lines: list[str], options: Options) -> str:
         values = {"job-name": f"{self._name}-{name}", "output": f"{self._folder}/%x-%j.log"} | options
         directives = [
-            f"#SBATCH --{key}" + ("" if value is True else f"={shlex.quote(str(value))}")
+            _comment("SBATCH", f"--{key}" + ("" if value is True else f"={shlex.quote(str(value))}"))
             for key, value in values.items()
             if value is not False
         ]
@@ -251,7 +251,7 @@ class Chain:
         return "\n".join(
             [
                 "#!/usr/bin/env bash",
-                f"# {name} of {self._file}: {' '.join(command.splitlines())}",
+                _comment("", f"{name} of {self._file}: {' '.join(command.splitlines())}"),
                 *directives,
                 "set -euo pipefail",
                 f"cd {shlex.quote(str(Path.cwd()))}",
@@ -263,6 +263,13 @@ class Chain:
                 "",
             ]
         )
+
+
+def _comment(word: str, text: str) -> str:
+    """A comment or directive of a script: one line, as what follows it would be a command."""
+    if CONTROL.search(text):
+        raise UserError(f"{text!r} has a control character, which a job script can't name; rename the folder or option")
+    return f"#{word} {text}"
 
 
 def queued_jobs() -> dict[str, str]:

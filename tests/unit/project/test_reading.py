@@ -65,6 +65,14 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(expanded={False: "el.jsonl"}), "a key is read as False; put it in quotes"),
         (languages(kept={"code": "no.jsonl"}), "languages.kept.code: there is no file no.jsonl"),
         (languages(kept={"ell": "en.jsonl"}), "languages.kept.ell is expanded.el too"),
+        *(
+            (languages(original={name: "en.jsonl"}), "original has the name")
+            for name in ("a/b", "a,b", "a=b", "-x", "", ".", "..", "../../evil", "a*", "replay", "kept")
+        ),
+        (languages(original={"a\nb": "en.jsonl"}), "control character"),
+        ({"output": "out\0"}, "control character"),
+        ({"output": "out\ntouch X #"}, "control character"),
+        ({"slurm": {"options": {"a\nb": 1}}}, "control character"),
         (languages(kept="no/*.jsonl"), r"line \d+: .* no/\*.jsonl"),
         (languages(kept=["es.jsonl", "./es.jsonl"]), r"kept has two files named es "),
         ({"languages": KEPT, "experts": {"copies": 1}}, "remove experts.copies"),
@@ -93,6 +101,13 @@ def languages(**groups: Any) -> dict[str, Any]:
 def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_project(write(**changes))
+
+
+def test_text_for_other_programs_may_have_several_lines(write: Write) -> None:
+    names = {"code": "en.jsonl", "c++ 2.0": "es.jsonl", "μαθ": "es.jsonl"}
+    setup = "pip install\npip list"
+    project = read_project(write(**languages(original=names), skypilot={"setup": setup})).project
+    assert project.languages.codes("original") == [*names] and project.skypilot.setup == setup
 
 
 def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_path) -> None:

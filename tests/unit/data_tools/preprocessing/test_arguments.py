@@ -52,6 +52,13 @@ def test_contradicting_options_are_reported(flags: str, message: str) -> None:
         parse(flags)
 
 
+def test_a_language_may_have_any_name_that_is_listed() -> None:
+    for group in ("original", "expanded"):
+        assert parse(f"--input a --language code --{group}-languages en,code").language == "code"
+    with pytest.raises(UserError, match="got code"):
+        parse("--input a --language code --original-languages en")
+
+
 @pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
 def test_the_output_prefix_has_a_file_name(prefix: str) -> None:
     with pytest.raises(UserError, match="--output-prefix must end in a file name, such as data/el, got"):

@@ -25,7 +25,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_step_imports_no_file_of_the_project(ran: Path) -> None:
     log = ran.with_name("log")
     assert execute(["moelpr", "train", "stage1", "--help"], log, {}, stderr=subprocess.STDOUT) == 0
-    assert "--pretrained-checkpoint" in log.read_text()  # of a process that it starts
+    assert "--pretrained-checkpoint" in log.read_text()  # from a process that it starts
     assert not ran.exists()
 
 

@@ -206,3 +206,12 @@ def test_what_is_missing_is_one_sentence(tmp_path, file, monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="kubectl is not installed.*--render-only"):
         launch(Workflow(run, tasks(run)), settings(), file)
+
+
+@pytest.mark.parametrize("name", ["a b.yaml", "ä.yaml"])
+def test_the_key_of_any_file_is_one_of_kubernetes(tmp_path, file, name: str) -> None:
+    run = tmp_path / "greek"
+    launch(Workflow(run, tasks(run)), settings(), file.rename(file.with_name(name)), render_only=True)
+    config_map, job_set = manifests(run / "kubernetes" / "greek.yaml")
+    (key,) = config_map["data"]
+    assert re.fullmatch(r"[-._a-zA-Z0-9]+", key) and f"/{key}" in str(job_set)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base import records
-from moelpr.base.errors import UserError
+from moelpr.base.errors import CONTROL, UserError
 from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.project.workflow.slurm import Chain, SlurmJobs, SlurmSettings
 from moelpr.project.workflow.task import Task
@@ -229,6 +229,31 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
 def test_wrong_settings_are_one_sentence(tmp_path: Path, settings: dict, expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         submit(tmp_path / "greek", **settings)
+
+
+@pytest.mark.parametrize("value", ["p\ntouch X #", "p; touch X", "$(touch X)", "`touch X`", "'\"\\", "p\u2028x", "a b"])
+@pytest.mark.parametrize("place", ["value", "option", "folder", "image"])
+def test_no_setting_becomes_a_command(stubs, tmp_path, monkeypatch, value: str, place: str) -> None:
+    run, settings = tmp_path / "run", {"options": {"partition": value}}
+    if place == "folder":
+        run, settings = tmp_path / value.replace("/", "-"), {}
+    if place != "value":
+        settings = {"option": {"options": {value: "1"}}, "image": {"container_image": value}}.get(place, {})
+    try:
+        submit(run, render_only=True, **settings)
+    except UserError:
+        assert CONTROL.search(value)
+        return
+    assert not (CONTROL.search(value) and place != "image")
+    for name in ("srun", "bash"):  # bash is what srun starts on a node
+        (stubs / name).write_text("#!/bin/sh\nexit 0\n")
+        (stubs / name).chmod(0o755)
+    scripts = [*run.glob("slurm/*.sbatch")]
+    assert scripts
+    for script in scripts:
+        subprocess.run(["/bin/bash", script], cwd=tmp_path, capture_output=True, timeout=20)
+        subprocess.run(["/bin/bash", "-n", script], check=True)
+    assert not (tmp_path / "X").exists()
 
 
 def test_what_slurm_refuses_is_said_with_the_script(stubs, tmp_path, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from moelpr.base import machine
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, did_you_mean
 from moelpr.model.families.families import Family, read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.model_spec import ModelSpec
@@ -87,7 +87,8 @@ class Layouts:
                 return cluster_here(hardware.gpus)
         if hardware.gpu not in GPUS:
             place = self._file.at("hardware", "gpu")
-            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; use {', '.join(GPUS)}, auto, or none")
+            hint = did_you_mean(hardware.gpu, GPUS, f"use {', '.join(GPUS)}, auto, or none")
+            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; {hint}")
         with self._named_keys():
             return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
 

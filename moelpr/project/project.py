@@ -43,6 +43,16 @@ def _as_named(value: Any) -> Any:
     return named_files(paths, "languages.kept")
 
 
+def _as_gpu(value: Any) -> Any:
+    """A kind of GPU may stand for all of the hardware."""
+    return {} if value == "auto" or value is None else {"gpu": value} if isinstance(value, str) else value
+
+
+def _as_tokens(value: Any) -> Any:
+    """A number of tokens may stand for the budget."""
+    return {"tokens": value} if isinstance(value, str | int) else value
+
+
 def _or_auto(value: Any) -> Any:
     return {} if value == "auto" or value is None else value
 
@@ -263,7 +273,7 @@ class Project:
     """Folder for everything that is made."""
     languages: Languages
     """The languages to add and those to keep, with their text."""
-    budget: Budget
+    budget: Annotated[Budget, BeforeValidator(_as_tokens, json_schema_input_type=Budget | int | str)]
     """The length of stage 1, or of another method's training."""
     method: Method = "moe-lpr"
     """The weights that train: new experts; or, to compare with, all, only the FFNs, or adapters by peft on one GPU."""
@@ -283,7 +293,7 @@ class Project:
     """How the model grows, or auto."""
     lora: Lora = field(default_factory=Lora)
     """Rank and place of the adapters."""
-    hardware: Annotated[Hardware, BeforeValidator(_or_auto, json_schema_input_type=Hardware | Literal["auto"])] = field(
+    hardware: Annotated[Hardware, BeforeValidator(_as_gpu, json_schema_input_type=Hardware | str)] = field(
         default_factory=Hardware
     )
     """The GPUs to train on, or auto: this machine's."""

@@ -44,6 +44,7 @@ def _check(file: ProjectFile) -> None:
             )
     kept = {name: Language([text]) for name, text in project.languages.kept.items()}
     has_corpora = project.corpora is not None
+    problems = []
     for group, texts in (
         ("expanded", project.languages.expanded),
         ("original", project.languages.original),
@@ -54,7 +55,9 @@ def _check(file: ProjectFile) -> None:
                 _check_text(language, has_corpora=has_corpora and group != "kept")
             except UserError as error:
                 place = "languages", group, name
-                raise UserError(f"{file.at(*place)}{'.'.join(place)}: {error}") from None
+                problems.append(f"{file.at(*place)}{'.'.join(place)}: {error}")
+    if problems:
+        raise UserError("\n".join(problems))
     _check_conversations(file)
     _check_method(file)
     names = [name for name, step in STEPS.items() if step.tool]

@@ -10,6 +10,7 @@ from moelpr.project.budget import check_budget
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.tables import changes, plan
+from moelpr.project.verdict import verdict
 from moelpr.project.workflow import kubernetes, skypilot, slurm
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
@@ -65,7 +66,7 @@ def run(
         slurm.Chain(workflow, file.project.slurm, file.path).refuse_active()
         workflow.check_machine()
         workflow.run()
-    print(f"\nmodel: {project.export}\nreport: {workflow.folder / 'report.html'}")
+    print(verdict(project))
 
 
 SUBMIT: dict[str, Callable[..., None]] = {

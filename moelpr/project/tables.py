@@ -14,6 +14,7 @@ from moelpr.project.budget import shares, tokens_or_estimates, total_tokens
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
+from moelpr.project.verdict import verdict
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
@@ -53,7 +54,8 @@ def status(project: ResolvedProject) -> str:
         rows.append([outlook.task.name, outlook.state, progress, duration(minutes)])
     done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
-    return f"{table}\n\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
+    end = verdict(project) if not left else f"\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
+    return f"{table}\n{end}"
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:

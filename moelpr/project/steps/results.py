@@ -108,7 +108,7 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         "data": [f"{code}={path}" for code, path in data.items()],
         "original-languages": ",".join(project.original),
         "max-documents": project.content.held_out,
-        "output": _folder(project),
+        "output": evaluation_folder(project),
     }
     given = [path for code, path in data.items() if project.languages[code].held_out]
     return step.task(
@@ -134,7 +134,7 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "original-languages": ",".join(project.original),
         "tasks": chosen.tasks,
         "limit": chosen.limit,
-        "output": _folder(project),
+        "output": evaluation_folder(project),
     }
     yield step.task(
         project,
@@ -175,7 +175,12 @@ def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
         return
     flags: dict[str, Any] = {
         "results": [*_results(project).values()],
-        "files": [_folder(project), project.folder / "report.html", project.folder / PLAN_FILE, project.file.path],
+        "files": [
+            evaluation_folder(project),
+            project.folder / "report.html",
+            project.folder / PLAN_FILE,
+            project.file.path,
+        ],
     }
     yield step.task(project, flags | project.trackers, *_runs(project), made_from=("report",))
 
@@ -190,7 +195,7 @@ def _last_model_step(project: ResolvedProject) -> str:
     return "calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"
 
 
-def _folder(project: ResolvedProject) -> Path:
+def evaluation_folder(project: ResolvedProject) -> Path:
     """The folder of all evaluations."""
     return project.folder / "evaluation"
 
@@ -199,7 +204,7 @@ def _results(project: ResolvedProject) -> dict[str, Path]:
     """The results of each step that measures some."""
     files = {"evaluate": "results.json"} | ({"routing": "routing.json"} if project.method == "moe-lpr" else {})
     files |= {"benchmarks": "harness.json"} if project.content.benchmarks else {}
-    return {step: _folder(project) / name for step, name in files.items()}
+    return {step: evaluation_folder(project) / name for step, name in files.items()}
 
 
 def _models(project: ResolvedProject) -> list[str]:

@@ -20,7 +20,9 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
     project = read_project(write()).project
     assert (project.mix.temperature, project.experts.topk, project.replay.original_documents) == (0.3, 2, 50_000)
     assert project.languages.expanded["el"].text == ["el.jsonl"] and project.languages.expanded["el"].max_epochs == 4
-    assert read_project(write(budget={"tokens": "24B"})).project.budget.tokens == 24_000_000_000
+    for budget in ({"tokens": "24B"}, "24B", 24_000_000_000):
+        assert read_project(write(budget=budget)).project.budget.tokens == 24_000_000_000
+    assert read_project(write(hardware="h100-80")).project.hardware.gpu == "h100-80"
     auto = read_project(write(experts="auto", hardware="auto")).project
     assert (auto.experts.new, auto.hardware.gpu) == (None, "auto")
     assert read_project(write(experts={"new": "auto"})).project.experts.new is None
@@ -108,6 +110,9 @@ def test_text_for_other_programs_may_have_several_lines(write: Write) -> None:
     setup = "pip install\npip list"
     project = read_project(write(**languages(original=names), skypilot={"setup": setup})).project
     assert project.languages.codes("original") == [*names] and project.skypilot.setup == setup
+def test_all_texts_that_are_missing_are_named_at_once(write: Write) -> None:
+    with pytest.raises(UserError, match=r"(?s)line 5: .*\.el: .*no\.jsonl.*\n.*line 7: .*\.en: .*nor\.jsonl"):
+        read_project(write(languages={"expanded": {"el": "no.jsonl"}, "original": {"en": "nor.jsonl"}}))
 
 
 def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_path) -> None:

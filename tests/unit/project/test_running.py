@@ -45,7 +45,7 @@ def run(path: Path) -> None:
             {"model": "owner/name"},
             "there is no folder owner/name, and the config.json of this name can't be downloaded",
         ),
-        ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; use .*h100-80"),
+        ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; did you mean h100-80"),
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
         (
             {"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}},

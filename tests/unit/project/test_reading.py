@@ -110,6 +110,8 @@ def test_text_for_other_programs_may_have_several_lines(write: Write) -> None:
     setup = "pip install\npip list"
     project = read_project(write(**languages(original=names), skypilot={"setup": setup})).project
     assert project.languages.codes("original") == [*names] and project.skypilot.setup == setup
+
+
 def test_all_texts_that_are_missing_are_named_at_once(write: Write) -> None:
     with pytest.raises(UserError, match=r"(?s)line 5: .*\.el: .*no\.jsonl.*\n.*line 7: .*\.en: .*nor\.jsonl"):
         read_project(write(languages={"expanded": {"el": "no.jsonl"}, "original": {"en": "nor.jsonl"}}))

@@ -39,7 +39,7 @@ from moelpr.base.command import run_command
 from moelpr.model.megatron import cpu
 
 COMPARED = {"uniform": "mean_sent", "reviewed": "busiest"}
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as launch/train.sh sets them on CPUs
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}  # as the launcher sets them on CPUs
 TABLE = """expert_parallel pattern peer_experts ratio_mean_sent ratio_busiest compared wanted_ratio
 ratio_step_time_stage1 ratio_step_time_stage2""".split()
 

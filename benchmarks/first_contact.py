@@ -315,7 +315,7 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
     log, limit_s, started = folder / f"{name.replace('/', '-')}.log", LIMITS_S[name], time.monotonic()
     print(f"{name} … (at most {limit_s} s, output in {log})", flush=True)
     log.unlink(missing_ok=True)
-    variables = common.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")  # as launch/train.sh
+    variables = common.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")  # as moelpr/train/launcher.py
     code = execute(["-m", *words], log, variables, limit_s=limit_s, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - started
     if code is None:

@@ -13,9 +13,5 @@ if [[ ! -d $root/benchmarks ]]; then
     exit 2
 fi
 
-python=$root/.venv/bin/python
-if [[ ! -x $python ]]; then
-    python=python3 # a container or another environment with the packages of setup.py
-fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-exec "$python" -m benchmarks.first_contact "$@"
+exec "$root/launch/python.sh" -m benchmarks.first_contact "$@"

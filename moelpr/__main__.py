@@ -13,7 +13,6 @@ from typing import NamedTuple
 from moelpr import __version__
 from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
-from moelpr.base.program_files import launch_folder
 
 
 class Tool(NamedTuple):
@@ -129,7 +128,7 @@ def find(words: list[str]) -> tuple[str, list[str]]:
 
 
 def train(arguments: list[str]) -> None:
-    """Become the launcher of a stage, which is to use this Python."""
+    """Start a stage on this node."""
     stage, *arguments = arguments or ["--help"]
     if stage in HELP:
         print("usage: moelpr train STAGE [arguments]; moelpr train STAGE --help lists them\n")
@@ -137,12 +136,10 @@ def train(arguments: list[str]) -> None:
         return
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
+    sys.argv = [f"moelpr train {stage}", *arguments]
     if stage == "lora":  # one process, without Megatron
-        sys.argv = ["moelpr train lora", *arguments]
         return importlib.import_module("moelpr.train.lora").main()
-    launcher = str(launch_folder() / f"{stage}.sh")
-    os.environ["MOELPR_PYTHON"] = sys.executable
-    os.execv(launcher, [launcher, *arguments])
+    importlib.import_module("moelpr.train.launcher").launch(stage, arguments)
 
 
 def usage(groups: Iterable[str]) -> str:

@@ -113,8 +113,8 @@ for tool in layouts preprocess inspect convert export verify evaluate preprocess
     expect 'usage:' run "$tool" --help
 done
 expect 'there is no tool or command stage3' run stage3
-expect '/opt/moelpr/.venv/bin/python -m moelpr.torchrun --standalone' run stage1 --dry-run
-expect 'stub of the NVIDIA entry point' run stage1 --dry-run
+expect '/opt/moelpr/.venv/bin/python -m moelpr.torchrun --standalone' run train stage1 --dry-run
+expect 'stub of the NVIDIA entry point' run train stage1 --dry-run
 expect 'stage1.yaml' run ls /opt/moelpr/launch/recipes
 
 section "first contact"

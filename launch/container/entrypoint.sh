@@ -5,8 +5,7 @@
 #   docker run … moelpr bash
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-python=$root/.venv/bin/python
-[[ -x $python ]] || python=python3
+python=$root/launch/python.sh
 
 # NVIDIA's entry point checks the driver and prints a banner: only for training and unknown commands.
 prepare=()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Variables of launch/train.sh, torchrun, Kubernetes' indexed jobs, SkyPilot and Slurm.
+# Variables of `moelpr train`, torchrun, Kubernetes' indexed jobs, SkyPilot and Slurm.
 _NODE_RANKS = ("NODE_RANK", "PET_NODE_RANK", "JOB_COMPLETION_INDEX", "SKYPILOT_NODE_RANK", "SLURM_NODEID")
 
 

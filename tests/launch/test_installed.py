@@ -19,7 +19,7 @@ from tests.support.run_folders import make_run
 ROOT = Path(__file__).parents[2]
 # Files that only a clone needs.
 OF_THE_REPOSITORY = re.compile(r"launch/(container/|\w+_venv\.sh)")
-LAUNCHERS = [path.name for path in sorted(ROOT.glob("launch/*.sh")) if not path.name.endswith("_venv.sh")]
+LAUNCHERS = [path.name for path in sorted(ROOT.glob("launch/*.sh")) if '/python.sh" -m' in path.read_text()]
 # A Python that cannot import Megatron and what comes with it; the rest of the program follows.
 WITHOUT_MEGATRON = """
 import importlib.abc, json, sys

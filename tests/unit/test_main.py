@@ -37,7 +37,9 @@ def ends_as_tool(file: Path) -> bool:
 
 def test_stages_are_those_that_have_a_launcher() -> None:
     launchers = (ROOT / "launch").glob("*.sh")
-    assert {*command.STAGES} - {"lora"} == {file.stem for file in launchers if '/train.sh" ' in file.read_text()}
+    assert {*command.STAGES} - {"lora"} == {
+        file.stem for file in launchers if f" moelpr train {file.stem} " in file.read_text()
+    }
 
 
 def test_help_lists_all_and_takes_a_tenth_of_a_second() -> None:

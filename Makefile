@@ -1,13 +1,13 @@
 # Needs git, make, a C++ compiler and Python 3.12 or 3.13 somewhere on PATH; .venv is made on the way.
 
-SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch') docs/install.sh
+SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -name '*.sbatch')
 
 # With pytest-xdist, test files run side by side, the longest first (tests/durations.json). The tests of a file stay
 # together, because they share what was trained.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check check format venv clean
+.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check check format venv lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -16,7 +16,7 @@ demo: venv ## real text, base, two stages, export and report in runs/demo
 	.venv/bin/python -m examples.demo
 
 results: venv ## experiments on a pretrained model in runs/experiments; RESULTS="lora ffn" for these files only
-	@launch/extend_venv.sh .venv-results gguf==0.19.0
+	@launch/extend_venv.sh results
 	.venv-results/bin/python -m examples.experiments $(RESULTS)
 
 test: venv ## the tests that start no training: no network, no GPU
@@ -29,38 +29,38 @@ test-faults: venv ## kills, damaged and hostile files, full disks; FAULTS="--see
 	.venv/bin/python -m tests.faults $(FAULTS)
 
 test-slurm: venv ## two pretend nodes of a real Slurm on this machine; as root, installs Debian's packages
-	@tests/slurm/install.sh
+	@launch/extend_venv.sh slurm
 	.venv/bin/python -m pytest tests/slurm
 
 test-browser: venv ## reports and the chat page in a real Chromium; as root, installs Debian's packages
-	@tests/browser/install.sh
-	.venv-chat/bin/python -m pytest tests/browser
+	@launch/extend_venv.sh browser
+	.venv-browser/bin/python -m pytest tests/browser
 
 test-mergekit: venv ## upcycling against mergekit, which is installed into .venv-mergekit
-	@tests/mergekit/install.sh
+	@launch/extend_venv.sh mergekit
 	.venv/bin/python -m pytest tests/mergekit
 
 test-trl: venv ## samples of conversations against TRL's, which is installed into .venv-trl
-	@tests/trl/install.sh
+	@launch/extend_venv.sh trl
 	.venv/bin/python -m pytest tests/trl
 
 test-readers: venv ## exports in llama.cpp and MLX; downloads both (100 MB)
-	@tests/readers/install.sh
+	@launch/extend_venv.sh readers
 	.venv-readers/bin/python -m pytest tests/readers
 
 test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-trackers (200 MB)
-	@tests/trackers/install.sh
+	@launch/extend_venv.sh trackers
 	.venv-trackers/bin/python -m pytest tests/trackers
 
 test-harness: venv ## benchmarks with lm-eval, which is installed into .venv-harness
-	@tests/harness/install.sh
+	@launch/extend_venv.sh harness
 	.venv-harness/bin/python -m pytest tests/unit/measure/evaluate/test_harness.py
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
 	launch/first_contact.sh
 
 docs: venv ## the documentation as a site in build/site, with the API; installs its tools into .venv-docs
-	@docs/install.sh
+	@launch/extend_venv.sh docs
 	.venv-docs/bin/python docs/build_site.py
 
 check: venv ## format, lint, types, imports and style
@@ -80,6 +80,16 @@ format: venv ## format, and repair what lint can
 
 venv: ## make .venv, or bring it up to date
 	@launch/make_venv.sh
+
+LOCK := .venv/bin/uv pip compile --quiet --universal --python-version 3.12 --no-header --no-annotate --generate-hashes \
+	--no-emit-index-url --no-emit-find-links
+
+lock: venv ## write constraints.txt and requirements/; UPGRADE=--upgrade for the newest versions
+	echo 'pillow<13 # for Gradio' | $(LOCK) $(UPGRADE) --extra dev setup.py - --output-file requirements/dev.txt
+	sed -En 's/^(\S+==\S+) .*/\1/p' requirements/dev.txt >constraints.txt
+	for group in $$(sed -n '/^\[dependency-groups\]/,/^$$/s/ = .*//p' pyproject.toml); do $(LOCK) $(UPGRADE) --group $$group \
+		--constraint constraints.txt $$(sed 's/==.*//; s/^/--no-emit-package /' constraints.txt) \
+		--output-file requirements/$$group.txt || exit; done
 
 clean: ## remove caches and build leftovers; virtual environments and runs/ stay
 	rm -rf build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

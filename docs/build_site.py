@@ -23,7 +23,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for folder in (SOURCE, SITE):
         shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "docs", SOURCE / "docs", ignore=shutil.ignore_patterns("*.py", "*.sh", "__pycache__"))
+    shutil.copytree(ROOT / "docs", SOURCE / "docs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for file in [*ROOT.glob("examples/*.yaml"), *ROOT.glob("examples/users/*.yaml")]:
         (SOURCE / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, SOURCE / file.relative_to(ROOT))

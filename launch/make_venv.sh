@@ -59,13 +59,12 @@ find_python() {
 (on Debian or Ubuntu for example python3.13, python3.13-venv and python3.13-dev) or set PYTHON=/path/to/python"
 }
 
-# Fail if this disk cannot hold a new .venv, and what pip downloads on the way if that is on the same one.
+# Fail if this disk cannot hold a new .venv.
 check_disk() {
     local needed=6 free
-    if [ "$(stat --format %d .)" = "$(stat --format %d "${TMPDIR:-/tmp}")" ]; then needed=9; fi
     free=$(($(df --block-size 1000000000 --output=avail . | tail -n 1)))
     if ((free < needed)); then
-        fail 1 "a new .venv takes $needed GB of disk while it is installed, and $PWD has $free GB free; free some space"
+        fail 1 "a new .venv takes $needed GB of disk, and $PWD has $free GB free; free some space"
     fi
 }
 
@@ -79,7 +78,7 @@ exec 9<.
 flock 9
 
 state=$(cat "$stamp" 2>/dev/null || true)
-wanted=$({ pwd && cat setup.py constraints.txt launch/make_venv.sh moelpr/data/csrc/*; } | sha256sum | cut -d' ' -f1)
+wanted=$({ pwd && cat setup.py requirements/dev.txt launch/make_venv.sh moelpr/data/csrc/*; } | sha256sum | cut -d' ' -f1)
 base_of() { "$1" -c 'import sys; print(sys.version, sys.base_prefix)'; }
 
 # Start over if an earlier run was interrupted, the Python is missing, or another one is requested.
@@ -97,14 +96,12 @@ elif [ "$state" = "$wanted" ]; then
 fi
 
 echo unfinished >"$stamp"
-echo "installing $(wc -l <constraints.txt) packages (a new .venv downloads about 3 GB, takes 6 GB on disk and some minutes); the large ones:"
+echo "installing $(grep -c == requirements/dev.txt) packages (a new .venv downloads about 3 GB, takes 6 GB on disk and some minutes)"
 # Some Pythons name the compiler that built them, which may not be installed.
 if command -v gcc >/dev/null && command -v g++ >/dev/null; then export CC="${CC:-gcc}" CXX="${CXX:-g++}"; fi
-install() { .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt "$@"; }
 # Without build isolation, so that the pinned setuptools and pybind11 build the extension.
-if ! { install --quiet setuptools pybind11 && install --no-build-isolation --editable '.[dev]'; } |
-    sed -unE -e 's/^ *(Downloading|Using cached) (\S+) \(([0-9]{3,}(\.[0-9]+)? MB|.* GB)\)$/  \2 (\3)/p' \
-        -e 's/^Installing collected packages.*/  unpacking/p'; then
+if ! { launch/fill_venv.sh .venv --require-hashes --requirement requirements/dev.txt &&
+    launch/fill_venv.sh .venv --quiet --no-deps --no-build-isolation --editable .; } 2>&1 | sed -E '/^( [-+~]| Downloaded|Downloading \S+ \([0-9.]{1,4}[KM]iB)/d'; then
     fail 1 "the installation failed (see above); rerun the command to start over"
 fi
 echo "$wanted" >"$stamp"

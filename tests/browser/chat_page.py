@@ -1,6 +1,6 @@
 """The page of `moelpr chat` in a real browser, as a user meets it; run as a command, a picture of it.
 
-.venv-chat/bin/python -m tests.browser.chat_page EXPORT BASE PROMPT docs/images/chat.png
+.venv-browser/bin/python -m tests.browser.chat_page EXPORT BASE PROMPT docs/images/chat.png
 """
 
 import socket

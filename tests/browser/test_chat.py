@@ -17,7 +17,7 @@ from moelpr.model.families.new_experts import NewExperts
 from tests.browser import chat_page
 from tests.support.hf_models import make_model  # noqa: F401
 
-pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-chat")
+pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-browser")
 pytest.importorskip("playwright")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_venv.sh"
-SOURCES = ("setup.py", "constraints.txt", "moelpr/data/csrc/bits.cpp")
-TOOLS = "bash cat cp cut df dirname flock grep mkdir rm sed sha256sum sleep stat tail timeout touch wc".split()
+SOURCES = ("setup.py", "requirements/dev.txt", "moelpr/data/csrc/bits.cpp")
+TOOLS = "bash cat chmod cp cut df dirname flock grep head mkdir rm sed sha256sum sleep tail timeout touch".split()
 
 
 def altered_python(change: str) -> str:
@@ -87,7 +87,11 @@ case "$1 $2" in
 "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip")
     [ ! -e pip-fails ] || exit 1
-    echo "$@" >>pip-calls
+    case "$*" in
+    *" config list") cat pip-settings ;;
+    *"/dev/fd/"*) [ ! -e uv ] || cp uv .venv/bin/uv ;;
+    *) echo "$@" >>pip-calls ;;
+    esac
     ;;
 *) exec '{sys.executable}' "$@" ;;
 esac
@@ -98,7 +102,8 @@ esac
 def repository(tmp_path: Path, put) -> Path:
     root = tmp_path / "repository"
     (root / "launch").mkdir(parents=True)
-    shutil.copy(SCRIPT, root / "launch")
+    for script in (SCRIPT, SCRIPT.with_name("fill_venv.sh")):
+        shutil.copy(script, root / "launch")
     for name in SOURCES:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("as first installed\n")
@@ -117,8 +122,10 @@ def pip_calls(repository: Path) -> int:
 def test_only_changed_files_are_installed_and_into_the_existing_venv(repository, environment):
     assert make_venv(repository, environment) == 0
     calls = pip_calls(repository)
-    assert calls > 0
-    assert all("--constraint constraints.txt" in call for call in (repository / "pip-calls").read_text().splitlines())
+    assert calls == 2
+    installed, itself = (repository / "pip-calls").read_text().splitlines()
+    assert installed.endswith(" --require-hashes --requirement requirements/dev.txt")
+    assert itself.endswith(" --no-deps --no-build-isolation --editable .")
     (repository / ".venv/kept").touch()
     assert make_venv(repository, environment) == 0
     assert pip_calls(repository) == calls
@@ -128,6 +135,22 @@ def test_only_changed_files_are_installed_and_into_the_existing_venv(repository,
         assert pip_calls(repository) > calls
         calls = pip_calls(repository)
     assert (repository / ".venv/kept").exists()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_uv_gets_the_settings_of_pip_which_installs_what_uv_cannot(repository, environment, put, code) -> None:
+    show = 'echo "$UV_DEFAULT_INDEX|$UV_INDEX|$UV_HTTP_TIMEOUT|$SSL_CERT_FILE|$*" >>uv-calls'
+    put("repository/uv", f"{show}; exit {code}")
+    settings = ["global.extra-index-url='\\nhttps://b\\nhttps://c'", "global.index-url='https://file'"]
+    settings += [":env:.index-url='https://a'", ":env:.default-timeout='60'", "install.cert='/certificates'"]
+    (repository / "pip-settings").write_text("\n".join(sorted(settings)))
+    assert make_venv(repository, environment | {"SSL_CERT_FILE": "/own"}) == 0
+    called = [line.split("|") for line in (repository / "uv-calls").read_text().splitlines()]
+    assert [call[:4] for call in called] == 2 * [["https://a", "https://b https://c", "60", "/own"]]
+    words = [call[4].split() for call in called]
+    assert all(call[:4] == ["pip", "install", "--python", ".venv/bin/python"] for call in words)
+    assert words[0][4:] == "--require-hashes --requirement requirements/dev.txt".split()
+    assert (repository / "pip-calls").exists() == bool(code)
 
 
 def test_a_failed_install_is_an_error_and_starts_over(repository, environment):

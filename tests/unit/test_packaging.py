@@ -5,6 +5,7 @@ Every package that setup.py names is used: imported by us, by Megatron without d
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -21,7 +22,6 @@ OUR_CODE = ("moelpr", "data_tools", "checkpoint_convert", "examples", "benchmark
 # Where a tool that nobody imports is run or configured.
 TOOL_FILES = (
     "Makefile",
-    "docs/install.sh",
     "pyproject.toml",
     ".pre-commit-config.yaml",
     "README.md",
@@ -62,8 +62,21 @@ def installed_closure(name: str, extras: frozenset[str]) -> Iterator[str]:
 
 
 def test_constraints_pin_the_installed_packages_to_their_versions_and_no_others(pins):
-    needed = {"setuptools", "pybind11", *installed_closure("moelpr", frozenset({"dev"}))}
+    needed = {"setuptools", *installed_closure("moelpr", frozenset({"dev"}))}
     assert pins == {name: metadata.version(name) for name in needed}
+
+
+def test_pins_with_hashes_are_those_without_and_name_no_host(pins):
+    """Groups of pyproject.toml repeat none of them."""
+    names = {"dev", *tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]}
+    assert {f"{name}.txt" for name in names} == {path.name for path in (ROOT / "requirements").iterdir()}
+    for name in names:
+        text = (ROOT / f"requirements/{name}.txt").read_text()
+        packages = re.findall(r"^(\S+)==(\S+) .*((?:\\\n    --hash=sha256:[0-9a-f]{64} ?)+)$", text, re.MULTILINE)
+        assert len(packages) == text.count("==") - text.count(" == ")
+        assert not re.search("://|^-", text, re.MULTILINE)
+        found = {package: version for package, version, _ in packages}
+        assert found == pins if name == "dev" else not found.keys() & pins.keys()
 
 
 def test_the_installed_version_is_the_packages_own():

@@ -45,6 +45,9 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model convert": Tool("checkpoint_convert.convert", "convert a Hugging Face model, and add experts"),
         "model export": Tool("checkpoint_convert.export", "export a checkpoint as a Hugging Face model"),
         "model verify": Tool("checkpoint_convert.verify", "compare two models, by tensors and on text"),
+        "model combine": Tool(
+            "checkpoint_convert.combine", "a base and FFNs that were trained apart, as one stock MoE"
+        ),
         "model calibrate": Tool(
             "checkpoint_convert.calibrate", "keep text of other languages with the original expert"
         ),

@@ -154,6 +154,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("convert", "hf/config.json hf/generation_config.json", same_tensors),
         Reading("another round", "export/config.json export/generation_config.json", same_tensors),
         Reading("export", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
+        Reading("combine", "expert/config.json hf/config.json", same_tensors, 0.3),
         Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
         Reading("plan", "hf/config.json", anything),
         Reading("evaluate", "hf/*config.json", anything, 0.2),
@@ -163,6 +164,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
     "weights": (
         Reading("convert", "hf/*.safetensors", anything),  # downloaded, without checksums
         Reading("another round", "export/*.safetensors export/checksums.json", same_files),
+        Reading("combine", "expert/*.safetensors", anything, 0.3),  # without checksums
         Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
     ),
     "checkpoints": (
@@ -245,6 +247,7 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "sample a large corpus": ("", same_files),
     "convert": ("", same_files),
     "export": ("", same_files),
+    "combine": ("", same_files),
     "train": ("", same_run),
 }
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]

@@ -120,6 +120,12 @@ COMMANDS = {
     "export a run": Command(
         "checkpoint_convert.export", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
     ),
+    "combine": Command(
+        "checkpoint_convert.combine",
+        "hf --expert el=expert --text el=text/el.jsonl --keep-text en=text/en.jsonl --max-tokens 200 --save out/hf "
+        "--device cpu",
+        "hf hf:expert text",
+    ),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
     "train on two ranks": Command(
         "",

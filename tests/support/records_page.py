@@ -27,7 +27,7 @@ _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
 # Files that users read or write, whose fields are listed; other records get a line.
 _SHOWN = {
     "PREFIX.manifest.json": "moelpr.data.manifest:Manifest",
-    "calibration.json": "checkpoint_convert.conversions.calibrated_routers:CalibratedRouters",
+    "calibration.json": "checkpoint_convert.conversions.routed_model:RoutedModel",
     "results.json and routing.json of an evaluation": "moelpr.measure.report.evaluation_files:EvaluationFile",
     "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
     "--tasks, an entry": "moelpr.measure.evaluate.benchmarks:Benchmark",

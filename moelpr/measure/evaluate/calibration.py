@@ -1,19 +1,27 @@
-"""A direction for the router of each MoE layer that tells text to keep from text of the expanded languages.
+"""Routers in closed form: which tokens stay with the base's FFN, and which go to what was learned.
 
-Training shows routers little text, so they send much of what they have not seen to new experts. Ridge regression on
-what the routers read, x [H], finds a direction u [H] for which u · x is near 1 on text to keep and near a target below
-0 on expanded text. The router's rows of the original expert's copies become the mean of those of new experts plus δ u,
-δ > 0: all choices of a token are original if u · x is large enough, and its output is the base's; where u · x < 0, new
-experts gain weight.
+Ridge regression on what a layer's router reads, x [H], gives directions: u_k · x is near 1 on text to keep and 0 on
+expanded text, u_j · x is near 1 on the text of expert j and 0 elsewhere. With r, the mean of the rows of new experts,
+the row of the original FFN in all its places is
 
-Text to keep is read as the base reads it: where all choices are original, the layers below are the base's too. The
-token that starts a document belongs to it, because all others attend to it.
+    r + δ (u_k + t Σ_j u_j),
+
+so all choices of a token are original if u_k + t Σ u_j is large enough: t is the layer's threshold, the lowest at which
+a share of held-out text to keep stays. Layers differ in what they tell apart and in what a mistake costs, so each third
+of them has the share that costs least: the distance from the base on held-out text to keep, KL(base‖model), plus the
+loss of expanded text, or one of them for a given other. New experts keep their rows, against which δ is large; those
+that have none (a token has one choice, whose gate weight is 1) get u_j less the mean of all u_j.
+
+Text to keep is first read as the base reads it, and expanded text as its expert does; then as the routed model reads
+both, because what was routed below changes what a router reads. The token that starts a document belongs to text to
+keep, because all others attend to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,57 +31,115 @@ from tqdm import tqdm
 
 from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT
+from moelpr.measure.evaluate.divergence import distance, mean_loss
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
-from moelpr.model.metrics.routing_sums import text_vector
 
-# The score that expanded text should have; the lower, the more of it goes to new experts.
-TARGETS = (-0.2, -0.4, -0.6, -0.8, -1.2, -1.6)
+# Shares of the tokens of text to keep; each part of the layers has one.
+SHARES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+ROUNDS = 3
+_PARTS, _START = 3, 2  # parts of the layers, and the share in `SHARES` that the search starts from
+_THRESHOLDS = torch.linspace(1, -3, 161)
+_STEEP = 4.0  # deviation of δ (u_k + t Σ u_j) · x, in deviations of the best new expert's logit from the mean of them
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
-_PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five tells how large δ must be
-_MARGIN = 1.01  # for the rounding of a model's dtype
-_MAX_NOISE = 4.0  # how far expanded tokens may be moved against each other, in multiples of how new experts differ
+_PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is held out
+
+type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
+type Parts = tuple[int, ...]  # for each part of the layers, an index of `SHARES`
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, and for each layer with experts the module whose first argument is what the layer's router reads."""
+
+    model: LoadedModel
+    modules: Mapping[int, nn.Module]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with routers to be found.
+
+    Attributes:
+        base: The dense base.
+        routed: The model itself.
+        experts: Who reads the text of which languages first: what was learned, without these routers.
+        put: Gives the model routers.
+        places: The experts of a router that are the base's FFN, which come first.
+        new_rows: Layer → rows of new experts [N, H]; None: one for each of `experts`, which has none yet.
+    """
+
+    base: Reader
+    routed: Reader
+    experts: Sequence[tuple[Reader, Sequence[str]]]
+    put: Callable[[Rows], None]
+    places: int
+    new_rows: Mapping[int, Tensor] | None = None
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
-class Shares:
-    """Where held-out tokens go, as means over layers.
+class Point:
+    """The distance that routers keep, and the loss that they learn.
 
     Attributes:
-        all_original: Fraction of tokens whose choices are all original.
-        new_gate_weight: Mean gate weight of new experts.
+        distance: KL(base‖model) on held-out text to keep, in nats per token, as mean over texts.
+        loss: Loss of held-out expanded text in nats per token, as mean over languages.
     """
 
+    distance: float
+    loss: float
+
+
+@pydantic_dataclass(frozen=True, config=STRICT)
+class TextResult:
+    """A held-out text with the routers that were found.
+
+    Attributes:
+        shares: Fraction of the tokens of all layers whose first choice is the base's FFN, then each new expert.
+        all_original: Fraction of the tokens whose choices are the base's FFN in all layers.
+        distance: KL(base‖model) in nats per token; null for expanded text.
+        losses: Loss by the base, by what was learned, and with these routers, in nats per token; null for text to keep.
+    """
+
+    shares: list[float]
     all_original: float
-    new_gate_weight: float
+    distance: float | None = None
+    losses: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rows of routers for one of `TARGETS`, and their effect.
+    """Routers, and what they do.
 
     Attributes:
-        rows: Layer number, from 0 → the router's row of each copy of the original expert [H].
-        before, after: Text ("kept", "expanded") → where its tokens go.
+        base, learned: The two ends: the base, and what was learned without these routers.
+        result: With these routers; `tried`: the best of each round.
+        shares: Of each part of the layers, the share of the tokens of text to keep that stays.
+        pieces: The held-out part of each text.
     """
 
-    rows: dict[int, Tensor]
-    before: dict[str, Shares]
-    after: dict[str, Shares]
+    rows: Rows
+    base: Point
+    learned: Point
+    result: Point
+    tried: list[Point]
+    shares: list[float]
+    texts: dict[str, TextResult]
+    pieces: dict[str, list[list[int]]]
 
 
 class Inputs:
-    """The inputs of the routers of a model: sums for the regression, and held-out rows as they are."""
+    """The inputs of routers: sums for the regression, and held-out rows as they are."""
 
     def __init__(self) -> None:
         self.gram: dict[int, Tensor] = {}  # layer → Σ w x xᵀ [H, H]
         self.mean: dict[int, Tensor] = {}  # layer → Σ w x [H]
         self.held_out: dict[int, list[Tensor]] = {}  # layer → [tokens, H]
-        self.pieces: list[list[int]] = []  # the held-out text
+        self.pieces: dict[str, list[list[int]]] = {}  # the held-out part of each text
 
     def add(self, layer: int, rows_TH: Tensor, weight: float) -> None:
-        """Add rows that the direction is fitted to."""
+        """Add rows that directions are fitted to."""
         rows_TH = rows_TH.float()
         self.gram[layer] = self.gram.get(layer, 0) + weight * rows_TH.T @ rows_TH
         self.mean[layer] = self.mean.get(layer, 0) + weight * rows_TH.sum(0)
@@ -83,24 +149,17 @@ class Inputs:
 
 
 @torch.inference_mode()
-def read_inputs(
-    loaded: LoadedModel,
-    modules: Mapping[int, nn.Module],
-    texts: Mapping[str, Sequence[str]],
-    max_tokens: int,
-    with_start: bool,
-) -> Inputs:
-    """Run a model on texts, each of which counts the same, and keep the inputs of some modules.
+def read_inputs(reader: Reader, texts: Mapping[str, Sequence[str]], max_tokens: int, with_start: bool) -> Inputs:
+    """Run a model on texts, each of which counts the same, and keep what its routers read.
 
     Args:
-        modules: Layer number → a module whose first argument is what the layer's router reads.
         texts: Name → documents, whose first `max_tokens` are used, in pieces that are read by themselves.
         with_start: Whether the token that every piece starts with counts, too.
 
     Raises:
         UserError: A text is too short, or the tokenizer does not support it.
     """
-    found = Inputs()
+    inputs, loaded = Inputs(), reader.model
     with tqdm(total=len(texts), desc=f"reading {loaded.directory.name}", unit=" texts", disable=None) as bar:
         for name, documents in texts.items():
             pieces = [ids for ids in _pieces(tokenize(loaded, name, documents), max_tokens) if len(ids) > 1]
@@ -112,71 +171,237 @@ def read_inputs(
                 )
             fitted = [ids for number, ids in enumerate(pieces, start=1) if number % _HELD_OUT]
             weight = 1 / (len(texts) * sum(len(ids) - 1 + with_start for ids in fitted))
-            _run(loaded, modules, fitted, with_start, partial(found.add, weight=weight))
-            _run(loaded, modules, held_out, with_start, found.hold_out)
-            found.pieces += held_out
+            _run(reader, fitted, with_start, partial(inputs.add, weight=weight))
+            _run(reader, held_out, with_start, inputs.hold_out)
+            inputs.pieces[name] = held_out
             bar.update()
-    return found
+    return inputs
 
 
-def calibrations(
-    routers: Mapping[int, Tensor], num_original: int, topk: int, kept: Inputs, expanded: Inputs, share: float
-) -> list[Calibration]:
-    """For each of `TARGETS`, the rows with which all choices of `share` of the held-out text to keep are original.
+@torch.inference_mode()
+def calibrate(
+    subject: Subject,
+    kept: Mapping[str, Sequence[str]],
+    expanded: Mapping[str, Sequence[str]],
+    max_tokens: int,
+    max_distance: float | None = None,
+    keep: float | None = None,
+) -> Calibration:
+    """Find the routers of a model.
 
     Args:
-        routers: Layer number → the router's weight [E, H], whose first `num_original` rows are the original expert's.
+        kept: Name → documents whose tokens should stay with the base's FFN.
+        expanded: Language → documents whose tokens should go to what was learned.
+        max_tokens: Tokens of each text that are used.
+        max_distance: Distance up to which the loss is to be smallest.
+        keep: Share of what was learned from which on the distance is to be smallest; with neither, their sum is.
 
     Raises:
-        UserError: Text to keep cannot be told from expanded text.
+        UserError: A text does not suit, texts cannot be told apart, or no routers do what is asked.
     """
-    found = [_calibrate(routers, num_original, topk, kept, expanded, share, target) for target in TARGETS]
-    if not (usable := [one for one in found if _is_usable(one)]):
-        before, after = (time["expanded"].new_gate_weight for time in (found[0].before, found[0].after))
-        raise UserError(
-            f"to keep {share:.0%} of the tokens of text to keep, new experts would fall from a mean gate weight of "
-            f"{before:.0%} to {after:.0%} on expanded text; keep less, or check that no text to keep is in an expanded "
-            "language"
-        )
-    return usable
+    of_kept = read_inputs(subject.base, kept, max_tokens, with_start=True)
+    of_new = [
+        read_inputs(reader, {language: expanded[language] for language in languages}, max_tokens, with_start=False)
+        for reader, languages in subject.experts
+    ]
+    pieces = of_kept.pieces | {name: its for inputs in of_new for name, its in inputs.pieces.items()}
+    expert_of = {language: reader.model for reader, languages in subject.experts for language in languages}
 
+    def losses(model: LoadedModel | None) -> dict[str, float]:
+        """The loss of each language by a model, or by its expert."""
+        return {language: mean_loss(model or expert_of[language], pieces[language]) for language in expert_of}
 
-def _is_usable(found: Calibration) -> bool:
-    """Whether both texts go where they should; to the same side go those that nothing tells apart."""
-    before, after = ({text: its.new_gate_weight for text, its in time.items()} for time in (found.before, found.after))
-    return after["kept"] < before["kept"] and after["expanded"] >= 0.5 * before["expanded"]
+    def distances(model: LoadedModel) -> dict[str, float]:
+        return {name: distance(subject.base.model, model, pieces[name]) for name in kept}
 
-
-def _calibrate(
-    routers: Mapping[int, Tensor],
-    num_original: int,
-    topk: int,
-    kept: Inputs,
-    expanded: Inputs,
-    share: float,
-    target: float,
-) -> Calibration:
-    rows, vectors = {}, []
-    for layer, weight_EH in routers.items():
-        weight_EH = weight_EH.float().cpu()
-        direction_H = _direction(kept, expanded, layer, target).cpu()
-        kept_TH, expanded_TH = (torch.cat(inputs.held_out[layer]).float() for inputs in (kept, expanded))
-        changed_EH = weight_EH.clone()
-        changed_EH[:num_original] = weight_EH[num_original:].mean(0)
-        strength = _strength(kept_TH, expanded_TH, changed_EH, direction_H, num_original, share)
-        changed_EH[:num_original] += strength * direction_H
-        rows[layer] = changed_EH[0]
-        vectors.append(
-            [
-                [_last_two(text_TH @ w.T, topk, num_original) for w in (weight_EH, changed_EH)]
-                for text_TH in (kept_TH, expanded_TH)
-            ]
-        )
-    means = torch.tensor(vectors).mean(0).tolist()  # text, before or after, all original and gate weight
-    before, after = (
-        {name: Shares(*means[text][time]) for text, name in enumerate(("kept", "expanded"))} for time in (0, 1)
+    by_base, by_expert = losses(subject.base.model), losses(None)
+    ends = (
+        Point(0.0, _mean(by_base.values())),
+        Point(
+            _mean(_mean(distances(reader.model).values()) for reader, _ in subject.experts), _mean(by_expert.values())
+        ),
     )
-    return Calibration(rows, before, after)
+
+    def measured(rows: Rows) -> Point:
+        subject.put(rows)
+        return Point(_mean(distances(subject.routed.model).values()), _mean(losses(subject.routed.model).values()))
+
+    score = partial(_score, ends, max_distance, keep)
+    best: tuple[Point, Parts] | None = None
+    tried: list[Point] = []
+    rows: Rows = {}
+    choices: dict[int, list[Tensor]] = {}
+    parts: Parts = (_START,) * _PARTS
+    for number in range(ROUNDS):
+        if number:
+            subject.put(_with_parts(choices, parts))
+            of_kept = read_inputs(subject.routed, kept, max_tokens, with_start=True)
+            of_new = [
+                read_inputs(subject.routed, {name: expanded[name] for name in names}, max_tokens, with_start=False)
+                for _, names in subject.experts
+            ]
+        if number == 1:
+            _check_texts(of_kept, of_new)
+        choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
+        parts, point = _search(partial(_point, measured, choices), parts, score)
+        tried.append(point)
+        if best is None or score(point) < score(best[0]):
+            best, rows = (point, parts), _with_parts(choices, parts)
+    assert best is not None
+    point, parts = best
+    _check_result(*ends, point, max_distance, keep, is_trained=subject.new_rows is not None)
+    subject.put(rows)
+    results: dict[str, TextResult] = {}
+    of_texts, of_languages = distances(subject.routed.model), losses(subject.routed.model)
+    for name, its in pieces.items():
+        shares = _first_choices(subject, rows, its)
+        is_kept = name in of_texts
+        triple = None if is_kept else (by_base[name], by_expert[name], of_languages[name])
+        results[name] = TextResult(*shares, distance=of_texts.get(name), losses=triple)
+    return Calibration(rows, *ends, point, tried, [SHARES[part] for part in parts], results, pieces)
+
+
+def kept_of_learning(base: Point, learned: Point, result: Point) -> float:
+    """The share of what was learned that is left."""
+    return (base.loss - result.loss) / (base.loss - learned.loss) if base.loss != learned.loss else 1.0
+
+
+def _score(
+    ends: tuple[Point, Point], max_distance: float | None, keep: float | None, point: Point
+) -> tuple[float, float]:
+    """By how much a point misses what is asked, then what is to be smallest."""
+    if max_distance is not None:
+        return max(0.0, point.distance - max_distance), point.loss
+    if keep is not None:
+        return max(0.0, keep - kept_of_learning(*ends, point)), point.distance
+    return 0.0, point.distance + point.loss
+
+
+def _with_parts(choices: Mapping[int, list[Tensor]], parts: Parts) -> Rows:
+    return {layer: rows[parts[place * _PARTS // len(choices)]] for place, (layer, rows) in enumerate(choices.items())}
+
+
+def _point(measured: Callable[[Rows], Point], choices: Mapping[int, list[Tensor]], parts: Parts) -> Point:
+    return measured(_with_parts(choices, parts))
+
+
+def _search(
+    measured: Callable[[Parts], Point], parts: Parts, score: Callable[[Point], tuple[float, float]]
+) -> tuple[Parts, Point]:
+    """The shares of the parts from which no neighbor's score is lower, and what they give."""
+    seen = {parts: measured(parts)}
+    before: Parts | None = None
+    while parts != before:
+        before = parts
+        for part in range(len(parts)):
+            for step in (-1, 1):
+                other = (*parts[:part], parts[part] + step, *parts[part + 1 :])
+                if not 0 <= other[part] < len(SHARES):
+                    continue
+                if other not in seen:
+                    seen[other] = measured(other)
+                if score(seen[other]) < score(seen[parts]):
+                    parts = other
+    return parts, seen[parts]
+
+
+def _rows(of_kept: Inputs, of_new: Sequence[Inputs], layer: int, subject: Subject) -> list[Tensor]:
+    """The router's weight [E, H] for each of `SHARES`."""
+    kept_H, *each = _directions(of_kept, of_new, layer)
+    new_H = torch.stack(each).sum(0)
+    trained = subject.new_rows is not None
+    new_EH = subject.new_rows[layer] if subject.new_rows is not None else torch.stack(each) - new_H / len(each)
+    mean_H = new_EH.mean(0)
+    kept_TH = torch.cat(of_kept.held_out[layer]).float()
+    expanded_TH = torch.cat([rows for inputs in of_new for rows in inputs.held_out[layer]]).float()
+
+    def margin(rows_TH: Tensor) -> Tensor:
+        return (rows_TH @ new_EH.T).amax(1) - rows_TH @ mean_H
+
+    scores_GT, of_expanded = (
+        rows_TH @ kept_H + _THRESHOLDS[:, None] * (rows_TH @ new_H) for rows_TH in (kept_TH, expanded_TH)
+    )
+    spread = margin(expanded_TH).std()
+    strength_G1 = _STEEP * spread / of_expanded.std(1, keepdim=True) if trained and spread > 0 else torch.ones(1, 1)
+    strength_G1 = strength_G1.expand(len(_THRESHOLDS), 1)
+    stays_G = (strength_G1 * scores_GT > margin(kept_TH)).float().mean(1)
+    weights = []
+    for share in SHARES:
+        last = max(0, int((stays_G >= share).int().cumprod(0).sum()) - 1)
+        row_H = mean_H + strength_G1[last] * (kept_H + _THRESHOLDS[last] * new_H)
+        weights.append(torch.cat([row_H.expand(subject.places, -1), new_EH]))
+    return weights
+
+
+def _directions(of_kept: Inputs, of_new: Sequence[Inputs], layer: int) -> Tensor:
+    """u_k and each u_j, the rows of [1 + N, H]: (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w x over the text of each."""
+    kept_HH = of_kept.gram[layer]
+    means = [of_kept.mean[layer], *(inputs.mean[layer].to(kept_HH.device) / len(of_new) for inputs in of_new)]
+    gram_HH = kept_HH + sum(inputs.gram[layer].to(kept_HH.device) for inputs in of_new) / len(of_new)
+    gram_HH.diagonal().add_(_RIDGE * gram_HH.diagonal().mean())
+    return torch.linalg.solve(gram_HH, torch.stack(means, dim=1)).T.cpu()
+
+
+def _check_texts(of_kept: Inputs, of_new: Sequence[Inputs]) -> None:
+    """Check that most tokens of each text to keep are on its side of the border half way.
+
+    Both must have been read by one model: what the base and an expert make of a text is told apart easily.
+    """
+    ends = [0]
+    for pieces in of_kept.pieces.values():
+        ends.append(ends[-1] + sum(map(len, pieces)))
+    strays = torch.zeros(len(of_kept.pieces))
+    for layer, held_out in of_kept.held_out.items():
+        kept_H, *each = _directions(of_kept, of_new, layer)
+        is_stray_T = torch.cat(held_out).float() @ (kept_H - torch.stack(each).sum(0)) < 0
+        strays += torch.tensor([is_stray_T[a:b].float().mean() for a, b in pairwise(ends)]) / len(of_kept.held_out)
+    worst = int(strays.argmax())
+    if strays[worst] > 0.5:
+        raise UserError(
+            f"the text to keep {[*of_kept.pieces][worst]} cannot be told from expanded text, as {strays[worst]:.0%} of "
+            "its tokens are on the other side; remove it, if it is in an expanded language, or pass more text"
+        )
+
+
+def _check_result(
+    base: Point, learned: Point, result: Point, max_distance: float | None, keep: float | None, is_trained: bool
+) -> None:
+    """Check that routers do what is asked, and are better than none, or than those that training gave a model."""
+    left = kept_of_learning(base, learned, result)
+    if max_distance is not None and result.distance > max_distance:
+        raise UserError(
+            f"the model would be at least {result.distance:.3f} nats per token from the base, more than --max-distance "
+            f"{max_distance:g}; pass a larger one, or more text to keep"
+        )
+    if keep is not None and left < keep:
+        raise UserError(f"at most {left:.1%} of what was learned can be kept, less than --keep {keep:g}; pass less")
+    best = min((base, learned) if is_trained else (base,), key=lambda point: point.distance + point.loss)
+    if result.distance + result.loss > best.distance + best.loss + 1e-6 and max_distance is None and keep is None:
+        what = "the base" if best is base else "it is without them"
+        raise UserError(
+            f"with these routers, the model would be no better than {what}: KL(base‖model) on held-out text to keep "
+            f"{result.distance:.3f} nats per token instead of {best.distance:.3f}, loss of expanded text "
+            f"{result.loss:.3f} instead of {best.loss:.3f}; keep what there is, or pass more text"
+        )
+
+
+def _first_choices(subject: Subject, rows: Rows, pieces: list[list[int]]) -> tuple[list[float], float]:
+    """Where the tokens of a text go: fractions over all layers, and that of the base's FFN in each of them."""
+    choices: dict[int, list[Tensor]] = {}
+
+    def take(layer: int, rows_TH: Tensor) -> None:
+        choice_T = (rows_TH.float().cpu() @ rows[layer].T).argmax(1)
+        choices.setdefault(layer, []).append((choice_T - subject.places + 1).clamp(min=0))
+
+    _run(subject.routed, pieces, True, take)
+    choices_LT = torch.stack([torch.cat(its) for its in choices.values()])
+    counts = choices_LT.flatten().bincount(minlength=len(next(iter(rows.values()))) - subject.places + 1)
+    return (counts / choices_LT.numel()).tolist(), choices_LT.eq(0).all(0).float().mean().item()
+
+
+def _mean(numbers: Any) -> float:
+    listed = list(numbers)
+    return sum(listed) / len(listed)
 
 
 def _pieces(documents: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
@@ -185,67 +410,22 @@ def _pieces(documents: list[list[int]], max_tokens: int) -> Iterator[list[int]]:
         for start in range(0, len(ids), length):
             if max_tokens <= 0:
                 return
-            yield ids[start : min(start + length, start + max_tokens)]
-            max_tokens -= length
+            yield (piece := ids[start : start + min(length, max_tokens)])
+            max_tokens -= len(piece)
 
 
-def _run(
-    loaded: LoadedModel,
-    modules: Mapping[int, nn.Module],
-    documents: list[list[int]],
-    with_start: bool,
-    take: Callable[[int, Tensor], None],
-) -> None:
+def _run(reader: Reader, documents: list[list[int]], with_start: bool, take: Callable[[int, Tensor], None]) -> None:
     """Give `take` the layers' inputs for all tokens of the documents."""
-    for batch in make_batches(loaded, documents, _SETTINGS):
-        tokens, targets, is_counted = make_tensors(batch, loaded.device)
+    for batch in make_batches(reader.model, documents, _SETTINGS):
+        tokens, targets, is_counted = make_tensors(batch, reader.model.device)
         is_counted = targets != IGNORED if with_start else is_counted
         with ExitStack() as hooks:
-            for layer, module in modules.items():
+            for layer, module in reader.modules.items():
                 hook = partial(_take, partial(take, layer), is_counted.flatten())
                 hooks.callback(module.register_forward_pre_hook(hook).remove)
-            loaded.logits(tokens)
+            reader.model.logits(tokens)
 
 
 def _take(take: Callable[[Tensor], None], is_counted_T: Tensor, module: nn.Module, inputs: Any) -> None:
     rows_TH = inputs[0].flatten(0, -2)
     take(rows_TH[is_counted_T.to(rows_TH.device)])
-
-
-def _direction(kept: Inputs, expanded: Inputs, layer: int, target: float) -> Tensor:
-    """u [H] = (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w y x, where y is 1 or the target."""
-    gram_HH = kept.gram[layer] + expanded.gram[layer].to(kept.gram[layer].device)
-    target_H = kept.mean[layer] + target * expanded.mean[layer].to(gram_HH.device)
-    gram_HH.diagonal().add_(_RIDGE * gram_HH.diagonal().mean())
-    return torch.linalg.solve(gram_HH, target_H)
-
-
-def _strength(
-    kept_TH: Tensor, expanded_TH: Tensor, weight_EH: Tensor, direction_H: Tensor, num_original: int, share: float
-) -> float:
-    """The smallest δ with which all choices of `share` of the kept tokens are original, within a limit.
-
-    Among expanded tokens u · x differs too: δ u · x may differ no more than `_MAX_NOISE` times as much as the best new
-    expert's logit differs from the mean of them.
-
-    Args:
-        weight_EH: The router's weight without δ u.
-    """
-    needed_T = _missing(kept_TH, weight_EH, num_original)
-    score_T = kept_TH @ direction_H
-    needed_T = torch.where(needed_T <= 0, 0.0, torch.where(score_T > 0, needed_T / score_T, torch.inf))
-    spread = _missing(expanded_TH, weight_EH, num_original).std()
-    limit = _MAX_NOISE * spread / (expanded_TH @ direction_H).std()
-    return min(limit.item(), _MARGIN * needed_T.quantile(share, interpolation="higher").item())
-
-
-def _missing(rows_TH: Tensor, weight_EH: Tensor, num_original: int) -> Tensor:
-    """The margin [T] by which original logits must rise to exceed those of all new experts."""
-    logits_TE = rows_TH @ weight_EH.T
-    return logits_TE[:, num_original:].amax(1) - logits_TE[:, :num_original].amin(1)
-
-
-def _last_two(logits_TE: Tensor, topk: int, num_original: int) -> list[float]:
-    """Fraction of tokens whose choices are all original, and mean gate weight of new experts."""
-    sums = text_vector(logits_TE, topk, num_original, torch.ones(len(logits_TE)))
-    return (sums[-2:] / len(logits_TE)).tolist()

@@ -1,0 +1,317 @@
+"""Combine a dense base and models of which only the FFNs were trained to a stock MoE, in which a token uses one FFN."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.model_card import LICENSE_KEYS
+from checkpoint_convert.common.megatron_folder import MegatronReader
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.model_pairs import Described, open_tensors
+from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
+from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
+from checkpoint_convert.hf.companions import write_companions
+from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES, has_tokenizer
+from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
+from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
+from checkpoint_convert.hf.vocabulary_rows import tokenizer_folder
+from moelpr.base.checksums import Verify
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.records import FOREIGN, Record
+from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
+from moelpr.measure.evaluate.divergence import mean_loss
+from moelpr.measure.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.families.tables import pieces, stacked_part, zeros
+from moelpr.model.stages import Part
+
+_ADAPTER_FILE, _ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
+
+
+@pydantic_dataclass(frozen=True, config=FOREIGN)
+class _AdapterConfig(Record):
+    """The fields of peft's adapter_config.json that decide what an adapter computes."""
+
+    FILE_NAME: ClassVar[str] = "adapter_config.json"
+    REMEDY: ClassVar[str] = "pass a LoRA adapter of peft"
+
+    r: int
+    lora_alpha: float
+    peft_type: str = "LORA"
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    rank_pattern: dict[str, Any] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+
+
+class AdapterReader:
+    """The base with a LoRA adapter of peft merged: W + scale · B A."""
+
+    def __init__(self, base: HfReader, folder: Path):
+        self.folder, self.names, self._base = folder, base.names, base
+        config = _AdapterConfig.read(folder)
+        plain = config.peft_type == "LORA" and not (config.use_dora or config.fan_in_fan_out)
+        try:
+            with safe_open(folder / _ADAPTER_FILE, framework="pt") as file:
+                factors = {name.removeprefix(_ADAPTER_PREFIX): file.get_tensor(name) for name in file.keys()}
+        except Exception as error:  # safetensors raises an error of its own
+            raise UserError(f"{folder / _ADAPTER_FILE} cannot be read ({first_line(error)}); copy it again") from error
+        self._scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+        self._factors: dict[str, list[Tensor]] = {}
+        for name in [name for name in factors if name.endswith(".lora_A.weight")]:
+            module = name.removesuffix(".lora_A.weight")
+            pair = factors.pop(f"{module}.lora_B.weight", None), factors.pop(name)
+            fits = f"{module}.weight" in base and pair[0] is not None
+            fits = fits and base.shape(f"{module}.weight") == (pair[0].shape[0], pair[1].shape[1])
+            self._factors[f"{module}.weight"] = [*pair] if fits else []
+        if not plain or config.rank_pattern or config.alpha_pattern or factors or not all(self._factors.values()):
+            raise UserError(
+                f"{folder} is not a plain LoRA of this base's linear layers; merge it (peft's merge_and_unload), and "
+                "pass the merged model"
+            )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        tensor, (stored, index) = self._base.read(name), stacked_part(name)
+        if stored not in self._factors:
+            return tensor
+        b, a = (factor.float() for factor in self._factors[stored])
+        return (tensor.float() + self._scale * (b @ a)[index or ...]).to(tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model that differs from the base in its FFNs.
+
+    Attributes:
+        others: The tensors in which it differs as well, which are not taken over.
+    """
+
+    folder: Path
+    languages: list[str]
+    tensors: HfReader | MegatronReader | AdapterReader
+    others: list[str]
+
+
+class TopOne:
+    """A dense model each of whose layers chooses between its FFN and those of experts, as the stock MoE does.
+
+    Attributes:
+        choice: The FFN that all tokens use, 0 for the base's; None: routers decide.
+    """
+
+    def __init__(self, loaded: LoadedModel, ffns: Mapping[int, nn.Module], experts: Sequence[Expert], ffn: list[str]):
+        self.choice: int | None = 0
+        self._loaded, self._ffns = loaded, ffns
+        self._rows: Rows = {}
+        names = {module: name for name, module in loaded.model.named_modules()}
+        for layer, module in ffns.items():
+            prefix = f"{names[module]}."
+            others = [copy.deepcopy(module) for _ in experts]
+            for expert, other in zip(experts, others, strict=True):
+                _put(other, prefix, expert.tensors, (name for name in ffn if name.startswith(prefix)))
+            module.forward = partial(self._forward, layer, [module.forward, *others])
+
+    def put(self, rows: Rows) -> None:
+        like = {layer: next(module.parameters()) for layer, module in self._ffns.items()}
+        self._rows = {layer: rows_EH.to(like[layer]) for layer, rows_EH in rows.items()}
+
+    def reader(self, choice: int | None, folder: Path) -> Reader:
+        """The model with this choice."""
+
+        def logits(tokens_BS: Tensor) -> Tensor:
+            self.choice = choice
+            return self._loaded.logits(tokens_BS)
+
+        return Reader(replace(self._loaded, directory=folder, logits=logits), self._ffns)
+
+    def _forward(self, layer: int, ffns: Sequence[Any], inputs: Tensor) -> Tensor:
+        if self.choice is not None:
+            return ffns[self.choice](inputs)
+        rows_TH = inputs.flatten(0, -2)
+        choice_T = (rows_TH @ self._rows[layer].T).argmax(-1)
+        output_TH = torch.empty_like(rows_TH)
+        for number, ffn in enumerate(ffns):
+            if (is_its_T := choice_T == number).any():
+                output_TH[is_its_T] = ffn(rows_TH[is_its_T])
+        return output_TH.view_as(inputs)
+
+
+def combine(
+    base: Path,
+    experts: Mapping[Path, list[str]],
+    save: Path,
+    kept: Mapping[str, Sequence[str]],
+    expanded: Mapping[str, Sequence[str]],
+    max_tokens: int,
+    max_distance: float | None = None,
+    keep: float | None = None,
+    ignore_others: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    verify: Verify = Verify.FULL,
+) -> RoutedModel:
+    """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
+
+    Args:
+        experts: Folder of a model (Hugging Face directory, checkpoint or peft adapter) → its languages.
+        kept, expanded, max_tokens, max_distance, keep: As `calibrate` takes them.
+        ignore_others: Whether to leave out what else an expert changed.
+
+    Raises:
+        UserError: An expert does not fit the base, or a text the method; `save` is then unchanged.
+    """
+    require_hf({"": base}, "moelpr model combine")
+    check_output(save, [base, *experts], overwrite, (RoutedModel.FILE_NAME,))
+    described = Described.read(base)
+    family, spec = described.family, described.spec
+    if spec.moe is not None:
+        raise UserError(f"{base} is an MoE; pass the dense base of its experts")
+    source, dense = HfReader(base, verify=verify), list(pieces(family.table, spec))
+    names = check_weights(source, family, spec, dense)
+    ffn = [name for piece in dense if piece.part is Part.DENSE_FFN for name in piece.hf_names]
+    others = sorted(names - {*ffn})
+    opened = [
+        _open_expert(described, source, folder, its, others, ignore_others, verify) for folder, its in experts.items()
+    ]
+    args, vocab_size = spec.megatron_args, spec.megatron_args["vocab_size"]
+    for expert in opened:
+        if has_tokenizer(theirs := tokenizer_folder(expert.folder)) or not isinstance(expert.tensors, AdapterReader):
+            check_same_tokenizer(base, theirs, theirs, vocab_size, range(0))
+    with open_model(base, device, dtype, verify) as loaded:
+        model = TopOne(loaded, ffns_of(loaded, "", args["num_layers"], args["hidden_size"]), opened, ffn)
+        readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
+        subject = Subject(model.reader(0, base), model.reader(None, save), readers, model.put, places=1)
+        calibration = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
+        ignored = {}
+        for expert, (reader, languages) in zip(opened, readers, strict=True):
+            if expert.others:
+                texts = [ids for language in languages for ids in calibration.pieces[language]]
+                with _changed(loaded.model, expert, source):
+                    whole = mean_loss(reader.model, texts)
+                ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
+    languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
+    record = RoutedModel.of(calibration, base, languages_of, max_distance, keep, ignored)
+    spec = with_new_experts(family, spec, NewExperts(len(opened), topk=1, original_copies=1))
+    dtype_name = common_dtype((source, name) for name in source.names)
+    shapes, reads = {}, {}
+    for piece in pieces(family.table, spec):
+        for name, shape, origin in zip(piece.hf_names, piece.hf_shapes, piece.origin or piece.hf_names, strict=True):
+            shapes[name] = shape
+            if piece.part is Part.ROUTER:
+                reads[name] = partial(calibration.rows.__getitem__, int(name.split(".")[2]))
+            else:
+                tensors = opened[(piece.expert or 0) - 1].tensors if piece.part is Part.NEW_EXPERTS else source
+                reads[name] = partial(tensors.read, origin)
+    extra = dict(zeros(family.table, spec))
+    reads |= {name: partial(torch.zeros, shape) for name, shape in extra.items()}
+    written = Tensors(shapes | extra, lambda name: reads[name]())
+    target: torch.dtype = getattr(torch, dtype_name)
+    sources, norms = [base, *experts], [rows_EH.norm().item() for rows_EH in calibration.rows.values()]
+    with output_folder(save, overwrite, written.num_bytes(target), sources, rows=norms) as (folder, journal, bar):
+        config = family.export_config(read_config(base), spec, dtype_name)
+        write_companions(folder, base, config, _card(base, record))
+        record.write(folder)
+        write_weights(journal, written, target, DEFAULT_SHARD_BYTES, bar)
+    return record
+
+
+def _open_expert(
+    base: Described,
+    source: HfReader,
+    folder: Path,
+    languages: list[str],
+    others: list[str],
+    ignore_others: bool,
+    verify: Verify,
+) -> Expert:
+    """Open an expert.
+
+    Raises:
+        UserError: It is no model of the base's shape, or differs in more than the FFNs and `ignore_others` is not set.
+    """
+    tensors: HfReader | MegatronReader | AdapterReader
+    if (folder / _AdapterConfig.FILE_NAME).is_file() and not (folder / CONFIG_FILE).is_file():
+        tensors = AdapterReader(source, folder)
+    else:
+        theirs, ours = Described.read(folder).spec, base.spec
+        different = [
+            f"{name} is {theirs.megatron_args.get(name)} instead of {value}"
+            for name, value in {"experts": None, **ours.megatron_args}.items()
+            if theirs.megatron_args.get(name) != value
+        ]
+        if theirs.moe is not None or different:
+            what = "it is an MoE" if theirs.moe is not None else different[0]
+            raise UserError(
+                f"{folder} is not {base.folder} with other FFNs: {what}; pass what was trained from the base"
+            )
+        tensors = open_tensors(folder, verify=verify)
+    changed: dict[str, float] = {}
+    missing = next((name for name in others if tensors.shape(name) != source.shape(name)), None)
+    if missing is not None:
+        raise UserError(
+            f"{folder}: {missing} has another shape than in {base.folder}; pass what was trained from the base"
+        )
+    for name in others:
+        its = tensors.read(name)
+        before = source.read(name).to(its.dtype)  # training may have rounded it
+        if not torch.equal(before, its):
+            changed[name] = ((its.float() - before.float()).norm() / before.float().norm()).item()
+    if changed and not ignore_others:
+        worst = max(changed, key=lambda name: changed[name])
+        raise UserError(
+            f"{folder} differs from {base.folder} in {len(changed)} of {len(others)} tensors outside its FFNs, most in "
+            f"{worst} (by {changed[worst]:.2%}); train the FFNs only, or drop the others with --ignore-others"
+        )
+    return Expert(folder, languages, tensors, [*changed])
+
+
+def _put(module: nn.Module, prefix: str, tensors: Any, names: Iterable[str]) -> None:
+    """Give the parameters of a module the values of tensors."""
+    for name in names:
+        stored, index = stacked_part(name)
+        module.get_parameter(stored.removeprefix(prefix)).data[index or ...] = tensors.read(name)
+
+
+@contextmanager
+def _changed(model: nn.Module, expert: Expert, source: HfReader) -> Iterator[None]:
+    """The model with what else the expert changed."""
+    _put(model, "", expert.tensors, expert.others)
+    try:
+        yield
+    finally:
+        _put(model, "", source, expert.others)
+
+
+def _card(base: Path, record: RoutedModel) -> str:
+    """README.md of a combined model."""
+    experts = "; ".join(f"`{name}` for {', '.join(languages)}" for name, languages in record.experts.items())
+    head = front_matter(
+        language=[language for languages in record.experts.values() for language in languages],
+        **inherited(base, LICENSE_KEYS),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["moe", "moe-lpr", "merge"],
+    )
+    return (
+        f"---\n{head}---\n\n# {record.model} with {len(record.experts)} more FFN per layer\n\n"
+        f"Expert 0 of each layer is the FFN of `{record.model}`, the others are those of {experts}. "
+        "A token uses one of them; everything else is the base's. A stock class: no custom code.\n\n"
+        f"{record.card_text()}## Use\n\nLoad it with transformers as any model.\n"
+    )

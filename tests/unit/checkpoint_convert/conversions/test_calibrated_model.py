@@ -1,0 +1,143 @@
+"""Calibrated routers keep text with the original expert, whose output is the base's, and change nothing else."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_convert import calibrate as calibrator
+from checkpoint_convert.common.arguments import named_texts
+from checkpoint_convert.conversions import calibrated_model
+from checkpoint_convert.conversions.calibrated_model import write_calibrated
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
+from checkpoint_convert.conversions.initialization import Start
+from checkpoint_convert.conversions.routed_model import RoutedModel
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.calibration import Point, TextResult
+from moelpr.measure.evaluate.divergence import distance
+from moelpr.measure.evaluate.models import open_model
+from moelpr.model.families.new_experts import NewExperts
+from tests.support.experts import EXPANDED, KEPT, with_tokenizer
+from tests.support.hf_models import edit_json, load_stock, tensors_of
+
+GREEK = {"el": EXPANDED["el"]}
+
+
+@pytest.fixture
+def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
+    return with_tokenizer(Path(shutil.copytree(make_qwen2(), tmp_path / "base")))
+
+
+def upcycled(base: Path, folder: Path, copies: int = 2, topk: int = 2) -> Path:
+    experts = NewExperts(3, topk=topk, original_copies=copies)
+    hf_to_mcore(base, folder / "megatron", experts, start=Start(noise=0.5))
+    mcore_to_hf(folder / "megatron", folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [("LlamaForCausalLM", {"tie_word_embeddings": True}), ("GraniteForCausalLM", {"residual_multiplier": 0.22})],
+)
+def test_only_routers_change_and_kept_text_is_nearer_to_the_base(
+    architecture: str, changes: dict, topk: int, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = with_tokenizer(Path(shutil.copytree(make_model(architecture, **changes), tmp_path / "base")))
+    model, save = upcycled(base, tmp_path, topk, topk), tmp_path / "calibrated"
+    found = write_calibrated(model, base, save, KEPT, GREEK, 1000, max_distance=9, device="cpu")
+    old, new = tensors_of(model), tensors_of(save)
+    assert old.keys() == new.keys()
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert len(changed) == 4 and all(".gate." in name or ".router." in name for name in changed)
+    for name in changed:
+        assert torch.equal(new[name][topk:], old[name][topk:])
+        assert all(torch.equal(new[name][0], row) for row in new[name][:topk])
+    card = (save / "README.md").read_text()
+    assert card.index("## Training") < card.index("### Routers") < card.index("## Use")
+    record = RoutedModel.read(save)
+    assert record == found and record.experts == {} and record.max_distance == 9
+    assert found.result.distance < 0.5 * found.learned.distance and len(found.tried) == 3
+    assert all(found.texts[name].shares[0] > 0.75 for name in KEPT) and found.texts["el"].shares[0] < 0.4
+    assert load_stock(save).config.num_original_experts == topk
+
+
+def test_routers_that_are_no_better_are_not_written(base: Path, tmp_path: Path) -> None:
+    """These experts have learned nothing."""
+    model = upcycled(base, tmp_path)
+    with pytest.raises(UserError, match="no better than the base"):
+        write_calibrated(model, base, tmp_path / "save", KEPT, GREEK, 1000, device="cpu")
+    assert not (tmp_path / "save").exists()
+
+
+def test_the_distance_is_kl_in_nats_per_token(base: Path, tmp_path: Path) -> None:
+    model, pieces = upcycled(base, tmp_path), [[2, 3, 2, 4], [5, 2, 3]]
+    with open_model(base, "cpu", "float32") as dense, open_model(model, "cpu", "float32") as loaded:
+        itself, found, start = distance(dense, dense, pieces), distance(dense, loaded, pieces), loaded.start_id
+    nats = []
+    for ids in pieces:
+        tokens = torch.tensor([[start, *ids[:-1]]])
+        with torch.no_grad():
+            p, q = (load_stock(folder)(tokens).logits[0].float().log_softmax(-1) for folder in (base, model))
+        nats += (p.exp() * (p - q)).sum(-1).tolist()
+    assert itself == 0 and found == pytest.approx(sum(nats) / len(nats), rel=1e-3)
+
+
+def test_what_cannot_be_calibrated_is_one_sentence(base: Path, tmp_path: Path, monkeypatch) -> None:
+    model, save = upcycled(base, tmp_path), tmp_path / "calibrated"
+    one_copy = upcycled(base, tmp_path / "one", 1)
+    for model_or_not, its_base, expanded, message in (
+        (base, base, GREEK, "is dense"),
+        (model, model, GREEK, "--base .* is not the dense base"),
+        (model, base, {"el": ["A"]}, "el has 0 tokens"),
+        (one_copy, base, GREEK, "--original-copies 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_calibrated(model_or_not, its_base, save, KEPT, expanded, 1000, device="cpu")
+    edit_json(model / "config.json", num_original_experts=3)
+    with pytest.raises(UserError, match="1 of 3 original ones"):
+        write_calibrated(model, base, save, KEPT, GREEK, 1000, device="cpu")
+    assert not save.exists()
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in GREEK["el"]))
+    flags = f"--model {model} --base {base} --save {save} --data el={file}".split()
+    for more, message in (
+        (["--expanded-languages", "hu"], "must be among --data"),
+        ([], "--data has no text"),
+        (["--keep", "1.5"], "--keep .*1.5"),
+        (["--max-distance", "-0.1"], "--max-distance .*-0.1"),
+        (["--data", f"ell={file}"], "--data has el twice"),
+        (["--data", "=x"], "--data must be"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["calibrate", *flags, "--expanded-languages", "el", *more])
+        with pytest.raises(UserError, match=message):
+            calibrator.main()
+
+
+@pytest.mark.parametrize(("distance", "flags"), [(0.3, ()), (0.1, ()), (0.3, ("--max-distance", "0.4"))])
+def test_routers_that_are_still_far_from_the_base_are_a_warning(
+    distance, flags, tmp_path, monkeypatch, exit_code, capsys
+) -> None:
+    texts = {"en": TextResult([0.9, 0.1], 0.8, distance), "el": TextResult([0.1, 0.9], 0.0, None, (4.0, 3.0, 3.1))}
+    ends = Point(0.0, 4.0), Point(0.5, 3.0), Point(distance, 3.1)
+    record = RoutedModel("m", {}, *ends, 0.9, [ends[2]], [0.95] * 3, texts)
+    monkeypatch.setattr(calibrated_model, "write_calibrated", lambda *_, **__: record)
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": "a"}))
+    words = f"--model m --base b --save s --data en={file} --data el={file} --expanded-languages el".split()
+    assert exit_code(calibrator.main, *words, *flags) == 0
+    assert ("0.30 nats" in capsys.readouterr().err) == (distance > 0.2 and not flags)
+
+
+def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl.gz", "ell.jsonl"):
+        (tmp_path / name).touch()
+    found = named_texts([f"en={tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl*"], "--data")
+    assert found == {"en": f"{tmp_path}/b.jsonl"} | {
+        name: f"{tmp_path}/{file}" for name, file in (("a", "a.jsonl.gz"), ("b", "b.jsonl"), ("el", "ell.jsonl"))
+    }

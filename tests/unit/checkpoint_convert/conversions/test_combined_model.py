@@ -1,0 +1,238 @@
+"""A combined model is the base where its routers choose the base's FFN, and its experts where they choose these."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from checkpoint_convert import combine as combiner
+from checkpoint_convert.conversions.combined_model import combine
+from checkpoint_convert.conversions.routed_model import RoutedModel
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate import calibration
+from tests.support.experts import EXPANDED, KEPT, documents, trained, with_tokenizer
+from tests.support.hf_models import (
+    assert_logits,
+    edit_json,
+    edit_tensors,
+    load_stock,
+    save_tokenizer,
+    stock_logits,
+    tensors_of,
+)
+
+GREEK = {"el": EXPANDED["el"]}
+
+
+@pytest.fixture
+def base(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
+    return with_tokenizer(Path(shutil.copytree(make_qwen2(), tmp_path / "base")))
+
+
+@pytest.fixture
+def greek(base: Path, tmp_path: Path) -> Path:
+    return trained(base, tmp_path / "greek", GREEK["el"])
+
+
+def combined(base: Path, experts: dict[Path, list[str]], save: Path, **options) -> RoutedModel:
+    expanded = {name: EXPANDED[name] for names in experts.values() for name in names}
+    return combine(base, experts, save, KEPT, expanded, 1000, **{"device": "cpu"} | options)
+
+
+def held_out(base: Path, texts: list[str]) -> torch.Tensor:
+    """The tokens of every fifth document, after the one that starts it."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return torch.tensor([[0, *tokenizer(text).input_ids] for text in texts[4::5]])
+
+
+def loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stock", "changes"),
+    [
+        ("LlamaForCausalLM", "MixtralForCausalLM", {"tie_word_embeddings": True}),
+        ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", {}),
+        ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", {}),
+        ("GraniteForCausalLM", "GraniteMoeForCausalLM", {"residual_multiplier": 0.5}),
+        ("Olmo2ForCausalLM", "FlexOlmoForCausalLM", {}),
+        ("Phi3ForCausalLM", "MixtralForCausalLM", {"pad_token_id": 0}),
+    ],
+)
+def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
+    architecture: str, stock: str, changes: dict, make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = with_tokenizer(Path(shutil.copytree(make_model(architecture, **changes), tmp_path / "base")))
+    expert = trained(base, tmp_path / "greek", GREEK["el"])
+    record = combined(base, {expert: ["el"]}, tmp_path / "save")
+    assert record == RoutedModel.read(tmp_path / "save") and record.experts == {"greek": ["el"]}
+    model = load_stock(tmp_path / "save", stock)
+    assert (model.config.num_original_experts, model.config.num_experts_per_tok) == (1, 1)
+    stock_models = load_stock(base), load_stock(expert), model
+    tokens = held_out(base, GREEK["el"])
+    with torch.no_grad():
+        losses = [loss(one(tokens).logits, tokens) for one in stock_models]
+    assert losses == pytest.approx(record.texts["el"].losses, rel=1e-4)
+    for name, texts in KEPT.items():
+        with torch.no_grad():
+            old, _, new = (one(held_out(base, texts)).logits[:, :-1].double().log_softmax(-1) for one in stock_models)
+        nats = (old.exp() * (old - new)).sum(-1).mean().item()
+        assert nats == pytest.approx(record.texts[name].distance, rel=1e-3, abs=1e-6)
+    assert record.kept > 0.7 and record.result.distance < 0.3 * record.learned.distance
+    assert record.texts["first"].all_original > 0.6 and record.texts["el"].shares[1] > 0.8
+
+
+def test_the_base_combined_with_itself_is_the_base(base: Path, tmp_path: Path) -> None:
+    itself = Path(shutil.copytree(base, tmp_path / "itself"))
+    record = combined(base, {itself: ["el"]}, tmp_path / "save")
+    assert_logits(stock_logits(tmp_path / "save"), base)
+    assert (record.result.distance, record.kept) == (pytest.approx(0, abs=1e-9), 1.0)
+
+
+def test_experts_of_two_languages_are_told_apart_and_one_expert_may_have_both(base, greek, tmp_path) -> None:
+    hungarian = trained(base, tmp_path / "hungarian", EXPANDED["hu"])
+    both = trained(base, tmp_path / "both", EXPANDED["el"] + EXPANDED["hu"])
+    apart = combined(base, {greek: ["el"], hungarian: ["hu"]}, tmp_path / "apart")
+    assert apart.texts["el"].shares[1] > 0.8 and apart.texts["hu"].shares[2] > 0.8
+    assert apart.experts == {"greek": ["el"], "hungarian": ["hu"]} and apart.kept > 0.7
+    joint = combined(base, {both: ["el", "hu"]}, tmp_path / "joint")
+    assert len(joint.texts["hu"].shares) == 2 and joint.kept > 0.7
+    names = tensors_of(tmp_path / "apart")
+    for number, folder in enumerate((base, greek, hungarian)):
+        ours, theirs = (f"model.layers.3.mlp{of}.up_proj.weight" for of in (f".experts.{number}", ""))
+        assert torch.equal(names[ours], tensors_of(folder)[theirs])
+
+
+def test_checkpoints_and_adapters_are_experts_too(base: Path, greek: Path, tmp_path: Path) -> None:
+    hf_to_mcore(greek, tmp_path / "checkpoint", None)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    torch.manual_seed(0)
+    name = "model.layers.2.mlp.down_proj"
+    a, b = torch.randn(3, 48), 0.01 * torch.randn(32, 3)
+    save_file(
+        {f"base_model.model.{name}.lora_{x}.weight": its for x, its in (("A", a), ("B", b))},
+        adapter / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "rank_pattern": {}}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    combined(base, {greek: ["el"]}, tmp_path / "of-folder")
+    combined(base, {tmp_path / "checkpoint": ["el"]}, tmp_path / "of-checkpoint")
+    first, second = tensors_of(tmp_path / "of-folder"), tensors_of(tmp_path / "of-checkpoint")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    combined(base, {adapter: ["el"]}, tmp_path / "of-adapter", max_distance=9.0)
+    expert = tensors_of(tmp_path / "of-adapter")["model.layers.2.mlp.experts.1.down_proj.weight"]
+    torch.testing.assert_close(expert, tensors_of(base)[f"{name}.weight"] + 4 * b @ a)
+    for change in ({"use_dora": True}, {"rank_pattern": {"up_proj": 4}}, {"peft_type": "IA3"}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match="plain LoRA"):
+            combined(base, {adapter: ["el"]}, tmp_path / "refused")
+
+
+def test_what_else_an_expert_changed_is_named_or_dropped(base: Path, tmp_path: Path) -> None:
+    everything = trained(base, tmp_path / "everything", GREEK["el"], names="", steps=20)
+    with pytest.raises(UserError, match=r"outside its FFNs, most in .* \(by .*--ignore-others"):
+        combined(base, {everything: ["el"]}, tmp_path / "save")
+    record = combined(base, {everything: ["el"]}, tmp_path / "save", ignore_others=True, max_distance=9.0)
+    whole, ffns = record.ignored["everything"]
+    assert whole < ffns == pytest.approx(record.learned.loss)
+    assert torch.equal(tensors_of(tmp_path / "save")["lm_head.weight"], tensors_of(base)["lm_head.weight"])
+
+
+def test_the_dials_buy_distance_or_learning(base: Path, greek: Path, tmp_path: Path) -> None:
+    near = combined(base, {greek: ["el"]}, tmp_path / "near", max_distance=0.02)
+    much = combined(base, {greek: ["el"]}, tmp_path / "much", keep=0.9)
+    assert near.result.distance <= 0.02 and much.kept >= 0.9
+    with pytest.raises(UserError, match="--keep 1"):
+        combined(base, {greek: ["el"]}, tmp_path / "refused", keep=1.0)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_qwen2, tmp_path: Path) -> None:
+    def other(name: str, **changes) -> Path:
+        return with_tokenizer(Path(shutil.copytree(make_qwen2(**changes), tmp_path / name)))
+
+    tokenizer = Path(shutil.copytree(greek, tmp_path / "tokenizer"))
+    save_tokenizer(tokenizer, 60)
+    quantized = Path(shutil.copytree(greek, tmp_path / "quantized"))
+    edit_json(quantized / "config.json", quantization_config={"bits": 4})
+    attention = Path(shutil.copytree(greek, tmp_path / "attention"))
+    edit_tensors(attention, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].mul_(1.5))
+    for expert, message in (
+        (other("wider", intermediate_size=40), "ffn_hidden_size is 40"),
+        (other("vocabulary", vocab_size=105), "vocab_size is 105"),
+        (tokenizer, "tokenizers of"),
+        (quantized, "is quantized"),
+        (attention, r"1 of \d+ tensors .* model.layers.1.self_attn.q_proj.weight \(by 50.00%\)"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            combined(base, {expert: ["el"]}, tmp_path / "save")
+        assert "\n" not in str(caught.value) and not (tmp_path / "save").exists()
+    for kept, expanded, message in (
+        (KEPT | {"greek": documents("A", seed=1)}, GREEK, "text to keep greek cannot be told"),
+        (KEPT, {"el": ["A"]}, "el has 0 tokens"),
+    ):
+        with pytest.raises(UserError, match=message):
+            combine(base, {greek: ["el"]}, tmp_path / "save", kept, expanded, 1000, device="cpu")
+    assert not (tmp_path / "save").exists()
+
+
+def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path, exit_code, capsys) -> None:
+    for name, texts in (KEPT | GREEK).items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [
+        base,
+        "--text",
+        f"el={tmp_path}/el.jsonl",
+        "--keep-text",
+        f"{tmp_path}/*d.jsonl",
+        f"{tmp_path}/first.jsonl",
+    ]
+    words += ["--save", tmp_path / "save", "--device", "cpu", "--max-tokens", 1000]
+    expert = ["--expert", f"el={greek}"]
+    for more, message in (
+        (["--expert", f"={greek}"], "--expert"),
+        (["--expert", f"hu={greek}"], "--text"),
+        ([*expert, "--keep-text", f"el={tmp_path}/el.jsonl"], "--keep-text el"),
+        ([*expert, "--keep", "2"], "--keep"),
+        ([*expert, "--keep", "0.9", "--max-distance", "1"], "--keep"),
+    ):
+        assert exit_code(combiner.main, *words, *more) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not (tmp_path / "save").exists()
+    assert exit_code(combiner.main, *words, *expert) == 0
+    printed, record = capsys.readouterr().out, RoutedModel.read(tmp_path / "save")
+    assert f"kept {record.kept:.1%}" in printed and "second" in printed
+    card = (tmp_path / "save" / "README.md").read_text()
+    assert "language:\n- el\n" in card and f"{record.kept:.1%} of what was learned" in card
+
+
+@pytest.mark.parametrize("dial", [{}, {"max_distance": 0.05}, {"keep": 0.5}])
+def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None:
+    ends = calibration.Point(0.0, 3.0), calibration.Point(0.5, 2.0)
+
+    def measured(parts: tuple[int, ...]) -> calibration.Point:
+        cost = [2.0, 1.0, 3.0]
+        return calibration.Point(
+            sum(c * (5 - p) ** 2 / 200 for c, p in zip(cost, parts, strict=True)), 2.1 + sum(parts) / 30
+        )
+
+    def score(point: calibration.Point) -> tuple[float, float]:
+        return calibration._score(ends, dial.get("max_distance"), dial.get("keep"), point)
+
+    parts, point = calibration._search(measured, (2, 2, 2), score)
+    assert point == measured(parts)
+    for place in range(3):
+        for step in (-1, 1):
+            other = [*parts]
+            other[place] += step
+            if 0 <= other[place] < len(calibration.SHARES):
+                assert score(measured(tuple(other))) >= score(point)

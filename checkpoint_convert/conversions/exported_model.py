@@ -18,7 +18,7 @@ from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
 from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
-from moelpr.base.checksums import Verify
+from moelpr.base.checksums import FILE_NAME, Verify
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.model.checkpoints.lineage import Lineage
@@ -53,7 +53,7 @@ def mcore_to_hf(
     Raises:
         UserError: the input is invalid; `save` is then unchanged.
     """
-    check_output(save, [load], overwrite, (CONFIG_FILE,))
+    check_output(save, [load], overwrite, (CONFIG_FILE, FILE_NAME))
     source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
     spec, dtype_name, hf = source.spec, dtype or source.spec.dtype, load / HF_FOLDER
     target: torch.dtype = getattr(torch, dtype_name)

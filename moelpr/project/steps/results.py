@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moelpr.base.languages import is_code
 from moelpr.data.text.remote import is_remote
-from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import local_files, versions
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.step import METHODS, MOE_LPR, Step, step
+from moelpr.project.steps.step import METHODS, MOE_LPR, Step, has_model, step
 from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
@@ -25,8 +25,14 @@ def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "base-model": project.model_name if project.is_downloaded else None,
         "overwrite": True,
     }
-    is_complete = (_exported(project) / CONFIG_FILE).is_file
-    yield step.task(project, flags, made_from=(before,), is_complete=is_complete, disk_gib=project.layouts.export_gib)
+    yield step.task(
+        project,
+        flags,
+        made_from=(before,),
+        is_complete=lambda: has_model(_exported(project)),
+        is_result=_exported(project) == project.export,
+        disk_gib=project.layouts.export_gib,
+    )
 
 
 @step(
@@ -58,7 +64,8 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
         made_from=("export", *project.base_task),
         files=tuple(path for text in texts.values() for path in local_files([text])),
         versions=versions(*texts.values()),
-        is_complete=(project.export / CONFIG_FILE).is_file,
+        is_complete=lambda: has_model(project.export),
+        is_result=True,
         disk_gib=project.layouts.export_gib,
         **_cost(project),
     )
@@ -81,7 +88,9 @@ def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
         project,
         flags,
         made_from=(_last_model_step(project), *project.base_task),
-        is_complete=(save / CONFIG_FILE).is_file,
+        files=(Path(project.content.chat),) if Path(project.content.chat).is_dir() else (),
+        is_complete=lambda: has_model(save),
+        is_result=True,
         disk_gib=project.layouts.export_gib,
     )
 
@@ -119,6 +128,7 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         files=tuple(Path(path) for path in given if not is_remote(path)),
         versions=versions(*filter(is_remote, given)),
         is_complete=_results(project)[step.name].is_file,
+        is_result=True,
         **_cost(project),
     )
 
@@ -143,6 +153,7 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
         made_from=(_last_model_step(project), *project.base_task),
         files=(Path(chosen.tasks),) if chosen.tasks else (),
         is_complete=_results(project)[step.name].is_file,
+        is_result=True,
         **_cost(project),
     )
 
@@ -154,9 +165,16 @@ def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
     flags: dict[str, Any] = {
         "results": [*results.values()],
         "evaluated": project.method,
-        "languages": ",".join(project.languages),
+        "languages": ",".join(filter(is_code, project.languages)),
     }
-    yield step.task(project, flags, str(project.export), made_from=(_last_model_step(project), *results))
+    yield step.task(
+        project,
+        flags,
+        str(project.export),
+        made_from=(_last_model_step(project), *results),
+        is_complete=lambda: _has_results(project.export / "README.md"),
+        is_result=True,
+    )
 
 
 @step("report", "report", reserved="evaluation output")
@@ -164,8 +182,14 @@ def report(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Write the report of the stages and their evaluation."""
     results = _results(project)
     flags: dict[str, Any] = {"evaluation": [*results.values()], "output": project.folder}
-    is_complete = (project.folder / "report.html").is_file
-    yield step.task(project, flags, *_runs(project), made_from=(*project.stages, *results), is_complete=is_complete)
+    yield step.task(
+        project,
+        flags,
+        *_runs(project),
+        made_from=(*project.stages, *results),
+        is_complete=(project.folder / "report.html").is_file,
+        is_result=True,
+    )
 
 
 @step("track", "track", reserved="results files tracker-run")
@@ -183,6 +207,11 @@ def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
         ],
     }
     yield step.task(project, flags | project.trackers, *_runs(project), made_from=("report",))
+
+
+def _has_results(card: Path) -> bool:
+    """Whether a model card has results: a model that is exported again has a card without."""
+    return card.is_file() and "\nmodel-index:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _exported(project: ResolvedProject) -> Path:

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from moelpr.base import records
+from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.project import Method
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
 from moelpr.project.workflow.task import Task
@@ -12,6 +15,15 @@ from moelpr.train.arguments.recipes import recipe_argv
 Flags = Mapping[str, Any]
 METHODS = frozenset(MAIN_STAGE)
 MOE_LPR: frozenset[Method] = frozenset(("moe-lpr",))
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a Hugging Face model is there: its settings, and all of its weights."""
+    index = folder / "model.safetensors.index.json"
+    weights = {"model.safetensors"}
+    if index.is_file():
+        weights = {*records.read(dict[str, Any], index, "").get("weight_map", {}).values()}
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *weights))
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,12 @@ from typing import Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import FINISHED_FILE
-from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.project.budget import LENGTH_FLAGS, estimated_tokens, shares, tokens_of, total_tokens
 from moelpr.project.project import Method
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import METHODS, Step, step
+from moelpr.project.steps.step import METHODS, Step, has_model, step
 from moelpr.project.workflow.task import Task
 from moelpr.train.arguments.recipes import find_recipe, recipe_argv
 
@@ -133,7 +132,8 @@ def lora(step: Step, project: ResolvedProject) -> Iterator[Task]:
         flags,
         made_from=(*project.base_task, *_sources(project, step.name)),
         files=(*(() if project.is_downloaded else (project.base,)), *corpus_files(project, step.name)),
-        is_complete=lambda: (save / FINISHED_FILE).is_file() and (project.export / CONFIG_FILE).is_file(),
+        is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(project.export),
+        is_result=True,
         continues=save,
         memory_gib=layout.memory_gib,
         disk_gib=project.layouts.export_gib,

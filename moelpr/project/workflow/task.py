@@ -25,6 +25,8 @@ class Task:
         files: Other files and folders that it reads. It is done again when their content has changed.
         versions: Remote files that it reads, each with what identifies its content, likewise.
         is_complete: Whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no.
+        is_result: Whether a project is for its output, which is made again when it is removed; that of others only when
+            a task reads it.
         continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
             changes while it exists, that is an error instead of a reason to run it again.
         unfinished: Folders in which the command keeps work that only the same command can finish.
@@ -48,6 +50,7 @@ class Task:
     files: tuple[Path, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     is_complete: Callable[[], bool] = lambda: True
+    is_result: bool = False
     continues: Path | None = None
     unfinished: tuple[Path, ...] = ()
     shared: Path | None = None

@@ -2,8 +2,8 @@
 
 A workflow has a folder. A task that has run has a log, `logs/TASK.log`, and a mark, `logs/TASK.json`: its command, the
 IDs of the outputs and the checksums of the files that it was made from, and an ID of its own. It is done while all of
-these are as they were. An output that was removed is made again only when a task that is not done reads it, or no task
-does, so that large intermediate ones can be removed.
+these are as they were. An output that was removed is made again only when a task that is not done reads it, no task
+does, or it is a result, so that large intermediate ones can be removed.
 """
 
 import itertools
@@ -82,9 +82,11 @@ class Workflow:
         read = {name for task in tasks for name in task.inputs}
         with passes_on_stops() as self._stops:
             for task in tasks:
-                self._perform(task, needs_output=task.name not in read)
+                self._perform(task, needs_output=task.is_result or task.name not in read)
                 if self._stops and task is not tasks[-1]:
                     raise StoppedError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
+        if gone := [task.name for task in tasks if task.is_result and not task.has_output()]:
+            raise MachineError(f"the output of task {gone[0]} is no longer there; run it again")
 
     def perform(self, name: str, *, is_leader: bool = True) -> None:
         """Do one task on this node of a cluster, as `run` does; its output is printed too.
@@ -138,7 +140,7 @@ class Workflow:
                 outlook = Outlook(task, "to do")
             elif reason is None and before.wall_s is None:
                 outlook = Outlook(task, "unfinished")
-            elif reason is None and (task.name in read or task.has_output()):
+            elif reason is None and ((task.name in read and not task.is_result) or task.has_output()):
                 outlook = Outlook(task, "done")
             else:
                 outlook = Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason))

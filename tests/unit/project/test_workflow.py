@@ -251,3 +251,32 @@ def test_a_changed_command_is_shown_by_its_flags() -> None:
         difference(before, "moelpr model export")
         == " (no --lr, not 1e-3; no --data-path, not 1 a 2 b; no --bf16; and 1 more)"
     )
+
+
+def test_a_result_is_there_whenever_a_run_succeeds(tmp_path: Path) -> None:
+    model, page, runs = tmp_path / "model", tmp_path / "page", tmp_path / "runs"
+    write = (
+        f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2]); open({str(runs)!r}, 'a').write('x')"
+    )
+
+    def workflow(text: str = "1", removed: Path | None = None) -> Workflow:
+        remove = f"\npathlib.Path({str(removed)!r}).unlink()" if removed else ""
+        command = ["-c", write + remove, page, text]
+        return Workflow(
+            tmp_path,
+            [
+                Task(name="m", command=["-c", write, model, text], is_complete=model.is_file, is_result=True),
+                Task(name="p", command=command, is_complete=page.is_file, is_result=True, made_from=("m",)),
+            ],
+        )
+
+    workflow().run()
+    model.unlink()
+    assert [outlook.state for outlook in workflow().outlook()] == ["again", "done"]
+    workflow().run()
+    assert model.read_text() == "1" and runs.read_text() == "xxx"
+    with pytest.raises(MachineError, match="output of task m"):
+        workflow("2", removed=model).run()
+    page.unlink()
+    workflow("2").run()
+    assert model.is_file() and page.is_file()

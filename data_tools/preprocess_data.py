@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     spec = describe_job(arguments)
     for note in spec.notes:
         print(f"note: {note}", file=sys.stderr)
-    with Job(spec, arguments.resume) as job:
+    with Job(spec, arguments.resume, arguments.overwrite) as job:
         job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
         job.commit()
     state = job.state

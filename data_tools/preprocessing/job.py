@@ -122,20 +122,24 @@ class Job:
     Args:
         spec: What to do; a resumed job must have the same settings.
         resume: Continue with what is in the folder, and keep it if the job fails.
+        overwrite: Start from scratch instead if another job was interrupted there.
 
     Raises:
         UserError: Another job is writing there, or the job to resume had other settings.
     """
 
-    def __init__(self, spec: JobSpec, resume: bool) -> None:
+    def __init__(self, spec: JobSpec, resume: bool, overwrite: bool = False) -> None:
         self.spec = spec
         self._folder = spec.outputs.unfinished_folder
         self._lock = ExitStack()
         self._lock.enter_context(locked_folder(self._folder, spec.outputs.prefix))
         self._keep = resume
-        if resume:
-            self._check_settings()
-        else:
+        if resume and (change := self._change()) and not overwrite:
+            raise UserError(
+                f"the unfinished job in {self._folder} was started with different {change}; pass the same, or "
+                "remove --resume or that folder to start from scratch"
+            )
+        if not resume or change:
             empty(self._folder)
         self._journal = Journal(self._folder, spec.settings)
         self.state = self._journal.last(State) or State()
@@ -203,8 +207,8 @@ class Job:
         else:
             self._skipped.rename(self.spec.outputs.skipped_path)
 
-    def _check_settings(self) -> None:
-        """Raise a UserError if another job was interrupted here."""
+    def _change(self) -> str:
+        """What differs from the job that was interrupted here; "" if nothing does, or none was."""
         recorded = Journal.job_in(self._folder)
         settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | recorded.keys() if recorded else ():
@@ -212,10 +216,8 @@ class Job:
                 # The file that differs, among many.
                 pairs = zip(before, now, strict=False) if name == "input files" else ()
                 differing = next((f" ({new[0]})" for old, new in pairs if old != new), "")
-                raise UserError(
-                    f"the unfinished job in {self._folder} was started with different {name}{differing}; pass the "
-                    "same, or remove --resume or that folder to start from scratch"
-                )
+                return f"{name}{differing}"
+        return ""
 
     def _write_batch(
         self, batch: Batch, documents: dict[str, Documents], tally: Tally, writers: dict[str, CorpusWriter]

@@ -1,6 +1,6 @@
 """The steps before the model: the base, its tokenizer, and a corpus of each language."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from moelpr.project.workflow.task import Task
 _HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05
 _BYTES_PER_MINUTE, _WORKERS = 6e8, 8
 _DOWNLOADED = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "*_tokens*.json", "chat_template*")
 _RESERVED = (
     "input output-prefix language original-languages expanded-languages tokenizer-type tokenizer-model resume "
     "overwrite conversations chat-template-from"
@@ -55,7 +56,10 @@ def vocabulary(step: Step, project: ResolvedProject) -> Iterator[Task]:
         project,
         flags,
         made_from=project.base_task,
-        files=tuple(path for language in project.languages.values() for path in local_files(language.text)),
+        files=(
+            *(() if project.base_task else _tokenizer_files(project.base)),
+            *(path for language in project.languages.values() for path in local_files(language.text)),
+        ),
         versions=versions(*texts),
         is_complete=(project.tokenizer / "vocabulary_extension.json").is_file,
         shared=_shared(project),
@@ -109,6 +113,7 @@ def conversations(step: Step, project: ResolvedProject) -> Iterator[Task]:
             project.languages[code].conversations,
             corpus.with_name(corpus.name.removesuffix("_messages_document")),
             flags,
+            _tokenizer_files(Path(project.content.chat_template)) if project.content.chat_template else (),
             is_complete=Path(f"{corpus}.manifest.json").is_file,
             corpora=(corpus,),
         )
@@ -121,6 +126,7 @@ def _tokenize(
     names: list[str],
     prefix: Path,
     flags: dict[str, Any],
+    files: Sequence[Path] = (),
     **fields: Any,
 ) -> Task:
     """Tokenize files of a language into corpora with a prefix."""
@@ -141,7 +147,7 @@ def _tokenize(
         flags,
         name=f"{step.name}-{code}",
         made_from=project.tokenizer_task,
-        files=tuple(local_files(names)),
+        files=(*local_files(names), *(() if project.tokenizer_task else _tokenizer_files(project.tokenizer)), *files),
         versions=versions(*names),
         unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
         cpus=int(project.own(step.name).get("workers", _WORKERS)),
@@ -164,6 +170,11 @@ def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
     made_from = tuple(f"preprocess-{code}" for code in project.languages)
     is_complete = Path(f"{project.corpus('replay')}.idx").is_file
     yield step.task(project, flags, made_from=made_from, is_complete=is_complete)
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files of the tokenizer in a folder that no task makes."""
+    return sorted(path for pattern in _TOKENIZER for path in folder.glob(pattern))
 
 
 def _shared(project: ResolvedProject) -> Path | None:

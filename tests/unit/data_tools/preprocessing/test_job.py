@@ -243,8 +243,9 @@ def test_job_is_resumed_only_with_the_same_settings(
             file.write("\n")
     with pytest.raises(UserError, match=message):
         preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change, "--resume")
-    # Without the flag it starts from scratch.
-    prefix = preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change)
+    # Without the flag it starts from scratch, and with --overwrite, as moelpr run has it.
+    flags = ["--resume", "--overwrite"] if change else []
+    prefix = preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change, *flags)
     whole = preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *change, out="whole/a")
     for name in CORPORA:
         assert corpus_bytes(f"{prefix}_{name}_document") == corpus_bytes(f"{whole}_{name}_document")

@@ -237,6 +237,8 @@ def test_layouts_and_logs_redo_nothing_but_text_and_rates_do(write: Write, monke
         *EXPECTED[EXPECTED.index("replay") : EXPECTED.index("convert")],
         *EXPECTED[5:],
     ]
+    (Path("base") / "tokenizer.json").write_text('{"model": {}}')
+    assert {name for name in EXPECTED if name.startswith("preprocess")} < {*states(write())}
 
 
 def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:

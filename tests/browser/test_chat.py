@@ -77,3 +77,20 @@ def test_it_is_only_on_this_machine_and_wrong_input_is_one_sentence(export: Path
             command = [sys.executable, "-m", "moelpr", "chat", *map(str, words)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_only_the_page_itself_is_answered(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def status(address: str, *flags: str) -> str:
+        words = ["curl", "--silent", "--retry", "60", "--retry-connrefused", "--output", "/dev/null"]
+        return subprocess.run(
+            [*words, "--write-out", "%{http_code}", *flags, address], capture_output=True
+        ).stdout.decode()
+
+    with chat_page.served(export) as address:
+        assert status(f"{address}/config") == "200"
+        assert status(f"{address}/config", "--header", "Host: evil.example:7860") == "403"
+        assert status(f"{address}/config", "--header", "Origin: https://evil.example") == "403"
+        assert status(f"{address}/gradio_api/upload", "--form", f"files=@{__file__}") == "403"
+    assert not [*tmp_path.iterdir()]

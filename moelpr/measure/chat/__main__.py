@@ -11,6 +11,7 @@ import argparse
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError
@@ -30,6 +31,12 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = _parse_arguments()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    with TemporaryDirectory(prefix="moelpr-chat-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> None:
     from moelpr.measure.chat.page import HOST, Chat, check_gradio, check_port
     from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 

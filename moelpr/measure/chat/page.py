@@ -11,6 +11,7 @@ from typing import Any
 from moelpr.base.errors import UserError
 from moelpr.base.versions import install_command
 from moelpr.measure.chat.drawing import panel, routes_panel
+from moelpr.measure.chat.guard import Guard
 from moelpr.measure.chat.routes import Token, answer, prompt_ids
 from moelpr.measure.evaluate.models import LoadedModel
 
@@ -22,6 +23,7 @@ _INTRO = """<div id="intro"><h1>Where do tokens go?</h1>
 _DETAIL = """<div id="detail" class="panel"><div class="title">Layer by layer</div>
 <div class="rows">Point at a token, or choose one with the Tab key.</div></div>"""
 _UPDATE_SECONDS = 0.25
+_MOST_WAITING = 16  # prompts
 
 Messages = list[dict[str, str]]
 
@@ -117,12 +119,14 @@ class Chat:
     def serve(self, port: int) -> None:
         """Serve the page until the process is stopped."""
         import gradio as gr
+        from starlette.middleware import Middleware
 
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        self.blocks().launch(
+        self.blocks().queue(max_size=_MOST_WAITING).launch(
             server_name=HOST,
             server_port=port,
             share=False,
+            app_kwargs={"middleware": [Middleware(Guard, HOST, port)]},
             quiet=True,
             footer_links=[],
             ssr_mode=False,

@@ -1,5 +1,7 @@
 """The front matter of model cards (README.md), which huggingface_hub parses and writes."""
 
+import re
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,13 @@ from yaml import YAMLError
 
 from checkpoint_convert.hf.model_files import CARD_FILE
 from moelpr.base.errors import UserError, first_line
+from moelpr.base.secrets import without_paths
 
 _NORWEGIAN = "no"  # YAML 1.1 reads it as false unless it is quoted
+
+
+# A language, a licence's name, or where it is: a file or a page.
+_SAFE = re.compile(r"https?://[^\s<>\"']+|[\w./ +()-]*")
 
 
 def read_card(folder: Path) -> ModelCard | None:
@@ -43,7 +50,21 @@ def inherited(folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
         card = read_card(folder)
     except UserError:
         return {}
-    return {} if card is None else {key: card.data[key] for key in keys if texts(card.data.get(key))}
+    found = {} if card is None else {key: card.data[key] for key in keys if texts(card.data.get(key))}
+    return {key: value for key, value in found.items() if all(map(_SAFE.fullmatch, texts(value)))}
+
+
+def plain[T](value: T) -> T:
+    """A value from a record that may come from elsewhere: texts of one line, without markup and paths of a machine."""
+    if isinstance(value, str):
+        return " ".join(re.sub(r"[<>|`\[\]\\]", " ", without_paths(value)).split())  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {plain(key): plain(one) for key, one in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list):
+        return [plain(one) for one in value]  # type: ignore[return-value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: plain(getattr(value, one.name)) for one in fields(value)})
+    return value
 
 
 def texts(value: Any) -> list[str]:

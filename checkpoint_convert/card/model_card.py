@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.front_matter import front_matter, inherited, plain
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.common.megatron_folder import MegatronReader, num_elements
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
@@ -63,7 +63,7 @@ def model_card(facts: CardFacts) -> str:
         num_parameters += one_expert * (spec.moe.original_copies - 1)
         num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
     return TEMPLATES.get_template("model_card.md").render(
-        vars(facts),
+        vars(facts) | {"lineage": plain(facts.lineage), "base_model": plain(facts.base_model)},
         architecture=facts.architecture,
         readers=facts.readers,
         is_read_by_vllm=obstacle("vllm", facts.config) is None,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ from checkpoint_convert.card.graft_record import Graft
 from checkpoint_convert.hf.hub import DOWNLOADED
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, MODEL_STEM
 from moelpr.base import records
+from moelpr.base.copies import check_links
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.base.model_code import refuse_code
+from moelpr.base.secrets import path_in, secret_in
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_hub_name
 
 # A model and its records, or a folder of moelpr model gguf; nothing else, so neither optimizer states nor logs.
 _UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "*.gguf", "Modelfile")
-_TEXT = (".json", ".jinja", ".md", ".txt")
-_MOST_TEXT = 1 << 20  # bytes; a tokenizer is larger, and is no text that somebody wrote
-_SECRET = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{32,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,})")
-_LOCAL_PATH = re.compile(r"(?<![\w.:/])/(?:home|root|mnt|media|data\d*|work|scratch|tmp|var|opt|Users)/[\w./+-]+")
+_TEXT = (".json", ".jinja", ".md", ".txt", "")
+_VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # their words may look like paths
 _STALE = [f"{MODEL_STEM}*.safetensors", f"{MODEL_STEM}.safetensors.index.json"]
 
 
@@ -46,10 +47,11 @@ class Upload:
         """
         refuse_code(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = [name for name in names if any(fnmatch(name, pattern) for pattern in _UPLOADED)]
+        files = [name for name in names if any(map(partial(_is_like, name), _UPLOADED))]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):
             raise UserError(f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf wrote")
         for name in files:
+            check_links(folder / name, folder)
             _check_text(folder / name, allow_paths)
         if (card := read_card(folder)) is None:
             raise UserError(
@@ -108,14 +110,19 @@ def check_name(repository: str) -> None:
         raise UserError(f"the repository must be OWNER/NAME, got {repository}")
 
 
+def _is_like(name: str, pattern: str) -> bool:
+    """Whether a path matches a pattern, whose * stands for no slash."""
+    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+
+
 def _check_text(path: Path, allow_paths: bool) -> None:
-    if path.suffix not in _TEXT or path.stat().st_size > _MOST_TEXT:
+    if path.suffix not in _TEXT:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    if match := _SECRET.search(text):
-        raise UserError(f"{path} contains what looks like a secret ({match[0][:6]}…); remove it, and revoke it")
-    if not allow_paths and (match := _LOCAL_PATH.search(text)):
-        raise UserError(f"{path} names a folder of this machine ({match[0]}); edit it, or pass --allow-paths")
+    if found := secret_in(text):
+        raise UserError(f"{path} contains what looks like a secret ({found[:6]}…); remove it, and revoke it")
+    if not allow_paths and path.name not in _VOCABULARY and (found := path_in(text)):
+        raise UserError(f"{path} names a folder of this machine ({found}); edit it, or pass --allow-paths")
 
 
 @contextmanager

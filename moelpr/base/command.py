@@ -33,6 +33,7 @@ from moelpr.base.errors import (
     reports_panics,
     taken_port,
 )
+from moelpr.base.secrets import without_secrets
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the training
 # The environment variable with which, if it is 1, the code is 0, for a scheduler to which every other code of a node is
@@ -240,6 +241,9 @@ def _print_error(message: str) -> None:
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     # Names and files may contain control characters; only a list of settings has several lines.
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in message.split("\n- ")]
+    lines = [
+        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+        for line in without_secrets(message).split("\n- ")
+    ]
     with suppress(OSError):  # stderr may be a pipe that its reader has closed
         print(f"{name}: error:", "\n- ".join(lines), file=sys.stderr, flush=True)

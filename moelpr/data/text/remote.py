@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.base.files import atomic_file
+from moelpr.base.secrets import without_secrets
 from moelpr.base.versions import install_command
 
 # Scheme of a URI -> how to log in; a name with one of these schemes is remote.
@@ -52,12 +53,20 @@ class Identity(NamedTuple):
 
 def is_remote(name: str) -> bool:
     """Whether a name is a URI."""
-    return name.partition("://")[0] in _SCHEMES and "://" in name
+    return _scheme(name) in _SCHEMES and "://" in name
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0].lower()
+
+
+def _is_web(uri: str) -> bool:
+    return _scheme(uri) in ("http", "https")
 
 
 def shown(uri: str) -> str:
-    """The part of a URI that may be shown and recorded: without a query, which may be a signature."""
-    return re.sub(r"[?#].*", "", uri, flags=re.DOTALL) if uri.startswith("http") else uri
+    """The part of a URI that may be shown and recorded: without login and query, which may be a signature."""
+    return re.sub(r"[?#].*", "", without_secrets(uri), flags=re.DOTALL) if _is_web(uri) else without_secrets(uri)
 
 
 def pinned(uri: str) -> str:
@@ -66,10 +75,9 @@ def pinned(uri: str) -> str:
     Raises:
         UserError: It contains a password, or the data set or its revision can't be read.
     """
-    scheme, _, rest = uri.partition("://")
-    login, _, host = rest.split("/")[0].rpartition("@")
-    if login and scheme.startswith("http"):
-        raise UserError(f"the URL at {host} contains a login; {_SCHEMES[scheme]}")
+    scheme, rest = _scheme(uri), uri.partition("://")[2]
+    if "@" in rest.split("/")[0] or without_secrets(uri) != uri:
+        raise UserError(f"{shown(uri)} contains a login or key; {_SCHEMES[scheme]}")
     if scheme != "hf":
         return uri
     from huggingface_hub import HfApi
@@ -85,7 +93,7 @@ def pinned(uri: str) -> str:
 
 def is_folder(uri: str) -> bool:
     """Whether a URI names a folder; of a web server's, it ends in a slash."""
-    if uri.startswith("http"):
+    if _is_web(uri):
         return shown(uri).endswith("/")
     return bool(_find(uri, lambda system: system.info(uri))["type"] == "directory")
 
@@ -136,7 +144,7 @@ def has_ranges(uri: str, size: int) -> bool:
         except ValueError:
             return False
 
-    return not uri.startswith("http") or bool(_find(uri, read_last))
+    return not _is_web(uri) or bool(_find(uri, read_last))
 
 
 def open_remote(uri: str) -> BinaryIO:
@@ -215,7 +223,7 @@ def close_connections() -> None:
 
 def _file_system(uri: str) -> Any:
     """The file system of a URI, for this process and thread: fsspec keeps it."""
-    scheme = uri.partition("://")[0]
+    scheme = _scheme(uri)
     try:
         import fsspec  # type: ignore[import-untyped]
 
@@ -248,7 +256,7 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
             first = cause
         reason = "not found" if isinstance(first, FileNotFoundError) else first_line(first)
         reason = re.sub(r"\w+://\S+", "its address", reason)
-        login = _SCHEMES[uri.partition("://")[0]]
+        login = _SCHEMES[_scheme(uri)]
         raise kind(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"
         ) from None

@@ -9,9 +9,11 @@ import pytest
 import torch
 import yaml
 
+from checkpoint_convert.card.front_matter import inherited, plain
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
+from moelpr.model.checkpoints.lineage import Lineage, TrainedStage
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec
 from tests.unit.checkpoint_convert.conftest import BASE_CARD, SETTINGS, write_run
@@ -168,3 +170,26 @@ def test_the_code_in_the_card_runs(runs: Path) -> None:
     exec(code[1], scope)
     assert type(scope["model"]).__name__ == "Qwen2MoeForCausalLM" and scope["model"].dtype == torch.float32
     assert "vllm serve" in card and "lm_eval --model hf" in card
+
+
+def test_what_a_checkpoint_from_elsewhere_says_is_text_without_paths() -> None:
+    stage = TrainedStage(
+        folder="",
+        settings={
+            "stage": "stage1",
+            "data_path": ["1", "/lustre/project/el_text_document"],
+            "optimizer": "a\n# b<script>",
+        },
+        versions={"torch": "[x](javascript:y)"},
+        step=1,
+    )
+    found = plain(Lineage(base_model="a|`b`", stages=[stage]))
+    assert found.stages[0].data == "`el_text_document` (weight 1)" and found.base_model == "a b"
+    assert found.stages[0].settings["optimizer"] == "a # b script"
+    assert "[" not in found.stages[0].versions["torch"]
+
+
+def test_a_base_cards_licence_is_no_script(tmp_path: Path) -> None:
+    fields = {"language": ["el", "<b>"], "license": "other", "license_link": "javascript:alert(1)"}
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps(fields)}\n---\n")
+    assert inherited(tmp_path, (*fields,)) == {"license": "other"}

@@ -98,13 +98,33 @@ def test_a_login_that_will_not_do_is_one_sentence(hub, export, name, token, expe
         ("README.md", None, "no README.md"),
         ("README.md", "# A model\n", "names no licence"),
         ("README.md", CARD + "`/home/ana/data/el`", r"folder of this machine \(/home/ana/data/el\)"),
+        ("README.md", CARD + "/lustre/project/el", r"\(/lustre/project/el\)"),
         ("generation_config.json", f'{{"key": "{TOKEN}"}}', "looks like a secret"),
+        ("Modelfile", f"# {TOKEN}", "looks like a secret"),
+        ("chat_template.jinja", "x" * (2 << 20) + f" {TOKEN}", "looks like a secret"),
     ],
 )
 def test_a_folder_that_is_not_for_others_is_refused(export, file, text, expected) -> None:
     (export / file).unlink() if text is None else (export / file).write_text(text)
     with pytest.raises(UserError, match=expected):
         Upload.of(export)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "model-x.safetensors"])
+def test_no_link_out_of_the_folder_is_uploaded(export: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_text("not for others")
+    (export / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match=name):
+        Upload.of(export)
+
+
+def test_no_file_of_another_folder_is_uploaded(export: Path) -> None:
+    names = "model-a/optimizer.safetensors", "sub/secret.gguf", ".git/x.gguf", "additional_chat_templates/a/b.jinja"
+    for name in names:
+        (export / name).parent.mkdir(parents=True)
+        (export / name).write_text("x")
+    upload = Upload.of(export)
+    assert not {*names} & upload.files.keys() and {*names} < {*upload.left_out}
 
 
 def test_a_folder_without_a_model_and_a_wrong_name_are_refused(tmp_path) -> None:

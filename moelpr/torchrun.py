@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from types import FrameType
@@ -44,6 +45,10 @@ def main() -> None:
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    # torchrun makes a folder for logs even where it writes none, and leaves it.
+    if args.log_dir is None:
+        logs = tempfile.TemporaryDirectory(prefix="torchelastic_")
+        sys.argv[1:1] = ["--log-dir", logs.name]
     has_stopped = threading.Event()
     signal.signal(STOPPED_SIGNAL, lambda *_: has_stopped.set())
     memory = PeakMemory()

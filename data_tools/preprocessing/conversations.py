@@ -2,7 +2,10 @@
 
 import os
 import re
+import signal
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from moelpr.data.tokenizers.loading import open_hf_tokenizer
 
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognizes it
 _KEYS = ("role", "content")
+_MOST_CPU_S = 20.0  # to render one conversation
 
 
 class Rendered(NamedTuple):
@@ -99,16 +103,33 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, turns = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=marks_turns,
-                **options,
-                **self.special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            with _limited_time():
+                texts, turns = render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=marks_turns,
+                    **options,
+                    **self.special_tokens,
+                )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, TimeoutError) as error:
             raise BadLine(f"the chat template refuses the conversation ({first_line(error)})") from None
         return texts[0], turns[0] if marks_turns else []
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Raise a TimeoutError after `_MOST_CPU_S` of this process, in its main thread: a template may loop for ever."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {_MOST_CPU_S} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> NDArray[np.uint8]:

@@ -208,7 +208,7 @@ class Job:
             self._skipped.rename(self.spec.outputs.skipped_path)
 
     def _change(self) -> str:
-        """What differs from the job that was interrupted here; "" if nothing does, or none was."""
+        """The difference from the job that was interrupted here; "" if nothing does, or none was."""
         recorded = Journal.job_in(self._folder)
         settings = json.loads(json.dumps(self.spec.settings))
         for name in settings.keys() | recorded.keys() if recorded else ():

@@ -30,6 +30,7 @@ from moelpr.base.errors import (
     UserError,
     did_you_mean,
     is_lost_connection,
+    printable,
     reports_panics,
     taken_port,
 )
@@ -241,9 +242,6 @@ def _print_error(message: str) -> None:
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name
     # Names and files may contain control characters; only a list of settings has several lines.
-    lines = [
-        "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-        for line in without_secrets(message).split("\n- ")
-    ]
+    lines = [printable(line) for line in without_secrets(message).split("\n- ")]
     with suppress(OSError):  # stderr may be a pipe that its reader has closed
         print(f"{name}: error:", "\n- ".join(lines), file=sys.stderr, flush=True)

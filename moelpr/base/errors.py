@@ -23,6 +23,11 @@ class StoppedError(MachineError):
     """A command that was asked to stop before its end, and resumes when it is run again; exit code `STOPPED`."""
 
 
+def printable(text: str) -> str:
+    """The text with escapes in the place of what a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, without a full stop, to be part of one of our sentences."""
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__

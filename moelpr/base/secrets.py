@@ -1,4 +1,4 @@
-"""What looks like a secret, or like a folder of one machine: kept out of messages, model cards and uploads.
+"""Texts that look like a secret, or like a folder of one machine: kept out of messages, model cards and uploads.
 
 detect-secrets, the library for this, knows neither Hugging Face's tokens nor signed URLs, and needs five more packages.
 """

@@ -53,6 +53,9 @@ def run(
         return
     if on == "local" and project.method == "lora":
         require_package("peft", "lora")
+    if on == "local" and all(outlook.state == "done" for outlook in outlooks):  # also where nothing can be written
+        print("".join(f"{outlook.task.name}: already done\n" for outlook in outlooks) + verdict(project))
+        return
     make_folder(workflow.folder)
     if project.trackers and not (path := project.folder / PLAN_FILE).exists():  # later plans have only what is left
         write_text(path, plan(project) + "\n")

@@ -6,12 +6,15 @@ Credentials come from where the libraries look for them. Neither they nor a sign
 import gc
 import hashlib
 import io
+import ipaddress
 import logging
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from threading import Thread
@@ -33,6 +36,7 @@ _SCHEMES["http"] = _SCHEMES["https"]
 # Waits between attempts to download a file; of finding one, which may be a typo, only the first.
 _WAITS_S: tuple[float, ...] = (0.5, 2, 8, 32, 60)
 _FIRST_WAITS = 2
+_SAID_AFTER_S = 8
 _DOWNLOADS_AT_ONCE = 8
 _BUFFER_BYTES = 1 << 18
 
@@ -76,7 +80,8 @@ def pinned(uri: str) -> str:
         UserError: It contains a password, or the data set or its revision can't be read.
     """
     scheme, rest = _scheme(uri), uri.partition("://")[2]
-    if "@" in rest.split("/")[0] or without_secrets(uri) != uri:
+    place = uri.partition("?")[0]  # a signed URL's query is hidden, not refused
+    if "@" in rest.split("/")[0] or without_secrets(place) != place:
         raise UserError(f"{shown(uri)} contains a login or key; {_SCHEMES[scheme]}")
     if scheme != "hf":
         return uri
@@ -228,7 +233,8 @@ def _file_system(uri: str) -> Any:
         import fsspec  # type: ignore[import-untyped]
 
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
-        options = {"client_kwargs": {"trust_env": True}} if scheme.startswith("http") else {}  # ~/.netrc and proxies
+        # With ~/.netrc and proxies.
+        options = {"client_kwargs": {"trust_env": True, "trace_configs": [_redirects()]}} if _is_web(uri) else {}
         system = fsspec.filesystem(scheme, **options)
         _used.add(type(system))
         return system
@@ -236,6 +242,32 @@ def _file_system(uri: str) -> Any:
         raise UserError(
             f"{shown(uri)} needs packages that are not installed here; run {install_command('remote')}"
         ) from error
+
+
+@cache
+def _redirects() -> Any:
+    """A hook that refuses redirects to an address of this machine or its network, such as a cloud's metadata."""
+    import aiohttp
+    from yarl import URL
+
+    async def check(_: Any, __: Any, params: Any) -> None:
+        target = params.url.join(URL(params.response.headers.get("Location", "")))
+        if target.host != params.url.host and not _is_public(target.host or ""):
+            raise UserError(
+                f"{shown(str(params.url))} leads to {target.host}, which is no public address; pass another"
+            )
+
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(check)
+    return config
+
+
+def _is_public(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:  # a proxy may know it
+        return True
+    return all(ipaddress.ip_address(address[4][0]).is_global for address in found)
 
 
 def _find(uri: str, call: Callable[[Any], Any]) -> Any:
@@ -270,6 +302,8 @@ def _persistently[T](uri: str, call: Callable[[Any], T], attempts: int | None = 
         except Exception as error:
             if _is_final(error):
                 raise
+            if wait >= _SAID_AFTER_S:
+                print(f"note: {shown(uri)} can't be read yet; trying again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
     return call(_file_system(uri))
 

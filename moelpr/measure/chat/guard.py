@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-_MOST_BYTES = 1 << 20  # of a request: the longest prompt, and its conversation's number
+_MOST_BYTES = 1 << 20  # a request: the longest prompt, and its conversation's number
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moelpr.base.errors import UserError
 from moelpr.base.versions import install_command
+from moelpr.measure.evaluate.gguf_header import check_header
 
 
 @cache
@@ -36,6 +37,7 @@ class Gguf:
     unk_token_id = None
 
     def __init__(self, path: Path, vocab_only: bool = False):
+        check_header(path)
         self._c = library()
         params = self._c.lib.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, 0

@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, printable
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE
 from moelpr.measure.report.runs import Run, read_run
 from moelpr.model.metrics.run_metrics import LineParser, bits_of
@@ -90,7 +90,11 @@ def drawing(run: Run) -> RenderableType:
         parts.append(table)
     for warning in run.metrics.warnings[-5:]:
         # The word "warning" is there because color alone would not do.
-        parts.append(Text(f"warning, step {warning['iteration']:,}: {warning.get('message', '')}", style="yellow"))
+        parts.append(
+            Text(
+                f"warning, step {warning['iteration']:,}: {printable(str(warning.get('message', '')))}", style="yellow"
+            )
+        )
     return Group(*parts)
 
 
@@ -112,7 +116,7 @@ def line(record: Any) -> str:
     """A record as one line of a log."""
     where = f"{record.get('stage', 'training')} step {record['iteration']}"
     if record.get("event") == "warning":
-        return f"{where}, warning: {record.get('message', '')}"
+        return f"{where}, warning: {printable(str(record.get('message', '')))}"
     if record.get("event") == "validation":
         bits = {language: bits_of(loss) for language, loss in record["languages"].items()}
         parts = [f"{language} {value:.4f} {unit}" for language, (unit, value) in bits.items() if value is not None]

@@ -3,7 +3,9 @@
 import gzip
 import json
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pyarrow
 import pytest
@@ -277,3 +279,23 @@ def test_a_file_unlike_the_others_is_found_before_the_work_starts(
     words = ("--input", tmp_path / "a.parquet", path, "--language", "expanded", *flags)
     with pytest.raises(UserError, match=message):
         preprocess(hf_tokenizer, *words)
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.2:1/x", "http://169.254.169.254/latest", "http://[::1]:1/"])
+def test_a_redirect_to_an_address_of_this_machine_or_network_is_refused(target: str) -> None:
+    class Redirect(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Redirect) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match="no public address"):
+            remote.identify(f"http://127.0.0.1:{server.server_port}/text.jsonl")
+        server.shutdown()

@@ -11,6 +11,7 @@ from moelpr.base.files import locked
 from moelpr.project import running
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from moelpr.project.workflow.workflow import Outlook, Workflow
 from tests.unit.project.conftest import Write
 
 
@@ -90,3 +91,12 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
         running.run(ResolvedProject(read_project(write())), on="slurm", render_only=True)
+
+
+def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(Workflow, "outlook", lambda flow: [Outlook(task, "done") for task in flow.tasks.values()])
+    monkeypatch.setattr(running, "verdict", lambda project: "the verdict")
+    monkeypatch.setattr(running, "check_budget", lambda project: None)
+    running.run(ResolvedProject(read_project(write())))
+    printed = capsys.readouterr().out
+    assert "export: already done" in printed and "the verdict" in printed and not Path("out").exists()

@@ -11,7 +11,7 @@ OWN = "127.0.0.1:7860"
 
 
 def ask(path: str = "/config", kind: str = "http", body: bytes = b"", **headers: str) -> tuple[list[Any], list[Any]]:
-    """What the application behind the guard has received, and what was sent."""
+    """The messages that the application behind the guard has received, and those that were sent."""
     received: list[Any] = []
     sent: list[Any] = []
     parts = [body[start : start + 4096] for start in range(0, len(body), 4096)] or [b""]

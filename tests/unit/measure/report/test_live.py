@@ -56,6 +56,9 @@ def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     assert "0.125" in shown and "LPR" in shown and "█" in shown
     assert "en (original)" in shown and "el[/b] (expanded)" in shown and "bits per byte" in shown
     assert "warning, step 60: expert 3" in shown
+    live.add(run, hostile := {"iteration": 61, "event": "warning", "message": "\x1b[2J"})
+    console.print(live.drawing(run))
+    assert r"warning, step 61: \x1b[2J" in console.export_text() and "\x1b" not in live.line(hostile)
 
 
 def test_record_written_while_the_run_is_read_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from moelpr.base.checksums import SummedFile
 from moelpr.base.errors import UserError
@@ -132,3 +133,14 @@ def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
     (step / ".metadata").unlink()
     with pytest.raises(UserError, match="iter_0000001 .*.metadata is missing"):
         TorchDistReader(step)
+
+
+@pytest.mark.parametrize("state", [b"N}X\x06\x00\x00\x00__eq__K\x01s\x86", b"}X\x04\x00\x00\x00newxK\x01s"])
+def test_a_table_of_contents_changes_no_class(step: Path, state: bytes) -> None:
+    before = dict(vars(_StorageInfo))
+    on_class = b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\n" + state + b"b0"
+    (step / "checksums.json").unlink()
+    (step / ".metadata").write_bytes(b"\x80\x02" + on_class + (step / ".metadata").read_bytes()[2:])
+    with pytest.raises(UserError, match="changes _StorageInfo|damaged"):
+        read_metadata(step)
+    assert dict(vars(_StorageInfo)) == before

@@ -29,8 +29,11 @@ def test_a_step_imports_no_file_of_the_project(ran: Path) -> None:
     assert not ran.exists()
 
 
-def test_ranks_import_no_file_of_the_current_folder(ran: Path) -> None:
+def test_ranks_import_no_file_of_the_current_folder_and_leave_none(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (temporary := ran.with_name("temporary")).mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     launcher = [sys.executable, "-P", "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run([*launcher, "-m", "moelpr.pretrain", "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--pretrained-checkpoint" in done.stdout and not ran.exists()
+    assert not [*temporary.glob("torchelastic_*")]

@@ -1,0 +1,54 @@
+"""Headers that llama.cpp would abort for are refused before it reads them."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.gguf_header import check_header
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(**numbers: int) -> bytes:
+    """A GGUF of texts, an array of texts, an array of numbers, and numbers of an architecture after them."""
+    pairs = [text("general.name") + struct.pack("<I", 8) + text("x")]
+    pairs += [text("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + text("a") + text("") + text("bc")]
+    pairs += [text("tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, 2) + bytes(8)]
+    pairs += [text(f"qwen2moe.{name}") + struct.pack("<II", 4, value) for name, value in numbers.items()]
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
+
+
+def write(tmp_path: Path, content: bytes) -> Path:
+    (tmp_path / "x.gguf").write_bytes(content)
+    return tmp_path / "x.gguf"
+
+
+def test_a_model_that_can_be_computed_is_accepted(tmp_path: Path) -> None:
+    check_header(write(tmp_path, header(block_count=2, expert_count=4, expert_used_count=2)))
+    check_header(write(tmp_path, header(block_count=2)))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"block_count": 0},
+        {"block_count": 1 << 31},
+        {"expert_count": (1 << 31) - 1},
+        {"expert_count": 4, "expert_used_count": 999},
+        {"expert_used_count": 2},
+    ],
+)
+def test_impossible_numbers_are_refused(tmp_path: Path, numbers: dict[str, int]) -> None:
+    with pytest.raises(UserError):
+        check_header(write(tmp_path, header(**numbers)))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    whole = header(block_count=2)
+    for content in (b"", b"GGUF", whole[:-1], whole[:60], b"XXXX" + whole[4:], whole.replace(text("x"), b"\xff" * 9)):
+        with pytest.raises(UserError):
+            check_header(write(tmp_path, content))

@@ -4,6 +4,7 @@ They are left out when a model is read, and when one is written. So they reach n
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +12,35 @@ from moelpr.base.errors import UserError
 
 _KEYS = {"auto_map", "custom_generate", "custom_pipelines", "trust_remote_code", "kernel_config", "use_kernels"}
 _KERNEL_KEYS = ("_implementation", "_implementation_internal")  # ends of names: of attention, experts …
-_NO_SETTINGS = ("tokenizer.json", "vocab.json")
 
 
 def without_code(settings: Any) -> Any:
     """The content of a JSON file without these settings, also of its parts."""
     if isinstance(settings, dict):
-        return {key: without_code(value) for key, value in settings.items() if not _names_code(key)}
+        kept = settings.keys() - {key for key in settings if key in _KEYS or key.endswith(_KERNEL_KEYS)}
+        return {key: without_code(value) for key, value in settings.items() if key in kept}
     return [without_code(item) for item in settings] if isinstance(settings, list) else settings
 
 
 def drop_code(folder: Path) -> None:
     """Rewrite the JSON files of a folder that have such settings."""
-    for path, settings in _settings(folder):
-        if (kept := without_code(settings)) != settings:
-            path.write_text(json.dumps(kept, indent=2) + "\n")
+    for path, kept in _with_code(folder):
+        path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def refuse_code(folder: Path) -> None:
     """Raise a UserError if a folder has such settings, before another program reads it."""
-    for path, settings in _settings(folder):
-        if without_code(settings) != settings:
-            raise UserError(f"{path} names code, such as auto_map, that its readers would run; export the model again")
+    for path, _ in _with_code(folder):
+        raise UserError(f"{path} names code, such as auto_map, that its readers would run; export the model again")
 
 
-def _names_code(key: str) -> bool:
-    return key in _KEYS or key.endswith(_KERNEL_KEYS)
-
-
-def _settings(folder: Path) -> list[tuple[Path, Any]]:
-    """All JSON files of a folder with their contents; not those that no reader could parse."""
-    found = []
+def _with_code(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """The JSON files that have such settings, and what is left without; not those that no reader could parse."""
     for path in sorted(folder.rglob("*.json")):
-        if path.name not in _NO_SETTINGS and path.is_file():
+        if path.name not in ("tokenizer.json", "vocab.json") and path.is_file():
             try:
-                found.append((path, json.loads(path.read_bytes())))
+                settings = json.loads(path.read_bytes())
             except (ValueError, RecursionError):
                 continue
-    return found
+            if (kept := without_code(settings)) != settings:
+                yield path, kept

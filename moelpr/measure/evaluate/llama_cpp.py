@@ -1,5 +1,6 @@
 """GGUF files, tokenized and computed by llama.cpp, whose library comes with the extra `gguf`."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,21 @@ from torch import Tensor
 
 from moelpr.base.errors import UserError
 from moelpr.base.versions import install_command
-from moelpr.measure.evaluate.gguf_header import check_header
+
+_MOST_HEADER_BYTES = 64 << 20
+_RANGES = {"block_count": (1, 512), "expert_count": (0, 512), "expert_used_count": (0, 64)}  # llama.cpp's limits
+
+
+def check_header(path: Path) -> None:
+    """Raise a UserError for numbers for which llama.cpp aborts the process, instead of an error."""
+    with open(path, "rb") as file:
+        header = file.read(_MOST_HEADER_BYTES) + bytes(8)
+    for name, (least, most) in _RANGES.items():
+        # The key, its type (an integer of 4 or 8 bytes), and the value.
+        for found in re.finditer(rb"\.%s([\4\5\12\13])\0\0\0(.{8})" % name.encode(), header, re.DOTALL):
+            value = int.from_bytes(found[2][: 4 if found[1] in b"\4\5" else 8], "little")
+            if not least <= value <= most:
+                raise UserError(f"{path} has {name} {value}; write it again with moelpr model gguf")
 
 
 @cache

@@ -1,6 +1,7 @@
 """The steps after training: export, chat model, evaluation against the base, model card and report."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,13 @@ def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "base-model": project.model_name if project.is_downloaded else None,
         "overwrite": True,
     }
-    yield step.task(
-        project,
-        flags,
-        made_from=(before,),
-        is_complete=lambda: has_model(_exported(project)),
-        is_result=_exported(project) == project.export,
-        disk_gib=project.layouts.export_gib,
-    )
+    is_complete = partial(has_model, save := _exported(project))
+    fields: dict[str, Any] = {
+        "is_complete": is_complete,
+        "is_result": save == project.export,
+        "disk_gib": project.layouts.export_gib,
+    }
+    yield step.task(project, flags, made_from=(before,), **fields)
 
 
 @step(
@@ -65,7 +65,6 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
         files=tuple(path for text in texts.values() for path in local_files([text])),
         versions=versions(*texts.values()),
         is_complete=lambda: has_model(project.export),
-        is_result=True,
         disk_gib=project.layouts.export_gib,
         **_cost(project),
     )
@@ -90,7 +89,6 @@ def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
         made_from=(_last_model_step(project), *project.base_task),
         files=(Path(project.content.chat),) if Path(project.content.chat).is_dir() else (),
         is_complete=lambda: has_model(save),
-        is_result=True,
         disk_gib=project.layouts.export_gib,
     )
 
@@ -128,7 +126,6 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         files=tuple(Path(path) for path in given if not is_remote(path)),
         versions=versions(*filter(is_remote, given)),
         is_complete=_results(project)[step.name].is_file,
-        is_result=True,
         **_cost(project),
     )
 
@@ -153,7 +150,6 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
         made_from=(_last_model_step(project), *project.base_task),
         files=(Path(chosen.tasks),) if chosen.tasks else (),
         is_complete=_results(project)[step.name].is_file,
-        is_result=True,
         **_cost(project),
     )
 
@@ -167,14 +163,9 @@ def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "evaluated": project.method,
         "languages": ",".join(filter(is_code, project.languages)),
     }
-    yield step.task(
-        project,
-        flags,
-        str(project.export),
-        made_from=(_last_model_step(project), *results),
-        is_complete=lambda: _has_results(project.export / "README.md"),
-        is_result=True,
-    )
+    is_complete = partial(_has_results, project.export / "README.md")
+    made_from = (_last_model_step(project), *results)
+    yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=is_complete)
 
 
 @step("report", "report", reserved="evaluation output")
@@ -182,14 +173,8 @@ def report(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Write the report of the stages and their evaluation."""
     results = _results(project)
     flags: dict[str, Any] = {"evaluation": [*results.values()], "output": project.folder}
-    yield step.task(
-        project,
-        flags,
-        *_runs(project),
-        made_from=(*project.stages, *results),
-        is_complete=(project.folder / "report.html").is_file,
-        is_result=True,
-    )
+    is_complete = (project.folder / "report.html").is_file
+    yield step.task(project, flags, *_runs(project), made_from=(*project.stages, *results), is_complete=is_complete)
 
 
 @step("track", "track", reserved="results files tracker-run")

@@ -17,6 +17,10 @@ METHODS = frozenset(MAIN_STAGE)
 MOE_LPR: frozenset[Method] = frozenset(("moe-lpr",))
 
 
+# The steps whose output a project is for.
+_RESULTS = "lora export calibrate graft evaluate routing benchmarks card report".split()
+
+
 def has_model(folder: Path) -> bool:
     """Whether a Hugging Face model is there: its settings, and all of its weights."""
     index = folder / "model.safetensors.index.json"
@@ -77,7 +81,7 @@ class Step:
             name=name or self.name,
             command=command if callable(flags) else command(),
             settings=[*settings, *self.speed_words(project)],
-            **fields,
+            **{"is_result": self.name in _RESULTS, **fields},
         )
 
     def words(

@@ -13,17 +13,15 @@ def make_run(
     stage: str,
     steps: int,
     num_layers: int = 4,
-    num_experts: int = 5,
     languages: dict[str, str] = LANGUAGES,
     is_finished: bool = True,
-    validation_every: int = 100,
     train_iters: int | None = None,
 ) -> Path:
     """Losses fall; stage 1 makes original languages worse, stage 2 repairs them; with noise and two warnings."""
     noise = random.Random(steps)
     folder.mkdir(parents=True)
     settings = dict(stage=stage, train_iters=train_iters or steps, lr=5e-5, seq_length=512, global_batch_size=512)
-    settings |= dict(num_experts=num_experts - 1, num_original_experts=1, moe_router_topk=2, world_size=8)
+    settings |= dict(num_experts=4, num_original_experts=1, moe_router_topk=2, world_size=8)
     settings["data_path"] = ["1", "data/expanded_text_document"]
     (folder / "recipe.yaml").write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in settings.items()))
     (folder / "versions.json").write_text(json.dumps({"torch": "2.15.0", "megatron-core": "0.19.2"}))
@@ -33,8 +31,8 @@ def make_run(
         for step in range(steps + 1):
             done = step / steps
             if step:
-                file.write(json.dumps(step_record(stage, step, done, num_layers, num_experts, noise)) + "\n")
-            if languages and (step % validation_every == 0 or step == steps):
+                file.write(json.dumps(step_record(stage, step, done, num_layers, noise)) + "\n")
+            if languages and (step % 100 == 0 or step == steps):
                 results = {
                     name: held_out(group, stage, done, 1 + 0.06 * number)
                     for number, (name, group) in enumerate(languages.items())
@@ -49,7 +47,7 @@ def make_run(
     return folder
 
 
-def step_record(stage: str, step: int, done: float, num_layers: int, num_experts: int, noise: random.Random) -> dict:
+def step_record(stage: str, step: int, done: float, num_layers: int, noise: random.Random) -> dict:
     share = 0.3 + 0.6 * done if stage == "stage2" else 0.35 - 0.1 * done
     loss = 2.6 + 1.2 * math.exp(-6 * done) + noise.gauss(0, 0.05)
     return {
@@ -65,8 +63,8 @@ def step_record(stage: str, step: int, done: float, num_layers: int, num_experts
         "lm_loss_expanded": loss,
         "balance_loss": 1.02 + 0.1 * math.exp(-5 * done) if stage == "stage1" else None,
         "lpr_loss": 1.2 * math.exp(-3 * done) + 0.1 + noise.random() / 50 if stage == "stage2" else None,
-        "router_score": [[round(1 / num_experts, 5)] * num_experts] * num_layers,
-        "token_share": [[round(2 / num_experts, 5)] * num_experts] * num_layers,
+        "router_score": [[0.2] * 5] * num_layers,
+        "token_share": [[0.4] * 5] * num_layers,
         "original_first_share_original": [
             round(min(0.99, share + 0.02 * layer + noise.random() / 50), 5) if stage == "stage2" else None
             for layer in range(num_layers)

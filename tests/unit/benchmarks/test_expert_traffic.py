@@ -1,5 +1,3 @@
-"""The peer's experts, on cases worked out by hand."""
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-"""The runs of first contact by GPU, its table of results, and parts that fail or hang."""
-
 import argparse
 import time
 from contextlib import suppress

@@ -1,5 +1,3 @@
-"""The byte counter, on cases worked out by hand."""
-
 import pytest
 import torch
 

@@ -1,5 +1,3 @@
-"""The command finds each kind of difference and reports equal only what is equal."""
-
 import json
 import re
 import shutil

@@ -1,5 +1,3 @@
-"""`model_spec.json`: valid numbers of experts, and files that are refused."""
-
 import json
 from dataclasses import replace
 from pathlib import Path

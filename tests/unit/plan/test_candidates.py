@@ -36,10 +36,8 @@ SHAPE = TINY_SHAPE | dict(num_layers=6, hidden_size=64, ffn_hidden_size=96, num_
 SIX_LAYERS = ModelSpec("qwen2", "float32", SHAPE, MoeSpec(4, 2, (0, 1, 2, 3, 4, 5)))
 
 
-def layouts_of(
-    gpus: int, gpus_per_node: int = 8, global_batch_size: int = 8, seq_length: int = 64
-) -> list[PlannedLayout]:
-    workload = Workload("stage1", seq_length, 1, global_batch_size)
+def layouts_of(gpus: int, gpus_per_node: int = 8, global_batch_size: int = 8) -> list[PlannedLayout]:
+    workload = Workload("stage1", 64, 1, global_batch_size)
     return list(legal_layouts(SIX_LAYERS, workload, Cluster(gpus, gpus_per_node, 80, 8)))
 
 

@@ -1,5 +1,3 @@
-"""The layouts that a model and a number of ranks allow, worked out by hand, and the values that messages suggest."""
-
 import itertools
 import subprocess
 import sys

@@ -1,5 +1,3 @@
-"""The plan of a stage: what it chooses, what a number of tokens costs, and what fits if the model does not."""
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Operations and exchanges by hand and by another program, and what makes a step faster or slower."""
-
 import itertools
 from dataclasses import fields, replace
 

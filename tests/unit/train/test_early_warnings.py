@@ -1,5 +1,3 @@
-"""Each warning is issued once per onset, from the records only."""
-
 import pytest
 
 from moelpr.train.arguments.settings import Thresholds
@@ -8,13 +6,8 @@ from moelpr.train.early_warnings import EarlyWarnings
 WINDOW = 4
 
 
-def warnings_of(stage: str = "stage1", lpr: bool = False, **thresholds: float) -> EarlyWarnings:
-    return EarlyWarnings(stage, Thresholds(**{"window": WINDOW} | thresholds), lpr_loss_is_on=lpr)
-
-
-def block(watch: EarlyWarnings, **values: object) -> list[str]:
-    """The kinds of warnings of a block of equal steps."""
-    return [warning.kind for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0} | values)]
+def warnings_of(stage: str = "stage1", lpr: bool = False, first: int = 0, **thresholds: float) -> EarlyWarnings:
+    return EarlyWarnings(stage, Thresholds(**{"window": WINDOW} | thresholds), lpr_loss_is_on=lpr, first_expert=first)
 
 
 def validation(**losses: float | None) -> dict:
@@ -23,16 +16,42 @@ def validation(**losses: float | None) -> dict:
     return {"event": "validation", "languages": results}
 
 
-def test_an_idle_expert_is_named_once_until_it_recovers() -> None:
+IDLE, BUSY = [[1.0, 0.992, 0.008], [0.9, 0.6, 0.5]], [[1.0, 0.98, 0.02], [0.9, 0.6, 0.5]]
+RISES, STAYS = ["original_loss_rises"], ["lpr_loss_stays"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "blocks"),
+    [
+        ({}, "token_share", [(IDLE, ["idle_expert"]), (IDLE, []), (BUSY, []), (IDLE, ["idle_expert"])]),
+        ({"expert_share": 0}, "token_share", [(IDLE, [])]),
+        ({"stage": "stage0"}, "token_share", [(IDLE, [])]),
+        # An expert that tokens cannot choose is not idle.
+        ({"first": 1}, "token_share", [([[0.0, 1.0, 1.0]], []), ([[0.0, 2.0, 0.0]], ["idle_expert"])]),
+        ({}, "lm_loss_original", [(2.0, []), (2.1, []), (2.3, RISES)]),
+        ({}, "lm_loss_original", [(None, [])]),
+        (
+            {"stage": "stage2", "lpr": True},
+            "lpr_loss",
+            [(1.0, []), (1.0, STAYS), (1.1, []), (0.5, []), (0.5, []), (0.995, STAYS)],
+        ),
+        ({"lpr": False}, "lpr_loss", [(1.0, []), (1.0, [])]),
+    ],
+)
+def test_a_block_of_equal_steps_is_warned_of_at_its_onset(settings: dict, name: str, blocks: list[tuple]) -> None:
+    watch = warnings_of(**settings)
+    for value, expected in blocks:
+        found = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, name: value})]
+        assert [warning.kind for warning in found] == expected
+        if value is IDLE and found:
+            assert "expert 2 of MoE layer 0 (0.80%)" in found[0].message and "layer 1" not in found[0].message
+
+
+def test_with_held_out_text_the_training_text_is_not_judged() -> None:
     watch = warnings_of()
-    idle, busy = [[1.0, 0.992, 0.008], [0.9, 0.6, 0.5]], [[1.0, 0.98, 0.02], [0.9, 0.6, 0.5]]
-    found = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, "token_share": idle})]
-    assert [warning.kind for warning in found] == ["idle_expert"]
-    assert "expert 2 of MoE layer 0 (0.80%)" in found[0].message and "layer 1" not in found[0].message
-    assert block(watch, token_share=idle) == []
-    assert block(watch, token_share=busy) == []
-    assert block(watch, token_share=idle) == ["idle_expert"]
-    assert block(warnings_of(expert_share=0), token_share=idle) == []
+    watch.validation(validation(en=2.0))
+    for loss in [2.0] * WINDOW + [2.3] * WINDOW:
+        assert watch.step({"lm_loss": 2.0, "lm_loss_original": loss}) == []
 
 
 def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
@@ -42,12 +61,6 @@ def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
     assert found.kind == "grace_too_short" and "up to 10.5 s and a checkpoint 20 s" in found.message
     assert watch.saved(11, 20) == []
     assert warnings_of().saved(1e6, 1e6) == []
-
-
-def test_experts_that_tokens_cannot_choose_are_not_idle() -> None:
-    watch = EarlyWarnings("stage1", Thresholds(window=WINDOW), lpr_loss_is_on=False, first_expert=1)
-    assert block(watch, token_share=[[0.0, 1.0, 1.0]]) == []
-    assert block(watch, token_share=[[0.0, 2.0, 0.0]]) == ["idle_expert"]
 
 
 def test_one_idle_step_does_not_make_an_expert_idle() -> None:
@@ -70,33 +83,6 @@ def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() 
     assert len(watch.validation(validation(en=2.5, zh=3.0))) == 1
     (second,) = watch.validation(validation(en=2.5, zh=4.0))  # another language's onset
     assert "zh" in second.message and "en" not in second.message
-
-
-def test_with_held_out_text_the_training_text_is_not_judged_and_stage_0_has_no_idle_experts() -> None:
-    watch = warnings_of()
-    watch.validation(validation(en=2.0))
-    assert block(watch, lm_loss_original=2.0) == block(watch, lm_loss_original=2.3) == []
-    assert block(warnings_of("stage0"), token_share=[[1.0, 0.001]]) == []
-
-
-def test_without_held_out_text_the_training_text_is_judged() -> None:
-    watch = warnings_of()
-    assert block(watch, lm_loss_original=2.0) == []
-    assert block(watch, lm_loss_original=2.1) == []
-    assert block(watch, lm_loss_original=2.3) == ["original_loss_rises"]
-    assert block(warnings_of(), lm_loss_original=None) == []
-
-
-def test_an_lpr_loss_that_does_not_fall_is_warned_of_but_not_one_that_has_fallen() -> None:
-    watch = warnings_of("stage2", lpr=True)
-    assert block(watch, lpr_loss=1.0) == []
-    assert block(watch, lpr_loss=1.0) == ["lpr_loss_stays"]
-    assert block(watch, lpr_loss=1.1) == []
-    assert block(watch, lpr_loss=0.5) == []
-    assert block(watch, lpr_loss=0.5) == []
-    assert block(watch, lpr_loss=0.995) == ["lpr_loss_stays"]
-    off = warnings_of("stage1", lpr=False)
-    assert block(off, lpr_loss=1.0) + block(off, lpr_loss=1.0) == []
 
 
 def test_a_nan_loss_is_warned_of_at_once() -> None:

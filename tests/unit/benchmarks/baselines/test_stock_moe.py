@@ -1,5 +1,3 @@
-"""Stock transformers computes what we compute, and its mask keeps the original experts."""
-
 from dataclasses import replace
 
 import pytest

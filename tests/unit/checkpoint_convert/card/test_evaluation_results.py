@@ -1,7 +1,6 @@
 """Evaluation results and metadata become the front matter that the Hub reads; the card's text stays."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from huggingface_hub.repocard import metadata_load
 
 from checkpoint_convert import update_card as command
 from checkpoint_convert.card.front_matter import inherited
-from moelpr.measure.evaluate import __main__ as evaluate
 
 CARD = "---\nlicense: mit\nlanguage: en\ntags:\n- moe\n---\n\n# A model\n\n---\nText.\n"
 
@@ -80,20 +78,6 @@ def test_benchmarks_become_results_too(export: Path, exit_code) -> None:
     }
     name = english["metrics"][0]["name"]
     assert "48.0 to 52.0" in name and "\u22120.50 [\u22121.00, +0.25]" in name
-
-
-def test_what_moelpr_evaluate_prints_is_read(source: Path, text: Path, monkeypatch, exit_code, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(source), "--data", f"el={text}", "--json"])
-    evaluate.main()
-    printed = capsys.readouterr().out
-    (source.parent / "printed.json").write_text(printed)
-    (source / "README.md").write_text(CARD)
-    assert exit_code(command.main, source, "--results", source.parent / "printed.json") == 0
-    metadata = metadata_load(source / "README.md")
-    assert metadata["language"] == ["en", "el"]
-    (result,) = metadata["model-index"][0]["results"]
-    bits = json.loads(printed)["models"]["source"]["languages"]["el"]["bits_per_byte"]["value"]
-    assert {metric["type"]: metric["value"] for metric in result["metrics"]}["bits_per_byte"] == bits > 0
 
 
 def test_invalid_input_exits_with_one_message_and_leaves_the_card(export, results, exit_code, capsys) -> None:

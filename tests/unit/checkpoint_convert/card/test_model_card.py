@@ -1,5 +1,3 @@
-"""The card contains what the runs recorded, and nothing else."""
-
 import json
 import re
 from pathlib import Path

@@ -110,9 +110,6 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path, m
     assert spec.moe is not None
 
 
-# --- invalid input
-
-
 def assert_export_fails(upcycled: Path, tmp_path: Path, message: str, **options) -> None:
     with pytest.raises(UserError, match=message) as caught:
         mcore_to_hf(upcycled, tmp_path / "out", **options)

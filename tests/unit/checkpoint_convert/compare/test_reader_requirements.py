@@ -1,5 +1,3 @@
-"""Reasons why a program does not run a directory are found without the program."""
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""The comparison holds two tensors and one model in memory at a time, and agrees with an independent one."""
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Conversion with an extended tokenizer: rows of new tokens are means, and everything else computes the same."""
-
 import json
 from dataclasses import replace
 from pathlib import Path

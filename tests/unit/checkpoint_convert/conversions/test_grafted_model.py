@@ -1,5 +1,3 @@
-"""A graft is the model plus the instruct difference; its path through the original expert is the instruct model."""
-
 import json
 import re
 import shutil

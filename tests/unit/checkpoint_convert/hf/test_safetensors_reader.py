@@ -1,5 +1,3 @@
-"""Hugging Face directories are read and written tensor by tensor; damaged ones are rejected."""
-
 import json
 import os
 import shutil

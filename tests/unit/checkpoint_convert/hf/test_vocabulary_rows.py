@@ -63,9 +63,6 @@ def old_text(tmp_path: Path) -> Path:
     return tmp_path / "old.txt"
 
 
-# --- exports
-
-
 @pytest.mark.parametrize("as_class", [None, "granitemoe", "mixtral"])
 def test_every_class_is_exported_with_the_rows_and_the_tokenizer(make_model, tmp_path, as_class) -> None:
     base = make_model("LlamaForCausalLM" if as_class == "mixtral" else "Qwen2ForCausalLM", tokenizer=True)
@@ -76,9 +73,6 @@ def test_every_class_is_exported_with_the_rows_and_the_tokenizer(make_model, tmp
     assert VocabularyExtension.read(tmp_path / "model").number == 45
     card = (tmp_path / "model/README.md").read_text()
     assert "extended by 45 tokens (IDs 60 to 104), each in place of 2.0 of the base's on average" in card
-
-
-# --- comparisons
 
 
 def test_old_and_unused_rows_are_compared_and_new_ones_ignored(qwen2: Path, tmp_path: Path, exit_code, capsys) -> None:
@@ -144,9 +138,6 @@ def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tm
             assert list(new_rows(earlier, later)) == list(rows)
             assert all(not verdict.differs(0) for verdict in compare_frozen(earlier, later))
         assert torch.equal(tensors_of(later)[EMBEDDING][:105], tensors_of(model)[EMBEDDING])
-
-
-# --- grafts
 
 
 @pytest.mark.parametrize("scale", [1, 0.5])

@@ -1,5 +1,3 @@
-"""Routes of tokens: against transformers' own router logits."""
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Bootstrap intervals against worked-out answers, and against how often they contain the truth."""
-
 import numpy as np
 import pytest
 

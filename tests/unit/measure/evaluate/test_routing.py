@@ -1,5 +1,3 @@
-"""Routing statistics against routers computed by hand from their input hidden states."""
-
 import dataclasses
 import math
 from pathlib import Path

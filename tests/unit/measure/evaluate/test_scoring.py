@@ -1,5 +1,3 @@
-"""Bits per byte against a plain loop, one token at a time."""
-
 import dataclasses
 import json
 import math

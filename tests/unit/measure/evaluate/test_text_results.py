@@ -1,5 +1,3 @@
-"""Changes are paired and clear only if their interval says so, and findings name what is wrong with a comparison."""
-
 import json
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""The rate of continuations in another language: with real text, and its interval."""
-
 import math
 
 import pytest

@@ -1,7 +1,4 @@
-"""A page says the same as HTML and as Markdown, and no name becomes markup."""
-
 import re
-from pathlib import Path
 
 from moelpr.measure.report.page import (
     Cell,
@@ -19,7 +16,6 @@ from moelpr.measure.report.page import (
     terminal_table,
     to_html,
     to_markdown,
-    write_page,
 )
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><title>t</title></svg>'
@@ -87,14 +83,3 @@ def test_page_runs_nothing_and_loads_nothing() -> None:
     html = to_html(page_of(TABLE, Figure([SVG])))
     assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
     assert SVG in html and "prefers-color-scheme: dark" in html and "@media print" in html
-
-
-def test_named_figure_is_a_file_that_markdown_shows(tmp_path: Path) -> None:
-    page = write_page(
-        tmp_path / "new", "results", page_of(Figure([SVG], "Cap", name="change"), Figure([SVG], "C", TABLE))
-    )
-    assert page == tmp_path / "new/results.html" and page.read_text(encoding="utf-8").count(SVG) == 2
-    assert sorted(path.name for path in page.parent.iterdir()) == ["change.svg", "results.html", "results.md"]
-    assert (page.parent / "change.svg").read_text() == SVG
-    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
-    assert "![Cap](change.svg)" in markdown and "| Greek" in markdown

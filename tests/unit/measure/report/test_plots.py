@@ -1,5 +1,3 @@
-"""Charts are valid SVG, show every number, and can be read without color."""
-
 import math
 import re
 from xml.etree import ElementTree

@@ -1,5 +1,3 @@
-"""A chain of checkpoints is found after being moved, and a change of a single byte of a base is detected."""
-
 import hashlib
 import json
 import shutil

@@ -1,5 +1,3 @@
-"""Checkpoints are read chunk by chunk, and a checkpoint from an untrusted source runs no code."""
-
 import inspect
 import itertools
 import pickle

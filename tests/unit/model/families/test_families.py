@@ -1,5 +1,3 @@
-"""Every family: bitwise identical after import and export, and our model computes what transformers computes."""
-
 import json
 import re
 import shutil
@@ -118,7 +116,7 @@ def chosen(architecture: str, moe_architecture: str) -> str | None:
 DENSE = [name for name, (architecture, _, moe) in MODELS.items() if chosen(architecture, moe) is None]
 
 
-@pytest.fixture(params=MODELS, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=MODELS, ids=lambda name: name.replace(" ", "-"))
 def model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> tuple[Path, str, str]:
     architecture, changes, moe_architecture = MODELS[request.param]
     return make_model(architecture, **changes), architecture, moe_architecture

@@ -1,5 +1,3 @@
-"""Each stock class holds the models that it can hold exactly, and the others are refused with the reason."""
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,26 +1,10 @@
-from pathlib import Path
-
 import pytest
-import torch
 
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.families import FAMILIES
 from moelpr.model.families.moe_classes import GRANITE_MOE, MIXTRAL
 from moelpr.model.families.tables import pieces
 from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.model.stages import part_of, trained_parts
-from tests.support.hf_models import megatron_tensors_of, tensors_of
-
-
-def test_attention_rows_are_grouped_by_query_group(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", None)
-    dense, megatron = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
-    # 4 query heads of 8 rows in 2 groups: q0 q1 k0 v0, q2 q3 k1 v1.
-    for suffix in ("weight", "bias"):
-        q, k, v = (dense[f"model.layers.1.self_attn.{name}_proj.{suffix}"] for name in "qkv")
-        expected = torch.cat([q[:16], k[:8], v[:8], q[16:], k[8:], v[8:]])
-        assert torch.equal(megatron[f"decoder.layers.1.self_attention.linear_qkv.{suffix}"], expected)
-
 
 # Some names of the others are slices; test_moe_classes.py, test_families.py and test_hybrid.py test them.
 UNSTACKED = [

@@ -1,5 +1,3 @@
-"""The grouped experts equal a plain loop, in fp32 and bf16; frozen ones get no gradient."""
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,5 +1,3 @@
-"""The parameters that train in each stage, also with recompute below a frozen embedding."""
-
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,3 @@
-"""LPRMoELayer equals a plain loop over experts, and an upcycled model equals its dense model."""
-
 import weakref
 from dataclasses import replace
 from typing import Any

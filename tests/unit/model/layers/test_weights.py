@@ -1,5 +1,3 @@
-"""Weights come from the newest checkpoint of a chain that has them; a trained-only checkpoint has no others."""
-
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,3 @@
-"""The checksums of a saved step are computed while it is written, in whatever process writes it."""
-
 import multiprocessing
 import pickle
 from functools import partial

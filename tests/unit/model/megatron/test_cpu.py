@@ -1,11 +1,7 @@
 import argparse
-import inspect
 import subprocess
 import sys
-from pathlib import Path
 
-import megatron.core
-import megatron.training.initialize as initialize
 import pytest
 import torch
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
@@ -14,33 +10,6 @@ from megatron.training.arguments import add_megatron_arguments
 from moelpr.model.megatron import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched if there is a GPU")
-
-MEGATRON = Path(next(iter(megatron.core.__path__))).parent
-
-# (file, text): what Megatron's files contain as long as the patches are needed.
-NEEDED_BECAUSE = [
-    ("training/initialize.py", "assert torch.cuda.is_available()"),
-    ("training/initialize.py", "if device_count > 0"),
-    ("training/initialize.py", 'device="cuda"'),
-    ("core/dist_checkpointing/strategies/async_utils.py", "torch.cuda.set_device(rank % torch.cuda.device_count())"),
-    ("core/tensor_parallel/random.py", "_cuda_setRNGState"),
-    ("core/optimizer/distrib_optimizer.py", "'torch.cuda.FloatTensor'"),
-    ("core/transformer/moe/moe_utils.py", "tensor.is_cuda"),
-    ("core/transformer/moe/token_dispatcher.py", "torch.cuda.Stream()"),
-    ("training/utils/common_utils.py", "torch.cuda.memory_allocated()"),
-]
-
-
-@pytest.mark.parametrize(("file", "text"), NEEDED_BECAUSE)
-def test_megatron_still_assumes_cuda(file: str, text: str) -> None:
-    assert text in (MEGATRON / file).read_text(), f"{file} changed: the patch for it may no longer be needed"
-
-
-def test_patched_names_exist_in_megatron() -> None:
-    assert "allow_no_cuda" in inspect.signature(initialize.initialize_megatron).parameters
-    source = (MEGATRON / "training/training.py").read_text()
-    for name in ("initialize_megatron", "set_jit_fusion_options", "report_memory"):
-        assert f" {name}(" in source, f"{name} is no longer called by Megatron's training.py"
 
 
 def test_cpu_arguments_are_arguments_of_megatron() -> None:

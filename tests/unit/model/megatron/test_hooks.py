@@ -1,5 +1,3 @@
-"""Each hook runs its callback where Megatron calls the replaced function, and is removed afterwards."""
-
 import argparse
 import ast
 import inspect

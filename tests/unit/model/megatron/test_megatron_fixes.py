@@ -52,7 +52,7 @@ DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 ON_HOST = "megatron.core.optimizer.cpu_offloading.hybrid_optimizer:HybridDeviceOptimizer"
-# Functions, and what their source contains as long as the fixes are needed.
+# Functions and modules, and what their source contains as long as the fixes and the stand-ins for a GPU are needed.
 NEEDED_BECAUSE = [
     (f"{OPTIMIZER}.state_dict", "if not HAVE_APEX_OR_TE:\n            steps = list(set("),
     (f"{OPTIMIZER}.sharded_param_state_dp_reshardable", "if key == 'step':"),
@@ -64,6 +64,19 @@ NEEDED_BECAUSE = [
     ("megatron.training.checkpointing:save_checkpoint", "dist_checkpointing.save("),
     ("megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices", "numpy.save(path_to_"),
     ("megatron.core.datasets.blended_dataset:BlendedDataset._build_indices", "numpy.save(path_to_"),
+    ("megatron.training.initialize:initialize_megatron", "allow_no_cuda"),
+    ("megatron.training.initialize", "assert torch.cuda.is_available()"),
+    ("megatron.training.initialize", "if device_count > 0"),
+    ("megatron.training.initialize", 'device="cuda"'),
+    ("megatron.training.training", " initialize_megatron("),
+    ("megatron.training.training", " set_jit_fusion_options("),
+    ("megatron.training.training", " report_memory("),
+    ("megatron.training.utils.common_utils", "torch.cuda.memory_allocated()"),
+    ("megatron.core.dist_checkpointing.strategies.async_utils", "set_device(rank % torch.cuda.device_count())"),
+    ("megatron.core.tensor_parallel.random", "_cuda_setRNGState"),
+    ("megatron.core.optimizer.distrib_optimizer", "'torch.cuda.FloatTensor'"),
+    ("megatron.core.transformer.moe.moe_utils", "tensor.is_cuda"),
+    ("megatron.core.transformer.moe.token_dispatcher", "torch.cuda.Stream()"),
     ("torch.distributed.checkpoint:FileSystemReader.read_metadata", "pickle.load("),
     ("torch.distributed.checkpoint:DefaultLoadPlanner.load_bytes", "weights_only=False"),
 ]

@@ -1,5 +1,3 @@
-"""All wrong arguments are reported, each with the flag that was most likely meant."""
-
 import argparse
 import re
 import subprocess

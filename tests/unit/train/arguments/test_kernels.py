@@ -1,5 +1,3 @@
-"""Defaults are the fastest kernels of the machine, and one line names them."""
-
 from argparse import Namespace
 
 import pytest

@@ -1,5 +1,3 @@
-"""A budget in tokens or epochs becomes whole steps, for which Megatron has enough samples."""
-
 from collections.abc import Callable
 from pathlib import Path
 

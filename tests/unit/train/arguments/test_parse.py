@@ -1,5 +1,3 @@
-"""From the command line to Megatron: all problems are reported at once, and valid settings arrive."""
-
 import argparse
 import dataclasses
 from collections.abc import Callable

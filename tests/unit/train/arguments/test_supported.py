@@ -1,5 +1,3 @@
-"""The table of Megatron's flags has every flag that we recommend, and only flags that exist."""
-
 import re
 from pathlib import Path
 

@@ -1,5 +1,3 @@
-"""Trackers get every step of a pipeline once, whatever is killed or away, and neither credentials nor hosts."""
-
 import argparse
 import json
 import time

@@ -1,5 +1,3 @@
-"""Corpora exist, their token IDs are the model's, and flags for data are not ignored."""
-
 import argparse
 import json
 import os

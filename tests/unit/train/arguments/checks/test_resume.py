@@ -1,5 +1,3 @@
-"""A run resumes with its own model and stage if its optimizer state fits."""
-
 from dataclasses import replace
 from pathlib import Path
 

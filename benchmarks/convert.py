@@ -59,13 +59,13 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
 
     dense = save_random_model(LlamaConfig(num_hidden_layers=num_layers, **SHAPE), folder / "dense")
     extended = save_tokenizers(dense, folder / "tokenizer")
-    upcycle = "checkpoint_convert.convert --num-new-experts 3"
+    upcycle = "model convert --num-new-experts 3"
     steps = {
         "upcycle": ("dense", f"{upcycle} --hf-path"),
         "upcycle, new tokens": ("dense", f"{upcycle} --extended-tokenizer {extended} --hf-path"),
-        "export MoE": ("upcycle", "checkpoint_convert.export --load"),
-        "import dense": ("dense", "checkpoint_convert.convert --dense --hf-path"),
-        "export dense": ("import dense", "checkpoint_convert.export --load"),
+        "export MoE": ("upcycle", "model export --load"),
+        "import dense": ("dense", "model convert --dense --hf-path"),
+        "export dense": ("import dense", "model export --load"),
     }
     rows = []
     for name, (source_name, command) in steps.items():
@@ -97,7 +97,7 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
                 "bound_bytes": LIMIT_BYTES,
             }
         )
-    run("checkpoint_convert.verify", str(dense), str(folder / "export dense"))
+    run("model", "verify", str(dense), str(folder / "export dense"))
     return rows
 
 
@@ -123,20 +123,20 @@ def save_tokenizers(model: Path, save: Path) -> Path:
     assert tokenizer.get_vocab_size() == SHAPE["vocab_size"], tokenizer.get_vocab_size()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(model)
     run(
-        *("data_tools.extend_tokenizer", "--tokenizer", str(model), "--num-new-tokens", str(NEW_TOKENS)),
+        *("data", "extend-tokenizer", "--tokenizer", str(model), "--num-new-tokens", str(NEW_TOKENS)),
         *("--input", f"x={save.with_name('expanded.jsonl')}", "--original", f"y={save.with_name('original.jsonl')}"),
         *("--save", str(save)),
     )
     return save
 
 
-def run(module: str, *arguments: str) -> tuple[float, int]:
-    """Run a module; (seconds, peak memory in bytes) of its process. Exits if it fails."""
-    command = [sys.executable, "-S", "-c", _SMALL_PARENT, sys.executable, "-m", module, *arguments]
+def run(*words: str) -> tuple[float, int]:
+    """Run a subcommand; (seconds, peak memory in bytes) of its process. Exits if it fails."""
+    command = [sys.executable, "-S", "-c", _SMALL_PARENT, sys.executable, "-m", "moelpr", *words]
     started = time.perf_counter()
     code, peak = json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
     if code != 0:
-        sys.exit(f"{module} {' '.join(arguments)} failed with code {code}")
+        sys.exit(f"{' '.join(words)} failed with code {code}")
     return time.perf_counter() - started, peak
 
 

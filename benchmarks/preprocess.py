@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         fixed = f"--language expanded --append-eod --tokenizer-type HuggingFaceTokenizer --log-interval {1 << 40}"
         words = ["--input", file, "--output-prefix", out / backend, "--tokenizer-model", tokenizer]
         words += ["--tokenizer-backend", backend, "--workers", args.workers, *fixed.split()]
-        return [sys.executable, str(ROOT / "data_tools/preprocess_data.py"), *map(str, words)]
+        return [sys.executable, "-m", "moelpr", "data", "preprocess", *map(str, words)]
 
     bare = ROOT / "benchmarks/baselines/encode_batch.py"
     commands = {

@@ -9,45 +9,29 @@ the router's rows of the original expert's copies, in every layer, the direction
 many languages, code and dialogues. Only routers change, and the model stays of its stock class.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from typing import Annotated
 
-from checkpoint_convert.common.arguments import (
-    add_output_options,
-    add_routing_options,
-    check_routing_options,
-    named_texts,
-)
-from moelpr.base.command import CommandParser, run_command
+from checkpoint_convert.common.settings import OutputFlags, RoutingFlags, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.languages import canonical
+from moelpr.base.settings import REPEATED, Folder, metavar
+from moelpr.measure.evaluate.settings import Languages
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    what = "export of an upcycled model with as many copies of the original expert as choices (moelpr model export)"
-    add("--model", type=Path, required=True, metavar="DIR", help=what)
-    add("--base", type=Path, required=True, metavar="DIR", help="the dense base that it was upcycled from")
-    what = "text: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or pattern, of which the first "
-    what += "--max-tokens are read; without NAME=, each file is a text, named like it; repeat for several texts, which "
-    what += "count the same"
-    add("--data", action="append", required=True, metavar="[NAME=]FILE", help=what)
-    what = "languages of --data that were added; all other --data is text to keep"
-    add("--expanded-languages", required=True, metavar="el,hu,...", help=what)
-    add_routing_options(parser)
-    add_output_options(parser, "Hugging Face directory")
-    return parser.parse_args()
+class Settings(RoutingFlags, OutputFlags):
+    model: Folder  # export with as many copies of the original expert as choices (moelpr model export)
+    base: Folder  # the dense base that it was upcycled from
+    # JSON lines or Parquet, a file, folder or pattern; without NAME=, each file is a text; repeat for several texts,
+    # which count the same
+    data: Annotated[list[str], REPEATED, metavar("[NAME=]FILE")]
+    expanded_languages: Languages  # languages of --data that were added; all other --data is text to keep
 
 
-def main() -> None:
-    args = _parse_arguments()
-    check_routing_options(args)
+def main(args: Settings) -> None:
     files = named_texts(args.data, "--data")
-    languages = [canonical(name.strip()) for name in args.expanded_languages.split(",") if name.strip()]
+    languages = args.expanded_languages
     if missing := [name for name in languages if name not in files]:
         raise UserError(f"--expanded-languages {','.join(missing)} must be among --data ({', '.join(files)})")
     if not languages or len(languages) == len(files):
@@ -82,7 +66,3 @@ def main() -> None:
             "languages.yaml, remove replay: none)",
             file=sys.stderr,
         )
-
-
-if __name__ == "__main__":
-    run_command(main)

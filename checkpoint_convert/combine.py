@@ -7,46 +7,32 @@ A token uses one FFN per layer: the base's, or that of an expert, at the speed o
 form, of a few thousand tokens of each text (docs/combine.md). Where they choose the base's FFN, the model is the base.
 """
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from checkpoint_convert.common.arguments import (
-    add_output_options,
-    add_routing_options,
-    check_routing_options,
-    named_texts,
-)
-from moelpr.base.command import CommandParser, run_command
+from checkpoint_convert.common.settings import OutputFlags, RoutingFlags, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.languages import canonical
+from moelpr.base.settings import POSITIONAL, REPEATED, metavar
+from moelpr.measure.evaluate.settings import languages as codes
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("base", type=Path, metavar="BASE", help="Hugging Face directory of the dense base")
-    what = "languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face "
-    what += "directory, a LoRA adapter of peft, or a checkpoint of the trainer; repeat for several"
-    add("--expert", action="append", required=True, metavar="LANGUAGES=DIR", help=what)
-    what = "text of each language of --expert: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet, a file, folder or "
-    what += "pattern, of which the first --max-tokens are read"
-    add("--text", nargs="+", action="extend", required=True, metavar="LANGUAGE=FILE", help=what)
-    what = "text that should stay as the base has it, in many languages and kinds; each file is a text, named like it"
-    add("--keep-text", nargs="+", action="extend", required=True, metavar="[NAME=]FILE", help=what)
-    what = "leave out what an expert changed beside its FFNs, and measure what that costs"
-    add("--ignore-others", action="store_true", help=what)
-    add_routing_options(parser)
-    add_output_options(parser, "Hugging Face directory")
-    return parser.parse_args()
+class Settings(RoutingFlags, OutputFlags):
+    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
+    # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
+    expert: Annotated[list[str], REPEATED, metavar("LANGUAGES=DIR")]
+    # text of each language of --expert: JSON lines or Parquet, a file, folder or pattern
+    text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]
+    # text that should stay as the base has it, in many languages and kinds; each file is a text, named like it
+    keep_text: Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
+    ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs
 
 
-def main() -> None:
-    args = _parse_arguments()
-    check_routing_options(args)
+def main(args: Settings) -> None:
     experts: dict[Path, list[str]] = {}
     for item in args.expert:
         names, _, folder = item.partition("=")
-        languages = [canonical(name.strip()) for name in names.split(",") if name.strip()]
+        languages = codes(names)
         if not languages or not folder or Path(folder) in experts:
             raise UserError(f"--expert must be LANGUAGES=DIR, each folder once, got {item!r}")
         experts[Path(folder)] = languages
@@ -82,7 +68,3 @@ def main() -> None:
     )
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
-
-
-if __name__ == "__main__":
-    run_command(main)

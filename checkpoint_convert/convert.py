@@ -9,44 +9,34 @@ Routers are initialized xavier-normal. A stock MoE, such as an earlier export, k
 Weights stream from safetensors to the checkpoint, one tensor at a time.
 """
 
-import argparse
-from pathlib import Path
+from typing import Annotated, Literal
 
-from checkpoint_convert.common.arguments import add_output_options
-from moelpr.base.command import CommandParser, run_command
+from checkpoint_convert.common.settings import DtypeFlags
 from moelpr.base.errors import UserError
-from moelpr.plan.arguments import add_expert_flags, new_experts
+from moelpr.base.settings import Flags, Folder, either
+from moelpr.plan.settings import ExpertFlags
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    model = "model: config.json, safetensors and tokenizer; or OWNER/NAME on the Hugging Face Hub, which is downloaded"
-    add("--hf-path", type=Path, required=True, metavar="DIR", help=model)
-    add("--revision", metavar="NAME", help="branch, tag or commit on the Hub (default: main; its commit is recorded)")
-    experts = parser.add_mutually_exclusive_group(required=True)
-    experts.add_argument("--num-new-experts", type=int, metavar="N", help="number of experts to add to each MoE layer")
-    experts.add_argument("--dense", action="store_true", help="add no experts: write a dense checkpoint")
-    extended = (
-        "a tokenizer that moelpr data extend-tokenizer made from the model's: each new token gets a row of the "
-        "embedding and the output layer, the mean of those of the tokens that it replaces (default: the model's own)"
-    )
-    add("--extended-tokenizer", type=Path, metavar="DIR", help=extended)
-    add_expert_flags(parser)
-    add = parser.add_argument_group("initialization of new experts").add_argument
-    start = "copies of the FFN (in an MoE: of expert 0), or random, an ablation (default: %(default)s)"
-    noise = "add noise to each copy, as a fraction of the standard deviation of its weights (default: 0)"
-    dropped = "reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling (default: 0)"
-    add("--new-experts", choices=("copied", "random"), default="copied", help=start)
-    add("--expert-noise", type=float, default=0.0, metavar="FRACTION", help=noise)
-    add("--reinitialise", "--reinitialize", type=float, default=0.0, metavar="FRACTION", help=dropped)
-    add("--seed", type=int, default=1234, metavar="N", help="random seed (default: %(default)s)")
-    add_output_options(parser, "checkpoint folder", dtype_default="that of the model's tensors")
-    return parser.parse_args()
+class _InitializationFlags(Flags):
+    """initialization of new experts"""
+
+    new_experts: Literal["copied", "random"] = "copied"  # copies of the FFN (in an MoE: of expert 0), or an ablation
+    expert_noise: float = 0.0  # add noise to each copy, as a fraction of the standard deviation of its weights
+    # reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling
+    reinitialise: Annotated[float, {"names": ["--reinitialise", "--reinitialize"]}] = 0.0
+    seed: int = 1234  # random seed
 
 
-def main() -> None:
-    args = _parse_arguments()
+class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
+    hf_path: Folder  # folder of a Hugging Face model; or OWNER/NAME on the Hub, which is downloaded
+    revision: str | None = None  # branch, tag or commit on the Hub (default: main; its commit is recorded)
+    num_new_experts: Annotated[int | None, either("experts", required=True)] = None  # experts to add to each MoE layer
+    dense: Annotated[bool, either("experts", required=True)] = False  # add no experts: write a dense checkpoint
+    # result of moelpr data extend-tokenizer, whose tokens get rows (default: the model's)
+    extended_tokenizer: Folder | None = None
+
+
+def main(args: Settings) -> None:
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from checkpoint_convert.hf.hub import find_model
@@ -59,7 +49,8 @@ def main() -> None:
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
     model = find_model(args.hf_path, args.revision)
-    experts = None if args.dense else new_experts(args, read_base(model.folder)[1])
+    number = args.num_new_experts
+    experts = None if number is None else args.experts(number, read_base(model.folder)[1])
     settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify
     spec = hf_to_mcore(model.folder, args.save, experts, start, *settings)
     layout = "dense"
@@ -72,7 +63,3 @@ def main() -> None:
     if spec.new_tokens is not None:
         layout += f", {spec.new_tokens.number} new tokens"
     print(f"{args.save}: {spec.family}, {spec.dtype}, {layout}")
-
-
-if __name__ == "__main__":
-    run_command(main)

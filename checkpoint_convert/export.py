@@ -11,48 +11,37 @@ llama.cpp, Ollama and LM Studio; moelpr model gguf does that for an export that 
 import argparse
 import math
 import re
-from pathlib import Path
+from typing import Annotated
 
-from checkpoint_convert.common.arguments import add_gguf_options, add_output_options
-from checkpoint_convert.gguf import TYPES, gguf_folder
+from checkpoint_convert.common.settings import DtypeFlags
+from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import Folder, choices, metavar
 from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("--load", type=Path, required=True, metavar="DIR", help="checkpoint folder of a converter or the trainer")
-    add("--iteration", type=int, metavar="STEP", help="saved step to read (default: the latest)")
-    size = "largest safetensors file, e.g. 500MB or 5GB, 1 GB = 10⁹ bytes (default: 5GB)"
-    base = "name of the base on the Hub, for the model card (default: the name of its folder)"
-    stock = "stock MoE class to write (default: mixtral for Llama and Mistral, qwen2_moe or qwen3_moe for a Qwen)"
-    add("--max-shard-size", type=_size, default=DEFAULT_SHARD_BYTES, metavar="SIZE", help=size)
-    add("--base-model", metavar="NAME", help=base)
-    add("--as", dest="as_class", choices=MOE_CLASSES, help=stock)
-    chat = (
-        "folder of the chat model whose template, special tokens and generation settings the export gets (docs/chat.md)"
-    )
-    add("--chat-template-from", type=Path, metavar="DIR", help=chat)
-    whole = "multimodal base (Qwen3.5): the export is the whole, with its vision tower and MTP head bit for bit"
-    add("--multimodal-base", type=Path, metavar="DIR", help=whole)
-    add("--gguf", action="store_true", help="also write a GGUF file, to the folder DIR-gguf")
-    add_gguf_options(parser, TYPES)
-    add_output_options(parser, "Hugging Face directory", dtype_default="that with which --load was converted")
-    return parser.parse_args()
-
-
-def _size(text: str) -> int:
+def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", text.strip().upper())
     if match is None or not 0 < float(match[1]) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a size like 500MB or 5GB, got {text!r}")
     return max(1, int(float(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]))
 
 
-def main() -> None:
-    args = _parse_arguments()
+class Settings(DtypeFlags, GgufFlags):
+    load: Folder  # checkpoint folder of a converter or the trainer
+    iteration: int | None = None  # saved step to read (default: the latest)
+    # size, e.g. 500MB (default: 5GB)
+    max_shard_size: Annotated[int, {"type": size}, metavar("SIZE")] = DEFAULT_SHARD_BYTES
+    base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
+    # stock MoE class to write (default: the family's)
+    as_class: Annotated[str | None, choices(MOE_CLASSES), {"names": ["--as"]}] = None
+    chat_template_from: Folder | None = None  # chat model whose template and settings the export gets (docs/chat.md)
+    multimodal_base: Folder | None = None  # multimodal base (Qwen3.5), whose vision tower the export gets
+    gguf: bool = False  # also write a GGUF file, to the folder DIR-gguf
+
+
+def main(args: Settings) -> None:
     if (args.quantize or args.ollama) and not args.gguf:
         raise UserError("--quantize and --ollama are about the GGUF file; add --gguf")
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -69,7 +58,3 @@ def main() -> None:
 
         files = args.quantize, args.ollama
         print(*write_gguf(args.save, gguf_folder(args.save), *files, overwrite=args.overwrite), sep="\n")
-
-
-if __name__ == "__main__":
-    run_command(main)

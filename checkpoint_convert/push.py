@@ -8,28 +8,24 @@ unless --public is given. Only a model's own files are uploaded, none with a sec
 interrupted upload resumes when the command is run again.
 """
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.machine import format_bytes
+from moelpr.base.settings import POSITIONAL, Flags, metavar
 from moelpr.base.text_tables import table_text
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("folder", type=Path, metavar="EXPORT", help="folder written by moelpr model export, graft or gguf")
-    add("repository", metavar="OWNER/NAME", help="model on the Hub, which is made if it does not exist")
-    add("--dry-run", action="store_true", help="show what would be uploaded, without asking the Hub")
-    add("--public", action="store_true", help="let everybody see a new repository (default: private)")
-    add("--overwrite", action="store_true", help="replace another model in the repository")
-    add("--allow-paths", action="store_true", help="upload files that name folders of this machine")
-    return parser.parse_args()
+class Settings(Flags):
+    folder: Annotated[Path, POSITIONAL]  # folder written by moelpr model export, graft or gguf
+    repository: Annotated[str, POSITIONAL, metavar("OWNER/NAME")]  # model on the Hub, which may be new
+    dry_run: bool = False  # show what would be uploaded, without asking the Hub
+    public: bool = False  # let everybody see a new repository (default: private)
+    overwrite: bool = False  # replace another model in the repository
+    allow_paths: bool = False  # upload files that name folders of this machine
 
 
-def main() -> None:
-    args = _parse_arguments()
+def main(args: Settings) -> None:
     from checkpoint_convert.card.upload import Upload, check_name
 
     check_name(args.repository)
@@ -48,7 +44,3 @@ def main() -> None:
         print(f"note: the card has no {', '.join(missing)}; moelpr model card adds them")
     if upload.left_out:
         print(f"note: not uploaded: {', '.join(upload.left_out[:5])}{' …' if len(upload.left_out) > 5 else ''}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -13,17 +13,16 @@ against what a program requires that is to run it (exit code 1 if it will not ru
 not be installed.
 """
 
-import argparse
 import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from checkpoint_convert.card.readers import READERS
-from moelpr.base.checksums import NO_VERIFY, Verify
-from moelpr.base.command import CommandParser, run_command
+from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
+from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number
 from moelpr.base.text_tables import table_text
 
 if TYPE_CHECKING:
@@ -31,54 +30,40 @@ if TYPE_CHECKING:
     from checkpoint_convert.compare.tensors import TensorVerdict
 
 SHOWN_ROWS = 20
+_Tolerance = Annotated[float, number(float, 0, below=1 << 31)]
+_Tokens = Annotated[int, number(int, 1, below=1 << 31)]
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    model = "Hugging Face directory or Megatron checkpoint folder"
-    tolerance = "largest absolute difference of tensors that counts as equal (default: 0, bitwise identical)"
-    graft = "compare A plus the difference of INSTRUCT and BASE with B, which moelpr model graft wrote"
-    text = (
-        'also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text; if one model has new '
-        "tokens, texts without them, and the logits of all other tokens"
-    )
-    logits = "largest absolute difference of logits that counts as equal (default: %(default)s)"
-    length = "tokens per sequence, at most a model's context (default: %(default)s)"
-    add("a", type=Path, metavar="A", help=model)
-    add("b", type=Path, metavar="B", nargs="?", help=model)
-    add("--reader", choices=READERS, help="check whether this program runs the export A")
-    add("--tolerance", type=float, default=0.0, metavar="X", help=tolerance)
-    kind = parser.add_mutually_exclusive_group()
-    frozen = "compare base A with the frozen tensors of the upcycled model B"
-    kind.add_argument("--frozen", action="store_true", help=frozen)
-    kind.add_argument("--graft", type=Path, nargs=2, metavar=("BASE", "INSTRUCT"), help=graft)
-    add("--text", type=Path, nargs="+", default=[], metavar="FILE", help=text)
-    add("--logit-tolerance", type=float, default=1e-4, metavar="X", help=logits)
-    add("--num-tokens", type=int, default=1024, metavar="N", help="tokens to compare per FILE (default: %(default)s)")
-    add("--sequence-length", type=int, default=128, metavar="N", help=length)
-    add("--all", action="store_true", help=f"list all different tensors, not only {SHOWN_ROWS}")
-    add("--no-verify", **NO_VERIFY)
-    add("--json", action="store_true", help="print one line of JSON instead of tables")
-    args = parser.parse_args()
-    if (args.b is None) != (args.reader is not None) or (args.reader and (args.frozen or args.graft or args.text)):
-        raise UserError(
-            "pass two models to compare them, or one export and --reader, without --frozen, --graft and --text"
-        )
-    for flag, least in (("tolerance", 0), ("logit_tolerance", 0), ("num_tokens", 1), ("sequence_length", 1)):
-        value = getattr(args, flag)
-        if not least <= value < 1 << 31:  # also a NaN
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least} and below 2^31, got {value}")
-    return args
+class Settings(Flags):
+    a: Annotated[Path, POSITIONAL]  # Hugging Face directory or Megatron checkpoint folder
+    b: Annotated[Path | None, POSITIONAL] = None  # Hugging Face directory or Megatron checkpoint folder
+    reader: Annotated[str | None, choices(READERS)] = None  # check whether this program runs the export A
+    tolerance: _Tolerance = 0.0  # largest absolute difference of tensors that counts as equal
+    frozen: Annotated[bool, either("kind")] = False  # compare base A with the frozen tensors of the upcycled model B
+    # compare with B = A + INSTRUCT - BASE
+    graft: Annotated[list[Path], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
+    text: list[File] = []  # also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text
+    logit_tolerance: _Tolerance = 1e-4  # largest absolute difference of logits that counts as equal
+    num_tokens: _Tokens = 1024  # tokens to compare per FILE
+    sequence_length: _Tokens = 128  # tokens per sequence, at most a model's context
+    all: bool = False  # list all different tensors, not only 20
+    verify: VerifyFlag = Verify.FULL  # do not compare files with the checksums in checksums.json
+    json: bool = False  # print one line of JSON instead of tables
+
+    def __post_init__(self) -> None:
+        others = self.frozen or self.graft or self.text
+        if (self.b is None) != (self.reader is not None) or (self.reader and others):
+            raise UserError(
+                "pass two models to compare them, or one export and --reader, without --frozen, --graft and --text"
+            )
 
 
-def main() -> None:
-    args = _parse_arguments()
+def main(args: Settings) -> None:
     from checkpoint_convert.compare.logits import compare_on_text
     from checkpoint_convert.compare.tensors import compare, compare_frozen, compare_graft
 
-    if args.reader:
-        _check_for_reader(args.a, args.reader, args.json, args.verify)
+    if args.reader or args.b is None:
+        _check_for_reader(args.a, args.reader or "", args.json, args.verify)
         return
     if args.graft:
         base, instruct = args.graft
@@ -161,7 +146,3 @@ def _as_json(
             "same_next_token": sum(t.num_same_choice for t in texts) / num_tokens,
         }
     return json.dumps(content)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,26 +6,46 @@ supported; the result is a Hugging Face fast tokenizer with vocabulary_extension
 --extended-tokenizer`. docs/vocabulary.md has examples.
 """
 
-import argparse
 import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from data_tools.preprocessing.job_tokenizer import load_job_tokenizer
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import Comparison, TextFiles, compare, count_words, find_uses
 from data_tools.vocabulary.extension import OriginalTextGuard, choose_tokens, load_extended, write_tokenizer
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, refuse_existing
 from moelpr.base.languages import canonical
 from moelpr.base.machine import available_cpus
+from moelpr.base.settings import Count, Flags, Folder, Share, metavar, number
 from moelpr.base.text_tables import table_text
 from moelpr.data.text.sources import STANDARD_INPUT, download, find_files, open_source
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+class Settings(Flags):
+    tokenizer: Folder  # folder of the tokenizer to extend
+    # text of expanded languages: JSON lines or Parquet; a file, folder or pattern
+    input: Annotated[list[str], metavar("LANG=FILE")]
+    # text that must stay tokenized as it is; the more, the safer is other text
+    original: Annotated[list[str], metavar("LANG=FILE")]
+    num_new_tokens: Count  # number of tokens to add
+    save: Folder  # folder to write the extended tokenizer to
+    max_changed_share: Share = 0.0  # fraction of the original documents that may be tokenized differently
+    held_out_share: Annotated[float, number(float, above=0, below=1)] = 0.05  # fraction to measure on, not learn from
+    json_key: str = "text"  # JSON key of the text
+    workers: Count = available_cpus()  # worker processes (default: one per core)
+    overwrite: bool = False  # replace an existing folder --save
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_dir():
+            raise UserError(f"--tokenizer {self.tokenizer} is not a folder; pass one with tokenizer.json")
+        if self.save.resolve() == self.tokenizer.resolve():
+            raise UserError("--save is the folder of --tokenizer, which would be replaced; choose another")
+        refuse_existing([self.save], self.overwrite)
+
+
+def main(args: Settings) -> None:
     new_files = text_files(args.input, args, "--input")
     original_files = text_files(args.original, args, "--original")
     if both := set(new_files.languages) & set(original_files.languages):
@@ -67,45 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {args.save} with {len(new):,} new tokens, IDs {bpe.first_new_id:,} to {last:,}")
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("--tokenizer", type=Path, required=True, metavar="DIR", help="folder of the tokenizer to extend")
-    files: dict[str, Any] = {"nargs": "+", "required": True, "metavar": "LANG=FILE"}
-    inputs = "text of the expanded languages: JSON lines (plain, .gz, .zst, .bz2, .xz) or Parquet; a file, folder or "
-    inputs += "glob pattern, a language may be repeated"
-    add("--input", **files, help=inputs)
-    original = "text of the original languages, which must stay tokenized as it is; the more and the more varied, "
-    original += "the safer is other text"
-    add("--original", **files, help=original)
-    add("--num-new-tokens", type=int, required=True, metavar="N", help="number of tokens to add")
-    add("--save", type=Path, required=True, metavar="DIR", help="folder to write the extended tokenizer to")
-    fraction: dict[str, Any] = {"type": float, "metavar": "X"}
-    changed = "fraction of the original documents that may be tokenized differently, 0 to 1 (default: 0)"
-    add("--max-changed-share", **fraction, default=0.0, help=changed)
-    held_out = "fraction of the documents to measure on, not learn from; above 0 and below 1 (default: 0.05)"
-    add("--held-out-share", **fraction, default=0.05, help=held_out)
-    add("--json-key", default="text", metavar="KEY", help="JSON key of the text (default: text)")
-    cores = available_cpus()
-    add("--workers", type=int, default=cores, metavar="N", help=f"worker processes (default: one per core, {cores})")
-    add("--overwrite", action="store_true", help="replace an existing folder --save")
-    args = parser.parse_args(argv)
-    for flag in ("num_new_tokens", "workers"):
-        if (value := getattr(args, flag)) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= args.max_changed_share <= 1:
-        raise UserError(f"--max-changed-share must be between 0 and 1, got {args.max_changed_share}")
-    if not 0 < args.held_out_share < 1:
-        raise UserError(f"--held-out-share must be above 0 and below 1, got {args.held_out_share}")
-    if not args.tokenizer.is_dir():
-        raise UserError(f"--tokenizer {args.tokenizer} is not a folder; pass one with tokenizer.json")
-    if args.save.resolve() == args.tokenizer.resolve():
-        raise UserError("--save is the folder of --tokenizer, which would be replaced; choose another")
-    refuse_existing([args.save], args.overwrite)
-    return args
-
-
-def text_files(items: list[str], args: argparse.Namespace, flag: str) -> TextFiles:
+def text_files(items: Sequence[str], args: Settings, flag: str) -> TextFiles:
     """Return the files of LANG=FILE arguments."""
     languages: list[str] = []
     sources = []
@@ -130,7 +112,3 @@ def print_comparison(title: str, languages: list[str], compared: list[Comparison
         rows.append([language, f"{comparison.documents:,}", f"{comparison.bytes:,}", *numbers])
     head = [title, "documents", "bytes", "bytes per token: before", "after", "ratio"]
     print(f"\n{table_text(head, rows, indent='  ')}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,19 +6,17 @@ manifest. Documents are shown as text if a tokenizer is given, otherwise as toke
     moelpr data inspect data/el_text_document --json
 """
 
-import argparse
 import json
 import textwrap
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
-from data_tools.preprocessing.arguments import add_tokenizer_arguments
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import POSITIONAL, Flags, Natural
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
@@ -28,12 +26,26 @@ _CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+class Settings(Flags):
+    prefix: Annotated[str, POSITIONAL]  # path of the corpus without .bin, .idx or .lang
+    documents: Natural = 3  # documents to show
+    characters: Natural = 400  # characters to show of each run
+    json: bool = False  # print one JSON object instead of text
+    tokenizer_type: Literal["HuggingFaceTokenizer", "SentencePieceTokenizer"] | None = None  # tokenizer library
+    tokenizer_model: str | None = None  # folder with tokenizer.json, or a SentencePiece .model file
+
+    def __post_init__(self) -> None:
+        if bool(self.tokenizer_type) != bool(self.tokenizer_model):
+            raise UserError("--tokenizer-type and --tokenizer-model require each other; pass both or neither")
+        for suffix in (".bin", ".idx", ".lang", ".manifest.json"):
+            self.prefix = self.prefix.removesuffix(suffix)
+
+
+def main(arguments: Settings) -> None:
     corpus = Corpus(arguments.prefix)
     summary = summarize(corpus, corpus.verify())
     tokenizer = None
-    if arguments.tokenizer_type:
+    if arguments.tokenizer_type and arguments.tokenizer_model:
         tokenizer = load_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model)
         if summary["largest_id"] >= tokenizer.vocab_size:
             raise UserError(
@@ -49,25 +61,6 @@ def main(argv: list[str] | None = None) -> None:
     for number, document in enumerate(shown, start=1):
         print_document(document, number, corpus.num_documents)
     print(f"\nThe files agree: {', '.join(summary['verified'])}.")
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("prefix", metavar="PREFIX", help="path of the corpus without .bin, .idx or .lang")
-    add("--documents", type=int, default=3, metavar="N", help="documents to show (default: 3)")
-    add("--characters", type=int, default=400, metavar="N", help="characters to show of each run (default: 400)")
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    add_tokenizer_arguments(parser, required=False)
-    arguments = parser.parse_args(argv)
-    if bool(arguments.tokenizer_type) != bool(arguments.tokenizer_model):
-        raise UserError("--tokenizer-type and --tokenizer-model require each other; pass both or neither")
-    for name in ("documents", "characters"):
-        if getattr(arguments, name) < 0:
-            raise UserError(f"--{name} must be at least 0, got {getattr(arguments, name)}")
-    for suffix in (".bin", ".idx", ".lang", ".manifest.json"):
-        arguments.prefix = arguments.prefix.removesuffix(suffix)
-    return arguments
 
 
 def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
@@ -202,7 +195,3 @@ def size(num_bytes: int) -> str:
             return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
         value /= 1000
     return f"{value:,.1f} TB"
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,26 +6,43 @@
 The first joins the shards that `moelpr data preprocess --num-shards 8` wrote next to --output-prefix.
 """
 
-import argparse
-import os
+from typing import Annotated
 
 from tqdm import tqdm
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, shard_prefix
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
-from data_tools.corpus.joining import check_same_job, merge_manifests, missing_manifests, open_corpora
-from moelpr.base.command import CommandParser, run_command
+from data_tools.corpus.joining import (
+    check_same_job,
+    merge_manifests,
+    missing_manifests,
+    open_corpora,
+    refuse_input_as_output,
+)
 from moelpr.base.errors import UserError
 from moelpr.base.files import refuse_existing
+from moelpr.base.settings import Count, Flags, either, metavar
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import manifest_path
 from moelpr.data.text.held_out_text import joined_text
 
+_INPUTS = either("inputs", required=True)
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+
+class Settings(Flags):
+    output_prefix: Annotated[str, metavar("P")]  # write P.bin, P.idx and P.lang
+    num_shards: Annotated[Count | None, _INPUTS] = None  # join the N shards of P
+    input: Annotated[list[str], _INPUTS, metavar("PREFIX")] = []  # join these corpora, in this order
+    remove_input: bool = False  # delete inputs after a successful merge
+    overwrite: bool = False  # replace an existing corpus P
+
+    def __post_init__(self) -> None:
+        refuse_input_as_output(self.input, self.output_prefix)
+
+
+def main(arguments: Settings) -> None:
     output_prefix, overwrite, num_shards = arguments.output_prefix, arguments.overwrite, arguments.num_shards
-    prefixes = arguments.input or [shard_prefix(output_prefix, shard, num_shards) for shard in range(num_shards)]
+    prefixes = arguments.input or [shard_prefix(output_prefix, i, num_shards or 0) for i in range(num_shards or 0)]
     for prefix in prefixes:
         Corpus(prefix)  # a missing input is reported before an existing output
     check_output(output_prefix, overwrite)
@@ -57,24 +74,3 @@ def main(argv: list[str] | None = None) -> None:
                 path.unlink(missing_ok=True)
         for path in text.parts if text is not None else ():
             path.unlink(missing_ok=True)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--num-shards", type=int, metavar="N", help="join the N shards of P")
-    group.add_argument("--input", nargs="+", metavar="PREFIX", help="join these corpora, in this order")
-    parser.add_argument("--remove-input", action="store_true", help="delete inputs after a successful merge")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
-    arguments = parser.parse_args(argv)
-    if arguments.num_shards is not None and arguments.num_shards < 1:
-        raise UserError(f"--num-shards must be at least 1, got {arguments.num_shards}")
-    inputs = [os.path.realpath(prefix) for prefix in arguments.input or ()]
-    if os.path.realpath(arguments.output_prefix) in inputs:
-        raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
-    return arguments
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -12,17 +12,15 @@ into the bytes that a single job would have written. docs/corpora.md has example
 import sys
 import time
 
-from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
+from data_tools.preprocessing.settings import Settings
 from data_tools.preprocessing.summary import print_summary
-from moelpr.base.command import run_command
 from moelpr.data.language_bits import LanguageBits, loss_bits_path
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: Settings) -> None:
     started = time.monotonic()
-    arguments = parse_arguments(__doc__, argv)
     spec = describe_job(arguments)
     for note in spec.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -46,7 +44,3 @@ def main(argv: list[str] | None = None) -> None:
     for path in spec.outputs.texts.values():
         print(f"{path}: the held-out text as JSON lines")
     print(f"done in {time.monotonic() - started:.1f} s")
-
-
-if __name__ == "__main__":
-    run_command(main)

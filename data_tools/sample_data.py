@@ -10,12 +10,12 @@ many documents as the flags say, or all that it has; a note says so. The sample 
 its first token; empty documents are never sampled.
 """
 
-import argparse
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
-from data_tools.corpus.joining import missing_manifests, open_corpora
+from data_tools.corpus.joining import missing_manifests, open_corpora, refuse_input_as_output
 from data_tools.corpus.tokenized import Documents, runs_of
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import Count, Flags, Natural, either, metavar
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
 
@@ -57,8 +57,27 @@ class Sample:
     num_tokens: int
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+class Settings(Flags):
+    input: Annotated[list[str], metavar("PREFIX")]  # corpora, one per language
+    output_prefix: Annotated[str, metavar("P")]  # write P.bin, P.idx and P.lang
+    original_documents: Annotated[Count | None, either("original")] = None  # at most N documents per original language
+    original_tokens: Annotated[Count | None, either("original")] = None  # at least N tokens, or all
+    expanded_documents: Annotated[Count | None, either("expanded")] = None  # at most N documents per expanded language
+    expanded_tokens: Annotated[Count | None, either("expanded")] = None  # at least N tokens, or all
+    seed: Natural = 1234  # random seed
+    overwrite: bool = False  # replace an existing corpus P
+
+    def __post_init__(self) -> None:
+        amounts = [f"{bit}_{unit}" for bit in BITS for unit in ("documents", "tokens")]
+        if not any(getattr(self, amount) for amount in amounts):
+            flags = (f"--{amount.replace('_', '-')}" for amount in amounts)
+            raise UserError(f"pass at least one of {', '.join(flags)}")
+        if len({*map(os.path.realpath, self.input)}) < len(self.input):
+            raise UserError("--input names a corpus twice; its documents would be sampled twice")
+        refuse_input_as_output(self.input, self.output_prefix)
+
+
+def main(arguments: Settings) -> None:
     check_output(arguments.output_prefix, arguments.overwrite)
     corpora, manifests = open_corpora(arguments.input)
     if corpora[0].loss_bits is not None:
@@ -78,38 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         print(missing_manifests(corpora, arguments.output_prefix))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = CommandParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PREFIX", help="corpora, one per language")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="write P.bin, P.idx and P.lang")
-    for bit in BITS:
-        amount = parser.add_mutually_exclusive_group()
-        add, what = amount.add_argument, f"per {bit} language"
-        add(f"--{bit}-documents", type=int, metavar="N", help=f"at most N documents {what} (default: none)")
-        tokens = f"tokens {what}: sample documents until they contain N tokens or more, or all (default: none)"
-        add(f"--{bit}-tokens", type=int, metavar="N", help=tokens)
-    seed = "random seed (default: 1234, as in Megatron)"
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help=seed)
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus P")
-    arguments = parser.parse_args(argv)
-    amounts = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
-    counts = {f"--{amount}": getattr(arguments, amount.replace("-", "_")) for amount in amounts}
-    if set(counts.values()) == {None}:
-        raise UserError(f"pass at least one of {', '.join(counts)}")
-    for flag, count in counts.items():
-        if count is not None and count < 1:
-            raise UserError(f"{flag} must be at least 1, got {count}")
-    if arguments.seed < 0:
-        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
-    inputs = [os.path.realpath(prefix) for prefix in arguments.input]
-    if len(set(inputs)) < len(inputs):
-        raise UserError("--input names a corpus twice; its documents would be sampled twice")
-    if os.path.realpath(arguments.output_prefix) in inputs:
-        raise UserError(f"--output-prefix {arguments.output_prefix} is one of the inputs; choose another name")
-    return arguments
-
-
-def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: argparse.Namespace) -> Iterator[Sample]:
+def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) -> Iterator[Sample]:
     """Yield the sample of each group of an input; it depends only on its file name, its documents and the flags.
 
     Raises:
@@ -199,7 +187,3 @@ def print_samples(samples: list[Sample]) -> None:
     for sample in samples:
         if sample.is_short:
             print(f"note: {sample.corpus.prefix} contains less than the requested {sample.requested}; all are used")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -6,38 +6,38 @@ r"""Add language bits and a manifest, next to its files, to a corpus in one lang
 
 import shutil
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 
 from data_tools.corpus.corpus import CorpusPaths, describe
 from data_tools.corpus.corpus_writer import commit_corpus
 from data_tools.corpus.tokenized import token_dtype
-from data_tools.preprocessing.arguments import GROUPS, add_tokenizer_arguments
 from data_tools.preprocessing.job_tokenizer import JobTokenizer, tokenizer_of
-from moelpr.base.command import CommandParser, run_command
+from data_tools.preprocessing.settings import GROUPS, TokenizerFlags
 from moelpr.base.errors import UserError
 from moelpr.base.files import empty, fsync_file, locked_folder, refuse_existing
 from moelpr.base.journal import partial_name
 from moelpr.base.languages import canonical, is_code
+from moelpr.base.settings import POSITIONAL
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = CommandParser(description=__doc__)
-    add = add_tokenizer_arguments(parser, required=True).add_argument
-    add("prefix", metavar="PREFIX", help="path of the corpus without .bin or .idx")
-    add("--language", required=True, metavar="CODE", help="language of all documents, such as eu")
-    add("--bit", required=True, choices=GROUPS[:2], help="whether it is an original or an expanded language")
-    add("--overwrite", action="store_true", help="replace existing language bits")
-    add("--eod-token", metavar="TOKEN", help="end of each document, such as '<|endoftext|>' (default: the tokenizer's)")
-    add("--no-append-eod", action="store_false", dest="append_eod", help="documents do not end with such a token")
-    args = parser.parse_args(argv)
+class Settings(TokenizerFlags):
+    prefix: Annotated[str, POSITIONAL]  # path of the corpus without .bin or .idx
+    language: str  # language of all documents, such as eu
+    bit: Literal["original", "expanded"]  # whether it is an original or an expanded language
+    overwrite: bool = False  # replace existing language bits
+    append_eod: bool = True  # documents do not end with such a token
+
+
+def main(args: Settings) -> None:
     if args.language not in GROUPS and not is_code(args.language):
         raise UserError(f"--language must be a code such as eu or eus_Latn, got {args.language}")
     prefix, index, paths = args.prefix, CorpusIndex.open(args.prefix), CorpusPaths.of(args.prefix)
-    tokens, documents, tokenizer = index.num_tokens, len(index.document_starts) - 1, tokenizer_of(args)
+    tokens, documents, tokenizer = index.num_tokens, len(index.document_starts) - 1, tokenizer_of(args, args.append_eod)
     folder = partial_name(Path(prefix))
     lang = folder / paths.lang.name
     with locked_folder(folder, prefix):
@@ -74,7 +74,3 @@ def check_tokens(path: Path, index: CorpusIndex, tokenizer: JobTokenizer, eod_id
     for id, places, verb, flag in around:
         if wrong := int((tokens[places] != id).sum()):
             raise UserError(f"{wrong:,} of {len(places):,} documents of {path} do not {verb} with {id}; pass {flag}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -121,14 +121,12 @@ def two_stages(run: Path, seed: int) -> list[Task]:
     expanded, original = (f"preprocess-{group}" for group in ("expanded", "original"))
     experts = f"--num-new-experts {NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {COPIES}".split()
     memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
-    plan: Words = ["-m", "moelpr.plan", "--hf-path", hf, *experts, *memory]
+    plan: Words = ["moelpr", "layouts", "--hf-path", hf, *experts, *memory]
     upcycled = run / "upcycled"
     texts: Words = ["--text", *held_out_files(run / "corpus").values()]
 
     def check(what: str, *words: str | Path, made_from: tuple[str, ...]) -> Task:
-        return Task(
-            name=f"check-{what}", command=["checkpoint_convert/verify.py", "--json", *words], made_from=made_from
-        )
+        return Task(name=f"check-{what}", command=["moelpr", "model", "verify", "--json", *words], made_from=made_from)
 
     return [
         Task(name="plan", command=plan, made_from=("export-base",)),
@@ -170,7 +168,7 @@ def evaluations(run: Path) -> list[Task]:
 def report_task(run: Path) -> Task:
     """The report of everything."""
     facts = run / "facts.yaml"
-    words: Words = ["-m", "moelpr.measure.report", *(run / folder for folder in MODELS.values())]
+    words: Words = ["moelpr", "report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
     words += ["--verification", *(run / "logs" / f"{check}.log" for check in CHECKS)]
     words += ["--facts", facts, "--output", run]

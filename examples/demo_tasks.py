@@ -19,7 +19,7 @@ NUM_NEW_EXPERTS, TOPK, COPIES = 4, 2, 2
 
 def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path, *, made_from: tuple[str, ...]) -> Task:
     """Make the corpus `<prefix>_text_document` of the language group that it is named after."""
-    words: Words = ["data_tools/preprocess_data.py", "--input", *inputs, "--output-prefix", prefix]
+    words: Words = ["moelpr", "data", "preprocess", "--input", *inputs, "--output-prefix", prefix]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     words += ["--append-eod", "--language", prefix.name, "--workers", "2", "--overwrite"]
     is_complete = Path(f"{prefix}_text_document.manifest.json").is_file
@@ -28,7 +28,7 @@ def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path, *, made_fr
 
 def convert(save: Path, hf_path: Path, *, made_from: tuple[str, ...]) -> Task:
     """Convert a dense Hugging Face model to a Megatron checkpoint."""
-    words: Words = ["checkpoint_convert/convert.py", "--hf-path", hf_path, "--save", save, "--dense", "--overwrite"]
+    words: Words = ["moelpr", "model", "convert", "--hf-path", hf_path, "--save", save, "--dense", "--overwrite"]
     is_complete = (save / SPEC_FILE).is_file
     return Task(name=f"convert-{save.name}", command=words, made_from=made_from, is_complete=is_complete)
 
@@ -59,7 +59,7 @@ def train(save: Path, start: Path, data: Path, blend: Mapping[str, float], *, ma
 def export(run: Path) -> Task:
     """Export the model of a training run as `<run>-hf`."""
     save = run.with_name(f"{run.name}-hf")
-    words: Words = ["checkpoint_convert/export.py", "--load", run, "--save", save, "--overwrite"]
+    words: Words = ["moelpr", "model", "export", "--load", run, "--save", save, "--overwrite"]
     is_complete = (save / CONFIG_FILE).is_file
     return Task(name=f"export-{run.name}", command=words, made_from=(run.name,), is_complete=is_complete)
 
@@ -83,7 +83,7 @@ def _num_gpus() -> int:
 def evaluate(run: Path, command: str, models: Mapping[str, Path], *options: str, made_from: tuple[str, ...]) -> Task:
     """Evaluate models (name -> Hugging Face directory) on the held-out text of the demo's corpus."""
     data, output = held_out_files(run / "corpus"), run / "evaluation"
-    words: Words = ["-m", "moelpr.measure.evaluate", command]
+    words: Words = ["moelpr", "evaluate", command]
     for flag, paths in (("--model", models), ("--data", data)):
         words += [word for name, path in paths.items() for word in (flag, f"{name}={path}")]
     words += ["--device", "cpu", "--original-languages", ",".join(ORIGINAL)]

@@ -1,7 +1,8 @@
 """Several corpora that become one: whether they can be joined, and the manifest of the result."""
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
@@ -105,3 +106,9 @@ def missing_manifests(corpora: Sequence[Corpus], output_prefix: str) -> str:
     missing = [corpus.prefix for corpus in corpora if not manifest_path(corpus.prefix).exists()]
     verb = "has" if len(missing) == 1 else "have"
     return f"note: {', '.join(missing)} {verb} no manifest, so {output_prefix} gets none"
+
+
+def refuse_input_as_output(inputs: Iterable[str], output: str) -> None:
+    """Raise `UserError` if a corpus would be written over one that it is made of."""
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        raise UserError(f"--output-prefix {output} is one of the inputs; choose another name")

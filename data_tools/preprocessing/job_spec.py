@@ -1,6 +1,5 @@
 """From the command line to the description of a job: its inputs, its outputs, its tokenizer and its languages."""
 
-import argparse
 import hashlib
 import json
 import os
@@ -10,13 +9,13 @@ from typing import Any
 
 from data_tools.corpus.corpus import shard_prefix
 from data_tools.corpus.corpus_writer import check_output
-from data_tools.preprocessing.arguments import GROUPS, KEPT
 from data_tools.preprocessing.conversations import load_chat_template
 from data_tools.preprocessing.encode import VALIDATION, Encoder
 from data_tools.preprocessing.inputs import Inputs
 from data_tools.preprocessing.job_tokenizer import tokenizer_of
 from data_tools.preprocessing.parsing import DocumentParser, RandomShare
 from data_tools.preprocessing.registry import Dataset, read_registry
+from data_tools.preprocessing.settings import GROUPS, KEPT, Settings
 from data_tools.preprocessing.tagging import (
     DetectedLanguages,
     LanguageGroups,
@@ -93,12 +92,12 @@ class JobSpec:
     notes: list[str]
 
 
-def describe_job(args: argparse.Namespace) -> JobSpec:
+def describe_job(args: Settings) -> JobSpec:
     """Check the inputs and outputs of a job, and load its tokenizer."""
     outputs = _outputs(args)
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]
-    tokenizer = tokenizer_of(args)
+    tokenizer = tokenizer_of(args, args.append_eod)
     chat = None
     if args.conversations:
         chat = load_chat_template(args.chat_template_from or args.tokenizer_model, args.tokenizer_model)
@@ -154,9 +153,9 @@ def describe_job(args: argparse.Namespace) -> JobSpec:
     return JobSpec(inputs, outputs, record, encoder, settings, shard_of, needed, notes)
 
 
-def _outputs(args: argparse.Namespace) -> Outputs:
+def _outputs(args: Settings) -> Outputs:
     def sharded(prefix: str) -> str:
-        return prefix if args.num_shards == 1 else shard_prefix(prefix, args.shard, args.num_shards)
+        return prefix if args.num_shards == 1 else shard_prefix(prefix, args.shard or 0, args.num_shards)
 
     prefix, keys = args.output_prefix, args.json_keys
     corpora = {key: f"{prefix}_{key}_document" for key in keys}
@@ -176,8 +175,8 @@ def _outputs(args: argparse.Namespace) -> Outputs:
     return outputs
 
 
-def _datasets(args: argparse.Namespace) -> list[Dataset]:
-    if not args.dataset:
+def _datasets(args: Settings) -> list[Dataset]:
+    if not args.dataset or args.dataset_info is None:
         sources = [open_source(path) for path in find_files(args.input)]
         bit: Any = "original" if args.language == KEPT else args.language if args.language in GROUPS else None
         return [Dataset("", sources, bit, args.json_keys[0])]
@@ -185,9 +184,9 @@ def _datasets(args: argparse.Namespace) -> list[Dataset]:
     return read_registry(args.dataset_info, names, args.dataset_dir)
 
 
-def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[LanguageGroups, Tagger]:
+def _languages(args: Settings, datasets: list[Dataset]) -> tuple[LanguageGroups, Tagger]:
     if args.dataset or args.language in GROUPS:
-        pairs = [(dataset.name or args.language, dataset.bit) for dataset in datasets]
+        pairs = [(dataset.name or args.language or "", dataset.bit) for dataset in datasets]
         original, expanded = (frozenset(n for n, bit in pairs if bit == group) for group in ("original", "expanded"))
         unwanted = LanguageGroups.from_names(None, args.expanded_languages).expanded  # in kept text
         return LanguageGroups(original, expanded | unwanted), OneLanguage([name for name, _ in pairs])
@@ -210,7 +209,7 @@ def _languages(args: argparse.Namespace, datasets: list[Dataset]) -> tuple[Langu
     return groups, DetectedLanguages(detector, args.detect_language == "line")
 
 
-def _detector(args: argparse.Namespace, groups: LanguageGroups) -> Detector:
+def _detector(args: Settings, groups: LanguageGroups) -> Detector:
     """Return a detector of the named languages, or of any language unless all are named."""
     is_complete = groups.expanded and not args.dataset and not args.language
     return Detector(groups.original | groups.expanded if is_complete else frozenset(), args.min_confidence)

@@ -1,6 +1,5 @@
 """The tokenizer of a preprocessing job."""
 
-import argparse
 import os
 import sys
 from concurrent.futures.process import BrokenProcessPool
@@ -8,6 +7,7 @@ from difflib import get_close_matches
 from multiprocessing import parent_process
 from typing import NamedTuple
 
+from data_tools.preprocessing.settings import TokenizerFlags
 from data_tools.preprocessing.workers import result_of, started_pool
 from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError, reports_panics
@@ -45,12 +45,12 @@ def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: s
             ) from error
 
 
-def tokenizer_of(args: argparse.Namespace) -> JobTokenizer:
-    """Load the tokenizer that a command line names."""
+def tokenizer_of(args: TokenizerFlags, append_eod: bool) -> JobTokenizer:
+    """Load the tokenizer that flags name."""
     check_is_utf8(args.tokenizer_model, "tokenizer")
     special_tokens = not args.tokenizer_hf_no_include_special_tokens
     tokenizer = load_job_tokenizer(args.tokenizer_type, args.tokenizer_model, special_tokens, args.eod_token)
-    if args.append_eod and tokenizer.record.eod_id is None:
+    if append_eod and tokenizer.record.eod_id is None:
         raise UserError(
             f"--append-eod requires an end-of-document token, but {args.tokenizer_model} has none; name one with "
             "--eod-token"

@@ -61,8 +61,9 @@ class _Entry:
     file_sha1: Annotated[str, Field(pattern="^[0-9a-fA-F]{40}$")] | None = None
 
 
-def read_registry(registry: Path, names: list[str], folder: Path) -> list[Dataset]:
-    """Read the named entries of a registry, whose files are in a folder."""
+def read_registry(registry: Path, names: list[str], folder: Path | None) -> list[Dataset]:
+    """Read the named entries of a registry, whose files are in a folder, by default its own."""
+    folder = folder or registry.parent
     entries = records.read(dict[str, Any], registry, "pass a JSON object of datasets as --dataset-info")
     if len(set(names)) < len(names):
         raise UserError(f"--dataset {','.join(names)} names a dataset twice")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_tools.corpus.corpus import describe
 from data_tools.corpus.tokenized import token_dtype
-from data_tools.preprocessing.arguments import KEPT
+from data_tools.preprocessing.settings import KEPT
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import LanguageCount, Manifest

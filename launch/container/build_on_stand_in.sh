@@ -109,7 +109,7 @@ for package in lm-eval wandb gigatoken py3langid; do
         "import importlib.metadata as m; print('$package', 'ok' if m.version('$package') else '')"
 done
 expect 'preprocess ' run --help
-for tool in layouts preprocess inspect convert export verify evaluate preprocess_data; do
+for tool in layouts check compare chat track; do
     expect 'usage:' run "$tool" --help
 done
 expect 'there is no tool or command stage3' run stage3

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -37,14 +37,8 @@ class Verify(StrEnum):
     NONE = "none"
 
 
-# The option --no-verify of all commands that read weights, as arguments of `add_argument`.
-NO_VERIFY: dict[str, Any] = {
-    "action": "store_const",
-    "dest": "verify",
-    "const": Verify.NONE,
-    "default": Verify.FULL,
-    "help": f"do not compare files with the checksums in {FILE_NAME}",
-}
+# The type of a setting that --no-verify sets; its default is `Verify.FULL`.
+VerifyFlag = Annotated[Verify, {"names": ["--no-verify"], "action": "store_const", "const": Verify.NONE}]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,6 +9,7 @@ import atexit
 import errno
 import locale
 import os
+import re
 import signal
 import sys
 import threading
@@ -58,8 +59,7 @@ class CommandParser(argparse.ArgumentParser):
         if "\n" in (options.get("description") or ""):
             options["formatter_class"] = argparse.RawDescriptionHelpFormatter
         super().__init__(**options)
-        if self.add_help:  # a parent of other parsers has neither
-            self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def format_help(self) -> str:
         for action in self._actions:
@@ -71,19 +71,14 @@ class CommandParser(argparse.ArgumentParser):
         """Report an unrecognized flag first; argparse would report the required one that it may be a misspelling of."""
         words = sys.argv[1:] if args is None else list(args)
         known = self._option_string_actions
-        for word in takewhile(lambda word: word != "--", words) if self._subparsers is None else ():
+        for word in takewhile(lambda word: word != "--", words):
             flag = word.split("=")[0]
             if flag.startswith("--") and not any(name.startswith(flag) for name in known):
                 self.error("; ".join(filter(None, (f"unrecognized argument {flag}", did_you_mean(flag, known)))))
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def program_name(own: str) -> str:
-    """The name of this command in its usage: as a subcommand (`moelpr layouts`), else its own (`python -m …`)."""
-    return sys.argv[0] if sys.argv[0].startswith("moelpr ") else own
+        raise UserError(re.sub("^argument (.*?): must", r"\1 must", f"{message}; see --help"))
 
 
 def stopped_code() -> int:

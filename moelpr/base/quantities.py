@@ -3,6 +3,7 @@
 import argparse
 import re
 from decimal import Decimal
+from typing import Annotated
 
 from moelpr.base.errors import UserError
 
@@ -31,6 +32,9 @@ def count_argument(text: str) -> int:
         return parse_count(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+Tokens = Annotated[int, {"type": count_argument, "metavar": "N"}]  # the type of a setting
 
 
 def format_count(number: float) -> str:

@@ -8,15 +8,15 @@ against the base, paired by document. The table also has KL(base‖model), and t
 Nothing is measured twice in the output folder.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import POSITIONAL, REPEATED, Count, Folder, metavar
 from moelpr.data.text.reading import read_documents
-from moelpr.measure.evaluate.arguments import computing_arguments, named_paths, reading_arguments
+from moelpr.measure.evaluate.settings import DeviceFlags, ReadingFlags, named_paths
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -24,8 +24,15 @@ from moelpr.project.resolved import ResolvedProject
 _BASE = "base"  # its name among the models
 
 
-def main() -> None:
-    args = _parser().parse_args()
+class Settings(ReadingFlags, DeviceFlags):
+    files: Annotated[list[Path], POSITIONAL, metavar("languages.yaml")]  # file of a finished project (moelpr run)
+    # more text, which no project was shown; repeat for several
+    data: Annotated[list[str], REPEATED, metavar("NAME=FILE")] = []
+    max_documents: Count | None = None  # documents per text (default: held_out of the first project)
+    output: Folder = Path("comparison")  # folder for results and figures; rerun the command to resume
+
+
+def main(args: Settings) -> None:
     projects = labelled([ResolvedProject(read_project(path)) for path in args.files])
     check(projects)
     documents, groups = read_texts(projects, named_paths(args.data, "--data"), args.json_key, args.max_documents)
@@ -33,15 +40,12 @@ def main() -> None:
     from moelpr.measure.evaluate.compare import compare_models
     from moelpr.measure.evaluate.models import check_device, read_max_positions
     from moelpr.measure.evaluate.result_cache import ResultCache
-    from moelpr.measure.evaluate.scoring import Settings
     from moelpr.project.comparison import Compared
 
     check_device(args.device)
     first = next(iter(projects.values()))
     models = {_BASE: first.base} | {label: project.export for label, project in projects.items()}
-    settings = Settings(args.sequence_length, args.context, args.batch_size, args.skip_tokens).resolve(
-        {name: read_max_positions(path) for name, path in models.items()}
-    )
+    settings = args.windows().resolve({name: read_max_positions(path) for name, path in models.items()})
     score = partial(
         compare_models,
         documents=documents,
@@ -60,17 +64,6 @@ def main() -> None:
         print(results.json_text())
     else:
         results.print()
-
-
-def _parser() -> argparse.ArgumentParser:
-    documents = "held_out of the first project"
-    parser = CommandParser(description=__doc__, parents=[computing_arguments(), reading_arguments(documents)])
-    add = parser.add_argument
-    add("files", nargs="+", type=Path, metavar="languages.yaml", help="file of a finished project (moelpr run)")
-    what = "more text, which no project was shown: JSON lines or Parquet, a file, folder or pattern; repeat for several"
-    add("--data", action="append", default=[], metavar="NAME=FILE", help=what)
-    parser.set_defaults(output=Path("comparison"))
-    return parser
 
 
 def labelled(projects: Sequence[ResolvedProject]) -> dict[str, ResolvedProject]:
@@ -152,7 +145,3 @@ def read_texts(
         add(name, path, json_key)
     documents = {name: documents for name, (_, documents) in texts.items()}
     return documents, {group: names for group, names in groups.items() if names}
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -5,22 +5,21 @@
 RUN gets checkpoints, from which a rerun resumes, metrics.jsonl and the adapter; --export the merged model.
 """
 
-import argparse
 import json
 import math
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moelpr.base import machine, yaml_files
-from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import StoppedError, UserError, first_line
 from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
 from moelpr.base.model_code import drop_code
-from moelpr.base.quantities import count_argument, format_count
+from moelpr.base.quantities import Tokens, format_count
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
+from moelpr.base.settings import Flags, Folder, either, metavar
 from moelpr.base.stop import SIGNALS
 from moelpr.base.versions import require_package
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
@@ -28,10 +27,32 @@ from moelpr.model.families.hf_config import transformers_config
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
+_LENGTH = either("length", required=True)
 
 
-def main() -> None:
-    args = _parser().parse_args()
+class Settings(Flags):
+    hf_path: Folder  # the base, a Hugging Face directory
+    data_path: Annotated[list[str], metavar("PREFIX")]  # corpus, or weights and corpora in turn, as for the stages
+    save: Annotated[Path, metavar("RUN")]  # folder for checkpoints, metrics and the adapter
+    export: Annotated[Path, metavar("HF")]  # Hugging Face directory to write
+    train_tokens: Annotated[Tokens | None, _LENGTH] = None  # tokens to train on, rounded up
+    train_epochs: Annotated[float | None, _LENGTH] = None  # passes over all corpora, rounded down to whole steps
+    train_iters: Annotated[Any, _LENGTH, {"type": int}] = None  # steps to train
+    rank: int = 16  # rank of the adapters
+    alpha: int | None = None  # the adapters' scale is alpha / rank (default: twice the rank)
+    modules: list[str] = ["all-linear"]  # modules that get an adapter (default: all-linear, all but the output layer)
+    global_batch_size: int = 512  # sequences per step
+    micro_batch_size: int = 8  # sequences at a time
+    seq_length: int = 1024  # tokens per sequence
+    lr: float = 2e-4  # highest learning rate
+    min_lr: float = 0.0  # last learning rate
+    lr_warmup_fraction: float = 0.01  # fraction of the steps in which the learning rate rises
+    save_interval: int = 500  # steps between saves
+    seed: int = 1234  # seed of adapters and sample order
+    base_model: str | None = None  # name of the base, for the model card (default: that of its folder)
+
+
+def main(args: Settings) -> None:
     require_package("peft", "lora")
     # With several GPUs, transformers' Trainer would multiply the batch.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -51,40 +72,11 @@ def main() -> None:
         write_text(args.save / FINISHED_FILE, f"{args.train_iters}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("--hf-path", type=Path, required=True, metavar="DIR", help="the base, a Hugging Face directory")
-    corpora = "corpus, or weights and corpora in turn, as for the stages"
-    add("--data-path", nargs="+", required=True, metavar="PREFIX", help=corpora)
-    add("--save", type=Path, required=True, metavar="RUN", help="folder for checkpoints, metrics and the adapter")
-    add("--export", type=Path, required=True, metavar="HF", help="Hugging Face directory to write")
-    length = parser.add_mutually_exclusive_group(required=True).add_argument
-    length("--train-tokens", type=count_argument, metavar="N", help="tokens to train on, rounded up to whole steps")
-    length("--train-epochs", type=float, metavar="E", help="passes over all corpora, rounded down to whole steps")
-    length("--train-iters", type=int, metavar="STEPS", help="steps to train")
-    add("--rank", type=int, default=16, metavar="R", help="rank of the adapters (default: %(default)s)")
-    add("--alpha", type=int, metavar="A", help="the adapters' scale is alpha / rank (default: twice the rank)")
-    modules = "modules that get an adapter (default: all-linear, all linear layers but the output layer)"
-    add("--modules", nargs="+", default=["all-linear"], metavar="NAME", help=modules)
-    add("--global-batch-size", type=int, default=512, metavar="B", help="sequences per step (default: %(default)s)")
-    add("--micro-batch-size", type=int, default=8, metavar="B", help="sequences at a time (default: %(default)s)")
-    add("--seq-length", type=int, default=1024, metavar="L", help="tokens per sequence (default: %(default)s)")
-    add("--lr", type=float, default=2e-4, metavar="RATE", help="highest learning rate (default: %(default)s)")
-    add("--min-lr", type=float, default=0.0, metavar="RATE", help="last learning rate (default: %(default)s)")
-    warmup = "fraction of the steps in which the learning rate rises (default: %(default)s)"
-    add("--lr-warmup-fraction", type=float, default=0.01, metavar="F", help=warmup)
-    add("--save-interval", type=int, default=500, metavar="STEPS", help="steps between saves (default: %(default)s)")
-    add("--seed", type=int, default=1234, metavar="N", help="of adapters and sample order (default: %(default)s)")
-    add("--base-model", metavar="NAME", help="name of the base, for the model card (default: that of its folder)")
-    return parser
-
-
-def _steps(args: argparse.Namespace) -> int:
+def _steps(args: Settings) -> int:
     """The number of steps of a length in tokens or epochs."""
     from moelpr.data.mixing import num_tokens
 
-    tokens = args.train_tokens or args.train_epochs * sum(map(num_tokens, _blend(args)[0]))
+    tokens = args.train_tokens or (args.train_epochs or 0) * sum(map(num_tokens, _blend(args)[0]))
     steps = tokens / (args.global_batch_size * args.seq_length)
     if steps < 1:
         raise UserError(
@@ -94,7 +86,7 @@ def _steps(args: argparse.Namespace) -> int:
     return math.ceil(steps) if args.train_tokens else int(steps)
 
 
-def _blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
+def _blend(args: Settings) -> tuple[list[str], list[float] | None]:
     """Prefixes of corpora and their weights."""
     words, is_weighted = args.data_path, len(args.data_path) % 2 == 0
     prefixes = words[1::2] if is_weighted else words
@@ -104,7 +96,7 @@ def _blend(args: argparse.Namespace) -> tuple[list[str], list[float] | None]:
     return prefixes, [float(word) for word in words[::2]] if is_weighted else None
 
 
-def _claim(args: argparse.Namespace) -> None:
+def _claim(args: Settings) -> None:
     """Record the settings; a folder belongs to one training.
 
     Raises:
@@ -122,7 +114,7 @@ def _claim(args: argparse.Namespace) -> None:
     write_text(args.save / RECIPE_FILE, yaml_files.dump(now))
 
 
-def train(args: argparse.Namespace, adapter: Path) -> None:
+def train(args: Settings, adapter: Path) -> None:
     """Train adapters with the optimizer and the schedule of the recipes; continue from the last checkpoint.
 
     Raises:
@@ -170,7 +162,7 @@ def train(args: argparse.Namespace, adapter: Path) -> None:
         model.save_pretrained(str(temporary))
 
 
-def _with_adapters(args: argparse.Namespace) -> Any:
+def _with_adapters(args: Settings) -> Any:
     """The base in bf16, which costs a CPU half as much as casting it in every step, with adapters in fp32."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -187,7 +179,7 @@ def _with_adapters(args: argparse.Namespace) -> Any:
     return model
 
 
-def _base(args: argparse.Namespace, dtype: Any) -> Any:
+def _base(args: Settings, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = transformers_config(args.hf_path)
@@ -195,7 +187,7 @@ def _base(args: argparse.Namespace, dtype: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(args.hf_path, config=config, **options)
 
 
-def _samples(args: argparse.Namespace, model: Any) -> Any:
+def _samples(args: Settings, model: Any) -> Any:
     """The samples that a stage with the same seed reads, in its order.
 
     One has a token more than its length, because transformers shifts the labels itself.
@@ -241,7 +233,7 @@ def last_checkpoint(run: Path) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def _callback(args: argparse.Namespace, signals: list[int]) -> Any:
+def _callback(args: Settings, signals: list[int]) -> Any:
     """Writes a line of metrics per step, as the trainer does, and stops the training when it is asked to."""
     import torch
     from transformers import TrainerCallback
@@ -280,7 +272,7 @@ def _callback(args: argparse.Namespace, signals: list[int]) -> Any:
     return Callback()
 
 
-def merge(args: argparse.Namespace, adapter: Path) -> None:
+def merge(args: Settings, adapter: Path) -> None:
     """Write the base, in its own dtype, with the adapter merged into it."""
     from peft import PeftModel
 
@@ -291,7 +283,7 @@ def merge(args: argparse.Namespace, adapter: Path) -> None:
         write_text(temporary / "README.md", _card(args))
 
 
-def _card(args: argparse.Namespace) -> str:
+def _card(args: Settings) -> str:
     name = args.base_model or args.hf_path.resolve().name
     header = {"library_name": "transformers", "tags": ["lora"]}
     header |= {"base_model": args.base_model} if args.base_model else {}
@@ -301,9 +293,5 @@ def _card(args: argparse.Namespace) -> str:
     return f"---\n{yaml_files.dump(header)}---\n\n# {name} with LoRA\n\n{text}\n"
 
 
-def _alpha(args: argparse.Namespace) -> int:
+def _alpha(args: Settings) -> int:
     return int(args.alpha or 2 * args.rank)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -81,8 +81,12 @@ def import_everything() -> None:
     warnings.simplefilter("ignore")  # about optional packages
     install_megatron()
     from tests.faults.commands import COMMANDS
+    from tests.faults.processes import function_of
 
-    for module in (*(command.module for command in COMMANDS.values() if command.module), *_IMPORTED_LATER):
+    for command in COMMANDS.values():
+        if command.name:
+            function_of(command.name)
+    for module in _IMPORTED_LATER:
         import_module(module)
     gc.collect()
     gc.freeze()  # the collector would copy all pages of a fork

@@ -212,17 +212,17 @@ def wrong_arguments(case: Case) -> Outcome:
     slow = ("evaluate", "compare", "report", "train", "resume")
     name = case.random.choices(names, [0.1 if candidate.startswith(slow) else 1 for candidate in names])[0]
     case.prepare(name)
-    words, how = change_words(COMMANDS[name].words, flags_of(COMMANDS[name].module, case.folder / "help"), case.random)
+    words, how = change_words(COMMANDS[name].words, flags_of(COMMANDS[name].name, case.folder / "help"), case.random)
     case.notes.append(how)
     ended = run(COMMANDS[name], case.box, words)
     return case.judge(ended, anything, case.box)
 
 
 @cache
-def flags_of(module: str, folder: Path) -> list[str]:
+def flags_of(command: str, folder: Path) -> list[str]:
     """All flags that --help names."""
     (folder / "box").mkdir(parents=True)
-    printed = Running.forked(module, ["--help"], folder / "box").wait().output
+    printed = Running.forked(command, ["--help"], folder / "box").wait().output
     return sorted({*re.findall(r"(?<![\w-])--[a-z][\w-]+", printed)} - {"--debug"})
 
 

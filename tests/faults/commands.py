@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
+from moelpr.base.tools import COMMANDS as SUBCOMMANDS
 from tests.faults.processes import Ended, Running
 
 _TOKENIZER = "--tokenizer-type HuggingFaceTokenizer --tokenizer-model hf"
@@ -31,9 +32,9 @@ _CACHES = shutil.ignore_patterns("cache")
 
 @dataclass(frozen=True)
 class Command:
-    """A command: the module with its `main`, its arguments, and what it reads."""
+    """A command: its name as a subcommand or a module with a `main`, its arguments, and what it reads."""
 
-    module: str
+    name: str
     arguments: str
     reads: str  # files and folders of the material; "a:b" is a, copied to b
     script: str = ""  # the shell script to start instead, with two ranks; such a command can't be forked
@@ -44,84 +45,78 @@ class Command:
 
 
 COMMANDS = {
-    "preprocess": Command("data_tools.preprocess_data", _PREPROCESS.format("text/text.jsonl"), "text hf"),
+    "preprocess": Command("data preprocess", _PREPROCESS.format("text/text.jsonl"), "text hf"),
     "preprocess a large file": Command(
-        "data_tools.preprocess_data",
+        "data preprocess",
         f"{_PREPROCESS.format('large.jsonl')} --workers 2 --validation-share 0.1",
         "large.jsonl hf",
     ),
     "preprocess conversations": Command(
-        "data_tools.preprocess_data",
+        "data preprocess",
         "--input chat.jsonl --conversations --chat-template-from chat.jinja --language-key lang "
         f"--original-languages en --output-prefix out/a --workers 2 --validation-share 0.1 {_TOKENIZER}",
         "chat.jsonl chat.jinja hf",
     ),
     "sentencepiece": Command(
-        "data_tools.preprocess_data",
+        "data preprocess",
         "--input text/text.jsonl --language expanded --output-prefix out/a --workers 1 --tokenizer-type "
         "SentencePieceTokenizer --tokenizer-model words.model",
         "text words.model",
     ),
     **{
-        suffix: Command("data_tools.preprocess_data", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
+        suffix: Command("data preprocess", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
         for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
     },
     **{
         f"corpus of {language}": Command(
-            "data_tools.preprocess_data",
+            "data preprocess",
             f"--input text/{language}.jsonl --language {group} --output-prefix out/{language} --append-eod --workers 1 "
             + _TOKENIZER,
             "text hf",
         )
         for language, group in (("en", "original"), ("el", "expanded"))
     },
-    "merge": Command("data_tools.merge_data", f"--output-prefix out/all --input {_CORPORA}", "corpus"),
+    "merge": Command("data merge", f"--output-prefix out/all --input {_CORPORA}", "corpus"),
     "merge large corpora": Command(
-        "data_tools.merge_data", f"--output-prefix out/all --input {' '.join(['large/a_text_document'] * 8)}", "large"
+        "data merge", f"--output-prefix out/all --input {' '.join(['large/a_text_document'] * 8)}", "large"
     ),
     "sample": Command(
-        "data_tools.sample_data",
+        "data sample",
         f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-tokens 300",
         "corpus",
     ),
     "sample a large corpus": Command(
-        "data_tools.sample_data",
+        "data sample",
         "--output-prefix out/replay --input large/a_text_document --original-documents 3000 --expanded-documents 3000",
         "large",
     ),
     "tag": Command(
-        "data_tools.tag_data",
+        "data tag",
         f"out/el_text_document --language el --bit expanded --overwrite {_TOKENIZER}",
         "corpus:out hf",
     ),
-    "inspect": Command("data_tools.inspect_data", "corpus/en_text_document", "corpus"),
+    "inspect": Command("data inspect", "corpus/en_text_document", "corpus"),
     "extend": Command(
-        "data_tools.extend_tokenizer",
+        "data extend-tokenizer",
         "--tokenizer hf --input el=text/el.jsonl --original en=text/en.jsonl --num-new-tokens 5 --held-out-share 0.4 "
         "--save out/tokenizer --workers 1",
         "text hf",
     ),
     "convert": Command(
-        "checkpoint_convert.convert",
+        "model convert",
         "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",
         "hf",
     ),
     "new tokens": Command(
-        "checkpoint_convert.convert",
+        "model convert",
         "--hf-path hf --extended-tokenizer extended --save out/checkpoint --num-new-experts 2",
         "hf extended",
     ),
-    "another round": Command(
-        "checkpoint_convert.convert", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"
-    ),
-    "export": Command(
-        "checkpoint_convert.export", "--load checkpoint --save out/hf --max-shard-size 100KB", "checkpoint"
-    ),
-    "export a run": Command(
-        "checkpoint_convert.export", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"
-    ),
+    "another round": Command("model convert", "--hf-path export --save out/checkpoint --num-new-experts 2", "export"),
+    "export": Command("model export", "--load checkpoint --save out/hf --max-shard-size 100KB", "checkpoint"),
+    "export a run": Command("model export", "--load stage1 --save out/hf --base-model base", "stage1 checkpoint"),
     "combine": Command(
-        "checkpoint_convert.combine",
+        "model combine",
         "hf --expert el=expert --text el=text/el.jsonl --keep-text en=text/en.jsonl --max-tokens 200 --save out/hf "
         "--device cpu",
         "hf hf:expert text",
@@ -136,31 +131,29 @@ COMMANDS = {
     ),
     "train": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus"),
     "resume": Command("moelpr.pretrain", _TRAIN, "recipe.yaml checkpoint corpus half:out/run"),
-    "evaluate": Command(
-        "moelpr.measure.evaluate.__main__", "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl", "hf text"
-    ),
+    "evaluate": Command("evaluate text", "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl", "hf text"),
     "evaluate an export": Command(
-        "moelpr.measure.evaluate.__main__",
-        "routing --model x=export --data en=text/en.jsonl --data el=text/el.jsonl --original-languages en",
+        "evaluate routing",
+        "--model x=export --data en=text/en.jsonl --data el=text/el.jsonl --original-languages en",
         "export text",
     ),
     "evaluate a checkpoint": Command(
-        "moelpr.measure.evaluate.__main__", "--model x=stage1 --data en=text/en.jsonl", "stage1 checkpoint text"
+        "evaluate text", "--model x=stage1 --data en=text/en.jsonl", "stage1 checkpoint text"
     ),
     "evaluate again": Command(
-        "moelpr.measure.evaluate.__main__",
+        "evaluate text",
         "--model base=hf --data en=text/en.jsonl --data el=text/el.jsonl --output out/evaluation",
         "hf text evaluation:out/evaluation",
     ),
     "compare": Command(
-        "moelpr.project.compare",
+        "compare",
         "project.yaml --data more=text/text.jsonl --output out/comparison",
         "project.yaml hf text export:project/hf",
     ),
-    "report": Command("moelpr.measure.report.__main__", "stage1 --output out/report", "stage1"),
-    "live": Command("moelpr.measure.report.__main__", "live stage1 --once", "stage1"),
+    "report": Command("report runs", "stage1 --output out/report", "stage1"),
+    "live": Command("report live", "stage1 --once", "stage1"),
     "plan": Command(
-        "moelpr.plan.__main__",
+        "layouts",
         "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",
         "hf/config.json:hf/config.json",
     ),
@@ -185,15 +178,15 @@ def start(command: Command, box: Path, words: list[str] | None = None, name: str
     words = command.words if words is None else words
     if command.script:
         return launch(command, box, words)
-    return Running.forked(command.module, words, box, name, _variables(command))
+    return Running.forked(command.name, words, box, name, _variables(command))
 
 
 def launch(command: Command, box: Path, words: list[str]) -> Running:
     """Start the command as a user does."""
     if command.script:
         return Running.launched([ROOT / command.script, *words], box, NPROC_PER_NODE="2")
-    module = command.module.removesuffix(".__main__")
-    return Running.launched([sys.executable, "-m", module, *words], box, **_variables(command))
+    start = ["moelpr", *command.name.split()] if command.name in SUBCOMMANDS else [command.name]
+    return Running.launched([sys.executable, "-m", *start, *words], box, **_variables(command))
 
 
 def run(command: Command, box: Path, words: list[str] | None = None) -> Ended:

@@ -19,6 +19,8 @@ from typing import NoReturn
 
 from benchmarks.common import environment
 from moelpr.base.command import run_command
+from moelpr.base.settings import call
+from moelpr.base.tools import COMMANDS
 
 # More than any case needs; a command that takes more has read a size from a damaged file.
 MEMORY_BYTES = 4 << 30
@@ -115,10 +117,10 @@ class Running:
 
     @classmethod
     def forked(
-        cls, module: str, words: Iterable[str], box: Path, name: str = "", variables: Mapping[str, str] | None = None
+        cls, command: str, words: Iterable[str], box: Path, name: str = "", variables: Mapping[str, str] | None = None
     ) -> "Running":
-        """`main` of a module in a copy of this process, which has imported everything: starts within milliseconds."""
-        return cls(lambda: _run_main(module, list(words), variables or {}), box, name)
+        """A command in a copy of this process, which has imported everything: starts within milliseconds."""
+        return cls(lambda: _run_main(command, list(words), variables or {}), box, name)
 
     @classmethod
     def launched(cls, command: Iterable[str | Path], box: Path, **variables: str) -> "Running":
@@ -191,17 +193,21 @@ def _command_line(pid: int) -> str:
     return "ended meanwhile"
 
 
-def _run_main(module: str, words: list[str], variables: Mapping[str, str]) -> NoReturn:
+def function_of(command: str) -> Callable[..., None]:
+    """The function of a subcommand, or the `main` of a module."""
+    return COMMANDS[command].load() if command in COMMANDS else import_module(command).main
+
+
+def _run_main(command: str, words: list[str], variables: Mapping[str, str]) -> NoReturn:
     """Turn this forked process into a command with limits; does not return."""
     sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w"), open(2, "w", 1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     os.environ |= variables
-    sys.argv[:] = [module.rsplit(".", 1)[-1], *words]
-    main = import_module(module).main
+    sys.argv[:] = [command.rsplit(".", 1)[-1], *words]
     try:
-        os._exit(_exit_code(main))
+        os._exit(_exit_code(lambda: call(function_of(command), words)))
     except KeyboardInterrupt:  # before or after the command: it ends a process as the signal does
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

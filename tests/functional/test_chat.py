@@ -13,6 +13,7 @@ from checkpoint_convert.compare.tensors import compare_frozen, largest_differenc
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from data_tools import preprocess_data
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.families.new_experts import NewExperts
 from tests.functional.test_training import cut_back, export, metrics, model_tensors, run_to_the_end, tensors
@@ -47,7 +48,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = ["--input", lines, "--conversations", "--max-tokens", LENGTH, "--language", language]
         words += ["--original-languages", "en", "--tokenizer-type", "HuggingFaceTokenizer", "--workers", "1"]
         words += ["--tokenizer-model", folder / "hf", "--output-prefix", folder / language]
-        preprocess_data.main([str(word) for word in words])
+        call(preprocess_data.main, [str(word) for word in words])
     return folder
 
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_corpus
 from moelpr.base.errors import StoppedError, UserError
+from moelpr.base.settings import call
 from moelpr.base.versions import require_package
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import lora
@@ -41,10 +42,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     write_corpus(tmp_path / "corpus", 64, ((random.integers(0, 64, 50), False) for _ in range(40)))
 
     def train(run: str = "run", *words: str) -> Path:
-        command = f"lora --hf-path base --data-path corpus --save {run} --export hf-{run} --train-tokens 200 --lr 1e-2"
+        command = f"--hf-path base --data-path corpus --save {run} --export hf-{run} --train-tokens 200 --lr 1e-2"
         command += f" --global-batch-size {BATCH} --micro-batch-size 2 --seq-length {LENGTH} --rank 3 --save-interval 2"
-        monkeypatch.setattr(sys, "argv", [*command.split(), *words])
-        lora.main()
+        call(lora.main, [*command.split(), *words])
         return Path(run)
 
     yield train

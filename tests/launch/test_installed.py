@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moelpr.__main__ import STAGES, TOOLS
+from moelpr.base.tools import STAGES, TOOLS
 from moelpr.project.template import template
 from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: F401
 from tests.support.run_folders import make_run

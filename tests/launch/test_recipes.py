@@ -13,17 +13,17 @@ import yaml
 
 from moelpr.base import ranks
 from moelpr.base.machine import format_bytes
+from moelpr.base.settings import parse
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.model.families.families import read_base
 from moelpr.model.families.new_experts import with_new_experts
 from moelpr.model.model_spec import ModelSpec
-from moelpr.plan.__main__ import _parser as planner_flags
-from moelpr.plan.__main__ import main as plan
-from moelpr.plan.arguments import new_experts
+from moelpr.plan.commands import Settings
 from moelpr.train.arguments.checks import find_problems
 from moelpr.train.arguments.checks.folders import checkpoint_bytes
 from moelpr.train.arguments.flags import all_arguments
 from moelpr.train.arguments.requested import RequestedRun
+from tests.support.commands import moelpr
 from tests.support.model_shapes import SHAPES, save_config
 
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
@@ -43,27 +43,27 @@ class Recipe(NamedTuple):
     stage: str
     settings: dict[str, Any]
     comment: str
-    planner_words: list[str]  # the arguments of "python -m moelpr.plan" in the comment
+    planner_words: list[str]  # the arguments of "moelpr layouts" in the comment
 
     def spec(self) -> ModelSpec:
         """The model that the planner's command names."""
-        args = planner_flags().parse_args(self.planner_words)
+        args = parse(Settings, self.planner_words)
         family, base = read_base(args.hf_path)
-        return with_new_experts(family, base, new_experts(args, base)) if args.num_new_experts else base
+        number = int(args.num_new_experts or 0)
+        return with_new_experts(family, base, args.experts(number, base)) if number else base
 
 
 @pytest.fixture(params=sorted(RECIPES.glob("paper-*.yaml")), ids=lambda path: path.stem)
 def recipe(request: pytest.FixtureRequest, models: None) -> Recipe:
     text = request.param.read_text()
     comment = "\n".join(re.findall(r"^#+ *(.*)", text, re.MULTILINE))
-    (words,) = re.findall(r"python -m moelpr\.plan (.*?)(?=\n[A-Z])", comment, re.DOTALL)
+    (words,) = re.findall(r"moelpr layouts (.*?)(?=\n[A-Z])", comment, re.DOTALL)
     stage = request.param.stem.rpartition("-")[2]
     return Recipe(request.param, stage, yaml.safe_load(text), comment, shlex.split(words))
 
 
-def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe: Recipe, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["plan", *recipe.planner_words, "--json"])
-    plan()
+def test_the_planner_lists_the_layout_with_the_memory_in_the_comment(recipe: Recipe, capsys) -> None:
+    moelpr("layouts", *recipe.planner_words, "--json")
     planned, get = json.loads(capsys.readouterr().out), recipe.settings.get
     expected = {
         "tp": get("tensor-model-parallel-size", 1),

@@ -210,15 +210,15 @@ def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) 
 @pytest.mark.parametrize(
     "tool, variables, ending",
     [
-        ("preprocess_data", {"SLURM_ARRAY_TASK_ID": "3"}, "[--num-shards] [8] [--shard] [3]"),
-        ("preprocess_data", {"SLURM_RESTART_COUNT": "0"}, "[--num-shards] [8]"),
-        ("preprocess_data", {"SLURM_RESTART_COUNT": "1"}, "[--num-shards] [8] [--resume]"),
-        ("merge_data", {"SLURM_RESTART_COUNT": "1"}, "[--num-shards] [8]"),
+        ("preprocess", {"SLURM_ARRAY_TASK_ID": "3"}, "[--num-shards] [8] [--shard] [3]"),
+        ("preprocess", {"SLURM_RESTART_COUNT": "0"}, "[--num-shards] [8]"),
+        ("preprocess", {"SLURM_RESTART_COUNT": "1"}, "[--num-shards] [8] [--resume]"),
+        ("merge", {"SLURM_RESTART_COUNT": "1"}, "[--num-shards] [8]"),
     ],
 )
 def test_a_tool_gets_its_shard_of_an_array_and_a_requeued_one_resumes(calls: Calls, tool, variables, ending) -> None:
-    assert calls("launch/slurm/tool.sbatch", f"data_tools/{tool}.py", "--num-shards", "8", **variables).returncode == 0
-    assert f"[.] [-m] [data_tools.{tool}] {ending}\n" in "\n".join([*calls.made, ""])
+    assert calls("launch/slurm/tool.sbatch", "data", tool, "--num-shards", "8", **variables).returncode == 0
+    assert f"[.] [-m] [moelpr] [data] [{tool}] {ending}\n" in "\n".join([*calls.made, ""])
 
 
 @pytest.mark.parametrize("script", ["stage.sbatch", "tool.sbatch"])

@@ -23,9 +23,7 @@ REFUSED_WORDS = re.compile(rf"\b(?i:{'|'.join(REFUSED)})\b|(?<!there )\b(?:is|ar
 FORMATTER_OFF = re.compile(r"# fmt: ?(skip|off)")
 MOST_FORMATTER_OFF = 5
 # Other files than commands that may declare flags. A command is run, so it ends with a call under `__main__`.
-DECLARE_FLAGS = re.compile(
-    r"moelpr/base/command\.py|moelpr/train/arguments/.*|.*/(arguments|flags)\.py|(benchmarks|tests)/.*"
-)
+DECLARE_FLAGS = re.compile(r"moelpr/base/(command|settings)\.py|moelpr/train/arguments/.*|(benchmarks|tests)/.*")
 
 
 def problems_of(path: str, source: str) -> Iterator[str]:

@@ -12,6 +12,7 @@ import pytest
 from data_tools import preprocess_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing.conversations import ChatTemplate
+from moelpr.base.settings import call
 from moelpr.data.text.documents import BadLine
 from tests.support.chat import MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
 
@@ -55,7 +56,7 @@ def test_ids_and_labels_are_trls(tmp_path: Path, template: str) -> None:
 
     ours = with_template(marked, tmp_path / "ours", template)
     command = f"--input {file} --conversations --language el --original-languages en --output-prefix {tmp_path / 'c'}"
-    preprocess_data.main([*command.split(), "--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={ours}"])
+    call(preprocess_data.main, [*command.split(), "--tokenizer-type=HuggingFaceTokenizer", f"--tokenizer-model={ours}"])
     corpus, start = Corpus(tmp_path / "c_messages_document"), 0
     assert corpus.num_documents == len(theirs) == 30
     for index, (ids, labels) in enumerate(theirs):

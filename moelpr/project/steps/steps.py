@@ -1,19 +1,19 @@
 """All steps of a project, and its tasks: from text to an evaluated Hugging Face model."""
 
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Collection
 
+from moelpr.base import settings
 from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.tools import COMMANDS, DEFAULTS
 from moelpr.project.file import ProjectFile
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps import results, text, training
 from moelpr.project.steps.step import Step
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
+from moelpr.train.arguments.flags import own_arguments
 from moelpr.train.arguments.supported import SUPPORTED
+from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
 _STEPS = [text.download, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
@@ -55,8 +55,7 @@ def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
 
 
 def flags_of(step: Step) -> set[str]:
-    """The flags of a step's command, without dashes: by its help, and of Megatron's those that the trainer supports."""
-    words = [sys.executable, "-m", "moelpr", *step.tool.split(), "--help"]
-    help_text = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "COLUMNS": "1000"}).stdout
-    names = {*re.findall(r"(?<![\w-])--([a-z][\w-]*)", help_text)}
-    return names | SUPPORTED if step in training.STAGES else names
+    """The flags of a step's command, without dashes: of Megatron, those that the trainer supports."""
+    if step in training.STAGES:
+        return {flag[2:] for flag in (*own_arguments().flags(), *OPTIONS)} | SUPPORTED
+    return settings.flags_of(settings.settings_of(COMMANDS[DEFAULTS.get(step.tool, step.tool)].load()))

@@ -39,7 +39,7 @@ def download(step: Step, project: ResolvedProject) -> Iterator[Task]:
 @step(
     "vocabulary",
     "data extend-tokenizer",
-    reserved="tokenizer input original save extended-tokenizer overwrite",
+    reserved="tokenizer input original save overwrite",
     speed="workers",
     methods=MOE_LPR,
 )

@@ -6,12 +6,13 @@ import functools
 import os
 import re
 from collections.abc import Collection, Iterable
-from typing import Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 from moelpr.base.errors import UserError, did_you_mean
-from moelpr.base.quantities import count_argument
+from moelpr.base.quantities import Tokens
+from moelpr.base.settings import Flags, add_flags, metavar
 from moelpr.data.mixing import Mix
-from moelpr.model.stages import STAGE_HELP, Stage1Experts
+from moelpr.model.stages import STAGE_HELP, Stage, Stage1Experts
 
 # The environment variable with the default of --grace-seconds, which job scripts and manifests set.
 GRACE_VARIABLE = "MOELPR_GRACE_SECONDS"
@@ -19,90 +20,47 @@ _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
 
 _STAGES = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
-_HELP = {
-    "--stage": f"Training stage (required). {_STAGES}.",
-    "--recipe": "YAML file of flags, or the name of one of moelpr; the command line overrides it (default: none).",
-    "--train-tokens": "Tokens to train on, such as 24B or 1.5e9, rounded up to whole steps (default: --train-iters).",
-    "--train-epochs": "The same in epochs: an epoch has as many tokens as all corpora of --data-path together, "
-    "whatever their weights (the log lists each corpus); rounded down to whole steps (default: --train-iters).",
-    "--mix": "Weights for the corpora of --data-path, from their sizes: temperature=T is the exponent, max-epochs=E "
-    "how often a corpus is read at most (default: 4); what it cannot give, the others do (default: no --mix).",
-    "--num-original-experts": "Original experts per MoE layer; --num-experts are new ones (default: the checkpoint's).",
-    "--original-copies": "Router rows of the dense FFN per MoE layer (default: the checkpoint's).",
-    "--softmax-scale": "Multiplier of attention's scores (default: the checkpoint's).",
-    "--norms-after": "OLMo 2's norms: of outputs, and of queries and keys over all heads (default: the checkpoint's).",
-    "--residual-multiplier": "Multiplier of what attention and FFN add to the residual (default: the checkpoint's).",
-    "--balance-loss-coeff": "Weight of the balance loss, on the published code's scale (default: 0.01 in stage1).",
-    "--lpr-loss-coeff": "Weight of the LPR (language priors routing) loss (default: 0.1 in stage2 and sft).",
-    "--lpr-loss": "LPR loss of the paper, or of the published code: a double softmax (default: %(default)s).",
-    "--stage1-experts": "Experts that tokens can choose in stage1: all, as in the paper, or new, so that all choices "
-    "of a token are trained; stage2 routes over all (default: %(default)s).",
-    "--train-everything": "Freeze nothing: the paper's plain-MoE ablation, which loses the original languages.",
-    "--train-new-embeddings": "In stage1, train the embedding and output rows of new tokens too.",
-    "--save-trained-only": "Omit frozen tensors from checkpoints; record where to find them (docs/checkpoints.md).",
-    "--no-verify": "Do not compare checkpoints with their checksums when loading them.",
-    "--validation-data": "Held-out corpora, one per language, scored in bits per byte before the first step, every "
-    "--eval-interval steps, and at the end; --eval-iters N uses only N global batches of each (default: all).",
-    "--verify-corpus": "What of the corpora to compare with checksums first: .idx, .lang and a sample of .bin; all "
-    "(about 1 s per GB); or nothing (default: %(default)s).",
-    "--warn-original-rise": "Warn if the stage1 loss on original text rises by more (default: %(default)s; 0: never).",
-    "--warn-expert-share": "Warn if an expert gets a smaller share of tokens (default: %(default)s; 0: never).",
-    "--warn-lpr-fall": "Warn if the LPR loss has fallen by less since the start (default: %(default)s; 0: never).",
-    "--warn-window": "Number of steps averaged per warning check (default: %(default)s).",
-    "--grace-seconds": "Seconds from a scheduler's request to stop to its kill; warn if a step and a save take longer "
-    "(default: the variable MOELPR_GRACE_SECONDS).",
-    "--mlflow-experiment": "Log to this experiment of MLflow, at the server that MLFLOW_TRACKING_URI names (default: "
-    "none).",
-    "--tracker-run": "Record of the run in trackers; several stages that share one are one run there, and the first "
-    "makes it (default: tracker.json in --save, a run per stage).",
-    "--fp32": "Train in fp32 (default: bf16 on a GPU, fp32 on a CPU).",
-    "--allow-untested": "Flags of Megatron, without dashes, to accept although this trainer is not tested with them "
-    "(default: none).",
-    "--debug": "Show tracebacks of errors in arguments or input.",
-    "--help-all": "Show Megatron's flags too, and exit.",
-}
 
 
-def add_arguments[P: argparse.ArgumentParser](parser: P) -> P:
-    """Add the MoE-LPR group to `parser`, and return it."""
-    group = parser.add_argument_group(title="MoE-LPR")
-
-    def add(flag: str, **options: Any) -> None:
-        group.add_argument(flag, help=_HELP[flag], **options)
-
-    # Not "required" for argparse, which would stop there and not report the other flags.
-    add("--stage", choices=tuple(STAGE_HELP))
-    add("--recipe", metavar="FILE")
-    add("--train-tokens", type=count_argument, metavar="N")
-    add("--train-epochs", type=float, metavar="E")
-    add("--mix", type=Mix.argument, metavar="temperature=T,max-epochs=E")
-    add("--num-original-experts", type=int, default=1, metavar="M")
-    add("--original-copies", type=int, default=1, metavar="C")
-    add("--softmax-scale", type=float, metavar="M")
-    add("--norms-after", action="store_true")
-    add("--residual-multiplier", type=float, default=1.0, metavar="M")
-    add("--balance-loss-coeff", type=float, metavar="ALPHA")
-    add("--lpr-loss-coeff", type=float, metavar="GAMMA")
-    add("--lpr-loss", choices=("paper", "reference"), default="paper")
-    add("--stage1-experts", choices=get_args(Stage1Experts), default="all")
-    add("--train-everything", action="store_true")
-    add("--train-new-embeddings", action="store_true")
-    add("--save-trained-only", action="store_true")
-    add("--no-verify", action="store_true")
-    add("--validation-data", nargs="+", metavar="LANG=PREFIX")
-    add("--verify-corpus", choices=("sampled", "full", "none"), default="sampled")
-    add("--warn-original-rise", type=float, default=10.0, metavar="PERCENT")
-    add("--warn-expert-share", type=float, default=1.0, metavar="PERCENT")
-    add("--warn-lpr-fall", type=float, default=1.0, metavar="PERCENT")
-    add("--warn-window", type=int, default=50, metavar="STEPS")
-    add("--grace-seconds", type=float, default=os.environ.get(GRACE_VARIABLE), metavar="S")
-    add("--mlflow-experiment", metavar="NAME")
-    add("--tracker-run", metavar="FILE")
-    add("--fp32", action="store_true")
-    add("--allow-untested", nargs="+", action="extend", metavar="FLAG")
-    add("--debug", action="store_true")
-    add("--help-all", action="help")
-    return parser
+class TrainerFlags(Flags):
+    # Not required for argparse, which would stop there and not report the other flags.
+    stage: Annotated[Stage | None, {"help": f"training stage (required): {_STAGES}"}] = None
+    # YAML file of flags, or a name of moelpr's; flags override it (default: none)
+    recipe: Annotated[str | None, metavar("FILE")] = None
+    train_tokens: Tokens | None = None  # length in tokens, rounded up to steps (default: --train-iters)
+    # passes over all corpora together, rounded down to steps (default: --train-iters)
+    train_epochs: float | None = None
+    # weights of corpora by size: exponent, and most epochs of one (default: no --mix)
+    mix: Annotated[Mix | None, {"type": Mix.argument}, metavar("temperature=T,max-epochs=E")] = None
+    num_original_experts: int = 1  # per MoE layer; --num-experts are new (default: the checkpoint's)
+    original_copies: int = 1  # router rows of the dense FFN per MoE layer (default: the checkpoint's)
+    softmax_scale: float | None = None  # multiplier of attention's scores (default: the checkpoint's)
+    norms_after: bool = False  # OLMo 2's norms: of outputs, queries and keys (default: the checkpoint's)
+    residual_multiplier: float = 1.0  # multiplier of attention and FFN (default: the checkpoint's)
+    balance_loss_coeff: float | None = None  # weight of the balance loss (default: 0.01 in stage1)
+    lpr_loss_coeff: float | None = None  # weight of the LPR loss (default: 0.1 in stage2 and sft)
+    lpr_loss: Literal["paper", "reference"] = "paper"  # the paper's, or that of the published code: a double softmax
+    stage1_experts: Stage1Experts = "all"  # experts that tokens can choose in stage1; stage2 routes over all
+    train_everything: bool = False  # freeze nothing: the paper's plain-MoE ablation, which loses the original languages
+    train_new_embeddings: bool = False  # in stage1, train the embedding and output rows of new tokens too
+    save_trained_only: bool = False  # omit frozen tensors from checkpoints (docs/checkpoints.md)
+    no_verify: bool = False  # do not compare checkpoints with their checksums when loading them
+    # held-out corpora, scored every --eval-interval steps (default: none)
+    validation_data: Annotated[list[str] | None, metavar("LANG=PREFIX")] = None
+    verify_corpus: Literal["sampled", "full", "none"] = "sampled"  # how much of corpora to compare with checksums
+    warn_original_rise: float = 10.0  # warn if stage1's loss on original text rises by more percent; 0: never
+    warn_expert_share: float = 1.0  # warn if an expert gets a smaller share of tokens, in percent; 0: never
+    warn_lpr_fall: float = 1.0  # warn if the LPR loss has fallen by less percent since the start; 0: never
+    warn_window: int = 50  # number of steps averaged per warning check
+    # time from a request to stop to the kill; warn if a save takes longer (default: MOELPR_GRACE_SECONDS)
+    grace_seconds: Annotated[float | None, {"default": os.environ.get(GRACE_VARIABLE)}] = None
+    mlflow_experiment: str | None = None  # log to it, at MLFLOW_TRACKING_URI (default: none)
+    # record of the run, which stages may share (default: tracker.json in --save)
+    tracker_run: Annotated[str | None, metavar("FILE")] = None
+    fp32: bool = False  # train in fp32 (default: bf16 on a GPU, fp32 on a CPU)
+    # untested flags of Megatron to accept (default: none)
+    allow_untested: Annotated[list[str] | None, {"action": "extend"}, metavar("FLAG")] = None
+    debug: bool = False  # show tracebacks of errors in arguments or input
 
 
 class Parser(argparse.ArgumentParser):
@@ -175,7 +133,10 @@ def own_arguments() -> Parser:
         epilog="Megatron's flags: --help-all. The exit code is 0 after the last step, 75 if the run was asked to stop "
         "before it (SIGTERM, SIGUSR1 or a file STOP in --save), 2 for wrong arguments or input, and 1 for a failure.",
     )
-    return add_arguments(parser)
+    group = parser.add_argument_group(title="MoE-LPR")
+    add_flags(group, TrainerFlags)
+    group.add_argument("--help-all", action="help", help="show Megatron's flags too, and exit")
+    return parser
 
 
 @functools.cache

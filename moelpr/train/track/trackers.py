@@ -4,7 +4,6 @@ TensorBoard's files belong to a run folder and are written in the training proce
 of them may get credentials or the names of hosts.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -34,7 +33,7 @@ class Tracker(ABC):
     name: ClassVar[str]
     package: ClassVar[str]
 
-    def __init__(self, project: str, args: argparse.Namespace, run: str, folder: Path) -> None:
+    def __init__(self, project: str, args: Any, run: str, folder: Path) -> None:
         """Connect to nothing yet.
 
         Args:
@@ -174,7 +173,7 @@ class Mlflow(Tracker):
 TRACKERS: dict[str, type[Tracker]] = {"wandb_project": Wandb, "mlflow_experiment": Mlflow}
 
 
-def missing_packages(args: argparse.Namespace) -> list[str]:
+def missing_packages(args: Any) -> list[str]:
     """A sentence for each tracker that the flags ask for and that is not installed."""
     return [
         f"--{flag.replace('_', '-')} needs {kind.name}, which is not installed; run {install_command(kind.package)}"
@@ -183,7 +182,7 @@ def missing_packages(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def make_trackers(args: argparse.Namespace, run: str, folder: Path) -> list[Tracker]:
+def make_trackers(args: Any, run: str, folder: Path) -> list[Tracker]:
     """The trackers that the flags ask for."""
     return [
         kind(project, args, run, folder) for flag, kind in TRACKERS.items() if (project := getattr(args, flag, None))

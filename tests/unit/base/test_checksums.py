@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moelpr.base import checksums
-from moelpr.base.checksums import FILE_NAME, NO_VERIFY, FileSum, Verifier, Verify, verify_folder
-from moelpr.base.command import CommandParser
+from moelpr.base.checksums import FILE_NAME, FileSum, Verifier, Verify, VerifyFlag, verify_folder
 from moelpr.base.errors import UserError
+from moelpr.base.settings import Flags, parse
 from moelpr.model.checkpoints.chain import verify_files, write_checksums
 from tests.support.ranks import as_ranks
 
@@ -87,11 +87,12 @@ def test_a_step_of_an_older_version_is_noted_once_and_loaded(step: Path, capsys:
     assert capsys.readouterr().err == ""
 
 
+class Reads(Flags):
+    verify: VerifyFlag = Verify.FULL  # do not compare
+
+
 def test_no_verify_trusts_every_file(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = CommandParser()
-    parser.add_argument("--no-verify", **NO_VERIFY)
-    assert parser.parse_args([]).verify is Verify.FULL
-    assert parser.parse_args(["--no-verify"]).verify is Verify.NONE
+    assert [parse(Reads, words).verify for words in ([], ["--no-verify"])] == [Verify.FULL, Verify.NONE]
     (step / "__0_0.distcp").write_bytes(b"?")
     verify_files([step], Verify.NONE)
     verify_lazily(step, Verify.NONE)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import yaml
 from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.command import run_command
+from moelpr.base.settings import call
 from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source, write_export  # noqa: F401
@@ -46,18 +46,17 @@ SETTINGS = {
 
 
 @pytest.fixture
-def exit_code(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Call a command's `main` with arguments as its script does, and return the exit code."""
+def exit_code() -> Callable[..., int]:
+    """Call a command's `main` with arguments, and return the exit code."""
 
-    def call(main: Callable[[], None], *arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    def run(main: Callable[..., None], *arguments: object) -> int:
         try:
-            run_command(main)
+            run_command(lambda: call(main, [*map(str, arguments)]))
         except SystemExit as end:
             return int(end.code or 0)
         return 0
 
-    return call
+    return run
 
 
 @pytest.fixture

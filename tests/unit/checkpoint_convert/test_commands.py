@@ -1,7 +1,5 @@
 """Commands print one line, and end with one message and exit code 2 for invalid input, 1 for a full disk."""
 
-import sys
-
 from checkpoint_convert import convert as importer
 from checkpoint_convert import export as exporter
 from checkpoint_convert import graft as grafter
@@ -11,6 +9,7 @@ from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec
+from tests.support.commands import moelpr
 from tests.support.hf_models import assert_nothing_left
 
 
@@ -41,15 +40,13 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2, tmp_path, monkeypa
     assert_nothing_left(tmp_path)
 
 
-def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(qwen2, tmp_path, monkeypatch) -> None:
+def test_the_dense_ffn_gets_k_places_unless_the_user_or_an_moe_says_otherwise(qwen2, tmp_path) -> None:
     for name, words, places in (
         ("default", ("--hf-path", qwen2, "--topk", 3), (3, 3)),
         ("paper", ("--hf-path", qwen2, "--original-copies", 1), (1, 1)),
         ("second-round", ("--hf-path", tmp_path / "paper-hf"), (1, 2)),
     ):
-        arguments = (*words, "--num-new-experts", 1, "--save", tmp_path / name)
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        importer.main()
+        moelpr("model", "convert", *words, "--num-new-experts", 1, "--save", tmp_path / name)
         moe = ModelSpec.read(tmp_path / name).moe
         assert moe is not None and (moe.original_copies, moe.num_original_places) == places
         if name == "paper":

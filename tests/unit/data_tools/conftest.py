@@ -16,6 +16,7 @@ from data_tools import preprocess_data
 from data_tools.corpus.corpus import CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs
+from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord
 
 ORIGINAL = {"en", "es", "zh"}
@@ -164,7 +165,7 @@ def preprocess(tmp_path: Path) -> Callable[..., Path]:
     def run(tokenizer: Path, *words: str | Path, out: str = "out/a", workers: int = 1) -> Path:
         kind = "SentencePieceTokenizer" if tokenizer.suffix == ".model" else "HuggingFaceTokenizer"
         fixed = ["--tokenizer-type", kind, "--tokenizer-model", str(tokenizer), "--workers", str(workers)]
-        preprocess_data.main([*map(str, words), *fixed, "--output-prefix", str(tmp_path / out)])
+        call(preprocess_data.main, [*map(str, words), *fixed, "--output-prefix", str(tmp_path / out)])
         return tmp_path / out
 
     return run

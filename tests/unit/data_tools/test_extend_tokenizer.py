@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_tools import extend_tokenizer
 from data_tools.preprocessing import batches
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -56,7 +57,7 @@ def extend(text_folder: Path, old_folders: Callable[[str], Path]) -> Callable[..
     def run(save: Path, *words: str | Path, kind: str = "qwen") -> Path:
         inputs = [f"{language}={text_folder}/{language}.jsonl" for language in ("el", "hu", "en", "es")]
         fixed = ["--tokenizer", old_folders(kind), "--input", *inputs[:2], "--original", *inputs[2:], "--save", save]
-        extend_tokenizer.main([*map(str, [*fixed, "--num-new-tokens", NUMBER, "--workers", 1, *words])])
+        call(extend_tokenizer.main, [*map(str, [*fixed, "--num-new-tokens", NUMBER, "--workers", 1, *words])])
         return save
 
     return run
@@ -224,6 +225,6 @@ def test_an_unsupported_tokenizer_exits_with_code_2(tmp_path: Path, text_folder:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     files = ["--input", f"el={text_folder}/el.jsonl", "--original", f"en={text_folder}/en.jsonl"]
     arguments = ["--tokenizer", tmp_path, *files, "--num-new-tokens", 9, "--save", tmp_path / "out"]
-    command = [sys.executable, extend_tokenizer.__file__, *map(str, arguments)]
+    command = [sys.executable, "-m", "moelpr", "data", "extend-tokenizer", *map(str, arguments)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "WordPiece" in ended.stderr and len(ended.stderr.splitlines()) == 1

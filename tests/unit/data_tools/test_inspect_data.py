@@ -14,6 +14,7 @@ from benchmarks.common import write_corpus
 from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
@@ -28,7 +29,7 @@ def prefix(sp_tokenizer: Path, tmp_path: Path) -> Path:
 
 def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
-    inspect_data.main([str(prefix), *flags])
+    call(inspect_data.main, [str(prefix), *flags])
     out = capsys.readouterr().out
     lengths = Corpus(prefix).document_lengths
     assert f"[original 1–{lengths[0]}] {TEXTS[0]}" in out
@@ -42,7 +43,7 @@ def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, ca
 
 
 def test_ids_are_shown_without_a_tokenizer(prefix: Path, capsys: pytest.CaptureFixture) -> None:
-    inspect_data.main([f"{prefix}.idx", "--documents", "1"])  # a file name completed by the shell will do
+    call(inspect_data.main, [f"{prefix}.idx", "--documents", "1"])  # a file name completed by the shell will do
     out = capsys.readouterr().out
     assert f"[original 1–{len(Corpus(prefix).document(0)[0])}] {Corpus(prefix).document(0)[0][0]} " in out
     assert "document 2" not in out
@@ -60,7 +61,7 @@ def test_documents_are_counted_by_powers_of_two() -> None:
 
 def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5]), ("hu", []), ("el", [6] * 9), ("en", [7])])
-    inspect_data.main([str(prefix), "--json", "--documents", "2"])
+    call(inspect_data.main, [str(prefix), "--json", "--documents", "2"])
     found = json.loads(capsys.readouterr().out)
     manifest = found.pop("manifest")
     assert manifest["languages"]["el"] == {"bit": "expanded", "documents": 2, "tokens": 11, "bytes": 44}
@@ -77,7 +78,7 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
     counts = {"sequences": 4, "documents": 5, "empty_documents": 1, "tokens": 15, "original_tokens": 4}
     counts |= {"largest_id": 7, "expanded_tokens": 11}
     assert found == {"prefix": str(prefix), "dtype": "uint16"} | counts
-    inspect_data.main([str(prefix)])
+    call(inspect_data.main, [str(prefix)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["made", "with", "HuggingFaceTokenizer", "hf,", "ended", "by", "token", "0,", "from", "1", "source"] in lines
     assert ["en", "original", "2", "4", "26.7%", "4.00"] in lines
@@ -86,7 +87,7 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
 
 
 def test_runs_inside_a_document_are_shown_apart(mixed_corpus: Path, capsys: pytest.CaptureFixture) -> None:
-    inspect_data.main([f"{mixed_corpus}.manifest.json"])
+    call(inspect_data.main, [f"{mixed_corpus}.manifest.json"])
     out = capsys.readouterr().out
     assert "[original 1–2] 0 1\n  [expanded 3–6] 2 3 4 5\n  [original 7–7] 6\n" in out
 
@@ -98,7 +99,7 @@ def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
     def expect(message: str, **changes: object) -> None:
         dataclasses.replace(whole, **changes).write(prefix)
         with pytest.raises(UserError, match=message):
-            inspect_data.main([str(prefix)])
+            call(inspect_data.main, [str(prefix)])
 
     expect("c contains 2 documents, .*c.manifest.json states 3", documents=3)
     expect("c contains 5 tokens, .* states 6", tokens=6)
@@ -112,9 +113,9 @@ def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
     # A token id that is as good as another: only the manifest knows.
     damage(Path(f"{prefix}.bin"), 0, b"\x02")
     with pytest.raises(UserError, match="c.bin is damaged or"):
-        inspect_data.main([str(prefix)])
+        call(inspect_data.main, [str(prefix)])
     manifest_path(prefix).unlink()
-    inspect_data.main([str(prefix)])
+    call(inspect_data.main, [str(prefix)])
 
 
 def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -143,7 +144,7 @@ def test_files_that_do_not_belong_together_are_reported(prefix: Path, sp_tokeniz
 
     def expect(message: str, *flags: str) -> None:
         with pytest.raises(UserError, match=message):
-            inspect_data.main([str(prefix), *flags])
+            call(inspect_data.main, [str(prefix), *flags])
 
     expect("--tokenizer-type and --tokenizer-model", *flags[:2])
     damage(Path(f"{prefix}.bin"), 0, b"\xff\xff")

@@ -13,13 +13,14 @@ from benchmarks.common import write_corpus
 from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source
 
 Documents = list[tuple[list[int], bool]]
 
 
 def merge(output: Path, *inputs: Path, flags: tuple[str, ...] = ()) -> None:
-    merge_data.main(["--input", *map(str, inputs), "--output-prefix", str(output), *flags])
+    call(merge_data.main, ["--input", *map(str, inputs), "--output-prefix", str(output), *flags])
 
 
 def content(prefix: Path) -> list[bytes]:

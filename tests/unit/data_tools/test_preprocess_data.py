@@ -17,12 +17,13 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from data_tools import merge_data, preprocess_data
+from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, encode, job
 from moelpr.base import journal
 from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.reading import read_documents
 from moelpr.data.tokenizers.loading import load_tokenizer
@@ -96,7 +97,7 @@ def test_shards_merge_to_the_bytes_of_one_job(num_shards, hf_tokenizer, corpus_l
         many = preprocess(hf_tokenizer, "--input", *files, *flags, out="many")
     for key in ("text", "title"):
         prefix = f"{many}_{key}_document"
-        merge_data.main(["--output-prefix", prefix, "--num-shards", str(num_shards), "--remove-input"])
+        call(merge_data.main, ["--output-prefix", prefix, "--num-shards", str(num_shards), "--remove-input"])
         assert corpus_bytes(prefix) == corpus_bytes(f"{one}_{key}_document")
     assert not list(many.parent.glob("*.shard-*"))
 
@@ -112,16 +113,16 @@ def test_shards_of_different_jobs_are_not_joined(change, hf_tokenizer, corpus_li
     elsewhere.write_bytes(lines.read_bytes())
     prefix = preprocess(hf_tokenizer, "--input", elsewhere, *flags[2:], "1")
     words = ["--output-prefix", f"{prefix}_text_document", "--num-shards", "2"]
-    merge_data.main(words)
+    call(merge_data.main, words)
     if change == "input":
         lines.write_bytes(lines.read_bytes() * 2)
     # Settings that change no finished shard may differ: the other jobs need not run again.
     preprocess(hf_tokenizer, *flags[:-1], "--on-error", "skip", "--shard", "1", "--overwrite")
     if change == "flag":
-        merge_data.main([*words, "--overwrite"])
+        call(merge_data.main, [*words, "--overwrite"])
         preprocess(hf_tokenizer, *flags, "1", "--validation-share", "0.5", "--overwrite")
     with pytest.raises(UserError, match="different jobs"):
-        merge_data.main([*words, "--overwrite"])
+        call(merge_data.main, [*words, "--overwrite"])
 
 
 def test_shard_reports_a_bad_line_by_its_number_in_the_file(hf_tokenizer, corpus_lines, preprocess) -> None:
@@ -323,7 +324,7 @@ def test_held_out_text_is_that_of_the_held_out_corpus_whatever_the_jobs(
     for shard in range(3):
         many = preprocess(hf_tokenizer, "--input", lines, *flags, "--num-shards", 3, "--shard", shard, out="in/many")
     corpus = f"{many}_validation_{key}_document"
-    merge_data.main(["--output-prefix", corpus, "--num-shards", "3", "--remove-input"])
+    call(merge_data.main, ["--output-prefix", corpus, "--num-shards", "3", "--remove-input"])
     assert Path(f"{many}_validation.jsonl").read_bytes() == Path(f"{one}_validation.jsonl").read_bytes()
     assert not list(many.parent.glob("many_validation*shard*"))
     # In the folder of its input, it is no input; nor is it replaced by the way.
@@ -479,12 +480,22 @@ def test_killed_worker_is_reported_and_leaves_nothing(sp_tokenizer, corpus_lines
 
 def test_command_exits_with_code_2_and_one_line(unigram_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n")
-    command: list[Any] = [sys.executable, preprocess_data.__file__, "--input", "a.jsonl", "--output-prefix", "out/a"]
+    command: list[Any] = [
+        sys.executable,
+        "-m",
+        "moelpr",
+        "data",
+        "preprocess",
+        "--input",
+        "a.jsonl",
+        "--output-prefix",
+        "out/a",
+    ]
     command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", unigram_tokenizer]
     done = subprocess.run([*command, "--language", "original"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     [note, error] = done.stderr.splitlines()
     assert note.startswith("note: tokenizing with sentencepiece, not gigatoken: ")
-    assert error.startswith("preprocess_data.py: error: a.jsonl:2: not JSON (")
+    assert error.startswith("moelpr data preprocess: error: a.jsonl:2: not JSON (")
     assert list((tmp_path / "out").iterdir()) == []

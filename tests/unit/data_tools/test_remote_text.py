@@ -15,6 +15,7 @@ from pyarrow import parquet
 from data_tools import merge_data, preprocess_data
 from data_tools.preprocessing import job
 from moelpr.base.errors import MachineError, UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest
 from moelpr.data.text import remote
 from moelpr.data.text.estimate import estimate
@@ -96,7 +97,7 @@ def server(running: TextServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def expected(folder, hf_tokenizer, tmp_path_factory) -> list[bytes]:
     """The corpus of the local folder."""
     out = tmp_path_factory.mktemp("local") / "a"
-    preprocess_data.main([*map(str, ("--input", folder / FOLDER, *flags(hf_tokenizer), "--output-prefix", out))])
+    call(preprocess_data.main, [*map(str, ("--input", folder / FOLDER, *flags(hf_tokenizer), "--output-prefix", out))])
     return [Path(f"{out}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "lang")]
 
 
@@ -133,7 +134,7 @@ def test_shards_of_remote_files_merge_to_the_bytes_of_one_job(
         many = preprocess(
             hf_tokenizer, "--input", server.uri("http", f"{FOLDER}/"), *KEYS, "--num-shards", "3", "--shard", str(shard)
         )
-    merge_data.main(["--output-prefix", f"{many}_text_document", "--num-shards", "3"])
+    call(merge_data.main, ["--output-prefix", f"{many}_text_document", "--num-shards", "3"])
     assert corpus_bytes(f"{many}_text_document") == expected
 
 

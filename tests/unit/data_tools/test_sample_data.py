@@ -11,6 +11,7 @@ from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source
 
 
@@ -27,7 +28,7 @@ def inputs(make_corpus: Callable[..., Path]) -> list[str]:
 
 def sample(output: Path, inputs: list[str], *words: str) -> list[np.ndarray]:
     """Token ids of each document drawn."""
-    sample_data.main(["--input", *inputs, "--output-prefix", str(output), *words])
+    call(sample_data.main, ["--input", *inputs, "--output-prefix", str(output), *words])
     corpus = Corpus(output)
     corpus.verify()
     return [corpus.document(index)[0] for index in range(corpus.num_documents)]
@@ -118,7 +119,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
     sample(tmp_path / "out", [str(tmp_path / "mixed")], "--expanded-documents", "5")
     assert Corpus(tmp_path / "out").document(0)[1].tolist() == [0, 0, 1, 1, 1, 1, 0]
     assert "mixed has no manifest, so" in capsys.readouterr().out
-    arguments = sample_data.parse_arguments("--input a --output-prefix b --original-documents 2".split())
+    arguments = sample_data.Settings(input=["a"], output_prefix="b", original_documents=2)
     samples = list(sample_data.sample_from(Corpus(tmp_path / "mixed"), None, arguments))
     languages = sample_data.write(samples, CorpusWriter(tmp_path / "unused", 300))
     assert languages == {"original": LanguageCount("original", 2, 5, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
@@ -139,7 +140,7 @@ def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest
 def test_contradicting_options_are_reported(words, message, inputs, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
-        sample_data.main(["--input", "en", "es", "--output-prefix", "out", *words])
+        call(sample_data.main, ["--input", "en", "es", "--output-prefix", "out", *words])
     assert not list(tmp_path.glob("*out*"))
 
 

@@ -12,6 +12,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from data_tools import inspect_data, merge_data, sample_data, tag_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.gpt_data import gpt_config, training_set
@@ -19,7 +20,7 @@ from tests.support.gpt_data import gpt_config, training_set
 
 def tag(prefix: Path | str, tokenizer: Path, *words: str | Path) -> None:
     kind = "SentencePieceTokenizer" if tokenizer.suffix == ".model" else "HuggingFaceTokenizer"
-    tag_data.main([*map(str, (prefix, *words)), "--tokenizer-type", kind, "--tokenizer-model", str(tokenizer)])
+    call(tag_data.main, [*map(str, (prefix, *words)), "--tokenizer-type", kind, "--tokenizer-model", str(tokenizer)])
 
 
 @pytest.fixture
@@ -90,15 +91,15 @@ def test_a_corpus_of_megatron_is_read_by_all_tools_and_the_trainer(
         assert ids.tolist() == [id for sequence in sequences for id in indexed[sequence].tolist()]
         assert not bits.any()
 
-    inspect_data.main([str(megatrons), "--json"])
+    call(inspect_data.main, [str(megatrons), "--json"])
     summary = json.loads(capsys.readouterr().out.partition("\n")[2])
     assert summary["documents"] == len(rows) and "counts per language" in summary["verified"]
     ours = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", rows), "--language", "original", "--append-eod")
     inputs = [str(megatrons), f"{ours}_text_document"]
-    merge_data.main(["--output-prefix", str(tmp_path / "all"), "--input", *inputs])
+    call(merge_data.main, ["--output-prefix", str(tmp_path / "all"), "--input", *inputs])
     assert Corpus(tmp_path / "all").verify().documents == 2 * len(rows)
     flags = ["--output-prefix", str(tmp_path / "sample"), "--expanded-documents", "3"]
-    sample_data.main(["--input", str(megatrons), *flags])
+    call(sample_data.main, ["--input", str(megatrons), *flags])
     assert Corpus(tmp_path / "sample").verify().documents == 3
     expanded = training_set(30, gpt_config([str(megatrons)]))
     assert not any(expanded[index]["is_original"].any() for index in range(30))

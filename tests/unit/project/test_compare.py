@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from moelpr.measure.evaluate.compare import compare_models
 from moelpr.project import compare as command
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from tests.support.commands import moelpr
 
 Finish = Callable[..., Path]
 TEXTS = ("el", "hu", "en", "code", "fr")
@@ -56,17 +56,12 @@ def finish(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fini
     return finish
 
 
-def compare(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["moelpr compare", *map(str, arguments)])
-    command.main()
-
-
 def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
     finish, monkeypatch, capsys, tmp_path
 ) -> None:
     little, much = finish("little", 0.01), finish("much", 0.1)
     arguments = (little, much, "--data", "fr=fr.jsonl", "--output", "out", "--max-documents", 10)
-    compare(monkeypatch, *arguments)
+    moelpr("compare", *arguments)
     found = json.loads((tmp_path / "out/compare.json").read_text())
     assert found["groups"] == {"expanded": ["el", "hu"], "kept": ["en"], "other": ["fr"]}
     models = {"base": Path("base"), "little": Path("runs/little/hf"), "much": Path("runs/much/hf")}
@@ -96,7 +91,7 @@ def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
     assert number in markdown and number in printed and "](compare.svg)" in markdown
 
     monkeypatch.setattr(evaluation, "open_model", None)  # nothing is measured again
-    compare(monkeypatch, *arguments, "--json")
+    moelpr("compare", *arguments, "--json")
     assert json.loads(capsys.readouterr().out) == found
 
 
@@ -105,7 +100,7 @@ def test_kept_text_counts_as_lost_and_a_new_tokenizer_has_no_distance(finish, mo
     languages = {"expanded": {"el": text["el"]}, "original": {"en": text["en"]}}
     kept = finish("kept", 0.05, languages=languages | {"kept": {"code": "code.jsonl"}})
     longer = finish("longer", 0.05, languages=languages, vocabulary={"new_tokens": 9})
-    compare(monkeypatch, kept, longer, "--device", "cpu")
+    moelpr("compare", kept, longer, "--device", "cpu")
     found = json.loads((tmp_path / "comparison/compare.json").read_text())
     assert found["groups"] == {"expanded": ["el"], "kept": ["en", "code"]}
     assert found["settings"]["sequence_length"] == 64
@@ -136,7 +131,7 @@ def test_projects_that_cannot_be_compared_are_one_sentence(finish, monkeypatch, 
         ((tmp_path / "no.yaml",), ("no.yaml",)),
     ]:
         with pytest.raises(UserError) as error:
-            compare(monkeypatch, *arguments)
+            moelpr("compare", *arguments)
         message = str(error.value)
         assert "\n" not in message and all(part in message for part in expected), message
 

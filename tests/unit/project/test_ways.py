@@ -1,6 +1,5 @@
 """The ways of a user: the base is a name on the Hub, nothing has been made yet, and a dry run stays dry."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import pytest
 import yaml
 
 from moelpr.base.errors import UserError
-from moelpr.project.__main__ import main
 from moelpr.project.running import SUBMIT
+from tests.support.commands import moelpr
 from tests.support.local_hub import LocalHub, local_hub
 from tests.support.model_shapes import save_config
 from tests.support.plan_pages import MORE, ROOT, make_text
@@ -50,11 +49,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         yield hub
 
 
-def moelpr(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["moelpr", *map(str, words)])
-    main()
-
-
 def contents(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
@@ -82,12 +76,12 @@ def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
     make_text(path, MORE.get(file.relative_to(ROOT).as_posix(), 1))
     where = next((on for on in SUBMIT if on in content), "slurm")
 
-    moelpr(monkeypatch, "plan", path)
-    moelpr(monkeypatch, "run", path, "--dry-run")
+    moelpr("plan", path)
+    moelpr("run", path, "--dry-run")
     printed = capsys.readouterr().out
     assert model in printed
     assert "GiB" in printed and not output.exists()
-    moelpr(monkeypatch, "run", path, "--on", where, "--render-only")
+    moelpr("run", path, "--on", where, "--render-only")
     rendered = [text for text in contents(output).values() if text]
     assert any(b"stage1" in text for text in rendered)
     assert not (output / "base").exists() and not calls.exists()
@@ -104,24 +98,24 @@ def test_a_dry_run_starts_submits_and_writes_nothing(
     path.write_text(path.read_text() + yaml.safe_dump(REQUIRED))
     Path("out").mkdir()
     before = contents(path.parent)
-    moelpr(monkeypatch, "run", path, "--on", on, "--dry-run")
+    moelpr("run", path, "--on", on, "--dry-run")
     assert "stage2: to do\n    moelpr train stage2 --recipe paper-stage2" in capsys.readouterr().out
-    moelpr(monkeypatch, "run", path, "--on", on, "--dry-run", *(["--render-only"] if on != "local" else []))
+    moelpr("run", path, "--on", on, "--dry-run", *(["--render-only"] if on != "local" else []))
     assert contents(path.parent) == before and not calls.exists()
     if on != "local":  # the stubs see a job that is submitted
-        moelpr(monkeypatch, "run", path, "--on", on, "--render-only")
+        moelpr("run", path, "--on", on, "--render-only")
         assert contents(path.parent) != before and not calls.exists()
-        moelpr(monkeypatch, "run", path, "--on", on)
+        moelpr("run", path, "--on", on)
         assert calls.exists()
 
 
 def test_a_plan_refuses_a_flag_that_a_step_does_not_have(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr"):
-        moelpr(monkeypatch, "plan", write(steps={"stage1": {"lrr": 1}}))
+        moelpr("plan", write(steps={"stage1": {"lrr": 1}}))
 
 
 def test_files_of_jobs_are_for_a_cluster(write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(hardware={"gpu": "none"}, budget={"tokens": "6K"}, steps={"stage1": {"global-batch-size": 2}})
     with pytest.raises(UserError, match=r"--on slurm\|"):
-        moelpr(monkeypatch, "run", path, "--render-only")
+        moelpr("run", path, "--render-only")
     assert not calls.exists() and not Path("out").exists()

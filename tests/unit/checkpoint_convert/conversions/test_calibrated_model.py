@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint_convert import calibrate as calibrator
-from checkpoint_convert.common.arguments import named_texts
+from checkpoint_convert.common.settings import named_texts
 from checkpoint_convert.conversions import calibrated_model
 from checkpoint_convert.conversions.calibrated_model import write_calibrated
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -22,6 +21,7 @@ from moelpr.measure.evaluate.calibration import Point, TextResult
 from moelpr.measure.evaluate.divergence import distance
 from moelpr.measure.evaluate.models import open_model
 from moelpr.model.families.new_experts import NewExperts
+from tests.support.commands import moelpr
 from tests.support.experts import EXPANDED, KEPT, with_tokenizer
 from tests.support.hf_models import edit_json, load_stock, tensors_of
 
@@ -114,9 +114,8 @@ def test_what_cannot_be_calibrated_is_one_sentence(base: Path, tmp_path: Path, m
         (["--data", f"ell={file}"], "--data has el twice"),
         (["--data", "=x"], "--data must be"),
     ):
-        monkeypatch.setattr(sys, "argv", ["calibrate", *flags, "--expanded-languages", "el", *more])
         with pytest.raises(UserError, match=message):
-            calibrator.main()
+            moelpr("model", "calibrate", *flags, "--expanded-languages", "el", *more)
 
 
 @pytest.mark.parametrize(("distance", "flags"), [(0.3, ()), (0.1, ()), (0.3, ("--max-distance", "0.4"))])

@@ -13,6 +13,7 @@ from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.model.megatron import bootstrap
 
@@ -121,6 +122,6 @@ def test_inspection_ends_in_a_message_or_a_report(whole: Path, copy: Callable[..
     if data.draw(st.booleans()):
         manifest_path(prefix).unlink()
     try:
-        inspect_data.main([str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
+        call(inspect_data.main, [str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
     except UserError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000

@@ -17,6 +17,7 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import conversations
 from data_tools.preprocessing.conversations import ChatTemplate, counted_tokens, load_chat_template
 from moelpr.base.errors import UserError
+from moelpr.base.settings import call
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.documents import BadLine
@@ -119,13 +120,16 @@ def test_shards_and_parquet_are_the_same_corpus(tokenizers, jsonl: Path, chat, t
         words = ["--input", jsonl, "--num-shards", "2", "--shard", str(shard)]
         chat(tokenizers["qwen"], *words, out="out/shards")
     shards = tmp_path / "out" / "shards_messages_document"
-    merge_data.main(["--output-prefix", str(shards), "--num-shards", "2", "--remove-input"])
+    call(merge_data.main, ["--output-prefix", str(shards), "--num-shards", "2", "--remove-input"])
     for other in (table, shards):
         for suffix in ("bin", "idx", "lang", "loss"):
             assert Path(f"{whole}.{suffix}").read_bytes() == Path(f"{other}.{suffix}").read_bytes()
     assert [path.name for path in shards.parent.glob("shards*shard-*")] == []
     with pytest.raises(UserError, match="--max-samples"):
-        sample_data.main(["--input", str(whole), "--output-prefix", str(tmp_path / "s"), "--original-documents", "1"])
+        call(
+            sample_data.main,
+            ["--input", str(whole), "--output-prefix", str(tmp_path / "s"), "--original-documents", "1"],
+        )
 
 
 def test_a_corpus_of_text_replaces_one_of_conversations(tokenizers, jsonl: Path, chat, preprocess, tmp_path) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from data_tools.preprocessing import batches, job
-from data_tools.preprocessing.arguments import parse_arguments
 from data_tools.preprocessing.job_spec import describe_job
+from data_tools.preprocessing.settings import Settings
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked
 from moelpr.base.journal import JOURNAL_FILE
+from moelpr.base.settings import parse
 from moelpr.data.manifest import Manifest
 
 FLAGS = (
@@ -170,10 +171,10 @@ def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
     words = ["--input", str(lines), "--language", "expanded", "--append-eod"]
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_tokenizer)]
     program = (
-        "import sys, time; from data_tools import preprocess_data as p;"
+        "import sys, time; from data_tools import preprocess_data as p; from moelpr.base.settings import call;"
         "from data_tools.preprocessing import batches, job as j;"
         "j.SAVE_EVERY_S = 0; batches.BATCH_BYTES = 20_000; save = j.Job.save;"
-        "j.Job.save = lambda job: (save(job), time.sleep(0.05)); p.main(sys.argv[1:])"
+        "j.Job.save = lambda job: (save(job), time.sleep(0.05)); call(p.main, sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
     process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
@@ -268,11 +269,11 @@ def test_damaged_state_is_reported(input_files, preprocess, hf_tokenizer, tmp_pa
 
 def test_every_flag_that_changes_the_bytes_must_be_the_same_to_resume(input_files, hf_tokenizer, tmp_path) -> None:
     """A flag that is new must be added to the settings, or here."""
-    speed_or_output = {"debug", "workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}
+    speed_or_output = {"workers", "log_interval", "overwrite", "resume", "max_bad_share", "tokenizer_backend"}
     by_content = {"input", "dataset_info", "dataset_dir", "tokenizer_type", "tokenizer_model", "eod_token"}
     by_content |= {"tokenizer_hf_no_include_special_tokens", "conversations", "chat_template_from", "max_tokens"}
     words = [*FLAGS, "--input", *input_files, "--tokenizer-type", "HuggingFaceTokenizer"]
     words += ["--tokenizer-model", hf_tokenizer, "--output-prefix", tmp_path / "a", "--filter", "not is_null(text)"]
-    arguments = parse_arguments(None, [*map(str, words)])
+    arguments = parse(Settings, [*map(str, words)])
     named = {name[2:].replace("-", "_") for name in describe_job(arguments).settings if name.startswith("--")}
     assert named == vars(arguments).keys() - speed_or_output - by_content

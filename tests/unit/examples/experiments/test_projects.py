@@ -14,10 +14,10 @@ from examples.experiments import __main__ as experiments
 from examples.experiments.text import PLAIN, UNSEEN
 from examples.languages import LANGUAGES
 from moelpr.base.errors import UserError
-from moelpr.project.__main__ import main
 from moelpr.project.compare import read_texts
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from tests.support.commands import moelpr
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -58,17 +58,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("file", PROJECTS)
-def test_a_project_plans_and_lists_its_commands(
-    file: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_project_plans_and_lists_its_commands(file: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {*folder.rglob("*")}
-    monkeypatch.setattr(sys, "argv", ["moelpr", "plan", file])
-    main()
+    moelpr("plan", file)
     steps = re.findall(r"^(\S+) +to do", capsys.readouterr().out, re.MULTILINE)
     method = read_project(Path(file)).project.method
     assert {"moe-lpr": "stage1", "full": "dense"}.get(method, method) in steps
-    monkeypatch.setattr(sys, "argv", ["moelpr", "run", file, "--dry-run"])
-    main()
+    moelpr("run", file, "--dry-run")
     assert re.findall(r"^(\S+): to do", capsys.readouterr().out, re.MULTILINE) == steps
     assert {*folder.rglob("*")} == before
 

@@ -1,8 +1,8 @@
 """Tiny models with random weights, a byte-level tokenizer, held-out text in files, and the command."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate import __main__ as command
 from moelpr.measure.evaluate.models import read_max_positions
 from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
+from tests.support.commands import moelpr
 
 TEXTS = {
     "en": [
@@ -94,14 +94,8 @@ def score() -> Callable[..., dict[str, LanguageScore]]:
 
 
 @pytest.fixture
-def evaluate(monkeypatch) -> Callable[..., None]:
-    """Run `python -m moelpr.measure.evaluate` in this process."""
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-        command.main()
-
-    return run
+def evaluate() -> Callable[..., None]:
+    return partial(moelpr, "evaluate")
 
 
 @pytest.fixture

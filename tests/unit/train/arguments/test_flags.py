@@ -1,11 +1,10 @@
-import argparse
 import re
 import subprocess
 import sys
 
 import pytest
 
-from moelpr.train.arguments.flags import add_arguments, all_arguments
+from moelpr.train.arguments.flags import all_arguments, own_arguments
 
 
 def parse(*argv: str) -> tuple[dict, list[str]]:
@@ -49,5 +48,5 @@ def test_help_shows_our_flags_without_megatron_and_help_all_shows_megatrons(caps
 
 
 def test_the_help_of_each_of_our_flags_states_its_default_or_that_it_is_required() -> None:
-    for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions:
+    for action in own_arguments()._actions:
         assert action.nargs == 0 or "default: " in action.help or "(required)" in action.help, action.option_strings

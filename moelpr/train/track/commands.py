@@ -6,24 +6,34 @@ moelpr track runs/stage1 runs/stage2 --results runs/evaluation/results.json --fi
 A training with the same flags sends its metrics by itself. What a tracker has already is not sent again.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from moelpr.base import records
-from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError, first_line
 from moelpr.base.files import write_text
+from moelpr.base.settings import POSITIONAL, File, Flags, Folder
 from moelpr.train.track.trackers import TRACKERS, make_trackers, missing_packages, redact
 from moelpr.train.track.tracking import TrackedRun, send_backlog, tracked_folders
 
 _TEXT = (".html", ".json", ".md", ".svg", ".txt", ".yaml")
 
 
-def main() -> None:
-    args = _parser().parse_args()
+class Settings(Flags):
+    runs: Annotated[list[Path], POSITIONAL]  # run folder (--save), in the order of training
+    results: list[File] = []  # results.json and harness.json of moelpr evaluate
+    files: list[File] = []  # pictures, pages and other files, or folders of them; without credentials and hosts
+    tracker_run: File | None = None  # record of the run (default: tracker.json in the last RUN)
+    wandb_project: str | None = None  # project of Weights & Biases
+    wandb_entity: str | None = None  # its user or team
+    wandb_exp_name: str | None = None  # name that it shows (default: the ID of the run)
+    wandb_save_dir: Folder | None = None  # folder for its files (default: that of --tracker-run)
+    mlflow_experiment: str | None = None  # experiment of MLflow, at the server of MLFLOW_TRACKING_URI
+
+
+def main(args: Settings) -> None:
     file = args.tracker_run or args.runs[-1] / TrackedRun.FILE_NAME
     if not any(getattr(args, flag) for flag in TRACKERS):
         raise UserError(f"no tracker is given; pass {', '.join(f'--{flag.replace("_", "-")}' for flag in TRACKERS)}")
@@ -52,22 +62,6 @@ def main() -> None:
             print(f"{tracker.name}: run {run.run}, {len(results)} results, {sum(1 for _ in copies.rglob('*.*'))} files")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.train.track"), description=__doc__)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folder (--save), in the order of training")
-    results: dict[str, Any] = {"nargs": "+", "type": Path, "default": [], "metavar": "FILE"}
-    add("--results", **results, help="results.json and harness.json of moelpr evaluate")
-    add("--files", **results, help="pictures, pages and other files, or folders of them; without credentials and hosts")
-    add("--tracker-run", type=Path, metavar="FILE", help="record of the run (default: tracker.json in the last RUN)")
-    add("--wandb-project", metavar="NAME", help="project of Weights & Biases")
-    add("--wandb-entity", metavar="NAME", help="its user or team")
-    add("--wandb-exp-name", metavar="NAME", help="name that it shows (default: the ID of the run)")
-    add("--wandb-save-dir", metavar="DIR", help="folder for its files (default: that of --tracker-run)")
-    add("--mlflow-experiment", metavar="NAME", help="experiment of MLflow, at the server of MLFLOW_TRACKING_URI")
-    return parser
-
-
 def _numbers(content: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """The values of estimates in results: their keys, joined by slashes, and numbers."""
     for key, item in content.items() if isinstance(content, dict) else ():
@@ -86,7 +80,3 @@ def _copy(path: Path, folder: Path) -> None:
             name = Path(path.name, source.name) if path.is_dir() else Path(source.name)
             (folder / name).parent.mkdir(exist_ok=True)
             write_text(folder / name, redact(source.read_text()))
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -7,36 +7,31 @@ With --base, the dense base answers next to it. The page is at http://127.0.0.1:
 is loaded from elsewhere or sent. Needs the extra `chat`. Ctrl-C ends it.
 """
 
-import argparse
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
-from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.arguments import device_arguments
+from moelpr.base.settings import POSITIONAL, Folder
+from moelpr.measure.evaluate.settings import DeviceFlags
 
 
-def _parse_arguments() -> argparse.Namespace:
-    name = program_name("python -m moelpr.measure.chat")
-    parser = CommandParser(prog=name, description=__doc__, parents=[device_arguments()])
-    add = parser.add_argument
-    add("export", type=Path, metavar="EXPORT", help="folder written by moelpr model export or graft")
-    add("--base", type=Path, metavar="DIR", help="Hugging Face directory of the dense base, which answers next to it")
-    add("--port", type=int, default=7860, metavar="N", help="port of the page (default: %(default)s)")
-    return parser.parse_args()
+class Settings(DeviceFlags):
+    export: Annotated[Path, POSITIONAL]  # folder written by moelpr model export or graft
+    base: Folder | None = None  # Hugging Face directory of the dense base, which answers next to it
+    port: int = 7860  # port of the page
 
 
-def main() -> None:
-    args = _parse_arguments()
+def main(args: Settings) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with TemporaryDirectory(prefix="moelpr-chat-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         _serve(args)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: Settings) -> None:
     from moelpr.measure.chat.page import HOST, Chat, check_gradio, check_port
     from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 
@@ -53,7 +48,3 @@ def _serve(args: argparse.Namespace) -> None:
             raise UserError(f"{args.export} is a dense model, whose tokens have no experts; pass an upcycled one")
         print(f"http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
         Chat(export, base[0] if base else None).serve(args.port)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -7,33 +7,44 @@ cluster would refuse is refused with the same message. A checkpoint that is not 
 --hf-path and --num-new-experts; corpora may be missing. docs/design/planner.md says what a dry run can't see.
 """
 
-import argparse
 import json
 import os
 import sys
-from pathlib import Path
-from typing import get_args
+from typing import Annotated
 
-from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError
+from moelpr.base.settings import POSITIONAL, Count, Folder, choices, flags_of, parse
 from moelpr.model.families.families import read_base
 from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import with_new_experts
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES, Stage
-from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.gpus import GPUS
+from moelpr.plan.settings import ExpertFlags
 from moelpr.train.check.whole_run import check, prepare
 
 # Options of the launcher that change nothing here.
 _IGNORED = ("--node-rank", "--master-addr", "--master-port", "--join-timeout")
 
 
+class Settings(ExpertFlags):
+    stage: Annotated[Stage, POSITIONAL]  # the stage; all flags of its launcher may follow
+    nnodes: Count = 1  # number of nodes
+    nproc_per_node: Count = 8  # GPUs per node
+    gpu: Annotated[str, choices(GPUS)] = "h100-80"  # the GPUs
+    json: bool = False  # print JSON (bytes, launches, FLOPs, seconds) instead of tables
+    hf_path: Folder | None = None  # base of a checkpoint that is not here: directory or name on the Hub
+    num_new_experts: Count | None = None  # with --hf-path: new experts per MoE layer
+    num_new_tokens: Count | None = None  # with --hf-path: rows of new tokens
+    # options of the launcher that change nothing here: --node-rank, --master-addr, --master-port, --join-timeout
+    ignored: Annotated[str | None, {"names": _IGNORED}] = None
+
+
 def main() -> None:
+    """Read the command line itself, as the trainer's flags are on it too."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    parser = _parser()
-    own, trainers = _split(sys.argv[1:], parser)
-    args = parser.parse_args(own)
+    own, trainers = _split(sys.argv[1:])
+    args = parse(Settings, own, __doc__)
     prepare(args.gpu, args.nproc_per_node)
     spec = _upcycled(args)
     outcome = check(["--stage", args.stage, *trainers], args.nnodes, args.nproc_per_node, lambda: spec)
@@ -47,11 +58,11 @@ def main() -> None:
         print(tables.report(outcome, GPUS[args.gpu], args.nproc_per_node))
 
 
-def _split(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
     """The words for this command's own flags, and the trainer's."""
     from moelpr.train.arguments.flags import split_by_flags
 
-    flags = {flag for action in parser._actions for flag in action.option_strings}
+    flags = {f"--{flag}" for flag in flags_of(Settings)}
     dashed = [
         word.replace("_", "-") if word.startswith("--") and word.split("=")[0].replace("_", "-") in flags else word
         for word in words
@@ -60,7 +71,7 @@ def _split(words: list[str], parser: argparse.ArgumentParser) -> tuple[list[str]
     return dashed[:1] + own, trainers
 
 
-def _upcycled(args: argparse.Namespace) -> ModelSpec | None:
+def _upcycled(args: Settings) -> ModelSpec | None:
     """The model that --hf-path and the flags for experts describe."""
     if args.hf_path is None:
         return None
@@ -69,33 +80,5 @@ def _upcycled(args: argparse.Namespace) -> ModelSpec | None:
     if args.stage not in DENSE_STAGES:
         if args.num_new_experts is None:
             raise UserError(f"--hf-path requires new experts for {args.stage}; pass --num-new-experts N")
-        spec = with_new_experts(family, base, new_experts(args, base))
+        spec = with_new_experts(family, base, args.experts(args.num_new_experts, base))
     return spec.with_new_tokens(base.megatron_args["vocab_size"], args.num_new_tokens) if args.num_new_tokens else spec
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.train.check"), description=__doc__)
-    add = parser.add_argument
-    add("stage", choices=get_args(Stage), metavar="STAGE", help="the stage; all flags of its launcher may follow")
-    add("--nnodes", type=_count, default=1, metavar="N", help="number of nodes (default: 1)")
-    add("--nproc-per-node", type=_count, default=8, metavar="M", help="GPUs per node (default: 8)")
-    for flag in _IGNORED:
-        add(flag, help=argparse.SUPPRESS)
-    add("--gpu", choices=GPUS, default="h100-80", metavar="GPU", help=f"of {', '.join(GPUS)} (default: %(default)s)")
-    add("--json", action="store_true", help="print JSON (bytes, launches, FLOPs, seconds) instead of tables")
-    path = "the base of a checkpoint that is not here: directory with config.json, or its name on the Hub"
-    add("--hf-path", type=Path, metavar="DIR", help=path)
-    add("--num-new-experts", type=_count, metavar="EXPERTS", help="with --hf-path: new experts per MoE layer")
-    add_expert_flags(parser)
-    add("--num-new-tokens", type=_count, metavar="NEW", help="with --hf-path: rows of new tokens")
-    return parser
-
-
-def _count(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,23 +14,20 @@ from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.plan import gpus
-from moelpr.plan.__main__ import main
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
+from tests.support.commands import moelpr
 
 Plan = Callable[..., str]
 
 
 @pytest.fixture
-def plan(
-    config_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Plan:
+def plan(config_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> Plan:
     """Run the command on the small model and return stdout. `argv` overrides the defaults."""
 
     def run(*argv: str, defaults: bool = True, **changes: object) -> str:
         before = ["--hf-path", str(config_folder(**changes)), "--num-new-experts", "4", "--gpus", "8"]
         before = [*before, "--gpu-memory-gib", "1"] if defaults else []
-        monkeypatch.setattr(sys, "argv", ["plan", *before, *argv])
-        main()
+        moelpr("layouts", *before, *argv)
         return capsys.readouterr().out
 
     return run
@@ -46,7 +42,7 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
 
 
 def test_a_mix_is_shown_as_training_will_divide_the_corpora(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moelpr.plan.__main__.num_tokens", {"large": 64_000, "small": 1_000}.get)
+    monkeypatch.setattr("moelpr.plan.commands.num_tokens", {"large": 64_000, "small": 1_000}.get)
     mix = ("--data-path", "large", "small", "--mix", "temperature=0,max-epochs=2")
     *_, head, large, small, note = plan(*mix, "--train-tokens", "32000").splitlines()
     assert head.split() == ["corpus", "tokens", "share", "epochs", "limited", "by"]
@@ -155,8 +151,8 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
     [
         (["--gpus", "12"], "--gpus must be a multiple of --gpus-per-node 8, got 12; use --gpus 8 or 16"),
         (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
-        (["--gpus", "0"], "argument --gpus: must be "),
-        (["--gpu-memory-gib", "inf"], "argument --gpu-memory-gib: must be "),
+        (["--gpus", "0"], "--gpus must be "),
+        (["--gpu-memory-gib", "inf"], "--gpu-memory-gib must be "),
         (["--moe-layers", "7"], "no layer 7"),
         (["--topk", "1"], "--stage stage1 .* K = 1 .*ffn"),
         (["--hf-path", "nowhere"], "nowhere"),

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.preprocessing.arguments import parse_arguments
+from data_tools.preprocessing.settings import Settings
+from moelpr.base import settings
 from moelpr.base.errors import UserError
 
 REQUIRED = "--output-prefix out --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"
 
 
-def parse(flags: str):  # noqa: ANN201
-    return parse_arguments(None, [*flags.split(), *REQUIRED.split()])
+def parse(flags: str) -> Settings:
+    return settings.parse(Settings, [*flags.split(), *REQUIRED.split()])
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language original --workers 0", "--workers must be at least 1, got 0"),
         ("--input a --language original --workers 999999", "--workers must be at most .*, got 999999"),
         ("--input a --language original --seed -1", "--seed must be at least 0 .*got -1"),
-        ("--input a --language original --validation-share 1", "--validation-share must be below 1"),
+        ("--input a --language original --validation-share 1", "--validation-share must be .*below 1"),
         ("--input a --language original --json-keys text text", "--json-keys text text"),
         ("--input a --language original --original-languages en", "--language excludes --original-languages"),
         ("--input a --language original --expanded-languages el", "--language excludes .*--expanded-languages"),
@@ -42,7 +43,10 @@ def parse(flags: str):  # noqa: ANN201
         ("--input a --language-key lang", "--language-key requires --original-languages"),
         ("--input a --detect-language", "--detect-language requires --original-languages"),
         ("--input a --detect-language --original-languages en --audit", "--audit and --detect-language"),
-        ("--input a --detect-language --original-languages en --min-confidence 2", "--min-confidence .*0 and 1, got 2"),
+        (
+            "--input a --detect-language --original-languages en --min-confidence 2",
+            "--min-confidence .*at most 1, got 2",
+        ),
         ("--input a --spans-key spans", "--spans-key requires --original-languages"),
         ("--input a --spans-key s --original-languages en --json-keys a", "--spans-key and --json-keys"),
     ],
@@ -62,7 +66,7 @@ def test_a_language_may_have_any_name_that_is_listed() -> None:
 @pytest.mark.parametrize("prefix", ["", ".", "data/", "data/.."])
 def test_the_output_prefix_has_a_file_name(prefix: str) -> None:
     with pytest.raises(UserError, match="--output-prefix must end in a file name, such as data/el, got"):
-        parse_arguments(None, [*REQUIRED.split(), *"--input a --language original --output-prefix".split(), prefix])
+        settings.parse(Settings, [*REQUIRED.split(), *"--input a --language original --output-prefix".split(), prefix])
 
 
 def test_a_closed_standard_input_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +90,5 @@ def test_exactly_one_input_and_one_language_source_are_required(flags: str, opti
     assert all(option in str(error.value) for option in options.split())
 
 
-def test_registry_and_its_folder_complete_each_other() -> None:
+def test_a_registry_is_in_the_folder_of_its_files() -> None:
     assert parse("--dataset a --dataset-dir data").dataset_info == Path("data/dataset_info.json")
-    assert parse("--dataset a --dataset-info data/other.json").dataset_dir == Path("data")

@@ -1,23 +1,16 @@
-import sys
-
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.measure.report.__main__ import main
+from tests.support.commands import moelpr
 from tests.support.run_folders import make_run
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["moelpr.measure.report", *map(str, arguments)])
-    main()
 
 
 def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatch, capsys) -> None:
     runs = [make_run(tmp_path / name, name, 5) for name in ("stage1", "stage2")]
     facts = tmp_path / "facts.yaml"
     facts.write_text("Demo: {experts: 4}")
-    call(monkeypatch, *runs)
-    call(monkeypatch, "runs", *runs, "--facts", facts, "--output", tmp_path / "new")
+    moelpr("report", *runs)
+    moelpr("report", "runs", *runs, "--facts", facts, "--output", tmp_path / "new")
     assert capsys.readouterr().out.split() == [str(runs[1] / "report.html"), str(tmp_path / "new/report.html")]
     for folder in (runs[1], tmp_path / "new"):
         assert {path.name for path in folder.glob("report.*")} == {"report.html", "report.md", "report.json"}
@@ -26,7 +19,7 @@ def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatc
 
 def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # the folder's name has any length
-    call(monkeypatch, "live", make_run(tmp_path / "run", "stage1", 5), "--once")
+    moelpr("report", "live", make_run(tmp_path / "run", "stage1", 5), "--once")
     assert "5 of 5 (100%)" in capsys.readouterr().out
 
 
@@ -36,7 +29,7 @@ def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> Non
 )
 def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        call(monkeypatch, *arguments)
+        moelpr("report", *arguments)
 
 
 @pytest.mark.parametrize("command", [(), ("live",)])
@@ -44,5 +37,5 @@ def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, comman
     for name in ("stage1", "stage2"):
         make_run(tmp_path / name, name, 5)
     with pytest.raises(UserError, match=f"moelpr report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
-        call(monkeypatch, *command, tmp_path)
+        moelpr("report", *command, tmp_path)
     assert "\n" not in str(error.value)

@@ -5,18 +5,15 @@
 It reads only config.json. docs/design/planner.md explains how memory and time are computed.
 """
 
-import argparse
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 
-from moelpr.base.command import CommandParser, program_name, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
-from moelpr.base.quantities import count_argument
+from moelpr.base.quantities import Tokens
+from moelpr.base.settings import Folder, choices, either, metavar, number
 from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import Mix, Share, mixed, num_tokens, share_table
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -25,10 +22,10 @@ from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import with_new_experts
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES, MOE_STAGES, UNTRAINED_ROUTERS, Part, Stage, Stage1Experts
-from moelpr.plan.arguments import add_expert_flags, new_experts
 from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
 from moelpr.plan.memory import RankMemory, Workload
+from moelpr.plan.settings import ExpertFlags
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_NOTE, bubble
 
@@ -37,15 +34,59 @@ _HEAD = (
 ).split()
 
 
-def main() -> None:
-    args = _parser().parse_args()
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_TOKENS = either("new tokens")
+_Count = Annotated[int, number(int, 1, 1e12)]
+_Gib = Annotated[float, number(float, 0.001, 1e12)]
+
+
+class Settings(ExpertFlags):
+    hf_path: Folder  # directory with the model's config.json, or the model's name on the Hub
+    # per MoE layer, or auto: most that fit
+    num_new_experts: Annotated[int | str | None, {"type": _number_or_auto}, metavar("N")] = None
+    gpus: _Count | None = None  # total number of GPUs (default with --gpu auto: this machine's)
+    gpu: Annotated[str | None, choices([*GPUS, "auto"])] = None  # their kind; auto: this machine's
+    gpu_memory_gib: _Gib | None = None  # memory per GPU, in GiB (default: that of --gpu)
+    gpus_per_node: _Count | None = None  # GPUs per node (default: 8, or this machine's)
+    reserve_gib: Annotated[float | None, number(float, 0, 1e12)] = None  # GiB per GPU left free (default: 10%)
+    extended_tokenizer: Annotated[Folder | None, _TOKENS] = None  # tokenizer with new tokens, as for model convert
+    num_new_tokens: Annotated[_Count | None, _TOKENS] = None  # for a tokenizer that does not exist yet
+    stage: Stage = "stage1"  # training stage
+    train_new_embeddings: bool = False  # in stage1, train the rows of new tokens too
+    train_everything: bool = False  # in stage1 and stage2, train all parameters
+    stage1_experts: Stage1Experts = "all"  # experts that tokens can choose in stage1
+    optimizer_cpu_offload: bool = False  # keep the optimizer's state in the host's memory, which takes time
+    seq_length: _Count | None = None  # tokens per sequence (default: the paper's)
+    micro_batch_size: _Count = 1  # sequences per micro-batch
+    global_batch_size: _Count = PAPER_GLOBAL_BATCH_SIZE  # sequences per step, by default the paper's
+    train_tokens: Tokens | None = None  # print what training on them costs
+    data_path: Annotated[list[str], metavar("PREFIX")] = []  # corpora, whose shares of --train-tokens are printed
+    # how corpora share the tokens, as in training
+    mix: Annotated[Mix | None, {"type": Mix.argument}, metavar("temperature=T,max-epochs=E")] = None
+    dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the weights
+    rows: _Count = 20  # number of layouts to list
+    all: bool = False  # list all layouts that fit
+    json: bool = False  # print JSON with all layouts that fit, in bytes and per pipeline stage
+
+
+def main(args: Settings) -> None:
     seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
     if args.stage1_experts == "new" and args.stage != "stage1":
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
-    trains = {"new_embeddings": args.train_new_embeddings, "train_everything": args.train_everything}
-    trains |= {"stage1_experts": args.stage1_experts, "optimizer_cpu_offload": args.optimizer_cpu_offload}
-    workload, cluster = Workload(args.stage, *sizes, args.dtype, **trains), _cluster(args)
+    workload = Workload(
+        args.stage,
+        *sizes,
+        args.dtype,
+        new_embeddings=args.train_new_embeddings,
+        train_everything=args.train_everything,
+        stage1_experts=args.stage1_experts,
+        optimizer_cpu_offload=args.optimizer_cpu_offload,
+    )
+    cluster = _cluster(args)
     spec = _model(args, workload, cluster)
     shares = _shares(args)
     plan = plan_stage(spec, workload, cluster, any_micro_batch=False)
@@ -59,18 +100,16 @@ def main() -> None:
         print(f"\nThe corpora share {args.train_tokens:,} tokens:\n{share_table(shares, 'corpus')}")
 
 
-def _shares(args: argparse.Namespace) -> dict[str, Share]:
+def _shares(args: Settings) -> dict[str, Share]:
     """How the corpora share the tokens, if --mix is passed."""
     if bool(args.mix) != bool(args.data_path) or (args.mix and not args.train_tokens):
         raise UserError("--mix, --data-path and --train-tokens need each other; pass all three, or the last one alone")
-    return (
-        mixed({prefix: num_tokens(prefix) for prefix in args.data_path}, args.train_tokens, args.mix)
-        if args.mix
-        else {}
-    )
+    if args.mix is None or args.train_tokens is None:
+        return {}
+    return mixed({prefix: num_tokens(prefix) for prefix in args.data_path}, args.train_tokens, args.mix)
 
 
-def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> ModelSpec:
+def _model(args: Settings, workload: Workload, cluster: Cluster) -> ModelSpec:
     family, base = read_base(config_folder(args.hf_path))
     if args.stage in DENSE_STAGES:
         flags = "num_new_experts topk original_copies moe_layers moe_every_k_layers train_everything".split()
@@ -83,15 +122,14 @@ def _model(args: argparse.Namespace, workload: Workload, cluster: Cluster) -> Mo
         return _with_new_tokens(base, args)
     if args.num_new_experts is None:
         raise UserError(f"--stage {args.stage} requires new experts; pass --num-new-experts N, or auto")
-    is_auto = args.num_new_experts == "auto"
-    experts = replace(new_experts(args, base), num_new_experts=MOST_EXPERTS if is_auto else args.num_new_experts)
+    experts = args.experts(MOST_EXPERTS if isinstance(args.num_new_experts, str) else args.num_new_experts, base)
     spec = _with_new_tokens(with_new_experts(family, base, experts), args)
     if spec.moe is not None and spec.moe.topk == 1 and args.stage in MOE_STAGES:
         raise UserError(f"--stage {args.stage} is impossible: {UNTRAINED_ROUTERS}")
-    return most_experts(spec, workload, cluster) if is_auto else spec
+    return most_experts(spec, workload, cluster) if isinstance(args.num_new_experts, str) else spec
 
 
-def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
+def _with_new_tokens(spec: ModelSpec, args: Settings) -> ModelSpec:
     """The model with the rows of new tokens, which stage 0 and --train-new-embeddings require."""
     if args.train_everything and args.stage == "stage0":
         raise UserError("stage0 trains only rows of new tokens; remove --train-everything, or use another --stage")
@@ -117,13 +155,13 @@ def _with_new_tokens(spec: ModelSpec, args: argparse.Namespace) -> ModelSpec:
     return spec.with_new_tokens(first, number)
 
 
-def _cluster(args: argparse.Namespace) -> Cluster:
+def _cluster(args: Settings) -> Cluster:
     here = cluster_here() if args.gpu == "auto" else None
     gpus = args.gpus or (here.gpus if here else None)
     per_node = args.gpus_per_node or (here.gpus if here else 8)
     if gpus is None:
         raise UserError("the number of GPUs is unknown; pass --gpus, or --gpu auto for those of this machine")
-    gpu = here.gpu if here else GPUS.get(args.gpu)
+    gpu = here.gpu if here else GPUS.get(args.gpu or "")
     if gpu is not None and args.dtype != "bf16":
         raise UserError(f"--gpu predicts the time of bf16, got --dtype {args.dtype}; use --gpu-memory-gib instead")
     memory_gib = args.gpu_memory_gib or (here.gpu_memory_gib if here else gpu.memory_gib if gpu else None)
@@ -237,69 +275,3 @@ def _time_as_json(one: Candidate, workload: Workload, cluster: Cluster) -> dict[
 
 def _rank_as_json(rank: RankMemory) -> dict[str, int]:
     return {**asdict(rank), "total_bytes": rank.total_bytes}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog=program_name("python -m moelpr.plan"), description=(__doc__ or "").splitlines()[0])
-    count, gib, gib_or_0 = _at_least(1, int), _at_least(0.001, float), _at_least(0, float)
-    add = parser.add_argument
-    path = "directory with the model's config.json, or the model's name on the Hub (required)"
-    add("--hf-path", type=Path, required=True, metavar="DIR", help=path)
-    experts = (
-        f"new experts per MoE layer, or auto: the most that fit, up to {MOST_EXPERTS} (none for --stage dense and ffn)"
-    )
-    add("--num-new-experts", type=_number_or_auto, metavar="N", help=experts)
-    add("--gpus", type=count, metavar="G", help="total number of GPUs (default with --gpu auto: this machine's)")
-    kinds = f"the GPUs, whose step time is predicted: {', '.join(GPUS)}, or auto, this machine's"
-    add("--gpu", choices=(*GPUS, "auto"), metavar="GPU", help=kinds)
-    add("--gpu-memory-gib", type=gib, metavar="GIB", help="memory per GPU, in GiB (default: that of --gpu)")
-    add("--gpus-per-node", type=count, metavar="PER_NODE", help="GPUs per node (default: 8, or this machine's)")
-    reserve = "memory per GPU, in GiB, left free for CUDA context, NCCL buffers and fragmentation (default: 10%% of it)"
-    add("--reserve-gib", type=gib_or_0, metavar="RESERVE", help=reserve)
-    add_expert_flags(parser)
-    add_either = parser.add_mutually_exclusive_group().add_argument
-    extended = "tokenizer with new tokens, as in moelpr model convert (default: the model's)"
-    add_either("--extended-tokenizer", type=Path, metavar="EXTENDED", help=extended)
-    new_tokens = "number of new tokens of a tokenizer that does not exist yet; each gets a further row"
-    add_either("--num-new-tokens", type=count, metavar="NEW", help=new_tokens)
-    add("--stage", choices=get_args(Stage), default="stage1", help="training stage (default: %(default)s)")
-    add("--train-new-embeddings", action="store_true", help="in stage1, train the rows of new tokens too")
-    add("--train-everything", action="store_true", help="in stage1 and stage2, train all parameters")
-    chosen = "experts that tokens can choose in stage1 (default: %(default)s)"
-    add("--stage1-experts", choices=get_args(Stage1Experts), default="all", help=chosen)
-    on_host = "keep the optimizer's state in the memory of the host, which needs more time per step"
-    add("--optimizer-cpu-offload", action="store_true", help=on_host)
-    lengths = ", ".join(f"{length} in {stage}" for stage, length in PAPER_SEQ_LENGTH.items())
-    seq_length = f"tokens per sequence (default: the paper's, {lengths}; elsewhere that of stage1)"
-    add("--seq-length", type=count, metavar="TOKENS", help=seq_length)
-    add("--micro-batch-size", type=count, default=1, metavar="MICRO", help="sequences per micro-batch (default: 1)")
-    batch = "sequences per step (default: the paper's, %(default)s)"
-    add("--global-batch-size", type=count, default=PAPER_GLOBAL_BATCH_SIZE, metavar="GLOBAL", help=batch)
-    tokens = "print what training on so many tokens costs, such as 24B"
-    add("--train-tokens", type=count_argument, metavar="TOKENS", help=tokens)
-    add("--data-path", nargs="+", metavar="PREFIX", help="corpora, whose shares of --train-tokens are printed")
-    mix = "how corpora share the tokens, as in training; max-epochs is how often one is read at most (default: 4)"
-    add("--mix", type=Mix.argument, metavar="temperature=T,max-epochs=E", help=mix)
-    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the weights (default: %(default)s)")
-    add("--rows", type=count, default=20, metavar="ROWS", help="number of layouts to list (default: %(default)s)")
-    add("--all", action="store_true", help="list all layouts that fit")
-    add("--json", action="store_true", help="print JSON with all layouts that fit, in bytes and per pipeline stage")
-    return parser
-
-
-def _number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
-def _at_least(least: float, convert: type[int] | type[float]) -> Callable[[str], float]:
-    def number(text: str) -> float:  # argparse reports a ValueError as "invalid number value"
-        value = convert(text)
-        if not least <= value <= 1e12:
-            raise argparse.ArgumentTypeError(f"must be at least {least} and at most 10^12, got {text[:40]}")
-        return value
-
-    return number
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,4 +1,4 @@
-"""`python -m moelpr.measure.evaluate` from its arguments to its files and exit codes."""
+"""`moelpr evaluate` from its arguments to its files and exit codes."""
 
 import json
 import re
@@ -145,7 +145,6 @@ def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path,
         (("routing", *model, *data), ("--model", "dense", "MoE")),
         (("routing", *model, *data, "--threshold", 1), ("--threshold", "below 1")),
         (("routing", *model, *data, "--seed", 1), ("--seed",)),
-        (("report", tmp_path), ("report", "text", "routing", "harness")),
         ((), ("--model", "--data")),
     ]:
         message = rejected(*arguments)

@@ -1,0 +1,46 @@
+"""Settings that several converters have."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from moelpr.base.checksums import Verify, VerifyFlag
+from moelpr.base.settings import Flags, Folder, either, number
+from moelpr.data.text.sources import named_files
+from moelpr.measure.evaluate.settings import Dtype, named_paths
+
+
+class OutputFlags(Flags):
+    """output; an interrupted command leaves .NAME.partial next to the --save folder; rerun it to resume"""
+
+    save: Folder  # folder to write
+    overwrite: bool = False  # replace an existing output at --save
+    verify: VerifyFlag = Verify.FULL  # do not compare files with the checksums in checksums.json
+
+
+class DtypeFlags(OutputFlags):
+    """weights"""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # dtype of the output (default: the input's)
+
+
+class RoutingFlags(Flags):
+    """routers in closed form"""
+
+    # most KL(base‖model) on text to keep, in nats per token (default: the best sum with the loss of expanded text)
+    max_distance: Annotated[float | None, number(float, above=0), either("aim")] = None
+    # instead, the fraction of what was learned for which the distance from the base is to be smallest
+    keep: Annotated[float | None, number(float, above=0, most=1), either("aim")] = None
+    max_tokens: Annotated[int, number(int, 100)] = 2048  # tokens of each text
+    json_key: str = "text"  # key of the text
+    device: str = "auto"  # cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs
+    dtype: Dtype = "auto"  # dtype of the computation; auto: float32 on a CPU, the model's own on a GPU
+
+
+def named_texts(items: Sequence[str], flag: str) -> dict[str, str]:
+    """The files of a flag by name; without a name, each file is a text, named like it."""
+    pairs = [
+        pair
+        for item in items
+        for pair in ([item] if "=" in item else [f"{name}={path}" for name, path in named_files([item], flag).items()])
+    ]
+    return named_paths(pairs, flag)

@@ -1,0 +1,49 @@
+"""Reports of runs, while they train or afterwards."""
+
+from pathlib import Path
+from typing import Annotated
+
+from moelpr.base.settings import POSITIONAL, File, Flags, Folder, metavar, number
+
+
+class Runs(Flags):
+    runs: Annotated[list[Path], POSITIONAL]  # run folder (--save of the trainer), in training's order
+    evaluation: list[File] = []  # JSON files of `moelpr evaluate`: results, routing and benchmarks per language
+    verification: list[File] = []  # outputs of `moelpr model verify --json`
+    facts: File | None = None  # facts to add: YAML or JSON mapping of title to {name: value}
+    output: Folder | None = None  # folder to write to (default: the last RUN)
+
+
+class Live(Flags):
+    run: Annotated[Path, POSITIONAL]  # run folder (--save of the trainer)
+    interval: Annotated[float, number(float, above=0), metavar("SECONDS")] = 2.0  # refresh interval in seconds
+    once: bool = False  # show the current state and exit
+
+
+def runs(args: Runs) -> None:
+    """Write report.html, report.md and report.json of one or several runs, running or finished.
+
+        moelpr report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
+
+    To follow a run: `moelpr report live RUN`.
+    """
+    # After the arguments: matplotlib is slow to import.
+    from moelpr.measure.report.checks import read_facts, read_verifications
+    from moelpr.measure.report.language_results import read_evaluations
+    from moelpr.measure.report.run_report import Report
+    from moelpr.measure.report.runs import read_runs
+
+    report = Report(
+        runs=read_runs(args.runs),
+        evaluation=read_evaluations(args.evaluation),
+        checks=read_verifications(args.verification),
+        facts=read_facts(args.facts) if args.facts else {},
+    )
+    print(report.write(args.output or args.runs[-1]))
+
+
+def live(args: Live) -> None:
+    """Follow a run until it is finished. Ctrl-C leaves; the run continues."""
+    from moelpr.measure.report.live import show
+
+    show(args.run, args.interval, args.once)

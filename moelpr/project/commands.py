@@ -1,0 +1,103 @@
+"""From text to a Hugging Face model that speaks more languages, from one file: init, plan, run and status."""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from moelpr.base.settings import POSITIONAL, REPEATED, Flags, choices, metavar
+from moelpr.project import running, tables
+from moelpr.project.file import schema
+from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.running import SUBMIT, run_task
+from moelpr.project.steps.steps import STEPS, check_flags, workflow_of
+from moelpr.project.steps.training import check_words
+from moelpr.project.template import template
+
+
+def _language(text: str) -> tuple[str, str]:
+    code, _, path = text.partition("=")
+    if not code or not path:
+        raise argparse.ArgumentTypeError(f"expected LANG=FILE, such as el=el.jsonl, got {text!r}")
+    return code, path
+
+
+_Pairs = Annotated[list[tuple[str, str]], REPEATED, {"type": _language, "metavar": "LANG=FILE"}]
+
+
+class Init(Flags):
+    model: Annotated[str, metavar("DIR")] = "Qwen/Qwen3-0.6B-Base"  # the base: directory or Hub name
+    expanded: _Pairs = []  # language to add: language code and its text; repeat for several
+    original: _Pairs = []  # language to keep: language code and its text; repeat for several
+    schema: bool = False  # print the JSON schema of the file instead, for editors
+
+
+class Project(Flags):
+    file: Annotated[Path, POSITIONAL, metavar("languages.yaml")]  # the file; moelpr init prints one
+
+    def project(self) -> ResolvedProject:
+        return ResolvedProject(read_project(self.file))
+
+
+class Plan(Project):
+    check: bool = False  # also run each stage without a GPU (moelpr check; half a minute each)
+
+
+class Run(Project):
+    # training to start again after an edit, with those after it; the old is kept in STAGE.before-1
+    redo: Annotated[str | None, choices(name for name, step in STEPS.items() if step.tool.startswith("train"))] = None
+    on: Annotated[str, choices(["local", *SUBMIT])] = "local"  # this machine, or a cluster, which all steps go to
+    render_only: bool = False  # write the files for the cluster of --on, but submit nothing
+    dry_run: bool = False  # print the steps and their commands; start, submit and write nothing
+    task: str | None = None  # do only this step, on this node of a cluster
+    made_as: str | None = None  # the ID that --task was submitted with
+
+
+def init(args: Init) -> None:
+    """Print a commented languages.yaml.
+
+    moelpr init --model Qwen/Qwen3-8B-Base --expanded el=el.jsonl --original en=en.jsonl >languages.yaml
+    """
+    print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
+
+
+def plan(args: Plan) -> None:
+    """Show the steps with time, GPU hours, memory and disk; start nothing."""
+    project = args.project()
+    check_flags(project.file, project.content.steps)
+    print(tables.plan(project))
+    for stage in project.stages if args.check else ():
+        _check(project, stage)
+
+
+def status(args: Project) -> None:
+    """Show what is done, and when the rest will be."""
+    print(tables.status(args.project()))
+
+
+def run(args: Run) -> None:
+    """Run all steps that are not done.
+
+    Run it again to resume after anything; after an edit of the file, it says what it does again, and why.
+    """
+    project = args.project()
+    if args.task:
+        run_task(workflow_of(project), args.task, args.made_as)
+    else:
+        running.run(project, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
+
+
+def _check(project: ResolvedProject, stage: str) -> None:
+    """Run `moelpr check` of a stage.
+
+    Raises:
+        SystemExit: It failed; the code is its own.
+    """
+    words = check_words(project, stage)
+    print(f"\n{stage}: {shlex.join(words)}\n", flush=True)
+    if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+        sys.exit(code)

@@ -29,6 +29,7 @@ from tests.support.hf_models import (
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MISSING = '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
+OUTSIDE = '{"weight_map": {"a": "../outside"}}'
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,10 @@ MISSING = '{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'
         (lambda folder: (folder / WEIGHTS).unlink(), "source contains no weights: .*model.safetensors"),
         (lambda folder: os.truncate(folder / WEIGHTS, 5000), "model.safetensors .*truncated"),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 5}}'), "index.json: "),
+        (
+            lambda folder: ((folder / WEIGHTS).rename(folder.parent / "outside"), (folder / INDEX).write_text(OUTSIDE)),
+            "index.json lists ../outside",
+        ),
         (lambda folder: (folder / WEIGHTS).rename(folder / INDEX).write_text(MISSING), "index.json .*model-00002-of-"),
     ],
 )

@@ -165,7 +165,7 @@ def preprocess(tmp_path: Path) -> Callable[..., Path]:
     def run(tokenizer: Path, *words: str | Path, out: str = "out/a", workers: int = 1) -> Path:
         kind = "SentencePieceTokenizer" if tokenizer.suffix == ".model" else "HuggingFaceTokenizer"
         fixed = ["--tokenizer-type", kind, "--tokenizer-model", str(tokenizer), "--workers", str(workers)]
-        call(preprocess_data.main, [*map(str, words), *fixed, "--output-prefix", str(tmp_path / out)])
+        call(preprocess_data.main, [*fixed, "--output-prefix", str(tmp_path / out), *map(str, words)])
         return tmp_path / out
 
     return run

@@ -13,7 +13,6 @@ from huggingface_hub import constants
 from pyarrow import parquet
 
 from data_tools import merge_data, preprocess_data
-from data_tools.preprocessing import job
 from moelpr.base.errors import MachineError, UserError
 from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest
@@ -64,8 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sentences: dict[str, str]) 
     write(f"{FOLDER}_removed/train/000_00000.parquet", fineweb_2(0, 9, "removed"))
     rows = [row for number in range(2) for row in fineweb_2(number * ROWS, ROWS, sentences["el"]).to_pylist()]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    packed = {"jsonl": lines, "jsonl.gz": gzip.compress(lines)}
-    for suffix, content in packed.items():
+    for suffix, content in {"jsonl": lines, "jsonl.gz": gzip.compress(lines)}.items():
         (top / suffix).mkdir()
         (top / suffix / f"el.{suffix}").write_bytes(content)
     return top
@@ -105,37 +103,28 @@ def flags(tokenizer: Path) -> list[str]:
     return [*KEYS, "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(tokenizer), "--workers", "1"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "shards"), [("http", 1), ("s3", 1), ("hf", 1), ("http", 3)])
 def test_every_way_gives_the_corpus_of_the_local_folder(
-    way, server, expected, hf_tokenizer, preprocess, corpus_bytes
+    way, shards, server, expected, hf_tokenizer, preprocess, corpus_bytes
 ) -> None:
-    uri = server.uri(way, FOLDER + "/" * (way == "http"))
-    out = preprocess(hf_tokenizer, "--input", uri, *KEYS, workers=2)
-    assert corpus_bytes(f"{out}_text_document") == expected
-    text = Path(f"{out}_text_document.manifest.json").read_text("utf-8")
-    manifest = Manifest.read(f"{out}_text_document")
-    assert manifest is not None
-    assert manifest.languages.keys() == {"el"}  # the documents' own column, by its code
+    words = ["--input", server.uri(way, FOLDER + "/" * (way == "http")), *KEYS]
+    for shard in range(shards):
+        more = ["--num-shards", shards, "--shard", shard] if shards > 1 else []
+        out = f"{preprocess(hf_tokenizer, *words, *more, workers=2)}_text_document"
+    if shards > 1:
+        call(merge_data.main, ["--output-prefix", out, "--num-shards", str(shards)])
+    assert corpus_bytes(out) == expected
+    manifest = Manifest.read(out)
+    assert manifest is not None and manifest.languages.keys() == {"el"}  # the documents' own column, by its code
     assert [source.documents for source in manifest.sources] == [ROWS, ROWS]
     assert all(source.bytes and source.version and "/train/" in source.path for source in manifest.sources)
     assert (COMMIT in manifest.sources[0].path) == (way == "hf")
-    assert "hidden" not in text
+    assert "hidden" not in Path(f"{out}.manifest.json").read_text("utf-8")
 
 
 def test_files_are_found_by_pattern(server, expected, hf_tokenizer, preprocess, corpus_bytes) -> None:
     out = preprocess(hf_tokenizer, "--input", server.uri("s3", "jsonl.gz/*.jsonl.gz"), *KEYS)
     assert corpus_bytes(f"{out}_text_document") == expected
-
-
-def test_shards_of_remote_files_merge_to_the_bytes_of_one_job(
-    server, expected, hf_tokenizer, preprocess, corpus_bytes
-) -> None:
-    for shard in range(3):
-        many = preprocess(
-            hf_tokenizer, "--input", server.uri("http", f"{FOLDER}/"), *KEYS, "--num-shards", "3", "--shard", str(shard)
-        )
-    call(merge_data.main, ["--output-prefix", f"{many}_text_document", "--num-shards", "3"])
-    assert corpus_bytes(f"{many}_text_document") == expected
 
 
 @pytest.mark.parametrize("kind", ["cut", "503", "500"])
@@ -248,38 +237,6 @@ def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> Non
     uri = server.uri("hf", FOLDER)
     assert read_documents(uri, max_documents=50) == read_documents(folder / FOLDER, max_documents=50)
     assert estimate([uri], "text", hf_tokenizer) == estimate([folder / FOLDER], "text", hf_tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("last", "flags", "message"),
-    [
-        (pyarrow.table({"body": ["b"]}), (), "b.parquet has no column text; its columns are body"),
-        (pyarrow.table({"text": [1]}), (), "b.parquet has a column text of the type int64, not of text"),
-        (pyarrow.table({"text": [["b"]]}), (), r"b.parquet has a column text of the type list<element: string>"),
-        (
-            pyarrow.table({"text": ["b"], "score": ["high"]}),
-            ("--filter", "score > 0.5"),
-            'b.parquet, row 1: the key "score" contains a string, which the filter compares with 0.5',
-        ),
-        (b'{"body": "b"}\n', (), 'b.jsonl:1: the key "text" is missing'),
-        (gzip.compress(b'\n{"text": 5}\n', mtime=0), (), 'b.jsonl.gz:2: the key "text" contains a number'),
-    ],
-)
-def test_a_file_unlike_the_others_is_found_before_the_work_starts(
-    last, flags, message, hf_tokenizer, preprocess, tmp_path, monkeypatch
-) -> None:
-    first = pyarrow.table({"text": ["a"] * 9, "score": [1.0] * 9})
-    parquet.write_table(first, tmp_path / "a.parquet")
-    if isinstance(last, bytes):
-        path = tmp_path / ("b.jsonl.gz" if last.startswith(b"\x1f") else "b.jsonl")
-        path.write_bytes(last)
-    else:
-        path = tmp_path / "b.parquet"
-        parquet.write_table(last, path)
-    monkeypatch.setattr(job.Job, "write", lambda *_: pytest.fail("the work has started"))
-    words = ("--input", tmp_path / "a.parquet", path, "--language", "expanded", *flags)
-    with pytest.raises(UserError, match=message):
-        preprocess(hf_tokenizer, *words)
 
 
 @pytest.mark.parametrize("target", ["http://127.0.0.2:1/x", "http://169.254.169.254/latest", "http://[::1]:1/"])

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from data_tools import inspect_data, merge_data, sample_data, tag_data
@@ -103,25 +102,10 @@ def test_a_corpus_of_megatron_is_read_by_all_tools_and_the_trainer(
     assert Corpus(tmp_path / "sample").verify().documents == 3
     expanded = training_set(30, gpt_config([str(megatrons)]))
     assert not any(expanded[index]["is_original"].any() for index in range(30))
+    refused("already exists", megatrons, hf_tokenizer, "--language", "en", "--bit", "original")
     tag(megatrons, hf_tokenizer, "--language", "en", "--bit", "original", "--overwrite")
     original = training_set(30, gpt_config([str(megatrons)]))
     assert all(original[index]["is_original"].all() for index in range(30))
-
-
-def test_stock_megatron_reads_our_corpora(hf_tokenizer, rows, write_lines, preprocess) -> None:
-    """Megatron's dataset makes the samples of our files that it makes of its own; it ignores the others."""
-    ours = (
-        f"{preprocess(hf_tokenizer, '--input', write_lines('a.jsonl', rows), '--language', 'original')}_text_document"
-    )
-    theirs, indexed = f"{ours}.theirs", IndexedDataset(ours)
-    builder = IndexedDatasetBuilder(f"{theirs}.bin", dtype=np.uint16)
-    for first, stop in zip(indexed.document_indices[:-1], indexed.document_indices[1:], strict=True):
-        sequences = [indexed[int(sequence)] for sequence in range(first, stop)]
-        builder.add_document(np.concatenate([np.zeros(0, np.uint16), *sequences]), [len(ids) for ids in sequences])
-    builder.finalize(f"{theirs}.idx")
-    one, other = (training_set(30, gpt_config([prefix]), GPTDataset) for prefix in (ours, theirs))
-    for index in range(30):
-        np.testing.assert_array_equal(one[index]["tokens"], other[index]["tokens"])
 
 
 EXPANDED = ("--language", "el", "--bit", "expanded")
@@ -167,13 +151,3 @@ def test_flags_that_say_how_documents_begin_and_end_are_recorded(hf_tokenizer, t
     tag(prefix, hf_tokenizer, *EXPANDED, "--no-append-eod", "--tokenizer-hf-no-include-special-tokens")
     manifest = Manifest.read(prefix)
     assert not manifest.append_eod and not manifest.tokenizer.special_tokens
-
-
-def test_existing_bits_are_replaced_only_on_request(megatrons, hf_tokenizer) -> None:
-    tag(megatrons, hf_tokenizer, *EXPANDED)
-    original = "--language", "en", "--bit", "original"
-    refused("already exists", megatrons, hf_tokenizer, *original)
-    tag(megatrons, hf_tokenizer, *original, "--overwrite")
-    corpus = Corpus(megatrons)
-    corpus.verify()
-    assert corpus.bits.num_original == len(corpus.tokens)

@@ -53,11 +53,8 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(batches, vocab_size
     bits = Corpus(folder / "ours").bits
     bits.verify()
     np.testing.assert_array_equal(bits.slice(0, len(bits)), np.concatenate(expected_bits))
-    assert sorted(path.name for path in folder.iterdir() if path.name.startswith(("ours", "."))) == [
-        "ours.bin",
-        "ours.idx",
-        "ours.lang",
-    ]
+    names = [path.name for path in folder.iterdir() if not path.name.startswith("theirs")]
+    assert sorted(names) == ["ours.bin", "ours.idx", "ours.lang"]
 
 
 def write(prefix: Path, overwrite: bool = False) -> CorpusWriter:
@@ -169,11 +166,8 @@ def test_writer_resumes_where_it_was_flushed(tmp_path: Path) -> None:
         return [path.read_bytes() for path in CorpusPaths.of(prefix)]
 
     assert write("broken", interrupted=True) == write("whole", interrupted=False)
-
-
-def test_truncated_files_are_not_resumed(tmp_path: Path) -> None:
     with CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work") as writer:
-        writer.add(as_documents([[(True, 5)]], writer.dtype))
+        writer.add(as_documents(batch, writer.dtype))
         position = writer.flush()
     (tmp_path / "work" / "a.bin").write_bytes(b"1")
     with pytest.raises(UserError, match=r"a\.bin is truncated"):

@@ -25,7 +25,7 @@ from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.sources import Form, Source, open_source
-from tests.support.packed_files import parquet_table, zstd
+from tests.support.packed_files import zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
 
@@ -96,34 +96,9 @@ def test_long_documents_are_left_out_and_counted(
     assert [line.partition(": ")[0] for line in listed] == places
     assert Manifest.read(f"{prefix}_text_document").skipped_lines == len(numbers)
     assert f"{len(numbers)} lines were skipped" in capsys.readouterr().err
-
-
-def test_an_input_of_long_documents_only_is_an_error(preprocess, hf_tokenizer, write_lines, monkeypatch) -> None:
-    monkeypatch.setattr(batches, "DOCUMENT_BYTES", 10)
-    path = write_lines("a.jsonl", [{"text": "a long text"}])
-    with pytest.raises(UserError, match="1 lines were skipped .*a.jsonl:1: a document of 24 bytes"):
-        preprocess(hf_tokenizer, "--input", path, "--language", "original")
-
-
-def test_bad_row_is_reported_by_number(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    rows = [{"text": "a", "lang": "en"}] * 20 + [{"text": None, "lang": "en"}]
-    (tmp_path / "a.parquet").write_bytes(parquet_table(rows))
-    with pytest.raises(UserError, match=r'a\.parquet, row 21: the key "text"'):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", *FLAGS)
-
-
-def test_a_table_with_text_that_is_not_utf_8_stops_the_job(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    texts = pyarrow.array([b"a", b"\xff"], pyarrow.binary()).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged or truncated .*utf-8"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded", "--on-error", "skip")
-
-
-def test_a_table_with_two_columns_of_a_name_is_rejected(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
-    parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet has several columns text"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded")
+    only = write_lines("only.jsonl", [long])
+    with pytest.raises(UserError, match=r"1 lines were skipped .*only.jsonl:1: a document of 2,413 bytes"):
+        preprocess(hf_tokenizer, "--input", only, "--language", "original", out="only/a")
 
 
 @pytest.mark.parametrize("kept", [1000, 999])
@@ -243,18 +218,6 @@ def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None
         assert items == [b"1\n", b"2\n", b"3\n"][index + 1 :]
 
 
-def test_a_changed_page_of_a_table_is_noticed(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    rows = pyarrow.Table.from_pylist([{"text": "Turn on the light", "lang": "en"}])
-    parquet.write_table(
-        rows, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-    )
-    content = path.read_bytes()
-    path.write_bytes(content.replace(b"Turn on the", b"Turn in the", 1))
-    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged .*CRC"):
-        preprocess(hf_tokenizer, "--input", path, *FLAGS)
-
-
 @pytest.mark.parametrize("largest", [0, 2000, 1 << 24], ids=["none", "some", "all"])
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 30])
 def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
@@ -293,17 +256,6 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
     reader = Reader([Share(source, 0, source.bytes)], [["text"]], None)
     rest = [row["text"] for batch in reader.batches(ReadCursor(0, 20, 20, 20)) for row in batch.items()]
     assert rest == texts[20:]
-
-
-def test_a_damaged_row_group_is_named_by_the_worker(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    table = pyarrow.table({"text": [f"text {number}" * 20 for number in range(3000)]})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000, write_page_checksum=True)
-    content = bytearray((tmp_path / "a.parquet").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.parquet \(Parquet\) is damaged or truncated"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.parquet", "--language", "expanded", workers=2)
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:

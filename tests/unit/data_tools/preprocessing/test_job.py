@@ -77,13 +77,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseEx
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("samples", [[], ["--max-samples", "200"]])
 def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
-    every: int,
-    samples: list[str],
-    input_files,
-    preprocess,
-    hf_tokenizer,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    every, samples, input_files, preprocess, hf_tokenizer, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_BYTES", 4000)
     words = ("--input", *input_files, *FLAGS, *samples)
@@ -226,14 +220,7 @@ def test_an_interrupted_job_is_resumed_also_if_it_was_started_without_the_flag(
     ],
 )
 def test_job_is_resumed_only_with_the_same_settings(
-    change: list[str],
-    message: str,
-    input_files,
-    preprocess,
-    hf_tokenizer,
-    corpus_bytes,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    change, message, input_files, preprocess, hf_tokenizer, corpus_bytes, monkeypatch
 ) -> None:
     monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

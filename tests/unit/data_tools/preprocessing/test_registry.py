@@ -139,28 +139,3 @@ def test_max_samples_applies_to_each_dataset(registry, preprocess, hf_tokenizer,
     assert drawn("same/a", 1)[1] == documents
     other = drawn("other/a", 2)[1]
     assert set(other) != set(documents) and other[-30:] == documents[-30:]
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (["meta/text"], "--json-keys meta/text would be part of the names of files"),
-        (["text", "validation_text"], "--json-keys text validation_text give two corpora one name"),
-    ],
-)
-def test_keys_that_give_no_names_of_files_are_refused_before_the_work(
-    preprocess, hf_tokenizer, write_lines, tmp_path: Path, keys: list[str], message: str
-) -> None:
-    path = write_lines("a.jsonl", [{key: "a" for key in keys}] * 30)
-    flags = ("--language", "expanded", "--validation-share", "0.1", "--json-keys", *keys)
-    with pytest.raises(UserError, match=message):
-        preprocess(hf_tokenizer, "--input", path, *flags)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_key_that_a_span_has_twice_makes_its_line_malformed(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    """The last one would be taken, and text lost."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"spans": [{"text": "Turn on ", "text": "x", "lang": "en"}]}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:1: .*text"):
-        preprocess(hf_tokenizer, "--input", path, "--spans-key", "spans", "--original-languages", "en")

@@ -6,13 +6,11 @@ import io
 import json
 import lzma
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from data_tools.preprocessing import batches
-from moelpr.base.errors import UserError
 from tests.support.packed_files import parquet_table, zstd
 
 FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
@@ -36,15 +34,7 @@ FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append
     ],
 )
 def test_every_form_gives_the_same_corpus(
-    name: str,
-    pack: Callable[[bytes], bytes] | None,
-    rows,
-    expected,
-    preprocess,
-    hf_tokenizer,
-    corpus_bytes,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    name, pack, rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setattr(batches, "BATCH_BYTES", 1500)
     plain = (tmp_path / "plain.jsonl").read_bytes()
@@ -74,43 +64,3 @@ def test_files_of_a_mixed_folder_are_read_by_name(rows, expected, preprocess, hf
         (folder / name).write_text("not data")
     prefix = preprocess(hf_tokenizer, "--input", folder, *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected
-
-
-@pytest.mark.parametrize(
-    "name, damage, message",
-    [
-        (
-            "a.gz",
-            lambda data: gzip.compress(data)[:-20],
-            r"a\.gz \(gzip\) is damaged or truncated \(Compressed file ended",
-        ),
-        ("a.gz", lambda data: gzip.compress(data)[:300] + b"x" * 400, r"a\.gz \(gzip\) is damaged or truncated"),
-        ("a.zst", lambda data: zstd(data)[:-20], r"a\.zst \(zstd\) is damaged or truncated"),
-        ("a.bz2", lambda data: bz2.compress(data)[:-20], r"a\.bz2 \(bzip2\) is damaged or truncated"),
-        ("a.xz", lambda data: lzma.compress(data)[:-20], r"a\.xz \(xz\) is damaged or truncated"),
-        ("a.bz2", lambda data: bz2.compress(data) + b"BZx" + bz2.compress(data)[3:], r"a\.bz2 \(bzip2\) is damaged"),
-        ("a.xz", lambda data: lzma.compress(data) + gzip.compress(data), r"a\.xz \(xz\) is damaged"),
-        (
-            "a.parquet",
-            lambda data: parquet_table([{"text": "a", "lang": "en"}])[:-20],
-            r"a\.parquet \(Parquet\) is damaged or truncated",
-        ),
-        ("a.jsonl", lambda data: data.decode().encode("utf-16"), r"a\.jsonl is UTF-16"),
-        ("a.jsonl", lambda data: data + bytes(100), r"a\.jsonl:62: NUL bytes"),
-        ("a.json", lambda data: b'[{"text": "a"}]', r"a\.json:1: .* a list"),
-    ],
-)
-def test_damaged_file_stops_the_job_and_leaves_nothing(
-    name: str, damage: Callable[[bytes], bytes], message: str, rows, expected, preprocess, hf_tokenizer, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_bytes(damage((tmp_path / "plain.jsonl").read_bytes()))
-    with pytest.raises(UserError, match=message):
-        preprocess(hf_tokenizer, "--input", tmp_path / name, *FLAGS)
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
-
-
-def test_damaged_archive_is_not_skipped(rows, expected, preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    """It is unknown how many documents it has lost, so the fraction of malformed lines is unknown too."""
-    (tmp_path / "a.gz").write_bytes(gzip.compress((tmp_path / "plain.jsonl").read_bytes())[:-20])
-    with pytest.raises(UserError, match=r"a\.gz .* is damaged"):
-        preprocess(hf_tokenizer, "--input", tmp_path / "a.gz", *FLAGS, "--on-error", "skip", "--max-bad-share", "1")

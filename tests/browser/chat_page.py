@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-WIDTH, HEIGHT = 1240, 900
-WAIT = 240_000  # milliseconds; a busy machine is slow
+from tests.browser.browser import opened
+
+WIDTH = 1240
 
 
 def free_port() -> int:
@@ -36,30 +36,6 @@ def served(export: Path, *flags: str) -> Iterator[str]:
             process.terminate()
 
 
-@contextmanager
-def opened(address: str) -> Iterator[tuple[Any, set[str], list[str]]]:
-    """The page, the hosts that it has asked, and what it has complained about."""
-    from playwright.sync_api import sync_playwright
-
-    hosts: set[str] = set()
-    complaints: list[str] = []
-    with sync_playwright() as programs:
-        browser = programs.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
-        page.set_default_timeout(WAIT)
-        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        for _ in range(100):  # the address is printed a little before the page is there
-            try:
-                page.goto(address)
-                break
-            except Exception:
-                page.wait_for_timeout(300)
-        yield page, hosts - {""}, complaints
-        browser.close()
-
-
 def ask(page: Any, prompt: str) -> None:
     """Type a prompt and wait until the answer is complete."""
     page.fill("#prompt textarea", prompt)
@@ -71,7 +47,7 @@ def ask(page: Any, prompt: str) -> None:
 
 
 def take_picture(export: Path, base: Path, prompt: str, picture: Path) -> None:
-    with served(export, "--base", str(base)) as address, opened(address) as (page, _, _):
+    with served(export, "--base", str(base)) as address, opened(address, WIDTH) as (page, _, _):
         ask(page, prompt)
         page.locator("#maps .panel:nth-of-type(2) .token").nth(2).hover()
         page.wait_for_timeout(500)

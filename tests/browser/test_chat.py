@@ -15,6 +15,7 @@ from moelpr.measure.chat.page import Chat
 from moelpr.measure.evaluate.models import load_model
 from moelpr.model.families.new_experts import NewExperts
 from tests.browser import chat_page
+from tests.browser.browser import opened
 from tests.support.hf_models import make_model  # noqa: F401
 
 pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-browser")
@@ -37,7 +38,7 @@ def export(base: Path, tmp_path_factory) -> Path:
 def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(export: Path, base: Path) -> None:
     with (
         chat_page.served(export, "--base", str(base)) as address,
-        chat_page.opened(address) as (page, hosts, complaints),
+        opened(address, chat_page.WIDTH) as (page, hosts, complaints),
     ):
         chat_page.ask(page, "aaab")
         chat = Chat(load_model(export, "cpu"), load_model(base, "cpu"))

@@ -8,22 +8,18 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moelpr.measure.report.language_results import read_evaluations
 from moelpr.measure.report.run_report import Report
 from moelpr.measure.report.runs import read_run
-from tests.browser.browser import Seen, look, missing_programs, print_pages, screenshot
+from tests.browser.browser import look, opened
 from tests.support.run_folders import LANGUAGES, make_run
 
+pytest.importorskip("playwright", reason="run by `make test-browser` in .venv-chat")
 PHONE, DESKTOP = 390, 1280
-
-
-@pytest.fixture(scope="module", autouse=True)
-def browser() -> None:
-    if missing := missing_programs():
-        pytest.skip(f"{', '.join(missing)} missing; `make test-browser` installs Debian's packages")
 
 
 @pytest.fixture(scope="module")
@@ -77,24 +73,24 @@ def made_up_evaluation() -> dict:
 
 @pytest.mark.parametrize("name", ["runs", "young", "demo"])
 @pytest.mark.parametrize(("width", "is_dark"), [(PHONE, False), (DESKTOP, False), (DESKTOP, True)])
-def test_every_chart_is_drawn_and_the_console_is_empty(pages, tmp_path, name, width, is_dark) -> None:
-    seen = look(pages[name], tmp_path, width, is_dark)
+def test_every_chart_is_drawn_and_the_console_is_empty(pages, name, width, is_dark) -> None:
+    seen = look(pages[name], width, is_dark)
     assert faults(seen) == []
-    assert len(seen.found["charts"]) == {"runs": 25, "young": 8, "demo": 13}[name]
-    assert seen.found["width"] == width
-    assert brightness(seen.found["paper"]) < 60 if is_dark else brightness(seen.found["paper"]) > 240
-    assert abs(brightness(seen.found["ink"]) - brightness(seen.found["paper"])) > 150
+    assert len(seen["charts"]) == {"runs": 25, "young": 8, "demo": 13}[name]
+    assert seen["width"] == width
+    assert brightness(seen["paper"]) < 60 if is_dark else brightness(seen["paper"]) > 240
+    assert abs(brightness(seen["ink"]) - brightness(seen["paper"])) > 150
 
 
-def faults(seen: Seen) -> list[str]:
-    found = [f"console: {message}" for message in seen.complaints]
-    if seen.found["page_width"] > seen.found["width"]:
-        found.append(f"the page is {seen.found['page_width']} wide on {seen.found['width']}")
-    if seen.found["scrolled"]:
-        found.append(f"{seen.found['scrolled']} tables are cut off")
-    if seen.found["repeated_ids"]:
-        found.append(f"{seen.found['repeated_ids']} IDs are not unique")
-    for chart in seen.found["charts"]:
+def faults(seen: dict[str, Any]) -> list[str]:
+    found = [f"console: {message}" for message in seen["complaints"]]
+    if seen["page_width"] > seen["width"]:
+        found.append(f"the page is {seen['page_width']} wide on {seen['width']}")
+    if seen["scrolled"]:
+        found.append(f"{seen['scrolled']} tables are cut off")
+    if seen["repeated_ids"]:
+        found.append(f"{seen['repeated_ids']} IDs are not unique")
+    for chart in seen["charts"]:
         if not (chart["width"] > 100 and chart["height"] > 100 and chart["shapes"] > 10):
             found.append(f"{chart['title']} is not drawn: {chart}")
         if chart["empty"] or chart["cut_off"]:
@@ -119,19 +115,16 @@ def test_faults_of_a_broken_page_are_found(pages: dict[str, Path], tmp_path: Pat
     ]:
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(old, new, 1), encoding="utf-8")
-        assert any(fault in found for found in faults(look(broken, tmp_path, DESKTOP))), fault
+        assert any(fault in found for found in faults(look(broken, DESKTOP))), fault
 
 
 def test_every_page_can_be_printed_and_photographed(pages: dict[str, Path], tmp_path: Path) -> None:
-    kept = Path(os.environ.get("REPORT_SCREENSHOTS", tmp_path / "kept"))
-    kept.mkdir(parents=True, exist_ok=True)
     for name, page in pages.items():
         for kind, width, is_dark in [("phone", PHONE, False), ("desktop", DESKTOP, False), ("dark", DESKTOP, True)]:
-            picture = tmp_path / f"{name}-{kind}.png"
-            screenshot(page, picture, width, look(page, tmp_path, width).found["height"], is_dark)
+            look(page, width, is_dark, picture := tmp_path / f"{name}-{kind}.png")
             assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-            shutil.copy(picture, kept)
-        printed = print_pages(page, tmp_path, f"{name}-paper")
-        assert 1 <= len(printed) <= 9
-        for picture in printed:
-            shutil.copy(picture, kept)
+        with opened(page.resolve().as_uri(), DESKTOP) as (shown, *_):
+            printed = shown.pdf(path=tmp_path / f"{name}.pdf", format="A4")
+        assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 9
+    if kept := os.environ.get("REPORT_SCREENSHOTS"):
+        shutil.copytree(tmp_path, kept, dirs_exist_ok=True)

@@ -153,19 +153,13 @@ def sentence(rng: random.Random, language: str) -> str:
 
 def byte_level_tokenizer(folder: Path):  # noqa: ANN201 — transformers' class
     """A tokenizer of any text; and words.model, SentencePiece's."""
-    import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    from tests.support.small_tokenizers import byte_level_bpe, train_sentencepiece
+
     texts = [" ".join(words) for words in WORDS.values()]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet, "show_progress": False}
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=320, **special))
-    options = {"model_prefix": str(folder / "words"), "vocab_size": 60, "hard_vocab_limit": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts * 5), **options)
-    (folder / "words.vocab").unlink()
+    train_sentencepiece(folder / "words", texts * 5, 60)
+    bpe = byte_level_bpe(texts, 320, ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 
 

@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +28,27 @@ def documents_in(language: str, number: int, seed: int = 0) -> list[str]:
 
 ORIGINAL = {language: documents_in(language, 150) for language in ("en", "es")}
 EXPANDED = {language: documents_in(language, 150) for language in ("el", "hu")}
+
+
+def byte_level_bpe(
+    texts: Iterable[str], vocab_size: int = 300, special: Sequence[str] = ("<s>", "</s>"), **options: Any
+) -> Tokenizer:
+    """A byte-level BPE. options: of the model."""
+    tokenizer = Tokenizer(models.BPE(**options))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*special], **words)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_sentencepiece(prefix: Path, texts: Iterable[str], vocab_size: int, **options: Any) -> Path:
+    """Write PREFIX.model, with fewer tokens if the texts have not so many."""
+    options |= {"model_prefix": str(prefix), "vocab_size": vocab_size, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), **options)
+    prefix.with_suffix(".vocab").unlink()
+    return prefix.with_suffix(".model")
 
 
 def save_qwen(folder: Path) -> None:
@@ -63,9 +86,8 @@ def save_llama2(folder: Path) -> None:
 
     folder.mkdir()
     lines = (line for documents in ORIGINAL.values() for text in documents for line in text.split("\n"))
-    model = {"model_prefix": str(folder / "tokenizer"), "model_type": "bpe", "byte_fallback": True, "vocab_size": 500}
-    options = {"hard_vocab_limit": False, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, minloglevel=2, **model, **options)
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    train_sentencepiece(folder / "tokenizer", lines, 500, model_type="bpe", byte_fallback=True, **options)
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)

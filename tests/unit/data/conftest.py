@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 
 @pytest.fixture
@@ -43,32 +42,3 @@ def _save_hf(folder: Path, tokenizer: Tokenizer, kind: str = "PreTrainedTokenize
 
 
 save_hf = pytest.fixture(lambda: _save_hf, name="save_hf")
-
-
-def _byte_level_bpe(texts: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-byte_level_bpe = pytest.fixture(lambda: _byte_level_bpe, name="byte_level_bpe")
-
-
-def _train_sentencepiece(prefix: Path, text: str, **words: Any) -> Path:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([text] * 5),
-        model_prefix=str(prefix),
-        vocab_size=40,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **words,
-    )
-    return prefix.with_suffix(".model")
-
-
-train_sentencepiece = pytest.fixture(lambda: _train_sentencepiece, name="train_sentencepiece")

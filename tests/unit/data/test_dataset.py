@@ -83,32 +83,25 @@ def test_dataset_can_be_pickled_for_loader_workers(write_corpus: Callable) -> No
     assert np.array_equal(again.get(3), dataset.get(3))
 
 
-def test_corpus_without_bits_is_rejected(write_corpus: Callable) -> None:
-    prefix, *_ = write_corpus("corpus")
-    prefix.with_suffix(".lang").unlink()
-    with pytest.raises(UserError, match=r"corpus.lang .*No such file.*moelpr data preprocess"):
-        TaggedIndexedDataset(str(prefix))
-
-
-def test_lang_file_of_another_corpus_is_rejected(write_corpus: Callable) -> None:
-    prefix, *_ = write_corpus("corpus")
-    other, *_ = write_corpus("other", documents=41)
-    other.with_suffix(".lang").replace(prefix.with_suffix(".lang"))
-    with pytest.raises(UserError, match=r"corpus.lang covers .* tokens"):
-        TaggedIndexedDataset(str(prefix))
-
-
-def test_token_outside_the_vocabulary_is_rejected(write_corpus: Callable) -> None:
-    prefix, *_ = write_corpus("corpus", vocab=500)
-    dataset = build(TaggedGPTDataset, [str(prefix)], vocab=400)
-    with pytest.raises(UserError, match=r"corpus.bin contains token ID \d+, .* 400 entries"):
+@pytest.mark.parametrize(
+    ("name", "vocab", "message"),
+    [
+        ("without", 500, r"without.lang .*No such file.*moelpr data preprocess"),
+        ("foreign", 500, r"foreign.lang covers .* tokens"),
+        ("corpus", 400, r"corpus.bin contains token ID \d+, .* 400 entries"),
+        ("nowhere", 500, r"nowhere.bin and .*nowhere.idx are missing; "),
+        ("empty", 500, r"empty.bin contains no tokens"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_named(name, vocab, message, write_corpus, tmp_path) -> None:
+    for other in ("corpus", "without", "foreign"):
+        write_corpus(other, documents=41 if other == "foreign" else 40)
+    (tmp_path / "without.lang").replace(tmp_path / "foreign.lang")
+    common.write_corpus(tmp_path / "empty", 500, [([], True)])
+    with pytest.raises(UserError, match=message):
+        dataset = build(TaggedGPTDataset, [str(tmp_path / name)], vocab)
         for index in range(len(dataset)):
             dataset[index]
-
-
-def test_missing_corpus_is_reported(tmp_path) -> None:  # noqa: ANN001
-    with pytest.raises(UserError, match=r"nowhere.bin and .*nowhere.idx are missing; "):
-        build(TaggedGPTDataset, [str(tmp_path / "nowhere")])
 
 
 def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> None:
@@ -121,12 +114,6 @@ def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> Non
     text, _, _ = dataset._query_document_sample_shuffle_indices(0)
     assert text.tolist() == [*tokens, *[-1] * 6]
     assert dataset._sample_bits.tolist() == [1] * len(tokens) + [0] * 6
-
-
-def test_empty_corpus_is_rejected(tmp_path) -> None:  # noqa: ANN001
-    common.write_corpus(tmp_path / "nothing", 500, [([], True)])
-    with pytest.raises(UserError, match=r"nothing.bin contains no tokens"):
-        build(TaggedGPTDataset, [str(tmp_path / "nothing")])
 
 
 def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpus: Callable, tmp_path: Path) -> None:
@@ -185,8 +172,7 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_p
         for path, eod in zip(corpora, manifests, strict=False)
     }
     monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
-    parser = argparse.ArgumentParser()
-    args = parser.parse_args([])
+    args = argparse.Namespace()
     off = "dataloader_inter_document_masking full_validation multiple_validation_sets".split()
     unset = "data_cache_path data_args_path per_split_data_args_path train_data_path valid_data_path test_data_path"
     vars(args).update(dict.fromkeys(off, False) | dict.fromkeys(unset.split()))

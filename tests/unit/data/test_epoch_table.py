@@ -1,14 +1,16 @@
 """The epoch table agrees with counts of the corpora."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
+from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
+from moelpr.data import dataset
 from moelpr.data.epoch_table import epoch_table
-from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord
+from moelpr.data.manifest import LanguageCount
 from tests.support.gpt_data import gpt_config, training_set
+from tests.support.manifests import write_manifest
 
 SEQUENCE = 16
 
@@ -18,26 +20,12 @@ def table(samples: int, prefixes: list[str], weights: list[float] | None = None,
     return [line.replace(",", "").split() for line in text.splitlines()]
 
 
-def write_manifest(prefix: Path, tokens: int, documents: int, languages: dict[str, LanguageCount]) -> None:
-    Manifest(
-        tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", 500, 0, True, "f", "v"),
-        append_eod=True,
-        sources=[],
-        languages=languages,
-        documents=documents,
-        tokens=tokens,
-        skipped_lines=0,
-        files={name: FileRecord(1, "0", "") for name in ("bin", "idx", "lang")},
-    ).write(prefix)
-
-
 def test_blend_is_shown_by_corpus_and_language(write_corpus: Callable) -> None:
     original, ids, _ = write_corpus("original", documents=30, bits="original", seed=1)
     mixed, mixed_ids, bits = write_corpus("mixed", documents=50, seed=2)
     n, m, o = len(ids), len(mixed_ids), int(bits.sum())
-    write_manifest(
-        original, n, 30, {"zh": LanguageCount("original", 10, n - 100), "en": LanguageCount("original", 20, 100)}
-    )
+    languages = {"zh": LanguageCount("original", 10, n - 100), "en": LanguageCount("original", 20, 100)}
+    write_manifest(original, n, 30, **languages)
     lines = table(200, [str(original), str(mixed)], [3.0, 1.0])
     assert "200" in lines[0]
     first, en, zh, second, old, new, last = lines[2:]
@@ -45,29 +33,19 @@ def test_blend_is_shown_by_corpus_and_language(write_corpus: Callable) -> None:
     assert en == ["en", "original", "20", "100", f"{0.75 * 100 / n:.1%}"]
     assert zh == ["zh", "original", "10", str(n - 100), f"{0.75 * (n - 100) / n:.1%}"]
     assert second == [str(mixed), "50", str(m), str((m - 1) // SEQUENCE), f"{50 * SEQUENCE / m:.2f}", "25.0%"]
-    number = original_documents(mixed)
+    corpus = Corpus(mixed)
+    number = sum(int(corpus.document(index)[1][0]) for index in range(corpus.num_documents))
     assert old == ["original", str(number), str(o), f"{0.25 * o / m:.1%}"]
     assert new == ["expanded", str(50 - number), str(m - o), f"{0.25 * (m - o) / m:.1%}"]
     share = 0.75 + 0.25 * o / m
     assert " ".join(last).endswith(f"{share:.1%} are original-language and {1 - share:.1%} are expanded-language")
 
 
-def original_documents(prefix: Path) -> int:
-    from data_tools.corpus.corpus import Corpus
-
-    corpus = Corpus(prefix)
-    return sum(int(corpus.document(index)[1][0]) for index in range(corpus.num_documents))
-
-
 def test_part_of_a_corpus_is_counted_by_its_bits(write_corpus: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """With --split 50,50,0 the manifest describes only the complete corpus."""
-    from moelpr.data import dataset
-
     monkeypatch.setattr(dataset, "_SEQUENCES_AT_ONCE", 7)
     prefix, ids, bits = write_corpus("corpus", documents=60, bits="random", seed=4)
-    write_manifest(prefix, len(ids), 60, {"en": LanguageCount("original", 60, len(ids))})
-    from data_tools.corpus.corpus import Corpus
-
+    write_manifest(prefix, len(ids), 60, en=LanguageCount("original", 60, len(ids)))
     tokens = int(Corpus(prefix).document_lengths[:30].sum())
     original = [int(Corpus(prefix).document(index)[1][0]) for index in range(30)]
     _, _, whole, old, new, _ = table(5, [str(prefix)], split="50,50,0")

@@ -41,38 +41,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(deadline=None)
-@given(pieces=st.lists(bit_arrays, max_size=8))
-def test_appending_in_pieces_writes_the_bytes_of_appending_at_once(folder: Path, pieces: list[np.ndarray]) -> None:
-    whole = np.concatenate([np.zeros(0, np.uint8), *pieces])
-    once = write(folder / "once.lang", whole).read_bytes()
-    assert write(folder / "pieces.lang", *pieces).read_bytes() == once
-    bits = LanguageBits(folder / "once.lang")
-    bits.verify()
-    assert (bits.num_tokens, len(bits), bits.num_original) == (len(whole), len(whole), whole.sum())
-    # The payload is numpy's own packing.
-    assert once[language_bits.HEADER_BYTES :] == np.packbits(whole, bitorder="little").tobytes()
-
-
-@settings(deadline=None)
-@given(runs=st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=8))
-def test_runs_write_the_bytes_of_their_bits(folder: Path, runs: list[tuple[bool, int]]) -> None:
-    with LanguageBitsWriter(folder / "runs.lang") as writer:
-        for is_original, count in runs:
-            writer.append_run(is_original, count)
-        writer.finalize()
-    written = (folder / "runs.lang").read_bytes()
-    expected = write(folder / "bits.lang", *[np.full(count, bit, np.uint8) for bit, count in runs])
-    assert written == expected.read_bytes()
-
-
-def test_run_longer_than_the_buffer_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language_bits, "_RUN_TOKENS", 7)
-    with LanguageBitsWriter(tmp_path / "run.lang") as writer:
-        for is_original, count in ((True, 100), (False, 15), (True, 7)):
-            writer.append_run(is_original, count)
-        writer.finalize()
-    expected = np.repeat(np.array([1, 0, 1], np.uint8), [100, 15, 7])
-    assert (tmp_path / "run.lang").read_bytes() == write(tmp_path / "bits.lang", expected).read_bytes()
+@given(
+    pieces=st.lists(bit_arrays | st.tuples(st.booleans(), st.integers(0, 40)), max_size=8),
+    buffer_bytes=st.integers(1, 9) | st.just(1 << 10),
+    run_tokens=st.sampled_from([7, 1 << 10]),
+)
+def test_bits_and_runs_in_any_pieces_are_written_as_numpy_packs_them(folder, pieces, buffer_bytes, run_tokens) -> None:
+    """Also pieces that cross the buffer, and runs that are longer than what is written at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language_bits, "_BUFFER_TOKENS", 8 * buffer_bytes)
+        patch.setattr(language_bits, "_RUN_TOKENS", run_tokens)
+        with LanguageBitsWriter(folder / "pieces.lang") as writer:
+            for piece in pieces:
+                writer.append_run(*piece) if isinstance(piece, tuple) else writer.append(piece)
+            writer.finalize()
+    bits = [np.full(piece[1], piece[0], np.uint8) if isinstance(piece, tuple) else piece for piece in pieces]
+    whole = np.concatenate([np.zeros(0, np.uint8), *bits])
+    content = (folder / "pieces.lang").read_bytes()
+    assert content == write(folder / "once.lang", whole).read_bytes()
+    assert content[language_bits.HEADER_BYTES :] == np.packbits(whole, bitorder="little").tobytes()
+    read = LanguageBits(folder / "pieces.lang")
+    read.verify()
+    assert (read.num_tokens, len(read), read.num_original) == (len(whole), len(whole), whole.sum())
 
 
 @settings(deadline=None)
@@ -87,25 +77,6 @@ def test_slices_and_counts_equal_numpy(folder: Path, bits: np.ndarray, data: st.
     assert read.count(start, stop) == bits[start:stop].sum()
     positions = np.array(data.draw(st.lists(st.integers(0, len(bits) - 1))) if len(bits) else [], np.int64)
     np.testing.assert_array_equal(read.at(positions), bits[positions])
-
-
-@settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 2**32 - 1), buffer_bytes=st.integers(1, 9))
-def test_the_writer_crosses_its_buffer_at_any_offset(folder: Path, seed: int, buffer_bytes: int) -> None:
-    rng = np.random.default_rng(seed)
-    pieces = [rng.integers(0, 2, rng.integers(0, 200), dtype=np.uint8) for _ in range(5)]
-    expected = write(folder / "expected.lang", *pieces).read_bytes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(language_bits, "_BUFFER_TOKENS", 8 * buffer_bytes)
-        with LanguageBitsWriter(folder / "small.lang") as writer:
-            for piece in pieces:
-                if len(piece) % 2:
-                    writer.append(piece)
-                else:
-                    for bit in piece:
-                        writer.append_run(bool(bit), 1)
-            writer.finalize()
-    assert (folder / "small.lang").read_bytes() == expected
 
 
 def test_bool_and_strided_bits_are_accepted_and_other_values_rejected(tmp_path: Path) -> None:
@@ -146,28 +117,6 @@ def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: in
         bits.count(start, stop)
     with pytest.raises(IndexError):
         bits.at(np.array([0, 10 if start >= 0 else -1]))
-    # The C++ part guards the memory itself.
-    with pytest.raises(IndexError):
-        _language_bits.tag(np.zeros(1, np.uint8), [start, stop], np.zeros(12, np.int64))
-
-
-@settings(deadline=None)
-@given(bits=bit_arrays, data=st.data())
-def test_a_sample_is_tagged_from_the_ranges_it_was_read_from(folder, bits, data) -> None:
-    position = st.integers(0, len(bits))
-    ranges = [sorted(pair) for pair in data.draw(st.lists(st.tuples(position, position), max_size=5))]
-    expected = np.concatenate([np.zeros(0, np.uint8), *(bits[start:stop] for start, stop in ranges)])
-    padding = data.draw(st.integers(0, 9))
-    ids = np.array(data.draw(st.permutations(range(len(expected)))) + [-1] * padding, np.int64)
-    read = LanguageBits(write(folder / "sample.lang", bits))
-    edges = [edge for pair in ranges for edge in pair]
-    found, largest = read.of_sample(edges, ids)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, np.concatenate([expected, np.zeros(padding, np.uint8)]))
-    assert largest == max(ids, default=-1)
-    if len(expected):
-        with pytest.raises(IndexError, match="more bits than token ids"):
-            read.of_sample(edges, ids[: len(expected) - 1])
 
 
 def test_the_reader_pickles_as_its_path(tmp_path: Path) -> None:

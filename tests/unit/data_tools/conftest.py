@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import processors
 
 from data_tools import preprocess_data
 from data_tools.corpus.corpus import CorpusPaths
@@ -18,60 +17,57 @@ from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord
+from tests.support.small_tokenizers import byte_level_bpe, train_sentencepiece
 
 ORIGINAL = {"en", "es", "zh"}
 Document = tuple[str, list[int]]  # its language and its token ids
 
 
-@pytest.fixture(scope="session")
-def make_corpus_in() -> Callable[..., Path]:
-    def make(
-        folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True, **words: str
-    ) -> Path:
-        counts: dict[str, LanguageCount] = {}
-        per_language = defaultdict(list)
-        with CorpusWriter(folder / name, vocab_size) as writer:
-            for language, ids in documents:
-                writer.add_document(np.array(ids, np.int32), language in ORIGINAL)
-                per_language[language].append(len(ids))
-            for language, lengths in per_language.items():
-                bit = "original" if language in ORIGINAL else "expanded"
-                counts[language] = LanguageCount(bit, len(lengths), sum(lengths), 4 * sum(lengths))
-            files = writer.finalize()
-            record = {"fingerprint": "f", "vocabulary_sha256": "v"} | words
-            writer.commit(
-                Manifest(
-                    tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", vocab_size, 0, True, **record),
-                    append_eod=True,
-                    sources=[Source(f"{name}.jsonl", 10, None, len(documents))],
-                    languages=counts,
-                    documents=len(documents),
-                    tokens=writer.num_tokens,
-                    skipped_lines=1,
-                    files=files,
-                )
-                if manifest
-                else None
+def make_corpus_in(
+    folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True, **words: str
+) -> Path:
+    counts: dict[str, LanguageCount] = {}
+    per_language = defaultdict(list)
+    with CorpusWriter(folder / name, vocab_size) as writer:
+        for language, ids in documents:
+            writer.add_document(np.array(ids, np.int32), language in ORIGINAL)
+            per_language[language].append(len(ids))
+        for language, lengths in per_language.items():
+            bit = "original" if language in ORIGINAL else "expanded"
+            counts[language] = LanguageCount(bit, len(lengths), sum(lengths), 4 * sum(lengths))
+        files = writer.finalize()
+        record = {"fingerprint": "f", "vocabulary_sha256": "v"} | words
+        writer.commit(
+            Manifest(
+                tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", vocab_size, 0, True, **record),
+                append_eod=True,
+                sources=[Source(f"{name}.jsonl", 10, None, len(documents))],
+                languages=counts,
+                documents=len(documents),
+                tokens=writer.num_tokens,
+                skipped_lines=1,
+                files=files,
             )
-        return folder / name
-
-    return make
+            if manifest
+            else None
+        )
+    return folder / name
 
 
 @pytest.fixture
-def make_corpus(tmp_path: Path, make_corpus_in: Callable[..., Path]) -> Callable[..., Path]:
+def make_corpus(tmp_path: Path) -> Callable[..., Path]:
     return partial(make_corpus_in, tmp_path)
 
 
-@pytest.fixture
-def mixed_corpus(make_corpus: Callable[..., Path], tmp_path: Path) -> Path:
-    """One document whose bits change inside, and no manifest."""
-    with CorpusWriter(tmp_path / "mixed", 300) as writer:
-        runs = joined_runs(np.array([1, 0, 1], np.uint8), np.array([2, 4, 1]))
-        writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), runs))
+def write_mixed_corpus(prefix: Path, *documents: list[int]) -> Path:
+    """Documents whose bits change inside, given for runs of 2, 4 and 1 tokens, and no manifest."""
+    with CorpusWriter(prefix, 300) as writer:
+        for bits in documents:
+            runs = joined_runs(np.array(bits, np.uint8), np.array([2, 4, 1]))
+            writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), runs))
         writer.finalize()
         writer.commit()
-    return tmp_path / "mixed"
+    return prefix
 
 
 SENTENCES = {
@@ -94,16 +90,7 @@ def hf_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import transformers.models.auto.tokenization_auto  # noqa: F401  # 2 s; processes that load a tokenizer inherit it
 
     folder = tmp_path_factory.mktemp("hf")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<s>", "</s>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*SENTENCES.values()] * 5, trainer)
+    tokenizer = byte_level_bpe([*SENTENCES.values()] * 5, 500, ["<s>", "</s>", "<|endoftext|>"])
     special = [("<s>", 0)]
     tokenizer.post_processor = processors.Sequence(
         [
@@ -121,24 +108,14 @@ def hf_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sp_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece BPE with byte fallback, like Llama 2's."""
-    return train_sentencepiece(tmp_path_factory.mktemp("sp"), model_type="bpe", byte_fallback=True, vocab_size=480)
+    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
+    return train_sentencepiece(prefix, [*SENTENCES.values()] * 5, 480, model_type="bpe", byte_fallback=True)
 
 
 @pytest.fixture(scope="session")
 def unigram_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SentencePiece unigram model, which gigatoken does not support."""
-    return train_sentencepiece(tmp_path_factory.mktemp("unigram"), vocab_size=150)
-
-
-def train_sentencepiece(folder: Path, **settings: Any) -> Path:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*SENTENCES.values()] * 5),
-        model_prefix=str(folder / "tokenizer"),
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **settings,
-    )
-    return folder / "tokenizer.model"
+    return train_sentencepiece(tmp_path_factory.mktemp("unigram") / "tokenizer", [*SENTENCES.values()] * 5, 150)
 
 
 @pytest.fixture(params=["hf", "sp"])

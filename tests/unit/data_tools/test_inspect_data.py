@@ -15,6 +15,7 @@ from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
+from tests.unit.data_tools.conftest import write_mixed_corpus
 
 TEXTS = ["Turn on the light in the kitchen.", "Ανάψτε το φως στην κουζίνα."]
 
@@ -80,8 +81,8 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
     assert ["2", "to", "3", "2", "5", 40 * "█"] in lines
 
 
-def test_runs_inside_a_document_are_shown_apart(mixed_corpus: Path, capsys: pytest.CaptureFixture) -> None:
-    call(inspect_data.main, [f"{mixed_corpus}.manifest.json"])
+def test_runs_inside_a_document_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    call(inspect_data.main, [f"{write_mixed_corpus(tmp_path / 'mixed', [1, 0, 1])}.manifest.json"])
     out = capsys.readouterr().out
     assert "[original 1–2] 0 1\n  [expanded 3–6] 2 3 4 5\n  [original 7–7] 6\n" in out
 

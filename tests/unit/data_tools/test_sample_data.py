@@ -8,11 +8,10 @@ import pytest
 
 from data_tools import sample_data
 from data_tools.corpus.corpus import Corpus, CorpusPaths
-from data_tools.corpus.corpus_writer import CorpusWriter
-from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source
+from tests.unit.data_tools.conftest import write_mixed_corpus
 
 
 def documents_of(language: str, first_id: int, count: int = 60) -> list[tuple[str, list[int]]]:
@@ -103,20 +102,10 @@ def test_manifest_counts_the_sample(inputs: list[str], tmp_path: Path) -> None:
 
 def test_documents_of_both_groups_keep_their_bits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Without a manifest, and in corpora whose bits change inside a document."""
-    with CorpusWriter(tmp_path / "mixed", 300) as writer:
-        runs = np.array([[1, 0, 1], [0, 1, 0]], np.uint8)
-        for bits in runs:
-            writer.add(Documents(np.arange(7, dtype=np.uint16), np.array([7]), joined_runs(bits, np.array([2, 4, 1]))))
-        writer.add_document(np.array([7, 8]), True)
-        writer.finalize()
-        writer.commit()
+    write_mixed_corpus(tmp_path / "mixed", [1, 0, 1], [0, 1, 0], [1, 1, 1])
     sample(tmp_path / "out", [str(tmp_path / "mixed")], "--expanded-documents", "5")
     assert Corpus(tmp_path / "out").document(0)[1].tolist() == [0, 0, 1, 1, 1, 1, 0]
     assert "mixed has no manifest, so" in capsys.readouterr().out
-    arguments = sample_data.Settings(input=["a"], output_prefix="b", original_documents=2)
-    samples = list(sample_data.sample_from(Corpus(tmp_path / "mixed"), None, arguments))
-    languages = sample_data.write(samples, CorpusWriter(tmp_path / "unused", 300))
-    assert languages == {"original": LanguageCount("original", 2, 5, 0), "expanded": LanguageCount("expanded", 1, 4, 0)}
 
 
 @pytest.mark.parametrize(

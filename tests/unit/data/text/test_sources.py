@@ -12,14 +12,17 @@ from moelpr.base.errors import UserError
 from moelpr.data.text.sources import Form, find_files, open_source
 
 
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
 def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corpus(tmp_path: Path) -> None:
     """A job may write its corpus, and what is unfinished, into the folder that it reads."""
     folder = tmp_path / "data"
-    for name in ("a.jsonl", ".el.unfinished/state.json", ".ipynb_checkpoints/a.jsonl", "el.manifest.json"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "b.jsonl").touch()
+    touch(folder, "a.jsonl", ".el.unfinished/state.json", ".ipynb_checkpoints/a.jsonl", "el.manifest.json")
+    touch(tmp_path, "elsewhere/b.jsonl")
     (folder / "part2").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
     (folder / "gone.jsonl").symlink_to(tmp_path / "gone.jsonl")
@@ -27,8 +30,7 @@ def test_a_folder_is_read_with_its_links_and_without_what_is_hidden_or_of_a_corp
 
 
 def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(tmp_path, monkeypatch) -> None:
-    (tmp_path / "data" / "v1").mkdir(parents=True)
-    (tmp_path / "data" / "v1" / "a.jsonl").touch()
+    touch(tmp_path, "data/v1/a.jsonl")
     (tmp_path / "data" / "latest").symlink_to("v1")
     walk = os.walk
 
@@ -51,16 +53,9 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.xz", "a[1].jsonl", "c.txt"):
-        Path(name).parent.mkdir(exist_ok=True)
-        Path(name).touch()
-    assert find_files(["c.txt", "b", "a[1].jsonl"]) == [
-        "c.txt",
-        "b/1.jsonl",
-        "b/2.jsonl",
-        "b/x/3.jsonl.xz",
-        "a[1].jsonl",
-    ]
+    touch(tmp_path, "b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.xz", "a[1].jsonl", "c.txt")
+    expected = "c.txt b/1.jsonl b/2.jsonl b/x/3.jsonl.xz a[1].jsonl".split()
+    assert find_files(["c.txt", "b", "a[1].jsonl"]) == expected
     assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
     with pytest.raises(UserError, match=r"no file matches nothing-\*; check the pattern"):
         find_files(["nothing-*"])
@@ -75,9 +70,7 @@ def test_form_is_detected_by_content(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its text was lost without a word. Root may read every folder, so reading fails by other means."""
-    for name in ("a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
+    touch(tmp_path, "a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl")
     (tmp_path / "c").symlink_to(tmp_path / "a" / "locked")
 
     def failing(read: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -107,12 +100,6 @@ def test_a_name_that_is_not_utf_8_is_refused_before_the_work(tmp_path: Path) -> 
     Path(path).touch()
     with pytest.raises(UserError, match=r"input .*\\xe5\\xeb\.jsonl is not UTF-8; rename the file"):
         open_source(path)
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
 
 
 def test_of_a_language_of_fineweb_2_only_the_training_text_is_read(tmp_path: Path, monkeypatch, capsys) -> None:

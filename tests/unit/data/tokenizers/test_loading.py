@@ -1,4 +1,4 @@
-"""A fingerprint depends on what affects IDs and on nothing else."""
+"""A fingerprint does not depend on what does not affect IDs (on what does: test_tokenizer_match.py)."""
 
 import json
 import os
@@ -6,27 +6,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import processors
 from transformers import AutoTokenizer
 
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers import loading
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
+from tests.support.small_tokenizers import byte_level_bpe
+
+LIGHT = ["turn on the light"] * 5
 
 
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
-def test_saving_and_loading_again_keeps_the_fingerprint(save_hf, byte_level_bpe, kind: str, tmp_path: Path) -> None:
+def test_saving_and_loading_again_keeps_the_fingerprint(save_hf, kind: str, tmp_path: Path) -> None:
     """transformers rewrites tokenizer.json for some classes, so the files may differ although the tokenizers do not."""
-    first = save_hf(tmp_path / "first", byte_level_bpe(["turn on the light"] * 5), kind)
+    first = save_hf(tmp_path / "first", byte_level_bpe(LIGHT), kind)
     AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "second")
     AutoTokenizer.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
     folders = [first, tmp_path / "second", tmp_path / "third"]
     assert len({load_tokenizer("HuggingFaceTokenizer", str(folder)).fingerprint() for folder in folders}) == 1
 
 
-def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(save_hf, byte_level_bpe, tmp_path: Path) -> None:
-    tokenizer = byte_level_bpe(["turn on the light"] * 5)
+def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(save_hf, tmp_path: Path) -> None:
+    tokenizer = byte_level_bpe(LIGHT)
     first = save_hf(tmp_path / "first", tokenizer)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(pad_id=1, pad_token="</s>")
@@ -36,18 +38,6 @@ def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(save_hf, 
     assert load_tokenizer(kind, str(first)).fingerprint() == load_tokenizer(kind, str(second)).fingerprint()
 
 
-def test_sentencepiece_fingerprint_ignores_settings_of_training(train_sentencepiece, tmp_path: Path) -> None:
-    first = train_sentencepiece(tmp_path / "first", "turn on the light")
-    proto = ModelProto.FromString(first.read_bytes())
-    proto.trainer_spec.input.append("elsewhere.txt")
-    (tmp_path / "moved.model").write_bytes(proto.SerializeToString())
-    proto.normalizer_spec.add_dummy_prefix = False
-    (tmp_path / "other.model").write_bytes(proto.SerializeToString())
-    paths = [first, tmp_path / "moved.model", tmp_path / "other.model"]
-    found = [load_tokenizer("SentencePieceTokenizer", str(path)).fingerprint() for path in paths]
-    assert found[0] == found[1] != found[2]
-
-
 @pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"])
 def test_tokenizer_that_cannot_be_loaded_is_reported(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer folder .*missing|--tokenizer-(model|type) must be"):
@@ -55,8 +45,8 @@ def test_tokenizer_that_cannot_be_loaded_is_reported(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
-def test_an_id_of_a_billion_is_reported_at_once(save_hf, byte_level_bpe, name: str, tmp_path: Path) -> None:
-    folder = save_hf(tmp_path / "hf", byte_level_bpe(["turn on the light"] * 5))
+def test_an_id_of_a_billion_is_reported_at_once(save_hf, name: str, tmp_path: Path) -> None:
+    folder = save_hf(tmp_path / "hf", byte_level_bpe(LIGHT))
     content = json.loads((folder / "tokenizer.json").read_text())
     content["model"]["vocab"]["a"] = 10**9
     if name == "vocab.json":

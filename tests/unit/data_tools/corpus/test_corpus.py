@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import inspect_data
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
@@ -24,12 +23,13 @@ from megatron.core.datasets.utils import Split  # noqa: E402
 from moelpr.data.dataset import TaggedGPTDataset  # noqa: E402
 from tests.support.gpt_data import gpt_config  # noqa: E402
 from tests.support.mutations import mutated  # noqa: E402
+from tests.unit.data_tools.conftest import make_corpus_in  # noqa: E402
 
 FILES = ("bin", "idx", "lang", "manifest.json")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, make_corpus_in: Callable[..., Path]) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("whole")
     documents = [
@@ -112,16 +112,3 @@ def test_training_reads_a_changed_corpus_or_rejects_it(whole, copy, data) -> Non
         assert all(len(sample[key]) == 16 for key in ("tokens", "labels", "is_original", "is_original_label"))
         assert 0 <= int(sample["tokens"].min()) <= int(sample["tokens"].max()) < 300
         assert int(sample["is_original"].max()) <= 1
-
-
-@settings(deadline=5000, max_examples=60)
-@given(data=st.data())
-def test_inspection_ends_in_a_message_or_a_report(whole: Path, copy: Callable[..., Path], data: st.DataObject) -> None:
-    name = data.draw(st.sampled_from(FILES))
-    prefix = copy(name, data.draw(mutated(Path(f"{whole}.{name}").read_bytes())))
-    if data.draw(st.booleans()):
-        manifest_path(prefix).unlink()
-    try:
-        call(inspect_data.main, [str(prefix), *(["--json"] if data.draw(st.booleans()) else [])])
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1000

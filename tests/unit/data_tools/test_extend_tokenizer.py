@@ -36,25 +36,20 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def old_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind) / "old"
-            KINDS[kind](made[kind])
-        return made[kind]
-
-    return get
+def old_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {kind: tmp_path_factory.mktemp(kind) / "old" for kind in KINDS}
+    for kind, folder in folders.items():
+        KINDS[kind](folder)
+    return folders
 
 
 @pytest.fixture(scope="session")
-def extend(text_folder: Path, old_folders: Callable[[str], Path]) -> Callable[..., Path]:
+def extend(text_folder: Path, old_folders: dict[str, Path]) -> Callable[..., Path]:
     """Runs the command in this process; later words override earlier ones."""
 
     def run(save: Path, *words: str | Path, kind: str = "qwen") -> Path:
         inputs = [f"{language}={text_folder}/{language}.jsonl" for language in ("el", "hu", "en", "es")]
-        fixed = ["--tokenizer", old_folders(kind), "--input", *inputs[:2], "--original", *inputs[2:], "--save", save]
+        fixed = ["--tokenizer", old_folders[kind], "--input", *inputs[:2], "--original", *inputs[2:], "--save", save]
         call(extend_tokenizer.main, [*map(str, [*fixed, "--num-new-tokens", NUMBER, "--workers", 1, *words])])
         return save
 
@@ -98,7 +93,7 @@ def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, extend: Any, old_folders: Any
 ) -> Pair:
     save = extend(tmp_path_factory.mktemp("extended") / request.param, kind=request.param)
-    return Pair(old_folders(request.param), save)
+    return Pair(old_folders[request.param], save)
 
 
 def test_original_documents_are_tokenized_as_before(pair: Pair) -> None:
@@ -203,7 +198,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, extend, words,
 
 
 def test_a_link_out_of_the_old_tokenizers_folder_is_not_followed(tmp_path, extend, old_folders) -> None:
-    old = Path(shutil.copytree(old_folders("qwen"), tmp_path / "old"))
+    old = Path(shutil.copytree(old_folders["qwen"], tmp_path / "old"))
     (tmp_path / "secret").write_text("hf_secret")
     (old / "chat_template.jinja").unlink()
     (old / "chat_template.jinja").symlink_to(tmp_path / "secret")

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from data_tools.preprocessing import job
+
 
 @pytest.fixture
 def rows(sentences: dict[str, str]) -> list[dict[str, Any]]:
@@ -17,3 +19,22 @@ def expected(rows, write_lines, preprocess, hf_tokenizer, corpus_bytes) -> list[
     path = write_lines("plain.jsonl", rows)
     flags = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
     return corpus_bytes(f"{preprocess(hf_tokenizer, '--input', path, *flags, out='plain/a')}_text_document")
+
+
+def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
+    return {"spans": [{"text": text, "lang": lang} for text, lang in pairs]}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException]) -> None:
+    """Let a job end after so many batches, as Ctrl-C or a broken line ends it."""
+    write = job.Job._write_batch
+    written = 0
+
+    def write_some(*arguments: Any) -> None:
+        nonlocal written
+        if written == batches:
+            raise error("stopped")
+        written += 1
+        write(*arguments)
+
+    monkeypatch.setattr(job.Job, "_write_batch", write_some)

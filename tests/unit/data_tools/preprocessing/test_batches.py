@@ -2,13 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -154,37 +154,19 @@ def test_a_line_with_only_a_byte_order_mark_is_blank(preprocess, hf_tokenizer, t
 
 def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of 100 GB with malformed lines in many places would take days."""
-    path = tmp_path / "a.jsonl"
+    path, read = tmp_path / "a.jsonl", []
     path.write_text("".join(f"{number}\n" for number in range(1000)))
-    content, read = path.read_bytes(), []
-    monkeypatch.setattr(batches, "open", lambda *words: Counted(open(*words), read), raising=False)
+
+    class Counted(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            read.append(piece := super().read(size))
+            return piece
+
+    monkeypatch.setattr(batches, "open", lambda name, mode: Counted(io.FileIO(name)), raising=False)
+    content, numbers = path.read_bytes(), [*range(1, 1001, 9), 500]
     starts = [0, *(place + 1 for place, byte in enumerate(content) if byte == ord("\n"))]
-    assert [batches._lines_before(str(path), starts[number]) for number in (*range(1, 1001, 9), 500)] == [
-        *range(1, 1001, 9),
-        500,
-    ]
-    assert sum(read) < 2 * len(content)
-
-
-class Counted:
-    """A file that appends the length of what is read to a list."""
-
-    def __init__(self, file: Any, read: list[int]) -> None:
-        self.file, self.lengths = file, read
-
-    def read(self, *size: int) -> bytes:
-        piece = self.file.read(*size)
-        self.lengths.append(len(piece))
-        return piece
-
-    def __enter__(self) -> "Counted":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+    assert [batches._lines_before(str(path), starts[number]) for number in numbers] == numbers
+    assert 0 < len(b"".join(read)) < 2 * len(content)
 
 
 BLANK = b"\n \t\r\n" * 1000

@@ -1,7 +1,6 @@
 """Every token of a text gets one bit, and the workers end with the job."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from data_tools.preprocessing.encode import Encoder
 from data_tools.preprocessing.parsing import DocumentParser, Text
 from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tagging import LanguageGroups, LanguageSpans, TaggedText
-from moelpr.data.tokenizers.base import Encoded, Tokenizer
+from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
-
-
-def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
-    return {"spans": [{"text": text, "lang": lang} for text, lang in pairs]}
+from tests.unit.data_tools.preprocessing.conftest import spans
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +37,3 @@ def test_any_spans_tag_every_token_once(pairs: list[tuple[str, str]], tokenizer:
     assert sum(count.tokens for count in tally.corpus("text").languages.values()) == len(documents.tokens)
     whole = tokenizer.encode(["".join(text for text, _ in pairs)]).ids
     assert documents.tokens[: documents.lengths[0]].tolist() == [0, *whole.tolist(), 1]
-
-
-def test_added_tokens_are_where_the_tokenizer_puts_them() -> None:
-    encoder = Encoder(None, 500, [7, 8], [9], 1, None, None, ["text"])  # type: ignore[arg-type]
-    wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
-    assert wrapped.ids.tolist() == [7, 8, 100, 101, 9, 1, 7, 8, 9, 1, 7, 8, 102, 9, 1]
-    assert wrapped.lengths.tolist() == [6, 4, 5]
-    encoder.prefix, encoder.suffix = [], []
-    wrapped = encoder._wrapped(Encoded(np.array([100, 101, 102], np.int32), np.array([2, 0, 1])))
-    assert wrapped.ids.tolist() == [100, 101, 1, 102, 1] and wrapped.lengths.tolist() == [3, 0, 2]

@@ -1,12 +1,7 @@
 """An interrupted job leaves nothing that looks complete; resumed, it writes the bytes of an uninterrupted one."""
 
 import gzip
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from moelpr.base.files import LOCK_FILE, locked
 from moelpr.base.journal import JOURNAL_FILE
 from moelpr.base.settings import parse
 from moelpr.data.manifest import Manifest
+from tests.unit.data_tools.preprocessing.conftest import stop_after
 
 FLAGS = (
     *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),
@@ -52,28 +48,6 @@ def everything(prefix: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() if path.is_file() else b"" for path in prefix.parent.iterdir()}
 
 
-def saved_bytes(unfinished: Path) -> int:
-    """How much of its input an unfinished job has read, as its journal says."""
-    journal = unfinished / JOURNAL_FILE
-    complete = journal.read_text().rpartition("\n")[0].splitlines() if journal.exists() else []
-    return json.loads(complete[-1])["file_bytes"] if len(complete) > 1 else 0
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int, error: type[BaseException]) -> None:
-    """Let a job end after so many batches, as Ctrl-C or a broken line ends it."""
-    write = job.Job._write_batch
-    written = 0
-
-    def write_some(*arguments: Any) -> None:
-        nonlocal written
-        if written == batches:
-            raise error("stopped")
-        written += 1
-        write(*arguments)
-
-    monkeypatch.setattr(job.Job, "_write_batch", write_some)
-
-
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("samples", [[], ["--max-samples", "200"]])
 def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
@@ -93,7 +67,10 @@ def test_resumed_job_writes_the_same_bytes_wherever_it_was_interrupted(
                 saved = iter([True, False, False, False])
                 patched.setattr(job, "SAVE_EVERY_S", _Sometimes(saved))
             try:
-                prefix = preprocess(hf_tokenizer, *words, "--resume", out="parts/a")
+                # Nor does it matter in which pieces the rest is read, or whether the first job had the flag.
+                patched.setattr(batches, "BATCH_BYTES", 4000 + 300 * interruptions)
+                resume = ["--resume"] if interruptions else []
+                prefix = preprocess(hf_tokenizer, *words, *resume, out="parts/a")
             except KeyboardInterrupt:
                 interruptions += 1
                 assert [path.name for path in (tmp_path / "parts").iterdir()] == [".a.unfinished"]
@@ -157,35 +134,6 @@ def test_job_killed_after_renaming_its_files_is_complete(input_files, preprocess
     assert everything(preprocess(hf_tokenizer, *words)) == whole
 
 
-def test_kill_9_leaves_nothing_that_looks_complete_and_resume_continues(
-    sentences, write_lines, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real thing: a process that is killed, workers included."""
-    lines = write_lines("a.jsonl", [{"text": f"{text} {i}"} for i in range(4000) for text in sentences.values()])
-    words = ["--input", str(lines), "--language", "expanded", "--append-eod"]
-    tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_tokenizer)]
-    program = (
-        "import sys, time; from data_tools import preprocess_data as p; from moelpr.base.settings import call;"
-        "from data_tools.preprocessing import batches, job as j;"
-        "j.SAVE_EVERY_S = 0; batches.BATCH_BYTES = 20_000; save = j.Job.save;"
-        "j.Job.save = lambda job: (save(job), time.sleep(0.05)); call(p.main, sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", program, *words, *tokenizer, "--output-prefix", str(tmp_path / "killed" / "a")]
-    process = subprocess.Popen([*command, "--workers", "2"], start_new_session=True, stderr=subprocess.DEVNULL)
-    unfinished = tmp_path / "killed" / ".a.unfinished"
-    deadline = time.monotonic() + 60
-    while saved_bytes(unfinished) <= 100_000:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == [".a.unfinished"]
-
-    monkeypatch.setattr(batches, "BATCH_BYTES", 7000)  # nor does it matter in which pieces the rest is read
-    whole = everything(preprocess(hf_tokenizer, *words, out="whole/a"))
-    assert everything(preprocess(hf_tokenizer, *words, "--resume", out="killed/a")) == whole
-
-
 def test_error_keeps_the_unfinished_folder_only_with_resume(
     input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,19 +142,6 @@ def test_error_keeps_the_unfinished_folder_only_with_resume(
         with pytest.raises(UserError, match="stopped"):
             preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, *flags)
         assert [path.name for path in (tmp_path / "out").iterdir()] == left
-
-
-def test_an_interrupted_job_is_resumed_also_if_it_was_started_without_the_flag(
-    input_files, preprocess, hf_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
-    whole = everything(preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, out="whole/a"))
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        stop_after(patched, 1, KeyboardInterrupt)
-        preprocess(hf_tokenizer, "--input", *input_files, *FLAGS)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [".a.unfinished"]
-    assert saved_bytes(tmp_path / "out" / ".a.unfinished") > 0
-    assert everything(preprocess(hf_tokenizer, "--input", *input_files, *FLAGS, "--resume")) == whole
 
 
 @pytest.mark.parametrize(

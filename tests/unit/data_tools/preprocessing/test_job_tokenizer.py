@@ -16,8 +16,7 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
 from moelpr.data.tokenizers.base import Encoded
-from moelpr.data.tokenizers.base import Tokenizer as AnyTokenizer
-from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer, choose_library
+from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.hf_models import save_extended_tokenizer
 
@@ -25,24 +24,13 @@ FLAGS = ("--language", "original", "--append-eod")
 
 
 @pytest.fixture(scope="module")
-def references(hf_tokenizer: Path, sp_tokenizer: Path) -> dict[str, AnyTokenizer]:
-    return {
-        "hf": load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)),
-        "sp": load_tokenizer("SentencePieceTokenizer", str(sp_tokenizer)),
-    }
+def fast_backends(hf_tokenizer: Path, sp_tokenizer: Path) -> list[GigatokenTokenizer]:
+    references = [load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))]
+    references += [load_tokenizer("SentencePieceTokenizer", str(sp_tokenizer))]
+    return [GigatokenTokenizer(reference) for reference in references]
 
 
-@pytest.mark.parametrize("kind", ["hf", "sp"])
-def test_gigatoken_supports_both_tokenizer_types(kind: str, references: dict[str, AnyTokenizer]) -> None:
-    backend, reason = choose_library(references[kind], ["a text"], is_required=True)
-    assert (backend.name, reason) == ("gigatoken", None)
-
-
-@pytest.mark.parametrize("kind", ["hf", "sp"])
-def test_both_libraries_write_the_same_corpus(
-    kind: str, hf_tokenizer: Path, sp_tokenizer: Path, sentences, write_lines, preprocess, corpus_bytes
-) -> None:
-    tokenizer = hf_tokenizer if kind == "hf" else sp_tokenizer
+def test_both_libraries_write_the_same_corpus(tokenizer, sentences, write_lines, preprocess, corpus_bytes) -> None:
     texts = [*PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
     lines = write_lines("a.jsonl", [{"text": text} for text in texts])
     fast = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "gigatoken", out="fast/a")
@@ -78,11 +66,6 @@ def test_an_extended_tokenizer_needs_nothing_new(
 def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenTokenizer], texts: list[str]) -> None:
     for backend in fast_backends:
         assert backend.agrees(texts)
-
-
-@pytest.fixture(scope="module")
-def fast_backends(references: dict[str, AnyTokenizer]) -> list[GigatokenTokenizer]:
-    return [GigatokenTokenizer(reference) for reference in references.values()]
 
 
 def test_unsupported_tokenizer_falls_back_with_a_note(write_lines, preprocess, unigram_tokenizer, capsys) -> None:
@@ -151,8 +134,8 @@ def test_job_runs_without_gigatoken(write_lines, preprocess, hf_tokenizer, capsy
     assert "extra fast-tokenizer" in capsys.readouterr().err
 
 
-def test_cache_is_dropped_when_it_is_full(references: dict[str, AnyTokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = GigatokenTokenizer(references["hf"])
+def test_cache_is_dropped_when_it_is_full(hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = GigatokenTokenizer(load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)))
     limit = gigatoken._CACHE_BYTES
     # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
     sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])

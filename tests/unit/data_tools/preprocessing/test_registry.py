@@ -12,6 +12,7 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, job
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
+from tests.unit.data_tools.preprocessing.conftest import stop_after
 
 
 @pytest.fixture
@@ -50,15 +51,8 @@ def test_a_job_is_not_resumed_with_another_language_of_a_dataset(registry, prepr
     monkeypatch.setattr(job, "SAVE_EVERY_S", 0)
     monkeypatch.setattr(batches, "BATCH_BYTES", 200)
     words = ("--dataset-info", registry, "--dataset", "hu_1b", "--resume")
-    write, written = job.Job._write_batch, []
-
-    def write_one(*arguments: Any) -> None:
-        if written:
-            raise KeyboardInterrupt
-        written.append(write(*arguments))
-
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(job.Job, "_write_batch", write_one)
+        stop_after(patched, 1, KeyboardInterrupt)
         preprocess(hf_tokenizer, *words)
     change(registry, "hu_1b", language="old")
     with pytest.raises(UserError, match="different entries of --dataset-info"):
@@ -72,37 +66,18 @@ def test_datasets_are_read_in_order_with_their_languages_and_keys(registry: Path
     assert [int(corpus.document(index)[1].min()) for index in (0, 59, 60, 99, 100)] == [1, 1, 0, 0, 0]
     manifest = Manifest.read(f"{prefix}_text_document")
     assert manifest is not None
-    assert {name: (count.bit, count.documents) for name, count in manifest.languages.items()} == {
-        "en": ("original", 60),
-        "hu_1b": ("expanded", 40),
-        "el8b": ("expanded", 30),
-    }
-    assert [(Path(source.path).name, source.sha1 is None) for source in manifest.sources] == [
-        ("0.jsonl", True),
-        ("1.jsonl", True),
-        ("2.jsonl", True),
-        ("hu.jsonl", False),
-        ("el.jsonl.gz", True),
-    ]
+    counts = {name: (count.bit, count.documents) for name, count in manifest.languages.items()}
+    assert counts == {"en": ("original", 60), "hu_1b": ("expanded", 40), "el8b": ("expanded", 30)}
+    names = [(Path(source.path).name, bool(source.sha1)) for source in manifest.sources]
+    assert names == [*((f"{part}.jsonl", False) for part in range(3)), ("hu.jsonl", True), ("el.jsonl.gz", False)]
 
 
 def test_files_may_be_in_another_folder_than_the_registry(registry, preprocess, hf_tokenizer, tmp_path) -> None:
-    moved = tmp_path / "registry.json"
-    registry.rename(moved)
-    flags = ("--dataset-info", moved, "--dataset-dir", tmp_path / "data", "--dataset", "hu_1b")
-    prefix = preprocess(hf_tokenizer, *flags)
-    assert Corpus(f"{prefix}_text_document").num_documents == 40
-    moved.rename(registry)
-    again = preprocess(hf_tokenizer, "--dataset-dir", tmp_path / "data", "--dataset", "hu_1b", out="again/a")
-    assert Corpus(f"{again}_text_document").num_documents == 40
-
-
-def test_wrong_checksum_stops_the_job(registry: Path, preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    with open(tmp_path / "data/hu.jsonl", "a") as file:
-        file.write('{"text": "one more"}\n')
-    with pytest.raises(UserError, match=r"hu\.jsonl has SHA-1 [0-9a-f]{40}, .* [0-9a-f]{40}"):
-        preprocess(hf_tokenizer, "--dataset-info", registry, "--dataset", "el8b,hu_1b")
-    assert not (tmp_path / "out").exists()
+    flags = ("--dataset-dir", tmp_path / "data", "--dataset", "hu_1b")
+    beside = preprocess(hf_tokenizer, *flags, out="beside/a")
+    registry.rename(tmp_path / "registry.json")
+    moved = preprocess(hf_tokenizer, "--dataset-info", tmp_path / "registry.json", *flags)
+    assert [Corpus(f"{prefix}_text_document").num_documents for prefix in (beside, moved)] == [40, 40]
 
 
 @pytest.mark.parametrize(
@@ -114,13 +89,15 @@ def test_wrong_checksum_stops_the_job(registry: Path, preprocess, hf_tokenizer, 
         ("hu_1b", {"file_name": "gone.jsonl"}, r"gone\.jsonl does not exist"),
         ("en", {"file_sha1": "0" * 40}, "remove file_sha1"),
         ("hu_1b,hu_1b", {}, "names a dataset twice"),
+        ("el8b,hu_1b", {"file_sha1": "0" * 40}, r"hu\.jsonl has SHA-1 [0-9a-f]{40}, .* 0{40}"),
     ],
 )
-def test_unusable_entry_is_reported(name, changes, message, registry, preprocess, hf_tokenizer) -> None:
+def test_unusable_entry_is_reported(name, changes, message, registry, preprocess, hf_tokenizer, tmp_path) -> None:
     if changes:
-        change(registry, name, **changes)
+        change(registry, name.rpartition(",")[2], **changes)
     with pytest.raises(UserError, match=message):
         preprocess(hf_tokenizer, "--dataset-info", registry, "--dataset", name)
+    assert not (tmp_path / "out").exists()
 
 
 def test_max_samples_applies_to_each_dataset(registry, preprocess, hf_tokenizer, capsys) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.tokenizers.loading import load_tokenizer
+from tests.unit.data_tools.preprocessing.conftest import spans
 
 LANGUAGES = ("--original-languages", "en,es,zh", "--expanded-languages", "el,hu")
-
-
-def spans(*pairs: tuple[str, str]) -> dict[str, Any]:
-    return {"spans": [{"text": text, "lang": lang} for text, lang in pairs]}
 
 
 MIXED = [
@@ -100,11 +96,8 @@ def test_language_of_documents_is_detected(sentences, write_lines, preprocess, h
     prefix = f"{preprocess(hf_tokenizer, '--input', write_lines('a.jsonl', documents), *flags)}_text_document"
     corpus, manifest = Corpus(prefix), Manifest.read(prefix)
     assert [int(corpus.document(index)[1].max()) for index in range(6)] == [1, 0, 1, 0, 1, 0]
-    assert manifest is not None
-    assert {name: count.documents for name, count in manifest.languages.items()} == {
-        **dict.fromkeys(("en", "es", "zh", "el", "hu"), 1),
-        UNDETECTED: 1,
-    }
+    counts = {name: count.documents for name, count in manifest.languages.items()}
+    assert counts == dict.fromkeys(("en", "es", "zh", "el", "hu", UNDETECTED), 1)
     assert re.search(r"und +expanded +1 ", capsys.readouterr().out)
 
 
@@ -120,11 +113,7 @@ def test_undetected_sets_the_bit_of_uncertain_documents(
 
 
 def test_language_of_lines_is_detected(sentences, write_lines, preprocess, hf_tokenizer) -> None:
-    english = [
-        "They bought new furniture yesterday.",
-        "Which window should we open?",
-        "Nothing else was said about it.",
-    ]
+    english = "They bought new furniture yesterday.", "Which window should we open?", "Nothing else was said about it."
     text = "\n".join([*english, sentences["el"], "12 34", *reversed(english), sentences["en"]])
     flags = ("--detect-language", "line", *LANGUAGES)
     prefix = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": text}]), *flags)
@@ -165,18 +154,13 @@ def test_audit_counts_stated_against_detected_languages(
         ["hu", "0", "0", "1", "0"],
     ]
     assert "2 of 5 documents (40.00%) would have the other bit" in out[start + 5]
-
-
-def test_audit_without_named_expanded_languages_counts_bits_too(
-    sentences, write_lines, preprocess, hf_tokenizer, capsys
-) -> None:
-    stated = [("en", "el"), ("el", "en"), ("el", "el"), ("hu", "el")]
-    lines = write_lines("a.jsonl", [{"text": sentences[found], "lang": name} for name, found in stated])
-    preprocess(hf_tokenizer, "--input", lines, "--language-key", "lang", "--original-languages", "en", "--audit")
-    assert "2 of 4 documents (50.00%) would have the other bit" in capsys.readouterr().out
-    preprocess(hf_tokenizer, "--input", lines, "--language", "expanded", "--audit", out="expanded/a")
-    out = capsys.readouterr().out
-    assert "by stated language" in out and "the other bit" not in out
+    # Spanish is expanded if only English is original; of one language there are no bits to count.
+    others = "--language-key lang --original-languages en".split(), ["--language", "expanded"]
+    for words, are_counted in zip(others, (True, False), strict=True):
+        preprocess(hf_tokenizer, "--input", lines, *words, "--audit", "--overwrite")
+        printed = capsys.readouterr().out
+        assert "by stated language" in printed and ("the other bit" in printed) == are_counted
+        assert ("1 of 5 documents (20.00%)" in printed) == are_counted
 
 
 def test_kept_text_is_original_has_its_own_name_and_is_checked(
@@ -186,10 +170,8 @@ def test_kept_text_is_original_has_its_own_name_and_is_checked(
     prefix = preprocess(hf_tokenizer, "--input", lines, "--language", "kept", "--expanded-languages", "el,hu")
     assert "warning: 1 of 4 kept documents (25.0%) seem to be in expanded languages (el)" in capsys.readouterr().err
     bits, manifest = Corpus(f"{prefix}_text_document").bits, Manifest.read(f"{prefix}_text_document")
-    assert bits.num_original == bits.num_tokens and manifest is not None
-    assert [(name, count.bit, count.documents) for name, count in manifest.languages.items()] == [
-        ("kept", "original", 4)
-    ]
+    assert bits.num_original == bits.num_tokens
+    assert [(name, x.bit, x.documents) for name, x in manifest.languages.items()] == [("kept", "original", 4)]
     preprocess(hf_tokenizer, "--input", lines, "--language", "kept", out="unchecked/a")
     assert "kept documents" not in capsys.readouterr().err
 

@@ -46,39 +46,38 @@ def test_stopped_job_does_not_wait_for_its_workers() -> None:
     assert not [worker for worker in started_workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
-    ended = []
+def ends(job: Callable[[], None]) -> bool:
+    """Whether a job ends within half a minute, without an error."""
+    done = []
+    thread = threading.Thread(target=lambda: done.append(job()), daemon=True)
+    thread.start()
+    thread.join(30)
+    return done == [None]
 
+
+def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
     def job() -> None:
         with pytest.raises(KeyboardInterrupt), worker_pool(lambda _: bytes(64 << 20), 2) as run:
             next(run(iter([SimpleNamespace()] * 8)))
             raise KeyboardInterrupt  # the other results are on their way
-        ended.append(True)
 
-    for count in range(1, 4):
-        thread = threading.Thread(target=job, daemon=True)
-        thread.start()
-        thread.join(30)
-        assert len(ended) == count
+    assert all(ends(job) for _ in range(3))
 
 
 def test_a_job_ends_whose_workers_can_no_longer_be_asked_to_stop() -> None:
     """As those that wait for the lock of a killed one; here they are stopped."""
-    others, ended = set(multiprocessing.active_children()), []
+    others = set(multiprocessing.active_children())
 
     def job() -> None:
         with worker_pool(lambda _: 1, 2) as run:
             assert len(list(run(iter([SimpleNamespace()] * 4)))) == 4
             for worker in set(multiprocessing.active_children()) - others:
                 os.kill(worker.pid, signal.SIGSTOP)
-        ended.append(True)
 
-    thread = threading.Thread(target=job, daemon=True)
-    thread.start()
-    thread.join(30)
+    has_ended = ends(job)
     for worker in set(multiprocessing.active_children()) - others:
         worker.kill()
-    assert ended
+    assert has_ended
 
 
 def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,26 +144,15 @@ def test_a_result_that_a_killed_worker_was_sending_ends_the_others(monkeypatch: 
     """Otherwise the executor waits for the rest of it as long as any worker lives."""
     killed = []
 
-    class Worker:
-        def __init__(self, number: int) -> None:
-            self.number = number
+    def result(timeout: float) -> None:
+        raise BrokenProcessPool if killed else TimeoutError
 
-        def is_alive(self) -> bool:
-            return self.number != 1
+    def worker(number: int) -> SimpleNamespace:
+        return SimpleNamespace(is_alive=lambda: number != 1, kill=lambda: killed.append(number))
 
-        def kill(self) -> None:
-            killed.append(self.number)
-
-    class Waiting:
-        def result(self, timeout: float) -> None:
-            raise BrokenProcessPool if killed else TimeoutError
-
-        def done(self) -> bool:
-            return False
-
-    pool = SimpleNamespace(_processes={number: Worker(number) for number in (1, 2)}, _executor_manager_thread=None)
+    pool = SimpleNamespace(_processes={number: worker(number) for number in (1, 2)}, _executor_manager_thread=None)
     with pytest.raises(BrokenProcessPool):
-        result_of(pool, Waiting())  # type: ignore[arg-type]
+        result_of(pool, SimpleNamespace(result=result, done=lambda: False))
     assert killed == [1, 2]
 
 

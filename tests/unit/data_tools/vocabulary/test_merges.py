@@ -3,7 +3,6 @@
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -100,12 +99,3 @@ def test_merges_from_bytes_are_those_of_the_tokenizers_library() -> None:
     texts = {vocabulary[letter]: letter for letter in alphabet}
     merges = continue_merges(words, texts, {}, 256, 1, lambda *_: True)
     assert [token.text for _, token in zip(range(12), merges, strict=False)] == expected
-
-
-@pytest.mark.parametrize("repeats", [2, 3, 4, 5])
-def test_a_run_of_one_token_is_joined_from_the_left(repeats: int) -> None:
-    words = Words([([0] * repeats, 1)])
-    created = words.join((0, 0), 10)
-    assert created == {2: set(), 3: {(10, 0)}, 4: {(10, 0), (10, 10)}, 5: {(10, 0), (10, 10)}}[repeats]
-    assert words.counts[10, 10] == (repeats >= 4)
-    assert words.counts[10, 0] == repeats % 2

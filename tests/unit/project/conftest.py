@@ -9,23 +9,8 @@ import pytest
 
 from moelpr.base.yaml_files import dump
 from tests.support.hf_models import make_model, make_qwen2, qwen2  # noqa: F401
+from tests.support.model_shapes import save_config
 
-QWEN2 = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 2048,
-    "intermediate_size": 5504,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-}
 Write = Callable[..., Path]
 
 
@@ -33,9 +18,7 @@ Write = Callable[..., Path]
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a languages.yaml in an empty current folder, whose keys the arguments replace (None removes one)."""
     monkeypatch.chdir(tmp_path)
-    base = tmp_path / "base"
-    base.mkdir()
-    (base / "config.json").write_text(json.dumps(QWEN2))
+    save_config("Qwen1.5-1.8B", tmp_path / "base")
     for code in ("el", "hu", "en", "es"):
         (tmp_path / f"{code}.jsonl").write_text(100 * (json.dumps({"text": f"{code} text " * 20}) + "\n"))
 

@@ -1,5 +1,6 @@
 """A wrong languages.yaml is one sentence with the file, the line, the key, and what would work."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": 
 CORPORA = {"corpora": {"stage1": "a", "stage2": "b"}} | {
     "languages": {"expanded": {"el": {"held_out": "el.jsonl"}}, "original": {"en": {"held_out": "en.jsonl"}}}
 }
+CHAT = {"text": "el.jsonl", "conversations": "el.jsonl"}
 DENSE = {"method": "full", "experts": None}
 
 
@@ -80,11 +82,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"languages": KEPT, "experts": {"copies": 1}}, "remove experts.copies"),
         ({"languages": KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "b"}}}}, "json_key .* b and text"),
         ({"replay": "none"}, "replay: none .* languages.kept"),
-        (
-            {"languages": KEPT | {"expanded": {"el": {"text": "el.jsonl", "conversations": "el.jsonl"}}}}
-            | {"replay": "none"},
-            "conversations .* replay: none",
-        ),
+        ({"languages": KEPT | {"expanded": {"el": CHAT}}, "replay": "none"}, "conversations .* replay: none"),
         ({"steps": {"stag1": {"lr": 1}}}, r"line \d+: steps.stag1 is unknown; did you mean stage1\?"),
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"steps": {"dense": {"lr": 1}}}, r"line \d+: steps.dense does not apply to method: moe-lpr"),
@@ -141,15 +139,12 @@ def test_an_edit_is_noticed(write: Write) -> None:
 def test_the_template_is_a_file_that_works(write: Write) -> None:
     assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")  # as the publisher names it
     path = write()
-    path.write_text(
-        template("base", [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")], [("en", "en.jsonl")])
-    )
+    expanded = [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")]
+    path.write_text(template("base", expanded, [("en", "en.jsonl")]))
     languages = read_project(path).project.languages
     assert languages.expanded["el"].text == ["el.jsonl", "hu.jsonl"] and "no" in languages.expanded
-    uncommented = path.read_text().replace("# vocabulary", "vocabulary").replace("# chat", "chat")
-    uncommented = uncommented.replace("# benchmarks", "benchmarks").replace("# trackers", "trackers")
-    uncommented = uncommented.replace("# steps:\n#   pre", "steps:\n  pre").replace("#   stage1", "  stage1")
-    path.write_text(uncommented.replace("base-Instruct", "owner/name"))
+    keys = r"^# (?=(vocabulary|chat|benchmarks|trackers|steps|  preprocess|  stage1))"
+    path.write_text(re.sub(keys, "", path.read_text(), flags=re.MULTILINE).replace("base-Instruct", "owner/name"))
     project = read_project(path).project
     assert project.vocabulary and project.chat and project.benchmarks and project.trackers.wandb_project
     assert project.steps["stage1"]["save-interval"] == 500

@@ -38,24 +38,15 @@ def run(path: Path) -> None:
         ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage1, 524,288"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
-        (
-            {"steps": {"preprocess": {"worker": 1}}},
-            r"steps.preprocess.worker is no flag of this step; did you mean workers",
-        ),
-        (
-            {"model": "owner/name"},
-            "there is no folder owner/name, and the config.json of this name can't be downloaded",
-        ),
+        ({"steps": {"preprocess": {"worker": 1}}}, r"steps.preprocess.worker is no flag .* workers"),
+        ({"model": "owner/name"}, "there is no folder owner/name, "),
         ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; did you mean h100-80"),
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
         (
             {"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}},
-            r"line \d+: hardware.gpus .* hardware.gpus_per_node 3, got 8; .* 6 or 9",
+            r"line \d+: hardware.gpus .* 8; .* 6 or 9",
         ),
-        (
-            {"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}},
-            r"line \d+: stage.: no layout fits on 1 GPU",
-        ),
+        ({"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}}, r"line \d+: stage.: no layout fits"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: dict, message: str) -> None:

@@ -1,6 +1,5 @@
 """The text of `moelpr plan` and `moelpr status`, and the folders that steps agree on."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.workflow.task import Task
-from tests.unit.project.conftest import QWEN2, Write
+from tests.support.hf_models import edit_json
+from tests.unit.project.conftest import Write
 
 
 def test_the_sum_of_a_plan_leaves_out_trainings_whose_time_is_unknown(write: Write) -> None:
@@ -58,7 +58,7 @@ def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
     moe = {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "num_experts": 4}
     moe |= {"num_experts_per_tok": 2, "moe_intermediate_size": 5504, "shared_expert_intermediate_size": 0}
     moe |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "num_hidden_layers": 4}
-    Path("base/config.json").write_text(json.dumps(QWEN2 | moe))
+    edit_json(Path("base/config.json"), **moe)
     places = ResolvedProject(read_project(path))
     assert places.layouts.of("stage1").plan is not None
     (convert,) = [task for task in tasks_of(places) if task.name == "convert"]

@@ -12,6 +12,7 @@ from tests.support.commands import moelpr
 from tests.support.local_hub import LocalHub, local_hub
 from tests.support.model_shapes import save_config
 from tests.support.plan_pages import MORE, ROOT, make_text
+from tests.support.programs import put_on_path
 from tests.unit.project.conftest import Write
 
 FILES = [ROOT / "examples" / "languages.yaml", *sorted((ROOT / "examples" / "users").glob("*.yaml"))]
@@ -26,13 +27,10 @@ REQUIRED = {
 @pytest.fixture
 def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where programs of clusters, which do nothing else, and a step that is started leave a line."""
-    programs, called = tmp_path / "bin", tmp_path / "calls"
-    programs.mkdir()
-    for name in ("sbatch", "squeue", "kubectl", "sky"):
-        answer = "echo 1" if name == "sbatch" else ""
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{called}\n{answer}\n')
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    called = tmp_path / "calls"
+    answers = {"sbatch": "echo 1", "squeue": "", "kubectl": "", "sky": ""}
+    bodies = {name: f'echo {name} "$@" >>{called}\n{answer}' for name, answer in answers.items()}
+    put_on_path(monkeypatch, tmp_path / "bin", bodies)
 
     def execute(words: list[str], *_: object) -> int:
         called.write_text(" ".join(words))
@@ -57,13 +55,7 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
     ("file", "revision"), [*((file, "") for file in FILES), (ONE_GPU, "@v1.0")], ids=lambda value: Path(value).name
 )
 def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
-    file: Path,
-    revision: str,
-    hub: LocalHub,
-    calls: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    file, revision, hub, calls, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(file.read_text())

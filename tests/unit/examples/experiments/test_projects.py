@@ -17,22 +17,8 @@ from moelpr.base.errors import UserError
 from moelpr.project.compare import read_texts
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
-from tests.support.commands import moelpr
+from tests.support.model_shapes import save_config
 
-SMOLLM2 = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / experiments.FILES).rglob("*.yaml"))
 PROJECTS = [file for file in FILES if not file.endswith("recipe.yaml")]
 TOKENS = 112_640  # each setting reads so many
@@ -45,8 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     for base in ("base", "second-base/hf"):
-        (experiments.RUNS / base).mkdir(parents=True)
-        (experiments.RUNS / base / "config.json").write_text(json.dumps(SMOLLM2))
+        save_config("SmolLM2-135M", experiments.RUNS / base)
     names = [f"text/train.{language}" for language in LANGUAGES]
     names += [f"text/interface.{language}" for language in (*LANGUAGES, *UNSEEN)]
     names += [f"text/plain.{name}" for name in (*PLAIN, "code")] + ["text/code", "text/sums", "kept/sv"]

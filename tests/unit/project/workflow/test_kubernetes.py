@@ -1,6 +1,5 @@
 """Manifests are what the published model of JobSet describes, and start tasks in their order."""
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from moelpr.base.errors import UserError
 from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, launch
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
+from tests.support.programs import put_on_path
 
 MODELS = {"ConfigMap": models.IoK8sApiCoreV1ConfigMap, "JobSet": models.JobsetV1alpha2JobSet}
 REQUIRED = {"image": "registry/moelpr:1", "claim": "work"}
@@ -157,13 +157,7 @@ esac"""
 
 @pytest.fixture
 def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "kubectl").write_text(f"#!/usr/bin/env bash\n{KUBECTL}\n")
-    (folder / "kubectl").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setenv("STUBS", str(folder))
-    return folder
+    return put_on_path(monkeypatch, tmp_path / "bin", {"kubectl": KUBECTL})
 
 
 def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file, kubectl) -> None:

@@ -13,6 +13,7 @@ from moelpr.base.errors import UserError
 from moelpr.project.workflow.skypilot import SkyPilotSettings, launch
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
+from tests.support.programs import write_program
 
 
 def settings(**values: Any) -> SkyPilotSettings:
@@ -45,9 +46,7 @@ def test_a_project_is_a_job_whose_tasks_follow_one_another(tmp_path: Path) -> No
 
 def test_each_node_tells_the_launcher_its_place(tmp_path: Path) -> None:
     *_, stage1 = documents(tmp_path, gpu="H100", volumes={"/work": "greek"}, folder=str(tmp_path))
-    program = tmp_path / "moelpr"
-    program.write_text('#!/usr/bin/env bash\necho "$@: $NNODES $NODE_RANK $NPROC_PER_NODE $MASTER_ADDR:$MASTER_PORT"\n')
-    program.chmod(0o755)
+    write_program(tmp_path / "moelpr", 'echo "$@: $NNODES $NODE_RANK $NPROC_PER_NODE $MASTER_ADDR:$MASTER_PORT"')
     node = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     environment = {**os.environ, **node, "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(["bash", "-c", stage1["run"]], env=environment, capture_output=True, text=True, check=True)

@@ -250,22 +250,8 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "combine": ("", same_files),
     "train": ("", same_run),
 }
+_STARTED = [name for name in WRITERS if name != "train"]
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
-
-
-def killed_fork(case: Case) -> Outcome:
-    """A signal to a forked command at any moment of its work, and the same command again."""
-    return killed(case, a_writer(case), start)
-
-
-def killed_command(case: Case) -> Outcome:
-    """The same with a command that was started as a user does."""
-    return killed(case, case.random.choice([name for name in WRITERS if name != "train"]), launch)
-
-
-def killed_training(case: Case) -> Outcome:
-    """The same with a launcher and two ranks."""
-    return killed(case, "train on two ranks", launch)
 
 
 def a_writer(case: Case) -> str:
@@ -273,6 +259,7 @@ def a_writer(case: Case) -> str:
 
 
 def killed(case: Case, name: str, begin: Callable[[Command, Path, list[str]], Running]) -> Outcome:
+    """A signal to a command at any moment of its work, and the same command again."""
     options, is_right = WRITERS.get(name, ("", same_run))
     command, other = COMMANDS[name], case.prepare(name)
     words = [*command.words, *options.split()]
@@ -425,9 +412,9 @@ KINDS = {
     **{name: Kind(damaged_input, 4) for name in DAMAGED},
     "arguments": Kind(wrong_arguments, 4),
     "hostile files": Kind(hostile_file, 6),
-    "kills of forks": Kind(killed_fork, 5),
-    "kills of commands": Kind(killed_command, 5),
-    "kills of training": Kind(killed_training, 8),
+    "kills of forks": Kind(lambda case: killed(case, a_writer(case), start), 5),
+    "kills of commands": Kind(lambda case: killed(case, case.random.choice(_STARTED), launch), 5),
+    "kills of training": Kind(lambda case: killed(case, "train on two ranks", launch), 8),
     "full disks": Kind(full_disk, 4),
     "two at once": Kind(two_at_once, 3),
     "networks": Kind(disturbed_network, 3),

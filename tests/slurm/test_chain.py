@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -58,20 +56,6 @@ def test_a_broken_chain_resumes_at_the_failed_task(chain: ProjectChain, resumed:
     results = json.loads((chain.run / "evaluation/results.json").read_text())
     assert list(results["models"]) == ["base", "moe-lpr"]  # changes are relative to the first
     assert chain.submit() == dict.fromkeys(TASKS, "done")
-
-
-def test_an_array_of_preprocessing_jobs_equals_one_job(chain: ProjectChain, broken: dict[str, str]) -> None:
-    script = (chain.run / "slurm" / "preprocess-el-shards.sbatch").read_text()
-    words = shlex.split(script.splitlines()[-1])[2:]
-    words = words[: words.index("--num-shards")]
-    words[words.index("--output-prefix") + 1] = "one"
-    python = [sys.executable, "-m"]
-    subprocess.run([*python, *words], cwd=chain.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-    for corpus in ("text_document", "validation_text_document"):
-        for end in ("bin", "idx", "lang"):
-            merged = chain.run / "data" / f"el_{corpus}.{end}"
-            assert merged.read_bytes() == (chain.folder / f"one_{corpus}.{end}").read_bytes()
-    assert (chain.run / "data/el_validation.jsonl").read_text() == (chain.folder / "one_validation.jsonl").read_text()
     assert not list((chain.run / "data").glob("*.shard-*"))
 
 
@@ -85,14 +69,3 @@ def test_a_training_on_two_nodes_equals_one_node_with_two_ranks(chain: ProjectCh
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(chain.folder / "one-node", chain.run / "stage1") == []
-
-
-def test_a_finished_stage_does_nothing_when_submitted_again(chain: ProjectChain, broken: dict[str, str]) -> None:
-    before = shutil.copytree(chain.run / "stage1", chain.folder / "before")
-    log = chain.folder / "again.log"
-    words = [str(chain.folder / word) if word.startswith("run/") else word for word in command(chain, "stage1")[3:]]
-    words = [word.replace("=run/", f"={chain.run}/") for word in words]
-    job = chain.cluster.submit("--nodes", 2, "--output", log, "launch/slurm/stage.sbatch", "stage1", *words)
-    assert chain.cluster.wait(job) == "COMPLETED", log.read_text()
-    assert "moelpr: stage1 is finished, step 6 of 6" in log.read_text()
-    assert differences(before, chain.run / "stage1") == []

@@ -14,7 +14,7 @@ def test_settings_are_those_of_recipe_yaml_in_the_order_in_which_they_were_recor
 
 
 @pytest.mark.parametrize(
-    "content", [None, "- a list\n", "{", "\0", "save: 3", f"train_iters: {10**18}", 'data_path: ["1", "a\\0b"]']
+    "content", [None, "- a list\n", "{", "\0", "stage: 3", f"train_iters: {10**18}", 'data_path: ["1", "a\\0b"]']
 )
 def test_a_missing_or_damaged_recipe_is_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:

@@ -30,9 +30,9 @@ slurm) # 23.11 or later; the installation starts no service, the tests start the
     if ((EUID != 0)); then fail "slurmd requires root; run the Slurm tests as root, for example in a container"; fi
     has slurmctld slurmd srun || debian slurmctld slurmd slurm-client
     ;;
-browser) # the fonts cover every script of the demo's languages; poppler-utils turns printed pages into images
-    if ! has chromium pdftoppm || [ -z "$(fc-list :lang=zh)" ]; then
-        debian chromium fonts-noto-core fonts-noto-cjk poppler-utils
+browser) # the fonts cover every script of the demo's languages
+    if ! has chromium || [ -z "$(fc-list :lang=zh)" ]; then
+        debian chromium fonts-noto-core fonts-noto-cjk
     fi
     ;;
 readers) has go || debian golang-go ;; # with whose templates Ollama's are written

@@ -18,7 +18,7 @@ from moelpr.measure.report.runs import read_run
 from tests.browser.browser import look, opened
 from tests.support.run_folders import LANGUAGES, make_run
 
-pytest.importorskip("playwright", reason="run by `make test-browser` in .venv-chat")
+pytest.importorskip("playwright", reason="run by `make test-browser` in .venv-browser")
 PHONE, DESKTOP = 390, 1280
 
 

@@ -20,6 +20,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import Manifest
+from moelpr.data.text.documents import BadLine
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.chat import FORGETFUL, MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
 from tests.support.small_tokenizers import KINDS

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
-from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.model.megatron import bootstrap
 

@@ -17,6 +17,7 @@ from moelpr.base.errors import UserError
 from moelpr.project.compare import read_texts
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from tests.support.commands import moelpr
 from tests.support.model_shapes import save_config
 
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / experiments.FILES).rglob("*.yaml"))

@@ -5,7 +5,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from moelpr.base.errors import UserError
-from moelpr.model.checkpoints.chain import BaseCheckpoint, checksum
+from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model, load_model
 from moelpr.model.layers.weights import load_weights, save_trained_only, trained_entries
@@ -62,6 +62,16 @@ def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Pat
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name
         assert torch.equal(parameter, upcycled[name]) != moved, name
+
+
+def test_frozen_weights_can_be_loaded_separately(chain_of_three: Path, moe_spec: ModelSpec) -> None:
+    model = build_model(moe_spec)
+    freeze([model], "stage2")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    load_weights([model], checkpoint_chain(chain_of_three / "stage2")[1:], only_frozen=True)
+    for name, parameter in model.named_parameters():
+        if before[name].unique().numel() > 1:  # norms are initialized to ones in both
+            assert torch.equal(parameter, before[name]) == (ROUTERS in name), name
 
 
 def test_a_tensor_that_is_missing_from_the_chain_is_named(chain_of_three: Path, moe_spec: ModelSpec) -> None:

@@ -66,7 +66,7 @@ def profiles_the_last_of(steps: list[dict[str, Any]], arguments: list[str]) -> I
             profiler.stop()
             record |= kernels_and_waits(profiler.events())
 
-    with patch("moelpr.train.run_log.RunLog.step", step):
+    with patch("moelpr.train.run_log.RunLog.write", step):
         yield
 
 

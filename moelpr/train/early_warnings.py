@@ -22,7 +22,7 @@ class EarlyWarning(NamedTuple):
 
 
 class EarlyWarnings:
-    """Gets every record in order; in a resumed run those of the interrupted run first (`remember`)."""
+    """Sees every record in order; in a resumed run those of the interrupted run first."""
 
     def __init__(self, stage: str, thresholds: Thresholds, lpr_loss_is_on: bool, first_expert: int = 0) -> None:
         """`first_expert` is the first place of the routers that tokens can choose."""
@@ -33,12 +33,11 @@ class EarlyWarnings:
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
         self._active: dict[str, set[Any]] = {}  # kind -> the languages, experts, … for which its condition holds
 
-    def remember(self, record: Any) -> None:
-        """Take note of a record from before the interruption; its warnings have been logged then."""
-        if record.get("event") == "validation":
-            self.validation(record)
-        elif "event" not in record:
-            self.step(record)
+    def see(self, record: Any) -> list[EarlyWarning]:
+        """New warnings after a record."""
+        if "event" not in record:
+            return self.step(record)
+        return self.validation(record) if record["event"] == "validation" else []
 
     def step(self, record: Step) -> list[EarlyWarning]:
         """New warnings after a training step."""

@@ -1,4 +1,4 @@
-"""The destinations of a run's records: metrics.jsonl, TensorBoard, trackers, and stderr (a bar or lines).
+"""A run's records, and what observes them: metrics.jsonl, TensorBoard, trackers, stderr (a bar or lines), warnings.
 
 A record is a training step or an event (a validation pass or a warning). The last rank writes them.
 """
@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,7 +21,7 @@ from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
 from moelpr.base.run_folder import METRICS_FILE
-from moelpr.model.metrics.run_metrics import HeldOutLoss, LineParser, Step, ValidationEvent, WarningEvent, bits_of
+from moelpr.model.metrics.run_metrics import LineParser, Step, WarningEvent, bits_of
 from moelpr.model.metrics.schema import METRICS, STEP_TIME_S
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.early_warnings import EarlyWarning, EarlyWarnings
@@ -45,42 +45,23 @@ class RunLog:
         self._bar: tqdm | None = None
         self._first_time = time.monotonic()
         self._steps_before = 0
+        # Each sees every record, and may return warnings.
+        self.observers: list[Callable[[Any], Sequence[EarlyWarning] | None]] = [
+            self._append,
+            self._write_to_tensorboard,
+            self._show,
+            early_warnings.see,
+        ]
 
-    def step(self, record: Step) -> None:
-        """Write a training step, and the warnings that follow from it."""
-        self._append(record, before_iteration=record["iteration"])
-        _write_to_tensorboard(record, with_layers=record["iteration"] % self.settings.log_interval == 0)
-        self._show_progress(record, self.settings.last_step, self.settings.log_interval)
-        self.warn(record["iteration"], self.early_warnings.step(record))
+    def write(self, record: Any) -> None:
+        """Write a training step or an event, and the warnings that follow from it."""
+        for observe in self.observers:
+            self.warn(record["iteration"], observe(record) or ())
 
-    def validation(self, iteration: int, results: dict[str, HeldOutLoss]) -> None:
-        """Write a validation pass (language -> loss), and the warnings that follow from it."""
-        event = ValidationEvent(iteration=iteration, event="validation", stage=self.stage, languages=results)
-        self._append(event, before_iteration=iteration + 1)
-        shown = []
-        for language, result in results.items():
-            unit, value = bits_of(result)
-            shown.append(f"{language} {'NaN' if value is None else f'{value:.4f}'} {unit}")
-            if value is not None:
-                tag = f"validation {unit}/{language}"
-                if (writer := get_tensorboard_writer()) is not None:
-                    writer.add_scalar(tag, value, iteration)
-        self.print(f"{self.stage} step {iteration}, validation: {', '.join(shown)}")
-        self.warn(iteration, self.early_warnings.validation(event))
-
-    def warn(self, iteration: int, warnings: list[EarlyWarning]) -> None:
+    def warn(self, iteration: int, warnings: Sequence[EarlyWarning]) -> None:
         """Write warnings, which also appear on stderr."""
-        for warning in warnings:
-            event = WarningEvent(
-                iteration=iteration, event="warning", stage=self.stage, kind=warning.kind, message=warning.message
-            )
-            self._append(event, before_iteration=iteration + 1)
-            self.print(f"moelpr: warning: {self.stage} step {iteration}: {warning.message}")
-
-    def print(self, line: str) -> None:
-        """Print a line on stderr, above the progress bar if there is one."""
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
+        for kind, message in warnings:
+            self.write(WarningEvent(iteration=iteration, event="warning", stage=self.stage, kind=kind, message=message))
 
     def close(self) -> None:
         if (writer := get_tensorboard_writer()) is not None:
@@ -89,11 +70,12 @@ class RunLog:
             if output is not None:
                 output.close()
 
-    def _append(self, record: Any, before_iteration: int) -> None:
+    def _append(self, record: Any) -> None:
         if (save := self.settings.save) is not None and self._file is None:
             save.mkdir(parents=True, exist_ok=True)
             is_new = not (save / METRICS_FILE).exists()
-            self._file = open_metrics(save / METRICS_FILE, before_iteration, self.early_warnings.remember)
+            before_iteration = record["iteration"] + ("event" in record)
+            self._file = open_metrics(save / METRICS_FILE, before_iteration, self.early_warnings.see)
             if (tracking := self._track(is_new)) is not None:
                 self._tracking = tracking
                 _share_scalars(tracking)
@@ -104,22 +86,49 @@ class RunLog:
             self._tracking.add(record["iteration"], values_of(record))
             self._tracking.flush()
 
-    def _show_progress(self, record: Step, total: int, log_interval: int) -> None:
+    def _write_to_tensorboard(self, record: Any) -> None:
+        """Write what Megatron does not; once per log interval also per layer, hundreds of scalars for a large model."""
+        writer, iteration = get_tensorboard_writer(), record["iteration"]
+        if writer is None:
+            return
+        for tag, value in values_of(record).items() if "event" in record else ():
+            writer.add_scalar(tag, value, iteration)
+        with_layers = iteration % self.settings.log_interval == 0
+        for metric in METRICS:
+            if metric.tag and record.get(metric) is not None and (with_layers or not metric.axes):
+                for index, value in np.ndenumerate(np.array(record[metric], dtype=float)):
+                    if not math.isnan(value):
+                        writer.add_scalar(metric.tag.format(*index), value, iteration)
+
+    def _show(self, record: Any) -> None:
+        """Show a record on stderr: an event as a line above the progress bar, if there is one."""
+        if "event" not in record:
+            return self._show_progress(record)
+        line = f"{self.stage} step {record['iteration']}"
+        if record["event"] == "validation":
+            found = ((language, *bits_of(result)) for language, result in record["languages"].items())
+            shown = [f"{name} {'NaN' if bits is None else f'{bits:.4f}'} {unit}" for name, unit, bits in found]
+            line += f", validation: {', '.join(shown)}"
+        else:
+            line = f"moelpr: warning: {line}: {record['message']}"
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def _show_progress(self, record: Step) -> None:
         """In addition to Megatron's log: a bar with the time left on a terminal, else a line per log interval."""
+        iteration, total = record["iteration"], self.settings.last_step
         if self._bar is None:
-            self._steps_before, self._first_time = record["iteration"] - 1, time.monotonic() - record[STEP_TIME_S]
+            self._steps_before, self._first_time = iteration - 1, time.monotonic() - record[STEP_TIME_S]
             settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
             self._bar = tqdm(total=total, initial=self._steps_before, **settings)
         shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.in_progress and record.get(m) is not None}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
-        elif record["iteration"] % log_interval == 0 or record["iteration"] == total:
-            steps = record["iteration"] - self._steps_before
-            left_s = (time.monotonic() - self._first_time) / steps * (total - record["iteration"])
-            values = "  ".join(f"{name} {value}" for name, value in shown.items())
-            left = tqdm.format_interval(left_s)
-            print(f"{self.stage} {record['iteration']}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
+        elif iteration % self.settings.log_interval == 0 or iteration == total:
+            left_s = (time.monotonic() - self._first_time) / (iteration - self._steps_before) * (total - iteration)
+            values, left = "  ".join(f"{name} {value}" for name, value in shown.items()), tqdm.format_interval(left_s)
+            print(f"{self.stage} {iteration}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -148,7 +157,7 @@ def report_nonfinite_exit(run_log: RunLog, args: argparse.Namespace) -> Iterator
     sys.exit(1)
 
 
-def open_metrics(path: Path, before_iteration: int, remember: Callable[[Any], None] = lambda record: None) -> TextIO:
+def open_metrics(path: Path, before_iteration: int, remember: Callable[[Any], Any] = lambda record: None) -> TextIO:
     """Open metrics.jsonl for appending, without the records of steps that a resumed run is about to repeat.
 
     `remember` is called with every step and event that stays.
@@ -171,18 +180,6 @@ def open_metrics(path: Path, before_iteration: int, remember: Callable[[Any], No
             kept.append(line.decode() + "\n")
         write_text(path, "".join(kept))
     return open(path, "a")
-
-
-def _write_to_tensorboard(record: Step, with_layers: bool) -> None:
-    """Write the scalars that Megatron does not; with `with_layers` also per layer, hundreds for a large model."""
-    writer = get_tensorboard_writer()
-    if writer is None:
-        return
-    for metric in METRICS:
-        if metric.tag and record.get(metric) is not None and (with_layers or not metric.axes):
-            for index, value in np.ndenumerate(np.array(record[metric], dtype=float)):
-                if not math.isnan(value):
-                    writer.add_scalar(metric.tag.format(*index), value, record["iteration"])
 
 
 def _share_scalars(tracking: Tracking) -> None:

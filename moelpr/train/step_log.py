@@ -149,7 +149,7 @@ class StepLog:
             for share in schema.ROUTING_SHARES:
                 of_groups = getattr(routing, share)().unbind(dim=1)
                 record |= {f"{share}_{g}": _rounded(of) for g, of in zip(schema.GROUP_NAMES, of_groups, strict=True)}
-        self.run_log.step(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
+        self.run_log.write(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
 
     def step_is_written(self, _: Path, seconds: float) -> None:
         """Warn on the last rank if a run that is asked to stop may be killed before this is done again."""

@@ -24,7 +24,7 @@ from moelpr.data.dataset import build_datasets, dataset_config, token_ids
 from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bits_path
 from moelpr.data.manifest import Manifest
 from moelpr.model.megatron import hooks
-from moelpr.model.metrics.run_metrics import HeldOutLoss
+from moelpr.model.metrics.run_metrics import HeldOutLoss, ValidationEvent
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.run_log import finite
 from moelpr.train.step_log import StepLog
@@ -90,7 +90,9 @@ class Validation:
         if len(results) == len(self._held_out):
             self.scored_step = iteration
             if ranks.is_last_rank():
-                self.step_log.run_log.validation(iteration, results)
+                stage = self.settings.stage.name
+                event = ValidationEvent(iteration=iteration, event="validation", stage=stage, languages=results)
+                self.step_log.run_log.write(event)
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:

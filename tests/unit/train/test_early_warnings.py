@@ -93,18 +93,17 @@ def test_a_nan_loss_is_warned_of_at_once() -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, WINDOW, WINDOW + 3])
 def test_a_resumed_run_warns_like_the_uninterrupted_one(cut: int) -> None:
-    """It remembers the records that the interrupted run has judged."""
+    """It sees the records that the interrupted run has judged."""
     share = [[1.0, 0.999, 0.001]]
     records = [validation(en=2.0)] + [{"lm_loss": 2.0, "token_share": share} for _ in range(2 * WINDOW)]
     records += [validation(en=3.0), validation(en=3.0)]
 
     def messages(watch: EarlyWarnings, record: dict) -> list[str]:
-        found = watch.validation(record) if "event" in record else watch.step(record)
-        return [warning.message for warning in found]
+        return [warning.message for warning in watch.see(record)]
 
     uninterrupted, resumed = warnings_of(), warnings_of()
     expected = [messages(uninterrupted, record) for record in records]
     for record in [*records[:cut], {"event": "warning", "message": "…"}]:
-        resumed.remember(record)
+        resumed.see(record)
     assert [messages(resumed, record) for record in records[cut:]] == expected[cut:]
     assert sum(map(len, expected)) == 2

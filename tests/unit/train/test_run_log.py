@@ -11,7 +11,7 @@ from moelpr.base.errors import UserError
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import run_log
 from moelpr.train.arguments.settings import Thresholds
-from moelpr.train.early_warnings import EarlyWarnings
+from moelpr.train.early_warnings import EarlyWarning, EarlyWarnings
 from moelpr.train.run_log import RunLog, open_metrics, report_nonfinite_exit
 
 
@@ -46,19 +46,21 @@ def make_log(
     return RunLog(settings, warnings, lambda is_new: tracking), board, tracking
 
 
-def held_out(bits: float) -> dict:
-    return {"en": {"group": "original", "lm_loss": bits, "bits_per_byte": bits}}
+def held_out(iteration: int, bits: float) -> dict:
+    languages = {"en": {"group": "original", "lm_loss": bits, "bits_per_byte": bits}}
+    return {"iteration": iteration, "event": "validation", "stage": "stage1", "languages": languages}
 
 
 def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(monkeypatch, tmp_path, capsys) -> None:
     log, board, tracking = make_log(monkeypatch, tmp_path)
-    log.validation(0, held_out(2.0))
-    log.step({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
-    log.validation(1, held_out(2.5))
+    log.observers.append(lambda record: None if "event" in record else [EarlyWarning("other", "seen")])
+    log.write(held_out(0, 2.0))
+    log.write({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
+    log.write(held_out(1, 2.5))
     log.close()
     found = read_run_metrics(tmp_path / "metrics.jsonl")
     assert [record["iteration"] for record in found.validations] == [0, 1]
-    assert [record["kind"] for record in found.warnings] == ["original_loss_rises"]
+    assert [record["kind"] for record in found.warnings] == ["other", "original_loss_rises"]
     assert board.written["validation bits per byte/en"] == (2.5, 1) and board.num_flushed == len(board.written)
     step = {"lm loss": (3.0, 1), "run/step": (1.0, 1)}
     assert tracking.written == step | {"validation bits per byte/en": (2.5, 1)} and tracking.is_closed
@@ -71,10 +73,10 @@ def test_trackers_get_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch,
     log, _, tracking = make_log(monkeypatch, tmp_path)
     step = {"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0}
     shares = {"original_first_share_original": [0.5, 1.0], "original_first_share_expanded": [None, None]}
-    log.step(step | shares | {"lpr_loss": None})
+    log.write(step | shares | {"lpr_loss": None})
     own = {"lm loss": (3.0, 1), "run/step": (1.0, 1)}
     assert tracking.written == own | {"original_first_share_original": (0.75, 1)}
-    log.step(step | {"iteration": 2, "lpr_loss": 0.25})
+    log.write(step | {"iteration": 2, "lpr_loss": 0.25})
     assert tracking.written["lpr loss"] == (0.25, 2)
     run_log.get_tensorboard_writer().add_scalar("params-norm", 7.0, 3)  # Megatron's with --log-params-norm
     run_log.get_tensorboard_writer().add_scalar("params-norm vs samples", 7.0, 64)
@@ -84,16 +86,16 @@ def test_trackers_get_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch,
 
 def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(monkeypatch, tmp_path) -> None:
     first, _, _ = make_log(monkeypatch, tmp_path)
-    first.validation(0, held_out(2.0))
+    first.write(held_out(0, 2.0))
     for step in (1, 2, 3):
-        first.step({"iteration": step, "lm_loss": 3.0, "step_time_s": 1.0})
-        first.validation(step, held_out(2.5))
+        first.write({"iteration": step, "lm_loss": 3.0, "step_time_s": 1.0})
+        first.write(held_out(step, 2.5))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "lm_l')
     resumed, _, _ = make_log(monkeypatch, tmp_path)
-    resumed.step({"iteration": 3, "lm_loss": 2.0, "step_time_s": 1.0})
-    resumed.validation(3, held_out(2.6))
+    resumed.write({"iteration": 3, "lm_loss": 2.0, "step_time_s": 1.0})
+    resumed.write(held_out(3, 2.6))
     resumed.close()
     found = read_run_metrics(tmp_path / "metrics.jsonl")
     assert [record["lm_loss"] for record in found.steps] == [3.0, 3.0, 2.0]
@@ -114,9 +116,9 @@ def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, t
     log, board, _ = make_log(monkeypatch, tmp_path, log_interval=2)
     record = {"lm_loss": 3.0, "step_time_s": 1.0, "original_first_share_original": [0.5, None], "lpr_loss": 0.25}
     record["token_share"] = [[1.0, 0.75, 0.25]]
-    log.step({"iteration": 1} | record)
+    log.write({"iteration": 1} | record)
     assert board.written == {"lpr loss": (0.25, 1)}
-    log.step({"iteration": 2} | record | {"lpr_loss": None})
+    log.write({"iteration": 2} | record | {"lpr_loss": None})
     assert board.written == {
         "lpr loss": (0.25, 1),
         "original_first_share_original/moe layer 0": (0.5, 2),

@@ -1,7 +1,6 @@
 """The front matter of model cards (README.md), which huggingface_hub parses and writes."""
 
 import re
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +53,13 @@ def inherited(folder: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if all(map(_SAFE.fullmatch, texts(value)))}
 
 
-def plain[T](value: T) -> T:
+def plain(value: Any) -> Any:
     """A value from a record that may come from elsewhere: texts of one line, without markup and paths of a machine."""
     if isinstance(value, str):
-        return " ".join(re.sub(r"[<>|`\[\]\\]", " ", without_paths(value)).split())  # type: ignore[return-value]
+        return " ".join(re.sub(r"[<>|`\[\]\\]", " ", without_paths(value)).split())
     if isinstance(value, dict):
-        return {plain(key): plain(one) for key, one in value.items()}  # type: ignore[return-value]
-    if isinstance(value, list):
-        return [plain(one) for one in value]  # type: ignore[return-value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{one.name: plain(getattr(value, one.name)) for one in fields(value)})
-    return value
+        return {plain(key): plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, list) else value
 
 
 def texts(value: Any) -> list[str]:

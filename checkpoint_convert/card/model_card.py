@@ -1,6 +1,6 @@
 """The model card of an export (README.md), from the records of the conversion and of the runs that trained it."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from checkpoint_convert.card.front_matter import front_matter, inherited, plain
 from checkpoint_convert.card.readers import obstacle, readers_sentence
 from checkpoint_convert.common.megatron_folder import MegatronReader, num_elements
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE
+from moelpr.base import records
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import installed_versions
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -62,8 +63,9 @@ def model_card(facts: CardFacts) -> str:
         one_expert = new // spec.moe.num_new_experts
         num_parameters += one_expert * (spec.moe.original_copies - 1)
         num_active = num_parameters - one_expert * (spec.moe.num_experts - spec.moe.topk)
+    lineage = records.validate(Lineage, plain(asdict(facts.lineage)), Lineage.FILE_NAME, Lineage.REMEDY)
     return TEMPLATES.get_template("model_card.md").render(
-        vars(facts) | {"lineage": plain(facts.lineage), "base_model": plain(facts.base_model)},
+        vars(facts) | {"lineage": lineage, "base_model": plain(facts.base_model)},
         architecture=facts.architecture,
         readers=facts.readers,
         is_read_by_vllm=obstacle("vllm", facts.config) is None,

@@ -6,36 +6,25 @@ detect-secrets, the library for this, knows neither Hugging Face's tokens nor si
 import re
 from pathlib import PurePath
 
-_TOKENS = (
-    r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    r"\bsk-[A-Za-z0-9_-]{32,}",
-    r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    r"\bgh[pousr]_[A-Za-z0-9]{36,}",
-    r"\bgithub_pat_\w{22,}",
-    r"\bgl(?:pat|rt|dt|cbt|ptt)-[\w-]{20,}",
-    r"\bxox[abeoprs]-[\w-]{10,}",
-    r"\bAIza[\w-]{35}",
-    r"\bpypi-[\w-]{60,}",
-    r"\bwandb_v1_\w{20,}",
-    r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*",
-    r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    # A login in a URL, whose password may have slashes, unlike a port.
-    r"(?<=://)[^\s/:@]+:(?!\d+(?:/|$))[^\s@]+(?=@)",
-    r"(?i:(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-Signature|sig|signature|access_token|token)=)"
-    r"[^\s&\"']+",
-    r"(?i:(?:secret_access_key|secret_?key|api_?key|auth_?token|access_?token|passw(?:or)?d)[\"']?\s*[=:]\s*[\"']?)"
-    r"[A-Za-z0-9/+_-]{20,}",
+_SECRET = re.compile(
+    r"""\b(?:hf|api_org)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{22,} | \bsk-[\w-]{32,} | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b
+    | \bgh[pousr]_[A-Za-z0-9]{36,} | \bgl(?:pat|rt|dt|cbt|ptt)-[\w-]{20,} | \bxox[abeoprs]-[\w-]{10,} | \bAIza[\w-]{35}
+    | \bpypi-[\w-]{60,} | \bwandb_v1_\w{20,} | \beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*
+    | -----BEGIN[ A-Z]*[ ]PRIVATE[ ]KEY-----
+    | (?<=://)[^\s/:@]+:(?!\d+(?:/|$))[^\s@]+(?=@)  # a login, whose password may have slashes, unlike a port
+    | (?i:(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-Signature|sig|signature|access_token|token)=)
+      [^\s&"']+
+    | (?i:(?:secret_access_key|secret_?key|api_?key|auth_?token|access_?token|passw(?:or)?d)["']?\s*[=:]\s*["']?)
+      [A-Za-z0-9/+_-]{20,}""",
+    re.VERBOSE,
 )
-_SECRET = re.compile("|".join(_TOKENS))
-_ROOTS = "beegfs bb ceph cluster data eagle fsx global gpfs home jobs lustre media mnt net nfs opt p pfs private proj"
-_ROOTS += " project projects root scratch shared srv storage tmp Users users var vol work workspace"
-_LOCAL_PATH = re.compile(
-    rf"(?<![\w.:/~])/(?:{'|'.join(_ROOTS.split())})\d*(?:/[\w.+-]+)+|\b[A-Za-z]:[\\/]+Users[\\/]+[\w.+\\/-]+"
-)
+_ROOTS = """beegfs|bb|ceph|cluster|data|eagle|fsx|global|gpfs|home|jobs|lustre|media|mnt|net|nfs|opt|p|pfs|private|proj
+|projects?|root|scratch|shared|srv|storage|tmp|Users|users|var|vol|work|workspace""".replace("\n", "")
+_LOCAL_PATH = re.compile(rf"(?<![\w.:/~])/(?:{_ROOTS})\d*(?:/[\w.+-]+)+|\b[A-Za-z]:[\\/]+Users[\\/]+[\w.+\\/-]+")
 
 
 def secret_in(text: str) -> str:
-    """The first thing in a text that looks like a secret; "" if nothing does."""
+    """The first secret in a text; "" if there is none."""
     return found[0] if (found := _SECRET.search(text)) else ""
 
 

@@ -151,6 +151,8 @@ COMMANDS = {
         "project.yaml hf text export:project/hf",
     ),
     "report": Command("report runs", "stage1 --output out/report", "stage1"),
+    "scripts": Command("tests.faults.scripts", "project.yaml", "project.yaml"),
+    "push": Command("model push", "export owner/name --dry-run", "export"),
     "live": Command("report live", "stage1 --once", "stage1"),
     "plan": Command(
         "layouts",

@@ -113,6 +113,7 @@ def write_sources(folder: Path) -> None:
     tokenizer = byte_level_tokenizer(folder)
     config = qwen2_config(2, 32, 48, len(tokenizer), 64, tie_word_embeddings=True)
     tokenizer.save_pretrained(save_random_model(config, folder / "hf"))
+    (folder / "hf" / "README.md").write_text("---\nlicense: mit\n---\n\n# A base\n")
     save_extended_tokenizer(folder / "hf", folder / "extended", [("q", "q"), ("qq", "q")])
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "project.yaml").write_text(PROJECT)

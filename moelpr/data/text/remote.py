@@ -13,12 +13,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.base.files import atomic_file
@@ -248,26 +249,17 @@ def _file_system(uri: str) -> Any:
 def _redirects() -> Any:
     """A hook that refuses redirects to an address of this machine or its network, such as a cloud's metadata."""
     import aiohttp
-    from yarl import URL
 
     async def check(_: Any, __: Any, params: Any) -> None:
-        target = params.url.join(URL(params.response.headers.get("Location", "")))
-        if target.host != params.url.host and not _is_public(target.host or ""):
-            raise UserError(
-                f"{shown(str(params.url))} leads to {target.host}, which is no public address; pass another"
-            )
+        source = params.url.host
+        target = urlsplit(urljoin(str(params.url), params.response.headers.get("Location", ""))).hostname or source
+        with suppress(socket.gaierror):  # a proxy may know it
+            found = {ipaddress.ip_address(one[4][0]) for one in socket.getaddrinfo(target, None)}
+            if target != source and not all(address.is_global for address in found):
+                raise UserError(f"{shown(str(params.url))} leads to {target}, which is no public address; pass another")
 
-    config = aiohttp.TraceConfig()
-    config.on_request_redirect.append(check)
+    (config := aiohttp.TraceConfig()).on_request_redirect.append(check)
     return config
-
-
-def _is_public(host: str) -> bool:
-    try:
-        found = socket.getaddrinfo(host, None)
-    except OSError:  # a proxy may know it
-        return True
-    return all(ipaddress.ip_address(address[4][0]).is_global for address in found)
 
 
 def _find(uri: str, call: Callable[[Any], Any]) -> Any:

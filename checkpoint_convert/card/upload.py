@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,8 @@ class Upload:
         """
         refuse_code(folder)
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        files = [name for name in names if any(map(partial(_is_like, name), _UPLOADED))]
+        patterns = [(pattern, pattern.count("/")) for pattern in _UPLOADED]  # a star stands for no slash
+        files = [name for name in names if any(fnmatch(name, one) and name.count("/") == n for one, n in patterns)]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):
             raise UserError(f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf wrote")
         for name in files:
@@ -108,11 +108,6 @@ class Upload:
 def check_name(repository: str) -> None:
     if not is_hub_name(repository):
         raise UserError(f"the repository must be OWNER/NAME, got {repository}")
-
-
-def _is_like(name: str, pattern: str) -> bool:
-    """Whether a path matches a pattern, whose * stands for no slash."""
-    return fnmatch(name, pattern) and name.count("/") == pattern.count("/")
 
 
 def _check_text(path: Path, allow_paths: bool) -> None:

@@ -3,9 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,34 +100,25 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        signal.signal(signal.SIGVTALRM, _stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_S)  # a template may loop for ever
         try:
-            with _limited_time():
-                texts, turns = render_jinja_template(
-                    conversations=[messages],
-                    chat_template=self.template,
-                    return_assistant_tokens_mask=marks_turns,
-                    **options,
-                    **self.special_tokens,
-                )
+            texts, turns = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.template,
+                return_assistant_tokens_mask=marks_turns,
+                **options,
+                **self.special_tokens,
+            )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, TimeoutError) as error:
             raise BadLine(f"the chat template refuses the conversation ({first_line(error)})") from None
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return texts[0], turns[0] if marks_turns else []
 
 
-@contextmanager
-def _limited_time() -> Iterator[None]:
-    """Raise a TimeoutError after `_MOST_CPU_S` of this process, in its main thread: a template may loop for ever."""
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"it takes more than {_MOST_CPU_S} seconds")
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+def _stop(*_: object) -> None:
+    raise TimeoutError(f"it takes more than {_MOST_CPU_S} seconds")
 
 
 def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> NDArray[np.uint8]:

@@ -24,7 +24,12 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
 # A rank sends this to moelpr.torchrun to say that the training ends before its last step.
 STOPPED_SIGNAL = signal.SIGUSR2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LIBC = ctypes.CDLL(None)  # loaded before a fork needs it
+
+
+def kill_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends."""
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_with_launcher() -> None:
@@ -35,7 +40,7 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    kill_with_parent()
     try:
         launcher = psutil.Process(int(os.environ.get(LAUNCHER_VARIABLE, os.getppid())))
     except psutil.NoSuchProcess:  # it was gone before

@@ -1,6 +1,5 @@
 """Run one command with a log, an environment and a time limit."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import psutil
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from moelpr.base.stop import kill_with_parent
+
 _running: set[psutil.Popen] = set()
 
 
@@ -45,7 +44,7 @@ def execute(
             stdout=subprocess.PIPE if echo else file,
             stderr=stderr,
             env={**os.environ, **environment},
-            preexec_fn=_end_with_parent,
+            preexec_fn=kill_with_parent,
         )
         _running.add(process)
         try:
@@ -87,7 +86,3 @@ def passes_on_stops() -> Iterator[list[int]]:
         yield arrived
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _end_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -16,7 +16,7 @@ from moelpr.base import records
 from moelpr.base.copies import check_links
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
 from moelpr.base.model_code import refuse_code
-from moelpr.base.secrets import path_in, secret_in
+from moelpr.base.secrets import LOCAL_PATH, SECRET
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_hub_name
 
@@ -114,10 +114,10 @@ def _check_text(path: Path, allow_paths: bool) -> None:
     if path.suffix not in _TEXT:
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    if found := secret_in(text):
-        raise UserError(f"{path} contains what looks like a secret ({found[:6]}…); remove it, and revoke it")
-    if not allow_paths and path.name not in _VOCABULARY and (found := path_in(text)):
-        raise UserError(f"{path} names a folder of this machine ({found}); edit it, or pass --allow-paths")
+    if found := SECRET.search(text):
+        raise UserError(f"{path} contains what looks like a secret ({found[0][:6]}…); remove it, and revoke it")
+    if not allow_paths and path.name not in _VOCABULARY and (found := LOCAL_PATH.search(text)):
+        raise UserError(f"{path} names a folder of this machine ({found[0]}); edit it, or pass --allow-paths")
 
 
 @contextmanager

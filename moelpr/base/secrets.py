@@ -6,7 +6,7 @@ detect-secrets, the library for this, knows neither Hugging Face's tokens nor si
 import re
 from pathlib import PurePath
 
-_SECRET = re.compile(
+SECRET = re.compile(
     r"""\b(?:hf|api_org)_[A-Za-z0-9]{30,} | \bgithub_pat_\w{22,} | \bsk-[\w-]{32,} | \b(?:AKIA|ASIA)[A-Z0-9]{16}\b
     | \bgh[pousr]_[A-Za-z0-9]{36,} | \bgl(?:pat|rt|dt|cbt|ptt)-[\w-]{20,} | \bxox[abeoprs]-[\w-]{10,} | \bAIza[\w-]{35}
     | \bpypi-[\w-]{60,} | \bwandb_v1_\w{20,} | \beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*
@@ -20,24 +20,14 @@ _SECRET = re.compile(
 )
 _ROOTS = """beegfs|bb|ceph|cluster|data|eagle|fsx|global|gpfs|home|jobs|lustre|media|mnt|net|nfs|opt|p|pfs|private|proj
 |projects?|root|scratch|shared|srv|storage|tmp|Users|users|var|vol|work|workspace""".replace("\n", "")
-_LOCAL_PATH = re.compile(rf"(?<![\w.:/~])/(?:{_ROOTS})\d*(?:/[\w.+-]+)+|\b[A-Za-z]:[\\/]+Users[\\/]+[\w.+\\/-]+")
-
-
-def secret_in(text: str) -> str:
-    """The first secret in a text; "" if there is none."""
-    return found[0] if (found := _SECRET.search(text)) else ""
+LOCAL_PATH = re.compile(rf"(?<![\w.:/~])/(?:{_ROOTS})\d*(?:/[\w.+-]+)+|\b[A-Za-z]:[\\/]+Users[\\/]+[\w.+\\/-]+")
 
 
 def without_secrets(text: str) -> str:
     """The text with … in the place of secrets."""
-    return _SECRET.sub("…", text)
-
-
-def path_in(text: str) -> str:
-    """The first folder or file of this machine that a text names; "" if it names none."""
-    return found[0] if (found := _LOCAL_PATH.search(text)) else ""
+    return SECRET.sub("…", text)
 
 
 def without_paths(text: str) -> str:
     """The text with names of files in the place of their paths on this machine."""
-    return _LOCAL_PATH.sub(lambda found: PurePath(found[0].replace("\\", "/")).name, text)
+    return LOCAL_PATH.sub(lambda found: PurePath(found[0].replace("\\", "/")).name, text)

@@ -118,10 +118,7 @@ class Languages:
             for name in getattr(self, group):
                 # It becomes part of file names, lists and commands.
                 if not re.fullmatch(r"\w[\w.+ -]*", name) or name in _OTHER_NAMES:
-                    raise UserError(
-                        f"languages.{group} has the name {name!r}; use letters, digits, and within . + - _; not "
-                        f"{', '.join(_OTHER_NAMES)}"
-                    )
+                    raise UserError(f"languages.{group} has the name {name!r}; use letters, digits, and . + - _ within")
         for group in ("expanded", "original"):
             for name in getattr(self, group):
                 code = canonical(name)

@@ -23,17 +23,22 @@ class DtypeFlags(OutputFlags):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # dtype of the output (default: the input's)
 
 
-class RoutingFlags(Flags):
+class TextFlags(Flags):
+    """text and how it is read"""
+
+    max_tokens: Annotated[int, number(int, 100)] = 2048  # tokens of each text
+    json_key: str = "text"  # key of the text
+    device: str = "auto"  # cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs
+    dtype: Dtype = "auto"  # dtype of the computation; auto: float32 on a CPU, the model's own on a GPU
+
+
+class RoutingFlags(TextFlags):
     """routers in closed form"""
 
     # most KL(base‖model) on text to keep, in nats per token (default: the best sum with the loss of expanded text)
     max_distance: Annotated[float | None, number(float, above=0), either("aim")] = None
     # instead, the fraction of what was learned for which the distance from the base is to be smallest
     keep: Annotated[float | None, number(float, above=0, most=1), either("aim")] = None
-    max_tokens: Annotated[int, number(int, 100)] = 2048  # tokens of each text
-    json_key: str = "text"  # key of the text
-    device: str = "auto"  # cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs
-    dtype: Dtype = "auto"  # dtype of the computation; auto: float32 on a CPU, the model's own on a GPU
 
 
 def named_texts(items: Sequence[str], flag: str) -> dict[str, str]:

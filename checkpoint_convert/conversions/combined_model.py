@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -95,6 +95,36 @@ class AdapterReader:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The dense base of experts.
+
+    Attributes:
+        ffn: Names of the tensors of its FFNs; `others`: of all others.
+    """
+
+    described: Described
+    tensors: HfReader
+    ffn: list[str]
+    others: list[str]
+
+    @classmethod
+    def open(cls, folder: Path, verify: Verify) -> Self:
+        """Open it; UserError if it is not dense, or its weights are not those of its config.json."""
+        described = Described.read(folder)
+        if described.spec.moe is not None:
+            raise UserError(f"{folder} is an MoE; pass the dense base of its experts")
+        tensors, plan = HfReader(folder, verify=verify), list(pieces(described.family.table, described.spec))
+        names = check_weights(tensors, described.family, described.spec, plan)
+        ffn = [name for piece in plan if piece.part is Part.DENSE_FFN for name in piece.hf_names]
+        return cls(described, tensors, ffn, sorted(names - {*ffn}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, common_dtype((self.tensors, name) for name in self.tensors.names))
+        return dtype
+
+
+@dataclass(frozen=True)
 class Expert:
     """A model that differs from the base in its FFNs.
 
@@ -115,8 +145,10 @@ class TopOne:
         choice: The FFN that all tokens use, 0 for the base's; None: routers decide.
     """
 
-    def __init__(self, loaded: LoadedModel, ffns: Mapping[int, nn.Module], experts: Sequence[Expert], ffn: list[str]):
+    def __init__(self, loaded: LoadedModel, base: Base, experts: Sequence[Expert]):
         self.choice: int | None = 0
+        args = base.described.spec.megatron_args
+        ffns = ffns_of(loaded, "", args["num_layers"], args["hidden_size"])
         self._loaded, self._ffns = loaded, ffns
         self._rows: Rows = {}
         names = {module: name for name, module in loaded.model.named_modules()}
@@ -124,7 +156,7 @@ class TopOne:
             prefix = f"{names[module]}."
             others = [copy.deepcopy(module) for _ in experts]
             for expert, other in zip(experts, others, strict=True):
-                _put(other, prefix, expert.tensors, (name for name in ffn if name.startswith(prefix)))
+                _put(other, prefix, expert.tensors, (name for name in base.ffn if name.startswith(prefix)))
             module.forward = partial(self._forward, layer, [module.forward, *others])
 
     def put(self, rows: Rows) -> None:
@@ -179,23 +211,10 @@ def combine(
     """
     require_hf({"": base}, "moelpr model combine")
     check_output(save, [base, *experts], overwrite, (RoutedModel.FILE_NAME,))
-    described = Described.read(base)
-    family, spec = described.family, described.spec
-    if spec.moe is not None:
-        raise UserError(f"{base} is an MoE; pass the dense base of its experts")
-    source, dense = HfReader(base, verify=verify), list(pieces(family.table, spec))
-    names = check_weights(source, family, spec, dense)
-    ffn = [name for piece in dense if piece.part is Part.DENSE_FFN for name in piece.hf_names]
-    others = sorted(names - {*ffn})
-    opened = [
-        _open_expert(described, source, folder, its, others, ignore_others, verify) for folder, its in experts.items()
-    ]
-    args, vocab_size = spec.megatron_args, spec.megatron_args["vocab_size"]
-    for expert in opened:
-        if has_tokenizer(theirs := tokenizer_folder(expert.folder)) or not isinstance(expert.tensors, AdapterReader):
-            check_same_tokenizer(base, theirs, theirs, vocab_size, range(0))
+    opened_base = Base.open(base, verify)
+    opened = [open_expert(opened_base, folder, its, ignore_others, verify) for folder, its in experts.items()]
     with open_model(base, device, dtype, verify) as loaded:
-        model = TopOne(loaded, ffns_of(loaded, "", args["num_layers"], args["hidden_size"]), opened, ffn)
+        model = TopOne(loaded, opened_base, opened)
         readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
         subject = Subject(model.reader(0, base), model.reader(None, save), readers, model.put, places=1)
         calibration = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
@@ -203,81 +222,86 @@ def combine(
         for expert, (reader, languages) in zip(opened, readers, strict=True):
             if expert.others:
                 texts = [ids for language in languages for ids in calibration.pieces[language]]
-                with _changed(loaded.model, expert, source):
+                with _changed(loaded.model, expert, opened_base.tensors):
                     whole = mean_loss(reader.model, texts)
                 ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
     record = RoutedModel.of(calibration, base, languages_of, max_distance, keep, ignored)
-    spec = with_new_experts(family, spec, NewExperts(len(opened), topk=1, original_copies=1))
-    dtype_name = common_dtype((source, name) for name in source.names)
+    card = combined_card(base, languages_of, record.card_text())
+    write_combined(opened_base, opened, calibration.rows, save, card, record, overwrite)
+    return record
+
+
+def write_combined(
+    base: Base, experts: Sequence[Expert], rows: Rows, save: Path, card: str, record: Record, overwrite: bool
+) -> None:
+    """Write the stock MoE; tensors stream."""
+    family, folder = base.described.family, base.described.folder
+    spec = with_new_experts(family, base.described.spec, NewExperts(len(experts), topk=1, original_copies=1))
     shapes, reads = {}, {}
     for piece in pieces(family.table, spec):
         for name, shape, origin in zip(piece.hf_names, piece.hf_shapes, piece.origin or piece.hf_names, strict=True):
             shapes[name] = shape
             if piece.part is Part.ROUTER:
-                reads[name] = partial(calibration.rows.__getitem__, int(name.split(".")[2]))
+                reads[name] = partial(rows.__getitem__, int(name.split(".")[2]))
             else:
-                tensors = opened[(piece.expert or 0) - 1].tensors if piece.part is Part.NEW_EXPERTS else source
-                reads[name] = partial(tensors.read, origin)
+                is_new = piece.part is Part.NEW_EXPERTS
+                reads[name] = partial((experts[(piece.expert or 0) - 1] if is_new else base).tensors.read, origin)
     extra = dict(zeros(family.table, spec))
     reads |= {name: partial(torch.zeros, shape) for name, shape in extra.items()}
     written = Tensors(shapes | extra, lambda name: reads[name]())
-    target: torch.dtype = getattr(torch, dtype_name)
-    sources, norms = [base, *experts], [rows_EH.norm().item() for rows_EH in calibration.rows.values()]
-    with output_folder(save, overwrite, written.num_bytes(target), sources, rows=norms) as (folder, journal, bar):
-        config = family.export_config(read_config(base), spec, dtype_name)
-        write_companions(folder, base, config, _card(base, record))
-        record.write(folder)
-        write_weights(journal, written, target, DEFAULT_SHARD_BYTES, bar)
-    return record
+    sources, norms = [folder, *(one.folder for one in experts)], [rows_EH.norm().item() for rows_EH in rows.values()]
+    num_bytes = written.num_bytes(base.dtype)
+    with output_folder(save, overwrite, num_bytes, sources, rows=norms) as (partial_folder, journal, bar):
+        config = family.export_config(read_config(folder), spec, str(base.dtype).removeprefix("torch."))
+        write_companions(partial_folder, folder, config, card)
+        record.write(partial_folder)
+        write_weights(journal, written, base.dtype, DEFAULT_SHARD_BYTES, bar)
 
 
-def _open_expert(
-    base: Described,
-    source: HfReader,
-    folder: Path,
-    languages: list[str],
-    others: list[str],
-    ignore_others: bool,
-    verify: Verify,
-) -> Expert:
+def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: bool, verify: Verify) -> Expert:
     """Open an expert.
 
     Raises:
-        UserError: It is no model of the base's shape, or differs in more than the FFNs and `ignore_others` is not set.
+        UserError: It is no model of the base's shape and tokenizer, or differs in more than the FFNs and
+            `ignore_others` is not set.
     """
+    ours, source = base.described, base.tensors
     tensors: HfReader | MegatronReader | AdapterReader
-    if (folder / _AdapterConfig.FILE_NAME).is_file() and not (folder / CONFIG_FILE).is_file():
+    is_adapter = (folder / _AdapterConfig.FILE_NAME).is_file() and not (folder / CONFIG_FILE).is_file()
+    if is_adapter:
         tensors = AdapterReader(source, folder)
     else:
-        theirs, ours = Described.read(folder).spec, base.spec
-        different = [
-            f"{name} is {theirs.megatron_args.get(name)} instead of {value}"
-            for name, value in {"experts": None, **ours.megatron_args}.items()
-            if theirs.megatron_args.get(name) != value
+        spec = Described.read(folder).spec
+        theirs, args = dict(spec.megatron_args), dict(ours.spec.megatron_args)
+        different = ["it is an MoE"] if spec.moe is not None else []
+        different += [
+            f"{name} is {theirs.get(name)} instead of {args.get(name)}"
+            for name in sorted(theirs.keys() | args.keys())
+            if theirs.get(name) != args.get(name)
         ]
-        if theirs.moe is not None or different:
-            what = "it is an MoE" if theirs.moe is not None else different[0]
+        if different:
             raise UserError(
-                f"{folder} is not {base.folder} with other FFNs: {what}; pass what was trained from the base"
+                f"{folder} is not {ours.folder} with other FFNs: {different[0]}; pass what was trained from the base"
             )
         tensors = open_tensors(folder, verify=verify)
+    if has_tokenizer(tokenizer := tokenizer_folder(folder)) or not is_adapter:
+        check_same_tokenizer(ours.folder, tokenizer, tokenizer, ours.spec.megatron_args["vocab_size"], range(0))
     changed: dict[str, float] = {}
-    missing = next((name for name in others if tensors.shape(name) != source.shape(name)), None)
-    if missing is not None:
-        raise UserError(
-            f"{folder}: {missing} has another shape than in {base.folder}; pass what was trained from the base"
-        )
-    for name in others:
+    for name in base.others:
         its = tensors.read(name)
         before = source.read(name).to(its.dtype)  # training may have rounded it
+        if before.shape != its.shape:
+            raise UserError(
+                f"{folder}: {name} has another shape than in {ours.folder}; pass what was trained from the base"
+            )
         if not torch.equal(before, its):
             changed[name] = ((its.float() - before.float()).norm() / before.float().norm()).item()
     if changed and not ignore_others:
         worst = max(changed, key=lambda name: changed[name])
         raise UserError(
-            f"{folder} differs from {base.folder} in {len(changed)} of {len(others)} tensors outside its FFNs, most in "
-            f"{worst} (by {changed[worst]:.2%}); train the FFNs only, or drop the others with --ignore-others"
+            f"{folder} differs from {ours.folder} in {len(changed)} of {len(base.others)} tensors outside its FFNs, "
+            f"most in {worst} (by {changed[worst]:.2%}); train the FFNs only, or drop the others with --ignore-others"
         )
     return Expert(folder, languages, tensors, [*changed])
 
@@ -299,19 +323,20 @@ def _changed(model: nn.Module, expert: Expert, source: HfReader) -> Iterator[Non
         _put(model, "", source, expert.others)
 
 
-def _card(base: Path, record: RoutedModel) -> str:
-    """README.md of a combined model."""
-    experts = "; ".join(f"`{name}` for {', '.join(languages)}" for name, languages in record.experts.items())
+def combined_card(base: Path, experts: Mapping[str, list[str]], routers: str) -> str:
+    """README.md of a combined model, with a section on its routers."""
+    name = base.resolve().name
+    listed = "; ".join(f"`{expert}` for {', '.join(languages)}" for expert, languages in experts.items())
     head = front_matter(
-        language=[language for languages in record.experts.values() for language in languages],
+        language=[language for languages in experts.values() for language in languages],
         **inherited(base, LICENSE_KEYS),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["moe", "moe-lpr", "merge"],
     )
     return (
-        f"---\n{head}---\n\n# {record.model} with {len(record.experts)} more FFN per layer\n\n"
-        f"Expert 0 of each layer is the FFN of `{record.model}`, the others are those of {experts}. "
+        f"---\n{head}---\n\n# {name} with {len(experts)} more FFN per layer\n\n"
+        f"Expert 0 of each layer is the FFN of `{name}`, the others are those of {listed}. "
         "A token uses one of them; everything else is the base's. A stock class: no custom code.\n\n"
-        f"{record.card_text()}## Use\n\nLoad it with transformers as any model.\n"
+        f"{routers}## Use\n\nLoad it with transformers as any model.\n"
     )

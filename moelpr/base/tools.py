@@ -49,6 +49,12 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
         "model push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
     },
+    "Packs of languages": {
+        "pack make": Tool("checkpoint_convert.pack:make", "pack the FFNs of a model, for others with the same base"),
+        "pack keep": Tool("checkpoint_convert.pack:keep", "sum up text to keep, once for a base"),
+        "pack build": Tool("checkpoint_convert.pack:build", "make the model of a base and packs, without text"),
+        "pack show": Tool("checkpoint_convert.pack:show", "print what a pack is"),
+    },
     "Training": {
         "layouts": Tool("moelpr.plan.commands", "list the layouts that fit a cluster, with memory and speed"),
         "check": Tool("moelpr.train.check.commands", "run a stage's command line without a GPU: errors, memory, time"),

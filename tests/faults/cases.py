@@ -160,6 +160,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("another round", "export/config.json export/generation_config.json", same_tensors),
         Reading("export", "checkpoint/hf/*config.json checkpoint/model_spec.json", same_tensors),
         Reading("combine", "expert/config.json hf/config.json", same_tensors, 0.3),
+        Reading("build of packs", "pack/*.json kept/*.json", same_tensors),
         Reading("settings", "checkpoint/hf/config.json checkpoint/model_spec.json", anything, 0.3),
         Reading("plan", "hf/config.json", anything),
         Reading("evaluate", "hf/*config.json", anything, 0.2),
@@ -170,6 +171,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("convert", "hf/*.safetensors", anything),  # downloaded, without checksums
         Reading("another round", "export/*.safetensors export/checksums.json", same_files),
         Reading("combine", "expert/*.safetensors", anything, 0.3),  # without checksums
+        Reading("build of packs", "pack/*.safetensors pack/checksums.json kept/*.safetensors", same_files),
         Reading("evaluate an export", "export/*.safetensors export/checksums.json", same_print, 0.2),
     ),
     "checkpoints": (
@@ -253,6 +255,7 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "convert": ("", same_files),
     "export": ("", same_files),
     "combine": ("", same_files),
+    "build of packs": ("", same_files),
     "train": ("", same_run),
 }
 _STARTED = [name for name in WRITERS if name != "train"]

@@ -121,6 +121,17 @@ COMMANDS = {
         "--device cpu",
         "hf hf:expert text",
     ),
+    "pack": Command(
+        "pack make",
+        "hf expert --text el=text/el.jsonl --max-tokens 200 --device cpu --save out/pack",
+        "hf hf:expert text",
+    ),
+    "kept sums": Command(
+        "pack keep",
+        "hf --text en=text/en.jsonl --max-tokens 200 --device cpu --save out/kept",
+        "hf text",
+    ),
+    "build of packs": Command("pack build", "hf pack --kept kept --save out/hf", "hf pack kept"),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),
     "train on two ranks": Command(
         "",

@@ -57,6 +57,8 @@ def make(folder: Path) -> None:
         ("convert", "checkpoint", "checkpoint"),
         ("export", "hf", "export"),
         ("train", "run", "stage1"),
+        ("pack", "pack", "pack"),
+        ("kept sums", "kept", "kept"),
         ("preprocess a large file", ".", "large"),
     ):
         box = undisturbed(name, folder)

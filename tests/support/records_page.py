@@ -28,6 +28,7 @@ _PACKAGES = ("moelpr", "checkpoint_convert", "data_tools", "examples")
 _SHOWN = {
     "PREFIX.manifest.json": "moelpr.data.manifest:Manifest",
     "calibration.json": "checkpoint_convert.conversions.routed_model:RoutedModel",
+    "pack.json": "checkpoint_convert.conversions.packs:Pack",
     "results.json and routing.json of an evaluation": "moelpr.measure.report.evaluation_files:EvaluationFile",
     "--dataset-info, an entry": "data_tools.preprocessing.registry:_Entry",
     "--tasks, an entry": "moelpr.measure.evaluate.benchmarks:Benchmark",

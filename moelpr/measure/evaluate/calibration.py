@@ -22,6 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is held out
 
 type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
+type Sums = tuple[Tensor, Tensor]  # a layer's Σ w x xᵀ [H, H] and Σ w x [H], with Σ w = 1
 type Parts = tuple[int, ...]  # for each part of the layers, an index of `SHARES`
 
 
@@ -335,11 +337,33 @@ def _rows(of_kept: Inputs, of_new: Sequence[Inputs], layer: int, subject: Subjec
 
 def _directions(of_kept: Inputs, of_new: Sequence[Inputs], layer: int) -> Tensor:
     """u_k and each u_j, the rows of [1 + N, H]: (A + λI)⁻¹ b, with A = Σ w x xᵀ and b = Σ w x over the text of each."""
-    kept_HH = of_kept.gram[layer]
-    means = [of_kept.mean[layer], *(inputs.mean[layer].to(kept_HH.device) / len(of_new) for inputs in of_new)]
-    gram_HH = kept_HH + sum(inputs.gram[layer].to(kept_HH.device) for inputs in of_new) / len(of_new)
+    device = of_kept.gram[layer].device
+    sums = [(inputs.gram[layer].to(device), inputs.mean[layer].to(device)) for inputs in (of_kept, *of_new)]
+    return _solve(*sums).cpu()
+
+
+def _solve(kept: Sums, *new: Sums) -> Tensor:
+    gram_HH = kept[0] + sum(gram_HH for gram_HH, _ in new) / len(new)
     gram_HH.diagonal().add_(_RIDGE * gram_HH.diagonal().mean())
-    return torch.linalg.solve(gram_HH, torch.stack(means, dim=1)).T.cpu()
+    means_H = [kept[1], *(mean_H / len(new) for _, mean_H in new)]
+    return torch.linalg.solve(gram_HH, torch.stack(means_H, dim=1)).T
+
+
+def rows_of_sums(kept: Sums, new: Sequence[Sums], share: float) -> Tensor:
+    """The router's weight [1 + N, H] of sums alone, which the order of `new` decides only in the order of rows.
+
+    The threshold is the lowest at which, if scores were normal, a share of text to keep stayed against each new expert.
+    """
+    kept_H, *each = _solve(kept, *new)
+    new_H = torch.stack(each).sum(0)
+    new_NH = torch.stack(each) - new_H / len(each)
+    rows_GH = kept_H + _THRESHOLDS[:, None] * new_H
+    margins_GNH = rows_GH[:, None] - new_NH
+    means_GN = margins_GNH @ kept[1]
+    variances_GN = ((margins_GNH @ kept[0]) * margins_GNH).sum(-1) - means_GN**2
+    stays_G = (means_GN >= NormalDist().inv_cdf(share) * variances_GN.clamp(min=0).sqrt()).all(1)
+    last = max(0, int(stays_G.int().cumprod(0).sum()) - 1)
+    return torch.cat([rows_GH[last : last + 1], new_NH])
 
 
 def _check_texts(of_kept: Inputs, of_new: Sequence[Inputs]) -> None:

@@ -1,0 +1,229 @@
+"""Packs: the FFNs of languages for one base, with the sums by which routers are found without anybody's text.
+
+A model is a function of its base, its kept sums and a set of packs: the order in which they came does not matter, and
+without one of them it is what it was before, bit for bit.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.conversions.combined_model import (
+    Base,
+    Expert,
+    TopOne,
+    combined_card,
+    open_expert,
+    write_combined,
+)
+from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
+from checkpoint_convert.hf.safetensors_reader import HfReader
+from checkpoint_convert.hf.safetensors_writer import Tensors, raw_bytes, write_weights
+from moelpr.base import checksums
+from moelpr.base.checksums import FileSum, Verify
+from moelpr.base.errors import UserError, first_line
+from moelpr.base.records import STRICT, Record
+from moelpr.measure.evaluate.calibration import Inputs, Rows, Sums, read_inputs, rows_of_sums
+from moelpr.measure.evaluate.divergence import mean_loss
+from moelpr.measure.evaluate.models import open_model
+
+# Shares of text to keep for each third of the layers: the first tell languages apart least, and harm least.
+_SHARES = (0.9, 0.99, 0.99)
+_SUMS_FILE = "sums.safetensors"
+_DAMAGED = "copy the pack again"
+
+
+@dataclass(frozen=True, config=STRICT)
+class Pack(Record):
+    """A pack of languages, or the sums of text to keep.
+
+    Attributes:
+        base: Name of the base's folder.
+        base_sha256: Checksum of the names and values of the base's tensors.
+        languages: Languages of the FFNs; empty for sums of text to keep.
+        texts: Text → tokens that were held out.
+        losses: Loss of the held-out text by the base and by the FFNs, in nats per token; null for text to keep.
+        license: License of the pack.
+        trained: How its FFNs were trained.
+    """
+
+    FILE_NAME: ClassVar[str] = "pack.json"
+    REMEDY: ClassVar[str] = _DAMAGED
+    MISSING: ClassVar[str] = "is not a pack: it has no pack.json; moelpr pack make or keep writes one"
+
+    base: str
+    base_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    languages: list[str]
+    texts: dict[str, int]
+    losses: tuple[float, float] | None = None
+    license: str = ""
+    trained: str = ""
+
+
+@dataclass(frozen=True, config=STRICT)
+class PackedModel(Record):
+    """A model that was built of packs.
+
+    Attributes:
+        base: Name of the base's folder, and the checksum of its tensors.
+        kept: Texts that the kept sums are of.
+        packs: Pack → its languages, in the order of the new experts.
+    """
+
+    FILE_NAME: ClassVar[str] = "packs.json"
+
+    base: tuple[str, str]
+    kept: list[str]
+    packs: dict[str, list[str]] = field(default_factory=dict)
+
+
+def make_pack(
+    base: Path,
+    expert: Path | None,
+    save: Path,
+    texts: Mapping[str, Sequence[str]],
+    max_tokens: int,
+    license: str = "",
+    trained: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    verify: Verify = Verify.FULL,
+) -> Pack:
+    """Write the pack of an expert that knows the languages `texts`; without an expert, the sums of text to keep."""
+    sources = [base, *([expert] if expert else [])]
+    check_output(save, sources, overwrite, (Pack.FILE_NAME,))
+    dense = Base.open(base, verify)
+    experts = [open_expert(dense, expert, [*texts], ignore_others=False, verify=verify)] if expert else []
+    with open_model(base, device, dtype, verify) as loaded:
+        model = TopOne(loaded, dense, experts)
+        reader = model.reader(len(experts), expert or base)
+        inputs = read_inputs(reader, texts, max_tokens, with_start=expert is None)
+        pieces = [ids for its in inputs.pieces.values() for ids in its]
+        losses = (mean_loss(model.reader(0, base).model, pieces), mean_loss(reader.model, pieces)) if expert else None
+    num_tokens = {name: sum(map(len, its)) for name, its in inputs.pieces.items()}
+    languages = [*texts] if expert else []
+    record = Pack(base.resolve().name, _checksum(dense), languages, num_tokens, losses, license, trained)
+    shapes = {name: dense.tensors.shape(name) for one in experts for name in dense.ffn}
+    ffns = Tensors(shapes, experts[0].tensors.read if experts else dense.tensors.read)
+    norms = [mean_H.norm().item() for mean_H in inputs.mean.values()]
+    with output_folder(save, overwrite, ffns.num_bytes(dense.dtype), sources, rows=norms) as (folder, journal, bar):
+        record.write(folder)
+        save_file(_stored(inputs), folder / _SUMS_FILE)
+        if expert:
+            write_weights(journal, ffns, dense.dtype, DEFAULT_SHARD_BYTES, bar)
+        listed = {name: FileSum.of(folder / name) for name in (Pack.FILE_NAME, _SUMS_FILE)}
+        checksums.write(folder, (checksums.read(folder) or {}) | listed)
+    return record
+
+
+def build_model(
+    base: Path, kept: Path, packs: Sequence[Path], save: Path, overwrite: bool = False, verify: Verify = Verify.FULL
+) -> PackedModel:
+    """Write the stock MoE of a base and packs, without any text.
+
+    Args:
+        kept: The sums of text to keep.
+
+    Raises:
+        UserError: A pack is damaged, of another base, or there twice; `save` is then unchanged.
+    """
+    check_output(save, [base, kept, *packs], overwrite, (PackedModel.FILE_NAME,))
+    dense = Base.open(base, verify)
+    checksum, records = _checksum(dense), {}
+    for folder in (kept, *packs):
+        if verify is not Verify.NONE:
+            checksums.verify_folder(folder, _DAMAGED)
+        record = records[folder] = Pack.read(folder)
+        if record.base_sha256 != checksum:
+            raise UserError(f"{folder} is of another base than {base}: its own is {record.base}, with other weights")
+        if bool(record.languages) == (folder is kept):
+            raise UserError(f"{folder} must have {'kept sums' if folder is kept else 'FFNs'}, and has the other")
+    ordered = sorted(packs, key=lambda folder: (records[folder].languages, _content(folder)))
+    languages = [language for folder in ordered for language in records[folder].languages]
+    if twice := [language for language in languages if languages.count(language) > 1]:
+        raise UserError(f"packs have {twice[0]} twice; pass one of them")
+    experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, verify), []) for folder in ordered]
+    num_layers, hidden = (dense.described.spec.megatron_args[name] for name in ("num_layers", "hidden_size"))
+    rows: Rows = {}
+    for layer in range(num_layers):  # one layer's sums are in memory at a time
+        own, *others = (_sums(folder, layer, hidden) for folder in (kept, *ordered))
+        rows[layer] = rows_of_sums(own, others, _SHARES[layer * len(_SHARES) // num_layers])
+    of_packs = {folder.resolve().name: records[folder].languages for folder in ordered}
+    model = PackedModel((records[kept].base, checksum), [*records[kept].texts], of_packs)
+    routers = f"### Routers\n\nFound in closed form, by sums of {', '.join(model.kept)}. Nothing was measured.\n\n"
+    write_combined(dense, experts, rows, save, combined_card(base, of_packs, routers), model, overwrite)
+    return model
+
+
+def _checksum(base: Base) -> str:
+    """SHA-256 of the names and values of a base's tensors, however they are sharded."""
+    digest = hashlib.sha256()
+    for name in sorted([*base.ffn, *base.others]):
+        digest.update(f"{name}\0".encode())
+        digest.update(raw_bytes(base.tensors.read(name)))
+    return digest.hexdigest()
+
+
+def _content(folder: Path) -> str:
+    return hashlib.sha256((folder / _SUMS_FILE).read_bytes()).hexdigest()
+
+
+def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader:
+    """The FFNs of a pack; UserError if they are not those of the base's shape."""
+    reader = HfReader(folder, verify=verify)
+    missing = [n for n in base.ffn if n not in reader or reader.shape(n) != base.tensors.shape(n)]
+    if missing or sum(map(_size, map(reader.shape, reader.names))) != sum(
+        map(_size, map(base.tensors.shape, base.ffn))
+    ):
+        raise UserError(f"{folder} does not have exactly the FFNs of the base ({(missing or ['more'])[0]}); {_DAMAGED}")
+    return reader
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _stored(inputs: Inputs) -> dict[str, Tensor]:
+    """Sums as they are stored: correlations of the lower triangle in 16 bits, and the diagonal in 32."""
+    tensors = {}
+    for layer, gram_HH in inputs.gram.items():
+        diagonal_H = gram_HH.diagonal().float().cpu().clamp(min=1e-30)
+        scaled_HH = gram_HH.float().cpu() / (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt())
+        lower = torch.tril_indices(len(scaled_HH), len(scaled_HH), offset=-1)
+        tensors[f"{layer}.correlations"] = scaled_HH[*lower].half()
+        tensors |= {f"{layer}.diagonal": diagonal_H, f"{layer}.mean": inputs.mean[layer].float().cpu()}
+    return tensors
+
+
+def _sums(folder: Path, layer: int, hidden: int) -> Sums:
+    with _opened(folder / _SUMS_FILE) as file:
+        lower, diagonal_H, mean_H = (
+            file.get_tensor(f"{layer}.{name}").float() for name in ("correlations", "diagonal", "mean")
+        )
+        if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
+            raise ValueError(f"layer {layer} has sums of another hidden size")
+        scaled_HH = torch.eye(hidden)
+        scaled_HH[*torch.tril_indices(hidden, hidden, offset=-1)] = lower
+        scaled_HH = scaled_HH + scaled_HH.tril(-1).T
+        return scaled_HH * (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt()), mean_H
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except Exception as error:  # safetensors raises errors of its own
+        raise UserError(f"{path} cannot be read ({first_line(error)}); {_DAMAGED}") from error

@@ -1,0 +1,88 @@
+"""Packs of languages for one base: FFNs with the sums by which routers are found, so that adding one needs no text.
+
+A built model depends on base, kept sums and the set of packs only; to add or remove one, build again (docs/combine.md).
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from checkpoint_convert.common.settings import OutputFlags, TextFlags, named_texts
+from moelpr.base.errors import UserError
+from moelpr.base.languages import canonical
+from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar
+
+_TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
+
+
+class MakeSettings(TextFlags, OutputFlags):
+    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    expert: Annotated[Path, POSITIONAL]  # model that was trained from it in its FFNs only, as for moelpr model combine
+    text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
+    license: str = ""  # license of the pack
+    trained: str = ""  # how the FFNs were trained, for readers
+
+
+class KeepSettings(TextFlags, OutputFlags):
+    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
+
+
+class BuildSettings(OutputFlags):
+    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    packs: Annotated[list[Path], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
+    kept: Folder  # folder of moelpr pack keep
+
+
+class ShowSettings(Flags):
+    pack: Annotated[Path, POSITIONAL]  # folder of moelpr pack make or keep
+
+
+def make(args: MakeSettings) -> None:
+    """Pack the FFNs of a model.
+
+    moelpr pack make Qwen3-0.6B runs/el --text el=el.jsonl --license apache-2.0 --save packs/el
+    """
+    if unknown := [item for item in args.text if canonical(name := item.partition("=")[0]) != name]:
+        raise UserError(f"--text must be LANGUAGE=FILE with the code of a language, got {unknown[0]!r}")
+    _make(args, args.expert, args.license, args.trained)
+
+
+def keep(args: KeepSettings) -> None:
+    """Sum up text to keep, once for a base.
+
+    moelpr pack keep Qwen3-0.6B --text en=en.jsonl 'other/*.jsonl' --save packs/kept
+    """
+    _make(args, None, "", "")
+
+
+def build(args: BuildSettings) -> None:
+    """Make the model of a base and packs.
+
+    moelpr pack build Qwen3-0.6B packs/el packs/hu --kept packs/kept --save model
+    """
+    from checkpoint_convert.conversions.packs import build_model
+
+    model = build_model(args.base, args.kept, args.packs, args.save, args.overwrite, args.verify)
+    print(f"{args.save}: {args.base} and the packs {', '.join(model.packs)}")
+
+
+def show(args: ShowSettings) -> None:
+    """Print what a pack is."""
+    from checkpoint_convert.conversions.packs import Pack
+
+    for name, value in Pack.read(args.pack).as_json().items():
+        print(f"{name}: {value}")
+
+
+def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:
+    from checkpoint_convert.conversions.packs import make_pack
+    from moelpr.data.text.reading import read_documents
+    from moelpr.measure.evaluate.models import check_device
+
+    check_device(args.device)
+    files = named_texts(args.text, "--text")
+    texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
+    about = license, trained, args.device, args.dtype, args.overwrite, args.verify
+    record = make_pack(args.base, expert, args.save, texts, args.max_tokens, *about)
+    of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
+    print(f"{args.save}: {', '.join(record.texts)} for {args.base}{of_loss}")

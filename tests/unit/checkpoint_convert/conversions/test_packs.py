@@ -1,0 +1,130 @@
+"""Packs: any order gives the same bits, removing one restores the model before it, and no text is needed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from checkpoint_convert import pack as packer
+from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, _sums, build_model, make_pack
+from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.calibration import Inputs
+from tests.support.experts import EXPANDED, KEPT, trained, with_tokenizer
+from tests.support.hf_models import files_of, load_stock, tensors_of
+
+
+@pytest.fixture(scope="module")
+def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, its kept sums, and packs of two languages."""
+    folder = tmp_path_factory.mktemp("packs")
+    base = with_tokenizer(Path(shutil.copytree(make_qwen2(), folder / "base")))
+    make_pack(base, None, folder / "kept", KEPT, 1000, device="cpu")
+    for language, texts in EXPANDED.items():
+        expert = trained(base, folder / f"expert-{language}", texts)
+        make_pack(base, expert, folder / language, {language: texts}, 1000, "mit", "60 steps", device="cpu")
+    return folder
+
+
+def built(folder: Path, names: list[str], save: Path, kept: str = "kept") -> Path:
+    build_model(folder / "base", folder / kept, [folder / name for name in names], save)
+    return save
+
+
+def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Path, tmp_path: Path) -> None:
+    one = built(folder, ["el"], tmp_path / "one")
+    both, other = (built(folder, its, tmp_path / its[0]) for its in (["el", "hu"], ["hu", "el"]))
+    assert files_of(both) == files_of(other) != files_of(one)
+    assert files_of(built(folder, ["el"], tmp_path / "again")) == files_of(one)
+    assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]}
+    copy = Path(shutil.copytree(folder / "el", tmp_path / "renamed"))
+    build_model(folder / "base", folder / "kept", [copy], tmp_path / "of-copy")
+    assert tensors_of(tmp_path / "of-copy").keys() == tensors_of(one).keys()
+
+
+def test_a_built_model_learned_and_keeps(folder: Path, tmp_path: Path) -> None:
+    model = load_stock(built(folder, ["el", "hu"], tmp_path / "model"), "Qwen2MoeForCausalLM")
+    tokenizer, base = AutoTokenizer.from_pretrained(folder / "base"), load_stock(folder / "base")
+    for name, texts in EXPANDED.items():
+        tokens = torch.tensor([[0, *tokenizer(text).input_ids] for text in texts])
+        experts = [base, load_stock(folder / f"expert-{name}"), model]
+        with torch.no_grad():
+            before, learned, result = (one(input_ids=tokens, labels=tokens).loss.item() for one in experts)
+        assert before - result > 0.6 * (before - learned)
+    tokens = torch.tensor([[0, *tokenizer(text).input_ids] for text in KEPT["first"] + KEPT["second"]])
+    with torch.no_grad():
+        old, *others = (one(tokens).logits.log_softmax(-1) for one in experts)
+    of_expert, of_model = ((old.exp() * (old - new)).sum(-1).mean().item() for new in others)
+    assert of_model < 0.5 * of_expert
+    record = Pack.read(folder / "el")
+    assert (record.languages, record.license, record.trained) == (["el"], "mit", "60 steps")
+    assert record.losses is not None and record.losses[1] < record.losses[0] - 1
+
+
+def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Path, exit_code, capsys) -> None:
+    def copy(name: str, change: Callable[[Path], object]) -> Path:
+        change(its := Path(shutil.copytree(folder / "el", tmp_path / name)))
+        (its / "checksums.json").unlink()
+        return its
+
+    def foreign(its: Path) -> None:
+        tensors = load_file(its / "model.safetensors")
+        save_file(tensors | {"model.norm.weight": torch.ones(32)}, its / "model.safetensors")
+
+    def short(its: Path) -> None:
+        with open(its / "sums.safetensors", "r+b") as file:
+            file.truncate(2000)
+
+    def other_base(its: Path) -> None:
+        record = json.loads((its / "pack.json").read_text())
+        (its / "pack.json").write_text(json.dumps(record | {"base_sha256": "0" * 64}))
+
+    damaged = Path(shutil.copytree(folder / "el", tmp_path / "damaged"))
+    short(damaged)
+    for pack, message in (
+        (copy("foreign", foreign), "exactly the FFNs"),
+        (copy("short", short), "sums.safetensors"),
+        (damaged, "sums.safetensors"),
+        (copy("other-base", other_base), "of another base"),
+        (folder / "kept", "must have FFNs"),
+        (folder / "base", "no pack.json"),
+        (folder / "hu", "hu twice"),
+    ):
+        words = folder / "base", folder / "hu", pack, "--kept", folder / "kept", "--save", tmp_path / "out"
+        assert exit_code(packer.build, *words) == 2, message
+        assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+    assert exit_code(packer.show, folder / "el") == 0
+    assert "license: mit" in capsys.readouterr().out
+
+
+def test_sums_survive_storage(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = Inputs()
+    rows = torch.randn(500, 24) * torch.logspace(-3, 3, 24) + 0.1
+    inputs.add(0, rows, 1 / 500)
+    save_file(_stored(inputs), tmp_path / "sums.safetensors")
+    gram_HH, mean_H = _sums(tmp_path, 0, 24)
+    scale_H = inputs.gram[0].diagonal().sqrt()
+    assert ((gram_HH - inputs.gram[0]).abs() <= 1e-3 * scale_H[:, None] * scale_H).all()
+    assert torch.equal(mean_H, inputs.mean[0]) and torch.equal(gram_HH, gram_HH.T)
+    with pytest.raises(UserError, match="hidden size"):
+        _sums(tmp_path, 0, 25)
+
+
+@given(
+    st.lists(st.text(), max_size=3),
+    st.dictionaries(st.text(), st.integers(0, 10**9), max_size=3),
+    st.none() | st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)),
+    st.text(),
+)
+def test_a_record_is_read_as_it_was_written(languages: list, texts: dict, losses: tuple | None, text: str) -> None:
+    record = Pack(text, "a" * 64, languages, texts, losses, text, text)
+    assert Pack.parse(json.dumps(record.as_json()), "") == record
+    assert asdict(record)["languages"] == languages

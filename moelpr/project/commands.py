@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+from moelpr.base.errors import UserError
+from moelpr.base.languages import is_code
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, choices, metavar
 from moelpr.project import running, tables
 from moelpr.project.file import schema
@@ -37,7 +39,8 @@ class Init(Flags):
 
 
 class Project(Flags):
-    file: Annotated[Path, POSITIONAL, metavar("languages.yaml")]  # the file; moelpr init prints one
+    # the file; moelpr init prints one
+    file: Annotated[Path, POSITIONAL, metavar("FILE")] = Path("languages.yaml")
 
     def project(self) -> ResolvedProject:
         return ResolvedProject(read_project(self.file))
@@ -62,6 +65,9 @@ def init(args: Init) -> None:
 
     moelpr init --model Qwen/Qwen3-8B-Base --expanded el=el.jsonl --original en=en.jsonl >languages.yaml
     """
+    for code, path in args.expanded:
+        if not is_code(code):
+            raise UserError(f"{code}={path}: a language is a code such as el or ell_Grek; correct {code}")
     print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +82,13 @@ def test_escaped_names_and_damaged_files(tmp_path: Path) -> None:
         refuse_code(tmp_path)
     drop_code(tmp_path)
     assert (tmp_path / "config.json").read_text().split() == '{ "a": [ { "b": 1 } ], "c": NaN }'.split()
+
+
+@pytest.mark.parametrize("depth", [900, 5000, 200_000])
+def test_depth_hides_nothing(tmp_path: Path, depth: int) -> None:
+    (tmp_path / "config.json").write_text('{"auto_map": {}, "a": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(UserError):
+        refuse_code(tmp_path)
+    with suppress(UserError):
+        drop_code(tmp_path)
+        refuse_code(tmp_path)

@@ -59,7 +59,7 @@ def main(args: Settings) -> None:
     )
     print(record.table())
     print(f"{args.save}: {args.model} with calibrated routers")
-    if args.max_distance is None and (distance := record.result.distance) > FAR_FROM_BASE:
+    if args.max_distance is None and (distance := record.findings.result.distance) > FAR_FROM_BASE:
         print(
             f"warning: calibrated routers are still {distance:.2f} nats per token from the base on text to keep, more "
             f"than {FAR_FROM_BASE:g}: one direction does not tell these texts apart; review may keep more (in "

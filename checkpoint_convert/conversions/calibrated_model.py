@@ -66,11 +66,9 @@ def write_calibrated(
             routed = Reader(loaded, loaded.routers)
             new_rows = {layer: weight.detach()[places:].float().cpu() for layer, weight in routers.items()}
             subject = Subject(reader, routed, [(routed, [*expanded])], put, places, new_rows)
-            calibration = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
-    record = RoutedModel.of(calibration, model, {}, max_distance, keep, {})
-    _write(
-        model, save, {layer: rows_EH[:places] for layer, rows_EH in calibration.rows.items()}, record, overwrite, verify
-    )
+            routers_of, findings, _ = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
+    record = RoutedModel(model.resolve().name, {}, findings)
+    _write(model, save, {layer: rows_EH[:places] for layer, rows_EH in routers_of.items()}, record, overwrite, verify)
     return record
 
 

@@ -217,18 +217,18 @@ def combine(
         model = TopOne(loaded, opened_base, opened)
         readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
         subject = Subject(model.reader(0, base), model.reader(None, save), readers, model.put, places=1)
-        calibration = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
+        rows, findings, held_out = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
         ignored = {}
         for expert, (reader, languages) in zip(opened, readers, strict=True):
             if expert.others:
-                texts = [ids for language in languages for ids in calibration.pieces[language]]
+                texts = [ids for language in languages for ids in held_out[language]]
                 with _changed(loaded.model, expert, opened_base.tensors):
                     whole = mean_loss(reader.model, texts)
                 ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
-    record = RoutedModel.of(calibration, base, languages_of, max_distance, keep, ignored)
+    record = RoutedModel(base.resolve().name, languages_of, findings, ignored)
     card = combined_card(base, languages_of, record.card_text())
-    write_combined(opened_base, opened, calibration.rows, save, card, record, overwrite)
+    write_combined(opened_base, opened, rows, save, card, record, overwrite)
     return record
 
 

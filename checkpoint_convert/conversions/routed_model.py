@@ -1,9 +1,7 @@
 """The record of routers that were found in closed form, its table, and the layers of a dense base."""
 
-from collections.abc import Mapping
 from dataclasses import field
-from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import nn
@@ -11,7 +9,7 @@ from torch import nn
 from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
 from moelpr.base.text_tables import table_text
-from moelpr.measure.evaluate.calibration import Calibration, Point, TextResult, kept_of_learning
+from moelpr.measure.evaluate.calibration import Findings
 from moelpr.measure.evaluate.models import LoadedModel
 
 
@@ -22,15 +20,7 @@ class RoutedModel(Record):
     Attributes:
         model: Name of the folder of the export, or of the base whose FFNs were combined.
         experts: The new experts that were combined, by folder → their languages; empty for an export.
-        base: The base itself, on held-out text.
-        learned: What was learned, without these routers.
-        result: With these routers.
-        kept: Share of what was learned that is left.
-        tried: The best point of each round.
-        shares: Of each third of the layers, the share of the tokens of text to keep that stays.
-        texts: Each held-out text with these routers.
-        max_distance: The most distance that was allowed; null if it was not given.
-        keep: The least share of what was learned that was asked for; null if it was not given.
+        findings: What the routers do on held-out text.
         ignored: Expert → the loss of its text with what else it changed in the base, and without.
     """
 
@@ -40,48 +30,16 @@ class RoutedModel(Record):
 
     model: str
     experts: dict[str, list[str]]
-    base: Point
-    learned: Point
-    result: Point
-    kept: float
-    tried: list[Point]
-    shares: list[float]
-    texts: dict[str, TextResult]
-    max_distance: float | None = None
-    keep: float | None = None
+    findings: Findings
     ignored: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        its: Calibration,
-        model: Path,
-        experts: Mapping[str, list[str]],
-        max_distance: float | None,
-        keep: float | None,
-        ignored: Mapping[str, tuple[float, float]],
-    ) -> Self:
-        return cls(
-            model.resolve().name,
-            dict(experts),
-            its.base,
-            its.learned,
-            its.result,
-            kept_of_learning(its.base, its.learned, its.result),
-            its.tried,
-            its.shares,
-            its.texts,
-            max_distance,
-            keep,
-            dict(ignored),
-        )
 
     def table(self) -> str:
         """Tables for a terminal: a row per end, and a row per text."""
-        points = {"base": self.base, "learned, no routing": self.learned, "result": self.result}
-        rows = [[name, f"{its.distance:.3f}", f"{its.loss:.3f}"] for name, its in points.items()]
+        its = self.findings
+        points = {"base": its.base, "learned, no routing": its.learned, "result": its.result}
+        rows = [[name, f"{point.distance:.3f}", f"{point.loss:.3f}"] for name, point in points.items()]
         head = ["nats per held-out token", "text to keep, KL(base‖model)", "expanded text, loss"]
-        text = f"{table_text(head, rows, [0])}\nkept {self.kept:.1%} of what was learned\n"
+        text = f"{table_text(head, rows, [0])}\nkept {its.kept:.1%} of what was learned\n"
         names = [*self.experts] or ["new experts"]
         of_text = [
             [
@@ -93,7 +51,7 @@ class RoutedModel(Record):
                 *(f"{loss:.3f}" for loss in its.losses or ()),
                 *([] if its.losses else [""] * 3),
             ]
-            for name, its in self.texts.items()
+            for name, its in self.findings.texts.items()
         ]
         head = ["held-out text", "to the base", *names, "base in all layers", "KL", "loss: base", "learned", "result"]
         text += table_text(head, of_text, [0])
@@ -103,15 +61,16 @@ class RoutedModel(Record):
 
     def card_text(self) -> str:
         """A section of the model card."""
-        kept = [(name, its) for name, its in self.texts.items() if its.distance is not None]
-        in_base = sum(its.all_original for _, its in kept) / len(kept)
+        its = self.findings
+        kept = {name: text.all_original for name, text in its.texts.items() if text.distance is not None}
+        in_base = sum(kept.values()) / len(kept)
         return (
             "### Routers\n\n"
             "The routers were found in closed form, without training. "
-            f"They keep {self.kept:.1%} of what was learned (loss of held-out text "
-            f"{self.base.loss:.3f} → {self.result.loss:.3f} nats per token). "
-            f"On held-out text to keep ({', '.join(name for name, _ in kept)}), the model is "
-            f"{self.result.distance:.3f} nats per token from the base, and {in_base:.1%} of the tokens use only the "
+            f"They keep {its.kept:.1%} of what was learned (loss of held-out text "
+            f"{its.base.loss:.3f} → {its.result.loss:.3f} nats per token). "
+            f"On held-out text to keep ({', '.join(kept)}), the model is "
+            f"{its.result.distance:.3f} nats per token from the base, and {in_base:.1%} of the tokens use only the "
             "base's FFNs.\n\n"
         )
 

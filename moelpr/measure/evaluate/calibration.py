@@ -48,6 +48,7 @@ _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is 
 
 type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
 type Sums = tuple[Tensor, Tensor]  # a layer's Σ w x xᵀ [H, H] and Σ w x [H], with Σ w = 1
+type Pieces = dict[str, list[list[int]]]  # the held-out part of each text
 type Parts = tuple[int, ...]  # for each part of the layers, an index of `SHARES`
 
 
@@ -110,25 +111,31 @@ class TextResult:
     losses: tuple[float, float, float] | None = None
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Routers, and what they do.
+@pydantic_dataclass(frozen=True, config=STRICT)
+class Findings:
+    """The routers of a model on held-out text.
 
     Attributes:
-        base, learned: The two ends: the base, and what was learned without these routers.
-        result: With these routers; `tried`: the best of each round.
-        shares: Of each part of the layers, the share of the tokens of text to keep that stays.
-        pieces: The held-out part of each text.
+        base: The base itself.
+        learned: What was learned, without these routers.
+        result: With these routers.
+        kept: Share of what was learned that is left.
+        tried: The best point of each round.
+        shares: Of each third of the layers, the share of the tokens of text to keep that stays.
+        texts: Each held-out text with these routers.
+        max_distance: The most distance that was allowed; null if it was not given.
+        keep: The least share of what was learned that was asked for; null if it was not given.
     """
 
-    rows: Rows
     base: Point
     learned: Point
     result: Point
+    kept: float
     tried: list[Point]
     shares: list[float]
     texts: dict[str, TextResult]
-    pieces: dict[str, list[list[int]]]
+    max_distance: float | None
+    keep: float | None
 
 
 class Inputs:
@@ -138,7 +145,7 @@ class Inputs:
         self.gram: dict[int, Tensor] = {}  # layer → Σ w x xᵀ [H, H]
         self.mean: dict[int, Tensor] = {}  # layer → Σ w x [H]
         self.held_out: dict[int, list[Tensor]] = {}  # layer → [tokens, H]
-        self.pieces: dict[str, list[list[int]]] = {}  # the held-out part of each text
+        self.pieces: Pieces = {}
 
     def add(self, layer: int, rows_TH: Tensor, weight: float) -> None:
         """Add rows that directions are fitted to."""
@@ -188,8 +195,8 @@ def calibrate(
     max_tokens: int,
     max_distance: float | None = None,
     keep: float | None = None,
-) -> Calibration:
-    """Find the routers of a model.
+) -> tuple[Rows, Findings, Pieces]:
+    """Find the routers of a model; returns them, what they do, and the held-out part of each text.
 
     Args:
         kept: Name → documents whose tokens should stay with the base's FFN.
@@ -224,19 +231,16 @@ def calibrate(
         ),
     )
 
-    def measured(rows: Rows) -> Point:
-        subject.put(rows)
+    def measured(choices: Mapping[int, list[Tensor]], parts: Parts) -> Point:
+        subject.put(_with_parts(choices, parts))
         return Point(_mean(distances(subject.routed.model).values()), _mean(losses(subject.routed.model).values()))
 
     score = partial(_score, ends, max_distance, keep)
-    best: tuple[Point, Parts] | None = None
-    tried: list[Point] = []
-    rows: Rows = {}
-    choices: dict[int, list[Tensor]] = {}
+    tried: list[tuple[Point, Rows, list[float]]] = []
     parts: Parts = (_START,) * _PARTS
     for number in range(ROUNDS):
         if number:
-            subject.put(_with_parts(choices, parts))
+            subject.put(tried[-1][1])
             of_kept = read_inputs(subject.routed, kept, max_tokens, with_start=True)
             of_new = [
                 read_inputs(subject.routed, {name: expanded[name] for name in names}, max_tokens, with_start=False)
@@ -245,22 +249,18 @@ def calibrate(
         if number == 1:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
-        parts, point = _search(partial(_point, measured, choices), parts, score)
-        tried.append(point)
-        if best is None or score(point) < score(best[0]):
-            best, rows = (point, parts), _with_parts(choices, parts)
-    assert best is not None
-    point, parts = best
+        parts, point = _search(partial(measured, choices), parts, score)
+        tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
+    point, rows, shares = min(tried, key=lambda one: score(one[0]))
     _check_result(*ends, point, max_distance, keep, is_trained=subject.new_rows is not None)
     subject.put(rows)
     results: dict[str, TextResult] = {}
     of_texts, of_languages = distances(subject.routed.model), losses(subject.routed.model)
     for name, its in pieces.items():
-        shares = _first_choices(subject, rows, its)
-        is_kept = name in of_texts
-        triple = None if is_kept else (by_base[name], by_expert[name], of_languages[name])
-        results[name] = TextResult(*shares, distance=of_texts.get(name), losses=triple)
-    return Calibration(rows, *ends, point, tried, [SHARES[part] for part in parts], results, pieces)
+        triple = None if name in of_texts else (by_base[name], by_expert[name], of_languages[name])
+        results[name] = TextResult(*_first_choices(subject, rows, its), distance=of_texts.get(name), losses=triple)
+    left, points = kept_of_learning(*ends, point), [one for one, _, _ in tried]
+    return rows, Findings(*ends, point, left, points, shares, results, max_distance, keep), pieces
 
 
 def kept_of_learning(base: Point, learned: Point, result: Point) -> float:
@@ -281,10 +281,6 @@ def _score(
 
 def _with_parts(choices: Mapping[int, list[Tensor]], parts: Parts) -> Rows:
     return {layer: rows[parts[place * _PARTS // len(choices)]] for place, (layer, rows) in enumerate(choices.items())}
-
-
-def _point(measured: Callable[[Rows], Point], choices: Mapping[int, list[Tensor]], parts: Parts) -> Point:
-    return measured(_with_parts(choices, parts))
 
 
 def _search(

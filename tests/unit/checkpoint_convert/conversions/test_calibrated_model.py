@@ -17,7 +17,7 @@ from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.calibration import Point, TextResult
+from moelpr.measure.evaluate.calibration import Findings, Point, TextResult
 from moelpr.measure.evaluate.divergence import distance
 from moelpr.measure.evaluate.models import open_model
 from moelpr.model.families.new_experts import NewExperts
@@ -61,9 +61,11 @@ def test_only_routers_change_and_kept_text_is_nearer_to_the_base(
     card = (save / "README.md").read_text()
     assert card.index("## Training") < card.index("### Routers") < card.index("## Use")
     record = RoutedModel.read(save)
-    assert record == found and record.experts == {} and record.max_distance == 9
-    assert found.result.distance < 0.5 * found.learned.distance and len(found.tried) == 3
-    assert all(found.texts[name].shares[0] > 0.75 for name in KEPT) and found.texts["el"].shares[0] < 0.4
+    assert record == found and record.experts == {} and record.findings.max_distance == 9
+    assert found.findings.result.distance < 0.5 * found.findings.learned.distance and len(found.findings.tried) == 3
+    assert (
+        all(found.findings.texts[name].shares[0] > 0.75 for name in KEPT) and found.findings.texts["el"].shares[0] < 0.4
+    )
     assert load_stock(save).config.num_original_experts == topk
 
 
@@ -124,7 +126,7 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
 ) -> None:
     texts = {"en": TextResult([0.9, 0.1], 0.8, distance), "el": TextResult([0.1, 0.9], 0.0, None, (4.0, 3.0, 3.1))}
     ends = Point(0.0, 4.0), Point(0.5, 3.0), Point(distance, 3.1)
-    record = RoutedModel("m", {}, *ends, 0.9, [ends[2]], [0.95] * 3, texts)
+    record = RoutedModel("m", {}, Findings(*ends, 0.9, [ends[2]], [0.95] * 3, texts, None, None))
     monkeypatch.setattr(calibrated_model, "write_calibrated", lambda *_, **__: record)
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "a"}))

@@ -80,31 +80,31 @@ def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
     tokens = held_out(base, GREEK["el"])
     with torch.no_grad():
         losses = [loss(one(tokens).logits, tokens) for one in stock_models]
-    assert losses == pytest.approx(record.texts["el"].losses, rel=1e-4)
+    assert losses == pytest.approx(record.findings.texts["el"].losses, rel=1e-4)
     for name, texts in KEPT.items():
         with torch.no_grad():
             old, _, new = (one(held_out(base, texts)).logits[:, :-1].double().log_softmax(-1) for one in stock_models)
         nats = (old.exp() * (old - new)).sum(-1).mean().item()
-        assert nats == pytest.approx(record.texts[name].distance, rel=1e-3, abs=1e-6)
-    assert record.kept > 0.7 and record.result.distance < 0.3 * record.learned.distance
-    assert record.texts["first"].all_original > 0.6 and record.texts["el"].shares[1] > 0.8
+        assert nats == pytest.approx(record.findings.texts[name].distance, rel=1e-3, abs=1e-6)
+    assert record.findings.kept > 0.7 and record.findings.result.distance < 0.3 * record.findings.learned.distance
+    assert record.findings.texts["first"].all_original > 0.6 and record.findings.texts["el"].shares[1] > 0.8
 
 
 def test_the_base_combined_with_itself_is_the_base(base: Path, tmp_path: Path) -> None:
     itself = Path(shutil.copytree(base, tmp_path / "itself"))
     record = combined(base, {itself: ["el"]}, tmp_path / "save")
     assert_logits(stock_logits(tmp_path / "save"), base)
-    assert (record.result.distance, record.kept) == (pytest.approx(0, abs=1e-9), 1.0)
+    assert (record.findings.result.distance, record.findings.kept) == (pytest.approx(0, abs=1e-9), 1.0)
 
 
 def test_experts_of_two_languages_are_told_apart_and_one_expert_may_have_both(base, greek, tmp_path) -> None:
     hungarian = trained(base, tmp_path / "hungarian", EXPANDED["hu"])
     both = trained(base, tmp_path / "both", EXPANDED["el"] + EXPANDED["hu"])
     apart = combined(base, {greek: ["el"], hungarian: ["hu"]}, tmp_path / "apart")
-    assert apart.texts["el"].shares[1] > 0.8 and apart.texts["hu"].shares[2] > 0.8
-    assert apart.experts == {"greek": ["el"], "hungarian": ["hu"]} and apart.kept > 0.7
+    assert apart.findings.texts["el"].shares[1] > 0.8 and apart.findings.texts["hu"].shares[2] > 0.8
+    assert apart.experts == {"greek": ["el"], "hungarian": ["hu"]} and apart.findings.kept > 0.7
     joint = combined(base, {both: ["el", "hu"]}, tmp_path / "joint")
-    assert len(joint.texts["hu"].shares) == 2 and joint.kept > 0.7
+    assert len(joint.findings.texts["hu"].shares) == 2 and joint.findings.kept > 0.7
     names = tensors_of(tmp_path / "apart")
     for number, folder in enumerate((base, greek, hungarian)):
         ours, theirs = (f"model.layers.3.mlp{of}.up_proj.weight" for of in (f".experts.{number}", ""))
@@ -143,14 +143,14 @@ def test_what_else_an_expert_changed_is_named_or_dropped(base: Path, tmp_path: P
         combined(base, {everything: ["el"]}, tmp_path / "save")
     record = combined(base, {everything: ["el"]}, tmp_path / "save", ignore_others=True, max_distance=9.0)
     whole, ffns = record.ignored["everything"]
-    assert whole < ffns == pytest.approx(record.learned.loss)
+    assert whole < ffns == pytest.approx(record.findings.learned.loss)
     assert torch.equal(tensors_of(tmp_path / "save")["lm_head.weight"], tensors_of(base)["lm_head.weight"])
 
 
 def test_the_dials_buy_distance_or_learning(base: Path, greek: Path, tmp_path: Path) -> None:
     near = combined(base, {greek: ["el"]}, tmp_path / "near", max_distance=0.02)
     much = combined(base, {greek: ["el"]}, tmp_path / "much", keep=0.9)
-    assert near.result.distance <= 0.02 and much.kept >= 0.9
+    assert near.findings.result.distance <= 0.02 and much.findings.kept >= 0.9
     with pytest.raises(UserError, match="--keep 1"):
         combined(base, {greek: ["el"]}, tmp_path / "refused", keep=1.0)
     assert not (tmp_path / "refused").exists()
@@ -210,9 +210,9 @@ def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path,
         assert not (tmp_path / "save").exists()
     assert exit_code(combiner.main, *words, *expert) == 0
     printed, record = capsys.readouterr().out, RoutedModel.read(tmp_path / "save")
-    assert f"kept {record.kept:.1%}" in printed and "second" in printed
+    assert f"kept {record.findings.kept:.1%}" in printed and "second" in printed
     card = (tmp_path / "save" / "README.md").read_text()
-    assert "language:\n- el\n" in card and f"{record.kept:.1%} of what was learned" in card
+    assert "language:\n- el\n" in card and f"{record.findings.kept:.1%} of what was learned" in card
 
 
 @pytest.mark.parametrize("dial", [{}, {"max_distance": 0.05}, {"keep": 0.5}])

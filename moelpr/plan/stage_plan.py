@@ -92,16 +92,6 @@ class StagePlan:
         return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.best.step_time else None
 
     @property
-    def parameters(self) -> tuple[int, int]:
-        """Parameters of the export, and those of them that a token uses."""
-        parts, moe = model_parts(self.spec), self.spec.moe
-        total = export_parameters(self.spec, parts)
-        if moe is None:
-            return total, total
-        experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
-        return total, total - experts // moe.num_new_experts * (moe.num_experts - moe.topk)
-
-    @property
     def disk(self) -> DiskBytes:
         parts, workload = model_parts(self.spec), self.workload
         is_divided = self.best.layout.divides_optimizer
@@ -117,6 +107,16 @@ class StagePlan:
         gpu_hours = None if seconds is None else seconds * self.cluster.gpus / 3600
         checkpoints = steps // RETAIN_INTERVAL + 2
         return RunCost(tokens, steps, seconds, gpu_hours, checkpoints, checkpoints * self.disk.checkpoint)
+
+
+def parameters(spec: ModelSpec) -> tuple[int, int]:
+    """Parameters of a model's export, and those of them that a token uses."""
+    parts, moe = model_parts(spec), spec.moe
+    total = export_parameters(spec, parts)
+    if moe is None:
+        return total, total
+    experts = sum(numel for (_, part), numel in parts.items() if part is Part.NEW_EXPERTS)
+    return total, total - experts // moe.num_new_experts * (moe.num_experts - moe.topk)
 
 
 def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, any_micro_batch: bool = True) -> StagePlan:

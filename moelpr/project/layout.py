@@ -13,8 +13,9 @@ from moelpr.base import machine
 from moelpr.base.errors import UserError, did_you_mean
 from moelpr.model.families.families import Family, read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
+from moelpr.model.families.tables import pieces
 from moelpr.model.model_spec import ModelSpec
-from moelpr.model.stages import Stage
+from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.memory import Workload, export_parameters, model_parts
@@ -95,8 +96,8 @@ class Layouts:
     @cached_property
     def num_new_experts(self) -> int:
         """N: what the project says, or the most that fit."""
-        if self._project.experts.new:
-            return self._project.experts.new
+        if self._project.experts.new or self._project.experts.topk == 1:
+            return self._project.experts.new or 1
         if self.cluster is None:
             return _CPU_EXPERTS
         workload = self._workload("stage1")
@@ -116,9 +117,16 @@ class Layouts:
             with contextlib.suppress(DoesNotFitError):
                 yield number, self._plan("stage1", with_num_experts(self._spec, number))
 
+    def of_one_choice(self) -> Iterator[tuple[ModelSpec, StagePlan]]:
+        """The model in which a token uses one expert, and the plan of its training, if the base allows it."""
+        family, base = self._base
+        if base.moe is None and not self._project.vocabulary:
+            with contextlib.suppress(DoesNotFitError):
+                yield with_new_experts(family, base, NewExperts(1, topk=1)), self._plan("ffn", base)
+
     @property
     def export_gib(self) -> float:
-        return 2 * export_parameters(self._spec, model_parts(self._spec)) / GIB if self.cluster else 0.0
+        return 2 * export_parameters(self.result, model_parts(self.result)) / GIB if self.cluster else 0.0
 
     @property
     def evaluation_gpus(self) -> int:
@@ -178,12 +186,31 @@ class Layouts:
         )
 
     @cached_property
-    def _spec(self) -> ModelSpec:
+    def result(self) -> ModelSpec:
+        """The finished model."""
         return self._spec_of(self.num_new_experts) if self._project.method == "moe-lpr" else self._base[1]
+
+    @property
+    def _spec(self) -> ModelSpec:
+        """The model that the stages train."""
+        return self.result if self._project.way == "moe-lpr" else self._base[1]
+
+    @property
+    def ffn_modules(self) -> list[str]:
+        """The names of the base's FFN projections as modules."""
+        family, base = self._base
+        ffn = (piece for piece in pieces(family.table, base) if piece.part is Part.DENSE_FFN)
+        return sorted({name.partition(".weight")[0].rpartition(".")[2] for piece in ffn for name in piece.hf_names})
 
     @cached_property
     def _base(self) -> tuple[Family, ModelSpec]:
-        return read_base(self._config_folder())
+        family, base = read_base(self._config_folder())
+        if base.moe is not None and self._project.way != "moe-lpr":
+            raise UserError(
+                f"{self._file.at('model')}model: {self._project.model} is an MoE, of which {self._project.way} trains "
+                "nothing; name a dense base, or set experts.topk: 2 and method: moe-lpr"
+            )
+        return family, base
 
     def _spec_of(self, num_new_experts: int) -> ModelSpec:
         experts = self._project.experts

@@ -73,6 +73,8 @@ Count = Annotated[int, BeforeValidator(_as_count, json_schema_input_type=int | s
 Number = Annotated[float, Field(gt=0)]
 OrAuto = BeforeValidator(_without_auto, json_schema_input_type=int | str | None)
 Method = Literal["moe-lpr", "full", "ffn", "lora"]
+# How a project trains: its method, or that of an experts.topk of 1, of all weights of the FFNs or of low-rank factors.
+Way = Literal[Method, "second-ffn", "low-rank-ffn"]
 Flags = dict[str, bool | int | float | str | list[str | int | float]]
 
 
@@ -187,9 +189,11 @@ class Replay:
 @dataclass(frozen=True, config=DOCUMENTED)
 class Experts:
     new: Annotated[Count | None, OrAuto] = None
-    """New experts per layer, or auto: the most that fit, up to 8."""
-    topk: Annotated[Count, Field(ge=2)] = 2
-    """Experts that a token chooses."""
+    """New experts per layer, or auto: the most that fit, up to 8, and 1 if a token chooses one."""
+    topk: Count = 2
+    """Experts that a token chooses; with 1, the new one trains as a dense model's FFN, and routers are found."""
+    rank: Count | None = None
+    """With topk: 1, train the new FFN as low-rank factors, by peft on one GPU (default: all its weights)."""
     copies: Count | None = None
     """Places of the original expert among them (default: as many as a token chooses)."""
     every_k_layers: Count | None = None
@@ -198,6 +202,13 @@ class Experts:
     def __post_init__(self) -> None:
         if self.copies and self.copies > self.topk:
             raise UserError(f"experts.copies must be at most experts.topk, {self.topk}, got {self.copies}; lower it")
+        if self.topk == 1 and (self.new or 1) > 1:
+            raise UserError(
+                f"experts.new must be 1 with topk: 1, got {self.new}: choosing among several new experts is learned, "
+                "and K = 1 gives routers no gradient; remove it, or set topk: 2"
+            )
+        if self.rank and self.topk > 1:
+            raise UserError(f"experts.rank requires topk: 1, got {self.topk}; set it, or remove the rank")
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -330,6 +341,12 @@ class Project:
             )
         if self.replay is None and any(language.conversations for _, language in self.languages):
             raise UserError("conversations need stage 2, which replay: none leaves out; remove one of them")
+
+    @property
+    def way(self) -> Way:
+        if self.method != "moe-lpr" or self.experts.topk > 1:
+            return self.method
+        return "low-rank-ffn" if self.experts.rank else "second-ffn"
 
     @property
     def folder(self) -> Path:

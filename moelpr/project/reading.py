@@ -9,16 +9,9 @@ from moelpr.project.file import HUB_NAME, ProjectFile, found_text, local_files, 
 from moelpr.project.project import Language
 from moelpr.project.steps.steps import STEPS
 
-# Keys that other methods would ignore.
-_MOE_LPR_ONLY = {
-    "experts",
-    "replay",
-    "vocabulary",
-    "chat",
-    "chat_template",
-    ("languages", "kept"),
-    ("corpora", "stage2"),
-}
+# Keys that other methods than moe-lpr would ignore, and those of them that it ignores too if a token uses one expert.
+_FOR_EXPERTS = {"experts", "chat", ("languages", "kept")}
+_FOR_STAGES = {"replay", "vocabulary", "chat_template", ("corpora", "stage2"), ("experts", "every_k_layers")}
 
 
 def read_project(path: Path) -> ProjectFile:
@@ -72,18 +65,23 @@ def _check(file: ProjectFile) -> None:
 def _check_method(file: ProjectFile) -> None:
     """Check that nothing is given that the method would ignore."""
     project = file.project
-    is_moe = project.method == "moe-lpr"
-    others = [name for name, step in STEPS.items() if project.method not in step.methods]
+    has_stages, way = project.way == "moe-lpr", f"method: {project.method}"
+    ignored = set() if has_stages else {*_FOR_STAGES}
+    if project.method != "moe-lpr":
+        ignored |= _FOR_EXPERTS
+    elif not has_stages:
+        way = "experts.topk: 1, whose routers moelpr model combine finds without training"
+    others = [name for name, step in STEPS.items() if project.way not in step.methods]
     for key in file.lines:
         is_ignored = key[0] == "lora" and project.method != "lora"
         is_ignored |= key[0] == "steps" and len(key) > 1 and key[1] in others
-        is_ignored |= not is_moe and (key[0] in _MOE_LPR_ONLY or key[:2] in _MOE_LPR_ONLY or key[-1] == "conversations")
+        is_ignored |= key[0] in ignored or key[:2] in ignored or (not has_stages and key[-1] == "conversations")
         if is_ignored:
             name = ".".join(map(str, key))
-            raise UserError(f"{file.at(*map(str, key))}{name} does not apply to method: {project.method}; remove it")
+            raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it")
     if project.corpora and project.mix.replay:
         raise UserError(f"{file.at('mix', 'replay')}mix.replay has no effect with corpora; give them weights instead")
-    if project.corpora and is_moe and project.replay and not project.corpora.stage2:
+    if project.corpora and has_stages and project.replay and not project.corpora.stage2:
         raise UserError(f"{file.at('corpora')}corpora.stage2 is missing; add the corpora of stage 2")
 
 

@@ -10,13 +10,14 @@ from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import download
 from moelpr.project.file import HUB_NAME, ProjectFile
 from moelpr.project.layout import Layouts
-from moelpr.project.project import Language, Method
+from moelpr.project.project import Language, Way
 from moelpr.train.arguments.recipes import read_recipe
 from moelpr.train.track.tracking import TrackedRun
 
 PLAN_FILE = "plan.txt"  # the expected time of a project with trackers
 # The training that has the budget, and the default recipe of each; lora has none.
-MAIN_STAGE: dict[Method, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
+MAIN_STAGE: dict[Way, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
+MAIN_STAGE |= {"second-ffn": "ffn", "low-rank-ffn": "lora"}
 _RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}
 _RECIPES |= {"dense": "paper-dense", "ffn": "paper-dense"}
 
@@ -37,15 +38,20 @@ class ResolvedProject:
         main_stage: The training that has the budget.
         replay: The text of stage 2; None without a stage 2.
         stages: All trainings in order.
+        trained: The model that the trainings make: the finished one, or what its routers are found for.
         export: The finished model.
     """
 
     def __init__(self, file: ProjectFile) -> None:
         self.file, self.content = file, file.project
-        self.method = self.content.method
+        self.method = self.content.way
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
-        self.export = self.folder / "hf"
+        self.export = self.trained = self.folder / "hf"
+        if self.content.experts.topk == 1:
+            self.trained = self.folder / "ffn-hf"
+        elif self.content.languages.kept:
+            self.trained = self.folder / "uncalibrated"
         model = self.content.model
         self.is_downloaded = not Path(model).exists() and HUB_NAME.fullmatch(model) is not None
         self.model_name, _, self.revision = model.partition("@") if self.is_downloaded else (model, "", "")

@@ -10,6 +10,7 @@ from moelpr.data.mixing import share_table
 from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
+from moelpr.plan.stage_plan import parameters
 from moelpr.project.budget import shares, tokens_or_estimates, total_tokens
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
@@ -26,7 +27,7 @@ def plan(project: ResolvedProject) -> str:
     rows = [[outlook.task.name, outlook.state, *_needs(project, outlook.task)] for outlook in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
-    parts += [_experts(project)] if project.method == "moe-lpr" else []
+    parts += [_experts(project)] if project.content.method == "moe-lpr" else []
     if not project.content.corpora:
         parts.append(_languages(project))
     left = [outlook.task for outlook in outlooks if outlook.state != "done"]
@@ -112,19 +113,22 @@ def _disk(task: Task) -> str:
 
 def _experts(project: ResolvedProject) -> str:
     """The new experts, the size of the model with them, and what stage 1 takes with another number of them."""
-    layouts, languages = project.layouts, len(project.expanded)
-    number, plan = layouts.num_new_experts, layouts.of("stage1").plan
+    layouts, languages, is_routed = project.layouts, len(project.expanded), project.main_stage == "stage1"
+    number = layouts.num_new_experts
     lines = [f"New experts: N = {number} ({'given' if project.content.experts.new else 'auto'})"]
-    if plan is not None and (moe := plan.spec.moe) is not None:
-        total, active = map(format_count, plan.parameters)
+    if layouts.cluster is not None and (moe := layouts.result.moe) is not None:
+        total, active = map(format_count, parameters(layouts.result))
         lines[0] += f" in each of {len(moe.layers)} layers, K = {moe.topk}"
         lines[0] += f", copies of the original expert: {moe.original_copies}"
         lines.append(f"The model: {total} parameters, {active} active per token")
-        for other, its in layouts.other_numbers():
+        others = [(f"Stage 1 with N = {other}", its) for other, its in layouts.other_numbers()] if is_routed else []
+        for spec, its in layouts.of_one_choice() if is_routed else ():
+            others.append((f"With topk: 1, {format_count(parameters(spec)[0])} parameters, stage ffn", its))
+        for what, its in others:
             cost = its.cost(int(expected_tokens(project, "stage1") or 1))
             time = f"{duration(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
-            lines.append(f"Stage 1 with N = {other}: {time}{its.memory_bytes / GIB:.1f} GiB")
-    if number < languages:
+            lines.append(f"{what}: {time}{its.memory_bytes / GIB:.1f} GiB")
+    if is_routed and number < languages:
         lines.append(f"warning: N = {number} is less than the number of expanded languages, {languages}")
     return ".\n".join(lines) + "."
 

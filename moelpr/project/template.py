@@ -36,6 +36,7 @@ mix: {{temperature: 0.3}}
 replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
 
 # New experts per layer (auto: the most that fit, up to 8), and how many a token chooses.
+# Or {{topk: 1}}, without replay: one new FFN that trains as a dense model's; routers are found, a token costs no more.
 experts: {{new: auto, topk: 2}}
 # auto: this machine; or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
 hardware: auto

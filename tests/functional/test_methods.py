@@ -1,4 +1,4 @@
-"""`moelpr run` with method ffn and lora: two projects that share their text, and what each of them trains."""
+"""`moelpr run` with one choice of experts: two projects that share their text, and what each trains and combines."""
 
 import json
 import subprocess
@@ -13,34 +13,36 @@ from moelpr.base.yaml_files import dump, read_mapping
 from tests.support.hf_models import load_stock
 from tests.support.tiny_project import write_project
 
-METHODS = ("ffn", "lora")
+# Way → the training and its experts.
+WAYS = {"second-ffn": ("ffn", {"topk": 1}), "low-rank-ffn": ("lora", {"topk": 1, "rank": 4})}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of all methods, in folders named like them."""
-    folder = tmp_path_factory.mktemp("methods")
+    """The results of both ways, in folders named like them."""
+    folder = tmp_path_factory.mktemp("ways")
     content = read_mapping(write_project(folder, steps=4), "project")
-    for key in ("experts", "replay"):
-        del content[key]
-    batch, evaluate = content["steps"]["stage1"], content["steps"]["evaluate"]
-    for method in METHODS:
+    del content["replay"]
+    batch, evaluate, routing = (content["steps"][step] for step in ("stage1", "evaluate", "routing"))
+    for way, (training, experts) in WAYS.items():
         own: dict[str, Any] = {
-            name: value for name, value in batch.items() if method != "lora" or name != "log-interval"
+            name: value for name, value in batch.items() if training != "lora" or name != "log-interval"
         }
-        content |= {"method": method, "output": method, "text_output": "text", "mix": {"replay": 0.25}}
-        content["steps"] = {"preprocess": {"workers": 1}, method: own | {"lr": 1e-3}, "evaluate": evaluate}
-        (folder / f"{method}.yaml").write_text(dump(content))
+        content |= {"experts": experts, "output": way, "text_output": "text", "mix": {"replay": 0.25}}
+        content["steps"] = {"preprocess": {"workers": 1}, training: own | {"lr": 1e-3}, "evaluate": evaluate}
+        content["steps"] |= {"routing": routing, "combine": {"max-tokens": 400}}
+        (folder / f"{way}.yaml").write_text(dump(content))
     return folder
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_trains_its_tensors_on_the_text_that_another_project_has_tokenized(folder: Path, method: str) -> None:
-    if method == "lora":
+@pytest.mark.parametrize("way", WAYS)
+def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base(folder: Path, way: str) -> None:
+    training, _ = WAYS[way]
+    if training == "lora":
         pytest.importorskip("peft")
     before = {path.name: path.read_text() for path in (folder / "text" / "logs").glob("*.json")}
-    command = [sys.executable, "-m", "moelpr", "run", f"{method}.yaml"]
+    command = [sys.executable, "-m", "moelpr", "run", f"{way}.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     after = {path.name: path.read_text() for path in (folder / "text" / "logs").glob("*.json")}
@@ -48,15 +50,27 @@ def test_a_method_trains_its_tensors_on_the_text_that_another_project_has_tokeni
     assert before in ({}, after) and done.stdout.count("already done") == len(before)
 
     start = load_stock(folder / "base", "Qwen2ForCausalLM").state_dict()
-    trained = load_stock(folder / method / "hf", "Qwen2ForCausalLM").state_dict()
+    trained = load_stock(folder / way / "ffn-hf", "Qwen2ForCausalLM").state_dict()
     assert trained.keys() == start.keys()
-    moves = {"ffn": ".mlp.", "lora": "_proj.weight"}[method]
     for name, tensor in start.items():
-        assert torch.equal(trained[name], tensor) != (moves in name), name
+        assert torch.equal(trained[name], tensor) != (".mlp." in name), name
 
-    results = json.loads((folder / method / "evaluation" / "results.json").read_text())
-    assert {*json.dumps(results).split('"')} >= {"base", method, "el", "en"}
-    steps = [json.loads(line) for line in (folder / method / method / "metrics.jsonl").read_text().splitlines()]
+    model = load_stock(folder / way / "hf", "Qwen2MoeForCausalLM")
+    assert (model.config.num_experts, model.config.num_experts_per_tok, model.config.norm_topk_prob) == (2, 1, True)
+    for name, tensor in model.state_dict().items():
+        if ".experts." in name:
+            layer, _, kind = name.partition(".experts.")
+            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for expert, dense in enumerate((start, trained)):
+                assert torch.equal(tensor[expert], torch.cat([dense[f"{layer}.{part}.weight"] for part in parts])), name
+        elif name in start:
+            assert torch.equal(tensor, start[name]), name
+        else:
+            assert ".mlp.gate." in name or "shared_expert" in name
+
+    results = json.loads((folder / way / "evaluation" / "results.json").read_text())
+    assert {*json.dumps(results).split('"')} >= {"base", way, "el", "en"}
+    steps = [json.loads(line) for line in (folder / way / training / "metrics.jsonl").read_text().splitlines()]
     assert [step["iteration"] for step in steps if "lm_loss" in step] == [1, 2, 3, 4]
-    assert "model-index" in (folder / method / "hf" / "README.md").read_text()
-    assert (folder / method / "report.html").is_file() and not (folder / method / "data").exists()
+    assert "model-index" in (folder / way / "hf" / "README.md").read_text()
+    assert (folder / way / "report.html").is_file() and not (folder / way / "data").exists()

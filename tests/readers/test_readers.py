@@ -47,6 +47,7 @@ class Case:
 
 TIED = {"tie_word_embeddings": True}
 COPIES = {"original_copies": 2}
+ONE_CHOICE = {"topk": 1}
 # Its scaling shows at large distances only.
 SCALED = {"rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 2048}
 # Granite 3.3 2B's, but for that of attention, whose heads are wider there.
@@ -77,6 +78,11 @@ CASES = {
     "olmo2": Case("Olmo2ForCausalLM", {"num_key_value_heads": 4}),
     "granite": Case("GraniteForCausalLM", MULTIPLIERS, upcycling=COPIES),
     "granite-tied": Case("GraniteForCausalLM", MULTIPLIERS | TIED),
+    "llama-one-choice": Case("LlamaForCausalLM", upcycling=ONE_CHOICE),
+    "qwen2-one-choice-granitemoe": Case("Qwen2ForCausalLM", TIED, "granitemoe", ONE_CHOICE),
+    "qwen3-one-choice": Case("Qwen3ForCausalLM", {"head_dim": 16}, upcycling=ONE_CHOICE),
+    "qwen3.5-one-choice": Case("Qwen3_5ForCausalLM", HYBRID, upcycling=ONE_CHOICE),
+    "ernie4.5-one-choice": Case("Ernie4_5ForCausalLM", {"head_dim": 16}, upcycling=ONE_CHOICE),
     "qwen3-dense-layers": Case("Qwen3ForCausalLM", {"head_dim": 8}, upcycling={"moe_layers": [1, 3]}),
 }
 

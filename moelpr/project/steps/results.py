@@ -9,27 +9,26 @@ from moelpr.base.languages import is_code
 from moelpr.data.text.remote import is_remote
 from moelpr.project.file import local_files, versions
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.step import METHODS, MOE_LPR, Step, has_model, step
+from moelpr.project.steps.step import LORA, METHODS, MOE_LPR, SECOND_FFN, Step, has_model, step
 from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
 
 
-@step("export", "model export", reserved="load save chat-template-from overwrite", methods=METHODS - {"lora"})
+@step("export", "model export", reserved="load save chat-template-from overwrite", methods=METHODS - LORA)
 def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
-    """Write the result as a Hugging Face model."""
+    """Write the result of the trainings as a Hugging Face model."""
     before = project.stages[-1]
     flags: dict[str, Any] = {
         "load": project.folder / before,
-        "save": _exported(project),
+        "save": project.trained,
         "chat-template-from": project.content.chat_template,
         "base-model": project.model_name if project.is_downloaded else None,
         "overwrite": True,
     }
-    is_complete = partial(has_model, save := _exported(project))
     fields: dict[str, Any] = {
-        "is_complete": is_complete,
-        "is_result": save == project.export,
+        "is_complete": partial(has_model, project.trained),
+        "is_result": project.trained == project.export,
         "disk_gib": project.layouts.export_gib,
     }
     yield step.task(project, flags, made_from=(before,), **fields)
@@ -46,22 +45,53 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Keep text of other languages with the original expert."""
     if not project.content.languages.kept:
         return
-    texts = {code: one.text[0] if one.text else project.held_out(code) for code, one in project.languages.items()}
-    texts |= project.content.languages.kept
+    texts = _texts(project)
     flags: dict[str, Any] = {
-        "model": _exported(project),
+        "model": project.trained,
         "base": project.base,
         "data": [f"{name}={text}" for name, text in texts.items()],
         "expanded-languages": ",".join(project.expanded),
-        "json-key": next(iter(project.languages.values())).json_key,
         "save": project.export,
-        "overwrite": True,
     }
-    yield step.task(
+    yield _with_routers(step, project, flags, texts, "export")
+
+
+@step(
+    "combine",
+    "model combine",
+    reserved="expert text keep-text save overwrite",
+    speed="device",
+    methods=SECOND_FFN,
+)
+def combine(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Make an MoE of the base and the trained FFNs, with routers that keep all other text with the base."""
+    texts = _texts(project)
+    named = {name: f"{name}={text}" for name, text in texts.items()}
+    flags: dict[str, Any] = {
+        "expert": f"{','.join(project.expanded)}={project.trained}",
+        "text": [text for name, text in named.items() if name in project.expanded],
+        "keep-text": [text for name, text in named.items() if name not in project.expanded],
+        "save": project.export,
+    }
+    yield _with_routers(step, project, flags, texts, "lora" if project.method in LORA else "export", str(project.base))
+
+
+def _texts(project: ResolvedProject) -> dict[str, str]:
+    """Text by which routers are found: a file of each language, and all that is to be kept."""
+    texts = {code: one.text[0] if one.text else project.held_out(code) for code, one in project.languages.items()}
+    return texts | project.content.languages.kept
+
+
+def _with_routers(
+    step: Step, project: ResolvedProject, flags: dict[str, Any], texts: dict[str, str], made_from: str, *positional: str
+) -> Task:
+    """The task that finds routers by these texts, and writes the finished model."""
+    return step.task(
         project,
-        flags,
-        repeated=("data",),
-        made_from=("export", *project.base_task),
+        flags | {"json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
+        *positional,
+        repeated=("data", "text", "keep-text"),
+        made_from=(made_from, *project.base_task),
         files=tuple(path for text in texts.values() for path in local_files([text])),
         versions=versions(*texts.values()),
         is_complete=lambda: has_model(project.export),
@@ -70,7 +100,7 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
     )
 
 
-@step("graft", "model graft", reserved="base instruct model save overwrite", methods=MOE_LPR)
+@step("graft", "model graft", reserved="base instruct model save overwrite", methods=MOE_LPR | SECOND_FFN)
 def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Add the base's post-training, so that the result can chat."""
     if not project.content.chat:
@@ -102,7 +132,7 @@ def evaluate(step: Step, project: ResolvedProject) -> Iterator[Task]:
     yield _measure(step, project, _models(project), {"continuations": _CONTINUATION_TOKENS})
 
 
-@step("routing", "evaluate routing", reserved=_MEASURED, speed="batch-size device", methods=MOE_LPR)
+@step("routing", "evaluate routing", reserved=_MEASURED, speed="batch-size device", methods=MOE_LPR | SECOND_FFN)
 def routing(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Measure which experts the result chooses for each language."""
     yield _measure(step, project, _models(project)[1:], {})
@@ -199,13 +229,10 @@ def _has_results(card: Path) -> bool:
     return card.is_file() and "\nmodel-index:" in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _exported(project: ResolvedProject) -> Path:
-    """The model that export writes: the finished one, or what calibration makes it of."""
-    return project.folder / "uncalibrated" if project.content.languages.kept else project.export
-
-
 def _last_model_step(project: ResolvedProject) -> str:
     """The step that writes the finished model."""
+    if project.method in SECOND_FFN:
+        return "combine"
     return "calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"
 
 
@@ -216,7 +243,7 @@ def evaluation_folder(project: ResolvedProject) -> Path:
 
 def _results(project: ResolvedProject) -> dict[str, Path]:
     """The results of each step that measures some."""
-    files = {"evaluate": "results.json"} | ({"routing": "routing.json"} if project.method == "moe-lpr" else {})
+    files = {"evaluate": "results.json"} | ({"routing": "routing.json"} if project.method in routing.methods else {})
     files |= {"benchmarks": "harness.json"} if project.content.benchmarks else {}
     return {step: evaluation_folder(project) / name for step, name in files.items()}
 

@@ -7,18 +7,20 @@ from typing import Any
 
 from moelpr.base import records
 from moelpr.model.families.hf_config import CONFIG_FILE
-from moelpr.project.project import Method
+from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
 from moelpr.project.workflow.task import Task
 from moelpr.train.arguments.recipes import recipe_argv
 
 Flags = Mapping[str, Any]
 METHODS = frozenset(MAIN_STAGE)
-MOE_LPR: frozenset[Method] = frozenset(("moe-lpr",))
+MOE_LPR: frozenset[Way] = frozenset(("moe-lpr",))
+SECOND_FFN: frozenset[Way] = frozenset(("second-ffn", "low-rank-ffn"))
+LORA: frozenset[Way] = frozenset(("lora", "low-rank-ffn"))
 
 
 # The steps whose output a project is for.
-_RESULTS = "lora export calibrate graft evaluate routing benchmarks card report".split()
+_RESULTS = "lora export calibrate combine graft evaluate routing benchmarks card report".split()
 
 
 def has_model(folder: Path) -> bool:
@@ -48,7 +50,7 @@ class Step:
     make: Callable[["Step", ResolvedProject], Iterable[Task]]
     reserved: frozenset[str] = frozenset()
     speed: frozenset[str] = frozenset()
-    methods: frozenset[Method] = METHODS
+    methods: frozenset[Way] = METHODS
 
     def tasks(self, project: ResolvedProject) -> list[Task]:
         """The tasks of this step in a project."""
@@ -101,7 +103,7 @@ class Step:
 
 
 def step(
-    name: str, tool: str = "", *, reserved: str = "", speed: str = "", methods: frozenset[Method] = METHODS
+    name: str, tool: str = "", *, reserved: str = "", speed: str = "", methods: frozenset[Way] = METHODS
 ) -> Callable[[Callable[[Step, ResolvedProject], Iterable[Task]]], Step]:
     """Make a step of the function that yields its tasks; the flags are separated by spaces."""
     return lambda make: Step(name, tool, make, frozenset(reserved.split()), frozenset(speed.split()), methods)

@@ -17,8 +17,8 @@ from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
 _STEPS = [text.download, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
-_STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.graft, results.evaluate]
-_STEPS += [results.routing, results.benchmarks, results.card, results.report, results.track]
+_STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.combine, results.graft]
+_STEPS += [results.evaluate, results.routing, results.benchmarks, results.card, results.report, results.track]
 STEPS: dict[str, Step] = {step.name: step for step in _STEPS}
 
 

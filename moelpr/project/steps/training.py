@@ -10,9 +10,9 @@ from moelpr.base.run_folder import FINISHED_FILE
 from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.project.budget import LENGTH_FLAGS, estimated_tokens, shares, tokens_of, total_tokens
-from moelpr.project.project import Method
+from moelpr.project.project import Way
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import METHODS, Step, has_model, step
+from moelpr.project.steps.step import LORA, METHODS, Step, has_model, step
 from moelpr.project.workflow.task import Task
 from moelpr.train.arguments.recipes import find_recipe, recipe_argv
 
@@ -32,7 +32,7 @@ _STAGE_SPEED = (
     "convert",
     "model convert",
     reserved="hf-path save extended-tokenizer dense overwrite",
-    methods=METHODS - {"lora"},
+    methods=METHODS - LORA,
 )
 def convert(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Upcycle the base; for a method without experts, convert it as it is."""
@@ -71,7 +71,7 @@ def _experts(project: ResolvedProject) -> dict[str, Any]:
     }
 
 
-def _stage(name: str, *methods: Method) -> Step:
+def _stage(name: str, *methods: Way) -> Step:
     """A stage on Megatron, which starts from the output of the one before; its text decides its command."""
     reserved = "pretrained-checkpoint data-path save load"
     return step(name, f"train {name}", reserved=reserved, speed=_STAGE_SPEED, methods=frozenset(methods))(_train)
@@ -102,7 +102,7 @@ def _train(step: Step, project: ResolvedProject) -> Iterator[Task]:
 
 
 STAGES = [_stage(name, "moe-lpr") for name in ("stage0", "stage1", "stage2", "sft")]
-STAGES += [_stage("dense", "full"), _stage("ffn", "ffn")]
+STAGES += [_stage("dense", "full"), _stage("ffn", "ffn", "second-ffn")]
 
 
 @step(
@@ -110,20 +110,21 @@ STAGES += [_stage("dense", "full"), _stage("ffn", "ffn")]
     "train lora",
     reserved="hf-path data-path save export rank alpha modules",
     speed="micro-batch-size save-interval",
-    methods=frozenset(("lora",)),
+    methods=LORA,
 )
 def lora(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Train adapters on the base, and merge them into it."""
-    save, layout = project.folder / step.name, project.layouts.of(step.name)
+    save, layout, rank = project.folder / step.name, project.layouts.of(step.name), project.content.experts.rank
 
     def flags() -> dict[str, Any]:
         return {
             "hf-path": project.base,
             "data-path": data(project, step.name),
             "save": save,
-            "export": project.export,
+            "export": project.trained,
             "base-model": project.model_name if project.is_downloaded else None,
             **asdict(project.content.lora),
+            **({"rank": rank, "modules": project.layouts.ffn_modules} if rank else {}),
             **length(project, step.name),
         }
 
@@ -132,7 +133,8 @@ def lora(step: Step, project: ResolvedProject) -> Iterator[Task]:
         flags,
         made_from=(*project.base_task, *_sources(project, step.name)),
         files=(*(() if project.is_downloaded else (project.base,)), *corpus_files(project, step.name)),
-        is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(project.export),
+        is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(project.trained),
+        is_result=project.trained == project.export,
         continues=save,
         memory_gib=layout.memory_gib,
         disk_gib=project.layouts.export_gib,

@@ -45,6 +45,7 @@ CORPORA = {"corpora": {"stage1": "a", "stage2": "b"}} | {
 }
 CHAT = {"text": "el.jsonl", "conversations": "el.jsonl"}
 DENSE = {"method": "full", "experts": None}
+ONE_CHOICE = {"experts": {"topk": 1}}
 
 
 def languages(**groups: Any) -> dict[str, Any]:
@@ -95,6 +96,13 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr"),
         (DENSE | {"replay": {"epochs": 2}}, r"line \d+: replay does not apply to method: full"),
         (DENSE | {"languages": KEPT}, r"line \d+: languages.kept does not apply to method: full"),
+        ({"experts": {"topk": 1, "new": 3}}, r"line \d+: experts.new must be 1 with topk: 1, got 3"),
+        ({"experts": {"topk": 1, "copies": 2}}, r"line \d+: experts.copies .* 1, got 2"),
+        ({"experts": {"rank": 8}}, r"line \d+: experts.rank requires topk: 1, got 2"),
+        (ONE_CHOICE | {"replay": {"epochs": 2}}, r"line \d+: replay does not apply to experts.topk: 1, .*combine"),
+        (ONE_CHOICE | {"vocabulary": {"new_tokens": 9}}, r"line \d+: vocabulary does not apply to experts.topk: 1"),
+        (ONE_CHOICE | {"steps": {"stage2": {"lr": 1}}}, r"line \d+: steps.stage2 does not apply to experts.topk: 1"),
+        ({"experts": {"topk": 1, "every_k_layers": 2}}, r"line \d+: experts.every_k_layers does not apply"),
         (DENSE | {"method": "lora", "steps": {"export": {"gguf": True}}}, r"line \d+: steps.export .* method: lora"),
     ],
 )

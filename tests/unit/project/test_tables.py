@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.base.errors import UserError
+from moelpr.model.model_spec import MoeSpec
+from moelpr.plan.stage_plan import parameters
 from moelpr.project import tables
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -63,6 +66,22 @@ def test_a_further_round_keeps_the_experts_of_its_base(write: Write) -> None:
     assert places.layouts.of("stage1").plan is not None
     (convert,) = [task for task in tasks_of(places) if task.name == "convert"]
     assert "--original-copies" not in convert.words()
+    one_choice = ResolvedProject(read_project(write(hardware={"gpu": "h100-80", "gpus": 8}, experts={"topk": 1})))
+    with pytest.raises(UserError, match=r"line \d+: model: base is an MoE"):
+        one_choice.layouts.of("ffn")
+
+
+def test_a_second_ffn_trains_as_a_dense_model_and_leaves_a_token_the_parameters_of_its_base(write: Write) -> None:
+    path = write(hardware={"gpu": "h100-80", "gpus": 8}, experts={"topk": 1}, budget={"tokens": "6K"})
+    places = ResolvedProject(read_project(path))
+    ffn, base = places.layouts.of("ffn"), places.layouts.of("ffn").plan.spec
+    assert base.moe is None and ffn.tokens_per_s
+    assert places.layouts.result.moe == MoeSpec(1, 1, tuple(range(24)))
+    numbers = dict(zip(("all", "active"), parameters(places.layouts.result), strict=True))
+    (dense, _), routers, second = parameters(base), 24 * 2 * 2048, 24 * 3 * 2048 * 5504
+    assert numbers == {"all": dense + routers + second, "active": dense + routers}
+    text = tables.plan(places)
+    assert "N = 1 (auto) in each of 24 layers, K = 1" in text and "Stage ffn reads 6K tokens" in text
 
 
 def test_all_steps_share_one_run_in_trackers(write: Write) -> None:

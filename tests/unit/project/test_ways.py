@@ -75,7 +75,7 @@ def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
     assert "GiB" in printed and not output.exists()
     moelpr("run", path, "--on", where, "--render-only")
     rendered = [text for text in contents(output).values() if text]
-    assert any(b"stage1" in text for text in rendered)
+    assert any(b"evaluate" in text for text in rendered)
     assert not (output / "base").exists() and not calls.exists()
     assert f"GET /api/models/{model}/revision/{revision[1:] or 'main'}" in hub.asked and hub.downloads == {
         "config.json"

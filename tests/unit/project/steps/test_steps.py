@@ -20,6 +20,7 @@ EXPECTED = (
     "preprocess-el preprocess-hu preprocess-en replay convert stage1 stage2 export evaluate routing card report".split()
 )
 FULL, FFN, LORA = ({"method": method, "experts": None} for method in ("full", "ffn", "lora"))
+SECOND_FFN, LOW_RANK = {"experts": {"topk": 1}}, {"experts": {"new": 1, "topk": 1, "rank": 8}}
 GPUS = {"gpu": "h100-80", "gpus": 16}
 KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "en.jsonl"}}
 CORPORA = {
@@ -65,6 +66,9 @@ def write_manifests(**tokens: int) -> None:
         (FULL, "dense", "replay stage1 stage2 routing"),
         (FFN, "ffn", "replay stage1 stage2 routing"),
         (LORA, "lora", "replay convert stage1 stage2 export routing"),
+        (SECOND_FFN | {"chat": "a/b"}, "ffn combine graft", "replay stage1 stage2"),
+        (SECOND_FFN | {"languages": KEPT}, "ffn combine", "preprocess-hu replay stage1 stage2"),
+        (LOW_RANK, "lora combine", "replay convert stage1 stage2 export"),
     ],
 )
 def test_a_project_has_the_steps_that_its_file_asks_for(write: Write, changes: dict, more: str, less: str) -> None:
@@ -108,6 +112,16 @@ WITH_REPLAY = f"--train-tokens 5000000; --data-path 0.6 {EL} 0.2 {HU} 0.2 {EN}"
         (FFN, "card", "--evaluated ffn"),
         (LORA | {"steps": {"lora": {"lr": 1e-3}}}, "lora", "--lr 0.001; --export out/hf; --train-tokens 4000000"),
         (LORA | {"lora": {"rank": 4, "modules": ["q", "v"]}}, "lora", "--rank 4; --modules q v"),
+        (SECOND_FFN, "convert", "--dense; no --topk; --save out/converted"),
+        (SECOND_FFN, "ffn", "--pretrained-checkpoint out/converted; --train-tokens 4000000"),
+        (SECOND_FFN, "export", "--load out/ffn; --save out/ffn-hf"),
+        (SECOND_FFN, "combine", "moelpr model combine base --expert el,hu=out/ffn-hf; --save out/hf"),
+        (SECOND_FFN, "combine", "--text el=el.jsonl --text hu=hu.jsonl --keep-text en=en.jsonl"),
+        (SECOND_FFN | {"languages": KEPT}, "combine", "--text el=el.jsonl; --keep-text code=en.jsonl"),
+        (SECOND_FFN, "evaluate", "second-ffn=out/hf"),
+        (SECOND_FFN, "report", "out/ffn; out/evaluation/routing.json"),
+        (LOW_RANK, "lora", "--export out/ffn-hf; --rank 8; --modules down_proj gate_proj up_proj"),
+        (LOW_RANK, "combine", "--expert el,hu=out/ffn-hf"),
         ({}, "preprocess-en", "--max-samples 100000"),
         (BLEND, "preprocess-en", "no --max-samples"),
         (BLEND, "stage1", WITH_REPLAY),
@@ -134,6 +148,9 @@ def test_a_step_has_the_flags_that_its_file_asks_for(write: Write, changes: dict
         (CHAT, "sft", "stage2 conversations-el conversations-en"),
         (CHAT, "export", "sft"),
         (LORA, "evaluate", "lora"),
+        (SECOND_FFN, "combine", "export"),
+        (LOW_RANK, "combine", "lora"),
+        (SECOND_FFN, "evaluate", "combine"),
         (BLEND, "stage1", "convert preprocess-el preprocess-hu preprocess-en"),
     ],
 )

@@ -47,8 +47,8 @@ def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(expor
         for place, expected in (("#export", ours), ("#base", theirs)):
             assert page.inner_text(f"{place} .answer").strip() == text_of(expected).strip()
         routes = re.findall(r'data-route="([^"]*)"', maps)
-        found = page.locator("#maps .token").evaluate_all("tokens => tokens.map(token => token.dataset.route)")
-        assert found == routes and len(routes) > 3
+        actual = page.locator("#maps .token").evaluate_all("tokens => tokens.map(token => token.dataset.route)")
+        assert actual == routes and len(routes) > 3
         # The table of a token has its layers, each with two experts whose weights are those of the route.
         page.locator("#maps .token").nth(1).hover()
         titles = page.locator("#detail .stack span").evaluate_all("bars => bars.map(bar => bar.title)")
@@ -64,9 +64,9 @@ def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(expor
 
 
 def text_of(panel: str) -> str:
-    found = re.search(r'class="answer">(.*?)</div>', panel, re.DOTALL)
-    assert found is not None
-    return found[1]
+    actual = re.search(r'class="answer">(.*?)</div>', panel, re.DOTALL)
+    assert actual is not None
+    return actual[1]
 
 
 def test_it_is_only_on_this_machine_and_wrong_input_is_one_sentence(export: Path, base: Path) -> None:

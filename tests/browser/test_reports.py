@@ -83,19 +83,19 @@ def test_every_chart_is_drawn_and_the_console_is_empty(pages, name, width, is_da
 
 
 def faults(seen: dict[str, Any]) -> list[str]:
-    found = [f"console: {message}" for message in seen["complaints"]]
+    actual = [f"console: {message}" for message in seen["complaints"]]
     if seen["page_width"] > seen["width"]:
-        found.append(f"the page is {seen['page_width']} wide on {seen['width']}")
+        actual.append(f"the page is {seen['page_width']} wide on {seen['width']}")
     if seen["scrolled"]:
-        found.append(f"{seen['scrolled']} tables are cut off")
+        actual.append(f"{seen['scrolled']} tables are cut off")
     if seen["repeated_ids"]:
-        found.append(f"{seen['repeated_ids']} IDs are not unique")
+        actual.append(f"{seen['repeated_ids']} IDs are not unique")
     for chart in seen["charts"]:
         if not (chart["width"] > 100 and chart["height"] > 100 and chart["shapes"] > 10):
-            found.append(f"{chart['title']} is not drawn: {chart}")
+            actual.append(f"{chart['title']} is not drawn: {chart}")
         if chart["empty"] or chart["cut_off"]:
-            found.append(f"{chart['title']}: {chart['empty']} empty shapes, cut off: {chart['cut_off']}")
-    return found
+            actual.append(f"{chart['title']}: {chart['empty']} empty shapes, cut off: {chart['cut_off']}")
+    return actual
 
 
 def brightness(colour: str) -> float:
@@ -115,7 +115,7 @@ def test_faults_of_a_broken_page_are_found(pages: dict[str, Path], tmp_path: Pat
     ]:
         broken = tmp_path / "broken.html"
         broken.write_text(text.replace(old, new, 1), encoding="utf-8")
-        assert any(fault in found for found in faults(look(broken, DESKTOP))), fault
+        assert any(fault in actual for actual in faults(look(broken, DESKTOP))), fault
 
 
 def test_every_page_can_be_printed_and_photographed(pages: dict[str, Path], tmp_path: Path) -> None:

@@ -43,17 +43,17 @@ def measure(folder: Path, only: str) -> list[dict]:
 
 def halves(folder: Path, only: str) -> tuple[Commands, Commands]:
     """The trainings of the pairs until they stop, with the uninterrupted run, and those after it."""
-    found: tuple[Commands, Commands] = (defaultdict(list), defaultdict(list))
+    actual: tuple[Commands, Commands] = (defaultdict(list), defaultdict(list))
     for stage in STAGES:
         steps = ["--train-iters", str(2 * STEPS)]
         uninterrupted = layout_runs.trainer_arguments(folder, Layout(1, ""), stage, _save(folder, "whole", stage))
-        found[0][1].append([*uninterrupted, *steps])
+        actual[0][1].append([*uninterrupted, *steps])
         for name in _chosen(only):
             for half, layout in enumerate(PAIRS[name]):
                 stop = [] if half else ["--exit-interval", str(STEPS)]
                 arguments = layout_runs.trainer_arguments(folder, layout, stage, _save(folder, name, stage))
-                found[half][layout.ranks].append([*arguments, *steps, *stop])
-    return found
+                actual[half][layout.ranks].append([*arguments, *steps, *stop])
+    return actual
 
 
 def differences(folder: Path, only: str) -> list[dict]:

@@ -56,9 +56,9 @@ def test_layout_equals_one_process(folder: Path, name: str, stage: str) -> None:
 
 def test_a_run_resumes_under_another_layout(folder: Path) -> None:
     """Optimizer state of experts from two ranks; more pairs: python -m tests.distributed.resume_layouts."""
-    found = resume_layouts.differences(folder, RESUMED)
-    assert [pair["stage"] for pair in found] == [*STAGES]
-    for pair in found:
+    actual = resume_layouts.differences(folder, RESUMED)
+    assert [pair["stage"] for pair in actual] == [*STAGES]
+    for pair in actual:
         assert max(pair["losses"], pair["grad_norm"], pair["weights"]) <= layouts.TOLERANCE, pair
 
 

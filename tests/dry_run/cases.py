@@ -210,29 +210,29 @@ def outcome(case: Case) -> dict[str, Any]:
     from moelpr.train.check.cost import disagreements, moved_by_group
 
     try:
-        found = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
+        actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
     except (UserError, RuntimeError):
         return {"error": traceback.format_exc()}
-    first, last, planned = found.runs[0], found.runs[-1], found.runs[0].planned
+    first, last, planned = actual.runs[0], actual.runs[-1], actual.runs[0].planned
     layers = first.spec.megatron_args["num_layers"]
     moved = {"EXPERT_MODEL": 0.0, "EXPERT_TENSOR": 0.0}
     for (group, _, _), (_, num_bytes) in moved_by_group(last.counts).items():
         if (name := group.removesuffix("_PARALLEL_GROUP")) in moved:
             moved[name] += num_bytes
     return {
-        "live": [run.live_bytes for run in found.runs],
-        "peaks": [run.peak_bytes for run in found.runs],
-        "planned": [planned and planned.memories[run.stage].total_bytes for run in found.runs],
+        "live": [run.live_bytes for run in actual.runs],
+        "peaks": [run.peak_bytes for run in actual.runs],
+        "planned": [planned and planned.memories[run.stage].total_bytes for run in actual.runs],
         "moved": list(moved.values()),
         "traffic": planned and list(expert_traffic(first.spec, planned.layout, planned.workload)),
         "waits": dict(first.counts.waits),
-        "operators": sorted({kernel.operator for run in found.runs for kernel in run.counts.kernels}),
-        "autograd_nodes": sorted(set.union(*(set(run.autograd_nodes) for run in found.runs))),
-        "disagreements": [*disagreements([*found.runs, *found.witnesses])],
+        "operators": sorted({kernel.operator for run in actual.runs for kernel in run.counts.kernels}),
+        "autograd_nodes": sorted(set.union(*(set(run.autograd_nodes) for run in actual.runs))),
+        "disagreements": [*disagreements([*actual.runs, *actual.witnesses])],
         "moe_layers_of_first": sum(map(first.spec.is_moe_layer, range(layers // first.layout.pp))),
         "micro_batches": first.num_microbatches,
         "stages": first.layout.pp,
-        "seconds": [run.seconds for run in (*found.runs, *found.witnesses)],
+        "seconds": [run.seconds for run in (*actual.runs, *actual.witnesses)],
     }
 
 

@@ -58,12 +58,12 @@ def test_the_host_waits_once_per_layer_and_micro_batch(outcomes: dict, name: str
 
 @pytest.mark.parametrize("name", SUITE)
 def test_ranks_launch_the_same_collectives(outcomes: dict, name: str) -> None:
-    found = outcomes[name]["disagreements"]
+    actual = outcomes[name]["disagreements"]
     if "edges PP2" in name:
         # The stand-in of all_gather_object knows the parameter groups of its own rank only, so a rank that trains
         # nothing has no optimizer here. A real one has an empty one, and asks the others too (tried in bf16, gloo).
-        found = [message for message in found if "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP" not in message]
-    assert found == []
+        actual = [message for message in actual if "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP" not in message]
+    assert actual == []
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -108,13 +108,13 @@ def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tm
     _, _, *words = check_words(ResolvedProject(read_project(path)), "stage2")
     done = check(*words, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert [rank["rank"] for rank in found["ranks"]] == [0] and found["disagreements"] == []
-    for rank in found["ranks"]:
+    actual = json.loads(done.stdout)
+    assert [rank["rank"] for rank in actual["ranks"]] == [0] and actual["disagreements"] == []
+    for rank in actual["ranks"]:
         assert rank["peak_bytes"] == sum(rank["memory_bytes"].values()) > 0
         assert sum(one["launches"] for one in rank["kernels"].values()) > 100
-    assert any("replay" in missing for missing in found["not_here"])
-    assert found["step_seconds"]["h100-80"]["dry_run"] > 0
+    assert any("replay" in missing for missing in actual["not_here"])
+    assert actual["step_seconds"]["h100-80"]["dry_run"] > 0
 
 
 def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path) -> None:

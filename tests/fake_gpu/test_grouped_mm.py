@@ -18,11 +18,11 @@ def poisoned_grouped_mm(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
     sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
     if right.dim() == 3:
         return torch.cat([part @ one for part, one in zip(left.split(sizes), right, strict=True)])
-    found = left.new_full((len(sizes), left.shape[0], right.shape[1]), torch.nan)
+    actual = left.new_full((len(sizes), left.shape[0], right.shape[1]), torch.nan)
     for expert, (columns, rows) in enumerate(zip(left.split(sizes, dim=1), right.split(sizes), strict=True)):
         if len(rows):
-            found[expert] = columns @ rows
-    return found
+            actual[expert] = columns @ rows
+    return actual
 
 
 @pytest.fixture

@@ -474,8 +474,8 @@ def scripts(case: Case) -> Outcome:
         }
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(["bash", script], cwd=case.box, env=variables, capture_output=True, timeout=10)
-    if found := [*case.box.rglob("X")]:
-        raise Failure(f"a script has run what is in a value: {found[0]}")
+    if actual := [*case.box.rglob("X")]:
+        raise Failure(f"a script has run what is in a value: {actual[0]}")
     return case.judge(ended, anything, case.box)
 
 

@@ -267,13 +267,13 @@ def tensors(folder: Path) -> dict[str, tuple[str, str]]:
     from moelpr.model.checkpoints.chain import step_folder
     from moelpr.model.checkpoints.torch_dist import TorchDistReader
 
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
     for file in sorted(folder.rglob("*.safetensors")):
-        found |= load_file(file)
+        actual |= load_file(file)
     for tracker in sorted(folder.rglob(TRACKER_FILE)):
         reader = TorchDistReader(step_folder(tracker.parent))
-        found |= {key: reader.read(key) for key in reader.keys}
-    return {name: (str(value.dtype), _digest(value)) for name, value in found.items()}
+        actual |= {key: reader.read(key) for key in reader.keys}
+    return {name: (str(value.dtype), _digest(value)) for name, value in actual.items()}
 
 
 def _digest(tensor: Any) -> str:
@@ -288,8 +288,8 @@ def records(run: Path) -> list[dict[str, Any]]:
     measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in record.items() if key not in measured} for record in found]
+    actual = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{key: value for key, value in record.items() if key not in measured} for record in actual]
 
 
 Judge = Callable[[Path, Path], bool]

@@ -101,13 +101,13 @@ def recipe_holds(box: Path, other: Path) -> bool:
     def is_set(key: str, value: Any) -> bool:
         if (name := key.replace("-", "_")) not in settings:
             return False
-        found = settings[name]
+        actual = settings[name]
         if value is None or value is False:
-            return found is not True  # as if the recipe did not have the key
+            return actual is not True  # as if the recipe did not have the key
         if isinstance(value, list):
-            items = found if isinstance(found, list) else [found]
+            items = actual if isinstance(actual, list) else [actual]
             return [str(item) for item in items] == [str(item) for item in value]
-        return found == value or str(found) == str(value) or (isinstance(found, float) and found == float(value))
+        return actual == value or str(actual) == str(value) or (isinstance(actual, float) and actual == float(value))
 
     if not all(is_set(str(key), value) for key, value in recipe.items()):
         return False

@@ -59,8 +59,8 @@ class Ended:
 
     def require_sentence(self) -> None:
         """Raise `Failure` unless the last that it printed is one error, perhaps a list of wrong settings."""
-        found = re.search(r"^[\w. -]+: error: (.+)\n?((?:.*\n?)*)\Z", self.errors, re.MULTILINE)
-        if not found or any(not line.startswith("- ") for line in found[2].splitlines()):
+        actual = re.search(r"^[\w. -]+: error: (.+)\n?((?:.*\n?)*)\Z", self.errors, re.MULTILINE)
+        if not actual or any(not line.startswith("- ") for line in actual[2].splitlines()):
             raise Failure(f"exit code {self.code} without one sentence:\n{self.last_words()}")
 
     def last_words(self) -> str:

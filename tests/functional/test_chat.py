@@ -131,9 +131,9 @@ def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(mate
         json.dumps(json.loads((chat / "config.json").read_text()) | {"eos_token_id": end})
     )
     export(sft, material / "with-template", chat_template_from=chat)
-    found = AutoTokenizer.from_pretrained(material / "with-template")
-    assert (found.chat_template, found.eos_token) == (MARKED, "<|im_end|>")
-    assert found("Ανάψτε το <|im_start|> light").input_ids == tokenizer("Ανάψτε το <|im_start|> light").input_ids
+    actual = AutoTokenizer.from_pretrained(material / "with-template")
+    assert (actual.chat_template, actual.eos_token) == (MARKED, "<|im_end|>")
+    assert actual("Ανάψτε το <|im_start|> light").input_ids == tokenizer("Ανάψτε το <|im_start|> light").input_ids
     for name in ("config.json", "generation_config.json"):
         assert json.loads((material / "with-template" / name).read_text())["eos_token_id"] == end
     other = save_tokenizer(material / "other", "llama2")

@@ -32,8 +32,8 @@ def test_a_dry_run_measures_the_parts_and_writes_the_table(ranks: int, parts: tu
     assert len(trainer["matmul_flops"]) == ranks and min(trainer["matmul_flops"]) > 0
     for run in results["runs"]:
         assert dry[run["name"]]["kernels"] > 100 and dry[run["name"]]["waits"] > 0
-        found = trainer[run["name"]]
-        assert found["tokens_per_s"] > 0 and 0 < found["share_of_matmul_rate"] < 1 and found["memory_gib"] > 0
+        actual = trainer[run["name"]]
+        assert actual["tokens_per_s"] > 0 and 0 < actual["share_of_matmul_rate"] < 1 and actual["memory_gib"] > 0
     if parts == ALL:
         assert steps["contenders"]["ours, stage1"]["tokens_per_s"] > 0
         assert [one["expert_parallel"] for one in traffic] == [2]

@@ -345,7 +345,7 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
     """Before the first step, every four steps and at the end; every token except the first is predicted once."""
     passes = [record for record in records(stage2) if record.get("event") == "validation"]
     assert [record["iteration"] for record in passes] == [0, 4, 6]
-    groups = {name: found["group"] for name, found in passes[0]["languages"].items()}
+    groups = {name: actual["group"] for name, actual in passes[0]["languages"].items()}
     assert groups == {"en": "original", "el": "expanded"}
     events = EventAccumulator(str(stage2 / "tensorboard")).Reload()
     assert [point.step for point in events.Scalars("validation bits per token/el")] == [0, 4, 6]
@@ -360,9 +360,9 @@ def test_held_out_text_is_scored_as_transformers_scores_it(material: Path, stage
             )
         ]
         loss = (sum(losses) / 79).item()
-        found = passes[-1]["languages"][name]
-        assert found["lm_loss"] == pytest.approx(loss, rel=1e-5)
-        assert found["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the corpus has no manifest
+        actual = passes[-1]["languages"][name]
+        assert actual["lm_loss"] == pytest.approx(loss, rel=1e-5)
+        assert actual["bits_per_token"] == pytest.approx(loss / math.log(2), rel=1e-5)  # the corpus has no manifest
 
 
 def test_a_nan_gradient_ends_the_run_with_one_message(material: Path, stage1: Path) -> None:

@@ -159,14 +159,14 @@ def test_both_kinds_of_experts_have_the_same_checkpoint_keys() -> None:
     def keys(layer: torch.nn.Module) -> dict[str, tuple[int, ...]]:
         state = layer.experts.sharded_state_dict("mlp.experts.", (), metadata)
         apply_factories(state)
-        found = {}
+        actual = {}
         for value in state.values():
             for tensor in value if isinstance(value, list) else [value]:
                 if isinstance(tensor, ShardedObject):  # `omit_extra_state` keeps it out of checkpoints
                     assert "_extra_state" in tensor.key and tensor.data.numel() == 0
                     continue
                 assert isinstance(tensor, ShardedTensor)
-                found[tensor.key] = tensor.global_shape
-        return found
+                actual[tensor.key] = tensor.global_shape
+        return actual
 
     assert keys(moe_layer(torch.bfloat16)) == keys(moe_layer(torch.bfloat16, moe_grouped_gemm=True))

@@ -96,12 +96,12 @@ SRUN = "SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=1 SLURM_STEP_
 def test_a_pod_and_a_task_of_srun_know_their_node(tmp_path: Path, variables: str, changes: dict) -> None:
     """torchrun's own variables, a Job's and Slurm's; the more specific ones first."""
     script(tmp_path / "scontrol", '[ "$*" = "show hostnames node-[a-b]" ] && printf "node-a\\nnode-b\\n"')
-    found = dict(pair.split("=") for pair in variables.split())
+    actual = dict(pair.split("=") for pair in variables.split())
     path = f"{tmp_path}:{os.environ['PATH']}"
     expected = ON_NODE_1
     for before, after in changes.items():
         expected = expected.replace(before, after)
-    assert shlex.join(started(CUDA_VISIBLE_DEVICES="0,1", PATH=path, **found)[1]) == expected
+    assert shlex.join(started(CUDA_VISIBLE_DEVICES="0,1", PATH=path, **actual)[1]) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_a_pod_and_a_task_of_srun_know_their_node(tmp_path: Path, variables: str
 )
 def test_one_node_stays_one(variables: str) -> None:
     """Also for torchrun, which reads PET_NNODES too."""
-    found = dict(pair.split("=") for pair in variables.split())
-    assert started(CUDA_VISIBLE_DEVICES="", **found)[1][:3] == ["--standalone", "--nnodes", "1"]
+    actual = dict(pair.split("=") for pair in variables.split())
+    assert started(CUDA_VISIBLE_DEVICES="", **actual)[1][:3] == ["--standalone", "--nnodes", "1"]
 
 
 def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> None:

@@ -45,7 +45,7 @@ def generate(gguf: Path, prompt: list[int], num_tokens: int, vocab_size: int) ->
     )
     steps = answer["choices"][0]["logprobs"]["content"]
     log_probs = torch.full((num_tokens, vocab_size), -torch.inf)
-    for step, found in enumerate(steps):
-        for candidate in found["top_logprobs"]:
+    for step, actual in enumerate(steps):
+        for candidate in actual["top_logprobs"]:
             log_probs[step, candidate["id"]] = candidate["logprob"]
-    return [found["id"] for found in steps], log_probs
+    return [actual["id"] for actual in steps], log_probs

@@ -69,10 +69,10 @@ def files(export: Path) -> Path:
 
 def test_bits_per_byte_are_transformers_and_nearly_so_in_8_bits(export: Path, files: Path) -> None:
     models = {"hf": export, "gguf": files / "hf.gguf", "q8": files / "hf-Q8_0.gguf"}
-    found = compare_models(models, {"el": TEXT[:1], "en": TEXT[1:2]}, Settings(32, 8)).scores
+    actual = compare_models(models, {"el": TEXT[:1], "en": TEXT[1:2]}, Settings(32, 8)).scores
     for language in ("el", "en"):
-        bits = {name: scores[language].metrics["bits_per_byte"] for name, scores in found.items()}
-        assert found["hf"][language].document_tokens == found["gguf"][language].document_tokens
+        bits = {name: scores[language].metrics["bits_per_byte"] for name, scores in actual.items()}
+        assert actual["hf"][language].document_tokens == actual["gguf"][language].document_tokens
         assert abs(bits["gguf"] - bits["hf"]) < 2e-3
         assert 0 < abs(bits["q8"] - bits["hf"]) < 0.05
 
@@ -116,12 +116,12 @@ def test_ollamas_templates_render_what_jinja_does(tmp_path: Path) -> None:
             settings = {"chat_template": template, "add_generation_prompt": answer}
             return render_jinja_template(conversations=[messages], **settings, **special)[0][0]
 
-        found = ChatFormat.of(render)
+        actual = ChatFormat.of(render)
         for messages in CONVERSATIONS:
-            if found.system is None and messages[0]["role"] == "system":
+            if actual.system is None and messages[0]["role"] == "system":
                 continue
             system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-            cases.append({"Template": found.go_template(), "System": system, "Messages": messages})
+            cases.append({"Template": actual.go_template(), "System": system, "Messages": messages})
             expected.append(render(messages, True))
     (tmp_path / "render.go").write_text(_GO)
     command = ["go", "run", "render.go"]

@@ -156,15 +156,15 @@ def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
     reason = obstacle(reader, read_config(export))
     assert [unmet.split(": ")[-1] for unmet in unmet_requirements(export, reader)] == ([reason] if reason else [])
     try:
-        found_tokens, found = RUN[reader](export, prompt, tmp_path)
+        found_tokens, actual = RUN[reader](export, prompt, tmp_path)
     except LOAD_ERRORS[reader]:
         assert reason is not None
         return
     if reason is None:
         assert found_tokens == tokens
-        assert (found - log_probs).abs().max() <= TOLERANCE
+        assert (actual - log_probs).abs().max() <= TOLERANCE
     else:
-        assert (found[0] - log_probs[0]).abs().max() > 100 * TOLERANCE
+        assert (actual[0] - log_probs[0]).abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("reader", RUN)
@@ -178,5 +178,5 @@ def test_a_whole_multimodal_model_runs_as_its_language_model(
     write_export(whole, tmp_path, NewExperts(3), noise=0.5, multimodal_base=whole)
     assert obstacle(reader, read_config(tmp_path / "hf")) is None
     tokens, expected = in_transformers(tmp_path / "hf", prompt_of(100))
-    found_tokens, found = RUN[reader](tmp_path / "hf", prompt_of(100), tmp_path)
-    assert found_tokens == tokens and (found - expected).abs().max() <= TOLERANCE
+    found_tokens, actual = RUN[reader](tmp_path / "hf", prompt_of(100), tmp_path)
+    assert found_tokens == tokens and (actual - expected).abs().max() <= TOLERANCE

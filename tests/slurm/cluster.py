@@ -125,15 +125,15 @@ class Cluster:
 
     def processes(self) -> list[psutil.Process]:
         """All processes of jobs, found by their environment, because some start sessions."""
-        found = []
+        actual = []
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
             except psutil.Error:
                 continue
             if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(self._configuration):
-                found.append(process)
-        return found
+                actual.append(process)
+        return actual
 
     def _start(self, name: str, *arguments: str, program: str = "slurmctld") -> None:
         environment = {**self.environment, "SLURM_SACK_KEY": str(self.folder / "slurm.key")}

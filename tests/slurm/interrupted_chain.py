@@ -112,13 +112,13 @@ def _of_job(process: psutil.Process, job: str) -> bool:
 
 def compared(one: Path, other: Path) -> list[str]:
     """List the differences between the outputs of two chains."""
-    found = [f"{stage}: {what}" for stage in ("stage1", "stage2") for what in differences(one / stage, other / stage)]
+    actual = [f"{stage}: {what}" for stage in ("stage1", "stage2") for what in differences(one / stage, other / stage)]
     files = {str(path.relative_to(one)) for pattern in _EXACT for path in one.glob(pattern)}
     for name in sorted(files):
         if not (other / name).exists() or (one / name).read_bytes() != (other / name).read_bytes():
-            found.append(name)
+            actual.append(name)
     measured = [json.loads((run / "evaluation/results.json").read_text())["models"] for run in (one, other)]
-    return found if measured[0] == measured[1] else [*found, "evaluation/results.json"]
+    return actual if measured[0] == measured[1] else [*actual, "evaluation/results.json"]
 
 
 if __name__ == "__main__":

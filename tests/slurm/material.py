@@ -51,13 +51,13 @@ def make_corpus(folder: Path) -> Path:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Differences between the metrics and last checkpoints of two runs; empty if they are bitwise identical."""
-    found = []
+    actual = []
     one_records, other_records = records(one), records(other)
     if one_records != other_records:
         steps = [a["iteration"] for a, b in zip(one_records, other_records, strict=False) if a != b]
-        found.append(f"metrics of {len(one_records)} and {len(other_records)} steps, first difference: {steps[:1]}")
+        actual.append(f"metrics of {len(one_records)} and {len(other_records)} steps, first difference: {steps[:1]}")
     here, there = tensors(one), tensors(other)
-    return found + sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+    return actual + sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
 
 
 class Stage:

@@ -46,15 +46,15 @@ def with_template(source: Path, folder: Path, template: str | None, tokenizer: A
 def conversations_in(language: str, number: int, seed: int = 0) -> list[list[dict[str, str]]]:
     """Conversations of one or two turns in a language: the assistant repeats a word that it is given."""
     sentences = small_tokenizers.documents_in(language, number, seed)
-    found = []
+    actual = []
     for index, text in enumerate(sentences):
         words = text.split()
         messages = [{"role": "system", "content": "Repeat"}] if index % 3 == 0 else []
         for word in words[: 1 + index % 2]:
             messages.append({"role": "user", "content": f"{word} {words[2]}"})
             messages.append({"role": "assistant", "content": f"{word} {word}" + "🎉" * (index % 5 == 0)})
-        found.append(messages)
-    return found
+        actual.append(messages)
+    return actual
 
 
 def write_conversations(path: Path, language: str, number: int, seed: int = 0) -> Path:

@@ -32,11 +32,11 @@ def problems_of(path: str, source: str) -> Iterator[str]:
     texts = [(line, "docstring", text) for line, text in docstrings(tree)]
     texts += [(line, "comment", text) for line, text in comments(source)]
     for line, kind, text in sorted(texts):
-        if found := HEADLESS.match(text):
-            yield f'{path}:{line}: a {kind} starts with "{found[0]}"; start with a verb or a noun and its article'
-        for found in REFUSED_WORDS.finditer(text):
-            better = REFUSED.get(found[0].lower(), "say what it is")
-            yield f'{path}:{line}: "{found[0]}" in a {kind}; write: {better}'
+        if actual := HEADLESS.match(text):
+            yield f'{path}:{line}: a {kind} starts with "{actual[0]}"; start with a verb or a noun and its article'
+        for actual in REFUSED_WORDS.finditer(text):
+            better = REFUSED.get(actual[0].lower(), "say what it is")
+            yield f'{path}:{line}: "{actual[0]}" in a {kind}; write: {better}'
     if "__main__" not in (*names_compared(tree), Path(path).stem) and not DECLARE_FLAGS.fullmatch(path):
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "add_argument"]
         if names:
@@ -81,11 +81,11 @@ def all_problems() -> list[str]:
     """The problems of every Python file that git tracks."""
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     sources = {path: (ROOT / path).read_text() for path in files.stdout.split()}
-    found = [problem for path, source in sources.items() for problem in problems_of(path, source)]
+    actual = [problem for path, source in sources.items() for problem in problems_of(path, source)]
     off = [path for path, source in sources.items() for _ in FORMATTER_OFF.findall(source)]
     if len(off) > MOST_FORMATTER_OFF:
-        found.append(f"the formatter is switched off in {len(off)} places, at most {MOST_FORMATTER_OFF} are allowed")
-    return found
+        actual.append(f"the formatter is switched off in {len(off)} places, at most {MOST_FORMATTER_OFF} are allowed")
+    return actual
 
 
 if __name__ == "__main__":

@@ -107,13 +107,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "api/validate-yaml":  # a card's
             return self._answer(200, {"errors": [], "warnings": []})
         if path == "api/repos/create":
-            found = json.loads(body)
-            name = f"me/{found['name']}" if "/" not in found["name"] else found["name"]
-            if found.get("organization", "me") != "me" or not name.startswith("me/"):
+            actual = json.loads(body)
+            name = f"me/{actual['name']}" if "/" not in actual["name"] else actual["name"]
+            if actual.get("organization", "me") != "me" or not name.startswith("me/"):
                 return self._answer(403, {"error": "You don't have the rights to create a model"})
             is_new = name not in hub.repositories
             hub.repositories.setdefault(name, {})
-            if is_new and (found.get("private") or found.get("visibility") == "private"):
+            if is_new and (actual.get("private") or actual.get("visibility") == "private"):
                 hub.private.add(name)
             return self._answer(200 if is_new else 409, {"url": f"{hub.url}/{name}"})
         if path.startswith("lfs/"):

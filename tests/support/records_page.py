@@ -49,8 +49,8 @@ def record_types() -> list[type[Record]]:
         for path in sorted((ROOT / package).rglob("*.py")):
             if "(Record)" in path.read_text():
                 importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    found = [kind for kind in Record.__subclasses__() if kind.__module__.split(".")[0] in _PACKAGES]
-    return sorted(found, key=lambda kind: kind.FILE_NAME)
+    actual = [kind for kind in Record.__subclasses__() if kind.__module__.split(".")[0] in _PACKAGES]
+    return sorted(actual, key=lambda kind: kind.FILE_NAME)
 
 
 def section() -> str:
@@ -175,19 +175,19 @@ def type_name(hint: Any) -> str:
 
 def _nested(kind: Any) -> list[Any]:
     """The types of fields that have fields of their own, in the order of the fields."""
-    found: dict[Any, None] = {}
+    actual: dict[Any, None] = {}
 
     def visit(hint: Any) -> None:
         if dataclasses.is_dataclass(hint) or is_typeddict(hint) or hasattr(hint, "_fields"):
-            found[hint] = None
-            found.update(dict.fromkeys(_nested(hint)))
+            actual[hint] = None
+            actual.update(dict.fromkeys(_nested(hint)))
         for argument in get_args(hint):
             visit(argument)
 
     for name, hint in get_type_hints(kind).items():
         if not name.isupper():
             visit(hint)
-    return list(found)
+    return list(actual)
 
 
 def describe(kind: Any) -> Description:
@@ -198,8 +198,8 @@ def describe(kind: Any) -> Description:
             meanings = {name: _line(meaning or "") for name, meaning in described.items()}
             return Description("" if text.startswith(f"{kind.__name__}(") else text, meanings)
     text, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:\n")
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", attributes, flags=re.MULTILINE)
-    return Description(_line(text), {name: _line(meaning) for name, meaning in found})
+    actual = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", attributes, flags=re.MULTILINE)
+    return Description(_line(text), {name: _line(meaning) for name, meaning in actual})
 
 
 def _line(text: str) -> str:

@@ -52,8 +52,8 @@ class TextServer:
     def requests(self) -> list[str]:
         """The requests since the last call: method, path and range."""
         with urllib.request.urlopen(f"{self.address}/_log") as answer:
-            found: list[str] = json.load(answer)
-            return found
+            actual: list[str] = json.load(answer)
+            return actual
 
 
 @contextmanager
@@ -92,9 +92,9 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, query = unquote(url.path), {key: values[0] for key, values in parse_qs(url.query).items()}
         if path == "/_log":
-            found = json.dumps(self.log).encode()
+            actual = json.dumps(self.log).encode()
             self.log.clear()
-            return self._answer(200, found)
+            return self._answer(200, actual)
         self.log.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
         if "gated" in path:
             return self._answer(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "restricted"})
@@ -125,18 +125,18 @@ class _Handler(BaseHTTPRequestHandler):
         top = self.folder / path
         if not top.is_dir():
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        found = []
+        actual = []
         for item in sorted(top.rglob("*") if recursive else top.iterdir()):
             name = str(item.relative_to(self.folder))
             oid = hashlib.sha1(name.encode()).hexdigest()
             if item.is_dir():
-                found.append({"type": "directory", "path": name, "oid": oid, "size": 0})
+                actual.append({"type": "directory", "path": name, "oid": oid, "size": 0})
             else:
                 digest = hashlib.sha256(item.read_bytes()).hexdigest()
                 size = item.stat().st_size
                 lfs = {"oid": digest, "size": size, "pointerSize": 130}
-                found.append({"type": "file", "path": name, "oid": oid, "size": size, "lfs": lfs})
-        self._json(found)
+                actual.append({"type": "file", "path": name, "oid": oid, "size": size, "lfs": lfs})
+        self._json(actual)
 
     def _list_bucket(self, query: dict[str, str]) -> None:
         prefix, folders, files = query.get("prefix", ""), set(), []

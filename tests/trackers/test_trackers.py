@@ -73,7 +73,7 @@ def start(folder: Path, words: list) -> subprocess.Popen:
 def expected(run: Path) -> list[tuple[int, float]]:
     """Steps of the whole run and losses, by the run folders."""
     records = [metrics(run / stage) for stage in ("stage1", "stage2")]
-    return [(6 * place + one["iteration"], one["lm_loss"]) for place, found in enumerate(records) for one in found]
+    return [(6 * place + one["iteration"], one["lm_loss"]) for place, actual in enumerate(records) for one in actual]
 
 
 def test_mlflow_has_every_step_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,17 +82,17 @@ def test_mlflow_has_every_step_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(f"file:{run}/mlruns")
     experiment = client.get_experiment_by_name("greek")
-    (found,) = client.search_runs([experiment.experiment_id])
+    (actual,) = client.search_runs([experiment.experiment_id])
 
     def history(key: str) -> list[tuple[int, float]]:
-        return [(one.step, one.value) for one in client.get_metric_history(found.info.run_id, key)]
+        return [(one.step, one.value) for one in client.get_metric_history(actual.info.run_id, key)]
 
     assert history("lm loss") == expected(run)
     assert [step for step, _ in history("validation bits per token/el")] == [6, 10, 12]
     assert [step for step, _ in history("stage2/step")] == [7, 8, 9, 10, 11, 12]
     assert history("results/base/el/bits_per_byte") == [(13, 1.5), (14, 1.5)]  # the last one counts
-    assert found.info.status == "FINISHED" and found.data.params["stage1.lr"] == "0.01"
-    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["change.svg"]
+    assert actual.info.status == "FINISHED" and actual.data.params["stage1.lr"] == "0.01"
+    assert [file.path for file in client.list_artifacts(actual.info.run_id)] == ["change.svg"]
 
 
 def test_wandb_has_every_step_once(run: Path) -> None:
@@ -133,5 +133,5 @@ def test_neither_store_has_credentials_or_hosts(run: Path) -> None:
     files = [path for store in ("mlruns", "wandb") for path in (run / store).rglob("*") if path.is_file()]
     assert len(files) > 20
     for path in files:
-        found = [word for word in PRIVATE if word.encode() in path.read_bytes()]
-        assert not found, f"{path} has {found}"
+        actual = [word for word in PRIVATE if word.encode() in path.read_bytes()]
+        assert not actual, f"{path} has {actual}"

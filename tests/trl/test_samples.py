@@ -60,10 +60,10 @@ def test_ids_and_labels_are_trls(tmp_path: Path, template: str) -> None:
     corpus, start = Corpus(tmp_path / "c_messages_document"), 0
     assert corpus.num_documents == len(theirs) == 30
     for index, (ids, labels) in enumerate(theirs):
-        found, _ = corpus.document(index)
-        counts = corpus.loss_bits.slice(start, start + len(found)).tolist()
-        start += len(found)
-        assert found.tolist() == ids
+        actual, _ = corpus.document(index)
+        counts = corpus.loss_bits.slice(start, start + len(actual)).tolist()
+        start += len(actual)
+        assert actual.tolist() == ids
         assert [id if is_counted else -100 for id, is_counted in zip(ids, counts, strict=True)] == labels
 
 

@@ -31,12 +31,12 @@ def without_code(text: str) -> str:
 
 def anchors(path: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
-    found: list[str] = []
+    actual: list[str] = []
     for heading in re.findall(r"^#+ +(.+?) *$", without_code(path.read_text("utf-8")), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
-    return set(found)
+        actual.append(f"{slug}-{actual.count(slug)}" if slug in actual else slug)
+    return set(actual)
 
 
 def test_relative_links_and_anchors_resolve() -> None:

@@ -49,9 +49,9 @@ def environment(tmp_path: Path) -> dict[str, str]:
     tools = tmp_path / "tools"
     tools.mkdir()
     for tool in TOOLS:
-        found = shutil.which(tool)
-        assert found, f"{tool} is missing on this machine"
-        (tools / tool).symlink_to(found)
+        actual = shutil.which(tool)
+        assert actual, f"{tool} is missing on this machine"
+        (tools / tool).symlink_to(actual)
     return {"PATH": f"{tmp_path}/a:{tmp_path}/b:{tools}", "HOME": str(tmp_path)}
 
 

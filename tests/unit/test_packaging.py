@@ -75,8 +75,8 @@ def test_pins_with_hashes_are_those_without_and_name_no_host(pins):
         packages = re.findall(r"^(\S+)==(\S+) .*((?:\\\n    --hash=sha256:[0-9a-f]{64} ?)+)$", text, re.MULTILINE)
         assert len(packages) == text.count("==") - text.count(" == ")
         assert not re.search("://|^-", text, re.MULTILINE)
-        found = {package: version for package, version, _ in packages}
-        assert found == pins if name == "dev" else not found.keys() & pins.keys()
+        actual = {package: version for package, version, _ in packages}
+        assert actual == pins if name == "dev" else not actual.keys() & pins.keys()
 
 
 def test_the_installed_version_is_the_packages_own():

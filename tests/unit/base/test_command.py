@@ -22,9 +22,9 @@ def fail_with(error: BaseException):  # noqa: ANN201
 
 def raised_in_c(error: BaseException) -> SystemError:
     """The error of C code during which a signal's handler has raised `error`."""
-    found = SystemError("returned a result with an exception set")
-    found.__cause__ = error
-    return found
+    actual = SystemError("returned a result with an exception set")
+    actual.__cause__ = error
+    return actual
 
 
 @pytest.mark.parametrize(

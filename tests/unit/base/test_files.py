@@ -37,8 +37,8 @@ def test_a_failed_write_leaves_the_old_output_and_nothing_else(write, tmp_path: 
         with suppress(ZeroDivisionError), write(tmp_path / "a") as temporary:
             (temporary / "file" if temporary.is_dir() else temporary).write_text(content)
             assert content == "old" or 1 / 0
-    (found,) = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert found.read_text() == "old" and [*tmp_path.iterdir()] == [tmp_path / "a"]
+    (actual,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert actual.read_text() == "old" and [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
 @pytest.mark.parametrize("write", [atomic_directory, partial])

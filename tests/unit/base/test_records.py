@@ -72,8 +72,8 @@ def test_a_wrong_field_is_named_with_the_file_and_the_remedy(tmp_path, changes, 
     PICTURE.write(tmp_path)
     path = tmp_path / Picture.FILE_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    found = message(tmp_path)
-    assert named in found and str(path) in found and found.endswith("draw it again") or "NaN" in found
+    actual = message(tmp_path)
+    assert named in actual and str(path) in actual and actual.endswith("draw it again") or "NaN" in actual
 
 
 @pytest.mark.parametrize(

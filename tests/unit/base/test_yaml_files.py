@@ -74,11 +74,11 @@ contents = st.dictionaries(
 @given(contents)
 def test_the_line_of_a_key_is_where_it_stands(content: dict) -> None:
     text = dump(content)
-    lines, found = text.splitlines(), key_lines(text)
+    lines, actual = text.splitlines(), key_lines(text)
 
     def visit(value: object, path: tuple) -> None:
         for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-            line = lines[found[*path, name] - 1]
+            line = lines[actual[*path, name] - 1]
             assert f"{name}" in line.replace("'", "") if isinstance(value, dict) else "- " in line or "[" in line
             if isinstance(child, dict | list):
                 visit(child, (*path, name))

@@ -70,11 +70,11 @@ def test_every_kind_of_difference_is_named_and_the_largest_come_first(export: Pa
     assert exit_code(main, export, other) == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[0] for line in lines[4:6]] == ["model.layers.0.input_layernorm.weight", "model.norm.weight"]
-    found = {line[0]: line[1:] for line in lines if line}
-    assert found["model.norm.weight"] == ["value", "2.500e-01", "1", "of", "32"]
-    assert found["model.layers.1.mlp.up_proj.weight"][0] == "shape"
-    assert found["model.layers.0.mlp.gate.weight"] == ["missing"]
-    assert found["surplus"] == ["extra"]
+    actual = {line[0]: line[1:] for line in lines if line}
+    assert actual["model.norm.weight"] == ["value", "2.500e-01", "1", "of", "32"]
+    assert actual["model.layers.1.mlp.up_proj.weight"][0] == "shape"
+    assert actual["model.layers.0.mlp.gate.weight"] == ["missing"]
+    assert actual["surplus"] == ["extra"]
     assert largest_difference(compare(export, other)) == float("inf")
     other = copy_of(export, lambda tensors: [tensor.add_(1) for tensor in tensors.values()])
     for flags, num_shown in (((), 20), (("--all",), len(tensors_of(export)))):
@@ -152,9 +152,9 @@ def test_all_experts_of_an_moe_base_are_frozen_and_its_routers_are_not(qwen2, ex
 def test_the_exit_code_depends_on_tensors_and_text(qwen2, export, text, exit_code, capsys, megatron) -> None:
     """The dense base against the freshly upcycled model: equal; after a change of an expert that is not frozen: not."""
     assert exit_code(main, "--frozen", qwen2, export, "--text", text, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["equal"] and found["max_abs_diff"] == 0.0 and found["max_abs_logit_diff"] < 1e-4
-    assert found["same_next_token"] == 1.0
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["equal"] and actual["max_abs_diff"] == 0.0 and actual["max_abs_logit_diff"] < 1e-4
+    assert actual["same_next_token"] == 1.0
     edit_tensors(export, lambda tensors: tensors["model.layers.0.mlp.experts.1.down_proj.weight"].add_(1))
     assert exit_code(main, "--frozen", qwen2, export, "--text", text) == 1
     table = capsys.readouterr().out

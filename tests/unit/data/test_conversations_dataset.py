@@ -57,16 +57,16 @@ def check_window(sample: dict[str, Any], known: dict, is_packed: bool) -> list[t
     tokens, labels, mask = (sample[name].tolist() for name in ("tokens", "labels", "loss_mask"))
     bits, seen, start = sample["is_original"].tolist(), [], 0
     while start < LENGTH:
-        found = next((one for one in known if tuple(tokens[start : start + len(one)]) == one), None)
-        if found is None or found in seen:
+        actual = next((one for one in known if tuple(tokens[start : start + len(one)]) == one), None)
+        if actual is None or actual in seen:
             break
-        counts, bit = known[found]
-        stop = start + len(found)
-        assert mask[start:stop] == [*counts[1:], 0] and bits[start:stop] == [bit] * len(found)
-        assert labels[start : stop - 1] == list(found[1:])
+        counts, bit = known[actual]
+        stop = start + len(actual)
+        assert mask[start:stop] == [*counts[1:], 0] and bits[start:stop] == [bit] * len(actual)
+        assert labels[start : stop - 1] == list(actual[1:])
         if is_packed:
-            assert sample["position_ids"][start:stop].tolist() == list(range(len(found)))
-        seen.append(found)
+            assert sample["position_ids"][start:stop].tolist() == list(range(len(actual)))
+        seen.append(actual)
         start = stop
         if not is_packed:
             break

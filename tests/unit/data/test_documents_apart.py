@@ -59,12 +59,12 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_a
 def test_the_loss_of_a_packed_document_is_that_of_the_document_alone(samples, build, recompute: dict) -> None:
     packed = samples(True)
     model = build(dataloader_inter_document_masking=True, **recompute)
-    found = losses(model, packed)
-    found.sum().backward()
+    actual = losses(model, packed)
+    actual.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     number = 0
-    for sample, row in zip(packed, found, strict=True):
+    for sample, row in zip(packed, actual, strict=True):
         edges = [*np.flatnonzero(sample["position_ids"].numpy() == 0).tolist(), SEQUENCE]
         for start, stop in zip(edges[:-1], edges[1:], strict=True):
             document = {name: tensor[start:stop] for name, tensor in sample.items()}

@@ -258,9 +258,9 @@ def test_a_sample_is_read_from_inside_its_bytes(packed: np.ndarray, edges: list[
         with pytest.raises(IndexError):
             _language_bits.tag(packed, edges, ids)
         return
-    found, largest = _language_bits.tag(packed, edges, ids)
+    actual, largest = _language_bits.tag(packed, edges, ids)
     wanted = np.concatenate([np.zeros(0, np.uint8), *(bits[start:stop] for start, stop in ranges)])
-    np.testing.assert_array_equal(found, np.pad(wanted, (0, size - len(wanted))))
+    np.testing.assert_array_equal(actual, np.pad(wanted, (0, size - len(wanted))))
     assert largest == max(ids, default=-1)
 
 

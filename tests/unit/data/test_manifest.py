@@ -55,42 +55,42 @@ def long_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_sample_reads_other_blocks_at_each_call_and_no_more(long_file: Path) -> None:
-    found = FileRecord.of(long_file)
-    assert len(found.block_crc32) == 8 * 200
+    actual = FileRecord.of(long_file)
+    assert len(actual.block_crc32) == 8 * 200
     content = long_file.read_bytes()
     noticed = 0
     for _ in range(400):
-        assert found.matches_sample(long_file)
+        assert actual.matches_sample(long_file)
     long_file.write_bytes(content[:400] + bytes(64) + content[464:])  # 4 blocks of 200
     for _ in range(400):
-        noticed += not found.matches_sample(long_file)
+        noticed += not actual.matches_sample(long_file)
     # 1 - (196/200 · 195/199 · 194/198 · 193/197) = 7.8%; the bounds are 5 standard deviations away.
     assert 4 < noticed < 59
-    assert not found.matches(long_file)
+    assert not actual.matches(long_file)
     long_file.write_bytes(bytes(len(content)))
-    assert not found.matches_sample(long_file)
+    assert not actual.matches_sample(long_file)
     for other in (content[:-1], content + b"a"):
         long_file.write_bytes(other)
-        assert not found.matches_sample(long_file)
+        assert not actual.matches_sample(long_file)
 
 
 def test_every_block_is_sampled_in_time(long_file: Path) -> None:
-    found, content = FileRecord.of(long_file), long_file.read_bytes()
+    actual, content = FileRecord.of(long_file), long_file.read_bytes()
     for start in (0, 1600, len(content) - 1):
         long_file.write_bytes(content[:start] + bytes([content[start] ^ 1]) + content[start + 1 :])
-        assert not all(found.matches_sample(long_file) for _ in range(1000))  # all pass with probability 2e-9
+        assert not all(actual.matches_sample(long_file) for _ in range(1000))  # all pass with probability 2e-9
 
 
 def test_a_short_file_is_read_completely(long_file: Path) -> None:
     long_file.write_bytes(bytes(64))
-    found = FileRecord.of(long_file)
-    assert found.matches_sample(long_file)
+    actual = FileRecord.of(long_file)
+    assert actual.matches_sample(long_file)
     long_file.write_bytes(bytes(63) + b"a")
-    assert not found.matches_sample(long_file)
+    assert not actual.matches_sample(long_file)
 
 
 def test_wrong_checksums_of_blocks_are_noticed(long_file: Path) -> None:
-    found = FileRecord.of(long_file)
-    for wrong in ("", "x", found.block_crc32[:-8], found.block_crc32[8:]):
-        record = dataclasses.replace(found, block_crc32=wrong)
+    actual = FileRecord.of(long_file)
+    for wrong in ("", "x", actual.block_crc32[:-8], actual.block_crc32[8:]):
+        record = dataclasses.replace(actual, block_crc32=wrong)
         assert not record.matches(long_file)

@@ -51,13 +51,13 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.cpp").write_text(PLANTED)
     compile_with_sanitizers(folder / "planted.cpp", folder / "planted.so")
-    found = [
+    actual = [
         subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")  # the second: exceptions cross the first
     ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(found),
+        "LD_PRELOAD": " ".join(actual),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # otherwise small arrays are in Python's pools, where overruns go unnoticed

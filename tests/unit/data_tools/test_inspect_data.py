@@ -57,22 +57,22 @@ def test_documents_are_counted_by_powers_of_two() -> None:
 def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5]), ("hu", []), ("el", [6] * 9), ("en", [7])])
     call(inspect_data.main, [str(prefix), "--json", "--documents", "2"])
-    found = json.loads(capsys.readouterr().out)
-    manifest = found.pop("manifest")
+    actual = json.loads(capsys.readouterr().out)
+    manifest = actual.pop("manifest")
     assert manifest["languages"]["el"] == {"bit": "expanded", "documents": 2, "tokens": 11, "bytes": 44}
-    assert found.pop("files") == {"bin": 30, "idx": 34 + 4 * 12 + 6 * 8, "lang": 66}
+    assert actual.pop("files") == {"bin": 30, "idx": 34 + 4 * 12 + 6 * 8, "lang": 66}
     columns = ("from", "to", "documents", "tokens")
     rows = ((1, 1, 1, 1), (2, 3, 2, 5), (4, 7, 0, 0), (8, 15, 1, 9))
-    assert found.pop("length_histogram") == [dict(zip(columns, row, strict=True)) for row in rows]
-    assert [*found.pop("tokens_per_document").values()] == [0, 2.0, 3.0, pytest.approx(7.8), 9]
-    assert found.pop("verified")[-2:] == ["checksums of all files", "counts per language"]
-    assert found.pop("shown") == [
+    assert actual.pop("length_histogram") == [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [*actual.pop("tokens_per_document").values()] == [0, 2.0, 3.0, pytest.approx(7.8), 9]
+    assert actual.pop("verified")[-2:] == ["checksums of all files", "counts per language"]
+    assert actual.pop("shown") == [
         {"tokens": 3, "runs": [{"bit": "original", "from": 1, "to": 3, "text": "1 2 3", "is_cut": False}]},
         {"tokens": 2, "runs": [{"bit": "expanded", "from": 1, "to": 2, "text": "4 5", "is_cut": False}]},
     ]
     counts = {"sequences": 4, "documents": 5, "empty_documents": 1, "tokens": 15, "original_tokens": 4}
     counts |= {"largest_id": 7, "expanded_tokens": 11}
-    assert found == {"prefix": str(prefix), "dtype": "uint16"} | counts
+    assert actual == {"prefix": str(prefix), "dtype": "uint16"} | counts
     call(inspect_data.main, [str(prefix)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["made", "with", "HuggingFaceTokenizer", "hf,", "ended", "by", "token", "0,", "from", "1", "source"] in lines

@@ -74,8 +74,8 @@ def test_special_tokens_around_a_text_are_megatrons(include: bool, hf_tokenizer:
     theirs = MegatronTokenizer.from_pretrained(tokenizer_path=str(hf_tokenizer), **words)
     ours = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
     for text in (*sentences.values(), "", "a</s>b"):
-        found = ours.encode_whole(text) if include else ours.encode([text]).ids.tolist()
-        assert found == theirs.tokenize(text) and (found[:1] == [0]) == include
+        actual = ours.encode_whole(text) if include else ours.encode([text]).ids.tolist()
+        assert actual == theirs.tokenize(text) and (actual[:1] == [0]) == include
     assert (ours.vocab_size, ours.eod_id) == (theirs.vocab_size, theirs.eod)
 
 

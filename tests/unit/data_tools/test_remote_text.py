@@ -196,15 +196,15 @@ def test_a_network_that_stays_away_is_one_sentence_without_secrets(server) -> No
 
 def test_a_filter_keeps_the_same_rows_and_lines(server, hf_tokenizer, preprocess, corpus_bytes, capsys) -> None:
     """Rows 0 to 999 have scores from 1.0 down to 0.5, so all row groups but the first are passed over."""
-    found = []
+    actual = []
     for number, uri in enumerate((server.uri("hf", FOLDER), str(server.folder / "jsonl"))):
         words = ("--input", uri, *KEYS, "--filter", "language_score > 0.9 and minhash_cluster_size in [1, 2]")
         out = preprocess(hf_tokenizer, *words, out=f"out/{number}")
         assert "--filter dropped 955 of 1,000 documents" in capsys.readouterr().out
         manifest = Manifest.read(f"{out}_text_document")
         assert manifest is not None and (manifest.documents, manifest.filtered_documents) == (45, 955)
-        found.append(corpus_bytes(f"{out}_text_document"))
-    assert found[0] == found[1]
+        actual.append(corpus_bytes(f"{out}_text_document"))
+    assert actual[0] == actual[1]
     with pytest.raises(UserError, match=r"--filter drops all 1,000 documents"):
         preprocess(hf_tokenizer, "--input", server.folder / "jsonl", *KEYS, "--filter", "langauge_score > 0.9")
     with pytest.raises(UserError, match="000.*no column langauge_score; its columns are text, id"):

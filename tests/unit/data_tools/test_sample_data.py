@@ -34,15 +34,15 @@ def sample(output: Path, inputs: list[str], *words: str) -> list[np.ndarray]:
 
 
 def test_each_language_gives_its_number_of_complete_documents(inputs: list[str], tmp_path: Path) -> None:
-    found = sample(tmp_path / "out", inputs, "--original-documents", "20", "--expanded-documents", "30")
-    numbers = [int(ids[0]) for ids in found]
+    actual = sample(tmp_path / "out", inputs, "--original-documents", "20", "--expanded-documents", "30")
+    numbers = [int(ids[0]) for ids in actual]
     assert numbers == sorted(set(numbers))  # the inputs' order, none twice
     assert [sum(low <= number < low + 60 for number in numbers) for low in (0, 60, 120)] == [20, 20, 30]
-    for ids in found:
+    for ids in actual:
         assert len(ids) == ids[0] % 60 + 1 and (ids == ids[0]).all()
     assert numbers[:20] != list(range(20)), "not the first ones"
     bits = [Corpus(tmp_path / "out").document(index)[1] for index in range(70)]
-    for ids, document_bits in zip(found, bits, strict=True):
+    for ids, document_bits in zip(actual, bits, strict=True):
         assert (document_bits == (ids[0] < 120)).all()
 
 
@@ -70,16 +70,16 @@ def test_every_document_is_equally_likely(inputs: list[str], tmp_path: Path) -> 
 
 
 def test_documents_are_sampled_until_they_contain_enough_tokens(inputs: list[str], tmp_path: Path) -> None:
-    found = sample(tmp_path / "out", inputs, "--expanded-tokens", "500")
-    lengths = sorted(map(len, found))
+    actual = sample(tmp_path / "out", inputs, "--expanded-tokens", "500")
+    lengths = sorted(map(len, actual))
     assert sum(lengths) >= 500
     assert sum(lengths) - lengths[-1] < 500
-    assert all(ids[0] >= 120 for ids in found)
+    assert all(ids[0] >= 120 for ids in actual)
 
 
 def test_small_language_is_used_completely_with_a_note(inputs, tmp_path, capsys) -> None:
-    found = sample(tmp_path / "out", inputs, "--expanded-documents", "55")
-    assert len(found) == 54
+    actual = sample(tmp_path / "out", inputs, "--expanded-documents", "55")
+    assert len(actual) == 54
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"note: {inputs[2]} contains less than the requested 55 documents") for line in lines)
     assert ["el", "expanded", "54", "54", "1,620", inputs[2]] in [line.split() for line in lines]
@@ -88,11 +88,11 @@ def test_small_language_is_used_completely_with_a_note(inputs, tmp_path, capsys)
 
 
 def test_manifest_counts_the_sample(inputs: list[str], tmp_path: Path) -> None:
-    found = sample(tmp_path / "out", inputs[1:], "--original-documents", "2", "--expanded-tokens", "1000000")
+    actual = sample(tmp_path / "out", inputs[1:], "--original-documents", "2", "--expanded-tokens", "1000000")
     manifest = Manifest.read(tmp_path / "out")
     assert manifest is not None
     assert manifest.languages == {
-        "es": LanguageCount("original", 2, sum(map(len, found[:2])), 0),
+        "es": LanguageCount("original", 2, sum(map(len, actual[:2])), 0),
         "el": LanguageCount("expanded", 54, 1620, 0),
     }
     size = Path(f"{inputs[1]}.bin").stat().st_size

@@ -20,11 +20,11 @@ def text(label: str, name: str, length: int = 40) -> str:
 
 
 def ids_of(folder: Path) -> list[str]:
-    found = []
+    actual = []
     for file in sorted(folder.glob("*.jsonl.gz")):
         with open_stream(open_source(str(file))) as (lines, _):
-            found += [json.loads(line)["id"] for line in lines]
-    return found
+            actual += [json.loads(line)["id"] for line in lines]
+    return actual
 
 
 def test_each_step_removes_its_documents_and_the_rest_stays(tmp_path: Path) -> None:

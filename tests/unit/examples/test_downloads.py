@@ -64,11 +64,11 @@ def change(tmp_path: Path, files: dict[str, bytes]) -> bytes:
 
 def test_packages_of_both_registries_come_once(wheel: Source, deb: Source, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    found = fetch_all([wheel, deb], cache)
-    assert found == {"texts": cache / wheel.file, "manual": cache / deb.file}
+    actual = fetch_all([wheel, deb], cache)
+    assert actual == {"texts": cache / wheel.file, "manual": cache / deb.file}
     assert (tmp_path / "calls").read_text() == "download manual=1:2.0-1*\n"
     shutil.rmtree(tmp_path / "index")
-    assert fetch_all([wheel, deb], cache) == found
+    assert fetch_all([wheel, deb], cache) == actual
     assert (tmp_path / "calls").read_text().count("\n") == 1
 
 

@@ -46,21 +46,21 @@ def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_the_pack_has_translated_pages_code_and_dialogues(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--output", str(packages / "out"), "--without", "fi"])
-    found = {path.stem: [json.loads(x) for x in path.open()] for path in (packages / "out").glob("*.jsonl")}
-    assert found.keys() == {"pl", "code", "chat"}  # Finnish and the demo's Turkish are left out, as are variants
-    (polish,) = found["pl"]  # the second page is mostly English
+    actual = {path.stem: [json.loads(x) for x in path.open()] for path in (packages / "out").glob("*.jsonl")}
+    assert actual.keys() == {"pl", "code", "chat"}  # Finnish and the demo's Turkish are left out, as are variants
+    (polish,) = actual["pl"]  # the second page is mostly English
     assert polish["text"].startswith("Zdanie numer 0 o muzyce i morzu.") and "Someone" not in polish["text"]
-    assert len({document["code"] for document in found["code"]}) >= 4
-    assert [document["language"] for document in found["chat"]] == ["nl", "en"]
-    assert found["chat"][0]["text"] == (
+    assert len({document["code"] for document in actual["code"]}) >= 4
+    assert [document["language"] for document in actual["chat"]] == ["nl", "en"]
+    assert actual["chat"][0]["text"] == (
         "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi, what is it?<|im_end|>\n"
         "<|im_start|>user\nNothing.<|im_end|>\n"
     )
     pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
-    assert pack.keys() == {f"{name}.jsonl" for name in found}
+    assert pack.keys() == {f"{name}.jsonl" for name in actual}
     assert all(file["licence"] and file["packages"] for file in pack.values())
-    assert pack["code.jsonl"]["documents"] == len(found["code"])
-    assert len(read_documents(packages / "out")) == sum(map(len, found.values()))  # the record is not read as text
+    assert pack["code.jsonl"]["documents"] == len(actual["code"])
+    assert len(read_documents(packages / "out")) == sum(map(len, actual.values()))  # the record is not read as text
     assert "1 languages, code and dialogues" in capsys.readouterr().out
 
 

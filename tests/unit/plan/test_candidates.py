@@ -77,9 +77,9 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, stage, ever
     for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")[: 4 if spec.moe else 2]:
         recipe += [f"--{size}-parallel-size", "2"]
     workload = Workload(stage, 32, 1, 8, train_everything=everything)
-    found = fitting(spec, workload, Cluster(gpus, 8, 80, 8))
-    assert {one.layout for one in found} == set(legal_layouts(spec, workload, Cluster(gpus, 8, 80, 8)))
-    for one in found[:: 1 if gpus < 8 else 7]:
+    actual = fitting(spec, workload, Cluster(gpus, 8, 80, 8))
+    assert {one.layout for one in actual} == set(legal_layouts(spec, workload, Cluster(gpus, 8, 80, 8)))
+    for one in actual[:: 1 if gpus < 8 else 7]:
         layout = one.layout
         run = parse.check_arguments([*argv, *recipe, *one.flags(workload)])
         assert run.args.train_everything == everything
@@ -96,8 +96,8 @@ def test_on_known_gpus_the_fastest_layout_is_recommended_up_to_a_twentieth() -> 
     workload = Workload("stage1", 64, 1, 8)
     for network_bandwidth in (1e3, 1e12):
         gpu = replace(GPUS["h100-80"], network_bandwidth=network_bandwidth)
-        found = fitting(SIX_LAYERS, workload, Cluster(8, 2, 80, 8, gpu))
-        times = [one.step_time.total_s for one in found if one.step_time]
-        assert len(times) == len(found)
+        actual = fitting(SIX_LAYERS, workload, Cluster(8, 2, 80, 8, gpu))
+        times = [one.step_time.total_s for one in actual if one.step_time]
+        assert len(times) == len(actual)
         assert times[0] <= 1.05 * min(times)
     assert all(one.step_time is None for one in fitting(SIX_LAYERS, workload, Cluster(8, 8, 80, 8)))

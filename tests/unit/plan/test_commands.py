@@ -84,19 +84,19 @@ def test_the_size_on_disk_of_a_known_model(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_json_has_every_layout_with_every_stage_in_bytes(plan: Plan) -> None:
-    found = json.loads(plan("--json"))
-    assert found["recommended"] == found["layouts"][0]
-    for layout in found["layouts"]:
+    actual = json.loads(plan("--json"))
+    assert actual["recommended"] == actual["layouts"][0]
+    for layout in actual["layouts"]:
         assert len(layout["stages"]) == layout["pp"]
         assert layout["fullest_rank"]["total_bytes"] == max(rank["total_bytes"] for rank in layout["stages"])
         assert layout["fullest_rank"]["total_bytes"] <= 0.9 * 2**30
-    assert {layout["tp"] for layout in found["layouts"]} == {1, 2, 4, 8}
+    assert {layout["tp"] for layout in actual["layouts"]} == {1, 2, 4, 8}
 
 
 def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
-    found = json.loads(plan("--json", "--gpu", "h200-141"))
-    assert found["cluster"]["gpu_memory_gib"] == 1  # the command line overrides the data sheet
-    for layout in found["layouts"]:
+    actual = json.loads(plan("--json", "--gpu", "h200-141"))
+    assert actual["cluster"]["gpu_memory_gib"] == 1  # the command line overrides the data sheet
+    for layout in actual["layouts"]:
         predicted = layout["predicted"]
         parts = [seconds for name, seconds in predicted.items() if name.endswith("_s") and name != "step_time_s"]
         assert predicted["step_time_s"] == pytest.approx(sum(parts)) and len(parts) == 6
@@ -108,7 +108,7 @@ def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
 def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan, tmp_path: Path) -> None:
     """The small model has 1,000 rows, of which a tokenizer of 990 IDs leaves 10 for new tokens."""
     VocabularyExtension(990, [[1, 2]] * 400, "", "").write(tmp_path)
-    found = {
+    actual = {
         name: json.loads(plan("--json", "--train-new-embeddings", *argv))
         for name, argv in {
             "extended": ["--extended-tokenizer", str(tmp_path)],
@@ -116,11 +116,11 @@ def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan, tmp_path: Path) -> No
             "more": ["--num-new-tokens", "2000"],
         }.items()
     }
-    assert found["extended"]["vocab_size"] == found["number"]["vocab_size"] == 1390
-    extended, few, many = (found[name]["recommended"]["fullest_rank"] for name in ("extended", "number", "more"))
+    assert actual["extended"]["vocab_size"] == actual["number"]["vocab_size"] == 1390
+    extended, few, many = (actual[name]["recommended"]["fullest_rank"] for name in ("extended", "number", "more"))
     assert extended == few
     assert many["trainable"] - few["trainable"] == 2 * (3072 - 1408) * 64  # padded to multiples of 128
-    assert found["number"]["recommended"]["flags"][-1] == "--train-new-embeddings"
+    assert actual["number"]["recommended"]["flags"][-1] == "--train-new-embeddings"
     frozen = json.loads(plan("--json", "--num-new-tokens", "390"))["recommended"]["fullest_rank"]
     assert few["trainable"] - frozen["trainable"] == 2 * 1408 * 64
     shown = plan("--extended-tokenizer", str(tmp_path), "--stage", "stage0")
@@ -182,9 +182,9 @@ def test_a_tokenizer_that_extends_a_larger_one_is_rejected(plan, capsys, tmp_pat
 def test_the_gpus_of_this_machine_are_planned_for(plan: Plan, capsys, monkeypatch, config_folder) -> None:
     monkeypatch.setattr(gpus, "gpus_here", lambda: [("NVIDIA GeForce RTX 4090", 24.0)] * 2)
     argv = ["--hf-path", str(config_folder()), "--num-new-experts", "4", "--gpu", "auto", "--json"]
-    found = json.loads(plan(*argv, defaults=False))
-    assert found["cluster"]["gpu"] == asdict(gpus.GPUS["rtx4090-24"])
-    assert (found["cluster"]["gpus"], found["cluster"]["gpus_per_node"]) == (2, 2)
+    actual = json.loads(plan(*argv, defaults=False))
+    assert actual["cluster"]["gpu"] == asdict(gpus.GPUS["rtx4090-24"])
+    assert (actual["cluster"]["gpus"], actual["cluster"]["gpus_per_node"]) == (2, 2)
     assert json.loads(plan(*argv, "--gpus", "8", defaults=False))["cluster"]["gpus"] == 8, "four such machines"
     without = ["--hf-path", str(config_folder()), "--num-new-experts", "4", "--gpus", "8"]
     assert "--gpu-memory-gib" in failure(plan, capsys, *without, defaults=False)
@@ -211,7 +211,7 @@ def test_the_defaults_are_those_of_the_papers_recipes() -> None:
 
 def test_the_model_is_the_one_the_converter_would_write(plan: Plan) -> None:
     plans = (json.loads(plan("--json", "--topk", "2", *layers)) for layers in ([], ["--moe-every-k-layers", "2"]))
-    every_layer, every_second = (found["recommended"]["fullest_rank"] for found in plans)
+    every_layer, every_second = (actual["recommended"]["fullest_rank"] for actual in plans)
     new_experts_and_routers = 4 * 3 * 64 * 96 + 6 * 64  # two copies
     assert every_layer["trainable"] == 4 * new_experts_and_routers
     assert every_second["trainable"] == 2 * new_experts_and_routers

@@ -46,8 +46,8 @@ def test_nvidia_smi_is_asked_if_torch_sees_no_gpu(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(gpus, "_ASK_TORCH", "raise ImportError")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus_here() == [("NVIDIA GeForce RTX 4090", 24564 / 1024)] * 2
-    found = cluster_here()
-    assert (found.gpus, found.gpus_per_node, found.gpu) == (2, 2, GPUS["rtx4090-24"])
+    actual = cluster_here()
+    assert (actual.gpus, actual.gpus_per_node, actual.gpu) == (2, 2, GPUS["rtx4090-24"])
     program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
     assert gpus_here() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -29,12 +29,12 @@ ON_6 = "1111 1121 1211 1311 1321 1611 2111 2121 2112 2311 2321 2312"
 
 @pytest.mark.parametrize(("ranks", "spec", "legal"), [(4, SPEC, ON_4), (6, SIX_LAYERS, ON_6)])
 def test_exactly_the_layouts_worked_out_by_hand_are_legal(ranks: int, spec: ModelSpec, legal: str) -> None:
-    found = set()
+    actual = set()
     for sizes in itertools.product(range(1, 9), repeat=4):
         tp, pp, ep, etp = sizes
         if not problems(Layout(tp, pp, ep, etp, max(1, ranks // (tp * pp))), ranks, spec):
-            found.add(sizes)
-    assert found == {tuple(map(int, sizes)) for sizes in legal.split()}
+            actual.add(sizes)
+    assert actual == {tuple(map(int, sizes)) for sizes in legal.split()}
 
 
 def test_a_layout_is_read_from_parsed_arguments_and_counts_invalid_sizes_as_1() -> None:
@@ -63,17 +63,17 @@ def test_a_layout_is_read_from_parsed_arguments_and_counts_invalid_sizes_as_1() 
     ],
 )
 def test_a_message_names_the_flag_and_the_sizes_that_work(layout: Layout, ranks: int, flag: str, fix: str) -> None:
-    (found,) = [line for line in problems(layout, ranks) if line.startswith(flag)]
-    assert fix in found
+    (actual,) = [line for line in problems(layout, ranks) if line.startswith(flag)]
+    assert fix in actual
 
 
 def test_tensor_parallelism_divides_heads_query_groups_and_ffn() -> None:
-    (found,) = problems(Layout(tp=4, dp=1), 4, spec_of(num_attention_heads=6, num_query_groups=3).as_dense())
-    assert "6 attention heads" in found and "3 query groups" in found and "use one of 1, 3, 6" in found
+    (actual,) = problems(Layout(tp=4, dp=1), 4, spec_of(num_attention_heads=6, num_query_groups=3).as_dense())
+    assert "6 attention heads" in actual and "3 query groups" in actual and "use one of 1, 3, 6" in actual
     # Divisors of 12 heads: all divide 48 FFN rows; of 4 query groups, 1, 2 and 4 divide them and 12 is a multiple;
     # of (12 + 2 x 4) x 8 = 160 rows of queries, keys and values, 1, 2 and 4 are divisors and 12 is not.
-    (found,) = problems(Layout(tp=12), 12, spec_of(num_attention_heads=12, num_query_groups=4))
-    assert "160 query, key and value rows" in found and "use one of 1, 2, 4" in found
+    (actual,) = problems(Layout(tp=12), 12, spec_of(num_attention_heads=12, num_query_groups=4))
+    assert "160 query, key and value rows" in actual and "use one of 1, 2, 4" in actual
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_tensor_parallelism_divides_heads_query_groups_and_ffn() -> None:
     ],
 )
 def test_the_sequence_divides_over_tensor_and_context_ranks(length, layout, flags, fix) -> None:
-    (found,) = problems(layout, layout.world_size, seq_length=length)
-    assert found.startswith(f"--seq-length {length} ") and found.endswith(fix)
-    assert all(flag in found for flag in flags)
+    (actual,) = problems(layout, layout.world_size, seq_length=length)
+    assert actual.startswith(f"--seq-length {length} ") and actual.endswith(fix)
+    assert all(flag in actual for flag in flags)
 
 
 def test_a_dense_model_divides_the_sequence_only_with_sequence_parallelism() -> None:
@@ -98,8 +98,8 @@ def test_a_dense_model_divides_the_sequence_only_with_sequence_parallelism() -> 
 
 
 def test_the_global_batch_divides_over_data_parallel_ranks() -> None:
-    (found,) = problems(Layout(dp=2), 2, micro_batch_size=2, global_batch_size=6)
-    assert found.startswith("--global-batch-size 6 ") and "--micro-batch-size 2" in found and "use 4 or 8" in found
+    (actual,) = problems(Layout(dp=2), 2, micro_batch_size=2, global_batch_size=6)
+    assert actual.startswith("--global-batch-size 6 ") and "--micro-batch-size 2" in actual and "use 4 or 8" in actual
     assert problems(Layout(tp=2), 2, micro_batch_size=2, global_batch_size=6) == []
 
 
@@ -114,8 +114,8 @@ def test_the_global_batch_divides_over_data_parallel_ranks() -> None:
 def test_grouped_gemm_on_a_gpu_requires_aligned_rows(shape: dict, etp: int, named: str, fix: str) -> None:
     layout = Layout(tp=4, etp=etp)
     assert problems(layout, 4, spec_of(**shape)) == []
-    (found,) = problems(layout, 4, spec_of(**shape), torch_grouped_gemm=True)
-    assert "8" in found and named in found and f"use {fix}" in found
+    (actual,) = problems(layout, 4, spec_of(**shape), torch_grouped_gemm=True)
+    assert "8" in actual and named in actual and f"use {fix}" in actual
 
 
 def test_the_module_imports_neither_torch_nor_megatron() -> None:

@@ -118,8 +118,8 @@ def test_activations_worked_out_by_hand() -> None:
 def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
     saved_rows = 6 * (8 + 16) * 2
     choices = 4 * (2 * 8 - 9)  # no balance loss, but the LPR loss
-    found = memory(workload=replace(WORKLOAD, stage="stage2")).activation_bytes
-    assert found == memory().activation_bytes - 2 * (saved_rows + choices)
+    actual = memory(workload=replace(WORKLOAD, stage="stage2")).activation_bytes
+    assert actual == memory().activation_bytes - 2 * (saved_rows + choices)
 
 
 def test_recompute_keeps_inputs_and_the_activations_of_one_layer() -> None:
@@ -166,12 +166,12 @@ def test_stage_0_needs_gradients_and_optimizer_state_of_all_rows_of_the_vocabula
 def test_a_trained_embedding_keeps_the_activations_of_all_layers_and_the_input_of_the_output_layer() -> None:
     layer = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
     output_input = 4 * 8 * 2
-    found = memory(workload=replace(WORKLOAD, new_embeddings=True)).activation_bytes
-    assert found == 2 * layer + HEAD + output_input
+    actual = memory(workload=replace(WORKLOAD, new_embeddings=True)).activation_bytes
+    assert actual == 2 * layer + HEAD + output_input
     # Stage 0 has no loss of the routers, and new experts do not keep the inputs of their weights.
     kept_in_stage1 = 6 * (8 + 16) * 2 + 4 * 2 * 8
     stage0 = memory(workload=replace(WORKLOAD, stage="stage0")).activation_bytes
-    assert stage0 == found - 2 * kept_in_stage1
+    assert stage0 == actual - 2 * kept_in_stage1
 
 
 ACTIVATION_SHAPE = SHAPE | dict(hidden_size=64, ffn_hidden_size=160, kv_channels=16, max_position_embeddings=128)
@@ -268,11 +268,11 @@ def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layou
     """Sum over all ranks, each part divided by the number of ranks with the same shard."""
     parts = model_parts(spec)
     ranks_of_a_stage = layout.tp * layout.dp
-    found: dict[Part, float] = {}
+    actual: dict[Part, float] = {}
     for pp_rank in range(layout.pp):
         for part, numel in held_on_stage(spec, parts, layout, pp_rank).items():
             copies = ranks_of_a_stage // divisor(part, layout)
-            found[part] = found.get(part, 0) + ranks_of_a_stage * numel / copies
+            actual[part] = actual.get(part, 0) + ranks_of_a_stage * numel / copies
     full: dict[Part, float] = {}
     for (_, part), numel in parts.items():
         full[part] = full.get(part, 0) + numel
@@ -281,7 +281,7 @@ def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layou
     full[Part.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)
     if not is_tied:
         full[Part.OUTPUT_LAYER] = padded
-    assert found == full
+    assert actual == full
 
 
 @given(spec=specs, layout=layouts, stage=st.sampled_from(["stage1", "stage2"]))

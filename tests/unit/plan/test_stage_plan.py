@@ -58,8 +58,8 @@ def test_the_most_experts_that_fit_are_chosen() -> None:
     """The GPU has room for exactly N experts, with recompute of their layers, or with full recompute for one expert."""
     for number, recompute in ((8, "selective"), (5, "selective"), (1, "selective"), (1, "full")):
         model = with_num_experts(SPEC, number)
-        found = {one.layout.recompute: one.peak.total_bytes for one in fitting(model, WORKLOAD, cluster(1, 80))}
-        assert most_experts(SPEC, WORKLOAD, cluster(1, 1.001 * found[recompute] / GIB)) == model
+        actual = {one.layout.recompute: one.peak.total_bytes for one in fitting(model, WORKLOAD, cluster(1, 80))}
+        assert most_experts(SPEC, WORKLOAD, cluster(1, 1.001 * actual[recompute] / GIB)) == model
     with pytest.raises(DoesNotFitError):
         most_experts(SPEC, WORKLOAD, cluster(1, 0.1))
 
@@ -71,9 +71,9 @@ def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> N
     with pytest.raises(DoesNotFitError) as error:
         fitting(SPEC, workload, cluster(1, gib))
     assert error.value.usable_gib == gib < error.value.needed_gib
-    found = [one for one in error.value.remedies if one.gib]
-    assert len(found) == kinds
-    for remedy in found:
+    actual = [one for one in error.value.remedies if one.gib]
+    assert len(actual) == kinds
+    for remedy in actual:
         moe, work = SPEC.moe, workload
         for flag, value in remedy.settings.items():
             if flag == "--num-new-experts":

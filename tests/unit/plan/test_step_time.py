@@ -131,18 +131,18 @@ def predict(layout: PlannedLayout, cluster: Cluster, workload: Workload = WORKLO
 
 
 def test_a_step_on_one_gpu_is_its_products_and_its_memory_accesses() -> None:
-    found = predict(PlannedLayout(), Cluster(1, 8, 1, 0, SLOW))
-    assert found.products_s == pytest.approx(4 * flops().once / 1e6)
-    assert (found.experts_s, found.layers_s, found.gradients_s, found.bubble_s) == (0, 0, 0, 0)
-    assert found.total_s == found.products_s + found.memory_s
-    assert found.tokens_per_s(WORKLOAD, Cluster(1, 8, 1, 0, SLOW)) == pytest.approx(16 / found.total_s)
+    actual = predict(PlannedLayout(), Cluster(1, 8, 1, 0, SLOW))
+    assert actual.products_s == pytest.approx(4 * flops().once / 1e6)
+    assert (actual.experts_s, actual.layers_s, actual.gradients_s, actual.bubble_s) == (0, 0, 0, 0)
+    assert actual.total_s == actual.products_s + actual.memory_s
+    assert actual.tokens_per_s(WORKLOAD, Cluster(1, 8, 1, 0, SLOW)) == pytest.approx(16 / actual.total_s)
     twice = predict(PlannedLayout(), Cluster(1, 8, 1, 0, replace(SLOW, memory_bandwidth=2e12)))
-    assert found.memory_s == pytest.approx(2 * twice.memory_s)
+    assert actual.memory_s == pytest.approx(2 * twice.memory_s)
     (memory,) = stage_memories(SPEC, PARTS, PlannedLayout(), WORKLOAD, ROUTING)
     kept = memory.activation_bytes
     per_micro_batch = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes + 4 * kept
     update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
-    assert found.memory_s * 1e12 * MEMORY_EFFICIENCY == pytest.approx(4 * per_micro_batch + update)
+    assert actual.memory_s * 1e12 * MEMORY_EFFICIENCY == pytest.approx(4 * per_micro_batch + update)
 
 
 def test_experts_exchange_through_the_slower_of_two_networks() -> None:
@@ -166,9 +166,9 @@ def test_the_worst_placed_rank_of_a_group_decides_how_much_leaves_its_node(ep: i
 def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None:
     """Two ranks: half of the new experts' gradients (4 bytes) and weights (2) is exchanged."""
     new_experts = 2 * 2 * EXPERT
-    found = predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW))
-    hidden_s = found.products_s / 2 + predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW)).memory_s / 2
-    assert found.gradients_s == pytest.approx(new_experts * 6 / 2 / 1e3 - hidden_s, rel=1e-3)
+    actual = predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW))
+    hidden_s = actual.products_s / 2 + predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW)).memory_s / 2
+    assert actual.gradients_s == pytest.approx(new_experts * 6 / 2 / 1e3 - hidden_s, rel=1e-3)
     assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, replace(SLOW, node_bandwidth=1e9))).gradients_s == 0
     assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW), replace(WORKLOAD, stage="stage2")).gradients_s == 0
 

@@ -62,23 +62,23 @@ def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
     little, much = finish("little", 0.01), finish("much", 0.1)
     arguments = (little, much, "--data", "fr=fr.jsonl", "--output", "out", "--max-documents", 10)
     moelpr("compare", *arguments)
-    found = json.loads((tmp_path / "out/compare.json").read_text())
-    assert found["groups"] == {"expanded": ["el", "hu"], "kept": ["en"], "other": ["fr"]}
+    actual = json.loads((tmp_path / "out/compare.json").read_text())
+    assert actual["groups"] == {"expanded": ["el", "hu"], "kept": ["en"], "other": ["fr"]}
     models = {"base": Path("base"), "little": Path("runs/little/hf"), "much": Path("runs/much/hf")}
     texts = {text: documents(text)[:10] for text in ("el", "hu", "en", "fr")}
     scores = compare_models(models, texts, base=models["base"], device="cpu").scores
-    for label, project in found["projects"].items():
+    for label, project in actual["projects"].items():
         ratios = {
             text: sum(scores[label][text].document_bits) / sum(scores["base"][text].document_bits) for text in texts
         }
-        for group, members in found["groups"].items():
+        for group, members in actual["groups"].items():
             mean = project["means"][group]
             assert mean["change"]["value"] == pytest.approx(sum(ratios[text] - 1 for text in members) / len(members))
             nats = [sum(scores[label][x].document_distances) / sum(scores[label][x].document_tokens) for x in members]
             assert mean["distance"]["value"] == pytest.approx(sum(nats) / len(nats))
             assert all(one["low"] <= one["value"] <= one["high"] for one in mean.values())
         assert project["texts"]["fr"]["change"] == project["means"]["other"]["change"]
-    small, large = (found["projects"][label]["means"]["kept"] for label in ("little", "much"))
+    small, large = (actual["projects"][label]["means"]["kept"] for label in ("little", "much"))
     assert small["against_first"] == {"value": 0, "low": 0, "high": 0}
     assert large["against_first"]["value"] == pytest.approx(large["change"]["value"] - small["change"]["value"])
     assert 0 < small["distance"]["high"] < large["distance"]["low"]
@@ -92,7 +92,7 @@ def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
 
     monkeypatch.setattr(evaluation, "open_model", None)  # nothing is measured again
     moelpr("compare", *arguments, "--json")
-    assert json.loads(capsys.readouterr().out) == found
+    assert json.loads(capsys.readouterr().out) == actual
 
 
 def test_kept_text_counts_as_lost_and_a_new_tokenizer_has_no_distance(finish, monkeypatch, tmp_path, capsys) -> None:
@@ -101,12 +101,12 @@ def test_kept_text_counts_as_lost_and_a_new_tokenizer_has_no_distance(finish, mo
     kept = finish("kept", 0.05, languages=languages | {"kept": {"code": "code.jsonl"}})
     longer = finish("longer", 0.05, languages=languages, vocabulary={"new_tokens": 9})
     moelpr("compare", kept, longer, "--device", "cpu")
-    found = json.loads((tmp_path / "comparison/compare.json").read_text())
-    assert found["groups"] == {"expanded": ["el"], "kept": ["en", "code"]}
-    assert found["settings"]["sequence_length"] == 64
-    assert found["projects"]["longer"]["texts"].keys() == {"el", "en", "code"}
-    assert "distance" in found["projects"]["kept"]["texts"]["code"]
-    assert not any("distance" in numbers for numbers in found["projects"]["longer"]["means"].values())
+    actual = json.loads((tmp_path / "comparison/compare.json").read_text())
+    assert actual["groups"] == {"expanded": ["el"], "kept": ["en", "code"]}
+    assert actual["settings"]["sequence_length"] == 64
+    assert actual["projects"]["longer"]["texts"].keys() == {"el", "en", "code"}
+    assert "distance" in actual["projects"]["kept"]["texts"]["code"]
+    assert not any("distance" in numbers for numbers in actual["projects"]["longer"]["means"].values())
     assert "longer against kept, lost: text to keep" in capsys.readouterr().out
 
 

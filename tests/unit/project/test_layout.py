@@ -61,9 +61,9 @@ def test_the_plan_says_what_the_model_becomes_and_what_another_number_of_experts
     assert f"With topk: 1, {(8_030_261_248 + ffn) / 1e9:.1f}B parameters, stage ffn: " in printed
     assert "warning: N = 2 is less than the number of expanded languages, 3" in printed
     other = tables.plan(places(write, experts={"new": 1}, **settings))
-    [found] = re.findall(r"^Stage 1 with N = 1: (.*), ([\d,]+) GPU hours, ([\d.]+) GiB", printed, re.MULTILINE)
+    [actual] = re.findall(r"^Stage 1 with N = 1: (.*), ([\d,]+) GPU hours, ([\d.]+) GiB", printed, re.MULTILINE)
     [row] = re.findall(r"^stage1 +to do +(\S+ \w+) +([\d,]+) +([\d.]+) of 40 GiB", other, re.MULTILINE)
-    assert found == row and "N = 1 (given)" in other
+    assert actual == row and "N = 1 (given)" in other
     assert re.search("^Stage 1 with N = 2: ", other, re.MULTILINE) and "N = 4: " not in printed
     assert "warning" not in tables.plan(places(write, experts={"new": 4}, hardware={"gpu": "none"}))
 

@@ -28,9 +28,9 @@ def test_a_page_shows_its_file_and_its_plan(page: Path) -> None:
 def test_a_plan_says_that_it_fits_and_what_it_costs(page: Path) -> None:
     hardware = yaml.safe_load((ROOT / FILES[page]).read_text())["hardware"]
     [line] = re.findall(r"^(?:stage1|ffn) .*$", page.read_text(), re.MULTILINE)
-    found = re.search(r"([\d.]+) (?:hours|days) +([\d,]+) +([\d.]+) of (\d+) GiB +\S+ \S+ +(\d+) GPU", line)
-    assert found, line
-    time, gpu_hours, used, memory, gpus = (float(number.replace(",", "")) for number in found.groups())
+    actual = re.search(r"([\d.]+) (?:hours|days) +([\d,]+) +([\d.]+) of (\d+) GiB +\S+ \S+ +(\d+) GPU", line)
+    assert actual, line
+    time, gpu_hours, used, memory, gpus = (float(number.replace(",", "")) for number in actual.groups())
     hours = time * (24 if "days" in line else 1)
     assert used < 0.9 * memory and gpus == hardware["gpus"]
     assert gpu_hours == pytest.approx(hours * gpus, rel=0.01)

@@ -200,9 +200,9 @@ def test_a_changed_sample_of_a_large_file_is_noticed(tmp_path: Path, monkeypatch
 def test_a_changed_version_of_a_remote_file_is_a_reason_to_do_a_task_again(tmp_path: Path) -> None:
     def outlook(version: str) -> tuple[str, str]:
         task = Task(name="a", command=count(tmp_path / "a"), versions={"s3://bucket/a.parquet": version})
-        (found,) = (workflow := Workflow(tmp_path, [task])).outlook()
+        (actual,) = (workflow := Workflow(tmp_path, [task])).outlook()
         workflow.run()
-        return found.state, found.reason
+        return actual.state, actual.reason
 
     assert [outlook(version)[0] for version in ("9 x", "9 x", "9 y")] == ["to do", "done", "again"]
     assert "s3://bucket/a.parquet" in outlook("9 z")[1]

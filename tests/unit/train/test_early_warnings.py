@@ -41,10 +41,10 @@ RISES, STAYS = ["original_loss_rises"], ["lpr_loss_stays"]
 def test_a_block_of_equal_steps_is_warned_of_at_its_onset(settings: dict, name: str, blocks: list[tuple]) -> None:
     watch = warnings_of(**settings)
     for value, expected in blocks:
-        found = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, name: value})]
-        assert [warning.kind for warning in found] == expected
-        if value is IDLE and found:
-            assert "expert 2 of MoE layer 0 (0.80%)" in found[0].message and "layer 1" not in found[0].message
+        actual = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, name: value})]
+        assert [warning.kind for warning in actual] == expected
+        if value is IDLE and actual:
+            assert "expert 2 of MoE layer 0 (0.80%)" in actual[0].message and "layer 1" not in actual[0].message
 
 
 def test_with_held_out_text_the_training_text_is_not_judged() -> None:
@@ -57,8 +57,8 @@ def test_with_held_out_text_the_training_text_is_not_judged() -> None:
 def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
     watch = warnings_of(grace_s=30)
     assert watch.saved(10, 19) == []
-    (found,) = watch.saved(10.5, 20)
-    assert found.kind == "grace_too_short" and "up to 10.5 s and a checkpoint 20 s" in found.message
+    (actual,) = watch.saved(10.5, 20)
+    assert actual.kind == "grace_too_short" and "up to 10.5 s and a checkpoint 20 s" in actual.message
     assert watch.saved(11, 20) == []
     assert warnings_of().saved(1e6, 1e6) == []
 
@@ -74,9 +74,9 @@ def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() 
         watch = warnings_of(stage)
         assert watch.validation(validation(en=2.0, zh=3.0, el=4.0)) == []
         assert watch.validation(validation(en=2.19, zh=3.0, el=5.0)) == []  # 9.5%
-        found = watch.validation(validation(en=2.21, zh=3.0, el=5.0))
-        assert [warning.kind for warning in found] == ["original_loss_rises"] * len(expected)
-        assert all("en +10.5%" in warning.message and "zh" not in warning.message for warning in found)
+        actual = watch.validation(validation(en=2.21, zh=3.0, el=5.0))
+        assert [warning.kind for warning in actual] == ["original_loss_rises"] * len(expected)
+        assert all("en +10.5%" in warning.message and "zh" not in warning.message for warning in actual)
         assert watch.validation(validation(en=2.3, zh=3.0, el=5.0)) == []
     watch = warnings_of("stage1")
     watch.validation(validation(en=2.0, zh=3.0))
@@ -87,8 +87,8 @@ def test_a_rising_loss_on_held_out_original_text_is_warned_of_in_stage_1_only() 
 
 def test_a_nan_loss_is_warned_of_at_once() -> None:
     watch = warnings_of()
-    found = [[warning.kind for warning in watch.step({"lm_loss": loss})] for loss in (2.0, None, None, 2.0, None)]
-    assert found == [[], ["not_a_number"], [], [], ["not_a_number"]]
+    actual = [[warning.kind for warning in watch.step({"lm_loss": loss})] for loss in (2.0, None, None, 2.0, None)]
+    assert actual == [[], ["not_a_number"], [], [], ["not_a_number"]]
 
 
 @pytest.mark.parametrize("cut", [0, 1, WINDOW, WINDOW + 3])

@@ -58,9 +58,9 @@ def test_a_validation_pass_and_its_warning_reach_file_log_and_both_boards(monkey
     log.write({"iteration": 1, "lm_loss": 3.0, "step_time_s": 1.0})
     log.write(held_out(1, 2.5))
     log.close()
-    found = read_run_metrics(tmp_path / "metrics.jsonl")
-    assert [record["iteration"] for record in found.validations] == [0, 1]
-    assert [record["kind"] for record in found.warnings] == ["other", "original_loss_rises"]
+    actual = read_run_metrics(tmp_path / "metrics.jsonl")
+    assert [record["iteration"] for record in actual.validations] == [0, 1]
+    assert [record["kind"] for record in actual.warnings] == ["other", "original_loss_rises"]
     assert board.written["validation bits per byte/en"] == (2.5, 1) and board.num_flushed == len(board.written)
     step = {"lm loss": (3.0, 1), "run/step": (1.0, 1)}
     assert tracking.written == step | {"validation bits per byte/en": (2.5, 1)} and tracking.is_closed
@@ -97,10 +97,10 @@ def test_a_resumed_run_keeps_earlier_records_and_repeats_no_warning(monkeypatch,
     resumed.write({"iteration": 3, "lm_loss": 2.0, "step_time_s": 1.0})
     resumed.write(held_out(3, 2.6))
     resumed.close()
-    found = read_run_metrics(tmp_path / "metrics.jsonl")
-    assert [record["lm_loss"] for record in found.steps] == [3.0, 3.0, 2.0]
-    assert [record["iteration"] for record in found.validations] == [0, 1, 2, 3]
-    assert len(found.warnings) == 1
+    actual = read_run_metrics(tmp_path / "metrics.jsonl")
+    assert [record["lm_loss"] for record in actual.steps] == [3.0, 3.0, 2.0]
+    assert [record["iteration"] for record in actual.validations] == [0, 1, 2, 3]
+    assert len(actual.warnings) == 1
 
 
 @pytest.mark.parametrize("line", [b"[]", b"PK\x80", b"[" * 100_000])
@@ -148,8 +148,8 @@ def test_a_nonfinite_step_is_a_warning_of_the_last_rank_and_a_message_of_others(
     assert end.value.code == 1
     assert ("rank 1: the gradients of step 7 are NaN/Inf" in capsys.readouterr().err) == (rank == "1")
     path = tmp_path / "metrics.jsonl"
-    found = read_run_metrics(path).warnings if path.exists() else []
-    assert [(record["iteration"], record["kind"]) for record in found] == [(7, "not_a_number")] * (rank == "0")
+    actual = read_run_metrics(path).warnings if path.exists() else []
+    assert [(record["iteration"], record["kind"]) for record in actual] == [(7, "not_a_number")] * (rank == "0")
 
 
 def test_a_folder_in_the_place_of_the_metrics_is_a_user_error(tmp_path: Path) -> None:

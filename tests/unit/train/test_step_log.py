@@ -21,6 +21,6 @@ def test_layers_whose_scores_are_nan_stay_in_their_place(monkeypatch: pytest.Mon
         each = (logits, is_chosen, torch.tensor(0.0), is_original)
         (sums,) = routing_vectors(*(tensor.unsqueeze(0) for tensor in each), num_original_places=1)
         tracker.routers.append(SimpleNamespace(layer_number=layer_number, routing_sums=sums))
-    found = tracker.reduce_routing(num_layers=3)
-    assert found.token_shares().tolist() == [[0.5, 0.5]] * 2
-    assert found.router_scores().isnan().any(dim=1).tolist() == [False, True]
+    actual = tracker.reduce_routing(num_layers=3)
+    assert actual.token_shares().tolist() == [[0.5, 0.5]] * 2
+    assert actual.router_scores().isnan().any(dim=1).tolist() == [False, True]

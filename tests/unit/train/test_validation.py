@@ -10,8 +10,8 @@ from moelpr.train.validation import HeldOut, bytes_per_token, result
 
 def test_a_loss_becomes_bits_per_byte_or_bits_per_token_if_bytes_are_unknown() -> None:
     known, unknown = (HeldOut("el", "expanded", None, 2, bytes_per_token) for bytes_per_token in (2.5, None))
-    found = result(known, loss=3.0)
-    assert found == {"group": "expanded", "lm_loss": 3.0, "bits_per_byte": pytest.approx(3.0 / math.log(2) / 2.5)}
+    actual = result(known, loss=3.0)
+    assert actual == {"group": "expanded", "lm_loss": 3.0, "bits_per_byte": pytest.approx(3.0 / math.log(2) / 2.5)}
     assert result(unknown, loss=3.0)["bits_per_token"] == pytest.approx(3.0 / math.log(2))
     assert result(known, loss=math.nan) == {"group": "expanded", "lm_loss": None, "bits_per_byte": None}
 

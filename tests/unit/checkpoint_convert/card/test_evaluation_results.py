@@ -42,8 +42,8 @@ def test_results_become_a_model_index_that_the_hub_reads(export: Path, results: 
     assert card.text == ModelCard(CARD).text
     assert card.data.base_model == "o/Base" and card.data.license == "mit"
     assert card.data.language == ["en", "hu", "el"] and card.data.tags == ["moe", "multilingual"]
-    found = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
-    assert found == {
+    actual = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert actual == {
         (code, metric): value
         for code in ("en", "el")
         for metric, value in (("bits_per_byte", 1.25), ("perplexity", 9.5), ("accuracy", 0.25))

@@ -19,10 +19,10 @@ def test_the_stages_before_stay_known_without_their_folders(runs: Path) -> None:
     shutil.rmtree("stage1")
     shutil.move("stage2", "elsewhere")
     write_run("stage3", "elsewhere", [2, 5], SETTINGS)
-    found = lineage("stage3")
-    assert [(stage.folder, stage.step) for stage in found.stages] == [("stage1", 6), ("elsewhere", 4), ("stage3", 5)]
-    assert found.is_complete and found.base_model == "Qwen-tiny"
-    assert [stage.last["lm_loss"] for stage in found.stages] == [4.25, 4.5, 4.375]
+    actual = lineage("stage3")
+    assert [(stage.folder, stage.step) for stage in actual.stages] == [("stage1", 6), ("elsewhere", 4), ("stage3", 5)]
+    assert actual.is_complete and actual.base_model == "Qwen-tiny"
+    assert [stage.last["lm_loss"] for stage in actual.stages] == [4.25, 4.5, 4.375]
     assert lineage("upcycled").stages == [] and lineage("upcycled").is_complete
 
 

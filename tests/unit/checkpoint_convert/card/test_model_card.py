@@ -182,9 +182,9 @@ def test_what_a_checkpoint_from_elsewhere_says_is_text_without_paths() -> None:
         versions={"torch": "[x](javascript:y)"},
         step=1,
     )
-    found = plain(asdict(Lineage(base_model="a|`b`", stages=[stage])))
-    (stage_found,) = found["stages"]
-    assert stage_found["settings"]["data_path"] == ["1", "el_text_document"] and found["base_model"] == "a b"
+    actual = plain(asdict(Lineage(base_model="a|`b`", stages=[stage])))
+    (stage_found,) = actual["stages"]
+    assert stage_found["settings"]["data_path"] == ["1", "el_text_document"] and actual["base_model"] == "a b"
     assert stage_found["settings"]["optimizer"] == "a # b script" and "[" not in stage_found["versions"]["torch"]
 
 

@@ -19,8 +19,8 @@ CARD = "---\nlicense: apache-2.0\nbase_model: me/base\nlanguage:\n- el\n---\n\n#
 
 @pytest.fixture
 def hub() -> Iterator[LocalHub]:
-    with local_hub() as found:
-        yield found
+    with local_hub() as actual:
+        yield actual
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def test_only_routers_change_and_kept_text_is_nearer_to_the_base(
 ) -> None:
     base = with_tokenizer(Path(shutil.copytree(make_model(architecture, **changes), tmp_path / "base")))
     model, save = upcycled(base, tmp_path, topk, topk), tmp_path / "calibrated"
-    found = write_calibrated(model, base, save, KEPT, GREEK, 1000, max_distance=9, device="cpu")
+    actual = write_calibrated(model, base, save, KEPT, GREEK, 1000, max_distance=9, device="cpu")
     old, new = tensors_of(model), tensors_of(save)
     assert old.keys() == new.keys()
     changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
@@ -61,10 +61,11 @@ def test_only_routers_change_and_kept_text_is_nearer_to_the_base(
     card = (save / "README.md").read_text()
     assert card.index("## Training") < card.index("### Routers") < card.index("## Use")
     record = RoutedModel.read(save)
-    assert record == found and record.experts == {} and record.findings.max_distance == 9
-    assert found.findings.result.distance < 0.5 * found.findings.learned.distance and len(found.findings.tried) == 3
+    assert record == actual and record.experts == {} and record.findings.max_distance == 9
+    assert actual.findings.result.distance < 0.5 * actual.findings.learned.distance and len(actual.findings.tried) == 3
     assert (
-        all(found.findings.texts[name].shares[0] > 0.75 for name in KEPT) and found.findings.texts["el"].shares[0] < 0.4
+        all(actual.findings.texts[name].shares[0] > 0.75 for name in KEPT)
+        and actual.findings.texts["el"].shares[0] < 0.4
     )
     assert load_stock(save).config.num_original_experts == topk
 
@@ -80,14 +81,14 @@ def test_routers_that_are_no_better_are_not_written(base: Path, tmp_path: Path) 
 def test_the_distance_is_kl_in_nats_per_token(base: Path, tmp_path: Path) -> None:
     model, pieces = upcycled(base, tmp_path), [[2, 3, 2, 4], [5, 2, 3]]
     with open_model(base, "cpu", "float32") as dense, open_model(model, "cpu", "float32") as loaded:
-        itself, found, start = distance(dense, dense, pieces), distance(dense, loaded, pieces), loaded.start_id
+        itself, actual, start = distance(dense, dense, pieces), distance(dense, loaded, pieces), loaded.start_id
     nats = []
     for ids in pieces:
         tokens = torch.tensor([[start, *ids[:-1]]])
         with torch.no_grad():
             p, q = (load_stock(folder)(tokens).logits[0].float().log_softmax(-1) for folder in (base, model))
         nats += (p.exp() * (p - q)).sum(-1).tolist()
-    assert itself == 0 and found == pytest.approx(sum(nats) / len(nats), rel=1e-3)
+    assert itself == 0 and actual == pytest.approx(sum(nats) / len(nats), rel=1e-3)
 
 
 def test_what_cannot_be_calibrated_is_one_sentence(base: Path, tmp_path: Path, monkeypatch) -> None:
@@ -138,7 +139,7 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
 def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "ell.jsonl"):
         (tmp_path / name).touch()
-    found = named_texts([f"en={tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl*"], "--data")
-    assert found == {"en": f"{tmp_path}/b.jsonl"} | {
+    actual = named_texts([f"en={tmp_path}/b.jsonl", f"{tmp_path}/*.jsonl*"], "--data")
+    assert actual == {"en": f"{tmp_path}/b.jsonl"} | {
         name: f"{tmp_path}/{file}" for name, file in (("a", "a.jsonl.gz"), ("b", "b.jsonl"), ("el", "ell.jsonl"))
     }

@@ -90,10 +90,10 @@ def test_every_tensor_is_the_model_plus_the_difference(architecture, changes, ma
     base = make_model(architecture, tokenizer=True, **changes)
     folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path)
     of_base, of_instruct, of_model = map(tensors_of, folders)
-    found = tensors_of(run(folders, tmp_path / "out"))
-    assert found.keys() == of_model.keys()
+    actual = tensors_of(run(folders, tmp_path / "out"))
+    assert actual.keys() == of_model.keys()
     num_new = 0
-    for name, tensor in found.items():
+    for name, tensor in actual.items():
         dense = dense_name(name)
         if dense is None:
             assert torch.equal(tensor, of_model[name]), name
@@ -130,13 +130,13 @@ def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_mode
     instruct[:3] = torch.tensor([-0.0, 1e-45, 3e38])
     model[:500] = base[:500]
     for scale in (1.0, 0.3):
-        found = add_difference(model, base, instruct, scale, torch.float32)
+        actual = add_difference(model, base, instruct, scale, torch.float32)
         exact = [
             Fraction(m) + Fraction(scale) * (Fraction(i) - Fraction(b))
             for m, b, i in zip(model.tolist(), base.tolist(), instruct.tolist(), strict=True)
         ]
-        spacing = np.spacing(np.abs(found.numpy())).tolist()
-        for value, wanted, ulp in zip(found.tolist(), exact, spacing, strict=True):
+        spacing = np.spacing(np.abs(actual.numpy())).tolist()
+        for value, wanted, ulp in zip(actual.tolist(), exact, spacing, strict=True):
             assert abs(Fraction(value) - wanted) <= Fraction(ulp) * Fraction(51, 100)
     one = add_difference(model, base, instruct, 1.0, torch.float32)
     assert torch.equal(one[:500].view(torch.int32), instruct[:500].view(torch.int32))
@@ -209,12 +209,12 @@ def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: P
 )
 def test_only_the_chosen_part_is_scaled_and_added(only, part, models, tmp_path) -> None:
     of_base, of_instruct, of_model = map(tensors_of, models)
-    found = tensors_of(run(models, tmp_path / "out", only=only, scale=0.5))
-    changed = {name for name in found if not torch.equal(found[name], of_model[name])}
-    assert changed == {name for name in found if re.search(part, name)}
+    actual = tensors_of(run(models, tmp_path / "out", only=only, scale=0.5))
+    changed = {name for name in actual if not torch.equal(actual[name], of_model[name])}
+    assert changed == {name for name in actual if re.search(part, name)}
     for name in changed:
         difference = of_instruct[dense_name(name)] - of_base[dense_name(name)]
-        torch.testing.assert_close(found[name], of_model[name] + difference / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(actual[name], of_model[name] + difference / 2, rtol=0, atol=1e-6)
 
 
 def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:

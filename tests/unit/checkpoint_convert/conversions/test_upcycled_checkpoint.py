@@ -210,14 +210,14 @@ def test_new_experts_compete_only_with_expert_0(first_round: Path, tmp_path: Pat
 def router_choices(folder: Path) -> Tensor:
     """Whether expert 0 has the highest router logit, [layers, tokens]."""
     model = load_stock(folder)
-    found = []
+    actual = []
     for layer in model.model.layers:
         gate = layer.mlp.gate
         gate.register_forward_hook(
-            lambda module, inputs, output: found.append(inputs[0].flatten(0, -2) @ module.weight.T)
+            lambda module, inputs, output: actual.append(inputs[0].flatten(0, -2) @ module.weight.T)
         )
     model(TOKENS)
-    return torch.stack([(scores.argmax(-1) == 0) for scores in found])
+    return torch.stack([(scores.argmax(-1) == 0) for scores in actual])
 
 
 def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tmp_path: Path) -> None:

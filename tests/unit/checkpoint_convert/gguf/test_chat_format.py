@@ -17,11 +17,11 @@ from tests.support.hf_models import make_model, save_tokenizer  # noqa: F401
 def tokenizer(tmp_path: Path):
     """It writes BOS before a text, as llama.cpp does, so that Ollama's template must not."""
     save_tokenizer(tmp_path, num_ids=60)
-    found = AutoTokenizer.from_pretrained(tmp_path)
-    found.add_special_tokens({"bos_token": "<|begin|>"})
-    special = [("<|begin|>", found.bos_token_id)]
-    found.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=special)
-    return found
+    actual = AutoTokenizer.from_pretrained(tmp_path)
+    actual.add_special_tokens({"bos_token": "<|begin|>"})
+    special = [("<|begin|>", actual.bos_token_id)]
+    actual.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=special)
+    return actual
 
 
 def accepts(template: str, messages: Messages) -> bool:
@@ -31,10 +31,10 @@ def accepts(template: str, messages: Messages) -> bool:
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_a_format_renders_every_conversation_as_jinja_does(tokenizer, name) -> None:
     tokenizer.chat_template = EXPRESSIBLE[name]
-    found = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
+    actual = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
     for messages in CONVERSATIONS:
         if accepts(EXPRESSIBLE[name], messages):
-            assert found.render(messages) == rendered(tokenizer, messages, True)
+            assert actual.render(messages) == rendered(tokenizer, messages, True)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tm
 def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(source, "o/Tiny")
-    found = find_model(Path("o/Tiny"))
-    assert (found.folder, found.name, found.revision) == (Path("o/Tiny"), "Tiny", None)
+    actual = find_model(Path("o/Tiny"))
+    assert (actual.folder, actual.name, actual.revision) == (Path("o/Tiny"), "Tiny", None)
     assert not hub.asked
     with pytest.raises(UserError, match="--revision"):
         find_model(Path("o/Tiny"), "main")

@@ -153,12 +153,12 @@ def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(qwen2, model, 
     edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     given = ("--base", qwen2, "--instruct", instruct, "--model", model)
     assert exit_code(graft_main, *given, "--save", tmp_path / "out", "--scale", scale) == 0
-    of_base, of_instruct, of_model, found = map(tensors_of, (qwen2, instruct, model, tmp_path / "out"))
+    of_base, of_instruct, of_model, actual = map(tensors_of, (qwen2, instruct, model, tmp_path / "out"))
     for name in (EMBEDDING, OUTPUT):
-        assert torch.equal(found[name][60:], of_model[name][60:])
+        assert torch.equal(actual[name][60:], of_model[name][60:])
         expected = of_model[name][:60] + scale * (of_instruct[name] - of_base[name])[:60]
-        torch.testing.assert_close(found[name][:60], expected)
-        assert not torch.equal(found[name][:60], of_model[name][:60])
+        torch.testing.assert_close(actual[name][:60], expected)
+        assert not torch.equal(actual[name][:60], of_model[name][:60])
     verdicts = list(compare_graft(qwen2, instruct, model, tmp_path / "out"))
     assert verdicts and not any(verdict.differs(0) for verdict in verdicts)
 

@@ -49,11 +49,11 @@ def test_documents_and_tokens_are_near_the_truth(suffix: str, count: int, tokeni
     size = 0
     for part in range(2):
         size += (tmp_path / f"{part}.{suffix}").write_bytes(PACK[suffix](lines(rows[part::2])))
-    found = estimate([tmp_path], "text", tokenizer)
+    actual = estimate([tmp_path], "text", tokenizer)
     tokens = sum(len(row["text"].split()) + 1 for row in rows)
-    assert (found.files, found.bytes) == (2, size)
-    assert found.documents == pytest.approx(count, rel=0.15)
-    assert found.tokens == pytest.approx(tokens, rel=0.15)
+    assert (actual.files, actual.bytes) == (2, size)
+    assert actual.documents == pytest.approx(count, rel=0.15)
+    assert actual.tokens == pytest.approx(tokens, rel=0.15)
 
 
 def test_much_text_takes_no_longer_than_little(tokenizer: Path, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_the_first_places_are_spread_over_all_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(100))
     (tmp_path / "b").write_bytes(bytes(300))
     sources = [estimates.open_source(str(tmp_path / name)) for name in "ab"]
-    found = [start + 100 * source.path.endswith("b") for source, start in estimates._spread(sources, 400)]
-    assert sorted(found) == [400 * (2 * index + 1) // 48 for index in range(24)]
+    actual = [start + 100 * source.path.endswith("b") for source, start in estimates._spread(sources, 400)]
+    assert sorted(actual) == [400 * (2 * index + 1) // 48 for index in range(24)]
     for first in (6, 12):
-        borders = [0, *sorted(found[:first]), 400]
+        borders = [0, *sorted(actual[:first]), 400]
         assert max(b - a for a, b in zip(borders[:-1], borders[1:], strict=True)) < 150

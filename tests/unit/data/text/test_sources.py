@@ -39,9 +39,9 @@ def test_of_two_names_of_a_folder_the_first_counts_on_every_disk(tmp_path, monke
             folders.sort(reverse=True)
             yield path, folders, names
 
-    found = find_files([str(tmp_path / "data")])
+    actual = find_files([str(tmp_path / "data")])
     monkeypatch.setattr(os, "walk", in_another_order)
-    assert find_files([str(tmp_path / "data")]) == found == [f"{tmp_path}/data/latest/a.jsonl"]
+    assert find_files([str(tmp_path / "data")]) == actual == [f"{tmp_path}/data/latest/a.jsonl"]
 
 
 def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:

@@ -86,12 +86,12 @@ def test_changed_manifest_is_reported_or_valid(whole: Path, copy: Callable[..., 
     content = Path(f"{whole}.manifest.json").read_bytes()
     prefix = copy("manifest.json", data.draw(mutated(content)))
     try:
-        found = Corpus(prefix).verify()
+        actual = Corpus(prefix).verify()
     except UserError:
         return
     wanted = Manifest.read(whole)
-    assert found is not None and wanted is not None
-    assert (found.documents, found.tokens, found.files) == (wanted.documents, wanted.tokens, wanted.files)
+    assert actual is not None and wanted is not None
+    assert (actual.documents, actual.tokens, actual.files) == (wanted.documents, wanted.tokens, wanted.files)
 
 
 @settings(deadline=5000, max_examples=100)

@@ -37,7 +37,7 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(batches, vocab_size
     dtype = token_dtype(vocab_size)
     builder = IndexedDatasetBuilder(str(folder / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
     runs = [as_documents(batch, dtype).runs for batch in batches]
-    expected_bits = [np.repeat(found & 1, found >> 1) for found in runs]
+    expected_bits = [np.repeat(actual & 1, actual >> 1) for actual in runs]
     with CorpusWriter(folder / "ours", vocab_size) as writer:
         for batch in batches:
             documents = as_documents(batch, dtype)

@@ -51,7 +51,7 @@ def test_lines_are_read_from_any_place(lines, has_end, shards, tmp_path, monkeyp
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(expected) + b"\n" * has_end)
     source = Source(str(path), Form.LINES, path.stat().st_size)
-    found: list[object] = []
+    actual: list[object] = []
     for shard in range(shards):
         shares = list(shares_of([source], shard, shards))
         reader = Reader(shares, [[]], None)
@@ -61,10 +61,10 @@ def test_lines_are_read_from_any_place(lines, has_end, shards, tmp_path, monkeyp
         for batch in read:
             done += len([*batch.items()])
             assert [item for later in reader.batches(batch.after) for item in later.items()] == items[done:]
-        found += items
+        actual += items
     sizes = [len(line) + (number + 1 < len(expected) or has_end) for number, line in enumerate(expected)]
     pairs = zip(expected, sizes, strict=True)
-    assert found == [LongLine(size) if size > 100 else line for line, size in pairs]
+    assert actual == [LongLine(size) if size > 100 else line for line, size in pairs]
 
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
@@ -217,7 +217,7 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
             rows = [{"n": number, "text": texts[number]} for number in numbers]
             writer.write_table(pyarrow.Table.from_pylist(rows, schema), row_group_size=max(size, 1))
     source = open_source(str(tmp_path / "a.parquet"))
-    found, num_read, file_bytes = [], 0, 0
+    actual, num_read, file_bytes = [], 0, 0
     for shard in range(num_shards):
         reader = Reader(list(shares_of([source], shard, num_shards)), [["text"]], None)
         whole = list(reader.batches(ReadCursor()))
@@ -225,13 +225,13 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
             rows = [row["text"] for piece in batch.pieces() for row in piece.items()]
             assert rows == [row["text"] for row in batch.items()]
             places = [piece.where(i) for piece in batch.pieces() for i, _ in enumerate(piece.items())]
-            assert places == [f"{source.path}, row {len(found) + 1 + i}" for i in range(len(rows))]
+            assert places == [f"{source.path}, row {len(actual) + 1 + i}" for i in range(len(rows))]
             assert places == [batch.where(i) for i in range(len(rows))]
-            found += rows
+            actual += rows
             num_read += sum(1 for _ in batch.pieces())
             assert [other.after for other in reader.batches(batch.after)] == [b.after for b in whole[index + 1 :]]
         file_bytes += sum(batch.file_bytes for batch in whole)
-    assert found == texts
+    assert actual == texts
     assert num_read >= 8
     assert abs(file_bytes - source.bytes) <= num_shards * len(sizes)
     # A cursor in the midst of a row group, as a job has left it that had read it by rows.

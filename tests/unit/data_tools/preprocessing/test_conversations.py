@@ -32,9 +32,11 @@ ENGLISH = ["--language-key", "lang", "--original-languages", "en", "--expanded-l
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each kind of tokenizer, whose template marks turns; `KIND-unmarked` has it without marks."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    found = {kind: save_tokenizer(folder / kind, kind, MARKED) for kind in KINDS}
-    unmarked = {f"{kind}-unmarked": with_template(path, folder / f"{kind}-u", UNMARKED) for kind, path in found.items()}
-    return found | unmarked
+    actual = {kind: save_tokenizer(folder / kind, kind, MARKED) for kind in KINDS}
+    unmarked = {
+        f"{kind}-unmarked": with_template(path, folder / f"{kind}-u", UNMARKED) for kind, path in actual.items()
+    }
+    return actual | unmarked
 
 
 @pytest.fixture
@@ -57,13 +59,13 @@ def chat(preprocess: Callable[..., Path]) -> Callable[..., Path]:
 
 def documents(prefix: Path) -> list[tuple[list[int], list[int], list[int]]]:
     """IDs, bits of the loss and language bits of each conversation."""
-    corpus, start, found = Corpus(prefix), 0, []
+    corpus, start, actual = Corpus(prefix), 0, []
     corpus.verify()
     for index in range(corpus.num_documents):
         ids, bits = corpus.document(index)
-        found.append((ids.tolist(), corpus.loss_bits.slice(start, start + len(ids)).tolist(), bits.tolist()))
+        actual.append((ids.tolist(), corpus.loss_bits.slice(start, start + len(ids)).tolist(), bits.tolist()))
         start += len(ids)
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("template", ["", "-unmarked"])
@@ -72,9 +74,9 @@ def test_tokens_and_mask_are_those_of_transformers(tokenizers, jsonl: Path, chat
     """Also of a template without marks, whose turns are found by rendering the conversation's beginnings."""
     from transformers import AutoTokenizer
 
-    found = documents(chat(tokenizers[kind + template], "--input", jsonl))
+    actual = documents(chat(tokenizers[kind + template], "--input", jsonl))
     tokenizer = AutoTokenizer.from_pretrained(tokenizers[kind])
-    for line, (ids, counts, bits) in zip(jsonl.read_text().splitlines(), found, strict=True):
+    for line, (ids, counts, bits) in zip(jsonl.read_text().splitlines(), actual, strict=True):
         row = json.loads(line)
         wanted = tokenizer.apply_chat_template(row["messages"], return_dict=True, return_assistant_tokens_mask=True)
         assert (ids, counts) == (wanted["input_ids"], wanted["assistant_masks"])

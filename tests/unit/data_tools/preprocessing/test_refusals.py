@@ -33,9 +33,9 @@ def spans(*content: Any) -> bytes:
 
 def table(content: dict[str, Any] | pyarrow.Table, **options: Any) -> bytes:
     file = io.BytesIO()
-    found = content if isinstance(content, pyarrow.Table) else pyarrow.table(content)
+    actual = content if isinstance(content, pyarrow.Table) else pyarrow.table(content)
     options |= {"write_page_checksum": True, "write_statistics": False}
-    parquet.write_table(found, file, compression="none", use_dictionary=False, **options)
+    parquet.write_table(actual, file, compression="none", use_dictionary=False, **options)
     return file.getvalue()
 
 

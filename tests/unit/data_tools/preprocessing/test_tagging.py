@@ -86,8 +86,8 @@ def test_counts_per_language_are_those_of_the_spans(hf_tokenizer: Path, write_li
     assert sum(count.tokens for count in manifest.languages.values()) == corpus.bits.num_tokens == manifest.tokens
     for name in ("en", "es", "zh", "el", "hu"):
         texts = [[span["text"] for span in document["spans"] if span["lang"] == name] for document in MIXED]
-        assert manifest.languages[name].bytes == sum(len("".join(found).encode()) for found in texts)
-        assert manifest.languages[name].documents == sum(any(found) for found in texts)
+        assert manifest.languages[name].bytes == sum(len("".join(actual).encode()) for actual in texts)
+        assert manifest.languages[name].documents == sum(any(actual) for actual in texts)
 
 
 def test_language_of_documents_is_detected(sentences, write_lines, preprocess, hf_tokenizer, capsys) -> None:
@@ -139,7 +139,7 @@ def test_audit_counts_stated_against_detected_languages(
     sentences, write_lines, preprocess, hf_tokenizer, corpus_bytes, capsys
 ) -> None:
     stated = [("en", "en"), ("en", "el"), ("el", "el"), ("el", "el"), ("hu", "es")]
-    lines = write_lines("a.jsonl", [{"text": sentences[found], "lang": name} for name, found in stated])
+    lines = write_lines("a.jsonl", [{"text": sentences[actual], "lang": name} for name, actual in stated])
     flags = ("--language-key", "lang", *LANGUAGES)
     plain = preprocess(hf_tokenizer, "--input", lines, *flags)
     capsys.readouterr()

@@ -32,7 +32,7 @@ def join(symbols: list[int], pair: Candidate, joined: int) -> list[int]:
 
 
 def naive_merges(words: list[Word], min_count: int, refused: set[str]) -> list[NewToken]:
-    texts, replaces, found = dict(TEXTS), {id: [id] for id in TEXTS}, []
+    texts, replaces, actual = dict(TEXTS), {id: [id] for id in TEXTS}, []
     while True:
         counts: Counter[Candidate] = Counter()
         for symbols, weight in words:
@@ -53,32 +53,32 @@ def naive_merges(words: list[Word], min_count: int, refused: set[str]) -> list[N
             if count >= min_count and text not in refused and text not in texts.values():
                 options.append((-gain, candidate, text))
         if not options:
-            return found
+            return actual
         _, candidate, text = min(options)
         if len(candidate) == 1:
             texts[candidate[0]], replaces[candidate[0]] = CHARACTERS[candidate[0]]
-            found.append(NewToken(text, None, replaces[candidate[0]]))
+            actual.append(NewToken(text, None, replaces[candidate[0]]))
             continue
-        id = 10 + len(found)
+        id = 10 + len(actual)
         merge = texts[candidate[0]], texts[candidate[1]]
         texts[id], replaces[id] = text, [*replaces[candidate[0]], *replaces[candidate[1]]]
-        found.append(NewToken(text, merge, replaces[id]))
+        actual.append(NewToken(text, merge, replaces[id]))
         words = [(join(symbols, candidate, id), weight) for symbols, weight in words]
 
 
 @given(words_and_weights, st.integers(1, 3), refused_texts)
 def test_merges_are_those_of_the_naive_trainer(words: list[Word], min_count: int, refused: set[str]) -> None:
-    found = continue_merges(Words(words), TEXTS, CHARACTERS, 10, min_count, lambda _, text: text not in refused)
-    assert list(found) == naive_merges(words, min_count, refused)
+    actual = continue_merges(Words(words), TEXTS, CHARACTERS, 10, min_count, lambda _, text: text not in refused)
+    assert list(actual) == naive_merges(words, min_count, refused)
 
 
 def test_a_character_that_is_a_token_already_gets_no_other_id() -> None:
     """Users add missing characters as tokens."""
     words = [([-2, 0], 5), ([-3, 0], 4)]
-    found = [
+    actual = [
         token.text for token in continue_merges(Words(words), TEXTS | {4: "λ"}, CHARACTERS, 10, 1, lambda *_: True)
     ]
-    assert "λ" not in found and "ア" in found
+    assert "λ" not in actual and "ア" in actual
 
 
 def test_merges_from_bytes_are_those_of_the_tokenizers_library() -> None:

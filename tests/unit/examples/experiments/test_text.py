@@ -108,8 +108,8 @@ def read(path: Path) -> list[str]:
 def test_held_out_documents_are_the_same_in_every_language_and_in_no_training_text(folder: Path) -> None:
     pages = [page for page in range(5000, 5000 + PAGES) if is_held_out(f"a{page}")]
     for language in (*LANGUAGES, *UNSEEN):
-        found = "\n".join(read(folder / f"interface.{language}.jsonl"))
-        assert {page for page in pages if paragraph(language, page, 1) in found} == {*pages} != set()
+        actual = "\n".join(read(folder / f"interface.{language}.jsonl"))
+        assert {page for page in pages if paragraph(language, page, 1) in actual} == {*pages} != set()
     for language in LANGUAGES:
         trained = "\n".join(read(folder / f"train.{language}.jsonl"))
         assert not [page for page in range(5000, 5000 + PAGES) if paragraph(language, page, 1) in trained]
@@ -127,17 +127,17 @@ def test_plain_text_has_nothing_that_is_held_out_and_no_code_that_is_measured(fo
 def test_pages_lose_markup_repeats_and_what_is_not_translated(folder: Path) -> None:
     places = [(page, place) for page in range(PAGES) for place in range(PARAGRAPHS)]
     for language in LANGUAGES:
-        found = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
-        pages = [text for text in found if text.endswith("&")]
+        actual = [text for document in read(folder / f"train.{language}.jsonl") for text in document.split("\n")]
+        pages = [text for text in actual if text.endswith("&")]
         assert sorted(pages) == sorted(f"{paragraph(language, page, place)} &" for page, place in places)
-        assert (UNTRANSLATED in found) == (language == "en")
-        assert not [text for text in found if "outside" in text or "script" in text or "below" in text]
+        assert (UNTRANSLATED in actual) == (language == "en")
+        assert not [text for text in actual if "outside" in text or "script" in text or "below" in text]
 
 
 def test_scenes_are_parallel_and_in_the_order_of_the_game(packages: Path) -> None:
-    found = read_stories({path.name: path for path in packages.iterdir()})
-    assert found["el"].keys() == found["en"].keys() and len(found["en"]) > len(CAMPAIGNS)
-    told = [text for name, scene in found["el"].items() if name.startswith("httt/") for text in scene]
+    actual = read_stories({path.name: path for path in packages.iterdir()})
+    assert actual["el"].keys() == actual["en"].keys() and len(actual["en"]) > len(CAMPAIGNS)
+    told = [text for name, scene in actual["el"].items() if name.startswith("httt/") for text in scene]
     first = 1000 * (CAMPAIGNS.index("httt") + 1)
     assert told == [paragraph("el", first + page, place) for page in range(12) for place in range(PARAGRAPHS)]
 

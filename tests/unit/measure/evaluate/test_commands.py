@@ -27,16 +27,16 @@ def test_text_prints_tables_and_writes_json_markdown_and_html(
     assert content["continuations"] == {}
     base, moe = content["models"]["base"], content["models"]["moe"]
     for language in texts:
-        found = base["languages"][language]
+        actual = base["languages"][language]
         for metric in ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token"):
-            assert found[metric]["value"] == pytest.approx(expected[language].metrics[metric])
-            assert found[metric]["low"] <= found[metric]["value"] <= found[metric]["high"]
-        assert found["documents"] == 2
-        assert found["change"] == {}
-        assert found["original_expert_share"] is None
+            assert actual[metric]["value"] == pytest.approx(expected[language].metrics[metric])
+            assert actual[metric]["low"] <= actual[metric]["value"] <= actual[metric]["high"]
+        assert actual["documents"] == 2
+        assert actual["change"] == {}
+        assert actual["original_expert_share"] is None
         ours = moe["languages"][language]
         assert len(ours["original_expert_share"]["per_layer"]) == 2
-        change = ours["bits_per_byte"]["value"] / found["bits_per_byte"]["value"] - 1
+        change = ours["bits_per_byte"]["value"] / actual["bits_per_byte"]["value"] - 1
         assert ours["change"]["bits_per_byte"]["value"] == pytest.approx(change)
     bits = {language: result.metrics["bits_per_byte"] for language, result in expected.items()}
     means = [(bits["en"] + bits["zh"]) / 2, bits["el"]]
@@ -58,10 +58,10 @@ def test_continuations_are_written_for_every_language_and_model(evaluate, tmp_pa
     assert content["settings"]["continuation_tokens"] == 4
     page = (output / "results.html").read_text()
     for language, documents in texts.items():
-        found = content["continuations"][language]
-        assert (found["prompt"], found["reference"]) == choose_prompts(documents, 1)[0]
-        assert list(found["by_model"]) == ["dense", "moe"]
-        assert found["prompt"] in page
+        actual = content["continuations"][language]
+        assert (actual["prompt"], actual["reference"]) == choose_prompts(documents, 1)[0]
+        assert list(actual["by_model"]) == ["dense", "moe"]
+        assert actual["prompt"] in page
         rates = content["wrong_language"][language]
         assert list(rates) == ["dense", "moe", "the text itself"]
         assert all(rate["decided"] + rate["undecided"] == len(choose_prompts(documents, 20)) for rate in rates.values())
@@ -107,18 +107,18 @@ def test_a_model_that_has_diverged_leaves_the_results_of_the_others(
     save_file(tensors, diverged / file, {"format": "pt"})
     models = ("--model", f"moe={moe_dir}", "--model", diverged)
     evaluate("routing", *models, *data, "--original-languages", "en", "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/routing.json").read_text())["models"]
-    assert None in found["diverged"]["languages"]["en"]["entropy"]
-    assert None not in found["moe"]["languages"]["en"]["entropy"]
+    actual = json.loads((tmp_path / "out/routing.json").read_text())["models"]
+    assert None in actual["diverged"]["languages"]["en"]["entropy"]
+    assert None not in actual["moe"]["languages"]["en"]["entropy"]
     tensors["model.layers.2.mlp.gate.weight"].fill_(1)
     save_file(tensors, diverged / file, {"format": "pt"})
     # Whoever reads the tables may stop before their end.
     monkeypatch.setattr(TextResults, "print", lambda _: (_ for _ in ()).throw(BrokenPipeError))
     with pytest.raises(BrokenPipeError):
         evaluate(*models, *data, "--output", tmp_path / "out")
-    found = json.loads((tmp_path / "out/results.json").read_text())["models"]
-    assert found["diverged"]["languages"]["en"]["perplexity"]["value"] is None
-    assert found["moe"]["languages"]["en"]["perplexity"]["value"] > 0
+    actual = json.loads((tmp_path / "out/results.json").read_text())["models"]
+    assert actual["diverged"]["languages"]["en"]["perplexity"]["value"] is None
+    assert actual["moe"]["languages"]["en"]["perplexity"]["value"] > 0
 
 
 def test_bad_arguments_are_rejected_with_the_flag_to_correct(rejected, tmp_path, data, dense_dir):

@@ -55,8 +55,8 @@ def test_three_tokens_by_hand() -> None:
     after_0 = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     after_2 = 0.2 * math.log(0.5) + 0.4 * math.log(2)
     # A document starts with token 0, and nothing is predicted after its last one.
-    found = document_distances(base, model, "x", ["2", "21", "1200"], WINDOWS)
-    assert found == pytest.approx([after_0, after_0 + after_2, after_0 + after_2 + after_0], rel=1e-6)
+    actual = document_distances(base, model, "x", ["2", "21", "1200"], WINDOWS)
+    assert actual == pytest.approx([after_0, after_0 + after_2, after_0 + after_2 + after_0], rel=1e-6)
     assert document_distances(base, model, "x", ["1", "22"], replace(WINDOWS, skip_tokens=1)) == pytest.approx(
         [0, after_2]
     )
@@ -91,8 +91,8 @@ def test_rounding_makes_no_distance_negative(dense_dir, texts) -> None:
         logits = base.logits(tokens)
         return logits + 1e-7 * torch.randn(logits.shape, generator=noise)
 
-    found = document_distances(base, replace(base, logits=with_noise), "en", texts["en"], WINDOWS)
-    assert all(0 <= nats < 1e-6 for nats in found)
+    actual = document_distances(base, replace(base, logits=with_noise), "en", texts["en"], WINDOWS)
+    assert all(0 <= nats < 1e-6 for nats in actual)
 
 
 def test_another_tokenizer_is_an_error() -> None:
@@ -125,10 +125,10 @@ def test_the_command_writes_it_per_text_with_its_interval(
     moe, printed = content["models"]["moe"], capsys.readouterr().out
     scores = compare_models({"moe": moe_dir}, texts, base=dense_dir, device="cpu").scores["moe"]
     for language, score in scores.items():
-        found = moe["languages"][language]["distance"]
-        assert found["value"] == pytest.approx(sum(score.document_distances) / sum(score.document_tokens))
-        assert 0 < found["low"] <= found["value"] <= found["high"]
-        assert f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]" in printed
+        actual = moe["languages"][language]["distance"]
+        assert actual["value"] == pytest.approx(sum(score.document_distances) / sum(score.document_tokens))
+        assert 0 < actual["low"] <= actual["value"] <= actual["high"]
+        assert f"{actual['value']:.4f} [{actual['low']:.4f}, {actual['high']:.4f}]" in printed
     assert moe["means"]["mean original"]["distance"] == moe["languages"]["en"]["distance"]
     assert EvaluationFile.read(tmp_path / "out/results.json").models["moe"].languages["en"].bits_per_byte
     # A rerun measures nothing, and one without --base has no distances.

@@ -156,8 +156,8 @@ def test_local_tasks_run_offline_and_their_results_are_kept(
     content = json.loads((tmp_path / "out/harness.json").read_text())["models"]
     for name, directory in (("base", dense_dir), ("moe", moe_dir)):
         for language in ("en", "el"):
-            found = content[name]["scores"]["Doors"][language]["value"]
-            assert found == pytest.approx(100 * accuracy(directory, language))
+            actual = content[name]["scores"]["Doors"][language]["value"]
+            assert actual == pytest.approx(100 * accuracy(directory, language))
         assert content[name]["averages"]["original"] == content[name]["scores"]["Doors"]["en"]["value"]
     assert "base: door_en, 0 shots" in capsys.readouterr().out
     evaluate("harness", *arguments)
@@ -199,16 +199,16 @@ def test_the_harness_has_every_task_of_the_papers_table():
         "Belebele": ("belebele_([a-z]{3}_[A-Z][a-z]{3})",),
         "FLORES": ("[a-z]+_bench_flores_en-([a-z]{2})",),
     }.items():
-        found = {canonical(match[1]) for form in forms for task in known if (match := re.fullmatch(form, task))}
-        assert found - benchmarks[benchmark].tasks.keys() == set()
+        actual = {canonical(match[1]) for form in forms for task in known if (match := re.fullmatch(form, task))}
+        assert actual - benchmarks[benchmark].tasks.keys() == set()
 
 
 @needs_lm_eval
 def test_all_tasks_are_those_of_the_installed_harness_under_one_code():
-    found = installed_benchmarks(["eu", "gl", "el", "zh", "ja"])
-    assert found["XStoryCloze"].tasks == {"eu": ["xstorycloze_eu"], "gl": ["xstorycloze_gl"], "zh": ["xstorycloze_zh"]}
-    assert found["XNLI"].tasks.keys() == {"eu", "gl", "el", "zh"} and found["XCOPA"].tasks.keys() == {"eu", "zh"}
-    assert found["XWinograd"].tasks["ja"] == ["xwinograd_jp"] and found["Belebele"].num_fewshot == 5
+    actual = installed_benchmarks(["eu", "gl", "el", "zh", "ja"])
+    assert actual["XStoryCloze"].tasks == {"eu": ["xstorycloze_eu"], "gl": ["xstorycloze_gl"], "zh": ["xstorycloze_zh"]}
+    assert actual["XNLI"].tasks.keys() == {"eu", "gl", "el", "zh"} and actual["XCOPA"].tasks.keys() == {"eu", "zh"}
+    assert actual["XWinograd"].tasks["ja"] == ["xwinograd_jp"] and actual["Belebele"].num_fewshot == 5
 
 
 @needs_lm_eval
@@ -268,10 +268,10 @@ def test_changes_are_paired_by_question_over_translations_too():
     benchmarks = {"A": Benchmark(0, "acc", {"en": ["a_en"], "el": ["a_el"]})}
     right = {"a_en": [1.0] * 60 + [0.0] * 40, "a_el": [1.0] * 50 + [0.0] * 50}
     better = {
-        task: [1.0 if place >= 95 else number for place, number in enumerate(found)] for task, found in right.items()
+        task: [1.0 if place >= 95 else number for place, number in enumerate(actual)] for task, actual in right.items()
     }
     scores = {
-        model: {task: {"acc": sum(found) / 100, "documents": {"acc": found}} for task, found in by_task.items()}
+        model: {task: {"acc": sum(actual) / 100, "documents": {"acc": actual}} for task, actual in by_task.items()}
         for model, by_task in (("base", right), ("ours", better))
     }
     models = {"base": Path("base"), "ours": Path("ours")}

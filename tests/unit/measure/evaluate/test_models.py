@@ -54,9 +54,9 @@ def test_a_checkpoint_and_its_export_have_equal_scores_routing_and_distance_from
             else:
                 assert ours.document_distances == pytest.approx(theirs.document_distances, rel=1e-3)
                 assert ours.routing.layers == theirs.routing.layers == [0, 2]
-                for found, expected in zip(astuple(ours.routing), astuple(theirs.routing), strict=True):
-                    found, expected = torch.tensor(found).double(), torch.tensor(expected).double()
-                    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+                for actual, expected in zip(astuple(ours.routing), astuple(theirs.routing), strict=True):
+                    actual, expected = torch.tensor(actual).double(), torch.tensor(expected).double()
+                    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert scores["second-hf"]["en"].routing.num_original_places == 4
     assert scores["dense"]["en"].metrics["bits_per_byte"] != pytest.approx(
         scores["moe"]["en"].metrics["bits_per_byte"], rel=1e-3

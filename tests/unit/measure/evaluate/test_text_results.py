@@ -45,19 +45,19 @@ def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_o
     base = LanguageScore([1, 2, 3], [2, 2, 4], [2, 2, 4], [1, 1, 1], unknown_tokens=0, routing=None)
     fewer = LanguageScore([1, 2, 4], [2, 2, 4], [1, 1, 2], [1, 1, 1], unknown_tokens=0, routing=None)
     scores = {"base": base, "same": base, "fewer": fewer}
-    found = text_results(scores)
-    models = {name: model["languages"]["en"] for name, model in json.loads(found.json_text())["models"].items()}
+    actual = text_results(scores)
+    models = {name: model["languages"]["en"] for name, model in json.loads(actual.json_text())["models"].items()}
     everything = {"bits_per_byte", "perplexity", "accuracy", "bytes_per_token"}
     assert models["same"]["change"].keys() == everything
     assert models["fewer"]["change"].keys() == {"bits_per_byte", "bytes_per_token"}
     assert models["fewer"]["change"]["bits_per_byte"]["value"] == pytest.approx(1 / 6)
     assert [model["bytes_per_token"]["value"] for model in models.values()] == [1, 1, 2]
     assert models["fewer"]["change"]["bytes_per_token"] == {"value": 1, "low": 1, "high": 1}
-    table = found.tables()["Bytes per token (higher is better)"]
+    table = actual.tables()["Bytes per token (higher is better)"]
     assert [row.cells[0] for row in table.rows] == ["en", "mean original"]
     assert [cell.split()[0] for cell in table.rows[0].cells[1:]] == ["1.00", "1.00", "2.00"]
     # Each document fits the window of 64 tokens; of 3, one does not.
-    assert not any("window" in finding for finding in found.findings())
+    assert not any("window" in finding for finding in actual.findings())
     (finding,) = [text for text in text_results(scores, window=3).findings() if "window" in text]
     assert "1 of 3 documents" in finding and "window of 3 tokens" in finding and "has 4 tokens" in finding
     assert not any("window" in text for text in text_results({"base": base, "same": base}, window=3).findings())

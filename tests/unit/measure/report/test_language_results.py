@@ -53,8 +53,8 @@ def test_a_mean_is_over_the_languages_of_all_files(tmp_path: Path) -> None:
         change = {"bits_per_byte": {"value": bits["ours"] / 2 - 1, "low": -1.0, "high": 1.0}}
         interval["ours"] |= {"change": change}
         models = {
-            name: {"languages": {language: found}, "means": {"mean expanded": found}}
-            for name, found in interval.items()
+            name: {"languages": {language: actual}, "means": {"mean expanded": actual}}
+            for name, actual in interval.items()
         }
         content = {"original_languages": ["en"], "models": models}
         paths.append(tmp_path / f"{language}.json")

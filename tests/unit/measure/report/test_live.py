@@ -71,9 +71,9 @@ def test_record_written_while_the_run_is_read_is_not_missed(tmp_path: Path, monk
         return run
 
     monkeypatch.setattr(live, "read_run", read_then_write)
-    ((run, found),) = live.follow(folder, interval_s=0)
-    assert [record["iteration"] for record in found] == [6]
-    for record in [*found, *found]:
+    ((run, actual),) = live.follow(folder, interval_s=0)
+    assert [record["iteration"] for record in actual] == [6]
+    for record in [*actual, *actual]:
         live.add(run, record)
     assert [record["iteration"] for record in run.metrics.steps][-2:] == [5, 6]
 
@@ -82,13 +82,13 @@ def test_run_that_replaces_its_file_is_read_again(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "stage1", 5, languages={}, is_finished=False)
     path = folder / "metrics.jsonl"
     following = live.follow(folder, interval_s=0)
-    run, found = next(following)
-    assert found == []
+    run, actual = next(following)
+    assert actual == []
     other = path.with_name("other")
     other.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
     other.replace(path)
-    again, found = next(following)
-    assert again is not run and again.step == 3 and found == []
+    again, actual = next(following)
+    assert again is not run and again.step == 3 and actual == []
 
 
 def test_a_run_folder_that_is_removed_is_one_sentence(tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ def test_packed_documents_do_not_see_each_other(dense: Path, tmp_path: Path, len
     positions = torch.stack([torch.cat([torch.arange(length) for length in own]) for own in per_sequence])
     with bootstrap.single_process(), torch.no_grad():
         model = loading.load_model(tmp_path / "megatron").eval()
-        found = model(tokens, positions, attention_mask=document_edges(positions))
+        actual = model(tokens, positions, attention_mask=document_edges(positions))
     stock = load_stock(dense)
-    for logits, row, own in zip(found, tokens, per_sequence, strict=True):
+    for logits, row, own in zip(actual, tokens, per_sequence, strict=True):
         for part, document in zip(logits.split(own), row.split(own), strict=True):
             assert_logits(part, stock, document[None])
 
@@ -166,9 +166,9 @@ def test_the_planner_counts_every_parameter(dense: Path, tmp_path: Path) -> None
     spec = hf_to_mcore(dense, tmp_path / "megatron", NewExperts(3))
     with bootstrap.single_process():
         model = loading.build_model(spec)
-    found: dict[tuple[int | None, Part], int] = {}
+    actual: dict[tuple[int | None, Part], int] = {}
     for name, parameter in model.named_parameters():
         layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else None
         place = layer, part_of(name)
-        found[place] = found.get(place, 0) + parameter.numel()
-    assert found == model_parts(spec)
+        actual[place] = actual.get(place, 0) + parameter.numel()
+    assert actual == model_parts(spec)

@@ -111,8 +111,8 @@ def test_a_granitemoe_is_extended_like_any_moe(granite: Path, tmp_path: Path) ->
         config = json.loads((tmp_path / f"hf-{name}" / "config.json").read_text())
         assert config["original_copies"] == 2
         assert ("attention_multiplier" in config) == (name == "granitemoe")
-    for found in (logits[0], our_logits(tmp_path / "second")):
-        assert_logits(found, tmp_path / "hf-granitemoe")
+    for actual in (logits[0], our_logits(tmp_path / "second")):
+        assert_logits(actual, tmp_path / "hf-granitemoe")
 
 
 def test_a_granitemoe_with_multipliers_is_extended(make_model, tmp_path: Path) -> None:

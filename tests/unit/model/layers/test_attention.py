@@ -33,10 +33,10 @@ def test_output_and_gradients_equal_megatrons_local_attention(attentions) -> Non
     ours, theirs = attentions
     inputs, same = query_key_value(), query_key_value()
     causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()  # True: masked
-    found, expected = ours(*inputs, None), theirs(*same, causal)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    weight = torch.randn(found.shape)
-    (found * weight).sum().backward()
+    actual, expected = ours(*inputs, None), theirs(*same, causal)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(actual.shape)
+    (actual * weight).sum().backward()
     (expected * weight).sum().backward()
     for a, b in zip(inputs, same, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
@@ -49,15 +49,15 @@ def test_tokens_attend_within_their_document_only(attentions) -> None:
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     edges = document_edges(positions)
     assert edges.tolist() == [0, 40, 41, 71, 80, 93, 106, 119, 120]
-    found = ours(*inputs, edges)
+    actual = ours(*inputs, edges)
     for row, documents in enumerate(lengths):
         start = 0
         for length in documents:
             alone = ours(*(tensor[start : start + length, row : row + 1] for tensor in same), None)
-            torch.testing.assert_close(found[start : start + length, row : row + 1], alone, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual[start : start + length, row : row + 1], alone, rtol=1e-5, atol=1e-6)
             alone.sum().backward(retain_graph=True)
             start += length
-    found.sum().backward()
+    actual.sum().backward()
     for a, b in zip(inputs, same, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -76,8 +76,8 @@ def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: 
     scores = torch.einsum("sbhd,tbhd->bhst", query, key.repeat_interleave(2, dim=2)) / HEAD_DIM**0.5
     weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
     expected = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
-    found = ours(query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    actual = ours(query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 class OnGpu(torch.Tensor):
@@ -97,8 +97,8 @@ def varlen_attention(query, key, value, starts, key_starts, longest, longest_key
         is_seen = distance >= (-left if left >= 0 else -SEQUENCE)
         is_seen &= distance <= (right if right >= 0 else SEQUENCE)
         q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_seen, scale=scale, enable_gqa=enable_gqa)
-        parts.append(found[0].transpose(0, 1))
+        actual = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(actual[0].transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -111,6 +111,6 @@ def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(dense_spec,
     edges = attention.document_edges(positions)
     expected = ours(*inputs, edges)
     monkeypatch.setattr(attention, "_varlen_attention", lambda: varlen_attention)
-    found = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
-    torch.testing.assert_close(found.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
-    assert not torch.equal(found.as_subclass(torch.Tensor), ours(*inputs, None))
+    actual = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
+    assert not torch.equal(actual.as_subclass(torch.Tensor), ours(*inputs, None))

@@ -123,8 +123,8 @@ def test_a_stage_without_layers_copies_its_input(megatron, dense_spec: ModelSpec
     stack = DecoderStack(transformer_config(dense_spec), layer_type_list=[], pg_collection=groups, **ends)
     given = torch.randn(4, 2, 32)
     stack.set_input_tensor(given)
-    found = stack(None, None)
-    assert torch.equal(found, given) and found.data_ptr() != given.data_ptr()
+    actual = stack(None, None)
+    assert torch.equal(actual, given) and actual.data_ptr() != given.data_ptr()
 
 
 def test_the_output_layers_gradient_can_wait(megatron, dense_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:

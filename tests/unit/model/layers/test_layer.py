@@ -193,11 +193,11 @@ def test_the_balance_loss_in_training_is_the_papers(spec: ModelSpec, stage1_expe
     hidden = torch.randn(9, 2, 32)
     weights, chosen = layer.router(hidden)
     (weights * 0).sum().backward()
-    found = layer.router.weight.grad.clone()
+    actual = layer.router.weight.grad.clone()
     layer.zero_grad()
     scores = torch.softmax(hidden.flatten(0, 1) @ layer.router.weight[first:].T, dim=-1)
     (0.5 * balance_loss(scores, chosen[:, first:], topk=2)).backward()
-    torch.testing.assert_close(found, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual, layer.router.weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2)])
@@ -215,7 +215,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec, variant
     for columns in (slice(0, 2), slice(2, 4)):
         weights, _ = router(hidden[:, columns].contiguous(), is_original[:, columns].contiguous())
         (weights * 0).sum().backward()
-    found = router.weight.grad.clone()
+    actual = router.weight.grad.clone()
     router.zero_grad()
     per_layer = 0.3 / len(layers)
     scores = torch.softmax(hidden.flatten(0, 1) @ router.weight.T, dim=-1)
@@ -223,7 +223,7 @@ def test_the_lpr_gradient_is_that_of_the_mean_over_original_tokens(spec, variant
         scores = torch.softmax(scores, dim=-1)
     losses = -scores[is_original.flatten(), : spec.moe.num_original_places].sum(dim=-1).log()
     (per_layer * losses.mean()).backward()
-    torch.testing.assert_close(found, router.weight.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(actual, router.weight.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_routing_sums_count_first_choices_by_language(layer) -> None:

@@ -47,8 +47,8 @@ def test_lpr_loss_of_one_original_expert_is_the_cross_entropy_of_column_0(seed: 
     logits = torch.randn(7, 4, dtype=torch.float64)
     scores = logits if variant == "paper" else torch.softmax(logits, dim=-1)
     expected = torch.nn.functional.cross_entropy(scores, torch.zeros(7, dtype=torch.long), reduction="sum")
-    found = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_places=1, variant=variant)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    actual = lpr_loss(logits, torch.ones(7, dtype=torch.bool), num_original_places=1, variant=variant)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("m", [1, 2])

@@ -45,14 +45,14 @@ def test_gradients_of_new_rows_and_of_all_others_are_those_of_autograd(model) ->
             tokens = torch.randint(0, TOKENS.end - 3, (2, 16), generator=torch.Generator().manual_seed(seed))
             model(tokens, positions, attention_mask=None, labels=tokens.flip(1)).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    expected, found = gradients
-    assert len(found) == (9 + 1 if model.share_embeddings_and_output_weights else 9 + 2)
-    for name, gradient in found.items():
+    expected, actual = gradients
+    assert len(actual) == (9 + 1 if model.share_embeddings_and_output_weights else 9 + 2)
+    for name, gradient in actual.items():
         rows = slice(TOKENS.first, TOKENS.end) if gradient.dim() == 2 and len(gradient) == 120 else slice(None)
         assert gradient[rows].any()
         torch.testing.assert_close(gradient[rows], expected[name][rows], rtol=1e-5, atol=1e-8)
     if not model.share_embeddings_and_output_weights:
-        assert not found["output_layer.weight"][: TOKENS.first].any()
+        assert not actual["output_layer.weight"][: TOKENS.first].any()
         assert expected["output_layer.weight"][: TOKENS.first].any()
 
 

@@ -37,7 +37,7 @@ def test_statistics_of_all_routers_are_summed_at_once(moe_spec: ModelSpec, varia
     routers = [layer.mlp.router.train() for layer in build_model(moe_spec, lpr_loss=variant).decoder.layers]
     batches = [(torch.randn(6, 2, 32), torch.rand(6, 2) < 0.5) for _ in range(3)]
     passes = [[0, 1, 2], [2, 0], [0, 1, 2]]
-    found, launches = [], []
+    actual, launches = [], []
     for shares in (False, True):
         shared = Decisions(len(routers))
         for router in routers:
@@ -47,9 +47,9 @@ def test_statistics_of_all_routers_are_summed_at_once(moe_spec: ModelSpec, varia
                 for number in order:
                     routers[number](hidden, bits.to(torch.uint8))
             shared.add_up()
-        found.append([router.routing_sums for router in routers])
+        actual.append([router.routing_sums for router in routers])
         launches.append(counted.number)
-    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual[1], actual[0], rtol=1e-6, atol=1e-6)
     assert launches[0] - launches[1] > 20 * (8 - 4)  # eight passes, summed in four groups
 
 

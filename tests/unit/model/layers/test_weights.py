@@ -56,8 +56,8 @@ def chain_of_three(tmp_path_factory: pytest.TempPathFactory, megatron: None, moe
 
 def test_a_model_read_from_the_chain_equals_the_complete_one(chain_of_three: Path) -> None:
     whole, chained = load_model(chain_of_three / "whole"), load_model(chain_of_three / "stage2")
-    for (name, expected), found in zip(whole.named_parameters(), chained.parameters(), strict=True):
-        assert torch.equal(expected, found), name
+    for (name, expected), actual in zip(whole.named_parameters(), chained.parameters(), strict=True):
+        assert torch.equal(expected, actual), name
     upcycled = dict(load_model(chain_of_three / "upcycled").named_parameters())
     for name, parameter in chained.named_parameters():
         moved = ROUTERS in name or NEW_EXPERTS in name

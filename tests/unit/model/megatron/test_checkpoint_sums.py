@@ -33,9 +33,9 @@ def test_no_file_with_tensors_is_read_back(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(FileSum, "of", lambda path, bar=None: (read.append(path.name), of(path, bar))[1])
     write_checksums(step, checkpoint_sums.taken(step))
     assert {*read} <= {*TABLE_FILES}
-    found = checksums.read(step)
-    assert found is not None and any(name.endswith(".distcp") for name in found)
-    assert found == {name: of(step / name) for name in found}
+    actual = checksums.read(step)
+    assert actual is not None and any(name.endswith(".distcp") for name in actual)
+    assert actual == {name: of(step / name) for name in actual}
     assert checkpoint_sums.taken(step) == {}
 
 

@@ -72,8 +72,8 @@ def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkey
     monkeypatch.setattr(training, "get_megatron_optimizer_config", lambda args: (config, other))
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda gathered, mine: gathered.__setitem__(0, mine))
     with hooks.without_weight_decay("marked"):
-        found, overrides = training.get_megatron_optimizer_config(None)
-    groups = _get_param_groups([model], found, overrides)
+        actual, overrides = training.get_megatron_optimizer_config(None)
+    groups = _get_param_groups([model], actual, overrides)
     assert [(group["wd_mult"], group["max_lr"], len(group["params"])) for group in groups] == [(1, 1e-3, 1), (0, 1, 1)]
 
 
@@ -108,11 +108,11 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
         path for folder in ("moelpr", "checkpoint_convert", "data_tools") for path in (ROOT / folder).rglob("*.py")
     ]
     patched = {path.relative_to(ROOT).as_posix(): patches_in(path.read_text()) for path in files}
-    found = {path: names for path, names in patched.items() if names}
-    assert "moelpr/model/megatron/cpu.py" in found
+    actual = {path: names for path, names in patched.items() if names}
+    assert "moelpr/model/megatron/cpu.py" in actual
     # A process of a dry run trains nothing: there, torch and Megatron are stand-ins from its start to its end.
     allowed = ("moelpr/model/megatron/", "moelpr/train/check/")
-    assert {path: names for path, names in found.items() if not path.startswith(allowed)} == {}
+    assert {path: names for path, names in actual.items() if not path.startswith(allowed)} == {}
 
 
 @pytest.mark.parametrize("is_async", [False, True])

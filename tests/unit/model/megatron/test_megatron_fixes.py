@@ -379,9 +379,9 @@ def test_the_gradient_norm_is_megatrons_and_is_read_once() -> None:
     megatron_fixes.install()
     tensors = [torch.randn(size) for size in (7, 1, 300)]
     with Reads() as reads:
-        found, _ = clip_grads.l2_norm_impl(2048, None, [tensors], False)
+        actual, _ = clip_grads.l2_norm_impl(2048, None, [tensors], False)
     assert reads.number == 0
-    assert torch.equal(found, local_multi_tensor_l2_norm(2048, None, [tensors], False)[0])
+    assert torch.equal(actual, local_multi_tensor_l2_norm(2048, None, [tensors], False)[0])
 
 
 def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,10 +390,10 @@ def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypa
     trained.main_param = torch.randn(300)  # type: ignore[attr-defined]
     with Reads() as reads:
         data = [common_utils._get_param_data(one, False, bf16=True)[0] for one in (frozen, trained)]
-        found = common_utils._compute_norm_2(data)
+        actual = common_utils._compute_norm_2(data)
     assert reads.number == 0
     assert data[0].data_ptr() == frozen.data_ptr() and data[1] is trained.main_param  # type: ignore[attr-defined]
-    assert found == pytest.approx(sum(one.float().square().sum().item() for one in data))
+    assert actual == pytest.approx(sum(one.float().square().sum().item() for one in data))
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(use_precision_aware_optimizer=True))
     trained.main_param, trained.main_param_sharded = None, True  # type: ignore[attr-defined]
     assert common_utils._get_param_data(trained, False, bf16=True)[0].data_ptr() == trained.data_ptr()

@@ -18,13 +18,13 @@ def rotate():
 @pytest.mark.parametrize("channels", [8, 4], ids=["all channels turn", "half of them"])
 def test_the_result_and_its_gradient_are_megatrons(rotate, dtype, interleaved: bool, channels: int) -> None:
     freqs, heads = torch.randn(5, 1, 1, channels), torch.randn(5, 2, 3, 8).to(dtype)
-    found = []
+    actual = []
     for function in (inspect.unwrap(rotate), rotate):
         given = heads.clone().requires_grad_()
         output = function(given, freqs, rotary_interleaved=interleaved, mscale=0.5)
         output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype))
-        found.append((output, given.grad))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+        actual.append((output, given.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*actual, strict=True))
 
 
 def test_cos_is_computed_once_for_all_layers_and_again_after_inference(rotate, monkeypatch) -> None:

@@ -17,9 +17,9 @@ def test_records_are_sorted_by_kind(tmp_path: Path) -> None:
     validation, warning = {"iteration": 0, "event": "validation", "languages": {}}, {"iteration": 1, "event": "warning"}
     unknown = {"iteration": 1, "event": "of a later version"}
     path = write(tmp_path, validation, {"iteration": 1}, warning, unknown, {"iteration": 2})
-    found = read_run_metrics(path)
-    assert found.steps == [{"iteration": 1}, {"iteration": 2}]
-    assert (found.validations, found.warnings) == ([validation], [warning])
+    actual = read_run_metrics(path)
+    assert actual.steps == [{"iteration": 1}, {"iteration": 2}]
+    assert (actual.validations, actual.warnings) == ([validation], [warning])
 
 
 def test_the_last_record_of_a_repeated_step_counts(tmp_path: Path) -> None:

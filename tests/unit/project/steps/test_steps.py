@@ -72,10 +72,10 @@ def write_manifests(**tokens: int) -> None:
     ],
 )
 def test_a_project_has_the_steps_that_its_file_asks_for(write: Write, changes: dict, more: str, less: str) -> None:
-    found = tasks(write(**changes))
-    assert {*found} == {*EXPECTED, *more.split()} - {*less.split()}
-    for place, task in enumerate(found.values()):
-        assert {*task.inputs} <= {*[*found][:place]}
+    actual = tasks(write(**changes))
+    assert {*actual} == {*EXPECTED, *more.split()} - {*less.split()}
+    for place, task in enumerate(actual.values()):
+        assert {*task.inputs} <= {*[*actual][:place]}
 
 
 EL, HU, EN = (f"out/data/{code}_text_document" for code in ("el", "hu", "en"))
@@ -188,11 +188,11 @@ def test_a_downloaded_base_has_no_pickles_and_no_code(write: Write) -> None:
 def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> None:
     path = write(hardware=GPUS, experts="auto", budget={"hours": 1})
     write_manifests(el=10**9, hu=10**9)
-    found = tasks(path)
-    stage1 = found["stage1"]
+    actual = tasks(path)
+    stage1 = actual["stage1"]
     assert (stage1.nodes, stage1.gpus_per_node) == (2, 8)
     assert "--micro-batch-size" in stage1.settings and "--micro-batch-size" not in stage1.words()
-    assert value(found["convert"], "--num-new-experts") == "8"
+    assert value(actual["convert"], "--num-new-experts") == "8"
     speed = ResolvedProject(read_project(path)).layouts.of("stage1").tokens_per_s
     assert value(stage1, "--train-tokens") == str(round(3600 * speed))
     assert stage1.minutes == pytest.approx(60, rel=1e-6)

@@ -68,9 +68,9 @@ def manifests(path: Path) -> list[dict[str, Any]]:
 def test_manifests_have_only_fields_that_the_published_models_have(tmp_path, file, values) -> None:
     run = tmp_path / "Our_run"
     launch(Workflow(run, tasks(run)), settings(**values), file, render_only=True)
-    found = manifests(run / "kubernetes" / "our-run.yaml")
-    assert [one["kind"] for one in found] == ["ConfigMap", "JobSet"]
-    for one in found:
+    actual = manifests(run / "kubernetes" / "our-run.yaml")
+    assert [one["kind"] for one in actual] == ["ConfigMap", "JobSet"]
+    for one in actual:
         model = MODELS[one["kind"]].from_dict(one)
         assert model is not None
         assert model.to_dict() == one  # unknown fields would be gone
@@ -78,14 +78,14 @@ def test_manifests_have_only_fields_that_the_published_models_have(tmp_path, fil
 
 def job_set(run: Path, file: Path, **values: Any) -> dict[str, Any]:
     launch(Workflow(run, tasks(run)), settings(**values), file, render_only=True)
-    config, found = manifests(run / "kubernetes" / "greek.yaml")
+    config, actual = manifests(run / "kubernetes" / "greek.yaml")
     assert config["data"] == {"languages.yaml": "model: Qwen3-8B\n"}
-    return found
+    return actual
 
 
 def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_path, file) -> None:
-    found = job_set(tmp_path / "greek", file)
-    jobs = {job["name"]: job for job in found["spec"]["replicatedJobs"]}
+    actual = job_set(tmp_path / "greek", file)
+    jobs = {job["name"]: job for job in actual["spec"]["replicatedJobs"]}
     assert [need["name"] for need in jobs["stage1"]["dependsOn"]] == ["preprocess-el", "preprocess-hu", "convert"]
     assert jobs["stage2"]["dependsOn"] == [{"name": "stage1", "status": "Complete"}]  # the rest is behind it
     assert "dependsOn" not in jobs["convert"]
@@ -112,9 +112,9 @@ def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_pat
 
 
 def test_what_the_user_sets_reaches_the_pods(tmp_path, file) -> None:
-    found = job_set(tmp_path / "greek", file, **{key: value for key, value in ALL.items() if key not in REQUIRED})
-    assert found["metadata"] == {"name": "greek", "namespace": "team", "labels": ALL["labels"]}
-    stage1 = next(job for job in found["spec"]["replicatedJobs"] if job["name"] == "stage1")
+    actual = job_set(tmp_path / "greek", file, **{key: value for key, value in ALL.items() if key not in REQUIRED})
+    assert actual["metadata"] == {"name": "greek", "namespace": "team", "labels": ALL["labels"]}
+    stage1 = next(job for job in actual["spec"]["replicatedJobs"] if job["name"] == "stage1")
     pod = stage1["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h100"} and pod["terminationGracePeriodSeconds"] == 60
     assert [volume["name"] for volume in pod["volumes"]] == ["work", "file", "shm", "more"]

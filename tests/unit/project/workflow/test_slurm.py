@@ -38,13 +38,13 @@ def tasks(run: Path, rate: str = "1") -> list[Task]:
 
     corpora = {code: (run / "data" / f"{code}_text_document",) for code in LANGUAGES}
     made_from = tuple(f"preprocess-{code}" for code in LANGUAGES)
-    found = [task(f"preprocess-{code}", f"data/{code}_text_document.idx", corpora=corpora[code]) for code in LANGUAGES]
-    found += [task("convert", "upcycled", memory_gib=16)]
+    actual = [task(f"preprocess-{code}", f"data/{code}_text_document.idx", corpora=corpora[code]) for code in LANGUAGES]
+    actual += [task("convert", "upcycled", memory_gib=16)]
     save = run / "stage1"
     train = ["moelpr", "train", "stage1", "--lr", rate]
     stage = Task(name="stage1", command=train, made_from=("convert", *made_from), continues=save, nodes=4)
     stage = replace(stage, gpus_per_node=8, is_complete=(save / "FINISHED").exists)
-    return [*found, stage, task("export", "hf", made_from=("stage1",))]
+    return [*actual, stage, task("export", "hf", made_from=("stage1",))]
 
 
 def submit(run: Path, *, render_only: bool = False, rate: str = "1", **settings: object) -> None:

@@ -16,8 +16,8 @@ def test_valid_arguments_are_parsed_next_to_wrong_ones() -> None:
     argv = "--lr fast --seq-length 32 --lpr-loss mine --seed --no-such-thing 5 --stage stage1"
     settings, problems = parse(*argv.split())
     assert (settings["seq_length"], settings["stage"]) == (32, "stage1")
-    found = [line.split(":")[0].split(";")[0] for line in problems]
-    assert found == ["--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing"]
+    actual = [line.split(":")[0].split(";")[0] for line in problems]
+    assert actual == ["--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing"]
     assert "'fast'" in problems[0] and "paper, reference" in problems[1]
 
 

@@ -123,8 +123,8 @@ def test_the_command_lines_length_takes_the_place_of_the_recipes(resolved: Resol
 
 @pytest.mark.parametrize("epochs", ["nan", "inf", "-1", "1e6"])
 def test_epochs_are_a_positive_number(upcycled: str, problems, epochs: str) -> None:
-    (found,) = problems("stage1", upcycled, *STEP[2:], "--train-epochs", epochs, steps=False)
-    assert found.startswith("--train-epochs must be at least 0 and below 1,000,000, got")
+    (actual,) = problems("stage1", upcycled, *STEP[2:], "--train-epochs", epochs, steps=False)
+    assert actual.startswith("--train-epochs must be at least 0 and below 1,000,000, got")
 
 
 def test_a_run_resumes_with_its_budget_and_not_with_another(make_checkpoint, problems, accepted, capsys) -> None:
@@ -133,8 +133,8 @@ def test_a_run_resumes_with_its_budget_and_not_with_another(make_checkpoint, pro
     final = accepted("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "640", steps=False)
     assert (final["train_iters"], final["train_tokens"]) == (10, 640)
     assert "moelpr: 640 tokens: 10 steps of 4 sequences of 16 tokens\n" in capsys.readouterr().err
-    (found,) = problems("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "641", steps=False)
-    assert "was trained with --train-iters 10," in found and "not --train-iters 11;" in found
+    (actual,) = problems("stage1", "moved", "--save", run, *STEP[2:], "--train-tokens", "641", steps=False)
+    assert "was trained with --train-iters 10," in actual and "not --train-iters 11;" in actual
 
 
 def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
@@ -150,8 +150,8 @@ def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
 
     data = ["--data-path", large, small, "--train-tokens", "32000"]
     assert mixed(*data, "--mix", "temperature=0.5,max-epochs=20")[0] == ["0.888889", large, "0.111111", small]
-    weights, table, found = mixed(*data, "--mix", "temperature=0,max-epochs=2")
-    assert weights == ["0.9375", large, "0.0625", small] and not found and "max_epochs" in table
+    weights, table, actual = mixed(*data, "--mix", "temperature=0,max-epochs=2")
+    assert weights == ["0.9375", large, "0.0625", small] and not actual and "max_epochs" in table
     assert mixed(*data)[:2] == ([large, small], "")
     both = ["--data-path", large, small, "--train-epochs", "3"]
     assert mixed(*both, "--mix", "temperature=1")[0][1::2] == [large, small]
@@ -160,9 +160,9 @@ def test_a_mix_gives_weights_whose_capped_corpus_is_read_as_often_as_allowed(
         (["--data-path", large], "must have several prefixes"),
         (["--data-path", large, write_manifest(tmp_path / "empty", 0)], "empty has no tokens to train on"),
     ):
-        (found,) = mixed(*words, "--train-tokens", "32000", "--mix", "temperature=1")[2]
-        assert problem in found
-    (found,) = mixed(*data[:3], "--train-tokens", "900K", "--mix", "temperature=1")[2]
-    assert "900K tokens would read the text more often than max_epochs allows" in found
+        (actual,) = mixed(*words, "--train-tokens", "32000", "--mix", "temperature=1")[2]
+        assert problem in actual
+    (actual,) = mixed(*data[:3], "--train-tokens", "900K", "--mix", "temperature=1")[2]
+    assert "900K tokens would read the text more often than max_epochs allows" in actual
     for wrong in ("temperature=2", "temperature=x", "heat=1", "max-epochs=3", "temperature=0.3,max-epochs=0", "0.3"):
-        assert any("--mix: expected temperature=T" in found for found in problems("stage1", upcycled, "--mix", wrong))
+        assert any("--mix: expected temperature=T" in actual for actual in problems("stage1", upcycled, "--mix", wrong))

@@ -55,12 +55,12 @@ def test_no_check_fails_on_invalid_settings(make_run, data: st.DataObject) -> No
 
 
 def test_a_missing_recipe_hides_no_other_problem_and_causes_none(upcycled: str, problems) -> None:
-    found = problems(
+    actual = problems(
         "stage1", upcycled, "--recipe", "nowhere.yaml", "--reset-attention-mask", steps=False, with_data=False
     )
-    assert len(found) == 2
-    assert "recipe nowhere.yaml; pass" in found[0] and "paper-stage1" in found[0]
-    assert found[1].startswith("--reset-attention-mask ")
+    assert len(actual) == 2
+    assert "recipe nowhere.yaml; pass" in actual[0] and "paper-stage1" in actual[0]
+    assert actual[1].startswith("--reset-attention-mask ")
 
 
 def test_what_the_method_fixes_is_set_and_the_balance_loss_is_a_mean_over_layers(checkpoint, accepted) -> None:

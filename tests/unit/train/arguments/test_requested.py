@@ -30,20 +30,20 @@ def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path
 def test_all_keys_of_a_recipe_that_are_not_flags_are_named(upcycled: str, problems, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("micro-batchsize: 4\nxyzzy: false\nrecipe: other.yaml\nglobal-batch-size: many\nbf16: 1\n")
-    found = problems("stage1", upcycled, "--recipe", str(recipe))
-    assert len(found) == 5
-    assert all(str(recipe) in line for line in found)
-    assert "micro-batchsize" in found[0] and "did you mean --micro-batch-size?" in found[0]
-    assert "xyzzy" in found[1] and " recipe is not a flag" in found[2]
-    assert "--global-batch-size: invalid int value: 'many'" in found[3]
-    assert " 1;" in found[4]
+    actual = problems("stage1", upcycled, "--recipe", str(recipe))
+    assert len(actual) == 5
+    assert all(str(recipe) in line for line in actual)
+    assert "micro-batchsize" in actual[0] and "did you mean --micro-batch-size?" in actual[0]
+    assert "xyzzy" in actual[1] and " recipe is not a flag" in actual[2]
+    assert "--global-batch-size: invalid int value: 'many'" in actual[3]
+    assert " 1;" in actual[4]
 
 
 def test_the_record_of_a_run_is_not_a_recipe(upcycled: str, problems, tmp_path: Path) -> None:
     record = tmp_path / "recipe.yaml"
     record.write_text("model_source: runs/upcycled\nlr: 0.1\nconsumed_train_samples: 5\n")
-    (found,) = problems("stage1", upcycled, "--recipe", str(record))
-    assert found.startswith(str(record)) and "--recipe" in found
+    (actual,) = problems("stage1", upcycled, "--recipe", str(record))
+    assert actual.startswith(str(record)) and "--recipe" in actual
 
 
 def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_path: Path) -> None:
@@ -53,35 +53,37 @@ def test_a_recipe_can_name_where_the_run_starts(upcycled: str, accepted, tmp_pat
 
 
 def test_a_checkpoint_to_start_from_is_required(tmp_path: Path, problems) -> None:
-    (found,) = problems("stage1", None)
-    assert "--pretrained-checkpoint DIR" in found
-    (found,) = problems("stage1", tmp_path)
-    assert f"--pretrained-checkpoint {tmp_path}" in found and "latest_checkpointed_iteration.txt" in found
+    (actual,) = problems("stage1", None)
+    assert "--pretrained-checkpoint DIR" in actual
+    (actual,) = problems("stage1", tmp_path)
+    assert f"--pretrained-checkpoint {tmp_path}" in actual and "latest_checkpointed_iteration.txt" in actual
 
 
 def test_a_damaged_spec_hides_no_other_problem(upcycled: str, problems) -> None:
     (Path(upcycled) / "model_spec.json").write_text("{}")
-    found = problems("stage1", upcycled, "--reset-attention-mask")
-    assert len(found) == 2
-    assert "model_spec.json" in found[0]
+    actual = problems("stage1", upcycled, "--reset-attention-mask")
+    assert len(actual) == 2
+    assert "model_spec.json" in actual[0]
 
 
 @pytest.mark.parametrize("content", ["- a\n", "a: [1,", ""])
 def test_a_damaged_record_of_a_run_is_reported(upcycled: str, problems, content: str) -> None:
     (Path(upcycled) / "recipe.yaml").write_text(content)
-    (found,) = problems("stage1", upcycled)
-    assert f"{upcycled}/recipe.yaml" in found
+    (actual,) = problems("stage1", upcycled)
+    assert f"{upcycled}/recipe.yaml" in actual
 
 
 def test_a_step_is_checked_against_the_settings_it_was_trained_with(make_checkpoint, problems) -> None:
     """A later start was killed before it saved anything. A step without a record has the settings of the last start."""
     run = make_checkpoint("run", stage="stage1")
     (Path(run) / "recipe.yaml").write_text("stage: stage0")
-    (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage1, which --stage stage2 cannot resume; to start a new run")
+    (actual,) = problems("stage2", None, "--save", run)
+    assert actual.startswith(
+        f"{run} is a run of --stage stage1, which --stage stage2 cannot resume; to start a new run"
+    )
     (Path(run) / "release" / "recipe.yaml").unlink()
-    (found,) = problems("stage2", None, "--save", run)
-    assert found.startswith(f"{run} is a run of --stage stage0")
+    (actual,) = problems("stage2", None, "--save", run)
+    assert actual.startswith(f"{run} is a run of --stage stage0")
 
 
 def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
@@ -96,8 +98,8 @@ def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
     assert accepted("stage1", start, *command, str(run.with_name("new")))["ckpt_step"] == 500
     assert accepted("stage1", start, *command, str(run))["ckpt_step"] is None
     assert "--ckpt-step 500 selects a step of --pretrained-checkpoint" in capsys.readouterr().err
-    (found,) = problems("stage1", None, *command, str(run))
-    assert str(run) in found and "500" in found and "--iteration 3" in found
+    (actual,) = problems("stage1", None, *command, str(run))
+    assert str(run) in actual and "500" in actual and "--iteration 3" in actual
     (run / "iter_0000003").rename(run / "iter_0000500")
     (run / "iter_0000900").mkdir()
     (run / "latest_checkpointed_iteration.txt").write_text("900")
@@ -111,8 +113,8 @@ def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
 def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:
     path = Path(upcycled) / "model_spec.json"
     path.write_text(path.read_text().replace('"RMSNorm"', '"LayerNorm"'))
-    found = problems("stage1", upcycled)
-    assert any("normalization" in message and "RMSNorm" in message for message in found), found
+    actual = problems("stage1", upcycled)
+    assert any("normalization" in message and "RMSNorm" in message for message in actual), actual
 
 
 def test_a_checkpoints_window_multipliers_and_kind_of_rope_reach_the_model(make_checkpoint, accepted) -> None:

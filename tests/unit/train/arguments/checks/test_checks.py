@@ -176,9 +176,9 @@ def test_a_wrong_setting_is_one_message(problems, checkpoint, data, write_corpus
         corpora |= {"HELD": write_corpus("held", True, True), "MIXED": write_corpus("mixed", True, False)}
     ranks, (stage, name, *flags), expected = parsed_row(row, **corpora)
     start = checkpoint(name)
-    (found,) = problems(stage, start, *flags, ranks=ranks)
+    (actual,) = problems(stage, start, *flags, ranks=ranks)
     first, *parts = expected.replace("CHECKPOINT", start).split(" … ")
-    assert found.startswith(first) and all(part in found for part in parts), found
+    assert actual.startswith(first) and all(part in actual for part in parts), actual
 
 
 @pytest.mark.parametrize("row", rows(ACCEPTED))
@@ -193,23 +193,23 @@ def test_valid_settings_arrive(accepted, checkpoint, row: str) -> None:
 def test_rows_of_grouped_gemm_are_checked_on_a_gpu_only(upcycled, problems, monkeypatch) -> None:
     with monkeypatch.context() as gpu:
         gpu.setattr(cpu, "is_needed", lambda: False)
-        found = problems("stage1", upcycled, SHORT["TP"], "4", ranks=4)
-    assert [line for line in found if "grouped GEMM" in line and "got 12" in line and f"use {SHORT['ETP']} 1" in line]
+        actual = problems("stage1", upcycled, SHORT["TP"], "4", ranks=4)
+    assert [line for line in actual if "grouped GEMM" in line and "got 12" in line and f"use {SHORT['ETP']} 1" in line]
 
 
 def test_all_required_flags_are_requested_at_once(upcycled: str, problems) -> None:
-    found = problems(None, upcycled, steps=False, with_data=False)
+    actual = problems(None, upcycled, steps=False, with_data=False)
     expected = ["--stage stage1", "--micro-batch-size SEQUENCES", "--seq-length TOKENS", "--lr RATE"]
     expected += ["--train-iters STEPS", "--data-path PREFIX"]
-    assert len(found) == len(expected)
+    assert len(actual) == len(expected)
     for flag in expected:
-        assert sum(f"pass {flag}" in line for line in found) == 1, flag
+        assert sum(f"pass {flag}" in line for line in actual) == 1, flag
 
 
 def test_all_problems_are_reported_at_once(upcycled: str, problems) -> None:
     argv = "--lr fast --micro-batchsize 3 --num-layers 8 --moe-aux-loss-coeff=0.5 --expert-model-parallel-size 3 "
     argv += "--seq-length 65 --moe-token-dispatcher-type allgather --attention-dropout 0.1 --overlap-param-gather"
-    found = problems("stage1", upcycled, *argv.split(), ranks=3)
+    actual = problems("stage1", upcycled, *argv.split(), ranks=3)
     expected = (
         "--lr: invalid float value: 'fast'",
         "unrecognized argument --micro-batchsize; did you mean --micro-batch-size?",
@@ -220,13 +220,13 @@ def test_all_problems_are_reported_at_once(upcycled: str, problems) -> None:
         "--moe-aux-loss-coeff ",
         "--attention-dropout ",
     )
-    assert len(found) == len(expected)  # Megatron's own errors come later
+    assert len(actual) == len(expected)  # Megatron's own errors come later
     for start in expected:
-        assert sum(line.startswith(start) for line in found) == 1, start
+        assert sum(line.startswith(start) for line in actual) == 1, start
 
 
 def test_an_invalid_stage_hides_no_problem_with_the_experts(upcycled: str, problems) -> None:
-    found = problems(None, upcycled, "--stage", "stage3", "--expert-model-parallel-size", "3", ranks=3)
-    assert len(found) == 2
-    assert found[0].startswith("--stage: ") and "stage0, stage1, stage2" in found[0]
-    assert found[1].startswith("--expert-model-parallel-size 3 ")
+    actual = problems(None, upcycled, "--stage", "stage3", "--expert-model-parallel-size", "3", ranks=3)
+    assert len(actual) == 2
+    assert actual[0].startswith("--stage: ") and "stage0, stage1, stage2" in actual[0]
+    assert actual[1].startswith("--expert-model-parallel-size 3 ")

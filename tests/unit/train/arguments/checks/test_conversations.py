@@ -25,10 +25,10 @@ def chat(tmp_path: Path) -> str:
 
 
 def test_sft_requires_conversations_that_fit(upcycled: str, problems, data: list[str], chat: str) -> None:
-    (found,) = problems("sft", upcycled)
-    assert found.startswith("--stage sft requires conversations") and data[1] in found
-    (found,) = problems("sft", upcycled, "--data-path", chat, "--seq-length", "11", with_data=False)
-    assert "a conversation of 12 tokens, more than --seq-length 11" in found and "--max-tokens 11" in found
+    (actual,) = problems("sft", upcycled)
+    assert actual.startswith("--stage sft requires conversations") and data[1] in actual
+    (actual,) = problems("sft", upcycled, "--data-path", chat, "--seq-length", "11", with_data=False)
+    assert "a conversation of 12 tokens, more than --seq-length 11" in actual and "--max-tokens 11" in actual
 
 
 def test_sft_packs_where_attention_keeps_apart_and_weighs_tokens_alike(upcycled: str, accepted, chat: str) -> None:

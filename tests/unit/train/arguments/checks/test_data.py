@@ -23,14 +23,14 @@ MASKING = "--dataloader-inter-document-masking"
 
 def test_every_missing_corpus_is_named(upcycled: str, problems, tmp_path: Path) -> None:
     there = tmp_path / "corpus"
-    found = problems("stage1", upcycled, "--data-path", "0.5", "nowhere", "0.3", str(there), "0.2", "elsewhere")
-    assert [line.split()[0] for line in found] == ["nowhere.bin", "elsewhere.bin"]
-    assert all("moelpr data preprocess" in line for line in found)
+    actual = problems("stage1", upcycled, "--data-path", "0.5", "nowhere", "0.3", str(there), "0.2", "elsewhere")
+    assert [line.split()[0] for line in actual] == ["nowhere.bin", "elsewhere.bin"]
+    assert all("moelpr data preprocess" in line for line in actual)
 
 
 def test_a_file_of_corpora_that_is_not_there_is_rejected(upcycled: str, problems) -> None:
-    (found,) = problems("stage1", upcycled, "--data-args-path", "nowhere.txt", with_data=False)
-    assert "nowhere.txt" in found and "--data-path" in found
+    (actual,) = problems("stage1", upcycled, "--data-args-path", "nowhere.txt", with_data=False)
+    assert "nowhere.txt" in actual and "--data-path" in actual
 
 
 def test_weights_may_be_numbers_of_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
@@ -47,9 +47,9 @@ def test_document_masking_requires_our_attention(upcycled, accepted, problems, m
     monkeypatch.setattr(kernels, "is_installed", lambda module: module == "transformer_engine")
     with monkeypatch.context() as gpu:
         gpu.setattr(cpu, "is_needed", lambda: False)
-        (found,) = problems("stage1", upcycled, MASKING)
+        (actual,) = problems("stage1", upcycled, MASKING)
         (other,) = problems("stage1", upcycled, MASKING, "--transformer-impl", "local", "--mock-data")
-    assert found.startswith(MASKING) and "--transformer-impl local" in found
+    assert actual.startswith(MASKING) and "--transformer-impl local" in actual
     assert other.startswith("--mock-data")
 
 
@@ -87,8 +87,8 @@ def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, acc
 
     save_words(hf, ["a", "c", "b"])
     checks._compare.cache_clear()
-    (found,) = problems("stage1", upcycled, "--seed", "1")
-    assert prefix in found and f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}" in found
+    (actual,) = problems("stage1", upcycled, "--seed", "1")
+    assert prefix in actual and f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}" in actual
     monkeypatch.setenv("RANK", "1")  # only rank 0 compares
     assert accepted("stage1", upcycled)
     monkeypatch.setenv("RANK", "0")
@@ -98,8 +98,8 @@ def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, acc
     assert "tokenizer" not in capfd.readouterr().err
 
     manifest_path(prefix).write_text("{}")
-    (found,) = problems("stage1", upcycled)
-    assert f"{prefix}.manifest.json" in found
+    (actual,) = problems("stage1", upcycled)
+    assert f"{prefix}.manifest.json" in actual
 
 
 def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(
@@ -110,16 +110,16 @@ def test_a_corpus_of_the_tokenizer_before_its_extension_is_rejected(
     save_extended_tokenizer(old, hf, [("b", "b"), ("bb", "a")])
     write_manifest(prefix, old)
     for use in ("--data-path", "--validation-data"):
-        (found,) = problems("stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}")
-        assert "\n" not in found and found.startswith(f"{prefix} was made with the tokenizer before its extension")
-        assert found.endswith(f"again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}")
+        (actual,) = problems("stage1", upcycled, use, prefix if use == "--data-path" else f"en={prefix}")
+        assert "\n" not in actual and actual.startswith(f"{prefix} was made with the tokenizer before its extension")
+        assert actual.endswith(f"again with --tokenizer-type HuggingFaceTokenizer --tokenizer-model {hf}")
     write_manifest(prefix, hf)
     assert accepted("stage1", upcycled, "--data-path", prefix)
     assert "tokenizer" not in capfd.readouterr().err
     (hf / VOCABULARY_EXTENSION_FILE).write_text("{}")
     checks._compare.cache_clear()
-    (found,) = problems("stage1", upcycled, "--data-path", prefix)
-    assert VOCABULARY_EXTENSION_FILE in found
+    (actual,) = problems("stage1", upcycled, "--data-path", prefix)
+    assert VOCABULARY_EXTENSION_FILE in actual
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -140,8 +140,8 @@ def test_a_damaged_corpus_does_not_start(upcycled, problems, accepted, write_cor
     content = path.read_bytes()
     path.write_bytes(content[:64] + DAMAGE[name](content[64:]))
     for extent in ([], ["--verify-corpus", "full"]):
-        (found,) = problems(*command, *extent)
-        assert found.startswith(f"{path} ") and "damaged" in found and "moelpr data preprocess" in found
+        (actual,) = problems(*command, *extent)
+        assert actual.startswith(f"{path} ") and "damaged" in actual and "moelpr data preprocess" in actual
     accepted(*command, "--verify-corpus", "none")
     manifest_path(prefix).unlink()
     if name == "lang":  # it has a checksum of its own
@@ -160,10 +160,10 @@ def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(
     upcycled, problems, accepted, write_corpus
 ) -> None:
     new, old = (write_corpus(name, bit) for name, bit in (("new", False), ("old", True)))
-    (found,) = problems("stage2", upcycled, "--data-path", new, new)
-    assert found.startswith(f"--data-path {new} {new} ") and "pass --lpr-loss-coeff 0" in found
-    (found,) = problems("stage1", upcycled, "--lpr-loss-coeff", "0.2", "--data-path", new)
-    assert "--lpr-loss-coeff 0.2 requires" in found
+    (actual,) = problems("stage2", upcycled, "--data-path", new, new)
+    assert actual.startswith(f"--data-path {new} {new} ") and "pass --lpr-loss-coeff 0" in actual
+    (actual,) = problems("stage1", upcycled, "--lpr-loss-coeff", "0.2", "--data-path", new)
+    assert "--lpr-loss-coeff 0.2 requires" in actual
     for argv in (["0.9", new, "0.1", old], [new, "--lpr-loss-coeff", "0"]):
         accepted("stage2", upcycled, "--data-path", *argv)
     accepted("stage1", upcycled, "--data-path", new)
@@ -179,8 +179,8 @@ def test_a_file_of_corpora_is_all_training_data_and_split_is_for_one_blend(
     argv = ["--data-args-path", str(blend)]
     assert accepted("stage1", upcycled, *argv, with_data=False)["split"] == "100,0,0"
     argv = ["--train-data-path", data[-1], "--split", "100,0,0"]
-    (found,) = problems("stage1", upcycled, *argv, with_data=False)
-    assert found.startswith("--split divides the data of --data-path, and --train-data-path ")
+    (actual,) = problems("stage1", upcycled, *argv, with_data=False)
+    assert actual.startswith("--split divides the data of --data-path, and --train-data-path ")
 
 
 def test_corpora_in_a_read_only_folder_need_a_cache_folder(
@@ -196,12 +196,13 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
     monkeypatch.setattr(os, "access", can_access)
 
     def assert_rejected() -> None:
-        (found,) = problems("stage1", upcycled, "--data-path", new)
+        (actual,) = problems("stage1", upcycled, "--data-path", new)
         assert (
-            found.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path DIR" in found
+            actual.startswith(f"the order of samples cannot be saved beside {new}")
+            and "--data-cache-path DIR" in actual
         )
-        (found,) = problems("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
-        assert f"in --data-cache-path {other}:" in found
+        (actual,) = problems("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
+        assert f"in --data-cache-path {other}:" in actual
 
     assert_rejected()
     accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(tmp_path / "mine" / "cache"))

@@ -12,16 +12,16 @@ from moelpr.train.arguments.checks.folders import checkpoint_bytes
 
 
 def test_an_empty_folder_to_load_is_rejected(upcycled: str, problems, tmp_path: Path) -> None:
-    (found,) = problems("stage1", upcycled, "--load", str(tmp_path / "typo"), "--save", str(tmp_path / "run"))
-    assert found.startswith(f"--load {tmp_path}/typo ") and upcycled in found
+    (actual,) = problems("stage1", upcycled, "--load", str(tmp_path / "typo"), "--save", str(tmp_path / "run"))
+    assert actual.startswith(f"--load {tmp_path}/typo ") and upcycled in actual
 
 
 @pytest.mark.parametrize("flag", ["--load", "--finetune"])
 def test_a_run_is_not_started_over_the_checkpoints_of_another(make_checkpoint, problems, accepted, flag: str) -> None:
     run, other = make_checkpoint("run", stage="stage1"), make_checkpoint("other", stage="stage1")
     start = [flag, other] if flag == "--load" else [flag]
-    (found,) = problems("stage1", None, "--save", run, *start)
-    assert found.startswith(f"--save {run} ") and f"remove {flag}" in found
+    (actual,) = problems("stage1", None, "--save", run, *start)
+    assert actual.startswith(f"--save {run} ") and f"remove {flag}" in actual
     new = f"{run}-new"
     assert accepted("stage1", other, "--save", new, "--load", run)["is_resumed"]
     assert not accepted("stage1", other, "--save", new, "--load", run, "--finetune")["is_resumed"]
@@ -40,32 +40,32 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
-    (found,) = problems("stage1", upcycled, "--save", str(small_disk / "runs" / "new"))
-    assert found.startswith(f"--save {small_disk}/runs/new ")
-    assert "128 KiB free" in found and "about 761.2 KiB" in found and "--save-trained-only" in found
+    (actual,) = problems("stage1", upcycled, "--save", str(small_disk / "runs" / "new"))
+    assert actual.startswith(f"--save {small_disk}/runs/new ")
+    assert "128 KiB free" in actual and "about 761.2 KiB" in actual and "--save-trained-only" in actual
     (small_disk / "other").write_bytes(bytes(128 * 1024))
-    (found,) = problems("stage2", upcycled, "--save", str(small_disk / "run"), "--save-trained-only")
-    assert "0 bytes free" in found
-    assert "--save-trained-only" not in found
+    (actual,) = problems("stage2", upcycled, "--save", str(small_disk / "run"), "--save-trained-only")
+    assert "0 bytes free" in actual
+    assert "--save-trained-only" not in actual
 
 
 def test_a_read_only_disk_is_rejected(upcycled: str, problems, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    found = problems("stage1", upcycled, "--save", str(small_disk / "run"))
-    assert f"--save {small_disk}/run" in found[0] and f"{small_disk} is read-only" in found[0]
+    actual = problems("stage1", upcycled, "--save", str(small_disk / "run"))
+    assert f"--save {small_disk}/run" in actual[0] and f"{small_disk} is read-only" in actual[0]
 
 
 def test_a_folder_without_write_permission_is_rejected(upcycled: str, problems, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     (tmp_path / "order.npy").touch()
-    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"), "--data-cache-path", str(tmp_path))
-    assert f"--save {tmp_path}/run" in found and "permission" in found
+    (actual,) = problems("stage1", upcycled, "--save", str(tmp_path / "run"), "--data-cache-path", str(tmp_path))
+    assert f"--save {tmp_path}/run" in actual and "permission" in actual
 
 
 def test_a_file_in_place_of_a_folder_is_named(upcycled: str, problems, tmp_path: Path) -> None:
     (tmp_path / "notes").touch()
-    (found,) = problems("stage1", upcycled, "--save", str(tmp_path / "notes" / "run"))
-    assert f"--save {tmp_path}/notes/run" in found and f"{tmp_path}/notes is a file" in found
+    (actual,) = problems("stage1", upcycled, "--save", str(tmp_path / "notes" / "run"))
+    assert f"--save {tmp_path}/notes/run" in actual and f"{tmp_path}/notes is a file" in actual
 
 
 def test_a_disk_that_reports_no_size_is_accepted(upcycled: str, accepted, tmp_path: Path, monkeypatch) -> None:

@@ -9,23 +9,23 @@ from moelpr.train.arguments.checks.model import check_transformer_engine
 def test_the_norms_of_olmo_2_need_all_heads_and_torch(make_checkpoint, moe_spec: ModelSpec, problems) -> None:
     args = moe_spec.megatron_args | {"norms_after": True, "qk_layernorm": True}
     olmo = make_checkpoint("olmo", replace(moe_spec, megatron_args=args))
-    found = problems("stage1", olmo, "--tensor-model-parallel-size", "2")
-    assert any("--tensor-model-parallel-size 2 would split the heads" in problem for problem in found)
+    actual = problems("stage1", olmo, "--tensor-model-parallel-size", "2")
+    assert any("--tensor-model-parallel-size 2 would split the heads" in problem for problem in actual)
     engine = MagicMock(transformer_impl="transformer_engine", dataloader_inter_document_masking=False)
-    found = list(check_transformer_engine(MagicMock(args=engine, shape=args)))
-    assert any("than OLMo 2's (norms_after); add --transformer-impl local" in problem for problem in found)
+    actual = list(check_transformer_engine(MagicMock(args=engine, shape=args)))
+    assert any("than OLMo 2's (norms_after); add --transformer-impl local" in problem for problem in actual)
 
 
 def test_missing_weights_are_reported_before_anything_is_built(upcycled: str, problems) -> None:
     tracker = Path(upcycled) / "latest_checkpointed_iteration.txt"
     tracker.write_text("12\n")
-    (found,) = problems("stage1", upcycled)
-    assert str(tracker) in found and "iter_0000012" in found and "--ckpt-step" in found
+    (actual,) = problems("stage1", upcycled)
+    assert str(tracker) in actual and "iter_0000012" in actual and "--ckpt-step" in actual
     tracker.write_text("soon")
-    (found,) = problems("stage1", upcycled)
-    assert str(tracker) in found and "'soon'" in found
-    (found,) = problems("stage1", upcycled, "--ckpt-step", "3")
-    assert upcycled in found and "iteration 3" in found
+    (actual,) = problems("stage1", upcycled)
+    assert str(tracker) in actual and "'soon'" in actual
+    (actual,) = problems("stage1", upcycled, "--ckpt-step", "3")
+    assert upcycled in actual and "iteration 3" in actual
 
 
 def test_an_untested_flag_is_accepted_on_request_with_a_warning(upcycled, accepted, problems, capsys, tmp_path) -> None:
@@ -37,15 +37,15 @@ def test_an_untested_flag_is_accepted_on_request_with_a_warning(upcycled, accept
     assert final["allow_untested"] == ["no-log-loss-scale-to-tensorboard", "empty-unused-memory-level"]
     warning = "nobody has tested --no-log-loss-scale-to-tensorboard, --empty-unused-memory-level with this trainer"
     assert warning in capsys.readouterr().err
-    (found,) = problems("stage1", upcycled, *argv)
-    assert found.startswith("--empty-unused-memory-level is not tested") and "--allow-untested empty-un" in found
+    (actual,) = problems("stage1", upcycled, *argv)
+    assert actual.startswith("--empty-unused-memory-level is not tested") and "--allow-untested empty-un" in actual
 
 
 def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:
     flags = ["--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything", "--save-trained-only"]
-    found = problems("dense", dense, "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])
-    assert [line.split()[0] for line in found] == flags
-    assert all("--stage stage1" in line for line in found)
+    actual = problems("dense", dense, "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])
+    assert [line.split()[0] for line in actual] == flags
+    assert all("--stage stage1" in line for line in actual)
 
 
 def test_notes_name_what_is_untrained_and_what_earlier_rounds_leave(checkpoint, make_checkpoint, accepted, capsys):

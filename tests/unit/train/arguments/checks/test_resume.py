@@ -10,19 +10,19 @@ FLAT = {"use_distributed_optimizer": True}
 
 
 def test_the_converters_folder_is_not_mistaken_for_a_run(upcycled: str, problems) -> None:
-    (found,) = problems("stage1", None, "--save", f"{upcycled}/")
-    assert found.startswith(upcycled) and "--pretrained-checkpoint" in found
+    (actual,) = problems("stage1", None, "--save", f"{upcycled}/")
+    assert actual.startswith(upcycled) and "--pretrained-checkpoint" in actual
 
 
 def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: ModelSpec, problems) -> None:
     run = make_checkpoint("run", stage="stage1")
     other = ModelSpec("llama", "float32", {**dense_spec.megatron_args, "num_layers": 2}, MoeSpec(8, 2, (0, 1), 5))
     start = make_checkpoint("other", other)
-    (found,) = problems("stage1", start, "--save", run)
-    assert found.startswith(run) and f"--pretrained-checkpoint {start}" in found
+    (actual,) = problems("stage1", start, "--save", run)
+    assert actual.startswith(run) and f"--pretrained-checkpoint {start}" in actual
     there = {"family": "llama", "num_original_experts": 5, "num_experts": 8, "moe_layer_freq": [1, 1], "num_layers": 2}
     for name, here in zip(there, ("qwen2", 1, 4, [1, 1, 1], 3), strict=True):
-        assert f"{name} {there[name]} there, {here} in the run" in found
+        assert f"{name} {there[name]} there, {here} in the run" in actual
 
 
 @pytest.mark.parametrize("flag", ["--save-trained-only", "--train-new-embeddings"])
@@ -30,8 +30,8 @@ def test_a_run_of_another_model_is_not_resumed(make_checkpoint, dense_spec: Mode
 def test_a_run_keeps_training_and_saving_the_same_tensors(make_checkpoint, moe_spec, problems, flag, before) -> None:
     spec = replace(moe_spec, new_tokens=NewTokens(100, 28, 128))
     run = make_checkpoint("run", spec, stage="stage1", **{flag[2:].replace("-", "_"): before})
-    (found,) = problems("stage1", None, "--save", run, *([] if before else [flag]))
-    assert found.startswith(f"{run} was started {'with' if before else 'without'} {flag}")
+    (actual,) = problems("stage1", None, "--save", run, *([] if before else [flag]))
+    assert actual.startswith(f"{run} was started {'with' if before else 'without'} {flag}")
 
 
 def test_the_first_start_may_have_been_deleted(make_checkpoint, accepted, tmp_path: Path) -> None:
@@ -89,8 +89,8 @@ def test_each_setting_is_compared(make_checkpoint, problems, name, value, depend
     for other, kept in depends_on.items():
         if other != "virtual_pipeline_model_parallel_size":
             argv += [f"--{other.replace('_', '-')}", *([] if kept is True else [str(kept)])]
-    found = problems("stage1", None, "--save", run, *argv)
-    assert [line for line in found if f"--{name.replace('_', '-')}" in line and remedy in line], found
+    actual = problems("stage1", None, "--save", run, *argv)
+    assert [line for line in actual if f"--{name.replace('_', '-')}" in line and remedy in line], actual
 
 
 # recipe.yaml of the run; flags and processes now; parts of the message, null if the run resumes.
@@ -176,14 +176,14 @@ def test_a_run_resumes_if_its_schedule_and_optimizer_state_fit(upcycled, make_ch
     if parts is None:
         assert accepted(*command, ranks=ranks)["model_source"] == run
         return
-    (found,) = problems(*command, ranks=ranks)
-    assert found.startswith(f"{run} was trained with ") and all(part in found for part in parts), found
+    (actual,) = problems(*command, ranks=ranks)
+    assert actual.startswith(f"{run} was trained with ") and all(part in actual for part in parts), actual
 
 
 def test_a_run_without_optimizer_state_is_resumed_by_the_same_command(make_checkpoint, accepted, capsys) -> None:
     run = make_checkpoint("run", stage="stage1", no_save_optim=True)
     for flags in ([], ["--no-load-optim"]):
-        found = accepted("stage1", f"{run}-start", "--save", run, "--no-save-optim", *flags)
-        assert found["is_resumed"] and found["no_load_optim"]
+        actual = accepted("stage1", f"{run}-start", "--save", run, "--no-save-optim", *flags)
+        assert actual["is_resumed"] and actual["no_load_optim"]
         assert (f"enabled --no-load-optim, because {run}" in capsys.readouterr().err) == (not flags)
     assert not accepted("stage1", run, "--save", f"{run}-new")["no_load_optim"]

@@ -42,7 +42,18 @@ _ADAPTER_FILE, _ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model.
 
 @pydantic_dataclass(frozen=True, config=FOREIGN)
 class _AdapterConfig(Record):
-    """The fields of peft's adapter_config.json that decide what an adapter computes."""
+    """The fields of peft's adapter_config.json that decide what an adapter computes.
+
+    Attributes:
+        r: Rank.
+        lora_alpha: Numerator of the scale.
+        peft_type: Kind of adapter.
+        use_rslora: Whether the scale is lora_alpha / √r, not lora_alpha / r.
+        use_dora: Whether weights have magnitudes of their own.
+        fan_in_fan_out: Whether weights are transposed.
+        rank_pattern: Ranks of single modules.
+        alpha_pattern: Numerators of single modules.
+    """
 
     FILE_NAME: ClassVar[str] = "adapter_config.json"
     REMEDY: ClassVar[str] = "pass a LoRA adapter of peft"

@@ -1,6 +1,6 @@
 """Start one training stage on this node with torchrun.
 
-  moelpr train STAGE [LAUNCHER OPTIONS] [TRAINER ARGUMENTS]        or launch/STAGE.sh, in a clone
+    moelpr train STAGE [LAUNCHER OPTIONS] [TRAINER ARGUMENTS]        or launch/STAGE.sh, in a clone
 
 Launcher options, spelled as torchrun's (dashes or underscores, "--nnodes 2" or "--nnodes=2"), or variables:
   --nproc-per-node  NPROC_PER_NODE  number of processes on this node (default: its number of GPUs, or 1 without GPUs)

@@ -45,10 +45,7 @@ class _Product(torch.autograd.Function):
         """The rows [T, out]; with `swiglu_inputs`, the backward pass computes their SwiGLU again instead of `rows`."""
         ctx.num_rows, ctx.fuses = num_rows, fuses
         ctx.save_for_backward(weight, ends, *(swiglu_inputs or (rows,) if weight.requires_grad else ()))
-        if not len(rows):
-            return rows.new_empty(0, weight.shape[1])  # nobody tests grouped_mm without any row on GPUs
-        # No copy, and the layout that grouped_mm is tested with on GPUs.
-        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+        return _multiply(rows, weight.transpose(1, 2), ends, num_rows)  # no copy, and the layout tested on GPUs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,13 +58,30 @@ class _Product(torch.autograd.Function):
             else:
                 of_weight = _gradient(weight, gradient, rows, ends, ctx.num_rows)
         if ctx.needs_input_grad[0]:
-            has_rows = len(gradient) > 0
-            of_rows = (
-                torch.nn.functional.grouped_mm(gradient, weight, offs=ends)
-                if has_rows
-                else gradient.new_empty(0, weight.shape[2])
-            )
+            of_rows = _multiply(gradient, weight, ends, ctx.num_rows)
         return of_rows, of_weight, *([None] * (len(ctx.needs_input_grad) - 2))
+
+
+def grouped_mm_is_one_kernel(dtype: torch.dtype) -> bool:
+    """Whether torch computes grouped_mm in one kernel; otherwise it waits for the GPU and calls one per expert.
+
+    As of torch 2.15: for bf16 on Hopper and on the data center GPUs of Blackwell.
+    """
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
+
+
+def _takes_grouped_mm(rows: Tensor) -> bool:
+    return not rows.is_cuda or grouped_mm_is_one_kernel(rows.dtype)
+
+
+def _multiply(rows: Tensor, weights: Tensor, ends: Tensor, num_rows: list[int]) -> Tensor:
+    """Rows [T, in], sorted by expert, times the experts' weights [n, in, out]."""
+    if len(rows) and _takes_grouped_mm(rows):  # nobody tests grouped_mm without any row on GPUs
+        return torch.nn.functional.grouped_mm(rows, weights, offs=ends)
+    result = rows.new_empty(len(rows), weights.shape[2])
+    for of_one, weight, out in zip(rows.split(num_rows), weights, result.split(num_rows), strict=True):
+        torch.mm(of_one, weight, out=out)
+    return result
 
 
 def _can_add_in_product(weight: Tensor) -> bool:
@@ -92,6 +106,11 @@ def _add_gradient(weight: Any, gradient: Tensor, rows: Tensor, num_rows: list[in
 def _gradient(weight: Tensor, gradient: Tensor, rows: Tensor, ends: Tensor, num_rows: list[int]) -> Tensor:
     if not len(rows):
         return torch.zeros_like(weight)
+    if not _takes_grouped_mm(rows):
+        of_weight = torch.empty_like(weight)
+        for of_one, out, into in zip(of_weight, gradient.split(num_rows), rows.split(num_rows), strict=True):
+            torch.mm(out.t(), into, out=of_one)
+        return of_weight
     of_weight = torch.nn.functional.grouped_mm(gradient.t(), rows, offs=ends)
     for expert, number in enumerate(num_rows):
         if number == 0:

@@ -35,22 +35,14 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
         args.apply_rope_fusion = args.masked_softmax_fusion = False
     elif args.num_experts and not cpu.is_needed():
         args.moe_permute_fusion |= _fuses_permutation()
-        prefers_te = not grouped_mm_is_fast(args) if record is None else bool(record.get("moe_grouped_gemm"))
+        prefers_te = not _grouped_mm_is_fast(args) if record is None else bool(record.get("moe_grouped_gemm"))
         args.moe_grouped_gemm |= prefers_te
-
-
-def grouped_mm_is_fast(args: argparse.Namespace) -> bool:
-    """Whether torch computes grouped_mm in one kernel; otherwise it waits for the GPU and calls one per expert.
-
-    As of torch 2.15: for bf16 on Hopper and on the data center GPUs of Blackwell.
-    """
-    return bool(args.bf16) and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def describe_kernels(args: argparse.Namespace) -> str:
     """One line: which kernels the run uses, and what faster ones would need."""
     is_cpu, has_experts, uses_te = cpu.is_needed(), bool(args.num_experts), args.transformer_impl != "local"
-    is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not grouped_mm_is_fast(args)
+    is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not _grouped_mm_is_fast(args)
     has_window = args.window_size is not None and args.seq_length > args.window_size[0] + 1
     uses_varlen = (args.dataloader_inter_document_masking or has_window) and args.bf16 and not is_cpu
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
@@ -71,6 +63,12 @@ def describe_kernels(args: argparse.Namespace) -> str:
         how = "remove --transformer-impl local" if is_installed("transformer_engine") else install_command("gpu")
         return f"{line}; faster: Transformer Engine{' also for the experts on this GPU' * is_slow} ({how})"
     return f"{line}; faster: --moe-grouped-gemm, with --no-load-optim" if is_slow else line
+
+
+def _grouped_mm_is_fast(args: argparse.Namespace) -> bool:
+    from moelpr.model.layers.experts import grouped_mm_is_one_kernel
+
+    return grouped_mm_is_one_kernel(torch.bfloat16 if args.bf16 else torch.float32)
 
 
 def is_installed(module: str) -> bool:

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from moelpr.model.layers import experts as layers_experts
 from moelpr.model.layers.layer import OverlappedOriginalExperts
 from moelpr.model.layers.loading import build_model
 from moelpr.model.model_spec import ModelSpec
@@ -65,6 +66,19 @@ def test_grouped_experts_equal_a_plain_loop(experts) -> None:
     for a, b, reference in zip(ours, exact, same_precision, strict=True):
         assert (a - b).norm() <= 1.5 * (reference - b).norm()
         assert (a - b).norm() <= 0.02 * b.norm()
+
+
+def test_without_a_kernel_for_all_experts_the_host_reads_no_number(experts, monkeypatch) -> None:
+    """Products of single experts are those of torch's grouped_mm, which would wait in each, bit for bit."""
+    rows, weights = rows_and_weights(experts.linear_fc1.weight.dtype)
+    actual = []
+    for takes_grouped_mm in (True, False):
+        monkeypatch.setattr(layers_experts, "_takes_grouped_mm", lambda _, takes=takes_grouped_mm: takes)
+        if not takes_grouped_mm:
+            monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+        run = lambda: experts(rows, TOKENS_PER_EXPERT, weights)[0]  # noqa: E731
+        actual.append(output_and_gradients(run, experts, rows, weights))
+    assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
 
 
 def micro_batches(experts, number: int) -> list[torch.Tensor]:

@@ -113,25 +113,23 @@ def qwen2_config(
     """transformers' Qwen2Config; `others` are fields of it."""
     from transformers import Qwen2Config
 
-    fields = dict(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary)
-    fields |= dict(max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups)
-    return Qwen2Config(**fields | {"tie_word_embeddings": False, "eos_token_id": 0} | others)
+    return Qwen2Config(**_shape(layers, hidden, ffn, vocabulary, length, heads, groups) | others)
 
 
 def qwen3_5_config(layers: int, hidden: int, ffn: int, vocabulary: int, length: int, **others: Any) -> Any:
     """transformers' Qwen3_5TextConfig, whose layers have linear and full attention in turn."""
     from transformers import Qwen3_5TextConfig
 
-    plain = qwen2_config(layers, hidden, ffn, vocabulary, length)
-    kinds = ["linear_attention", "full_attention"]
-    fields: dict[str, Any] = {"head_dim": 16, "layer_types": [kinds[i % 2] for i in range(layers)]}
+    fields = _shape(layers, hidden, ffn, vocabulary, length, heads=4, groups=2)
+    fields |= {"head_dim": 16, "layer_types": [("linear_attention", "full_attention")[i % 2] for i in range(layers)]}
     fields |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
-    names = (
-        "num_hidden_layers hidden_size intermediate_size vocab_size max_position_embeddings num_attention_heads "
-        "num_key_value_heads tie_word_embeddings eos_token_id"
-    )
-    shape = {name: getattr(plain, name) for name in names.split()}
-    return Qwen3_5TextConfig(**shape | fields | {"linear_value_head_dim": 12} | others)
+    return Qwen3_5TextConfig(**fields | {"linear_value_head_dim": 12} | others)
+
+
+def _shape(layers: int, hidden: int, ffn: int, vocabulary: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    fields = dict(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary)
+    fields |= dict(max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups)
+    return fields | {"tie_word_embeddings": False, "eos_token_id": 0}
 
 
 def model_spec(

@@ -2,16 +2,15 @@
 
     python -m benchmarks.convert [--layers 8 24] [--rounds 3] [--folder DIR] [--json FILE]
 
-A random Llama in bf16 is upcycled with 3 new experts into a Megatron checkpoint, without and with 8,000 new tokens, and
-exported as Mixtral; it is also imported and exported as a dense model, which must reproduce its tensors exactly. The
-baseline of each conversion is `cp` of what it wrote, fsynced file by file, in the same round and on the same disk. Both
-start with their input dropped from the page cache. Peak memory is that of the process, including Python, PyTorch and
-transformers; its limit is 3 times the largest tensor + 500 MB.
+A random Llama in bf16 is upcycled with 3 new experts into a Megatron checkpoint and exported as Mixtral; it is also
+imported and exported as a dense model, which must reproduce its tensors exactly. The baseline of each conversion is
+`cp` of what it wrote, fsynced file by file, in the same round and on the same disk. Both start with their input dropped
+from the page cache. Peak memory is that of the process, including Python, PyTorch and transformers; its limit is 3
+times the largest tensor + 500 MB.
 """
 
 import json
 import os
-import random
 import shutil
 import statistics
 import subprocess
@@ -27,7 +26,6 @@ from moelpr.base.files import fsync_file
 
 SHAPE: dict[str, Any] = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_attention_heads=32)
 SHAPE |= dict(num_key_value_heads=4, max_position_embeddings=2048, dtype="bfloat16")
-NEW_TOKENS = 8000
 LIMIT_BYTES = 3 * 32000 * 2048 * 2 + 500 * 10**6  # the embedding is the largest tensor
 
 # The peak memory of a process includes its parent's at the fork, so the parent has to be small.
@@ -58,11 +56,8 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
     from transformers import LlamaConfig
 
     dense = save_random_model(LlamaConfig(num_hidden_layers=num_layers, **SHAPE), folder / "dense")
-    extended = save_tokenizers(dense, folder / "tokenizer")
-    upcycle = "model convert --num-new-experts 3"
     steps = {
-        "upcycle": ("dense", f"{upcycle} --hf-path"),
-        "upcycle, new tokens": ("dense", f"{upcycle} --extended-tokenizer {extended} --hf-path"),
+        "upcycle": ("dense", "model convert --num-new-experts 3 --hf-path"),
         "export MoE": ("upcycle", "model export --load"),
         "import dense": ("dense", "model convert --dense --hf-path"),
         "export dense": ("import dense", "model export --load"),
@@ -99,35 +94,6 @@ def measure(folder: Path, num_layers: int, rounds: int) -> list[dict]:
         )
     run("model", "verify", str(dense), str(folder / "export dense"))
     return rows
-
-
-def save_tokenizers(model: Path, save: Path) -> Path:
-    """Give the model a tokenizer for all its rows, trained on made-up words, and write its extension to `save`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    draw = random.Random(1)
-    texts = {}
-    for name, letters in (("original", "abcdefghijkl"), ("expanded", "mnopqrstuvwx")):
-        words = ["".join(draw.choices(letters, k=8)) for _ in range(SHAPE["vocab_size"])]
-        texts[name] = [" ".join(draw.choices(words, k=200)) for _ in range(1500)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[name])
-        save.with_name(f"{name}.jsonl").write_text(lines)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"], special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts["original"], trainer)
-    assert tokenizer.get_vocab_size() == SHAPE["vocab_size"], tokenizer.get_vocab_size()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(model)
-    run(
-        *("data", "extend-tokenizer", "--tokenizer", str(model), "--num-new-tokens", str(NEW_TOKENS)),
-        *("--input", f"x={save.with_name('expanded.jsonl')}", "--original", f"y={save.with_name('original.jsonl')}"),
-        *("--save", str(save)),
-    )
-    return save
 
 
 def run(*words: str) -> tuple[float, int]:

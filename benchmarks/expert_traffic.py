@@ -24,6 +24,8 @@ both are printed for both. The layer's time should be at most the peer's.
 import argparse
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,7 +36,6 @@ from torch.utils.benchmark import Timer
 from benchmarks import common
 from benchmarks.imposed_routing import impose, recorded_routing, uniform_choices
 from benchmarks.timing import Turns, median_s, time_ratio
-from benchmarks.traffic import Traffic, counted_traffic
 from moelpr.base.command import run_command
 from moelpr.model.megatron import cpu
 
@@ -112,10 +113,8 @@ class _Contender:
         assert is_chosen.gather(1, choices_TK).all(), "the router does not make the imposed choices"
         assert is_chosen.sum() == choices_TK.numel()
 
-    def __call__(self, traffic: Traffic | None = None) -> None:
+    def __call__(self) -> None:
         output = self.layer(self.hidden)[0]
-        if traffic is not None:
-            traffic.phase = "backward"
         output.backward(torch.ones_like(output))
         self.layer.zero_grad(set_to_none=True)
         self.hidden.grad = None
@@ -186,19 +185,47 @@ def compare(args: argparse.Namespace, pattern: str, ep: int) -> dict:
 def traffic_of(contender: _Contender) -> dict[str, float]:
     """Bytes of one step over all ranks."""
     with counted_traffic() as traffic:
-        contender(traffic)
-    mine = torch.tensor([traffic.sent("forward"), traffic.sent("backward"), *traffic.busier_directions()])
-    mine = mine.to(torch.cuda.current_device())
+        contender()
+    mine = torch.tensor(traffic, device=torch.cuda.current_device())
     everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, mine)
-    by_rank = torch.stack(everyone).double()
-    forward, backward = by_rank[:, :2].mean(dim=0).tolist()
+    by_rank = torch.stack(everyone).double()  # [ranks, all-to-alls, sent and received]
     return {
-        "mean_sent": forward + backward,
-        "mean_sent_forward": forward,
-        "mean_sent_backward": backward,
-        "busiest": by_rank[:, 2:].amax(dim=0).sum().item(),
+        "mean_sent": by_rank[..., 0].sum(dim=1).mean().item(),
+        "busiest": by_rank.amax(dim=(0, 2)).sum().item(),
     }
+
+
+@contextmanager
+def counted_traffic() -> Iterator[list[tuple[int, int]]]:
+    """Count the bytes (sent, received) of each torch.distributed.all_to_all_single inside the context."""
+    traffic: list[tuple[int, int]] = []
+    all_to_all = torch.distributed.all_to_all_single
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        names = ("output", "input", "output_split_sizes", "input_split_sizes", "group")
+        call = dict(zip(names, args, strict=False)) | kwargs
+        group = call.get("group")
+        own, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        sent, received = (
+            bytes_to_others(call[name], call.get(f"{name}_split_sizes"), own, ranks) for name in ("input", "output")
+        )
+        traffic.append((sent, received))
+        return all_to_all(*args, **kwargs)
+
+    torch.distributed.all_to_all_single = counting
+    try:
+        yield traffic
+    finally:
+        torch.distributed.all_to_all_single = all_to_all
+
+
+def bytes_to_others(tensor: Tensor, rows_by_rank: list[int] | None, own_rank: int, num_ranks: int) -> int:
+    """Bytes of the rows of `tensor` for other ranks; without split sizes all ranks have equal shares."""
+    if rows_by_rank is None:
+        rows_by_rank = [tensor.shape[0] // num_ranks] * num_ranks
+    row_bytes = tensor[0].numel() * tensor.element_size() if len(tensor) else 0
+    return row_bytes * int(sum(rows_by_rank) - rows_by_rank[own_rank])
 
 
 if __name__ == "__main__":

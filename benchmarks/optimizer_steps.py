@@ -1,6 +1,6 @@
 """Optimizer steps as the trainer makes them, without its logging; call `install_megatron` before importing this.
 
-Models have Qwen2's or Qwen3.5's shape, and every layer is an MoE layer.
+Models have Qwen2's shape, and every layer is an MoE layer.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from benchmarks.baselines import plain_megatron
-from benchmarks.common import model_spec, qwen2_config, qwen3_5_config
+from benchmarks.common import model_spec, qwen2_config
 from moelpr.data.batch import BatchReader
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model
@@ -34,19 +34,10 @@ _SETTINGS: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16, "bias
 _SETTINGS = _SETTINGS if DEVICE == "cuda" else {}
 
 
-def spec_of(args: argparse.Namespace, hybrid: bool = False) -> ModelSpec:
-    """The model of the sizes in `args` (benchmarks.common.SIZES), in bf16 on a GPU and fp32 on a CPU.
-
-    A hybrid one has Qwen3.5's layers: three with linear attention, whose heads are twice as wide together as the model,
-    as in Qwen3.5-0.8B, and one with gated attention.
-    """
+def spec_of(args: argparse.Namespace) -> ModelSpec:
+    """The model of the sizes in `args` (benchmarks.common.SIZES), in bf16 on a GPU and fp32 on a CPU."""
     heads, shape = args.hidden // args.head, (args.layers, args.hidden, args.ffn, args.vocabulary, args.length)
     config = qwen2_config(*shape, heads, heads // 2)
-    if hybrid:
-        kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(args.layers)]
-        linear = {"linear_num_key_heads": heads, "linear_num_value_heads": heads, "layer_types": kinds}
-        linear |= {"linear_key_head_dim": 2 * args.head, "linear_value_head_dim": 2 * args.head}
-        config = qwen3_5_config(*shape, **linear, head_dim=2 * args.head)
     dtype = "bfloat16" if DEVICE == "cuda" else "float32"
     return model_spec(config, args.new_experts, args.topk, dtype, args.original_copies)
 
@@ -113,14 +104,12 @@ class MegatronStep:
         return self.schedule(**work, **sizes, model=[self.wrapped], forward_only=False)
 
 
-def our_step(
-    spec: ModelSpec, stage: Stage, batch: dict[str, Tensor], train_new_embeddings: bool = False
-) -> MegatronStep:
+def our_step(spec: ModelSpec, stage: Stage, batch: dict[str, Tensor]) -> MegatronStep:
     """The trainer's model in `stage` with the stage's default losses."""
     balance, lpr = {"moe_aux_loss_coeff": _balance_coeff(spec)}, {"lpr_loss_coeff": LPR_COEFF}
     settings = _SETTINGS | {"fuse_expert_gradients": True}
     model = build_model(spec, **{"stage1": balance, "stage2": lpr}.get(stage, {}), **settings)
-    freeze([model], stage, False, train_new_embeddings, spec.new_tokens)
+    freeze([model], stage)
     return MegatronStep(model, batch)
 
 

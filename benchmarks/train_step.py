@@ -1,6 +1,6 @@
 """Tokens per second of a stage-1 and a stage-2 step in one process, against two peers and the rate of a large matmul.
 
-    python -m benchmarks.train_step [--hybrid] [--json FILE]
+    python -m benchmarks.train_step [--json FILE]
 
 All contenders have the same sizes, data and threads, and take turns in every round. Times are medians over the rounds,
 ratios medians of the rounds' ratios.
@@ -13,9 +13,6 @@ the six languages. Stage 2 should be at least 1.5 times as fast as stage 1.
 - plain Megatron: the same with Megatron's MoELayer and SequentialMLP over all E experts, every parameter trained,
   routed as in stage 2 (it computes K rows per token with any routing).
 - stock transformers: Qwen2Moe with grouped_mm and a masked gradient, the same two stages (baselines/stock_moe.py).
-
-With --hybrid, the model is a Qwen3.5, three of whose four layers have linear attention, and the only peer is stock
-transformers' Qwen3.5-MoE.
 
 The peers hold and compute each copy of the dense FFN as an expert like any other.
 
@@ -62,9 +59,6 @@ def main() -> None:
         __doc__, layers=4, hidden=512, ffn=1536, head=64, vocabulary=4096, sequences=4, length=256, rounds=5
     )
     add_cpu_time(parser)
-    parser.add_argument(
-        "--hybrid", action="store_true", help="a model with linear attention, against transformers' own"
-    )
     add_json(parser)
     add_demo(parser)
     args = parser.parse_args()
@@ -74,7 +68,7 @@ def main() -> None:
     from moelpr.model.megatron.bootstrap import single_process
 
     with single_process():
-        spec = spec_of(argparse.Namespace(**vars(args), **routing["stage2"].experts), args.hybrid)
+        spec = spec_of(argparse.Namespace(**vars(args), **routing["stage2"].experts))
         result = measure(spec, args.sequences, Turns(args.rounds, args.cpu_time), routing)
     print_table([result])
     print_table([{"step": name, **row} for name, row in result["contenders"].items()])
@@ -143,9 +137,7 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
     rows = {stage: [rows_of(part, routing[stage].original_copies) for part in choices[stage]] for stage in STAGES}
     flops = {stage: needed_flops(spec, stage, sequences, rows[stage]) for stage in STAGES}
     steps: dict[str, Any] = {f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES}
-    is_hybrid = "linear_attention_freq" in spec.megatron_args
-    if not is_hybrid:
-        steps["plain Megatron"] = plain_step(spec, batch)
+    steps |= {"plain Megatron": plain_step(spec, batch)}
     steps |= {f"stock transformers, {stage}": StockStep(spec, stage, batch) for stage in STAGES}
     for name, step in steps.items():
         for router, part in zip(step.routers, choices["stage1" if "stage1" in name else "stage2"], strict=True):
@@ -154,7 +146,7 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
     times = turns.take(work)
     medians = median_s(times)
     table = {name: {"step_time_s": medians[name], "tokens_per_s": tokens / medians[name]} for name in steps}
-    for stage, count in ({} if is_hybrid else flops).items():  # linear attention is not counted
+    for stage, count in flops.items():
         share = count / (2 * size**3) * time_ratio(times, "matmul", f"ours, {stage}")
         table[f"ours, {stage}"] |= {"needed_gflop": count / 1e9, "share_of_matmul_rate": share}
     shape = {name: spec.megatron_args[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")}
@@ -169,7 +161,7 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
         "clock": "CPU time" if turns.cpu_time else "wall time",
         "matmul_gflop_per_s": 2 * size**3 / medians["matmul"] / 1e9,
         "contenders": table,
-        "ratios": {name: time_ratio(times, *pair) for name, pair in RATIOS.items() if {*pair} <= times.keys()},
+        "ratios": {name: time_ratio(times, *pair) for name, pair in RATIOS.items()},
         "times_s": times,
     }
 

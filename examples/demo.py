@@ -8,7 +8,6 @@ Every task is a command that you could paste into a shell; it is printed before 
 
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,8 @@ def main() -> None:
         *data(run, args.cache),
         *base(run),
         *two_stages(run, args.seed),
-        *evaluations(run),
+        evaluate(run, "text", MODELS, "--continuations", "40"),
+        evaluate(run, "routing", {model: MODELS[model] for model in ("stage1", "stage2")}),
         report_task(run),
     ]
     demo = Workflow(run, [*measured, report])
@@ -89,11 +89,10 @@ def data(run: Path, cache: Path | None) -> list[Task]:
         Task(name="corpus", command=download, is_complete=corpus.is_dir),
         Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
     ]
-    made_from = ("corpus", "tokenizer")
-    for group, languages in GROUPS.items():
-        prefix, inputs = run / "data" / group, [files[language] for language in languages]
-        tasks.append(preprocess(prefix, inputs, tokenizer, made_from=made_from))
-    return tasks
+    return tasks + [
+        preprocess(run / "data" / group, [files[language] for language in languages], tokenizer)
+        for group, languages in GROUPS.items()
+    ]
 
 
 def base(run: Path) -> list[Task]:
@@ -107,9 +106,9 @@ def base(run: Path) -> list[Task]:
     return [
         Task(name="untrained", command=words, made_from=("tokenizer",), is_complete=untrained.is_dir),
         convert(run / "untrained", untrained, made_from=("untrained",)),
-        *stage(run, "base", "convert-untrained", run / "untrained", BASE_BLEND),
+        *train(run, "base", run / "untrained", BASE_BLEND),
         convert(run / "dense", run / "base-hf", made_from=("export-base",)),
-        *stage(run, "full-finetune", "convert-dense", run / "dense", {"expanded": 1}),
+        *train(run, "full-finetune", run / "dense", {"expanded": 1}),
     ]
 
 
@@ -145,24 +144,6 @@ def project_file(run: Path, seed: int) -> ProjectFile:
     """The content of examples/demo.yaml for this folder, seed and machine."""
     text = PROJECT.read_text(encoding="utf-8").replace("runs/demo", str(run)).replace("seed: 1", f"seed: {seed}")
     return parse_project(text.replace("nproc-per-node: 2", f"nproc-per-node: {num_ranks()}"), PROJECT)
-
-
-def stage(run: Path, name: str, made_from: str, start: Path, blend: Mapping[str, float]) -> list[Task]:
-    """Train a stage from the folder `start`, which the task `made_from` writes, and export it."""
-    sources = (made_from, *(f"preprocess-{group}" for group in blend))
-    return train(run / name, start, run / "data", blend, made_from=sources)
-
-
-def evaluations(run: Path) -> list[Task]:
-    """Bits per byte, routing and continuations of the four models on held-out text."""
-    models = {model: run / f"{folder}-hf" for model, folder in MODELS.items()}
-    moe = {model: models[model] for model in ("stage1", "stage2")}
-
-    def task(command: str, models: Mapping[str, Path], *options: str) -> Task:
-        made_from = ("corpus", *(f"export-{MODELS[model]}" for model in models))
-        return evaluate(run, command, models, *options, made_from=made_from)
-
-    return [task("text", models, "--continuations", "40"), task("routing", moe)]
 
 
 def report_task(run: Path) -> Task:

@@ -17,12 +17,13 @@ RECIPES = Path("launch/recipes")
 NUM_NEW_EXPERTS, TOPK, COPIES = 4, 2, 2
 
 
-def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path, *, made_from: tuple[str, ...]) -> Task:
+def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path) -> Task:
     """Make the corpus `<prefix>_text_document` of the language group that it is named after."""
     words: Words = ["moelpr", "data", "preprocess", "--input", *inputs, "--output-prefix", prefix]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     words += ["--append-eod", "--language", prefix.name, "--workers", "2", "--overwrite"]
     is_complete = Path(f"{prefix}_text_document.manifest.json").is_file
+    made_from = ("corpus", "tokenizer")
     return Task(name=f"preprocess-{prefix.name}", command=words, made_from=made_from, is_complete=is_complete)
 
 
@@ -33,21 +34,20 @@ def convert(save: Path, hf_path: Path, *, made_from: tuple[str, ...]) -> Task:
     return Task(name=f"convert-{save.name}", command=words, made_from=made_from, is_complete=is_complete)
 
 
-def train(save: Path, start: Path, data: Path, blend: Mapping[str, float], *, made_from: tuple[str, ...]) -> list[Task]:
-    """Train a dense model with the demo's recipe of the name of `save`, and export it as `<save>-hf`.
+def train(run: Path, name: str, start: Path, blend: Mapping[str, float]) -> list[Task]:
+    """Train a dense model with the demo's recipe of this name, and export it as `<name>-hf`.
 
     Args:
-        start: Checkpoint folder to start from.
-        data: Folder of the demo's corpora.
+        start: Checkpoint folder to start from, made by `convert`.
         blend: Language group -> parts of its text.
     """
-    recipe = RECIPES / f"demo-{save.name}.yaml"
+    save, recipe = run / name, RECIPES / f"demo-{name}.yaml"
     words: Words = ["launch/dense.sh", "--pretrained-checkpoint", start, "--data-path"]
-    words += [word for group, parts in blend.items() for word in (str(parts), data / f"{group}_text_document")]
+    words += [word for group, parts in blend.items() for word in (str(parts), run / "data" / f"{group}_text_document")]
     training = Task(
-        name=save.name,
+        name=name,
         command=[*words, "--save", save, "--recipe", recipe],
-        made_from=made_from,
+        made_from=(f"convert-{start.name}", *(f"preprocess-{group}" for group in blend)),
         files=(recipe,),
         environment={"NPROC_PER_NODE": str(num_ranks())} | gpus_of_pytorch(),
         is_complete=(save / FINISHED_FILE).is_file,
@@ -80,18 +80,19 @@ def _num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0  # with an old driver, it counts them
 
 
-def evaluate(run: Path, command: str, models: Mapping[str, Path], *options: str, made_from: tuple[str, ...]) -> Task:
-    """Evaluate models (name -> Hugging Face directory) on the held-out text of the demo's corpus."""
+def evaluate(run: Path, command: str, models: Mapping[str, str], *options: str) -> Task:
+    """Evaluate the exports of models (name -> run folder) on the held-out text of the demo's corpus."""
     data, output = held_out_files(run / "corpus"), run / "evaluation"
+    exports = {model: run / f"{folder}-hf" for model, folder in models.items()}
     words: Words = ["moelpr", "evaluate", command]
-    for flag, paths in (("--model", models), ("--data", data)):
+    for flag, paths in (("--model", exports), ("--data", data)):
         words += [word for name, path in paths.items() for word in (flag, f"{name}={path}")]
     words += ["--device", "cpu", "--original-languages", ",".join(ORIGINAL)]
     words += ["--sequence-length", "128", "--context", "32", *options, "--output", output]
     return Task(
         name="evaluate" if command == "text" else f"evaluate-{command}",
         command=words,
-        made_from=made_from,
+        made_from=("corpus", *(f"export-{folder}" for folder in models.values())),
         files=tuple(data.values()),
         is_complete=(output / ("results.json" if command == "text" else f"{command}.json")).is_file,
     )

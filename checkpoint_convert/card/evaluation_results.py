@@ -122,7 +122,7 @@ def _on_benchmarks(content: EvaluationFile, model: str) -> Iterator[EvalResult]:
         run = content.benchmarks[benchmark]
         for language, score in scores.items():
             parts = [f"{run.metric}, {run.num_fewshot} shots"]
-            parts += [f"95% interval {score.low:.1f} to {score.high:.1f}"] if score.interval.has_bounds else []
+            parts += [f"95% interval {score.low:.1f} to {score.high:.1f}"] if score.has_bounds else []
             parts += [f"against the base {score.change.text(signed)}"] if score.change else []
             dataset = benchmark.lower(), f"{benchmark}, {language_name(language)}"
             title = ", ".join(parts)

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from itertools import cycle, takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 
 import torch
@@ -107,19 +107,14 @@ def write_imatrix(gguf: Path, texts: Mapping[str, list[str]], output: Path) -> N
             "Homebrew have it), or remove --imatrix"
         )
     text = output.with_suffix(".txt")
-    shares = {language: IMATRIX_BYTES // len(texts) for language in texts}
-    queues = {language: iter(documents) for language, documents in texts.items()}
+    left = [IMATRIX_BYTES // len(texts)] * len(texts)  # bytes of each language
     with open(text, "w", encoding="utf-8") as file:
-        for language in cycle([*texts]):
-            if not shares:
-                break
-            document = next(queues[language], None) if shares.get(language, 0) > 0 else None
-            if document is None:
-                shares.pop(language, None)
-                continue
-            part = document.encode()[: shares[language]].decode(errors="ignore")
-            shares[language] -= max(1, len(part.encode()))
-            file.write(part + "\n\n")
+        for documents in zip_longest(*texts.values()):
+            for number, document in enumerate(documents):
+                if document is not None and left[number] > 0:
+                    part = document.encode()[: left[number]].decode(errors="ignore")
+                    left[number] -= max(1, len(part.encode()))
+                    file.write(part + "\n\n")
     threads = str(torch.get_num_threads())
     _run([program, "-m", str(gguf), "-f", str(text), "-o", str(output), "-t", threads, "--no-ppl"])
     text.unlink()

@@ -8,13 +8,8 @@ from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.model.families.hf_config import read_config
 
 # Parameter of Ollama → that of generation_config.json.
-_PARAMETERS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repetition_penalty",
-}
+_PARAMETERS = {name: name for name in ("temperature", "top_k", "top_p", "min_p")}
+_PARAMETERS |= {"repeat_penalty": "repetition_penalty"}
 _MOST_CONTEXT = 8192  # tokens; more memory than most want for a chat
 
 
@@ -36,8 +31,10 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
             return None, f"no Modelfile: Ollama's templates cannot express this chat template ({error})"
         note = "the template renders what the chat template does"
         note += "" if chat.system else "; it has no system messages"
-    stops += [tokenizer.convert_ids_to_tokens(id) for id in _end_ids(folder, tokenizer)]
     settings = _generation_config(folder)
+    end = settings.get("eos_token_id")
+    ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
+    stops += [tokenizer.convert_ids_to_tokens(id) for id in ids if id is not None]
     window = min(_MOST_CONTEXT, int(read_config(folder).get("max_position_embeddings") or _MOST_CONTEXT))
     parameters = {name: settings.get(key) for name, key in _PARAMETERS.items()} | {"num_ctx": window}
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
@@ -49,11 +46,8 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
 def rendered(tokenizer: Any, messages: Messages, answer: bool) -> str:
     """The prompt of a conversation, without the BOS that llama.cpp adds itself."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-    return text.removeprefix(tokenizer.bos_token) if _adds_bos(tokenizer) else text
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 
 
 def _generation_config(folder: Path) -> dict[str, Any]:
@@ -62,10 +56,3 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     if not (folder / "generation_config.json").is_file():
         return {}
     return GenerationConfig.from_pretrained(folder).to_diff_dict()
-
-
-def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer."""
-    end = _generation_config(folder).get("eos_token_id")
-    ids = end if isinstance(end, list) else [end]
-    return [*dict.fromkeys(id for id in [*ids, tokenizer.eos_token_id] if id is not None)]

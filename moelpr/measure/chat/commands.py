@@ -32,11 +32,10 @@ def main(args: Settings) -> None:
 
 
 def _serve(args: Settings) -> None:
-    from moelpr.measure.chat.page import HOST, Chat, check_gradio, check_port
+    from moelpr.measure.chat.page import HOST, Chat, check_page
     from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 
-    check_gradio()
-    check_port(args.port)
+    check_page(args.port)
     check_device(args.device)
     models = {"export": args.export, **({"base": args.base} if args.base else {})}
     require_hf(models, "moelpr chat")

@@ -28,14 +28,10 @@ _MOST_WAITING = 16  # prompts
 Messages = list[dict[str, str]]
 
 
-def check_gradio() -> None:
-    """Raise a UserError if the page's library is missing."""
+def check_page(port: int) -> None:
+    """Raise a UserError if the page's library is missing, or another program has the port."""
     if find_spec("gradio") is None:
         raise UserError(f"moelpr chat needs gradio; run {install_command('chat')}")
-
-
-def check_port(port: int) -> None:
-    """Raise a UserError if another program has the port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -53,9 +49,8 @@ class Chat:
     def ask(self, prompt: str, histories: list[Messages], max_tokens: int, temperature: float) -> Iterator[list[Any]]:
         """Yield, as the answers grow, their panels, the map of tokens, and the histories with them."""
         histories = [[*history, {"role": "user", "content": prompt}] for history in histories]
-        answer_steps: list[list[list[Token]]] = [
-            [] for _ in self._models
-        ]  # model → the prompt's tokens, then the answer's one by one
+        # Model → the prompt's tokens, then the answer's one by one.
+        answer_steps: list[list[list[Token]]] = [[] for _ in self._models]
         streams = [
             answer(model, prompt_ids(model, history), int(max_tokens), temperature)
             for model, history in zip(self._models, histories, strict=True)

@@ -27,12 +27,6 @@ class Token:
     route: Route
 
 
-def gate_weights(logits_TE: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Weights [T, K] and experts [T, K]: softmax over the K highest logits, as in all classes of our exports."""
-    chosen, experts_TK = logits_TE.float().topk(topk, dim=-1)
-    return chosen.softmax(dim=-1), experts_TK
-
-
 def original_share(route: Route, num_original: int) -> list[float]:
     """The gate weight of the original experts, the first `num_original`, per layer."""
     return [sum(weight for expert, weight in layer if expert < num_original) for layer in route]
@@ -64,8 +58,9 @@ def _step(loaded: LoadedModel, new: list[int], cache: Any) -> tuple[Tensor, list
     choices: dict[int, tuple[list[list[float]], list[list[int]]]] = {}
 
     def note(number: int, router: nn.Module, inputs: Any, output: Any) -> None:
-        weights_TK, experts_TK = gate_weights(loaded.router_logits(router, inputs, output), loaded.topk)
-        choices[number] = weights_TK.tolist(), experts_TK.tolist()
+        chosen_TK, experts_TK = loaded.router_logits(router, inputs, output).float().topk(loaded.topk, dim=-1)
+        # Gate weights are a softmax over the K highest logits in all classes of our exports.
+        choices[number] = chosen_TK.softmax(dim=-1).tolist(), experts_TK.tolist()
 
     with ExitStack() as hooks:
         for number, router in loaded.routers.items():

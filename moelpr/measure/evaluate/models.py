@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,12 @@ class LoadedModel:
     vocab_size: int  # number of token embeddings
     # Tokens [batch, sequence] -> logits [batch, sequence, vocabulary] of one forward pass. Pad on the right.
     logits: Callable[[Tensor], Tensor]
-    routers: dict[int, nn.Module]  # by decoder layer number (from 0); empty for a dense model
+    # By decoder layer number (from 0); empty for a dense model, and for a GGUF file, whose routers cannot be seen.
+    routers: dict[int, nn.Module] = field(default_factory=dict)
     # (router, inputs, output) of a forward hook -> logits [T, experts]; T: over batch, then sequence.
-    router_logits: Callable[[Any, Any, Any], Tensor]
-    num_original_places: int  # P, the first experts of a router; 1 for a dense model
-    topk: int  # K; 1 for a dense model
+    router_logits: Callable[[Any, Any, Any], Tensor] = lambda router, inputs, output: output
+    num_original_places: int = 1  # P, the first experts of a router
+    topk: int = 1  # K
 
     @property
     def device(self) -> torch.device:
@@ -101,23 +102,6 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     )
 
 
-def gguf_model(path: Path, file: Gguf) -> LoadedModel:
-    """A GGUF file behind the common interface, on the CPU, in its own precision; its routers cannot be seen."""
-    return LoadedModel(
-        path,
-        nn.Linear(1, 1),  # it only says that tensors are on the CPU
-        file,
-        file.start_id,
-        file.eos_id,
-        file.vocab_size,
-        file.logits,
-        routers={},
-        router_logits=lambda router, inputs, output: output,
-        num_original_places=1,
-        topk=1,
-    )
-
-
 def is_megatron(directory: Path) -> bool:
     """Whether `directory` is a checkpoint folder of the converter or the trainer, not a Hugging Face directory."""
     return (directory / FILE_NAME).is_file()
@@ -148,8 +132,9 @@ def open_model(
     For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
     """
     if is_gguf(directory):
-        with closing(Gguf(directory)) as file:
-            yield gguf_model(directory, file)
+        with closing(Gguf(directory)) as file:  # on the CPU, as nn.Linear's weight is
+            ids = file.start_id, file.eos_id, file.vocab_size
+            yield LoadedModel(directory, nn.Linear(1, 1), file, *ids, file.logits)
         return
     gc.collect()  # the previous model's memory
     if torch.cuda.is_initialized():

@@ -1,6 +1,5 @@
 """The files of `moelpr evaluate` as reports and cards read them: results.json, routing.json and harness.json."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -13,7 +12,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.languages import language_name
 from moelpr.base.records import FOREIGN
 from moelpr.measure.report import page
-from moelpr.measure.report.numbers import Interval, Measured, signed
+from moelpr.measure.report.numbers import Interval, Measured
 
 TEXT_ITSELF = "the text itself"  # the writer of a document's own continuation
 
@@ -81,27 +80,14 @@ class LanguageResult:
 
 
 @dataclass(frozen=True, config=FOREIGN)
-class BenchmarkScore:
-    """A score on a benchmark in a language, from 0 to 100.
+class BenchmarkScore(Interval):
+    """A score on a benchmark in a language, from 0 to 100, with its 95% interval.
 
     Attributes:
-        value: The score; low and high are the bounds of its 95% interval.
         change: The change against the first model, paired by question.
     """
 
-    value: Measured
-    low: Measured = math.nan
-    high: Measured = math.nan
     change: Interval | None = None
-
-    @property
-    def interval(self) -> Interval:
-        return Interval(self.value, self.low, self.high)
-
-    @property
-    def text(self) -> str:
-        change = f"; {self.change.text(signed)}" if self.change else ""
-        return self.interval.text("{:.1f}".format) + change
 
 
 @dataclass(frozen=True, config=FOREIGN)

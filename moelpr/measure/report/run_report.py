@@ -13,9 +13,9 @@ from moelpr.base.files import write_text
 from moelpr.base.languages import language_name
 from moelpr.measure.report import page, plots
 from moelpr.measure.report.checks import Verification, check_result
-from moelpr.measure.report.evaluation_files import continuation_samples
+from moelpr.measure.report.evaluation_files import BenchmarkScore, continuation_samples
 from moelpr.measure.report.language_results import LanguageResults, held_out_results
-from moelpr.measure.report.numbers import Interval, finite_json, finite_mean, number_text, percent
+from moelpr.measure.report.numbers import Interval, finite_json, finite_mean, number_text, percent, signed
 from moelpr.measure.report.page import Block, Cell, Row, Section, Table, Text
 from moelpr.measure.report.run_figures import curve_figures, routing_figures
 from moelpr.measure.report.runs import Run
@@ -130,14 +130,19 @@ def _benchmark_tables(evaluation: LanguageResults) -> Iterator[Block]:
     for name, by_model in evaluation.benchmarks.items():
         codes = dict.fromkeys(code for scores in by_model.values() for code in scores)
         rows = [
-            [language_name(code), *(scores[code].text if code in scores else "–" for scores in by_model.values())]
-            for code in codes
+            [language_name(code), *(_score_text(scores.get(code)) for scores in by_model.values())] for code in codes
         ]
         yield Table([name, *by_model], rows)
     if evaluation.benchmarks:
         first = next(iter(next(iter(evaluation.benchmarks.values()))))
         note = f"Scores from 0 to 100; then the change against {first}, paired by question. In brackets: 95% intervals."
         yield Text(note, "note")
+
+
+def _score_text(score: BenchmarkScore | None) -> str:
+    if score is None:
+        return "–"
+    return score.text("{:.1f}".format) + (f"; {score.change.text(signed)}" if score.change else "")
 
 
 def _language_tables(evaluation: LanguageResults, held_out: LanguageResults) -> Iterator[Block]:

@@ -34,19 +34,8 @@ class Digits(SimpleNamespace):
 
 def table_model(*rows: tuple[float, ...]) -> LoadedModel:
     """A model of as many tokens as rows: after token t, the next one has the probabilities of row t."""
-    logits = torch.tensor(rows).log()
-    model = nn.Linear(1, 1)
-    rest = {"vocab_size": len(rows), "router_logits": lambda *_: None, "num_original_places": 1, "topk": 1}
-    return LoadedModel(
-        Path("table"),
-        model,
-        Digits(unk_token_id=None),
-        0,
-        None,
-        logits=lambda tokens: logits[tokens],
-        routers={},
-        **rest,
-    )
+    logits, digits = torch.tensor(rows).log(), Digits(unk_token_id=None)
+    return LoadedModel(Path("table"), nn.Linear(1, 1), digits, 0, None, len(rows), lambda tokens: logits[tokens])
 
 
 def test_three_tokens_by_hand() -> None:

@@ -12,7 +12,7 @@ many languages, code and dialogues. Only routers change, and the model stays of 
 import sys
 from typing import Annotated
 
-from checkpoint_convert.common.settings import OutputFlags, RoutingFlags, named_texts
+from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.settings import REPEATED, Folder, metavar, run_script
 from moelpr.measure.evaluate.settings import Languages
@@ -20,7 +20,7 @@ from moelpr.measure.evaluate.settings import Languages
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
 
-class Settings(RoutingFlags, OutputFlags):
+class Settings(RoutingSettings):
     model: Folder  # export with as many copies of the original expert as choices (moelpr model export)
     base: Folder  # the dense base that it was upcycled from
     # JSON lines or Parquet, a file, folder or pattern; without NAME=, each file is a text; repeat for several texts,
@@ -38,25 +38,12 @@ def main(args: Settings) -> None:
         what = "text to keep" if languages else "an expanded language"
         raise UserError(f"--data has no text of {what}; pass text of both kinds, and name the expanded languages")
     from checkpoint_convert.conversions.calibrated_model import write_calibrated
-    from moelpr.data.text.reading import read_documents
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
-    record = write_calibrated(
-        args.model,
-        args.base,
-        args.save,
-        {name: documents for name, documents in texts.items() if name not in languages},
-        {name: texts[name] for name in languages},
-        args.max_tokens,
-        args.max_distance,
-        args.keep,
-        device=args.device,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        verify=args.verify,
-    )
+    texts = args.read(files)
+    kept = {name: documents for name, documents in texts.items() if name not in languages}
+    record = write_calibrated(args.model, args.base, kept, {name: texts[name] for name in languages}, args)
     print(record.table())
     print(f"{args.save}: {args.model} with calibrated routers")
     if args.max_distance is None and (distance := record.findings.result.distance) > FAR_FROM_BASE:

@@ -10,13 +10,13 @@ form, of a few thousand tokens of each text (docs/combine.md). Where they choose
 from pathlib import Path
 from typing import Annotated
 
-from checkpoint_convert.common.settings import OutputFlags, RoutingFlags, named_texts
+from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.settings import POSITIONAL, REPEATED, metavar, run_script
 from moelpr.measure.evaluate.settings import languages as codes
 
 
-class Settings(RoutingFlags, OutputFlags):
+class Settings(RoutingSettings):
     base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
     # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
     # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
@@ -43,29 +43,10 @@ def main(args: Settings) -> None:
     if both := texts.keys() & kept.keys():
         raise UserError(f"--keep-text {min(both)} is in an expanded language; remove it, or give it another name")
     from checkpoint_convert.conversions.combined_model import combine
-    from moelpr.data.text.reading import read_documents
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    kept_texts, expanded = (
-        {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
-        for files in (kept, texts)
-    )
-    record = combine(
-        args.base,
-        experts,
-        args.save,
-        kept_texts,
-        expanded,
-        args.max_tokens,
-        args.max_distance,
-        args.keep,
-        args.ignore_others,
-        device=args.device,
-        dtype=args.dtype,
-        overwrite=args.overwrite,
-        verify=args.verify,
-    )
+    record = combine(args.base, experts, args.read(kept), args.read(texts), args, args.ignore_others)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
 

@@ -6,7 +6,7 @@ A built model depends on base, kept sums and the set of packs only; to add or re
 from pathlib import Path
 from typing import Annotated
 
-from checkpoint_convert.common.settings import OutputFlags, TextFlags, named_texts
+from checkpoint_convert.common.settings import OutputFlags, TextSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
 from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar
@@ -14,7 +14,7 @@ from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar
 _TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
 
 
-class MakeSettings(TextFlags, OutputFlags):
+class MakeSettings(TextSettings):
     base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
     expert: Annotated[Path, POSITIONAL]  # model that was trained from it in its FFNs only, as for moelpr model combine
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
@@ -22,7 +22,7 @@ class MakeSettings(TextFlags, OutputFlags):
     trained: str = ""  # how the FFNs were trained, for readers
 
 
-class KeepSettings(TextFlags, OutputFlags):
+class KeepSettings(TextSettings):
     base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
     text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
 
@@ -62,7 +62,7 @@ def build(args: BuildSettings) -> None:
     """
     from checkpoint_convert.conversions.packs import build_model
 
-    model = build_model(args.base, args.kept, args.packs, args.save, args.overwrite, args.verify)
+    model = build_model(args.base, args.kept, args.packs, args)
     print(f"{args.save}: {args.base} and the packs {', '.join(model.packs)}")
 
 
@@ -76,13 +76,9 @@ def show(args: ShowSettings) -> None:
 
 def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:
     from checkpoint_convert.conversions.packs import make_pack
-    from moelpr.data.text.reading import read_documents
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    files = named_texts(args.text, "--text")
-    texts = {name: read_documents(path, args.json_key, args.max_tokens) for name, path in files.items()}
-    about = license, trained, args.device, args.dtype, args.overwrite, args.verify
-    record = make_pack(args.base, expert, args.save, texts, args.max_tokens, *about)
+    record = make_pack(args.base, expert, args.read(named_texts(args.text, "--text")), args, license, trained)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {args.base}{of_loss}")

@@ -1,10 +1,11 @@
 """Settings that several converters have."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.settings import Flags, Folder, either, number
+from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import named_files
 from moelpr.measure.evaluate.settings import Dtype, named_paths
 
@@ -32,6 +33,12 @@ class TextFlags(Flags):
     dtype: Dtype = "auto"  # dtype of the computation; auto: float32 on a CPU, the model's own on a GPU
 
 
+class TextSettings(TextFlags, OutputFlags):
+    def read(self, files: Mapping[str, str]) -> dict[str, list[str]]:
+        """Read the documents of texts, no more than are used."""
+        return {name: read_documents(path, self.json_key, self.max_tokens) for name, path in files.items()}
+
+
 class RoutingFlags(TextFlags):
     """routers in closed form"""
 
@@ -39,6 +46,10 @@ class RoutingFlags(TextFlags):
     max_distance: Annotated[float | None, number(float, above=0), either("aim")] = None
     # instead, the fraction of what was learned for which the distance from the base is to be smallest
     keep: Annotated[float | None, number(float, above=0, most=1), either("aim")] = None
+
+
+class RoutingSettings(RoutingFlags, TextSettings):
+    pass
 
 
 def named_texts(items: Sequence[str], flag: str) -> dict[str, str]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.common.settings import RoutingSettings
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.companions import copy_companion, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
-from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
 from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
@@ -29,33 +29,27 @@ _ROUTER = re.compile(r"model\.layers\.(\d+)\.(?:mlp|block_sparse_moe)\.(?:gate|r
 def write_calibrated(
     model: Path,
     base: Path,
-    save: Path,
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
-    max_tokens: int,
-    max_distance: float | None = None,
-    keep: float | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    verify: Verify = Verify.FULL,
+    settings: RoutingSettings,
 ) -> RoutedModel:
-    """Find routers for `model` and write it to `save`; only their weights change.
+    """Find routers for `model` and write it to `settings.save`; only their weights change.
 
     Args:
         model: Export of a model with as many copies of the original expert as choices.
         base: The dense base that it was upcycled from.
-        kept, expanded, max_tokens, max_distance, keep: As `calibrate` takes them.
+        kept: Name → documents whose tokens should stay with the base.
+        expanded: Language → documents whose tokens should go to what was learned.
 
     Raises:
-        UserError: The models do not fit each other or the method; `save` is then unchanged.
+        UserError: The models do not fit each other or the method; `settings.save` is then unchanged.
     """
     require_hf({"model": model, "base": base}, "moelpr model calibrate")
-    check_output(save, [model, base], overwrite, (RoutedModel.FILE_NAME,))
+    check_output(settings.save, [model, base], settings.overwrite, (RoutedModel.FILE_NAME,))
     num_layers, hidden = _sizes(model)
-    with open_model(base, device, dtype, verify) as dense:
+    with open_model(base, settings.device, settings.dtype, settings.verify) as dense:
         reader = Reader(dense, ffns_of(dense, "--base", num_layers, hidden))
-        with open_model(model, device, dtype, verify) as loaded:
+        with open_model(model, settings.device, settings.dtype, settings.verify) as loaded:
             places = loaded.num_original_places
             routers: dict[int, Any] = {layer: router.weight for layer, router in loaded.routers.items()}
 
@@ -66,9 +60,9 @@ def write_calibrated(
             routed = Reader(loaded, loaded.routers)
             new_rows = {layer: weight.detach()[places:].float().cpu() for layer, weight in routers.items()}
             subject = Subject(reader, routed, [(routed, [*expanded])], put, places, new_rows)
-            routers_of, findings, _ = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
+            routers_of, findings, _ = calibrate(subject, kept, expanded, settings)
     record = RoutedModel(model.resolve().name, {}, findings)
-    _write(model, save, {layer: rows_EH[:places] for layer, rows_EH in routers_of.items()}, record, overwrite, verify)
+    _write(model, {layer: rows_EH[:places] for layer, rows_EH in routers_of.items()}, record, settings)
     return record
 
 
@@ -105,10 +99,8 @@ def _card(card: str, record: RoutedModel) -> str:
     return head + (record.card_text() if use else f"\n{record.card_text()}") + use + rest
 
 
-def _write(
-    model: Path, save: Path, row_of: Mapping[int, Tensor], record: RoutedModel, overwrite: bool, verify: Verify
-) -> None:
-    source, other_parts = HfReader(model, verify=verify), HfReader(model, verify=verify, text=False)
+def _write(model: Path, row_of: Mapping[int, Tensor], record: RoutedModel, settings: RoutingSettings) -> None:
+    source, other_parts = (HfReader(model, verify=settings.verify, text=text) for text in (True, False))
     readers = {name: reader for reader in (source, other_parts) for name in reader.names}
     dtype: torch.dtype = getattr(torch, common_dtype((reader, name) for name, reader in readers.items()))
     rows = {name: row_of[int(match[1])] for name in readers if (match := _ROUTER.fullmatch(name))}
@@ -123,7 +115,8 @@ def _write(
 
     tensors = Tensors({name: reader.shape(name) for name, reader in readers.items()}, read)
     norms = {name: its.norm().item() for name, its in rows.items()}  # other text has other norms
-    with output_folder(save, overwrite, tensors.num_bytes(dtype), [model], rows=norms) as (folder, journal, bar):
+    num_bytes, save = tensors.num_bytes(dtype), settings.save
+    with output_folder(save, settings.overwrite, num_bytes, [model], rows=norms) as (folder, journal, bar):
         copy_companions(model, folder, skip=(CARD_FILE,))
         for name in (CARD_FILE, BASE_CARD_FILE):
             if (model / name).is_file():

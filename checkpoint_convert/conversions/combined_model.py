@@ -18,6 +18,7 @@ from checkpoint_convert.card.front_matter import front_matter, inherited
 from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.common.settings import OutputFlags, RoutingSettings
 from checkpoint_convert.conversions.model_pairs import Described, open_tensors
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
@@ -198,37 +199,31 @@ class TopOne:
 def combine(
     base: Path,
     experts: Mapping[Path, list[str]],
-    save: Path,
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
-    max_tokens: int,
-    max_distance: float | None = None,
-    keep: float | None = None,
+    settings: RoutingSettings,
     ignore_others: bool = False,
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    verify: Verify = Verify.FULL,
 ) -> RoutedModel:
     """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
 
     Args:
         experts: Folder of a model (Hugging Face directory, checkpoint or peft adapter) → its languages.
-        kept, expanded, max_tokens, max_distance, keep: As `calibrate` takes them.
+        kept: Name → documents whose tokens should stay with the base.
+        expanded: Language → documents whose tokens should go to its expert.
         ignore_others: Whether to leave out what else an expert changed.
 
     Raises:
-        UserError: An expert does not fit the base, or a text the method; `save` is then unchanged.
+        UserError: An expert does not fit the base, or a text the method; `settings.save` is then unchanged.
     """
     require_hf({"": base}, "moelpr model combine")
-    check_output(save, [base, *experts], overwrite, (RoutedModel.FILE_NAME,))
-    opened_base = Base.open(base, verify)
-    opened = [open_expert(opened_base, folder, its, ignore_others, verify) for folder, its in experts.items()]
-    with open_model(base, device, dtype, verify) as loaded:
+    check_output(settings.save, [base, *experts], settings.overwrite, (RoutedModel.FILE_NAME,))
+    opened_base = Base.open(base, settings.verify)
+    opened = [open_expert(opened_base, folder, its, ignore_others, settings.verify) for folder, its in experts.items()]
+    with open_model(base, settings.device, settings.dtype, settings.verify) as loaded:
         model = TopOne(loaded, opened_base, opened)
         readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
-        subject = Subject(model.reader(0, base), model.reader(None, save), readers, model.put, places=1)
-        rows, findings, held_out = calibrate(subject, kept, expanded, max_tokens, max_distance, keep)
+        subject = Subject(model.reader(0, base), model.reader(None, settings.save), readers, model.put, places=1)
+        rows, findings, held_out = calibrate(subject, kept, expanded, settings)
         ignored = {}
         for expert, (reader, languages) in zip(opened, readers, strict=True):
             if expert.others:
@@ -239,12 +234,12 @@ def combine(
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored)
     card = combined_card(base, languages_of, record.card_text())
-    write_combined(opened_base, opened, rows, save, card, record, overwrite)
+    write_combined(opened_base, opened, rows, card, record, settings)
     return record
 
 
 def write_combined(
-    base: Base, experts: Sequence[Expert], rows: Rows, save: Path, card: str, record: Record, overwrite: bool
+    base: Base, experts: Sequence[Expert], rows: Rows, card: str, record: Record, output: OutputFlags
 ) -> None:
     """Write the stock MoE; tensors stream."""
     family, folder = base.described.family, base.described.folder
@@ -263,7 +258,7 @@ def write_combined(
     written = Tensors(shapes | extra, lambda name: reads[name]())
     sources, norms = [folder, *(one.folder for one in experts)], [rows_EH.norm().item() for rows_EH in rows.values()]
     num_bytes = written.num_bytes(base.dtype)
-    with output_folder(save, overwrite, num_bytes, sources, rows=norms) as (partial_folder, journal, bar):
+    with output_folder(output.save, output.overwrite, num_bytes, sources, rows=norms) as (partial_folder, journal, bar):
         config = family.export_config(read_config(folder), spec, str(base.dtype).removeprefix("torch."))
         write_companions(partial_folder, folder, config, card)
         record.write(partial_folder)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint_convert.common.output_folder import check_output, output_folder
+from checkpoint_convert.common.settings import OutputFlags, TextSettings
 from checkpoint_convert.conversions.combined_model import (
     Base,
     Expert,
@@ -91,25 +92,20 @@ class PackedModel(Record):
 def make_pack(
     base: Path,
     expert: Path | None,
-    save: Path,
     texts: Mapping[str, Sequence[str]],
-    max_tokens: int,
+    settings: TextSettings,
     license: str = "",
     trained: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
-    overwrite: bool = False,
-    verify: Verify = Verify.FULL,
 ) -> Pack:
     """Write the pack of an expert that knows the languages `texts`; without an expert, the sums of text to keep."""
     sources = [base, *([expert] if expert else [])]
-    check_output(save, sources, overwrite, (Pack.FILE_NAME,))
-    dense = Base.open(base, verify)
-    experts = [open_expert(dense, expert, [*texts], ignore_others=False, verify=verify)] if expert else []
-    with open_model(base, device, dtype, verify) as loaded:
+    check_output(settings.save, sources, settings.overwrite, (Pack.FILE_NAME,))
+    dense = Base.open(base, settings.verify)
+    experts = [open_expert(dense, expert, [*texts], ignore_others=False, verify=settings.verify)] if expert else []
+    with open_model(base, settings.device, settings.dtype, settings.verify) as loaded:
         model = TopOne(loaded, dense, experts)
         reader = model.reader(len(experts), expert or base)
-        inputs = read_inputs(reader, texts, max_tokens, with_start=expert is None)
+        inputs = read_inputs(reader, texts, settings.max_tokens, with_start=expert is None)
         pieces = [ids for its in inputs.pieces.values() for ids in its]
         losses = (mean_loss(model.reader(0, base).model, pieces), mean_loss(reader.model, pieces)) if expert else None
     num_tokens = {name: sum(map(len, its)) for name, its in inputs.pieces.items()}
@@ -118,7 +114,8 @@ def make_pack(
     shapes = {name: dense.tensors.shape(name) for one in experts for name in dense.ffn}
     ffns = Tensors(shapes, experts[0].tensors.read if experts else dense.tensors.read)
     norms = [mean_H.norm().item() for mean_H in inputs.mean.values()]
-    with output_folder(save, overwrite, ffns.num_bytes(dense.dtype), sources, rows=norms) as (folder, journal, bar):
+    num_bytes = ffns.num_bytes(dense.dtype)
+    with output_folder(settings.save, settings.overwrite, num_bytes, sources, rows=norms) as (folder, journal, bar):
         record.write(folder)
         save_file(_stored(inputs), folder / _SUMS_FILE)
         if expert:
@@ -128,22 +125,20 @@ def make_pack(
     return record
 
 
-def build_model(
-    base: Path, kept: Path, packs: Sequence[Path], save: Path, overwrite: bool = False, verify: Verify = Verify.FULL
-) -> PackedModel:
+def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFlags) -> PackedModel:
     """Write the stock MoE of a base and packs, without any text.
 
     Args:
         kept: The sums of text to keep.
 
     Raises:
-        UserError: A pack is damaged, of another base, or there twice; `save` is then unchanged.
+        UserError: A pack is damaged, of another base, or there twice; `output.save` is then unchanged.
     """
-    check_output(save, [base, kept, *packs], overwrite, (PackedModel.FILE_NAME,))
-    dense = Base.open(base, verify)
+    check_output(output.save, [base, kept, *packs], output.overwrite, (PackedModel.FILE_NAME,))
+    dense = Base.open(base, output.verify)
     checksum, records = _checksum(dense), {}
     for folder in (kept, *packs):
-        if verify is not Verify.NONE:
+        if output.verify is not Verify.NONE:
             checksums.verify_folder(folder, _DAMAGED)
         record = records[folder] = Pack.read(folder)
         if record.base_sha256 != checksum:
@@ -154,7 +149,7 @@ def build_model(
     languages = [language for folder in ordered for language in records[folder].languages]
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise UserError(f"packs have {twice[0]} twice; pass one of them")
-    experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, verify), []) for folder in ordered]
+    experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, output.verify), []) for folder in ordered]
     num_layers, hidden = (dense.described.spec.megatron_args[name] for name in ("num_layers", "hidden_size"))
     rows: Rows = {}
     for layer in range(num_layers):  # one layer's sums are in memory at a time
@@ -163,7 +158,7 @@ def build_model(
     of_packs = {folder.resolve().name: records[folder].languages for folder in ordered}
     model = PackedModel((records[kept].base, checksum), [*records[kept].texts], of_packs)
     routers = f"### Routers\n\nFound in closed form, by sums of {', '.join(model.kept)}. Nothing was measured.\n\n"
-    write_combined(dense, experts, rows, save, combined_card(base, of_packs, routers), model, overwrite)
+    write_combined(dense, experts, rows, combined_card(base, of_packs, routers), model, output)
     return model
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -79,6 +79,20 @@ class Subject:
     put: Callable[[Rows], None]
     places: int
     new_rows: Mapping[int, Tensor] | None = None
+
+
+class Aim(Protocol):
+    """What routers should reach.
+
+    Attributes:
+        max_tokens: Tokens of each text that are used.
+        max_distance: Distance up to which the loss is to be smallest.
+        keep: Share of what was learned from which on the distance is to be smallest; with neither, their sum is.
+    """
+
+    max_tokens: int
+    max_distance: float | None
+    keep: float | None
 
 
 @pydantic_dataclass(frozen=True, config=STRICT)
@@ -192,25 +206,20 @@ def calibrate(
     subject: Subject,
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
-    max_tokens: int,
-    max_distance: float | None = None,
-    keep: float | None = None,
+    aim: Aim,
 ) -> tuple[Rows, Findings, Pieces]:
     """Find the routers of a model; returns them, what they do, and the held-out part of each text.
 
     Args:
         kept: Name → documents whose tokens should stay with the base's FFN.
         expanded: Language → documents whose tokens should go to what was learned.
-        max_tokens: Tokens of each text that are used.
-        max_distance: Distance up to which the loss is to be smallest.
-        keep: Share of what was learned from which on the distance is to be smallest; with neither, their sum is.
 
     Raises:
         UserError: A text does not suit, texts cannot be told apart, or no routers do what is asked.
     """
-    of_kept = read_inputs(subject.base, kept, max_tokens, with_start=True)
+    of_kept = read_inputs(subject.base, kept, aim.max_tokens, with_start=True)
     of_new = [
-        read_inputs(reader, {language: expanded[language] for language in languages}, max_tokens, with_start=False)
+        read_inputs(reader, {language: expanded[language] for language in languages}, aim.max_tokens, with_start=False)
         for reader, languages in subject.experts
     ]
     pieces = of_kept.pieces | {name: its for inputs in of_new for name, its in inputs.pieces.items()}
@@ -235,15 +244,15 @@ def calibrate(
         subject.put(_with_parts(choices, parts))
         return Point(_mean(distances(subject.routed.model).values()), _mean(losses(subject.routed.model).values()))
 
-    score = partial(_score, ends, max_distance, keep)
+    score = partial(_score, ends, aim)
     tried: list[tuple[Point, Rows, list[float]]] = []
     parts: Parts = (_START,) * _PARTS
     for number in range(ROUNDS):
         if number:
             subject.put(tried[-1][1])
-            of_kept = read_inputs(subject.routed, kept, max_tokens, with_start=True)
+            of_kept = read_inputs(subject.routed, kept, aim.max_tokens, with_start=True)
             of_new = [
-                read_inputs(subject.routed, {name: expanded[name] for name in names}, max_tokens, with_start=False)
+                read_inputs(subject.routed, {name: expanded[name] for name in names}, aim.max_tokens, with_start=False)
                 for _, names in subject.experts
             ]
         if number == 1:
@@ -252,7 +261,7 @@ def calibrate(
         parts, point = _search(partial(measured, choices), parts, score)
         tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
     point, rows, shares = min(tried, key=lambda one: score(one[0]))
-    _check_result(*ends, point, max_distance, keep, is_trained=subject.new_rows is not None)
+    _check_result(*ends, point, aim, is_trained=subject.new_rows is not None)
     subject.put(rows)
     results: dict[str, TextResult] = {}
     of_texts, of_languages = distances(subject.routed.model), losses(subject.routed.model)
@@ -260,7 +269,7 @@ def calibrate(
         triple = None if name in of_texts else (by_base[name], by_expert[name], of_languages[name])
         results[name] = TextResult(*_first_choices(subject, rows, its), distance=of_texts.get(name), losses=triple)
     left, points = kept_of_learning(*ends, point), [one for one, _, _ in tried]
-    return rows, Findings(*ends, point, left, points, shares, results, max_distance, keep), pieces
+    return rows, Findings(*ends, point, left, points, shares, results, aim.max_distance, aim.keep), pieces
 
 
 def kept_of_learning(base: Point, learned: Point, result: Point) -> float:
@@ -268,14 +277,12 @@ def kept_of_learning(base: Point, learned: Point, result: Point) -> float:
     return (base.loss - result.loss) / (base.loss - learned.loss) if base.loss != learned.loss else 1.0
 
 
-def _score(
-    ends: tuple[Point, Point], max_distance: float | None, keep: float | None, point: Point
-) -> tuple[float, float]:
+def _score(ends: tuple[Point, Point], aim: Aim, point: Point) -> tuple[float, float]:
     """By how much a point misses what is asked, then what is to be smallest."""
-    if max_distance is not None:
-        return max(0.0, point.distance - max_distance), point.loss
-    if keep is not None:
-        return max(0.0, keep - kept_of_learning(*ends, point)), point.distance
+    if aim.max_distance is not None:
+        return max(0.0, point.distance - aim.max_distance), point.loss
+    if aim.keep is not None:
+        return max(0.0, aim.keep - kept_of_learning(*ends, point)), point.distance
     return 0.0, point.distance + point.loss
 
 
@@ -383,11 +390,9 @@ def _check_texts(of_kept: Inputs, of_new: Sequence[Inputs]) -> None:
         )
 
 
-def _check_result(
-    base: Point, learned: Point, result: Point, max_distance: float | None, keep: float | None, is_trained: bool
-) -> None:
+def _check_result(base: Point, learned: Point, result: Point, aim: Aim, is_trained: bool) -> None:
     """Check that routers do what is asked, and are better than none, or than those that training gave a model."""
-    left = kept_of_learning(base, learned, result)
+    left, max_distance, keep = kept_of_learning(base, learned, result), aim.max_distance, aim.keep
     if max_distance is not None and result.distance > max_distance:
         raise UserError(
             f"the model would be at least {result.distance:.3f} nats per token from the base, more than --max-distance "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from checkpoint_convert import calibrate as calibrator
-from checkpoint_convert.common.settings import named_texts
+from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from checkpoint_convert.conversions import calibrated_model
 from checkpoint_convert.conversions.calibrated_model import write_calibrated
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
@@ -40,6 +40,10 @@ def upcycled(base: Path, folder: Path, copies: int = 2, topk: int = 2) -> Path:
     return folder / "model"
 
 
+def settings(save: Path, **dial) -> RoutingSettings:
+    return RoutingSettings(save=save, max_tokens=1000, device="cpu", **dial)
+
+
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize(
     ("architecture", "changes"),
@@ -50,7 +54,7 @@ def test_only_routers_change_and_kept_text_is_nearer_to_the_base(
 ) -> None:
     base = with_tokenizer(Path(shutil.copytree(make_model(architecture, **changes), tmp_path / "base")))
     model, save = upcycled(base, tmp_path, topk, topk), tmp_path / "calibrated"
-    actual = write_calibrated(model, base, save, KEPT, GREEK, 1000, max_distance=9, device="cpu")
+    actual = write_calibrated(model, base, KEPT, GREEK, settings(save, max_distance=9))
     old, new = tensors_of(model), tensors_of(save)
     assert old.keys() == new.keys()
     changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
@@ -74,7 +78,7 @@ def test_routers_that_are_no_better_are_not_written(base: Path, tmp_path: Path) 
     """These experts have learned nothing."""
     model = upcycled(base, tmp_path)
     with pytest.raises(UserError, match="no better than the base"):
-        write_calibrated(model, base, tmp_path / "save", KEPT, GREEK, 1000, device="cpu")
+        write_calibrated(model, base, KEPT, GREEK, settings(tmp_path / "save"))
     assert not (tmp_path / "save").exists()
 
 
@@ -101,10 +105,10 @@ def test_what_cannot_be_calibrated_is_one_sentence(base: Path, tmp_path: Path, m
         (one_copy, base, GREEK, "--original-copies 2"),
     ):
         with pytest.raises(UserError, match=message):
-            write_calibrated(model_or_not, its_base, save, KEPT, expanded, 1000, device="cpu")
+            write_calibrated(model_or_not, its_base, KEPT, expanded, settings(save))
     edit_json(model / "config.json", num_original_experts=3)
     with pytest.raises(UserError, match="1 of 3 original ones"):
-        write_calibrated(model, base, save, KEPT, GREEK, 1000, device="cpu")
+        write_calibrated(model, base, KEPT, GREEK, settings(save))
     assert not save.exists()
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in GREEK["el"]))

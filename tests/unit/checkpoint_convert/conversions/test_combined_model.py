@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert import combine as combiner
+from checkpoint_convert.common.settings import RoutingSettings
 from checkpoint_convert.conversions.combined_model import combine
 from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -43,7 +44,9 @@ def greek(base: Path, tmp_path: Path) -> Path:
 
 def combined(base: Path, experts: dict[Path, list[str]], save: Path, **options) -> RoutedModel:
     expanded = {name: EXPANDED[name] for names in experts.values() for name in names}
-    return combine(base, experts, save, KEPT, expanded, 1000, **{"device": "cpu"} | options)
+    ignore_others = options.pop("ignore_others", False)
+    settings = RoutingSettings(save=save, max_tokens=1000, device="cpu", **options)
+    return combine(base, experts, KEPT, expanded, settings, ignore_others)
 
 
 def held_out(base: Path, texts: list[str]) -> torch.Tensor:
@@ -181,7 +184,7 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
         (KEPT, {"el": ["A"]}, "el has 0 tokens"),
     ):
         with pytest.raises(UserError, match=message):
-            combine(base, {greek: ["el"]}, tmp_path / "save", kept, expanded, 1000, device="cpu")
+            combine(base, {greek: ["el"]}, kept, expanded, RoutingSettings(save=tmp_path / "save", device="cpu"))
     assert not (tmp_path / "save").exists()
 
 
@@ -226,7 +229,7 @@ def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None
         )
 
     def score(point: calibration.Point) -> tuple[float, float]:
-        return calibration._score(ends, dial.get("max_distance"), dial.get("keep"), point)
+        return calibration._score(ends, RoutingSettings(save=Path("save"), **dial), point)
 
     parts, point = calibration._search(measured, (2, 2, 2), score)
     assert point == measured(parts)

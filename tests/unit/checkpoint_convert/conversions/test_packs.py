@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert import pack as packer
+from checkpoint_convert.common.settings import TextSettings
 from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, _sums, build_model, make_pack
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.calibration import Inputs
@@ -21,20 +22,24 @@ from tests.support.experts import EXPANDED, KEPT, trained, with_tokenizer
 from tests.support.hf_models import files_of, load_stock, tensors_of
 
 
+def settings(save: Path) -> TextSettings:
+    return TextSettings(save=save, max_tokens=1000, device="cpu")
+
+
 @pytest.fixture(scope="module")
 def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, its kept sums, and packs of two languages."""
     folder = tmp_path_factory.mktemp("packs")
     base = with_tokenizer(Path(shutil.copytree(make_qwen2(), folder / "base")))
-    make_pack(base, None, folder / "kept", KEPT, 1000, device="cpu")
+    make_pack(base, None, KEPT, settings(folder / "kept"))
     for language, texts in EXPANDED.items():
         expert = trained(base, folder / f"expert-{language}", texts)
-        make_pack(base, expert, folder / language, {language: texts}, 1000, "mit", "60 steps", device="cpu")
+        make_pack(base, expert, {language: texts}, settings(folder / language), "mit", "60 steps")
     return folder
 
 
 def built(folder: Path, names: list[str], save: Path, kept: str = "kept") -> Path:
-    build_model(folder / "base", folder / kept, [folder / name for name in names], save)
+    build_model(folder / "base", folder / kept, [folder / name for name in names], settings(save))
     return save
 
 
@@ -45,7 +50,7 @@ def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Pa
     assert files_of(built(folder, ["el"], tmp_path / "again")) == files_of(one)
     assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]}
     copy = Path(shutil.copytree(folder / "el", tmp_path / "renamed"))
-    build_model(folder / "base", folder / "kept", [copy], tmp_path / "of-copy")
+    build_model(folder / "base", folder / "kept", [copy], settings(tmp_path / "of-copy"))
     assert tensors_of(tmp_path / "of-copy").keys() == tensors_of(one).keys()
 
 

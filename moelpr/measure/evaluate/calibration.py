@@ -82,7 +82,7 @@ class Subject:
 
 
 class Aim(Protocol):
-    """What routers should reach.
+    """The aim of routers: how much text, and the dial.
 
     Attributes:
         max_tokens: Tokens of each text that are used.

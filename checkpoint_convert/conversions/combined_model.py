@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from checkpoint_convert.card.front_matter import front_matter, inherited
+from checkpoint_convert.card.front_matter import front_matter, inherited, plain
 from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
@@ -34,10 +34,12 @@ from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
 from moelpr.measure.evaluate.divergence import mean_loss
 from moelpr.measure.evaluate.models import LoadedModel, open_model, require_hf
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
+from moelpr.model.families.hub import is_hub_name
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.families.tables import pieces, stacked_part, zeros
 from moelpr.model.stages import Part
 
+_HALF = torch.bfloat16, torch.float16
 _ADAPTER_FILE, _ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
 
 
@@ -202,6 +204,7 @@ def combine(
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
     settings: RoutingSettings,
+    base_model: str | None = None,
     ignore_others: bool = False,
 ) -> RoutedModel:
     """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
@@ -210,6 +213,7 @@ def combine(
         experts: Folder of a model (Hugging Face directory, checkpoint or peft adapter) → its languages.
         kept: Name → documents whose tokens should stay with the base.
         expanded: Language → documents whose tokens should go to its expert.
+        base_model: Name of the base for the model card; None for that of its folder.
         ignore_others: Whether to leave out what else an expert changed.
 
     Raises:
@@ -233,7 +237,7 @@ def combine(
                 ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored)
-    card = combined_card(base, languages_of, record.card_text())
+    card = combined_card(base, languages_of, record.card_text(), base_model)
     write_combined(opened_base, opened, rows, card, record, settings)
     return record
 
@@ -296,12 +300,13 @@ def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: b
     changed: dict[str, float] = {}
     for name in base.others:
         its = tensors.read(name)
-        before = source.read(name).to(its.dtype)  # training may have rounded it
+        before = source.read(name)
         if before.shape != its.shape:
             raise UserError(
                 f"{folder}: {name} has another shape than in {ours.folder}; pass what was trained from the base"
             )
-        if not torch.equal(before, its):
+        # Training may have rounded it, whatever the dtype in which it was written again.
+        if not any(torch.equal(before.to(dtype).to(its.dtype), its) for dtype in (its.dtype, *_HALF)):
             changed[name] = ((its.float() - before.float()).norm() / before.float().norm()).item()
     if changed and not ignore_others:
         worst = max(changed, key=lambda name: changed[name])
@@ -329,11 +334,12 @@ def _changed(model: nn.Module, expert: Expert, source: HfReader) -> Iterator[Non
         _put(model, "", source, expert.others)
 
 
-def combined_card(base: Path, experts: Mapping[str, list[str]], routers: str) -> str:
+def combined_card(base: Path, experts: Mapping[str, list[str]], routers: str, base_model: str | None = None) -> str:
     """README.md of a combined model, with a section on its routers."""
-    name = base.resolve().name
+    name = plain(base_model) or base.resolve().name
     listed = "; ".join(f"`{expert}` for {', '.join(languages)}" for expert, languages in experts.items())
     head = front_matter(
+        base_model=base_model if base_model and is_hub_name(base_model) else None,
         language=[language for languages in experts.values() for language in languages],
         **inherited(base, LICENSE_KEYS),
         library_name="transformers",

@@ -71,6 +71,7 @@ def combine(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "expert": f"{','.join(project.expanded)}={project.trained}",
         "text": [text for name, text in named.items() if name in project.expanded],
         "keep-text": [text for name, text in named.items() if name not in project.expanded],
+        "base-model": project.model_name if project.is_downloaded else None,
         "save": project.export,
     }
     yield _with_routers(step, project, flags, texts, "lora" if project.method in LORA else "export", str(project.base))

@@ -94,7 +94,10 @@ def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
 
 
 def test_the_base_combined_with_itself_is_the_base(base: Path, tmp_path: Path) -> None:
+    """Also if training in bf16 rounded what it did not train, and wrote it in fp32 again."""
     itself = Path(shutil.copytree(base, tmp_path / "itself"))
+    rounded = {name: one if ".mlp." in name else one.bfloat16().to(one) for name, one in tensors_of(base).items()}
+    save_file(rounded, itself / "model.safetensors", metadata={"format": "pt"})
     record = combined(base, {itself: ["el"]}, tmp_path / "save")
     assert_logits(stock_logits(tmp_path / "save"), base)
     assert (record.findings.result.distance, record.findings.kept) == (pytest.approx(0, abs=1e-9), 1.0)
@@ -211,10 +214,11 @@ def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path,
         assert exit_code(combiner.main, *words, *more) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "save").exists()
-    assert exit_code(combiner.main, *words, *expert) == 0
+    assert exit_code(combiner.main, *words, *expert, "--base-model", "owner/name") == 0
     printed, record = capsys.readouterr().out, RoutedModel.read(tmp_path / "save")
     assert f"kept {record.findings.kept:.1%}" in printed and "second" in printed
     card = (tmp_path / "save" / "README.md").read_text()
+    assert "base_model: owner/name\n" in card and "# owner/name with 1 more" in card
     assert "language:\n- el\n" in card and f"{record.findings.kept:.1%} of what was learned" in card
 
 

@@ -26,6 +26,7 @@ class Settings(RoutingSettings):
     # text that should stay as the base has it, in many languages and kinds; each file is a text, named like it
     keep_text: Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
     base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
+    unchecked: bool = False  # write the model also if it is no better than the base, or texts cannot be told apart
     ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs
 
 
@@ -47,7 +48,8 @@ def main(args: Settings) -> None:
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    record = combine(args.base, experts, args.read(kept), args.read(texts), args, args.base_model, args.ignore_others)
+    its = args.base_model, args.ignore_others, not args.unchecked
+    record = combine(args.base, experts, args.read(kept), args.read(texts), args, *its)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
 

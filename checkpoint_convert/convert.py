@@ -25,6 +25,7 @@ class _InitializationFlags(Flags):
     # reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling
     reinitialise: Annotated[float, {"names": ["--reinitialise", "--reinitialize"]}] = 0.0
     seed: int = 1234  # random seed
+    ffns_of: Folder | None = None  # Hugging Face directory of a dense model, whose FFNs are copied instead
 
 
 class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
@@ -42,7 +43,8 @@ def main(args: Settings) -> None:
     from checkpoint_convert.hf.hub import find_model
     from moelpr.model.families.families import read_base
 
-    start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed)
+    ffns_of = str(args.ffns_of) if args.ffns_of else None
+    start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed, ffns_of)
     layers = args.moe_layers, args.moe_every_k_layers
     if args.dense and (layers != (None, None) or args.topk or args.original_copies or start != Start(seed=args.seed)):
         raise UserError(

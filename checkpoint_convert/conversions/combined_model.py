@@ -206,6 +206,7 @@ def combine(
     settings: RoutingSettings,
     base_model: str | None = None,
     ignore_others: bool = False,
+    is_checked: bool = True,
 ) -> RoutedModel:
     """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
 
@@ -215,6 +216,7 @@ def combine(
         expanded: Language → documents whose tokens should go to its expert.
         base_model: Name of the base for the model card; None for that of its folder.
         ignore_others: Whether to leave out what else an expert changed.
+        is_checked: As `calibrate` takes it.
 
     Raises:
         UserError: An expert does not fit the base, or a text the method; `settings.save` is then unchanged.
@@ -227,7 +229,7 @@ def combine(
         model = TopOne(loaded, opened_base, opened)
         readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
         subject = Subject(model.reader(0, base), model.reader(None, settings.save), readers, model.put, places=1)
-        rows, findings, held_out = calibrate(subject, kept, expanded, settings)
+        rows, findings, held_out = calibrate(subject, kept, expanded, settings, is_checked)
         ignored = {}
         for expert, (reader, languages) in zip(opened, readers, strict=True):
             if expert.others:

@@ -29,6 +29,7 @@ class Start:
         reinitialise: Fraction of a copy's FFN dimensions to reinitialize (Drop-Upcycling, arXiv 2502.19261): gate and
             up rows and down columns of the same random dimensions are sampled from a normal distribution with the mean
             and standard deviation of the entries they replace.
+        ffns_of: Folder of a dense model whose FFNs new experts copy; None for those of the model itself.
         seed: Random seed. Each tensor has its own random stream, which depends on no other tensor.
     """
 
@@ -36,6 +37,7 @@ class Start:
     noise: float = 0.0
     reinitialise: float = 0.0
     seed: int = 1234
+    ffns_of: str | None = None
 
     def check(self) -> None:
         if not 0 <= self.noise < float("inf"):
@@ -47,11 +49,21 @@ class Start:
 
 
 def starting_tensors(
-    source: HfReader, plan: list[Piece], spec: ModelSpec, start: Start, extension: VocabularyExtension | None
+    source: HfReader,
+    ffns: HfReader,
+    plan: list[Piece],
+    spec: ModelSpec,
+    start: Start,
+    extension: VocabularyExtension | None,
 ) -> Iterator[Tensor]:
-    """The Megatron tensor of every piece in the spec's dtype; an FFN is read once for all its copies."""
+    """The Megatron tensor of every piece in the spec's dtype; an FFN is read once for all its copies.
+
+    Args:
+        source: The model.
+        ffns: The model whose FFNs new experts copy.
+    """
     dtype = getattr(torch, spec.dtype)
-    read_origin: tuple[str, ...] = ()
+    was_read: tuple[HfReader, tuple[str, ...]] = source, ()
     tensor = torch.empty(0)
     for piece in plan:
         is_new = piece.part is Part.NEW_EXPERTS
@@ -61,14 +73,15 @@ def starting_tensors(
             fresh, std = torch.empty(megatron_shape(piece, spec)[1:]), spec.megatron_args["init_method_std"]
             yield fresh.normal_(std=std, generator=_stream(start.seed, piece)).to(dtype)
         else:
-            if piece.origin != read_origin:
+            reader = ffns if is_new else source
+            if (reader, piece.origin) != was_read:
                 del tensor  # one in memory
-                parts = [source.read_finite(name) for name in piece.origin]
+                parts = [reader.read_finite(name) for name in piece.origin]
                 if extension is not None and piece.part in VOCABULARY_PARTS:
                     parts = [with_new_rows(parts.pop(), extension, spec.megatron_args["vocab_size"], dtype)]
                 tensor = cast(piece.transform.to_megatron(parts, sizes_of(spec)), dtype, piece.key)
                 del parts
-                read_origin = piece.origin
+                was_read = reader, piece.origin
             yield _changed(tensor, piece, spec, start) if is_new else tensor
 
 

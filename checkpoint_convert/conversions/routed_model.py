@@ -9,7 +9,7 @@ from torch import nn
 from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
 from moelpr.base.text_tables import table_text
-from moelpr.measure.evaluate.calibration import Findings
+from moelpr.measure.evaluate.findings import Findings
 from moelpr.measure.evaluate.models import LoadedModel
 
 

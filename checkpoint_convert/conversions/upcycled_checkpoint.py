@@ -56,7 +56,8 @@ def hf_to_mcore(
     """
     start = start or Start()
     start.check()
-    sources = [hf_path] if extended_tokenizer is None else [hf_path, extended_tokenizer]
+    ffns_of = Path(start.ffns_of or hf_path)
+    sources = [hf_path, *({ffns_of} - {hf_path}), *([] if extended_tokenizer is None else [extended_tokenizer])]
     check_output(save, sources, overwrite, SIGNS)
     family, base = read_base(hf_path)
     if experts is not None:
@@ -69,6 +70,10 @@ def hf_to_mcore(
     source = HfReader(hf_path, verify=verify)
     base_plan = list(pieces(family.table, base))
     names = check_weights(source, family, base, base_plan)
+    ffns = source
+    if ffns_of != hf_path:
+        ffns = HfReader(ffns_of, verify=verify)
+        check_weights(ffns, family, base, base_plan)
     spec = _with_found_copies(source, base_plan, base, spec)
     spec = replace(spec, dtype=dtype or common_dtype((source, name) for name in names))
     check_tokenizer(hf_path, spec.megatron_args["vocab_size"])
@@ -94,7 +99,9 @@ def hf_to_mcore(
                 keep_tokenizer(hf_path, folder / HF_FOLDER)
         recorded = recorded or Model(hf_path, hf_path.resolve().name)
         Lineage(recorded.name, asdict(start) if spec.moe else {}, revision=recorded.revision).write(folder / HF_FOLDER)
-        write_checkpoint(journal, plan, spec, lambda todo: starting_tensors(source, todo, spec, start, extension), bar)
+        write_checkpoint(
+            journal, plan, spec, lambda todo: starting_tensors(source, ffns, todo, spec, start, extension), bar
+        )
     return spec
 
 

@@ -23,6 +23,8 @@ from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
 
 _CPU_EXPERTS = 4
+# The model of a review that follows a second FFN: as many places of the new FFN as a token chooses.
+TWINS: dict[str, Any] = {"num_new_experts": 2, "topk": 2, "original_copies": 2}
 # These are in the step already; → words of their value.
 _STEP_FLAGS = {"--global-batch-size": 1, "--seq-length": 1, "--stage1-experts": 1}
 _STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
@@ -142,6 +144,8 @@ class Layouts:
         if stage == "lora":
             return StageLayout(gpus_per_node=1, memory_gib=2 * self.export_gib + 4)
         cluster, spec = self.cluster, self._spec
+        if stage == "stage2" and self._project.way == "auto":
+            spec = with_new_experts(*self._base, NewExperts(**TWINS))
         with self._named_keys(stage):
             plan = self._plan(stage, spec)
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
@@ -188,7 +192,7 @@ class Layouts:
     @cached_property
     def result(self) -> ModelSpec:
         """The finished model."""
-        return self._spec_of(self.num_new_experts) if self._project.method == "moe-lpr" else self._base[1]
+        return self._spec_of(self.num_new_experts) if self._project.has_experts else self._base[1]
 
     @property
     def _spec(self) -> ModelSpec:
@@ -208,7 +212,7 @@ class Layouts:
         if base.moe is not None and self._project.way != "moe-lpr":
             raise UserError(
                 f"{self._file.at('model')}model: {self._project.model} is an MoE, of which {self._project.way} trains "
-                "nothing; name a dense base, or set experts.topk: 2 and method: moe-lpr"
+                "nothing; name a dense base, or set method: review"
             )
         return family, base
 

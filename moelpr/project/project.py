@@ -72,9 +72,11 @@ def _without_auto(value: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_as_count, json_schema_input_type=int | str), Field(ge=1)]
 Number = Annotated[float, Field(gt=0)]
 OrAuto = BeforeValidator(_without_auto, json_schema_input_type=int | str | None)
-Method = Literal["moe-lpr", "full", "ffn", "lora"]
-# How a project trains: its method, or that of an experts.topk of 1, of all weights of the FFNs or of low-rank factors.
-Way = Literal[Method, "second-ffn", "low-rank-ffn"]
+Method = Literal["auto", "second-ffn", "review", "paper", "moe-lpr", "full", "ffn", "lora"]
+# Ways to train, by the method and the keys that change it; "moe-lpr" has stages, "auto" has them if they are needed.
+Way = Literal["auto", "second-ffn", "low-rank-ffn", "moe-lpr", "full", "ffn", "lora"]
+# Method → the keys of `experts` that it sets, unless the file does.
+PRESETS: dict[str, dict[str, int]] = {"auto": {"topk": 1}, "second-ffn": {"topk": 1}, "paper": {"new": 5, "copies": 1}}
 Flags = dict[str, bool | int | float | str | list[str | int | float]]
 
 
@@ -284,7 +286,7 @@ class Project:
     budget: Annotated[Budget, BeforeValidator(_as_tokens, json_schema_input_type=Budget | int | str)]
     """The length of stage 1, or of another method's training."""
     method: Method = "moe-lpr"
-    """The weights that train: new experts; or, to compare with, all, only the FFNs, or adapters by peft on one GPU."""
+    """What trains (default: new experts and routers, as experts, replay and languages.kept say)."""
     text_output: str | None = None
     """Folder for corpora, held-out text and a downloaded base, which several projects share (default: output)."""
     mix: Mix = field(default_factory=Mix)
@@ -327,7 +329,15 @@ class Project:
     """Settings of --on skypilot."""
 
     def __post_init__(self) -> None:
-        copies = self.experts.copies
+        copies, topk = self.experts.copies, self.experts.topk
+        if topk != 1 and self.method in ("auto", "second-ffn"):
+            raise UserError(f"method: {self.method} has experts.topk: 1, got {topk}; remove it, or set method: review")
+        if self.method in ("review", "paper") and topk == 1:
+            raise UserError(f"method: {self.method} has no experts.topk: 1; remove it, or set method: second-ffn")
+        if self.method in ("auto", "review", "paper") and self.replay is None:
+            raise UserError(f"method: {self.method} has a review, which replay: none leaves out; remove one of them")
+        if self.method == "auto" and self.experts.rank:
+            raise UserError("experts.rank requires method: second-ffn, as review has no low-rank factors; set it")
         if self.languages.kept and copies is not None and copies < self.experts.topk:
             raise UserError(
                 f"languages.kept needs as many copies of the original expert as a token chooses, {self.experts.topk}, "
@@ -344,9 +354,15 @@ class Project:
 
     @property
     def way(self) -> Way:
-        if self.method != "moe-lpr" or self.experts.topk > 1:
+        if self.method in ("auto", "full", "ffn", "lora"):
             return self.method
+        if self.experts.topk > 1:
+            return "moe-lpr"
         return "low-rank-ffn" if self.experts.rank else "second-ffn"
+
+    @property
+    def has_experts(self) -> bool:
+        return self.method not in ("full", "ffn", "lora")
 
     @property
     def folder(self) -> Path:

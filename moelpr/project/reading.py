@@ -12,6 +12,7 @@ from moelpr.project.steps.steps import STEPS
 # Keys that other methods than moe-lpr would ignore, and those of them that it ignores too if a token uses one expert.
 _FOR_EXPERTS = {"experts", "chat", ("languages", "kept")}
 _FOR_STAGES = {"replay", "vocabulary", "chat_template", ("corpora", "stage2"), ("experts", "every_k_layers")}
+_FOR_REVIEW = {"replay", ("corpora", "stage2")}  # method: auto has these, too
 
 
 def read_project(path: Path) -> ProjectFile:
@@ -66,10 +67,11 @@ def _check_method(file: ProjectFile) -> None:
     """Check that nothing is given that the method would ignore."""
     project = file.project
     has_stages, way = project.way == "moe-lpr", f"method: {project.method}"
-    ignored = set() if has_stages else {*_FOR_STAGES}
-    if project.method != "moe-lpr":
+    has_review = has_stages or project.way == "auto"
+    ignored = set() if has_stages else _FOR_STAGES - (_FOR_REVIEW if has_review else set())
+    if not project.has_experts:
         ignored |= _FOR_EXPERTS
-    elif not has_stages:
+    elif not has_stages and project.method == "moe-lpr":
         way = "experts.topk: 1, whose routers moelpr model combine finds without training"
     others = [name for name, step in STEPS.items() if project.way not in step.methods]
     for key in file.lines:
@@ -78,10 +80,11 @@ def _check_method(file: ProjectFile) -> None:
         is_ignored |= key[0] in ignored or key[:2] in ignored or (not has_stages and key[-1] == "conversations")
         if is_ignored:
             name = ".".join(map(str, key))
-            raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it")
+            other = ", or set method: review" if project.has_experts and not has_stages else ""
+            raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it{other}")
     if project.corpora and project.mix.replay:
         raise UserError(f"{file.at('mix', 'replay')}mix.replay has no effect with corpora; give them weights instead")
-    if project.corpora and has_stages and project.replay and not project.corpora.stage2:
+    if project.corpora and has_review and project.replay and not project.corpora.stage2:
         raise UserError(f"{file.at('corpora')}corpora.stage2 is missing; add the corpora of stage 2")
 
 

@@ -5,7 +5,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
+from moelpr.base import records
+from moelpr.base.records import FOREIGN
 from moelpr.data.manifest import Manifest
+from moelpr.measure.evaluate.findings import Findings
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import download
 from moelpr.project.file import HUB_NAME, ProjectFile
@@ -17,7 +22,9 @@ from moelpr.train.track.tracking import TrackedRun
 PLAN_FILE = "plan.txt"  # the expected time of a project with trackers
 # The training that has the budget, and the default recipe of each; lora has none.
 MAIN_STAGE: dict[Way, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
-MAIN_STAGE |= {"second-ffn": "ffn", "low-rank-ffn": "lora"}
+MAIN_STAGE |= {"auto": "ffn", "second-ffn": "ffn", "low-rank-ffn": "lora"}
+# A second FFN further from the base than so many nats, or with less of what was learned, is reviewed by method: auto.
+MOST_DISTANCE, LEAST_KEPT = 0.1, 0.85
 _RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}
 _RECIPES |= {"dense": "paper-dense", "ffn": "paper-dense"}
 
@@ -39,7 +46,9 @@ class ResolvedProject:
         replay: The text of stage 2; None without a stage 2.
         stages: All trainings in order.
         trained: The model that the trainings make: the finished one, or what its routers are found for.
-        export: The finished model.
+        routed: What routers in closed form do; None if they have not been found.
+        is_reviewed: Whether review follows a second FFN; None if that is not known yet.
+        models: Finished models by name, the last of them the project's.
     """
 
     def __init__(self, file: ProjectFile) -> None:
@@ -47,7 +56,13 @@ class ResolvedProject:
         self.method = self.content.way
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
-        self.export = self.trained = self.folder / "hf"
+        self.routed = _routed(self.folder / "hf")
+        self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)
+        self.models: dict[str, Path] = {self.method: self.folder / "hf"}
+        if self.method == "auto":
+            self.models = {"second-ffn": self.folder / "hf"}
+            self.models |= {"review": self.folder / "review-hf"} if self.is_reviewed else {}
+        self.trained = self.folder / "hf"
         if self.content.experts.topk == 1:
             self.trained = self.folder / "ffn-hf"
         elif self.content.languages.kept:
@@ -64,10 +79,15 @@ class ResolvedProject:
         self.blended = [*self.expanded, *(self.original if self.content.mix.replay else [])]
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
         self.main_stage = MAIN_STAGE[self.method]
-        self.replay = self.content.replay if self.method == "moe-lpr" else None
+        self.replay = self.content.replay if self.method in ("moe-lpr", "auto") else None
         self.stages = [*(["stage0"] if self.content.vocabulary else []), self.main_stage]
         self.stages += ["stage2"] if self.replay else []
         self.stages += ["sft"] if self.conversations else []
+
+    @property
+    def export(self) -> Path:
+        """The finished model."""
+        return [*self.models.values()][-1]
 
     def config_folder(self) -> Path:
         """The folder with config.json of the base: before a model of the Hub is downloaded, in the Hub's cache.
@@ -141,3 +161,20 @@ class ResolvedProject:
         """The tasks that make held-out text."""
         codes = [] if self.content.corpora else [code for code, one in self.languages.items() if not one.held_out]
         return tuple(f"preprocess-{code}" for code in codes)
+
+
+@dataclass(frozen=True, config=FOREIGN)
+class _Calibration:
+    findings: Findings
+
+
+def _routed(folder: Path) -> Findings | None:
+    path = folder / "calibration.json"
+    return records.read(_Calibration, path, "remove it").findings if path.is_file() else None
+
+
+def _is_enough(routed: Findings) -> bool:
+    """Whether a second FFN is near enough to the base, keeps enough, and is better than the base."""
+    result = routed.result
+    is_better = result.distance + result.loss < routed.base.loss
+    return is_better and result.distance <= MOST_DISTANCE and routed.kept >= LEAST_KEPT

@@ -68,8 +68,12 @@ def run(
             return SUBMIT[on](workflow, getattr(file.project, on), file.path, render_only=render_only)
         slurm.Chain(workflow, file.project.slurm, file.path).refuse_active()
         workflow.check_machine()
+        if project.method == "auto":  # its routers decide what follows
+            names = [*workflow.tasks]
+            workflow.run(workflow.tasks[name] for name in names[: names.index("combine") + 1])
+            workflow = workflow_of(ResolvedProject(file), redo)
         workflow.run()
-    print(verdict(project))
+    print(verdict(ResolvedProject(file)))
 
 
 SUBMIT: dict[str, Callable[..., None]] = {

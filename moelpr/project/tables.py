@@ -12,7 +12,7 @@ from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
 from moelpr.plan.stage_plan import parameters
 from moelpr.project.budget import shares, tokens_or_estimates, total_tokens
-from moelpr.project.resolved import ResolvedProject
+from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
 from moelpr.project.verdict import verdict
@@ -24,18 +24,23 @@ def plan(project: ResolvedProject) -> str:
     """List the steps and their needs, and the languages and how often their text is read."""
     tasks = tasks_of(project)
     outlooks = Workflow(project.folder, tasks).outlook()
-    rows = [[outlook.task.name, outlook.state, *_needs(project, outlook.task)] for outlook in outlooks]
+    rows = [[outlook.task.name, _state(outlook), *_needs(project, outlook.task)] for outlook in outlooks]
     head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
     parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
-    parts += [_experts(project)] if project.content.method == "moe-lpr" else []
+    parts += [_experts(project)] if project.content.has_experts else []
     if not project.content.corpora:
         parts.append(_languages(project))
-    left = [outlook.task for outlook in outlooks if outlook.state != "done"]
+    left = [outlook.task for outlook in outlooks if outlook.state != "done" and not outlook.task.is_spare]
     disk, remote = sum(task.disk_gib for task in left), {uri: of for task in left for uri, of in task.versions.items()}
     copies = sum(int(of.split()[0]) for of in remote.values())
     place = f", and {format_bytes(copies)} in the cache of Hugging Face (HF_HOME)" if copies else ""
     time = _sum_of([task.minutes for task in left])
     parts.append(f"Left: about {time}, {format_bytes(disk * GIB)} of disk in {project.folder}{place}.")
+    if any(outlook.task.is_spare for outlook in outlooks):
+        parts.append(
+            f"Steps with ? follow only if the second FFN is more than {MOST_DISTANCE} nats per token from the base, "
+            f"or keeps less than {LEAST_KEPT:.0%} of what it has learned; they are not in these sums."
+        )
     if project.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
@@ -51,12 +56,16 @@ def status(project: ResolvedProject) -> str:
             rows.append([outlook.task.name, outlook.state, "", duration(took[outlook.task.name] / 60)])
             continue
         progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
-        left.append(minutes)
-        rows.append([outlook.task.name, outlook.state, progress, duration(minutes)])
+        left += [] if outlook.task.is_spare else [minutes]
+        rows.append([outlook.task.name, _state(outlook), progress, duration(minutes)])
     done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
     end = verdict(project) if not left else f"\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
     return f"{table}\n{end}"
+
+
+def _state(outlook: Outlook) -> str:
+    return f"{outlook.state}?" if outlook.task.is_spare else outlook.state
 
 
 def changes(outlooks: Iterable[Outlook]) -> str:
@@ -123,7 +132,7 @@ def _experts(project: ResolvedProject) -> str:
         lines.append(f"The model: {total} parameters, {active} active per token")
         others = [(f"Stage 1 with N = {other}", its) for other, its in layouts.other_numbers()] if is_routed else []
         for spec, its in layouts.of_one_choice() if is_routed else ():
-            others.append((f"With topk: 1, {format_count(parameters(spec)[0])} parameters, stage ffn", its))
+            others.append((f"With method: auto, {format_count(parameters(spec)[0])} parameters, stage ffn", its))
         for what, its in others:
             cost = its.cost(int(expected_tokens(project, "stage1") or 1))
             time = f"{duration(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""

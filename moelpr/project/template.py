@@ -25,24 +25,27 @@ languages:
   # Other languages, code and dialogues, a file each: nothing is trained on them, the original expert goes on with them.
   # kept: other/*.jsonl
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
-# With conversations in some, an original one too, a chat stage follows:  en: {{text: …, conversations: en-chat.jsonl}}
 
-# The budget of stage 1: tokens, hours (on GPUs whose speed is predicted) or epochs.
+# auto: one new FFN per layer, which trains as a dense model's; a token uses it or the base's, so it costs no more.
+# Routers are found without training; if they are not good enough, a review trains others.
+# Or review (both stages of MoE-LPR), second-ffn, paper; to compare with, full, ffn and lora.
+method: auto
+
+# The budget of the training: tokens, hours (on GPUs whose speed is predicted) or epochs.
 budget: {{epochs: 1}}
 # How the new languages share it: by their size to this power (0: equally), or by a weight for each.
 mix: {{temperature: 0.3}}
-# Stage 2 trains only the routers, on so many documents of each language.
-# Or none, with text under kept: stage 1 then trains new experts only, and calibrated routers replace stage 2.
+# A review trains only routers, on so many documents of each language.
 replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
 
-# New experts per layer (auto: the most that fit, up to 8), and how many a token chooses.
-# Or {{topk: 1}}, without replay: one new FFN that trains as a dense model's; routers are found, a token costs no more.
-experts: {{new: auto, topk: 2}}
 # auto: this machine; or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
 hardware: auto
 
-# method: full   # or ffn, lora: train something else, to compare with; text_output: FOLDER shares text between files
+# With method: review:
+# experts: {{new: auto, topk: 2}}            # per layer (auto: the most that fit, up to 8); how many a token chooses
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
+# languages with conversations, for a chat stage:  en: {{text: …, conversations: en-chat.jsonl}}
+
 # chat: {chat}   # its difference from the base makes the result chat
 # benchmarks: {{limit: 200}}
 # trackers: {{wandb_project: moelpr}}         # or mlflow_experiment, or both
@@ -50,7 +53,7 @@ hardware: auto
 # Any flag of a step, as its command takes it (moelpr train stage1 --help):
 # steps:
 #   preprocess: {{workers: 16}}
-#   stage1: {{lr: 5.0e-5, save-interval: 500}}
+#   ffn: {{lr: 5.0e-5, save-interval: 500}}
 """
 
 

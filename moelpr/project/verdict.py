@@ -43,7 +43,7 @@ def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterat
         yield f"{_names(unlearned)}: not clearly learned; add text, or raise the budget."
     if lost:
         remedy = "raise replay.original_documents" if project.replay else "add such text under languages.kept"
-        remedy = remedy if project.content.method == "moe-lpr" else "raise mix.replay"
+        remedy = remedy if project.content.has_experts else "raise mix.replay"
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
     if not unlearned and not lost:
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."

@@ -26,13 +26,12 @@ from statistics import NormalDist
 from typing import Any, Protocol
 
 import torch
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from moelpr.base.errors import UserError
-from moelpr.base.records import STRICT
 from moelpr.measure.evaluate.divergence import distance, mean_loss
+from moelpr.measure.evaluate.findings import Findings, Point, TextResult
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
 
@@ -95,63 +94,6 @@ class Aim(Protocol):
     keep: float | None
 
 
-@pydantic_dataclass(frozen=True, config=STRICT)
-class Point:
-    """The distance that routers keep, and the loss that they learn.
-
-    Attributes:
-        distance: KL(base‖model) on held-out text to keep, in nats per token, as mean over texts.
-        loss: Loss of held-out expanded text in nats per token, as mean over languages.
-    """
-
-    distance: float
-    loss: float
-
-
-@pydantic_dataclass(frozen=True, config=STRICT)
-class TextResult:
-    """A held-out text with the routers that were found.
-
-    Attributes:
-        shares: Fraction of the tokens of all layers whose first choice is the base's FFN, then each new expert.
-        all_original: Fraction of the tokens whose choices are the base's FFN in all layers.
-        distance: KL(base‖model) in nats per token; null for expanded text.
-        losses: Loss by the base, by what was learned, and with these routers, in nats per token; null for text to keep.
-    """
-
-    shares: list[float]
-    all_original: float
-    distance: float | None = None
-    losses: tuple[float, float, float] | None = None
-
-
-@pydantic_dataclass(frozen=True, config=STRICT)
-class Findings:
-    """The routers of a model on held-out text.
-
-    Attributes:
-        base: The base itself.
-        learned: What was learned, without these routers.
-        result: With these routers.
-        kept: Share of what was learned that is left.
-        tried: The best point of each round.
-        shares: Of each third of the layers, the share of the tokens of text to keep that stays.
-        texts: Each held-out text with these routers.
-        max_distance: The most distance that was allowed; null if it was not given.
-        keep: The least share of what was learned that was asked for; null if it was not given.
-    """
-
-    base: Point
-    learned: Point
-    result: Point
-    kept: float
-    tried: list[Point]
-    shares: list[float]
-    texts: dict[str, TextResult]
-    max_distance: float | None
-    keep: float | None
-
-
 class Inputs:
     """The inputs of routers: sums for the regression, and held-out rows as they are."""
 
@@ -207,12 +149,14 @@ def calibrate(
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
     aim: Aim,
+    is_checked: bool = True,
 ) -> tuple[Rows, Findings, Pieces]:
     """Find the routers of a model; returns them, what they do, and the held-out part of each text.
 
     Args:
         kept: Name → documents whose tokens should stay with the base's FFN.
         expanded: Language → documents whose tokens should go to what was learned.
+        is_checked: Whether routers that are of no use, and texts that cannot be told apart, are an error.
 
     Raises:
         UserError: A text does not suit, texts cannot be told apart, or no routers do what is asked.
@@ -255,13 +199,14 @@ def calibrate(
                 read_inputs(subject.routed, {name: expanded[name] for name in names}, aim.max_tokens, with_start=False)
                 for _, names in subject.experts
             ]
-        if number == 1:
+        if number == 1 and is_checked:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
         parts, point = _search(partial(measured, choices), parts, score)
         tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
     point, rows, shares = min(tried, key=lambda one: score(one[0]))
-    _check_result(*ends, point, aim, is_trained=subject.new_rows is not None)
+    if is_checked:
+        _check_result(*ends, point, aim, is_trained=subject.new_rows is not None)
     subject.put(rows)
     results: dict[str, TextResult] = {}
     of_texts, of_languages = distances(subject.routed.model), losses(subject.routed.model)

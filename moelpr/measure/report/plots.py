@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from moelpr.measure.report.labels import label_points
 from moelpr.measure.report.numbers import Interval, finite_mean, percent
+from moelpr.measure.report.runs import Curve
 from moelpr.measure.report.svg import INK, MUTED, PAGE, SERIES, TIP, new_axes, styled, to_svg, width_of, write_label
 
 Array = NDArray[np.float64]
@@ -31,15 +32,6 @@ _MARKERS = "os^DXvP*"
 _PER_ROW = 3  # heat maps in one line
 _CELL_INK = ("#20262d", "#fefefe")  # on a light and on a dark cell; unlike INK and PAGE the same on a dark page
 _OUTLINE = "#c2410c"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a chart."""
-
-    name: str
-    x: Sequence[float]  # training steps, ascending
-    y: Sequence[float]  # one finite number per step
 
 
 @dataclass(frozen=True)

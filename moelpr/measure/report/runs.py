@@ -11,13 +11,21 @@ from typing import Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, read_command, read_settings, read_versions
-from moelpr.measure.report.plots import Curve
 from moelpr.model.metrics.run_metrics import RunMetrics, Step, mean_of, read_run_metrics
 from moelpr.model.metrics.schema import PEAK_MEMORY_GIB, STEP_TIME_S, TOKENS_PER_S
 from moelpr.model.model_spec import ModelSpec
 
 ENDS = 50  # first and last steps of a run whose values per layer are kept
 _STALE_S = 600.0  # a run that wrote nothing for this long, and for 20 of its steps, has stopped
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a chart."""
+
+    name: str
+    x: Sequence[float]  # training steps, ascending
+    y: Sequence[float]  # one finite number per step
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from moelpr.base.languages import is_code
 from moelpr.data.text.remote import is_remote
 from moelpr.project.file import local_files, versions
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.step import LORA, METHODS, MOE_LPR, SECOND_FFN, Step, has_model, step
+from moelpr.project.steps.step import AUTO, LORA, METHODS, MOE_LPR, SECOND_FFN, Step, has_model, step
 from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
@@ -18,20 +18,30 @@ _CONTINUATION_TOKENS = 40
 @step("export", "model export", reserved="load save chat-template-from overwrite", methods=METHODS - LORA)
 def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Write the result of the trainings as a Hugging Face model."""
-    before = project.stages[-1]
+    before = project.main_stage if project.method == "auto" else project.stages[-1]
+    yield _exported(step, project, before, project.trained)
+
+
+@step("review", "model export", reserved="load save chat-template-from overwrite", methods=AUTO)
+def review(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Write base and second FFN, with the routers that stage 2 has trained, as a Hugging Face model."""
+    yield _exported(step, project, "stage2", project.folder / "review-hf")
+
+
+def _exported(step: Step, project: ResolvedProject, before: str, save: Path) -> Task:
     flags: dict[str, Any] = {
         "load": project.folder / before,
-        "save": project.trained,
+        "save": save,
         "chat-template-from": project.content.chat_template,
         "base-model": project.model_name if project.is_downloaded else None,
         "overwrite": True,
     }
     fields: dict[str, Any] = {
-        "is_complete": partial(has_model, project.trained),
-        "is_result": project.trained == project.export,
+        "is_complete": partial(has_model, save),
+        "is_result": save in project.models.values(),
         "disk_gib": project.layouts.export_gib,
     }
-    yield step.task(project, flags, made_from=(before,), **fields)
+    return step.task(project, flags, made_from=(before,), **fields)
 
 
 @step(
@@ -59,7 +69,7 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
 @step(
     "combine",
     "model combine",
-    reserved="expert text keep-text save overwrite",
+    reserved="expert text keep-text save unchecked overwrite",
     speed="device",
     methods=SECOND_FFN,
 )
@@ -72,7 +82,8 @@ def combine(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "text": [text for name, text in named.items() if name in project.expanded],
         "keep-text": [text for name, text in named.items() if name not in project.expanded],
         "base-model": project.model_name if project.is_downloaded else None,
-        "save": project.export,
+        "save": project.folder / "hf",
+        "unchecked": project.method == "auto" or None,
     }
     yield _with_routers(step, project, flags, texts, "lora" if project.method in LORA else "export", str(project.base))
 
@@ -95,7 +106,7 @@ def _with_routers(
         made_from=(made_from, *project.base_task),
         files=tuple(path for text in texts.values() for path in local_files([text])),
         versions=versions(*texts.values()),
-        is_complete=lambda: has_model(project.export),
+        is_complete=lambda: has_model(flags["save"]),
         disk_gib=project.layouts.export_gib,
         **_cost(project),
     )
@@ -117,7 +128,7 @@ def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
     yield step.task(
         project,
         flags,
-        made_from=(_last_model_step(project), *project.base_task),
+        made_from=(*_model_steps(project), *project.base_task),
         files=(Path(project.content.chat),) if Path(project.content.chat).is_dir() else (),
         is_complete=lambda: has_model(save),
         disk_gib=project.layouts.export_gib,
@@ -153,7 +164,7 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         project,
         flags | more,
         repeated=("model", "data"),
-        made_from=(_last_model_step(project), *project.base_task, *project.held_out_tasks),
+        made_from=(*_model_steps(project), *project.base_task, *project.held_out_tasks),
         files=tuple(Path(path) for path in given if not is_remote(path)),
         versions=versions(*filter(is_remote, given)),
         is_complete=_results(project)[step.name].is_file,
@@ -178,7 +189,7 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
         project,
         flags,
         repeated=("model",),
-        made_from=(_last_model_step(project), *project.base_task),
+        made_from=(*_model_steps(project), *project.base_task),
         files=(Path(chosen.tasks),) if chosen.tasks else (),
         is_complete=_results(project)[step.name].is_file,
         **_cost(project),
@@ -191,11 +202,11 @@ def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
     results = {name: path for name, path in _results(project).items() if name != "routing"}
     flags: dict[str, Any] = {
         "results": [*results.values()],
-        "evaluated": project.method,
+        "evaluated": [*project.models][-1],
         "languages": ",".join(filter(is_code, project.languages)),
     }
     is_complete = partial(_has_results, project.export / "README.md")
-    made_from = (_last_model_step(project), *results)
+    made_from = (*_model_steps(project), *results)
     yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=is_complete)
 
 
@@ -230,11 +241,11 @@ def _has_results(card: Path) -> bool:
     return card.is_file() and "\nmodel-index:" in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _last_model_step(project: ResolvedProject) -> str:
-    """The step that writes the finished model."""
+def _model_steps(project: ResolvedProject) -> list[str]:
+    """The steps that write finished models."""
     if project.method in SECOND_FFN:
-        return "combine"
-    return "calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"
+        return ["combine", "review"] if project.method == "auto" else ["combine"]
+    return ["calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"]
 
 
 def evaluation_folder(project: ResolvedProject) -> Path:
@@ -250,11 +261,12 @@ def _results(project: ResolvedProject) -> dict[str, Path]:
 
 
 def _models(project: ResolvedProject) -> list[str]:
-    return [f"base={project.base}", f"{project.method}={project.export}"]
+    return [f"base={project.base}", *(f"{name}={folder}" for name, folder in project.models.items())]
 
 
 def _runs(project: ResolvedProject) -> list[str]:
-    return [str(project.folder / stage) for stage in project.stages]
+    is_unused = project.method == "auto" and not project.is_reviewed
+    return [str(project.folder / stage) for stage in project.stages if stage != "stage2" or not is_unused]
 
 
 def _cost(project: ResolvedProject) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A step of a project as one object: its command, the flags that a user may set, and its tasks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from moelpr.train.arguments.recipes import recipe_argv
 Flags = Mapping[str, Any]
 METHODS = frozenset(MAIN_STAGE)
 MOE_LPR: frozenset[Way] = frozenset(("moe-lpr",))
-SECOND_FFN: frozenset[Way] = frozenset(("second-ffn", "low-rank-ffn"))
+AUTO: frozenset[Way] = frozenset(("auto",))
+SECOND_FFN: frozenset[Way] = frozenset(("auto", "second-ffn", "low-rank-ffn"))
 LORA: frozenset[Way] = frozenset(("lora", "low-rank-ffn"))
 
 
 # The steps whose output a project is for.
-_RESULTS = "lora export calibrate combine graft evaluate routing benchmarks card report".split()
+_RESULTS = "lora export calibrate combine review graft evaluate routing benchmarks card report".split()
+# The steps of method: auto that do nothing if the second FFN is good enough, in order, after the step that tells.
+REVIEW, _JUDGE = ("replay", "twins", "stage2", "review"), "combine"
 
 
 def has_model(folder: Path) -> bool:
@@ -54,7 +57,13 @@ class Step:
 
     def tasks(self, project: ResolvedProject) -> list[Task]:
         """The tasks of this step in a project."""
-        return [*self.make(self, project)] if project.method in self.methods else []
+        tasks = [*self.make(self, project)] if project.method in self.methods else []
+        if project.method != "auto" or self.name not in REVIEW:
+            return tasks
+        if project.is_reviewed is False:
+            return [Task(name=task.name, command=["-c", "pass"], decided_by=(_JUDGE,)) for task in tasks]
+        is_spare = project.is_reviewed is None
+        return [replace(task, decided_by=(*task.decided_by, _JUDGE), is_spare=is_spare) for task in tasks]
 
     def task(
         self,

@@ -8,7 +8,7 @@ from moelpr.base.tools import COMMANDS, DEFAULTS
 from moelpr.project.file import ProjectFile
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps import results, text, training
-from moelpr.project.steps.step import Step
+from moelpr.project.steps.step import REVIEW, Step
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from moelpr.train.arguments.flags import own_arguments
@@ -17,14 +17,28 @@ from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
 _STEPS = [text.download, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
-_STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.combine, results.graft]
-_STEPS += [results.evaluate, results.routing, results.benchmarks, results.card, results.report, results.track]
+_STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.combine]
+_STEPS += [
+    training.twins,
+    results.review,
+    results.graft,
+    results.evaluate,
+    results.routing,
+    results.benchmarks,
+    results.card,
+    results.report,
+    results.track,
+]
 STEPS: dict[str, Step] = {step.name: step for step in _STEPS}
 
 
 def tasks_of(project: ResolvedProject) -> list[Task]:
     """All tasks, in an order in which they can run."""
-    return [task for step in STEPS.values() for task in step.tasks(project)]
+    names = [*STEPS]
+    if project.method == "auto":
+        names = [name for name in names if name not in REVIEW]
+        names[names.index("combine") + 1 : 0] = REVIEW
+    return [task for name in names for task in STEPS[name].tasks(project)]
 
 
 def workflow_of(project: ResolvedProject, redo: str | None = None) -> Workflow:

@@ -9,7 +9,7 @@ from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import local_files, text_bytes, versions
 from moelpr.project.project import Replay
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import MOE_LPR, Step, step
+from moelpr.project.steps.step import AUTO, MOE_LPR, Step, step
 from moelpr.project.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -155,7 +155,7 @@ def _tokenize(
     )
 
 
-@step("replay", "data sample", reserved="input output-prefix overwrite", methods=MOE_LPR)
+@step("replay", "data sample", reserved="input output-prefix overwrite", methods=MOE_LPR | AUTO)
 def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Sample the text of stage 2 from the corpora of all languages."""
     if project.replay is None or project.content.corpora:

@@ -10,9 +10,10 @@ from moelpr.base.run_folder import FINISHED_FILE
 from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.project.budget import LENGTH_FLAGS, estimated_tokens, shares, tokens_of, total_tokens
+from moelpr.project.layout import TWINS
 from moelpr.project.project import Way
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import LORA, METHODS, Step, has_model, step
+from moelpr.project.steps.step import AUTO, LORA, METHODS, Step, has_model, step
 from moelpr.project.workflow.task import Task
 from moelpr.train.arguments.recipes import find_recipe, recipe_argv
 
@@ -52,6 +53,25 @@ def convert(step: Step, project: ResolvedProject) -> Iterator[Task]:
         is_complete=(save / SPEC_FILE).is_file,
         disk_gib=project.layouts.export_gib,
     )
+
+
+@step("twins", "model convert", reserved="hf-path save ffns-of num-new-experts topk overwrite", methods=AUTO)
+def twins(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Put base and second FFN together so that routers can train: both have as many places as a token chooses."""
+    save = project.folder / step.name
+    flags: dict[str, Any] = {"hf-path": project.base, "save": save, "ffns-of": project.trained, **_flags_of(TWINS)}
+    yield step.task(
+        project,
+        flags | {"overwrite": True},
+        made_from=("export", *project.base_task),
+        files=() if project.is_downloaded else (project.base,),
+        is_complete=(save / SPEC_FILE).is_file,
+        disk_gib=2 * project.layouts.export_gib,
+    )
+
+
+def _flags_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in settings.items()}
 
 
 def _converted(project: ResolvedProject) -> Path:
@@ -101,8 +121,8 @@ def _train(step: Step, project: ResolvedProject) -> Iterator[Task]:
     )
 
 
-STAGES = [_stage(name, "moe-lpr") for name in ("stage0", "stage1", "stage2", "sft")]
-STAGES += [_stage("dense", "full"), _stage("ffn", "ffn", "second-ffn")]
+STAGES = [_stage("stage0", "moe-lpr"), _stage("stage1", "moe-lpr"), _stage("stage2", "moe-lpr", "auto")]
+STAGES += [_stage("sft", "moe-lpr"), _stage("dense", "full"), _stage("ffn", "ffn", "auto", "second-ffn")]
 
 
 @step(
@@ -161,7 +181,7 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
         "nproc-per-node": layout.gpus_per_node,
         "gpu": next(name for name, gpu in GPUS.items() if gpu == cluster.gpu),
         "hf-path": project.config_folder(),
-        **_experts(project),
+        **(_flags_of(TWINS) if name == "stage2" and project.method == "auto" else _experts(project)),
         "num-new-tokens": project.content.vocabulary and project.content.vocabulary.new_tokens,
     }
     stage = next(stage for stage in STAGES if stage.name == name)
@@ -171,6 +191,8 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
 
 def _before(project: ResolvedProject, stage: str) -> str:
     """The task from whose output a stage starts."""
+    if project.method == "auto" and stage == "stage2":
+        return "twins"
     return ["convert", *project.stages][project.stages.index(stage)]
 
 

@@ -39,6 +39,7 @@ class Task:
         nodes: Number of nodes, on each of which the command is started.
         gpus_per_node: Number of GPUs that it uses on each node.
         cpus: Number of CPUs that it can use.
+        is_spare: Whether results that are not there yet decide if there is anything to do.
         corpora: Prefixes of corpora that it writes; jobs of a cluster can write them in shards (`--num-shards`).
     """
 
@@ -61,6 +62,7 @@ class Task:
     nodes: int = 1
     gpus_per_node: int = 0
     cpus: int = 1
+    is_spare: bool = False
     corpora: tuple[Path, ...] = ()
 
     @property

@@ -58,7 +58,7 @@ def test_the_plan_says_what_the_model_becomes_and_what_another_number_of_experts
     ffn = 32 * 3 * 4096 * 14336
     assert "N = 2 (auto) in each of 32 layers, K = 2, copies of the original expert: 2.\n" in printed
     assert f"{(8_030_261_248 + 3 * ffn) / 1e9:.1f}B parameters, {(8_030_261_248 + ffn) / 1e9:.1f}B active" in printed
-    assert f"With topk: 1, {(8_030_261_248 + ffn) / 1e9:.1f}B parameters, stage ffn: " in printed
+    assert f"With method: auto, {(8_030_261_248 + ffn) / 1e9:.1f}B parameters, stage ffn: " in printed
     assert "warning: N = 2 is less than the number of expanded languages, 3" in printed
     other = tables.plan(places(write, experts={"new": 1}, **settings))
     [actual] = re.findall(r"^Stage 1 with N = 1: (.*), ([\d,]+) GPU hours, ([\d.]+) GiB", printed, re.MULTILINE)

@@ -29,6 +29,21 @@ def test_a_file_with_the_fewest_keys_has_defaults(write: Write) -> None:
     assert read_project(write(experts={"new": "auto"})).project.experts.new is None
 
 
+@pytest.mark.parametrize(
+    ("method", "experts", "expected"),
+    [
+        ("auto", "auto", (1, None, None)),
+        ("second-ffn", None, (1, None, None)),
+        ("paper", None, (2, 5, 1)),
+        ("paper", {"new": 3}, (2, 3, 1)),
+        ("review", {"copies": 1}, (2, None, 1)),
+    ],
+)
+def test_a_method_sets_experts_unless_the_file_does(write: Write, method, experts, expected) -> None:
+    chosen = read_project(write(method=method, experts=experts)).project.experts
+    assert (chosen.topk, chosen.new, chosen.copies) == expected
+
+
 def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
     Path("other").mkdir()
     for name in ("code.jsonl", "pl.jsonl.gz"):
@@ -103,6 +118,13 @@ def languages(**groups: Any) -> dict[str, Any]:
         (ONE_CHOICE | {"vocabulary": {"new_tokens": 9}}, r"line \d+: vocabulary does not apply to experts.topk: 1"),
         (ONE_CHOICE | {"steps": {"stage2": {"lr": 1}}}, r"line \d+: steps.stage2 does not apply to experts.topk: 1"),
         ({"experts": {"topk": 1, "every_k_layers": 2}}, r"line \d+: experts.every_k_layers does not apply"),
+        ({"method": "auto", "experts": {"topk": 2}}, "method: auto has experts.topk: 1, got 2; .* method: review"),
+        ({"method": "auto", "experts": None, "replay": "none", "languages": KEPT}, "method: auto has a review"),
+        ({"method": "auto", "experts": {"rank": 8}}, "experts.rank requires method: second-ffn"),
+        ({"method": "auto", "experts": "auto", "vocabulary": {"new_tokens": 9}}, "vocabulary .* set method: review"),
+        ({"method": "second-ffn", "experts": None, "replay": {"epochs": 2}}, "replay .* method: second-ffn"),
+        ({"method": "review", "experts": {"topk": 1}}, "method: review has no experts.topk: 1"),
+        (CORPORA | {"method": "auto", "experts": None, "corpora": {"stage1": "a"}}, "corpora.stage2 is missing"),
         (DENSE | {"method": "lora", "steps": {"export": {"gguf": True}}}, r"line \d+: steps.export .* method: lora"),
     ],
 )

@@ -189,6 +189,9 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
         with pytest.raises(UserError, match=message):
             combine(base, {greek: ["el"]}, kept, expanded, RoutingSettings(save=tmp_path / "save", device="cpu"))
     assert not (tmp_path / "save").exists()
+    mixed, settings = KEPT | {"greek": documents("A", seed=1)}, RoutingSettings(save=tmp_path / "save", device="cpu")
+    record = combine(base, {greek: ["el"]}, mixed, GREEK, settings, is_checked=False)
+    assert record.findings.texts["greek"].distance > record.findings.texts["first"].distance
 
 
 def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path, exit_code, capsys) -> None:

@@ -1,6 +1,7 @@
 """How a model is upcycled: copies, noise, reinitialization, random experts, and another round on an MoE."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def test_nothing_but_new_experts_is_changed(qwen2: Path, tmp_path: Path) -> None
             assert same == (piece.part is not {"seed": Part.ROUTER}.get(name, Part.NEW_EXPERTS)), (name, piece)
     up = [MegatronReader(tmp_path / "random").read(f"{MLP}experts.{number}.up_proj.weight") for number in (1, 2)]
     assert not torch.equal(*up) and up[0].std().item() == pytest.approx(0.02, rel=0.1)  # Qwen2's initializer_range
+
+
+def test_new_experts_may_be_copies_of_another_models_ffns(qwen2: Path, tmp_path: Path) -> None:
+    trained = Path(shutil.copytree(qwen2, tmp_path / "trained"))
+    edit_tensors(trained, lambda tensors: [tensor.mul_(1.5) for name, tensor in tensors.items() if ".mlp." in name])
+    model = upcycled(qwen2, tmp_path / "out", Start(ffns_of=str(trained)))
+    assert all(torch.equal(tensor, 1.5 * expert(model, 0)[name]) for name, tensor in expert(model, 3).items())
+    edit_tensors(trained, lambda tensors: tensors.pop(f"{MLP}up_proj.weight"))
+    with pytest.raises(UserError, match="up_proj"):
+        upcycled(qwen2, tmp_path / "refused", Start(ffns_of=str(trained)))
 
 
 def test_noise_is_a_fraction_of_the_weights_standard_deviation(qwen2: Path, tmp_path: Path) -> None:

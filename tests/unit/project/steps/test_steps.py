@@ -1,13 +1,17 @@
 """The steps of a project: their commands, what they are made from, and what an edit of the file redoes."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moelpr.base.errors import UserError
+from moelpr.measure.evaluate.findings import Findings, Point
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from moelpr.project.running import run
 from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
@@ -20,6 +24,7 @@ EXPECTED = (
     "preprocess-el preprocess-hu preprocess-en replay convert stage1 stage2 export evaluate routing card report".split()
 )
 FULL, FFN, LORA = ({"method": method, "experts": None} for method in ("full", "ffn", "lora"))
+AUTO = {"method": "auto", "experts": None}
 SECOND_FFN, LOW_RANK = {"experts": {"topk": 1}}, {"experts": {"new": 1, "topk": 1, "rank": 8}}
 GPUS = {"gpu": "h100-80", "gpus": 16}
 KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "en.jsonl"}}
@@ -69,6 +74,8 @@ def write_manifests(**tokens: int) -> None:
         (SECOND_FFN | {"chat": "a/b"}, "ffn combine graft", "replay stage1 stage2"),
         (SECOND_FFN | {"languages": KEPT}, "ffn combine", "preprocess-hu replay stage1 stage2"),
         (LOW_RANK, "lora combine", "replay convert stage1 stage2 export"),
+        (AUTO, "ffn combine twins review", "stage1"),
+        ({"method": "paper"}, "", ""),
     ],
 )
 def test_a_project_has_the_steps_that_its_file_asks_for(write: Write, changes: dict, more: str, less: str) -> None:
@@ -183,6 +190,54 @@ def test_a_downloaded_base_has_no_pickles_and_no_code(write: Write) -> None:
     words = tasks(write(model="Qwen/Qwen3-8B-Base@main"))["download"].words()
     assert words[2:6] == ["download", "Qwen/Qwen3-8B-Base", "--local-dir", "out/base"]
     assert words[-2:] == ["--revision", "main"] and "*.bin" not in words and "*.py" not in words
+
+
+def found(distance: float, kept: float) -> None:
+    """Write what the routers of a second FFN do."""
+    ends = {"base": Point(0, 3.0), "learned": Point(0.5, 2.0), "result": Point(distance, 3.0 - kept)}
+    routers = {"tried": [], "shares": [], "texts": {}, "max_distance": None, "keep": None}
+    Path("out/hf").mkdir(parents=True, exist_ok=True)
+    findings = Findings(**ends, kept=kept, **routers)
+    Path("out/hf/calibration.json").write_text(json.dumps({"findings": asdict(findings)}))
+
+
+def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    spare = ["replay", "twins", "stage2", "review"]
+    path = write(**AUTO)
+    write_manifests()
+    actual = tasks(path)
+    assert [name for name, task in actual.items() if task.is_spare] == spare
+    assert "--num-new-experts 2 --topk 2" in " ".join(actual["twins"].words())
+    assert value(actual["twins"], "--ffns-of") == "out/ffn-hf" and "--unchecked" in actual["combine"].words()
+    assert value(actual["stage2"], "--pretrained-checkpoint") == "out/twins"
+    for distance, kept in ((0.2, 0.9), (0.01, 0.8), (0.09, 0.05)):
+        found(distance, kept)
+        actual = tasks(path)
+        assert value(actual["review"], "--load") == "out/stage2" and not actual["review"].is_spare
+        assert value(actual["card"], "--evaluated") == "review" and "out/stage2" in actual["report"].words()
+        assert " ".join(actual["evaluate"].words()).count("--model") == 3
+    found(0.09, 0.9)
+    actual = tasks(path)
+    assert all(actual[name].words() == ["-c", "pass"] and not actual[name].gpus_per_node for name in spare)
+    assert "out/stage2" not in actual["report"].words() and actual["card"].words()[3] == "out/hf"
+
+
+def test_a_run_looks_at_the_routers_before_it_goes_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def execute(words: list[str], *_: object, **__: object) -> int:
+        ran.append(words)
+        if "combine" in words:
+            found(0.2, 0.9)
+        return 0
+
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)
+    monkeypatch.setattr("moelpr.project.running.workflow_of", lambda project, _: complete_workflow(project.file.path))
+    monkeypatch.setattr("moelpr.project.running.verdict", lambda project: ",".join(project.models))
+    path = write(**AUTO, hardware={"gpu": "none"})
+    write_manifests()
+    run(ResolvedProject(read_project(path)))
+    assert [words for words in ran if "stage2" in words] and not [words for words in ran if words == ["-c", "pass"]]
 
 
 def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> None:

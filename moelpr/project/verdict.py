@@ -11,34 +11,55 @@ from moelpr.project.steps.results import evaluation_folder
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
 
+Changes = dict[str, Interval]
+
 
 def verdict(project: ResolvedProject) -> str:
     """The changes of bits per byte on held-out text against the base, a sentence on them, and the next command."""
-    *_, result = EvaluationFile.read(evaluation_folder(project) / "results.json").models.values()
-    changes = {code: result.languages[code].change["bits_per_byte"] for code in project.languages}
+    _, *results = EvaluationFile.read(evaluation_folder(project) / "results.json").models.items()
+    by_model = {
+        name: {code: result.languages[code].change["bits_per_byte"] for code in project.languages}
+        for name, result in results
+    }
     lines = ["", "Bits per byte on held-out text, against the base (lower is better):"]
-    for word, codes in (("learned", project.expanded), ("kept", project.original)):
-        lines.append(
-            f"  {word + ':':<9}" + ", ".join(f"{language_name(code)} {_text(changes[code])}" for code in codes)
-        )
-    lines += [
-        *_sentences(project, changes),
-        "",
-        f"model: {project.export}",
-        f"report: {project.folder / 'report.html'}",
-    ]
-    return "\n".join(
-        [*lines, f"next: moelpr chat {project.folder / 'chat' if project.content.chat else project.export}"]
-    )
+    for name, changes in by_model.items():
+        lines += [f"{name}:"] if len(by_model) > 1 else []
+        for word, codes in (("learned", project.expanded), ("kept", project.original)):
+            named = ", ".join(f"{language_name(code)} {_text(changes[code])}" for code in codes)
+            lines.append(f"  {word + ':':<9}{named}")
+    lines += _routers(project)
+    best = min(by_model, key=lambda name: sum(change.value for change in by_model[name].values()))
+    lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []
+    model = project.models.get(best, project.export)
+    chat = project.folder / "chat" if project.content.chat and model == project.export else model
+    lines += [*_sentences(project, by_model[best]), "", f"model: {model}"]
+    return "\n".join([*lines, f"report: {project.folder / 'report.html'}", f"next: moelpr chat {chat}"])
 
 
 def _text(change: Interval) -> str:
-    return percent(change.value) + ("" if change.is_clear else " (unclear)")
+    return percent(change.value) + ("" if change.is_clear or not change.has_bounds else " (unclear)")
 
 
-def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterator[str]:
-    unlearned = [code for code in project.expanded if changes[code].value >= 0 or not changes[code].is_clear]
-    lost = [code for code in project.original if changes[code].is_clear and changes[code].value > MOST_LOST]
+def _is_sure(change: Interval) -> bool:
+    """Whether a change is clear, or one without an interval, of a text with one document."""
+    return change.is_clear or not change.has_bounds
+
+
+def _routers(project: ResolvedProject) -> Iterator[str]:
+    """The figures of routers in closed form, and the worst text."""
+    if (routed := project.routed) is None:
+        return
+    distances = {name: text.distance for name, text in routed.texts.items() if text.distance is not None}
+    worst = max(distances, key=lambda name: distances[name])
+    yield (
+        f"Routers: {routed.kept:.0%} of what was learned is left, {routed.result.distance:.3f} nats per token from the "
+        f"base on text to keep, most on {worst} ({distances[worst]:.3f})."
+    )
+
+
+def _sentences(project: ResolvedProject, changes: Changes) -> Iterator[str]:
+    unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
+    lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
     if unlearned:
         yield f"{_names(unlearned)}: not clearly learned; add text, or raise the budget."
     if lost:

@@ -8,19 +8,24 @@ import pytest
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.verdict import verdict
-from tests.unit.project.conftest import Write
+from tests.unit.project.conftest import Write, write_findings
 
 
-def measured(write: Write, *changes: tuple[float, float, float], **settings: object) -> str:
-    """The verdict on changes with their bounds, of Greek, Hungarian and English."""
-    languages = {
-        code: {"change": {"bits_per_byte": dict(zip(("value", "low", "high"), change, strict=True))}}
-        for code, change in zip(("el", "hu", "en"), changes, strict=True)
-    }
+def of_languages(*changes: tuple[float, ...]) -> dict:
+    """The results of a model: changes with their bounds, if they have some, of Greek, Hungarian and English."""
+    intervals = (dict(zip(("value", "low", "high"), change, strict=False)) for change in changes)
+    results = [{"change": {"bits_per_byte": interval}} for interval in intervals]
+    return {"languages": dict(zip(("el", "hu", "en"), results, strict=True))}
+
+
+def measured(write: Write, *changes: tuple[float, ...], **models: dict) -> str:
+    """The verdict on changes of the one model, or on several, whose routers kept little."""
     Path("out/evaluation").mkdir(parents=True)
-    models = {"base": {"languages": {}}, "moe-lpr": {"languages": languages}}
-    Path("out/evaluation/results.json").write_text(json.dumps({"models": models}))
-    return verdict(ResolvedProject(read_project(write(**settings))))
+    content = {"base": {"languages": {}}} | ({"moe-lpr": of_languages(*changes)} if changes else models)
+    Path("out/evaluation/results.json").write_text(json.dumps({"models": content}))
+    if models:
+        write_findings(distance=0.02, kept=0.6)
+    return verdict(ResolvedProject(read_project(write(**({"method": "auto", "experts": None} if models else {})))))
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,19 @@ def test_the_sentence_follows_from_the_numbers(write: Write, hungarian, english,
     every = ("Worth serving", "More text", "not clearly learned", "lost by")
     assert all(sentence in text for sentence in sentences)
     assert sum(part in text for part in every) == len(sentences)
+
+
+def test_without_intervals_the_values_decide(write: Write) -> None:
+    assert "Worth serving" in measured(write, (-0.2,), (-0.1,), (0.001,))
+
+
+def test_lost_languages_without_intervals_are_named(write: Write) -> None:
+    assert "English: lost" in measured(write, (-0.2,), (-0.1,), (0.04,))
+
+
+@pytest.mark.parametrize("review, model", [(-0.3, "out/review-hf"), (-0.1, "out/hf")])
+def test_the_better_one_of_two_is_to_be_served(write: Write, review: float, model: str) -> None:
+    models = {"second-ffn": of_languages((-0.2,), (-0.2,), (0.0,)), "review": of_languages((review,), (-0.2,), (0.0,))}
+    text = measured(write, **models)
+    assert f"model: {model}\n" in text and f"next: moelpr chat {model}" in text
+    assert "60% of what was learned is left, 0.020 nats" in text and "most on en (0.020)" in text

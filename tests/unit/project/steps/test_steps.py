@@ -1,14 +1,11 @@
 """The steps of a project: their commands, what they are made from, and what an edit of the file redoes."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.findings import Findings, Point
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import run
@@ -18,7 +15,7 @@ from moelpr.project.steps.training import STAGES
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.manifests import write_manifest
-from tests.unit.project.conftest import Write
+from tests.unit.project.conftest import Write, write_findings
 
 EXPECTED = (
     "preprocess-el preprocess-hu preprocess-en replay convert stage1 stage2 export evaluate routing card report".split()
@@ -192,15 +189,6 @@ def test_a_downloaded_base_has_no_pickles_and_no_code(write: Write) -> None:
     assert words[-2:] == ["--revision", "main"] and "*.bin" not in words and "*.py" not in words
 
 
-def found(distance: float, kept: float) -> None:
-    """Write what the routers of a second FFN do."""
-    ends = {"base": Point(0, 3.0), "learned": Point(0.5, 2.0), "result": Point(distance, 3.0 - kept)}
-    routers = {"tried": [], "shares": [], "texts": {}, "max_distance": None, "keep": None}
-    Path("out/hf").mkdir(parents=True, exist_ok=True)
-    findings = Findings(**ends, kept=kept, **routers)
-    Path("out/hf/calibration.json").write_text(json.dumps({"findings": asdict(findings)}))
-
-
 def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     spare = ["replay", "twins", "stage2", "review"]
     path = write(**AUTO)
@@ -211,12 +199,12 @@ def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monke
     assert value(actual["twins"], "--ffns-of") == "out/ffn-hf" and "--unchecked" in actual["combine"].words()
     assert value(actual["stage2"], "--pretrained-checkpoint") == "out/twins"
     for distance, kept in ((0.2, 0.9), (0.01, 0.8), (0.09, 0.05)):
-        found(distance, kept)
+        write_findings(distance, kept)
         actual = tasks(path)
         assert value(actual["review"], "--load") == "out/stage2" and not actual["review"].is_spare
         assert value(actual["card"], "--evaluated") == "review" and "out/stage2" in actual["report"].words()
         assert " ".join(actual["evaluate"].words()).count("--model") == 3
-    found(0.09, 0.9)
+    write_findings(0.09, 0.9)
     actual = tasks(path)
     assert all(actual[name].words() == ["-c", "pass"] and not actual[name].gpus_per_node for name in spare)
     assert "out/stage2" not in actual["report"].words() and actual["card"].words()[3] == "out/hf"
@@ -228,7 +216,7 @@ def test_a_run_looks_at_the_routers_before_it_goes_on(write: Write, monkeypatch:
     def execute(words: list[str], *_: object, **__: object) -> int:
         ran.append(words)
         if "combine" in words:
-            found(0.2, 0.9)
+            write_findings(0.2, 0.9)
         return 0
 
     monkeypatch.setattr("moelpr.project.workflow.workflow.execute", execute)

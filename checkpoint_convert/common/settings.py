@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
-from moelpr.base.settings import Flags, Folder, either, number
+from moelpr.base.settings import REPEATED, Flags, Folder, either, metavar, number
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import named_files
 from moelpr.measure.evaluate.settings import Dtype, named_paths
@@ -29,14 +29,19 @@ class TextFlags(Flags):
 
     max_tokens: Annotated[int, number(int, 100)] = 2048  # tokens of each text
     json_key: str = "text"  # key of the text
+    # JSON lines with "text", whose documents are left out, such as text to evaluate on; repeat for several
+    exclude: Annotated[list[str], REPEATED, metavar("FILE")] = []
     device: str = "auto"  # cpu, cuda, cuda:N or auto: a GPU if any, and as many as the model needs
     dtype: Dtype = "auto"  # dtype of the computation; auto: float32 on a CPU, the model's own on a GPU
 
 
 class TextSettings(TextFlags, OutputFlags):
     def read(self, files: Mapping[str, str]) -> dict[str, list[str]]:
-        """Read the documents of texts, no more than are used."""
-        return {name: read_documents(path, self.json_key, self.max_tokens) for name, path in files.items()}
+        """Read the documents of texts, no more than are used, without those of `exclude`."""
+        left_out = {text for path in self.exclude for text in read_documents(path)}
+        most = self.max_tokens + len(left_out)
+        texts = {name: read_documents(path, self.json_key, most) for name, path in files.items()}
+        return {name: [text for text in its if text not in left_out] for name, its in texts.items()}
 
 
 class RoutingFlags(TextFlags):

@@ -47,7 +47,7 @@ def _exported(step: Step, project: ResolvedProject, before: str, save: Path) -> 
 @step(
     "calibrate",
     "model calibrate",
-    reserved="model base data expanded-languages save overwrite",
+    reserved="model base data expanded-languages exclude save overwrite",
     speed="device",
     methods=MOE_LPR,
 )
@@ -69,7 +69,7 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
 @step(
     "combine",
     "model combine",
-    reserved="expert text keep-text save unchecked overwrite",
+    reserved="expert text keep-text exclude save unchecked overwrite",
     speed="device",
     methods=SECOND_FFN,
 )
@@ -97,13 +97,14 @@ def _texts(project: ResolvedProject) -> dict[str, str]:
 def _with_routers(
     step: Step, project: ResolvedProject, flags: dict[str, Any], texts: dict[str, str], made_from: str, *positional: str
 ) -> Task:
-    """The task that finds routers by these texts, and writes the finished model."""
+    """The task that finds routers by these texts, without documents that are evaluated on, and writes the model."""
+    held_out = [project.held_out(code) for code, one in project.languages.items() if one.text and not one.held_out]
     return step.task(
         project,
-        flags | {"json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
+        flags | {"exclude": held_out, "json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
         *positional,
-        repeated=("data", "text", "keep-text"),
-        made_from=(made_from, *project.base_task),
+        repeated=("data", "text", "keep-text", "exclude"),
+        made_from=(made_from, *project.held_out_tasks, *project.base_task),
         files=tuple(path for text in texts.values() for path in local_files([text])),
         versions=versions(*texts.values()),
         is_complete=lambda: has_model(flags["save"]),

@@ -140,6 +140,14 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
     assert ("0.30 nats" in capsys.readouterr().err) == (distance > 0.2 and not flags)
 
 
+def test_text_that_is_evaluated_on_finds_no_routers(tmp_path: Path) -> None:
+    for name, texts in (("el", "abcd"), ("held_out", "ac")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    exclude = [f"{tmp_path}/held_out.jsonl"]
+    texts = RoutingSettings(save=tmp_path, max_tokens=100, exclude=exclude).read({"el": f"{tmp_path}/el.jsonl"})
+    assert texts == {"el": ["b", "d"]}
+
+
 def test_files_without_a_name_are_texts_named_like_them(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "ell.jsonl"):
         (tmp_path / name).touch()

@@ -121,6 +121,7 @@ WITH_REPLAY = f"--train-tokens 5000000; --data-path 0.6 {EL} 0.2 {HU} 0.2 {EN}"
         (SECOND_FFN, "export", "--load out/ffn; --save out/ffn-hf"),
         (SECOND_FFN, "combine", "moelpr model combine base --expert el,hu=out/ffn-hf; --save out/hf"),
         (SECOND_FFN, "combine", "--text el=el.jsonl --text hu=hu.jsonl --keep-text en=en.jsonl"),
+        (SECOND_FFN, "combine", "--exclude out/data/el_validation.jsonl --exclude out/data/hu_validation.jsonl"),
         (SECOND_FFN | {"languages": KEPT}, "combine", "--text el=el.jsonl; --keep-text code=en.jsonl"),
         (SECOND_FFN, "evaluate", "second-ffn=out/hf"),
         (SECOND_FFN, "report", "out/ffn; out/evaluation/routing.json"),

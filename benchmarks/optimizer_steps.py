@@ -4,7 +4,6 @@ Models have Qwen2's shape, and every layer is an MoE layer.
 """
 
 import argparse
-import itertools
 from functools import partial
 from typing import Any
 
@@ -98,8 +97,9 @@ class MegatronStep:
         size, length = self.batch["tokens"].shape
         num_microbatches_calculator.destroy_num_microbatches_calculator()
         num_microbatches_calculator.init_num_microbatches_calculator(0, None, size, size, 1)
-        step = partial(forward_step, BatchReader())
-        work = {"forward_step_func": step, "data_iterator": itertools.repeat(self.batch)}
+        reader = BatchReader()
+        reader.read(self.wrapped, iter([self.batch]), 1, (size, length))
+        work = {"forward_step_func": partial(forward_step, reader), "data_iterator": None}
         sizes = {"num_microbatches": 1, "seq_length": length, "micro_batch_size": size}
         return self.schedule(**work, **sizes, model=[self.wrapped], forward_only=False)
 

@@ -44,7 +44,7 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats()
         report["runs"][name] = {"held_gib": torch.cuda.memory_allocated() / 2**30, "steps": steps}
         with profiles_the_last_of(steps, arguments):
-            training.train(arguments, inputs=training.RunInputs(training.keep_weights))
+            training.train(arguments, weights=training.keep_weights)
         (folder / f"rank{rank()}.json").write_text(json.dumps(report))
         destroy_global_state()
     torch.distributed.destroy_process_group()

@@ -7,11 +7,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids", "is_original", "is_original_label")
+type Samples = Iterator[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,37 +37,46 @@ class Batch:
 
 
 class BatchReader:
-    """Reads micro-batches, all of a step at once, because the LPR loss needs the step's token count.
+    """Reads all micro-batches of a step before its schedule starts, because the LPR loss needs the step's token count.
 
     Tensor-parallel rank 0 of every pipeline stage has a data iterator (every stage has routers) and broadcasts to the
-    others.
+    others. The host waits for no GPU.
     """
 
     def __init__(self) -> None:
         self._waiting: WeakKeyDictionary[Any, deque[Batch]] = WeakKeyDictionary()
 
-    def next(self, data_iterator: Iterator[dict[str, Tensor]] | None, num_microbatches: int, owner: Any) -> Batch:
-        """Return the next micro-batch of `owner`, the model chunk that runs it (each chunk reads its own data)."""
-        waiting = self._waiting.setdefault(owner, deque())
-        if not waiting:
-            waiting.extend(self._read_step(data_iterator, num_microbatches))
-        return waiting.popleft()
-
-    def _read_step(self, data_iterator: Iterator[dict[str, Tensor]] | None, num_microbatches: int) -> list[Batch]:
-        raw = [_broadcast(next(data_iterator) if data_iterator is not None else None) for _ in range(num_microbatches)]
-        counts = torch.stack(
-            [torch.stack([tensors["is_original"].sum(), tensors["loss_mask"].sum()]).float() for tensors in raw]
-        ).sum(dim=0)
+    def read(self, owner: Any, data_iterator: Samples | None, num_microbatches: int, shape: tuple[int, int]) -> None:
+        """Read micro-batches of `shape` (sequences, tokens) for `owner`, the model chunk that runs them."""
+        raw_MKBS = _broadcast(data_iterator, num_microbatches, shape)
+        sums = [raw_MKBS[:, _KEYS.index(key)].sum() for key in ("is_original", "loss_mask")]
+        counts = torch.stack(sums).float()
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         global_counts = GlobalCounts(*counts.unbind())
-        return [_to_batch(slice_for_context_parallel(tensors), global_counts) for tensors in raw]
+        samples = (dict(zip(_KEYS, raw_KBS, strict=True)) for raw_KBS in raw_MKBS)
+        self._waiting[owner] = deque(_to_batch(slice_for_context_parallel(sample), global_counts) for sample in samples)
+
+    def next(self, owner: Any) -> Batch:
+        """Return the next micro-batch of `owner`."""
+        return self._waiting[owner].popleft()
 
 
-def _broadcast(sample: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Return the same int64 tensors on every tensor-parallel rank."""
-    if sample is not None:
-        sample = {key: sample[key].long() for key in _KEYS}
-    return tensor_parallel.broadcast_data(list(_KEYS), sample, torch.int64)
+def _broadcast(data_iterator: Samples | None, num_microbatches: int, shape: tuple[int, int]) -> Tensor:
+    """Return the micro-batches as one int64 tensor on every tensor-parallel rank."""
+    sizes, device = (num_microbatches, len(_KEYS), *shape), torch.cuda.current_device()
+    if data_iterator is None:
+        raw = torch.empty(sizes, dtype=torch.int64, device=device)
+    else:
+        on_host = torch.empty(sizes, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+        for of_one in on_host:
+            sample = next(data_iterator)
+            for key, into in zip(_KEYS, of_one, strict=True):
+                into.copy_(sample[key])
+        raw = on_host.to(device, non_blocking=True)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.broadcast(raw, parallel_state.get_tensor_model_parallel_src_rank(), group)
+    return raw
 
 
 def _to_batch(tensors: dict[str, Tensor], counts: GlobalCounts) -> Batch:

@@ -14,12 +14,12 @@ from moelpr.model.layers.attention import document_edges
 
 
 def forward_step(
-    reader: BatchReader, data_iterator: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+    reader: BatchReader, _: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
 ) -> tuple[Tensor, partial]:
     """This pipeline stage's output for the next micro-batch, and the function that makes the last stage's the loss."""
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
-    batch = reader.next(data_iterator, num_microbatches, owner=model)
+    batch = reader.next(model)
     config.lpr_token_weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,

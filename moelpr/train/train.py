@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -41,19 +40,8 @@ from moelpr.train.step_log import logs_steps
 from moelpr.train.validation import validates
 
 type LoadWeights = Callable[[list[torch.nn.Module]], None]
-
-
-@dataclass(frozen=True)
-class RunInputs:
-    """The sources of weights and micro-batches; dry runs and benchmarks have others.
-
-    Attributes:
-        weights: Returns the function that fills a model before it is wrapped.
-        batches: Reads micro-batches from Megatron's data iterators.
-    """
-
-    weights: Callable[[RunSettings, argparse.Namespace], LoadWeights] = starting_weights
-    batches: BatchReader = field(default_factory=BatchReader)
+# Returns the function that fills a model before it is wrapped.
+type FindWeights = Callable[[RunSettings, argparse.Namespace], LoadWeights]
 
 
 def keep_weights(settings: RunSettings, args: argparse.Namespace) -> LoadWeights:
@@ -65,7 +53,7 @@ def keep_weights(settings: RunSettings, args: argparse.Namespace) -> LoadWeights
     return load
 
 
-def train(argv: list[str], stop: StopRequest | None = None, inputs: RunInputs | None = None) -> bool:
+def train(argv: list[str], stop: StopRequest | None = None, weights: FindWeights = starting_weights) -> bool:
     """Train one stage on this rank with the command line `argv`, to its end or until `stop` receives a request.
 
     Returns:
@@ -76,21 +64,22 @@ def train(argv: list[str], stop: StopRequest | None = None, inputs: RunInputs | 
     with run_lock(settings):
         if clean_stop.is_finished(settings):
             return clean_stop.report_end(settings, settings.last_step)
-        return train_stage(settings, register_arguments(run, settings), argv, stop, inputs or RunInputs())
+        return train_stage(settings, register_arguments(run, settings), argv, stop, weights)
 
 
 def train_stage(
-    settings: RunSettings, args: argparse.Namespace, argv: list[str], stop: StopRequest | None, inputs: RunInputs
+    settings: RunSettings, args: argparse.Namespace, argv: list[str], stop: StopRequest | None, weights: FindWeights
 ) -> bool:
     """Train with checked settings; `args` are those registered with Megatron."""
     if stop is not None:
         stop.enter_megatron(settings.save)
     clean_stop.begin(settings.save)
-    load_weights, stage = inputs.weights(settings, args), settings.stage
+    load_weights, stage, batches = weights(settings, args), settings.stage, BatchReader()
     with (
         run_records(settings, args, argv),
         hooks.after_step_is_written(lambda step, _: write_checksums(step, checkpoint_sums.taken(step))),
         hooks.without_weight_decay(ROWS),
+        hooks.before_schedule(batches.read),
         hooks.operations_per_sequence(operations_per_sequence(settings, args.seq_length)),
         logs_steps(settings, args) as step_log,
         report_nonfinite_exit(step_log.run_log, args),
@@ -109,7 +98,7 @@ def train_stage(
         config = model_config(args)
         config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
         container = pretrain_cfg_container_from_args(args, config)
-        datasets, step = partial(datasets_provider, args), partial(forward_step, inputs.batches)
+        datasets, step = partial(datasets_provider, args), partial(forward_step, batches)
         datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers
         pretrain(container, datasets, ModelType.encoder_or_decoder, step, store=bootstrap.rank_store())
     torch.distributed.barrier()

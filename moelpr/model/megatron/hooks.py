@@ -22,6 +22,8 @@ from torch import Tensor
 
 # Called with the losses, the learning rate, the iteration and the gradient norm.
 LogStep = Callable[[dict[str, Tensor], float | None, int, float | None], None]
+# Called with a model chunk, its data iterator, and the number and shape (sequences, tokens) of its micro-batches.
+ReadStep = Callable[[torch.nn.Module, Iterator[Any] | None, int, tuple[int, int]], None]
 # Called with Megatron's forward step, its model chunks, the model's config and the iteration.
 Validate = Callable[[Any, list[torch.nn.Module], Any, int], None]
 
@@ -35,6 +37,24 @@ def after_training_log(log_step: LogStep) -> AbstractContextManager[None]:
         return report_memory
 
     return _replaced("training_log", training_log)
+
+
+def before_schedule(read_step: ReadStep) -> AbstractContextManager[None]:
+    """Call `read_step` for each model chunk before the first forward pass of a training step or of a validation's."""
+
+    def get_forward_backward_func(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        schedule = call()
+
+        def read_and_run(**work: Any) -> Any:
+            chunks, iterators = work["model"], work["data_iterator"]
+            shape = work["micro_batch_size"], work["seq_length"]
+            for chunk, iterator in zip(chunks, iterators if len(chunks) > 1 else [iterators], strict=True):
+                read_step(chunk, iterator, work["num_microbatches"], shape)
+            return schedule(**work)
+
+        return read_and_run
+
+    return _replaced("get_forward_backward_func", get_forward_backward_func)
 
 
 def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextManager[None]:

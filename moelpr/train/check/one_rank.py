@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,6 @@ from moelpr.train.arguments.parse import check_arguments, register_arguments
 from moelpr.train.arguments.requested import RequestedRun
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.check import fake_cuda, fake_fla, fake_megatron
-from moelpr.train.check.fake_cuda import DEVICE
 from moelpr.train.check.meter import Collective, Counts, Meter
 
 
@@ -165,23 +165,25 @@ class _CountedSteps:
 
 def _train(settings: RunSettings, args: Any, argv: list[str], steps: _CountedSteps) -> None:
     """Run the trainer on weights and batches without values until the steps are counted."""
+    from megatron.core import parallel_state
     from megatron.training import training as megatron_training
 
     from moelpr.train.step_log import StepLog
-    from moelpr.train.train import RunInputs, keep_weights, train_stage
+    from moelpr.train.train import keep_weights, train_stage
 
-    def no_data(*_: Any) -> tuple[Iterator[dict], None, None]:
+    def no_values(*_: Any) -> tuple[Iterator[dict] | None, None, None]:
         args.do_train, args.do_valid, args.do_test = True, False, False
-        return iter(dict, None), None, None
+        sample = dict.fromkeys(batch._KEYS, torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int64))
+        return (None if parallel_state.get_tensor_model_parallel_rank() else repeat(sample)), None, None
 
     for owner, name, value in (
         (megatron_training, "train_step", partial(steps.step, megatron_training.train_step)),
-        (megatron_training, "build_train_valid_test_data_iterators", no_data),
+        (megatron_training, "build_train_valid_test_data_iterators", no_values),
         (StepLog, "step", lambda *_: None),
     ):
         setattr(owner, name, value)
     with suppress(_Enough), FakeTensorMode(allow_non_fake_inputs=True), steps.meter:
-        train_stage(settings, args, argv, None, RunInputs(keep_weights, _FakeBatches(args)))
+        train_stage(settings, args, argv, None, keep_weights)
 
 
 def _without_files(run: RequestedRun) -> RunSettings:
@@ -219,24 +221,6 @@ def _route(run: RequestedRun) -> int:
     routing = Routing.uniform(moe, args.stage1_experts)
     fake_megatron.route_uniformly(max(1, round(tokens * routing.new_rows / moe.num_new_experts)))
     return max(1, round(tokens * layout.etp * routing.original_rows / moe.num_original_experts))
-
-
-class _FakeBatches(batch.BatchReader):
-    """Micro-batches of tensors without values."""
-
-    def __init__(self, args: Any) -> None:
-        super().__init__()
-        self.shape = args.micro_batch_size, args.seq_length
-
-    def _read_step(self, data_iterator: Any, num_microbatches: int) -> list[batch.Batch]:
-        raw = [
-            {key: torch.empty(*self.shape, dtype=torch.int64, device=DEVICE) for key in batch._KEYS}
-            for _ in range(num_microbatches)
-        ]
-        counts = torch.empty(2, device=DEVICE)
-        torch.distributed.all_reduce(counts, group=batch.parallel_state.get_data_parallel_group())
-        global_counts = batch.GlobalCounts(*counts.unbind())
-        return [batch._to_batch(batch.slice_for_context_parallel(tensors), global_counts) for tensors in raw]
 
 
 def _parts(model: list[Any], optimizer: Any, peak: int) -> dict[str, int]:

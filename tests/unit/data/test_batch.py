@@ -27,7 +27,10 @@ def test_every_micro_batch_has_the_counts_of_its_step() -> None:
     from moelpr.data.batch import BatchReader
 
     reader, model, data = BatchReader(), torch.nn.Module(), samples(1, 3, 0, 0)
-    batches = [reader.next(data, num_microbatches=2, owner=model) for _ in range(4)]
+    batches = []
+    for _ in range(2):
+        reader.read(model, data, num_microbatches=2, shape=(1, 4))
+        batches += [reader.next(model), reader.next(model)]
     assert [batch.tokens[0, 0].item() for batch in batches] == [0, 1, 2, 3]
     assert [batch.counts.original_tokens.item() for batch in batches] == [4, 4, 0, 0]
     assert [batch.counts.loss_tokens.item() for batch in batches] == [6, 6, 6, 6]
@@ -39,8 +42,9 @@ def test_model_chunks_read_for_themselves() -> None:
     from moelpr.data.batch import BatchReader
 
     reader, first, second = BatchReader(), torch.nn.Module(), torch.nn.Module()
-    data = [samples(1, 2), samples(1, 2)]
-    read = [reader.next(data[0], 2, first), reader.next(data[1], 2, second), reader.next(data[0], 2, first)]
+    for chunk in (first, second):
+        reader.read(chunk, samples(1, 2), 2, (1, 4))
+    read = [reader.next(first), reader.next(second), reader.next(first)]
     assert [batch.tokens[0, 0].item() for batch in read] == [0, 0, 1]
 
 
@@ -60,7 +64,9 @@ def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> Non
     from moelpr.data.batch import BatchReader
     from moelpr.train.forward_step import next_token_loss
 
-    batch = BatchReader().next(samples(2), 1, torch.nn.Module())
+    reader, model = BatchReader(), torch.nn.Module()
+    reader.read(model, samples(2), 1, (1, 4))
+    batch = reader.next(model)
     loss, num_tokens, reports = next_token_loss(batch, torch.tensor([[1.0, 2.0, 4.0, 100.0]]))
     assert loss.item() == 7.0
     assert num_tokens.item() == 3

@@ -33,7 +33,9 @@ def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> to
     from moelpr.train import forward_step as trainers
 
     batch = torch.utils.data.default_collate(samples)
-    output, _ = trainers.forward_step(BatchReader(), iter([batch]), model)
+    reader = BatchReader()
+    reader.read(model, iter([batch]), 1, tuple(batch["tokens"].shape))
+    output, _ = trainers.forward_step(reader, None, model)
     return output
 
 

@@ -42,9 +42,10 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
         }
         for number in range(MICROBATCHES)
     ]
-    data, reader = iter(batches), BatchReader()
+    reader = BatchReader()
+    reader.read(model, iter(batches), MICROBATCHES, tuple(batches[0]["tokens"].shape))
     for _ in batches:
-        forward_step(reader, data, model)
+        forward_step(reader, None, model)
         assert model.config.lpr_token_weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
     for router, of_batches in zip(routers, logits, strict=True):
         sums = RoutingSums.from_vectors(router.routing_sums[None])

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[4]
 READ_ARGUMENTS = {
     "training_log": {"loss_dict", "learning_rate", "iteration", "grad_norm"},
     "save_checkpoint": {"iteration"},
+    "get_forward_backward_func": set(),
     "train": {"forward_step_func", "model", "config"},
     "evaluate_and_print_results": {"forward_step_func", "model", "config", "iteration"},
     "get_megatron_optimizer_config": set(),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 from checkpoint_convert.card.readers import READERS
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number, run_script
+from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number
 from moelpr.base.text_tables import table_text
 
 if TYPE_CHECKING:
@@ -146,7 +146,3 @@ def _as_json(
             "same_next_token": sum(t.num_same_choice for t in texts) / num_tokens,
         }
     return json.dumps(content)
-
-
-if __name__ == "__main__":
-    run_script(main)

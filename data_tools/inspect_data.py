@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, Flags, Natural, run_script
+from moelpr.base.settings import POSITIONAL, Flags, Natural
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
@@ -195,7 +195,3 @@ def size(num_bytes: int) -> str:
             return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
         value /= 1000
     return f"{value:,.1f} TB"
-
-
-if __name__ == "__main__":
-    run_script(main)

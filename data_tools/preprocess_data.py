@@ -16,7 +16,6 @@ from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.settings import Settings
 from data_tools.preprocessing.summary import print_summary
-from moelpr.base.settings import run_script
 from moelpr.data.language_bits import LanguageBits, loss_bits_path
 
 
@@ -45,7 +44,3 @@ def main(arguments: Settings) -> None:
     for path in spec.outputs.texts.values():
         print(f"{path}: the held-out text as JSON lines")
     print(f"done in {time.monotonic() - started:.1f} s")
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.job_tokenizer import omit_torch
-from data_tools.preprocessing.workers import result_of, started_pool
+from data_tools.preprocessing.workers import load_in_process
 from moelpr.base.errors import UserError, first_line, reports_panics
 from moelpr.data.text.documents import BadLine, json_type
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
@@ -137,7 +136,7 @@ def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> N
 
 
 def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
-    """Load a chat template in a separate process, so that workers inherit little.
+    """Load a chat template.
 
     Args:
         source: The folder of a tokenizer that has it, or a file with the template, for the tokenizer in `tokenizer`.
@@ -145,11 +144,7 @@ def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
     Raises:
         UserError: The tokenizer can't be loaded, or has no chat template.
     """
-    with started_pool(1) as pool:
-        try:
-            return result_of(pool, pool.submit(_load, source, tokenizer))
-        except BrokenProcessPool as error:
-            raise UserError(f"the process that loads the tokenizer {source} was killed; free some memory") from error
+    return load_in_process(_load, source, tokenizer)
 
 
 @reports_panics()

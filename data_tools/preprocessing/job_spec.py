@@ -32,7 +32,7 @@ from moelpr.data.text.filters import Filter
 from moelpr.data.text.held_out_text import text_paths
 from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.text.sources import Form, Source, find_files, open_source
-from moelpr.data.tokenizers.gigatoken import choose_library
+from moelpr.data.tokenizers.gigatoken import load_gigatoken
 
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (
@@ -128,8 +128,8 @@ def describe_job(args: Settings) -> JobSpec:
     notes = inputs.notes
     if args.tokenizer_backend != "reference" and chat is None:
         is_required = args.tokenizer_backend == "gigatoken"
-        encoder.tokenizer, reason = choose_library(tokenizer.tokenizer, inputs.sample_texts(), is_required)
-        notes += [f"tokenizing with {encoder.tokenizer.name}, not gigatoken: {reason}"] if reason else []
+        encoder.fast, reason = load_gigatoken(tokenizer.tokenizer, inputs.sample_texts(), is_required)
+        notes += [f"tokenizing with {tokenizer.tokenizer.name}, not gigatoken: {reason}"] if reason else []
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in _SETTINGS}
     record = tokenizer.record
     settings["tokenizer"] = [record.fingerprint, record.eod_id, record.special_tokens]

@@ -2,13 +2,12 @@
 
 import os
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from difflib import get_close_matches
 from multiprocessing import parent_process
 from typing import NamedTuple
 
 from data_tools.preprocessing.settings import TokenizerFlags
-from data_tools.preprocessing.workers import result_of, started_pool
+from data_tools.preprocessing.workers import load_in_process
 from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.manifest import TokenizerRecord
@@ -31,18 +30,12 @@ class JobTokenizer(NamedTuple):
 
 
 def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:
-    """Load a tokenizer in a separate process, so that workers do not inherit the imports of transformers.
+    """Load a tokenizer.
 
     Raises:
         UserError: The tokenizer can't be loaded, or has no token `eod_token`.
     """
-    with started_pool(1) as pool:
-        try:
-            return result_of(pool, pool.submit(_load, type, model, special_tokens, eod_token))
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"the process that loads the tokenizer {model} was killed, probably out of memory; free some memory"
-            ) from error
+    return load_in_process(_load, type, model, special_tokens, eod_token)
 
 
 def tokenizer_of(args: TokenizerFlags, append_eod: bool) -> JobTokenizer:

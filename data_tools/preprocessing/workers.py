@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from moelpr.base.command import deferred_signals
 from moelpr.base.errors import UserError, reports_panics
@@ -59,6 +59,21 @@ def worker_pool[B, T](work: Callable[[B], T], workers: int) -> Iterator[Callable
             worker.kill()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+
+
+def load_in_process[T](load: Callable[..., T], *arguments: Any) -> T:
+    """Call a function that loads a tokenizer in a separate process, so that workers do not inherit its imports.
+
+    Raises:
+        UserError: The function did, or its process was killed.
+    """
+    with started_pool(1) as pool:
+        try:
+            return cast(T, result_of(pool, pool.submit(load, *arguments)))
+        except BrokenProcessPool as error:
+            raise UserError(
+                "the process that loads the tokenizer was killed, probably out of memory; free some memory"
+            ) from error
 
 
 def result_of(pool: ProcessPoolExecutor, future: Future[Any]) -> Any:

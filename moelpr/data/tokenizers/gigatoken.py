@@ -9,7 +9,7 @@ import numpy as np
 
 from moelpr.base.command import deferred_signals
 from moelpr.base.errors import UserError
-from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer
+from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.libraries import SentencePieceTokenizer
 
 # gigatoken caches every word it has seen; above this size a worker drops its cache.
@@ -38,48 +38,27 @@ PROBES += ["", " ", "\n", "\t \n\n  x", "x\r\ny\r\rz", "-" * 100, "\u00a0\u2003\
 PROBES += ["\0\1\x7f\x85\u2028\ufeff\ufffd\U0010ffff", "\ufb01 \uff2b \u212b A\u030a e\u0301"]
 
 
-class GigatokenTokenizer(Tokenizer):
-    """gigatoken, used in place of a reference library that gives the same IDs.
+class Gigatoken:
+    """gigatoken, which encodes in place of a reference tokenizer if it gives the same IDs.
 
     Raises:
         Exception: gigatoken does not support the tokenizer.
     """
 
-    name = "gigatoken"
-    source: str | bytes
-
     def __init__(self, reference: Tokenizer) -> None:
-        if reference.source is None:
-            raise ValueError("it has no tokenizer.json")
-        self.source, self.vocab_size, self.eod_id = reference.source, reference.vocab_size, reference.eod_id
-        self.added_tokens, self.literal_tokens = reference.added_tokens, reference.literal_tokens
         self._reference = reference
         self._tokenizer: Any = self._load()
         self._full_at_bytes = 0
         # gigatoken turns the name of a special token in a text into the token. For SentencePiece, gigatoken 0.10 also
         # drops a next-line character at a text's end and Khmer's inherent vowels after some characters.
         lost = ["\x85", "\u17b4", "\u17b5"] if isinstance(reference, SentencePieceTokenizer) else []
-        self._unsupported = [*self.literal_tokens, *lost]
+        self._unsupported = [*reference.literal_tokens, *lost]
 
     def encode(self, texts: list[str]) -> Encoded:
+        """Encode texts like `Tokenizer.encode`."""
         groups = groupby(texts, lambda text: any(token in text for token in self._unsupported))
         parts = [(self._reference.encode if slow else self._encode)(list(group)) for slow, group in groups]
         return parts[0] if len(parts) == 1 else Encoded(*map(np.concatenate, zip(Encoded.of([]), *parts, strict=True)))
-
-    def encode_with_starts(self, text: str) -> Piece:
-        return self._reference.encode_with_starts(text)
-
-    def encode_whole(self, text: str) -> list[int]:
-        return self._reference.encode_whole(text)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._reference.decode(ids)
-
-    def vocabulary(self) -> dict[str, int]:
-        return self._reference.vocabulary()
-
-    def fingerprint(self) -> str:
-        return self._reference.fingerprint()
 
     def agrees(self, texts: list[str]) -> bool:
         """Return whether the IDs of these texts are the reference's."""
@@ -105,28 +84,28 @@ class GigatokenTokenizer(Tokenizer):
     def _load(self) -> Any:
         import gigatoken
 
-        if isinstance(self.source, str):
-            return gigatoken.Tokenizer.from_json(self.source)
-        return gigatoken.Tokenizer.from_sentencepiece(self.source)
+        match self._reference.source:
+            case str(source):
+                return gigatoken.Tokenizer.from_json(source)
+            case bytes(source):
+                return gigatoken.Tokenizer.from_sentencepiece(source)
+        raise ValueError("it has no tokenizer.json")
 
 
-def choose_library(reference: Tokenizer, sample: list[str], is_required: bool) -> tuple[Tokenizer, str | None]:
-    """Choose gigatoken if it gives the reference's IDs, else the reference.
+def load_gigatoken(reference: Tokenizer, sample: list[str], is_required: bool) -> tuple[Gigatoken | None, str]:
+    """Return gigatoken if it gives the reference's IDs, or the reason why it is not used.
 
     Args:
         sample: Texts of the corpus, on which both libraries must agree.
-
-    Returns:
-        The tokenizer, and the reason why it is not gigatoken's.
 
     Raises:
         UserError: gigatoken is required but can't be used.
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            fast = GigatokenTokenizer(reference)
+            fast = Gigatoken(reference)
         if fast.agrees([*PROBES, *(f"a{token}b {token} c" for token in reference.added_tokens), *sample]):
-            return fast, None
+            return fast, ""
         reason = "it gives different IDs for some texts"
     except ImportError:
         reason = "it is not installed (extra fast-tokenizer, docs/install.md)"
@@ -135,7 +114,7 @@ def choose_library(reference: Tokenizer, sample: list[str], is_required: bool) -
         reason = f"it does not support this tokenizer ({' '.join(message.split())[:150]})"
     if is_required:
         raise UserError(f"--tokenizer-backend gigatoken is unavailable: {reason}; remove the flag")
-    return reference, reason
+    return None, reason
 
 
 def _resident_bytes() -> int:

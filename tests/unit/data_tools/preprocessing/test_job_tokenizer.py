@@ -16,7 +16,7 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
 from moelpr.data.tokenizers.base import Encoded
-from moelpr.data.tokenizers.gigatoken import PROBES, GigatokenTokenizer
+from moelpr.data.tokenizers.gigatoken import PROBES, Gigatoken
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.hf_models import save_extended_tokenizer
 
@@ -24,10 +24,10 @@ FLAGS = ("--language", "original", "--append-eod")
 
 
 @pytest.fixture(scope="module")
-def fast_backends(hf_tokenizer: Path, sp_tokenizer: Path) -> list[GigatokenTokenizer]:
+def fast_backends(hf_tokenizer: Path, sp_tokenizer: Path) -> list[Gigatoken]:
     references = [load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))]
     references += [load_tokenizer("SentencePieceTokenizer", str(sp_tokenizer))]
-    return [GigatokenTokenizer(reference) for reference in references]
+    return [Gigatoken(reference) for reference in references]
 
 
 def test_both_libraries_write_the_same_corpus(tokenizer, sentences, write_lines, preprocess, corpus_bytes) -> None:
@@ -63,7 +63,7 @@ def test_an_extended_tokenizer_needs_nothing_new(
 @example(["\x85"])
 @example(["\xa8\u17b4", "\xa8\u17b5"])
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=60), max_size=5))
-def test_both_libraries_agree_on_any_text(fast_backends: list[GigatokenTokenizer], texts: list[str]) -> None:
+def test_both_libraries_agree_on_any_text(fast_backends: list[Gigatoken], texts: list[str]) -> None:
     for backend in fast_backends:
         assert backend.agrees(texts)
 
@@ -98,12 +98,12 @@ def test_a_tokenizer_that_the_library_rejects(error, hf_tokenizer: Path, monkeyp
 
 def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     """Make gigatoken encode one kind of text wrongly."""
-    right = GigatokenTokenizer.encode
+    right = Gigatoken.encode
 
-    def encode(self: GigatokenTokenizer, texts: list[str]) -> Encoded:
+    def encode(self: Gigatoken, texts: list[str]) -> Encoded:
         return right(self, [text.replace(marked, "?") for text in texts])
 
-    monkeypatch.setattr(GigatokenTokenizer, "encode", encode)
+    monkeypatch.setattr(Gigatoken, "encode", encode)
 
 
 def test_different_ids_in_the_corpus_fall_back(
@@ -135,7 +135,7 @@ def test_job_runs_without_gigatoken(write_lines, preprocess, hf_tokenizer, capsy
 
 
 def test_cache_is_dropped_when_it_is_full(hf_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = GigatokenTokenizer(load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)))
+    backend = Gigatoken(load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer)))
     limit = gigatoken._CACHE_BYTES
     # The third is too much; what is left after forgetting, most of it, is what the next ones are measured by.
     sizes = iter([0, limit, limit + 1, limit - 1, 2 * limit - 1, 2 * limit])

@@ -9,10 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.preprocessing.shares import Share
 from moelpr.data.text.documents import is_blank
 from moelpr.data.text.filters import Filter
-from moelpr.data.text.sources import Form
+from moelpr.data.text.sources import Form, Source
 from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
 from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
 
@@ -23,6 +22,33 @@ DOCUMENT_BYTES = 1 << 24
 # A larger row group is read by the main process, in batches of its rows, as no worker can begin in its midst.
 ROW_GROUP_BYTES = 1 << 24
 _SKIP_BYTES = 1 << 20
+
+
+class Share(NamedTuple):
+    """A part of a source: the JSON lines or row groups that begin in bytes [start, stop), or all of another file."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Share]:
+    """Yield the shares of a shard, in order: an equal slice of the concatenated files' bytes.
+
+    JSON lines are split anywhere, and a Parquet file between row groups, which count as equally large. A file of
+    another form belongs to the shard that contains its first byte.
+    """
+    total = sum(source.bytes for source in sources)
+    first, last = (total * index // num_shards for index in (shard, shard + 1))
+    begin = 0
+    for source in sources:
+        start, stop = max(first - begin, 0), min(last - begin, source.bytes)
+        is_splittable = source.form in (Form.LINES, Form.PARQUET)
+        if source.form is Form.STREAM or (not is_splittable and first <= begin < last):
+            yield Share(source, 0, source.bytes)
+        elif is_splittable and start < stop:
+            yield Share(source, start, stop)
+        begin += source.bytes
 
 
 class ReadCursor(NamedTuple):
@@ -67,7 +93,7 @@ class Batch(NamedTuple):
     """Unparsed lines or rows of one input file.
 
     Attributes:
-        content: Lines, the range of a file that contains them, rows of a table, or one long line.
+        content: Lines or long lines, the range of a file that contains lines, or rows of a table, or its row groups.
         numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
             consecutive.
         after: Where reading resumes after this batch.
@@ -77,7 +103,7 @@ class Batch(NamedTuple):
     """
 
     share: Share
-    content: list[bytes] | FileRange | list[dict[str, Any]] | RowGroups | LongLine
+    content: list[bytes | LongLine | dict[str, Any]] | FileRange | RowGroups
     numbers: Sequence[int] | None
     after: ReadCursor
     num_bytes: int
@@ -99,14 +125,12 @@ class Batch(NamedTuple):
         with name_damaged(self.share.source), open_table(self.share.source, columns) as file:
             yield from rows_of(file, groups, columns)
 
-    def items(self) -> Iterable[bytes | dict[str, Any] | LongLine]:
-        """Return the lines without line ends, the rows, or the long line."""
+    def items(self) -> Iterable[bytes | LongLine | dict[str, Any]]:
+        """Return the lines without line ends, or the rows."""
         if isinstance(self.content, RowGroups):
             return (row for row, _ in self._rows())
         if isinstance(self.content, list):
             return self.content
-        if isinstance(self.content, LongLine):
-            return [self.content]
         path, start, stop = self.content
         with open(path, "rb") as file:
             file.seek(start)
@@ -180,7 +204,7 @@ class Reader:
                 for start, end in zip(borders[:-1], borders[1:], strict=True):
                     if start < end:
                         size, after = end - start, cursor._replace(offset=end)
-                        content = LongLine(size) if size > DOCUMENT_BYTES else FileRange(path, start, end)
+                        content = [LongLine(size)] if size > DOCUMENT_BYTES else FileRange(path, start, end)
                         yield Batch(Share(share.source, start, end), content, None, after, size, size)
                 position = stop
 
@@ -266,13 +290,11 @@ def _batches(
     held: list[_Item] = []
     size, last = 0, file_bytes(cursor)
     for item in chain(items, [None]):
-        is_full = item is None or size >= BATCH_BYTES or type(item[0]) is LongLine
-        if held and (is_full or type(held[0][0]) is LongLine):
+        if held and (item is None or size >= BATCH_BYTES):
             content, _, offsets, lines, documents = zip(*held, strict=True)
             after = ReadCursor(cursor.share, offsets[-1], lines[-1], documents[-1])
             position = file_bytes(after)
-            parts = content[0] if isinstance(content[0], LongLine) else list(content)
-            yield Batch(share, parts, list(lines), after, size, position - last)
+            yield Batch(share, list(content), list(lines), after, size, position - last)
             held, size, last = [], 0, position
         if item is not None:
             held.append(item)

@@ -2,20 +2,19 @@
 
 import hashlib
 import os
+import random
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.preprocessing.batches import ReadCursor, Reader
+from data_tools.preprocessing.batches import ReadCursor, Reader, Share, shares_of
 from data_tools.preprocessing.parsing import DocumentParser, LongDocument
 from data_tools.preprocessing.registry import Dataset
-from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.shares import Share, shares_of
 from moelpr.base.errors import UserError
-from moelpr.data.text.documents import BadLine
+from moelpr.data.text.documents import BadLine, is_blank
 from moelpr.data.text.sources import Form, Source, download
-from moelpr.data.text.streams import name_damaged
+from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
 from moelpr.data.text.tables import open_table
 
 _SAMPLE_PLACES = 16
@@ -48,17 +47,18 @@ class Inputs:
         max_samples: int | None,
         seed: int,
     ) -> None:
-        sources = [source for dataset in datasets for source in dataset.sources]
-        used = [share.source for share in shares_of(sources, shard, num_shards)]
-        local = dict(zip(used, download(used), strict=True))
-        self.sources = [local.get(source, source) for source in sources]
-        self.shares = list(shares_of(self.sources, shard, num_shards))
-        files = [source for source in self.sources if source.form is not Form.STREAM]
-        self.notes = [f"{file.path} is empty" for file in files if not file.bytes]
-        for share in self.shares:
-            _verify_checksum(share.source)
-        self._parser = parser
-        self._check_columns()
+        self.sources = [source for dataset in datasets for source in dataset.sources]
+        shares = list(shares_of(self.sources, shard, num_shards))
+        files = download([share.source for share in shares])
+        self.shares = [share._replace(source=file) for share, file in zip(shares, files, strict=True)]
+        named = [source for source in self.sources if source.form is not Form.STREAM]
+        self.notes = [f"{source.path} is empty" for source in named if not source.bytes]
+        self._parser, columns, texts = parser, parser.columns(), parser.text_columns()
+        for source, *_ in self.shares:
+            _verify_checksum(source)
+            if source.form is Form.PARQUET:
+                with name_damaged(source), open_table(source, columns[source.dataset], texts[source.dataset]):
+                    pass  # it has the columns
         self._chosen: list[NDArray[np.int64]] | None = None
         if max_samples is not None:
             names = [dataset.name for dataset in datasets]
@@ -96,17 +96,6 @@ class Inputs:
                     f"{source.path} has changed while it was read, so the corpus would contain parts of two versions; "
                     "start again when nothing writes it"
                 )
-
-    def _check_columns(self) -> None:
-        """Check that each table has the columns, before the work starts."""
-        columns, texts = self._parser.columns(), self._parser.text_columns()
-        for source, *_ in self.shares:
-            if source.form is Form.PARQUET:
-                with (
-                    name_damaged(source),
-                    open_table(source, columns[source.dataset], texts=texts[source.dataset]),
-                ):
-                    pass
 
     def check_first_documents(self) -> None:
         """Read the first document of each file: what is wrong with all of a file shows before the work starts."""
@@ -157,6 +146,52 @@ def _spread(shares: list[Share]) -> list[Share]:
         places += inside if share.source.form is Form.LINES else [share] * bool(inside)
         begin += share.stop - share.start
     return places
+
+
+def sample_documents(
+    shares: list[Share], names: list[str], max_samples: int, seed: int
+) -> tuple[list[NDArray[np.int64]], list[str]]:
+    """Sample `max_samples` documents of each dataset, without replacement.
+
+    Reads every file once to count its documents; memory is needed only for those chosen.
+
+    Args:
+        shares: Complete files.
+        names: Dataset names; the sample depends only on a dataset's name, its documents and the seed.
+
+    Returns:
+        The chosen documents of each share, counted from 0, ascending; and a note for each dataset that has no more.
+    """
+    counts = [_count_documents(share) for share in shares]
+    chosen = [np.zeros(0, np.int64) for _ in shares]
+    notes = []
+    for dataset, name in enumerate(names):
+        members = [index for index, share in enumerate(shares) if share.source.dataset == dataset]
+        total = sum(counts[index] for index in members)
+        if total <= max_samples:
+            label = f"the dataset {name}" if name else "the input"
+            notes.append(f"{label} contains {total:,} documents, so --max-samples {max_samples:,} takes all of them")
+        sampled = np.sort(random.Random(f"{seed} {name}").sample(range(total), min(max_samples, total)))
+        start = 0
+        for index in members:
+            first, last = np.searchsorted(sampled, [start, start + counts[index]])
+            chosen[index] = sampled[first:last] - start
+            start += counts[index]
+    return chosen, notes
+
+
+def _count_documents(share: Share) -> int:
+    """Count the rows, or the lines that are not blank, of a complete file."""
+    with name_damaged(share.source):
+        if share.source.form is Form.PARQUET:
+            with open_table(share.source, []) as file:
+                return int(file.metadata.num_rows)
+        with open_stream(share.source) as (stream, _):
+            documents, at_line_start = 0, True
+            while piece := stream.readline(BLOCK_BYTES):
+                documents += at_line_start and not is_blank(piece)
+                at_line_start = piece.endswith(b"\n")
+            return documents
 
 
 def _verify_checksum(source: Source) -> None:

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data_tools.preprocessing.batches import Batch, ReadCursor, Reader
+from data_tools.preprocessing.batches import Batch, ReadCursor, Reader, shares_of
 from data_tools.preprocessing.parsing import DocumentParser, LongDocument, RandomShare
-from data_tools.preprocessing.shares import shares_of
 from data_tools.preprocessing.tagging import OneLanguage
 from data_tools.preprocessing.workers import worker_pool
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer

@@ -19,9 +19,8 @@ from pyarrow import parquet
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, inputs, parsing
-from data_tools.preprocessing.batches import Batch, LongLine, ReadCursor, Reader
-from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.shares import Share, shares_of
+from data_tools.preprocessing.batches import Batch, LongLine, ReadCursor, Reader, Share, shares_of
+from data_tools.preprocessing.inputs import sample_documents
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import Manifest
 from moelpr.data.text.sources import Form, Source, open_source
@@ -35,6 +34,22 @@ def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokeni
     prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected
     assert "note: " + str(tmp_path / "empty.jsonl.gz") + " is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 5, 40])
+def test_shards_cover_all_lines_and_every_archive_once(num_shards: int) -> None:
+    forms = [Form.LINES, Form.GZIP, Form.LINES, Form.PARQUET, Form.ZSTD]
+    sources = [
+        Source(f"{index}", form, size) for index, (form, size) in enumerate(zip(forms, (50, 9, 0, 31, 10), strict=True))
+    ]
+    shares = [share for shard in range(num_shards) for share in shares_of(sources, shard, num_shards)]
+    archives = [source for source in sources if source.form in (Form.GZIP, Form.ZSTD)]
+    assert [share for share in shares if share.source in archives] == [Share(file, 0, file.bytes) for file in archives]
+    for name, size in (("0", 50), ("3", 31)):
+        split = [(share.start, share.stop) for share in shares if share.source.path == name]
+        assert split[0][0] == 0 and split[-1][1] == size
+        assert all(stop == start for (_, stop), (start, _) in zip(split[:-1], split[1:], strict=True))
+    assert [share.source.path for share in shares] == sorted(share.source.path for share in shares)
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from data_tools.preprocessing.sampling import sample_documents
-from data_tools.preprocessing.shares import Share
+from data_tools.preprocessing.batches import Share
+from data_tools.preprocessing.inputs import sample_documents
 from moelpr.data.text.sources import open_source
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
 from moelpr.base.errors import UserError
+from moelpr.base.machine import format_bytes
 from moelpr.base.settings import POSITIONAL, Flags, Natural
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
@@ -131,7 +132,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     }
     print(summary["prefix"])
     for name, content in contents.items():
-        print(f"  .{name:<5}{size(summary['files'][name]):>10}   {content}")
+        print(f"  .{name:<5}{format_bytes(summary['files'][name]):>12}   {content}")
     manifest, num_tokens, empty = summary["manifest"], summary["tokens"], summary["empty_documents"]
     if manifest:
         tokenizer = manifest["tokenizer"]
@@ -185,13 +186,3 @@ def print_document(document: dict[str, Any], number: int, num_documents: int) ->
         # Control characters and line breaks would break the layout.
         text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         print(textwrap.fill(label + text, width=110, subsequent_indent="    ", break_on_hyphens=False))
-
-
-def size(num_bytes: int) -> str:
-    """Format a number of bytes, in powers of 1000."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"

@@ -11,7 +11,7 @@ from typing import Annotated
 from tqdm import tqdm
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, shard_prefix
-from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest_vocab_size
+from data_tools.corpus.corpus_writer import CorpusWriter, append_file, check_output, smallest_vocab_size
 from data_tools.corpus.joining import (
     check_same_job,
     merge_manifests,
@@ -20,7 +20,7 @@ from data_tools.corpus.joining import (
     refuse_input_as_output,
 )
 from moelpr.base.errors import UserError
-from moelpr.base.files import refuse_existing
+from moelpr.base.files import atomic_file, refuse_existing
 from moelpr.base.settings import Count, Flags, either, metavar
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import manifest_path
@@ -46,9 +46,9 @@ def main(arguments: Settings) -> None:
     for prefix in prefixes:
         Corpus(prefix)  # a missing input is reported before an existing output
     check_output(output_prefix, overwrite)
-    text = joined_text(prefixes, output_prefix)
-    if text is not None:
-        refuse_existing([text.joined], overwrite)
+    texts, joined = joined_text(prefixes, output_prefix)
+    if texts:
+        refuse_existing([joined], overwrite)
     corpora, manifests = open_corpora(prefixes)
     if num_shards and manifests:
         check_same_job(prefixes, manifests)
@@ -60,17 +60,19 @@ def main(arguments: Settings) -> None:
         for corpus in tqdm(corpora, unit="corpus", delay=2, disable=None):
             writer.add_corpus(corpus)
         files = writer.finalize()
-        if text is not None:
-            text.join()
+        if texts:
+            with atomic_file(joined) as temporary, open(temporary, "wb") as target:
+                for text in texts:
+                    append_file(text, target)
         writer.commit(merge_manifests(manifests, files) if manifests else None)
     print(writer)
-    if text is not None:
-        print(f"{text.joined}: its text as JSON lines")
+    if texts:
+        print(f"{joined}: its text as JSON lines")
     if manifests is None:
         print(missing_manifests(corpora, output_prefix))
     if arguments.remove_input:
         for prefix in prefixes:
             for path in (*CorpusPaths.of(prefix), loss_bits_path(prefix), manifest_path(prefix)):
                 path.unlink(missing_ok=True)
-        for path in text.parts if text is not None else ():
+        for path in texts:
             path.unlink(missing_ok=True)

@@ -16,31 +16,15 @@ from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.settings import Settings
 from data_tools.preprocessing.summary import print_summary
-from moelpr.data.language_bits import LanguageBits, loss_bits_path
 
 
-def main(arguments: Settings) -> None:
+def main(args: Settings) -> None:
     started = time.monotonic()
-    spec = describe_job(arguments)
+    spec = describe_job(args)
     for note in spec.notes:
         print(f"note: {note}", file=sys.stderr)
-    with Job(spec, arguments.resume, arguments.overwrite) as job:
-        job.write(arguments.workers, arguments.log_interval, arguments.overwrite, arguments.max_bad_share)
+    with Job(spec) as job:
+        job.write()
         job.commit()
-    state = job.state
-    print_summary(
-        state.manifests,
-        spec.outputs.corpora,
-        state.tally,
-        spec.encoder.groups,
-        spec.outputs.skipped_path,
-        shows_languages=not arguments.language,
-        names_original=bool(arguments.original_languages),
-    )
-    for prefix in spec.outputs.corpora.values() if arguments.conversations else ():
-        bits = LanguageBits(loss_bits_path(prefix))
-        share = bits.num_original / max(bits.num_tokens, 1)
-        print(f"{bits.path}: {bits.num_original:,} tokens ({share:.1%}) are the assistant's and count in the loss")
-    for path in spec.outputs.texts.values():
-        print(f"{path}: the held-out text as JSON lines")
+    print_summary(job)
     print(f"done in {time.monotonic() - started:.1f} s")

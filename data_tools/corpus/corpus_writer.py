@@ -173,7 +173,7 @@ class CorpusWriter:
 
     def add_corpus(self, corpus: Corpus) -> None:
         """Add another corpus, of the same dtype, unchanged."""
-        _copy(corpus.paths.bin, self._files[0])
+        append_file(corpus.paths.bin, self._files[0])
         loss = [] if corpus.loss_bits is None else _runs_in(corpus.loss_bits)
         runs = _runs_in(corpus.bits), loss
         ends = corpus.document_starts[1:]
@@ -230,7 +230,7 @@ class CorpusWriter:
         lengths, ends = self._parts[1:3]
         with open(self._unfinished.idx, "wb") as index:
             index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
-            _copy(lengths, index)
+            append_file(lengths, index)
             start = 0
             with open(lengths, "rb") as file:
                 while len(chunk := np.fromfile(file, "<i4", _CHUNK)):
@@ -238,7 +238,7 @@ class CorpusWriter:
                     index.write(((stops - chunk) * self.dtype.itemsize).astype("<i8").tobytes())
                     start = int(stops[-1])
             index.write(bytes(8))  # the first document begins at sequence 0
-            _copy(ends, index)
+            append_file(ends, index)
 
 
 def _write_bits(path: Path, runs: Path) -> None:
@@ -287,6 +287,7 @@ def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manife
             os.replace(source, target)
 
 
-def _copy(path: Path, target: BinaryIO) -> None:
+def append_file(path: Path, target: BinaryIO) -> None:
+    """Copy a file to the end of an open one."""
     with open(path, "rb") as source:
         shutil.copyfileobj(source, target)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +11,85 @@ from data_tools.corpus.tokenized import Documents, as_tokens, joined, joined_run
 from data_tools.preprocessing.batches import Batch
 from data_tools.preprocessing.conversations import counted_tokens
 from data_tools.preprocessing.parsing import DocumentParser, LongDocument, RandomShare, Text
-from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.base.errors import UserError
+from moelpr.data.manifest import LanguageCount
 from moelpr.data.text.documents import BadLine
 from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.gigatoken import Gigatoken
 
 VALIDATION = "validation"
+PROBLEMS_SHOWN = 10
 # The first document of a batch up to this length is encoded by both libraries, to check that they still agree.
 _SPOT_CHECK_CHARACTERS = 1000
+
+
+@dataclass
+class CorpusTally:
+    """Counts of one corpus.
+
+    Attributes:
+        languages: Counts by language name.
+        sources: Number of documents by input file.
+        num_empty: Number of documents without tokens.
+    """
+
+    languages: dict[str, LanguageCount] = field(default_factory=dict)
+    sources: Counter[str] = field(default_factory=Counter)
+    num_empty: int = 0
+
+    def language(self, name: str, groups: LanguageGroups) -> LanguageCount:
+        """Return the counts of a language, creating them if necessary."""
+        if name not in self.languages:
+            self.languages[name] = LanguageCount(groups.bit(name))
+        return self.languages[name]
+
+    def add(self, other: "CorpusTally") -> None:
+        for name, count in other.languages.items():
+            self.languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)
+        self.sources.update(other.sources)
+        self.num_empty += other.num_empty
+
+
+@dataclass
+class Tally:
+    """Counts of a job.
+
+    Attributes:
+        corpora: Counts by the corpus's name within the job.
+        num_read: Number of lines or rows, including malformed but not blank ones.
+        num_skipped: Number of malformed lines or rows.
+        num_long: Number of documents left out because they are too long.
+        num_undetected: Number of documents omitted because their language is uncertain.
+        num_filtered: Number of documents omitted by --filter.
+        problems: Messages about malformed lines and long documents; of a job, the first `PROBLEMS_SHOWN`.
+        audit: Number of documents by stated and detected language.
+    """
+
+    corpora: dict[str, CorpusTally] = field(default_factory=dict)
+    num_read: int = 0
+    num_skipped: int = 0
+    num_long: int = 0
+    num_undetected: int = 0
+    num_filtered: int = 0
+    problems: list[str] = field(default_factory=list)
+    audit: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def corpus(self, name: str) -> CorpusTally:
+        return self.corpora.setdefault(name, CorpusTally())
+
+    def add(self, other: "Tally") -> None:
+        for name, corpus in other.corpora.items():
+            self.corpus(name).add(corpus)
+        self.num_read += other.num_read
+        self.num_skipped += other.num_skipped
+        self.num_long += other.num_long
+        self.num_undetected += other.num_undetected
+        self.num_filtered += other.num_filtered
+        self.problems += other.problems
+        for stated, detected in other.audit.items():
+            self.audit.setdefault(stated, Counter()).update(detected)
 
 
 @dataclass
@@ -73,7 +141,6 @@ class Encoder:
         tally = Tally()
         for _, counts in encoded:
             tally.add(counts)
-        tally.problems = [problem for _, counts in encoded for problem in counts.problems]
         return {name: joined([documents[name] for documents, _ in encoded]) for name in encoded[0][0]}, tally
 
     def _encode_piece(self, batch: Batch) -> tuple[dict[str, Documents], Tally]:

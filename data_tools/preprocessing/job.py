@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data_tools.corpus.corpus_writer import CorpusWriter, Position, commit_corpus
 from data_tools.corpus.tokenized import Documents
 from data_tools.preprocessing.batches import Batch, ReadCursor
+from data_tools.preprocessing.encode import PROBLEMS_SHOWN, Tally
 from data_tools.preprocessing.job_spec import JobSpec
-from data_tools.preprocessing.summary import Tally, why_empty
 from data_tools.preprocessing.workers import worker_pool
 from moelpr.base.errors import MachineError, UserError
 from moelpr.base.files import empty, locked_folder
@@ -119,22 +119,18 @@ class Job:
     Unlike `resumable_directory`, which renames a folder, it renames files, and keeps what is behind the last position
     in its journal out of them.
 
-    Args:
-        spec: What to do; a resumed job must have the same settings.
-        resume: Continue with what is in the folder, and keep it if the job fails.
-        overwrite: Start from scratch instead if another job was interrupted there.
+    With --resume, it continues with what is in the folder, and keeps it if it fails.
 
     Raises:
         UserError: Another job is writing there, or the job to resume had other settings.
     """
 
-    def __init__(self, spec: JobSpec, resume: bool, overwrite: bool = False) -> None:
-        self.spec = spec
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec, resume = spec, spec.args.resume
         self._folder = spec.outputs.unfinished_folder
         self._lock = ExitStack()
         self._lock.enter_context(locked_folder(self._folder, spec.outputs.prefix))
-        self._keep = resume
-        if resume and (change := self._change()) and not overwrite:
+        if resume and (change := self._change()) and not spec.args.overwrite:
             raise UserError(
                 f"the unfinished job in {self._folder} was started with different {change}; pass the same, or "
                 "remove --resume or that folder to start from scratch"
@@ -158,25 +154,25 @@ class Job:
         for lines in (self._skipped, *self._texts.values()):
             lines.close()
         is_interrupted = kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit, MachineError))
-        if kind is None or not (self._keep or is_interrupted):
+        if kind is None or not (self.spec.args.resume or is_interrupted):
             shutil.rmtree(self._folder, ignore_errors=True)
         self._lock.close()
 
-    def write(self, workers: int, log_interval: int, overwrite: bool, max_bad_share: float) -> None:
+    def write(self) -> None:
         """Encode and write the rest of the input, under temporary names."""
-        spec, state = self.spec, self.state
+        spec, args, state = self.spec, self.spec.args, self.state
         if state.manifests:
             return
         reader = spec.inputs.reader()
         with ExitStack() as stack:
-            encode = stack.enter_context(worker_pool(spec.encoder.encode, workers))
+            encode = stack.enter_context(worker_pool(spec.encoder.encode, args.workers))
             has_conversations = spec.encoder.parser.chat is not None
-            settings = spec.encoder.vocab_size, overwrite, self._folder
+            settings = spec.encoder.vocab_size, args.overwrite, self._folder
             writers = {
                 name: stack.enter_context(CorpusWriter(prefix, *settings, state.positions.get(name), has_conversations))
                 for name, prefix in spec.outputs.corpora.items()
             }
-            progress = stack.enter_context(Progress(spec.inputs.num_bytes, state.file_bytes, log_interval))
+            progress = stack.enter_context(Progress(spec.inputs.num_bytes, state.file_bytes, args.log_interval))
             saved = time.monotonic()
             for batch, (documents, tally) in encode(reader.batches(state.cursor)):
                 self._write_batch(batch, documents, tally, writers)
@@ -186,7 +182,7 @@ class Job:
                     self.save()
                     saved = time.monotonic()
             spec.inputs.check_unchanged()
-            self._check_result(writers, max_bad_share)
+            self._check_result(writers)
             state.manifests = {name: self._manifest(name, writer) for name, writer in writers.items()}
             self.save()
 
@@ -227,19 +223,20 @@ class Job:
             if name in self._texts:
                 self._texts[name].add(group.json_lines)
         self.state.tally.add(tally)
+        del self.state.tally.problems[PROBLEMS_SHOWN:]
         problems = "".join(f"{problem}\n" for problem in tally.problems)
         self._skipped.add(problems.encode(errors="backslashreplace"))
         self.state.cursor = batch.after
         self.state.file_bytes += batch.file_bytes
 
-    def _check_result(self, writers: dict[str, CorpusWriter], max_bad_share: float) -> None:
+    def _check_result(self, writers: dict[str, CorpusWriter]) -> None:
         """Raise `UserError` if too many lines are malformed, or a corpus lacks tokens or a language."""
         tally = self.state.tally
         empty = [writer for writer in writers.values() if self.spec.shard_of is None and writer.num_tokens == 0]
         if len(empty) == len(writers):
             sources = [source.path for source in self.spec.inputs.sources]
-            raise UserError(f"{why_empty(sources, tally, self.spec.tokenizer.model)}; nothing was written")
-        if tally.num_skipped > max_bad_share * tally.num_read:
+            raise UserError(f"{_why_empty(sources, tally, self.spec.tokenizer.model)}; nothing was written")
+        if tally.num_skipped > (max_bad_share := self.spec.args.max_bad_share) * tally.num_read:
             raise UserError(
                 f"{tally.num_skipped:,} of {tally.num_read:,} lines are malformed, more than --max-bad-share "
                 f"{max_bad_share:g} (first: {tally.problems[0]}); nothing was written"
@@ -277,3 +274,21 @@ class Job:
             files=files,
             shard_of=self.spec.shard_of,
         )
+
+
+def _why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
+    """Return why the input gives no tokens."""
+    label = ", ".join(sources[:5]) + (f" and {len(sources) - 5:,} more" if len(sources) > 5 else "")
+    documents = sum(sum(corpus.sources.values()) for corpus in tally.corpora.values())
+    if any(count.bytes for corpus in tally.corpora.values() for count in corpus.languages.values()):
+        return (
+            f"--tokenizer-model {tokenizer_model} produced no tokens for any of the {documents:,} documents of {label}"
+            "; check that this tokenizer covers their language"
+        )
+    if tally.problems:
+        number = tally.num_skipped + tally.num_long
+        return f"{label} contains no usable document, {number:,} lines were skipped (first: {tally.problems[0]})"
+    if tally.num_filtered and not documents:
+        return f"--filter drops all {tally.num_filtered:,} documents of {label}; check its keys and values"
+    contents = f"{documents:,} documents without any text" if documents else "no documents"
+    return f"{label} contains {contents}"

@@ -75,6 +75,8 @@ class JobSpec:
     """A description of a job, after all checks that are possible before the work starts.
 
     Attributes:
+        args: The flags.
+        tokenizer: The record of the tokenizer.
         settings: Everything that determines the output's bytes, by flag.
         shard_of: A hash of what all shards of a corpus have in common; None if the job writes a complete corpus.
         needed_languages: Original languages that must occur: after a typo, their documents would be tagged expanded,
@@ -82,6 +84,7 @@ class JobSpec:
         notes: Messages for the user.
     """
 
+    args: Settings
     inputs: Inputs
     outputs: Outputs
     tokenizer: TokenizerRecord
@@ -150,7 +153,7 @@ def describe_job(args: Settings) -> JobSpec:
     shard_of = _shard_of(settings, inputs.sources) if is_shard else None
     is_certain = args.expanded_languages or args.language or is_shard
     needed = LanguageGroups.from_names(None if is_certain else args.original_languages, None).original
-    return JobSpec(inputs, outputs, record, encoder, settings, shard_of, needed, notes)
+    return JobSpec(args, inputs, outputs, record, encoder, settings, shard_of, needed, notes)
 
 
 def _outputs(args: Settings) -> Outputs:

@@ -178,14 +178,6 @@ class OriginalText:
     documents: int = 0
 
 
-@dataclass
-class _Uses:
-    pair_keys: NDArray[np.int64]
-    pair_documents: NDArray[np.int64]
-    whole: Counter[str]
-    documents: int
-
-
 def find_uses(
     files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer, workers: int
 ) -> tuple[OriginalText, OriginalText]:
@@ -193,25 +185,28 @@ def find_uses(
     originals = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
     work = partial(_uses, bpe=bpe, tokenizer=tokenizer)
     for _, parts in files.process(work, workers, "reading original languages"):
-        for text, uses in zip(originals, parts, strict=True):
-            text.pairs.add(uses.pair_keys, uses.pair_documents)
-            text.whole.update(uses.whole)
-            text.documents += uses.documents
+        for text, (pairs, pair_documents, whole, documents) in zip(originals, parts, strict=True):
+            text.pairs.add(pairs, pair_documents)
+            text.whole.update(whole)
+            text.documents += documents
     return originals[0], originals[1]
 
 
-def _uses(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer) -> list[_Uses]:
+def _uses(
+    batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64], Counter[str], int]]:
+    """Return pairs, the number of documents with each, the uses of what is taken whole, and the number of documents."""
     groups: tuple[list[str], list[str]] = ([], [])
     for text, is_held_out in reader.documents(batch):
         groups[is_held_out].append(text)
     uses = []
     for texts in groups:
         keys = [distinct_pairs(ids, bpe.first_new_id) for ids in token_ids(tokenizer, texts)]
-        pair_keys, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
+        pairs, pair_documents = np.unique(np.concatenate([np.zeros(0, np.int64), *keys]), return_counts=True)
         whole: Counter[str] = Counter()
         for text in texts:
             whole.update(set(bpe.taken_whole(text)))
-        uses.append(_Uses(pair_keys, pair_documents, whole, len(texts)))
+        uses.append((pairs, pair_documents, whole, len(texts)))
     return uses
 
 

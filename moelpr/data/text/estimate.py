@@ -1,7 +1,7 @@
 """How much text files hold, and how many tokens it has, estimated from a sample in about a second."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -23,14 +23,7 @@ _LONGEST_S = 1.5
 
 
 class TextEstimate(NamedTuple):
-    """The content of files; the last two are estimates.
-
-    Attributes:
-        files: Number of files.
-        bytes: Their size on disk.
-        documents: Number of documents.
-        tokens: Number of tokens, with one that ends each document.
-    """
+    """The number of files, their size on disk, and estimates of their documents and tokens, one of which ends each."""
 
     files: int
     bytes: int
@@ -111,7 +104,7 @@ def _lines(source: Source, start: int, count: "_Counter") -> _Density:
     sampled = documents[:: len(documents) // _DOCUMENTS + 1]
     if not sampled:
         return _Density()
-    number, tokens = count(map(_parsed, sampled))
+    number, tokens = count(sampled)
     return _Density(
         per_byte * len(documents) / size * number / len(sampled),
         per_byte * sum(map(len, documents)) / size * tokens / sum(map(len, sampled)),
@@ -140,12 +133,6 @@ def _rows(source: Source, start: int, count: "_Counter") -> _Density:
         )
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
-    with suppress(BadLine):  # preprocessing reports it
-        return parse(line, [])
-    return {}
-
-
 class _Counter(NamedTuple):
     """Counts documents that have text and are kept, and their tokens."""
 
@@ -153,10 +140,11 @@ class _Counter(NamedTuple):
     count_tokens: Callable[[str], int]
     filter: Filter | None
 
-    def __call__(self, documents: Iterable[dict[str, Any]]) -> tuple[int, float]:
+    def __call__(self, items: Sequence[bytes | dict[str, Any]]) -> tuple[int, float]:
         number, tokens = 0, 0.0
-        for document in documents:
-            with suppress(BadLine):
+        for item in items:
+            with suppress(BadLine):  # preprocessing reports it
+                document = parse(item, []) if isinstance(item, bytes) else item
                 text = text_of(document, self.key)
                 if self.filter is None or self.filter.keeps(document):
                     part = text[:_TOKENIZED_CHARACTERS]

@@ -36,11 +36,11 @@ Bounds = Callable[[str], tuple[Any, Any] | None]
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A column compared with a constant, or with a list of them; without a comparison: whether it is null."""
+    """A column compared with a constant, or with several; without a comparison: whether it is null."""
 
     column: str
     operator: type[ast.cmpop] | None = None
-    value: Any = None
+    values: tuple[Any, ...] = ()
 
     def of(self, document: dict[str, Any]) -> bool | None:
         content = document.get(self.column)
@@ -48,29 +48,27 @@ class _Comparison:
             return content is None
         if content is None:
             return None
-        values = self.value if isinstance(self.value, list) else [self.value]
-        for value in values:
+        for value in self.values:
             if _kind(content) is not _kind(value):
                 raise BadLine(
                     f'the key "{self.column}" contains {json_type(content)}, which the filter compares with {value!r}'
                 )
-        if isinstance(self.value, list):
-            return (content in values) == (self.operator is ast.In)
-        return bool(_COMPARISONS[self.operator](content, self.value))
+        if self.operator in (ast.In, ast.NotIn):
+            return (content in self.values) == (self.operator is ast.In)
+        return bool(_COMPARISONS[self.operator](content, self.values[0]))
 
     def may_hold(self, bounds: Bounds) -> bool:
         extremes = bounds(self.column)
         if extremes is None or self.operator in (None, ast.NotEq, ast.NotIn):
             return True
         least, most = extremes
-        values = self.value if isinstance(self.value, list) else [self.value]
-        if any(_kind(value) is not _kind(bound) for value in values for bound in extremes):
+        if any(_kind(value) is not _kind(bound) for value in self.values for bound in extremes):
             return True  # its rows report it
         if self.operator in (ast.Lt, ast.LtE):
-            return bool(_COMPARISONS[self.operator](least, self.value))
+            return bool(_COMPARISONS[self.operator](least, self.values[0]))
         if self.operator in (ast.Gt, ast.GtE):
-            return bool(_COMPARISONS[self.operator](most, self.value))
-        return any(least <= value <= most for value in values)
+            return bool(_COMPARISONS[self.operator](most, self.values[0]))
+        return any(least <= value <= most for value in self.values)
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,11 @@ class Filter:
             case ast.Compare(
                 ast.Name(column), [(ast.In() | ast.NotIn()) as op], [ast.List(values) | ast.Tuple(values)]
             ):
-                return _Comparison(self._column(column), type(op), [_constant(value) for value in values])
+                return _Comparison(self._column(column), type(op), tuple(map(_constant, values)))
             case ast.Compare(ast.Name(column), [op], [value]) if type(op) in _COMPARISONS:
-                return _Comparison(self._column(column), type(op), _constant(value))
+                return _Comparison(self._column(column), type(op), (_constant(value),))
             case ast.Compare(value, [op], [ast.Name(column)]) if type(op) in _COMPARISONS:
-                return _Comparison(self._column(column), _SWAPPED.get(type(op), type(op)), _constant(value))
+                return _Comparison(self._column(column), _SWAPPED.get(type(op), type(op)), (_constant(value),))
         raise ValueError(f"{ast.unparse(node)[:40]} is not understood")
 
     def _column(self, name: str) -> str:

@@ -1,12 +1,8 @@
 """The text of held-out corpora as JSON lines for `moelpr.measure.evaluate`: where it is, and how several become one."""
 
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from moelpr.base.files import atomic_file
 
 _CORPUS = re.compile(r"(?P<stem>.*_validation)_(?P<key>.+)_document(?P<shard>(\.shard-\d+-of-\d+)?)", re.DOTALL)
 
@@ -26,23 +22,9 @@ def is_held_out_text(path: Path) -> bool:
     return any(path in text_paths(str(index.with_suffix(""))) for index in path.parent.glob("*_validation_*.idx"))
 
 
-class JoinedText(NamedTuple):
-    """The texts of several held-out corpora, and the file of their concatenation."""
-
-    parts: list[Path]
-    joined: Path
-
-    def join(self) -> None:
-        """Write the concatenation."""
-        with atomic_file(self.joined) as temporary, open(temporary, "wb") as target:
-            for part in self.parts:
-                with open(part, "rb") as source:
-                    shutil.copyfileobj(source, target)
-
-
-def joined_text(prefixes: Sequence[str], output_prefix: str) -> JoinedText | None:
-    """Return the texts of held-out corpora that become one; None if one of the corpora has no text."""
+def joined_text(prefixes: Sequence[str], output_prefix: str) -> tuple[list[Path], Path]:
+    """Return the texts of held-out corpora, and the file for their concatenation; no texts if a corpus has none."""
     for *parts, joined in zip(*map(text_paths, (*prefixes, output_prefix)), strict=False):
         if all(part.is_file() for part in parts):
-            return JoinedText(parts, joined)
-    return None
+            return parts, joined
+    return [], Path()

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.preprocessing.encode import Encoder
+from data_tools.preprocessing.encode import Encoder, Tally
 from data_tools.preprocessing.parsing import DocumentParser, Text
-from data_tools.preprocessing.summary import Tally
 from data_tools.preprocessing.tagging import LanguageGroups, LanguageSpans, TaggedText
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer

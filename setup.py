@@ -37,7 +37,7 @@ setup(
     license="Apache-2.0",
     # megatron-core has wheels for these two only.
     python_requires=">=3.12,<3.14",
-    # launch/ becomes a folder of the package, where moelpr.base.program_files finds it.
+    # launch/ becomes a folder of the package, where moelpr.base.tools finds it.
     packages=[*find_packages(include=["moelpr*", "data_tools*", "checkpoint_convert*"]), "moelpr.launch"],
     package_dir={"moelpr.launch": "launch"},
     package_data={

@@ -13,8 +13,8 @@ from checkpoint_convert.card.graft_record import Graft
 from checkpoint_convert.hf.hub import DOWNLOADED
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, MODEL_STEM
 from moelpr.base import records
-from moelpr.base.copies import check_links
 from moelpr.base.errors import DISK_FULL, MachineError, UserError, first_line
+from moelpr.base.files import check_links
 from moelpr.base.model_code import refuse_code
 from moelpr.base.secrets import LOCAL_PATH, SECRET
 from moelpr.model.families.hf_config import CONFIG_FILE

@@ -7,7 +7,7 @@ from typing import Any
 
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
-from moelpr.base.copies import check_links, copy_folder
+from moelpr.base.files import check_links, copy_folder
 from moelpr.base.model_code import drop_code
 from moelpr.model.families.hf_config import CONFIG_FILE
 

@@ -12,8 +12,8 @@ from data_tools.preprocessing.job_tokenizer import JobTokenizer, load_job_tokeni
 from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import NewText, OriginalText
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
-from moelpr.base.copies import check_links, copy_folder
 from moelpr.base.errors import UserError
+from moelpr.base.files import check_links, copy_folder
 from moelpr.base.model_code import drop_code
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension

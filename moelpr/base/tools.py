@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -84,3 +85,9 @@ STAGES = {
 }
 # All that are functions: a stage on Megatron is a launcher.
 COMMANDS = TOOLS | {"train lora": Tool("moelpr.train.lora", STAGES["lora"])}
+
+
+def launch_folder() -> Path:
+    """The folder of launchers, recipes and Slurm's scripts: of an installed package its own, else the repository's."""
+    package = Path(__file__).resolve().parents[1]
+    return package / "launch" if (package / "launch").is_dir() else package.parent / "launch"

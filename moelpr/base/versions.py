@@ -6,7 +6,7 @@ from importlib import metadata
 from importlib.util import find_spec
 
 from moelpr.base.errors import UserError
-from moelpr.base.program_files import launch_folder
+from moelpr.base.tools import launch_folder
 
 _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "numpy", "transformer-engine")
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moelpr.base import ranks, yaml_files
-from moelpr.base.copies import copy_folder
-from moelpr.base.files import make_folder, write_text
+from moelpr.base.files import copy_folder, make_folder, write_text
 from moelpr.base.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
 from moelpr.base.versions import installed_versions
 from moelpr.model.checkpoints.chain import step_name

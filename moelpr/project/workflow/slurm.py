@@ -19,8 +19,8 @@ from pydantic.dataclasses import dataclass
 
 from moelpr.base.errors import CONTROL, MachineError, UserError
 from moelpr.base.files import remove, write_text
-from moelpr.base.program_files import launch_folder
 from moelpr.base.records import DOCUMENTED, STRICT, Record
+from moelpr.base.tools import launch_folder
 from moelpr.project.workflow.mark import shown
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow

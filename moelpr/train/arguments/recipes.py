@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.base.program_files import launch_folder
+from moelpr.base.tools import launch_folder
 from moelpr.base.yaml_files import read_mapping
 
 

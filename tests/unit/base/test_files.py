@@ -17,6 +17,7 @@ from moelpr.base.files import (
     LOCK_FILE,
     atomic_directory,
     atomic_file,
+    copy_folder,
     locked,
     refuse_existing,
     temporary_name,
@@ -142,3 +143,12 @@ def test_a_lock_that_another_user_has_left_is_one_sentence(tmp_path: Path, monke
     with pytest.raises(UserError, match=r"\.lock belongs to another user.*remove .*unfinished"):
         with locked(tmp_path / ".el.unfinished" / ".lock", "el"):
             pass
+
+
+def test_a_copied_folder_has_nothing_from_outside_it(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"LICENSE is a link to .*secret"):
+        copy_folder(tmp_path / "hf", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -46,7 +46,7 @@ def main(args: Settings) -> None:
             empty(folder)
             check_tokens(paths.bin, index, tokenizer, tokenizer.record.eod_id if args.append_eod else None)
             with LanguageBitsWriter(lang) as writer:
-                writer.append_run(args.bit == "original", tokens)
+                writer.append_runs(np.array([tokens << 1 | (args.bit == "original")]))
                 writer.finalize()
             fsync_file(lang)
             files = {path.suffix[1:]: FileRecord.of(path) for path in (paths.bin, paths.idx, lang)}

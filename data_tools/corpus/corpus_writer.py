@@ -244,23 +244,13 @@ class CorpusWriter:
 def _write_bits(path: Path, runs: Path) -> None:
     with LanguageBitsWriter(path) as writer, open(runs, "rb") as file:
         while len(chunk := np.fromfile(file, "<i8", _CHUNK)):
-            append_runs(writer, chunk)
+            writer.append_runs(chunk)
         writer.finalize()
 
 
 def _runs_in(bits: LanguageBits) -> Iterable[NDArray[np.int64]]:
     starts = range(0, len(bits), _BITS_AT_ONCE)
     return (runs_of(bits.slice(start, min(start + _BITS_AT_ONCE, len(bits)))) for start in starts)
-
-
-def append_runs(writer: LanguageBitsWriter, runs: NDArray[np.int64]) -> None:
-    """Append runs of language bits, as `Documents` has them."""
-    bits, counts = (runs & 1).astype(np.uint8), runs >> 1
-    if counts.sum() <= _BITS_AT_ONCE:
-        writer.append(np.repeat(bits, counts))
-        return
-    for bit, count in zip(bits.tolist(), counts.tolist(), strict=True):
-        writer.append_run(bool(bit), count)
 
 
 def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:

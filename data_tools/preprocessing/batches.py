@@ -249,6 +249,13 @@ class Reader:
                 and starts[group + 1] > max(starts[group], cursor.offset)
             ]
             bytes_per_row = source.bytes / max(starts[-1], 1)
+
+            def whole(first_group: int, last_group: int, content: Any, size: int, num_passed: int = 0) -> Batch:
+                first, stop = starts[first_group], starts[last_group + 1]
+                after = ReadCursor(cursor.share, stop, stop, stop)
+                file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
+                return Batch(share, content, None, after, size, file_bytes, num_passed)
+
             named: list[int] = []
             size = 0
             for group in groups:
@@ -261,17 +268,11 @@ class Reader:
                     named.append(group)
                     size += group_bytes
                 if named and (not is_named or size >= BATCH_BYTES or group == groups[-1]):
-                    first, stop = starts[named[0]], starts[named[-1] + 1]
-                    content = RowGroups(range(named[0], named[-1] + 1), columns, first)
-                    after = ReadCursor(cursor.share, stop, stop, stop)
-                    file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
-                    yield Batch(share, content, None, after, size, file_bytes)
+                    content = RowGroups(range(named[0], named[-1] + 1), columns, starts[named[0]])
+                    yield whole(named[0], named[-1], content, size)
                     named, size = [], 0
                 if is_passed:
-                    first, stop = starts[group], starts[group + 1]
-                    after = ReadCursor(cursor.share, stop, stop, stop)
-                    file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
-                    yield Batch(share, [], [], after, 0, file_bytes, num_passed=stop - first)
+                    yield whole(group, group, [], 0, num_passed=starts[group + 1] - starts[group])
                 elif not is_named:
                     rows = self._rows(file, group, columns, here, starts[group])
                     yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))

@@ -254,27 +254,18 @@ class Encoder:
 
     def _wrapped(self, encoded: Encoded) -> Encoded:
         """Put the tokenizer's own tokens around each text, and the end-of-document token after it."""
-        num_before, num_after, has_eod = len(self.prefix), len(self.suffix), self.eod_id is not None
-        if not num_before and not num_after and not has_eod:
+        is_ended, size = self.eod_id is not None, len(self.prefix) + len(self.suffix)
+        added = np.array([*self.prefix, *self.suffix, *([self.eod_id] if is_ended else [])], np.int32)
+        if not len(added):
             return encoded
-        lengths = encoded.lengths + num_before + num_after
-        lengths += (lengths > 0) & has_eod  # an empty document stays empty, as in Megatron
-        stops = np.cumsum(lengths)
-        starts = stops - lengths
-        ids = np.empty(int(lengths.sum()), np.int32)
-        is_text = np.ones(len(ids), np.bool_)
-
-        def put(places: NDArray[np.int64], id: int) -> None:
-            ids[places], is_text[places] = id, False
-
-        ends = stops - has_eod - num_after
-        for first, added in ((starts, self.prefix), (ends, self.suffix)):
-            for offset, id in enumerate(added):
-                put(first + offset, id)
-        if self.eod_id is not None:
-            put(stops[lengths > 0] - 1, self.eod_id)
-        ids[is_text] = encoded.ids
-        return Encoded(ids, lengths)
+        ends = np.cumsum(encoded.lengths)
+        starts = ends - encoded.lengths
+        places = np.column_stack([starts] * len(self.prefix) + [ends] * (len(added) - len(self.prefix)))
+        is_there = np.ones(places.shape, np.bool_)
+        if is_ended:
+            is_there[:, -1] = encoded.lengths + size > 0  # an empty document stays empty, as in Megatron
+        ids = np.insert(encoded.ids, places[is_there], np.broadcast_to(added, places.shape)[is_there])
+        return Encoded(ids, encoded.lengths + is_there.sum(axis=1))
 
     def _spot_check(self, texts: Iterable[str]) -> None:
         text = next((text for text in texts if len(text) <= _SPOT_CHECK_CHARACTERS), None)

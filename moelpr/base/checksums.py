@@ -126,9 +126,11 @@ def write(folder: Path, sums: dict[str, FileSum]) -> None:
     Checksums(dict(sorted(sums.items()))).write(folder)
 
 
-def read(folder: Path) -> dict[str, FileSum] | None:
-    """The sums in `folder`/checksums.json; None if it does not exist."""
+def read(folder: Path, is_expected: bool = False) -> dict[str, FileSum] | None:
+    """The sums in `folder`/checksums.json; None if it does not exist, with a note if it is expected."""
     record = Checksums.read_if_there(folder)
+    if record is None and is_expected:
+        _note_missing(folder)
     return None if record is None else record.files
 
 
@@ -143,10 +145,7 @@ class Verifier:
 
     def __init__(self, folder: Path, fix: str, verify: Verify = Verify.FULL, is_expected: bool = False) -> None:
         self._folder, self._fix = folder, fix
-        sums = {} if verify is Verify.NONE else read(folder)
-        if sums is None and is_expected:
-            _note_missing(folder)
-        self._unverified = dict(sums or {})
+        self._unverified = {} if verify is Verify.NONE else dict(read(folder, is_expected) or {})
 
     def verify(self, name: str) -> None:
         """Compare a file with its checksum, once."""
@@ -160,10 +159,7 @@ def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
 
     If torch.distributed is initialized, every rank must call this; they share the work.
     """
-    sums = read(folder)
-    if sums is None and is_expected:
-        _note_missing(folder)
-    if not sums:
+    if not (sums := read(folder, is_expected)):
         return
     own = sums_of(folder, ranks.own_share(sorted(sums)))
     actual = {name: sum_ for part in ranks.gather(own) for name, sum_ in part.items()}

@@ -78,15 +78,12 @@ class LanguageBitsWriter:
                 self._flush()
             done += len(piece)
 
-    def append_run(self, is_original: bool, count: int) -> None:
-        """Append `count` tokens that share one bit."""
-        if count < 0:
-            raise ValueError(f"a run must have at least 0 tokens, got {count}")
-        flags = np.full(min(count, _RUN_TOKENS), is_original, np.uint8)
-        while count > 0:
-            piece = flags[:count]
-            self.append(piece)
-            count -= len(piece)
+    def append_runs(self, runs: NDArray[np.int64]) -> None:
+        """Append runs of tokens with one bit, int64 [runs]: 2 × tokens of the run + its bit."""
+        bits, stops = (runs & 1).astype(np.uint8), np.cumsum(runs >> 1)
+        for start in range(0, int(stops.max(initial=0)), _RUN_TOKENS):
+            counts = np.diff(np.clip(stops, start, start + _RUN_TOKENS), prepend=start)
+            self.append(np.repeat(bits, counts))
 
     def finalize(self) -> None:
         """Write the rest and the header, and close the file, which is now complete."""

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import yaml
 
@@ -97,7 +98,7 @@ def test_the_trainer_accepts_it_on_the_hardware_it_names(recipe: Recipe, tmp_pat
     for suffix in ("bin", "idx"):
         Path(f"corpus.{suffix}").touch()
     with LanguageBitsWriter(Path("corpus.lang")) as bits:
-        bits.append_run(True, 1)
+        bits.append(np.ones(1, np.uint8))
         bits.finalize()
     command = f"--stage {recipe.stage} --pretrained-checkpoint upcycled --data-path corpus --recipe".split()
     gpus = int(recipe.planner_words[recipe.planner_words.index("--gpus") + 1])

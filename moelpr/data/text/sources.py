@@ -102,7 +102,8 @@ def find_files(names: list[str]) -> list[str]:
         is_remote = remote.is_remote(name)
         if is_remote:
             name = remote.pinned(name)
-        is_pattern = has_pattern(name)
+        # In a URL, a question mark begins the query.
+        is_pattern = glob.has_magic(remote.shown(name) if is_remote else name) and not os.path.lexists(name)
         if name == STANDARD_INPUT or os.path.isfile(name):
             uris.append(name)
         elif os.path.isdir(name) or (is_remote and not is_pattern and remote.is_folder(name)):
@@ -136,13 +137,6 @@ def named_files(paths: list[str], what: str) -> dict[str, str]:
             raise UserError(f"{what} has two files named {name} ({by_name[name]} and {path}); name them yourself")
         by_name[name] = path
     return by_name
-
-
-def has_pattern(name: str) -> bool:
-    """Whether a name is a glob pattern; in a URL, a question mark begins the query."""
-    if remote.is_remote(name):
-        return glob.has_magic(remote.shown(name))
-    return glob.has_magic(name) and not os.path.lexists(name)
 
 
 def _matches(pattern: str) -> list[str]:

@@ -30,29 +30,20 @@ _REMEDY = "download the tokenizer again"
 
 @dataclass(config=FOREIGN)
 class _Model:
-    """The model in a tokenizer.json.
-
-    Attributes:
-        vocab: Token -> ID; a unigram model has a list instead.
-    """
-
-    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)
+    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)  # a unigram model has a list
 
 
 @dataclass(config=FOREIGN)
 class _TokenizerJson:
-    """A tokenizer of the `tokenizers` library, as far as it is checked before that opens it."""
-
     model: _Model
 
 
 @dataclass(config=FOREIGN)
 class _TokenizerConfig:
-    """The settings of a tokenizer, as far as they are checked before transformers opens it."""
-
     model_max_length: int | float | None = None
 
 
+# The files of a tokenizer, as far as they are checked before a library opens them.
 _FILES = {"tokenizer_config.json": _TokenizerConfig, "tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}
 
 

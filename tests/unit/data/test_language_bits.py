@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(deadline=None)
 @given(
-    pieces=st.lists(bit_arrays | st.tuples(st.booleans(), st.integers(0, 40)), max_size=8),
+    pieces=st.lists(bit_arrays | st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=8),
     buffer_bytes=st.integers(1, 9) | st.just(1 << 10),
     run_tokens=st.sampled_from([7, 1 << 10]),
 )
@@ -53,9 +53,14 @@ def test_bits_and_runs_in_any_pieces_are_written_as_numpy_packs_them(folder, pie
         patch.setattr(language_bits, "_RUN_TOKENS", run_tokens)
         with LanguageBitsWriter(folder / "pieces.lang") as writer:
             for piece in pieces:
-                writer.append_run(*piece) if isinstance(piece, tuple) else writer.append(piece)
+                if isinstance(piece, list):
+                    writer.append_runs(np.array([length << 1 | bit for bit, length in piece], np.int64))
+                else:
+                    writer.append(piece)
             writer.finalize()
-    bits = [np.full(piece[1], piece[0], np.uint8) if isinstance(piece, tuple) else piece for piece in pieces]
+    bits = [
+        np.repeat(*np.array(piece, np.uint8).reshape(-1, 2).T) if isinstance(piece, list) else piece for piece in pieces
+    ]
     whole = np.concatenate([np.zeros(0, np.uint8), *bits])
     content = (folder / "pieces.lang").read_bytes()
     assert content == write(folder / "once.lang", whole).read_bytes()
@@ -90,8 +95,6 @@ def test_bool_and_strided_bits_are_accepted_and_other_values_rejected(tmp_path: 
             writer.append(np.array([0, 255] + [0] * 12, np.uint8))
         with pytest.raises(ValueError, match="int64"):
             writer.append(np.array([0, 1]))
-        with pytest.raises(ValueError, match="-1"):
-            writer.append_run(True, -1)
 
 
 def test_rejected_append_does_not_change_the_writer(tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_truncated_long_foreign_and_unfinished_files_are_rejected(tmp_path: Path
     expect(b"MMIDIDX\0" + content[8:], "it starts with b'MMIDIDX")
     expect(content[:8] + struct.pack("<I", 2) + content[12:], "version 2 of the .lang format")
     with LanguageBitsWriter(path) as writer:
-        writer.append_run(True, 100)
+        writer.append(np.ones(100, np.uint8))
     expect(path.read_bytes(), "not a complete .lang file")
     with pytest.raises(UserError, match=r"can't be opened"):
         LanguageBits(tmp_path)

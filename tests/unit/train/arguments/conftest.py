@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -115,7 +116,7 @@ def data(tmp_path: Path) -> list[str]:
     for suffix in ("bin", "idx"):
         (tmp_path / f"corpus.{suffix}").touch()
     with LanguageBitsWriter(tmp_path / "corpus.lang") as bits:
-        bits.append_run(True, 1)
+        bits.append(np.ones(1, np.uint8))
         bits.finalize()
     return ["--data-path", str(tmp_path / "corpus")]
 

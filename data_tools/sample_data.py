@@ -36,25 +36,16 @@ _TOKENS_AT_ONCE = 1 << 20
 
 @dataclass
 class Sample:
-    """The documents sampled from one input and group.
-
-    Attributes:
-        names: Language name of each group, since a document may contain some text of the other group.
-        chosen: Indices of the sampled documents, ascending [documents].
-        available: Number of documents to sample from.
-        requested: What the flags ask for, such as "50,000 documents".
-        is_short: Whether the input contains less than that.
-        num_tokens: Tokens of the sampled documents.
-    """
+    """The documents sampled from one input and group."""
 
     corpus: Corpus
     bit: Bit
-    names: dict[Bit, str]
-    chosen: NDArray[np.int64]
-    available: int
-    requested: str
-    is_short: bool
-    num_tokens: int
+    names: dict[Bit, str]  # language name of each group, since a document may contain some text of the other group
+    chosen: NDArray[np.int64]  # indices of the sampled documents, ascending [documents]
+    available: int  # number of documents to sample from
+    requested: str  # as the flags ask for it, such as "50,000 documents"
+    is_short: bool  # whether the input contains less than that
+    num_tokens: int  # tokens of the sampled documents
 
 
 class Settings(Flags):

@@ -29,20 +29,13 @@ def as_tokens(ids: NDArray[np.integer], vocab_size: int) -> NDArray[np.integer]:
 
 
 class Documents(NamedTuple):
-    """Tokenized documents, concatenated.
+    """Tokenized documents, concatenated."""
 
-    Attributes:
-        tokens: The tokens in the .bin's dtype [tokens].
-        lengths: Tokens of each document, int64 [documents].
-        runs: Runs of tokens with one language bit, int64 [runs]: 2 × tokens of the run + its bit.
-        json_lines: The text of held-out documents as JSON lines; empty for all others.
-        loss_runs: Of conversations, runs of tokens that count in the loss or don't, in the same form.
-    """
-
-    tokens: NDArray[np.integer]
-    lengths: NDArray[np.int64]
-    runs: NDArray[np.int64]
-    json_lines: bytes = b""
+    tokens: NDArray[np.integer]  # the tokens in the .bin's dtype [tokens]
+    lengths: NDArray[np.int64]  # tokens of each document, int64 [documents]
+    runs: NDArray[np.int64]  # runs of tokens with one language bit, int64 [runs]: 2 × tokens of the run + its bit
+    json_lines: bytes = b""  # the text of held-out documents as JSON lines; empty for all others
+    # the same for the tokens of conversations that count in the loss
     loss_runs: NDArray[np.int64] = np.zeros(0, np.int64)
 
 

@@ -52,19 +52,12 @@ def shares_of(sources: list[Source], shard: int, num_shards: int) -> Iterator[Sh
 
 
 class ReadCursor(NamedTuple):
-    """Where to resume reading.
+    """Where to resume reading."""
 
-    Attributes:
-        share: Index of the share.
-        offset: Byte of the (decompressed) JSON lines, or row of the Parquet file.
-        line: Number of lines before it in the share, or of rows in the file; not counted in plain files.
-        documents: Number of these that are not blank; only counted if documents are chosen, and in compressed files.
-    """
-
-    share: int = 0
-    offset: int = 0
-    line: int = 0
-    documents: int = 0
+    share: int = 0  # index of the share
+    offset: int = 0  # byte of the (decompressed) JSON lines, or row of the Parquet file
+    line: int = 0  # lines before it in the share, or rows in the file; not counted in plain files
+    documents: int = 0  # lines or rows that are not blank; counted only if some are chosen, and in compressed files
 
 
 class FileRange(NamedTuple):
@@ -90,25 +83,17 @@ class RowGroups(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Unparsed lines or rows of one input file.
-
-    Attributes:
-        content: Lines or long lines, the range of a file that contains lines, or rows of a table, or its row groups.
-        numbers: Numbers of the lines within the share, or of the rows within the file, from 1; None if they are
-            consecutive.
-        after: Where reading resumes after this batch.
-        num_bytes: Decompressed size.
-        file_bytes: Size in the file, for the progress bar.
-        num_passed: Number of documents before it that were passed over unread, because no filter would keep them.
-    """
+    """Unparsed lines or rows of one input file."""
 
     share: Share
+    # lines or long lines, the range of a file that contains lines, or rows of a table, or its row groups
     content: list[bytes | LongLine | dict[str, Any]] | FileRange | RowGroups
+    # numbers of the lines within the share, or of the rows within the file, from 1; None if they are consecutive
     numbers: Sequence[int] | None
-    after: ReadCursor
-    num_bytes: int
-    file_bytes: int
-    num_passed: int = 0
+    after: ReadCursor  # where reading resumes after this batch
+    num_bytes: int  # decompressed size
+    file_bytes: int  # size in the file, for the progress bar
+    num_passed: int = 0  # number of documents before it that were passed over unread, because no filter would keep them
 
     def pieces(self) -> Iterator["Batch"]:
         """Yield the rows of row groups in batches of the usual size, and any other batch as it is."""

@@ -23,33 +23,23 @@ _MOST_CPU_S = 20.0  # to render one conversation
 
 
 class Rendered(NamedTuple):
-    """A conversation as text.
-
-    Attributes:
-        turns: Start and end of what the assistant wrote, in characters: with marks of the template what they enclose,
-            otherwise all that it adds to the prompt, such as "yes<|im_end|>\\n".
-        contents: What the messages say, without the template.
-    """
+    """A conversation as text."""
 
     text: str
+    # start and end of what the assistant wrote, in characters: with marks of the template what they enclose, otherwise
+    # all that it adds to the prompt, such as "yes<|im_end|>\n"
     turns: list[tuple[int, int]]
-    contents: str
+    contents: str  # the messages without the template
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, which transformers renders.
+    """A chat template, which transformers renders."""
 
-    Attributes:
-        source: Its file, or the folder of the tokenizer that has it.
-        special_tokens: Names of special tokens, such as bos_token, and the tokens.
-        added_tokens: The tokens added to that tokenizer that the template contains, and their IDs.
-    """
-
-    source: str
+    source: str  # its file, or the folder of the tokenizer that has it
     template: str
-    special_tokens: dict[str, Any]
-    added_tokens: dict[str, int]
+    special_tokens: dict[str, Any]  # names of special tokens, such as bos_token, and the tokens
+    added_tokens: dict[str, int]  # the tokens added to that tokenizer that the template contains, and their IDs
 
     @property
     def fingerprint(self) -> str:

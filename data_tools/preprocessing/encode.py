@@ -27,17 +27,11 @@ _SPOT_CHECK_CHARACTERS = 1000
 
 @dataclass
 class CorpusTally:
-    """Counts of one corpus.
+    """Counts of one corpus."""
 
-    Attributes:
-        languages: Counts by language name.
-        sources: Number of documents by input file.
-        num_empty: Number of documents without tokens.
-    """
-
-    languages: dict[str, LanguageCount] = field(default_factory=dict)
-    sources: Counter[str] = field(default_factory=Counter)
-    num_empty: int = 0
+    languages: dict[str, LanguageCount] = field(default_factory=dict)  # counts by language name
+    sources: Counter[str] = field(default_factory=Counter)  # number of documents by input file
+    num_empty: int = 0  # number of documents without tokens
 
     def language(self, name: str, groups: LanguageGroups) -> LanguageCount:
         """Return the counts of a language, creating them if necessary."""
@@ -54,27 +48,17 @@ class CorpusTally:
 
 @dataclass
 class Tally:
-    """Counts of a job.
+    """Counts of a job."""
 
-    Attributes:
-        corpora: Counts by the corpus's name within the job.
-        num_read: Number of lines or rows, including malformed but not blank ones.
-        num_skipped: Number of malformed lines or rows.
-        num_long: Number of documents left out because they are too long.
-        num_undetected: Number of documents omitted because their language is uncertain.
-        num_filtered: Number of documents omitted by --filter.
-        problems: Messages about malformed lines and long documents; of a job, the first `PROBLEMS_SHOWN`.
-        audit: Number of documents by stated and detected language.
-    """
-
-    corpora: dict[str, CorpusTally] = field(default_factory=dict)
-    num_read: int = 0
-    num_skipped: int = 0
-    num_long: int = 0
-    num_undetected: int = 0
-    num_filtered: int = 0
+    corpora: dict[str, CorpusTally] = field(default_factory=dict)  # counts by the corpus's name within the job
+    num_read: int = 0  # number of lines or rows, including malformed but not blank ones
+    num_skipped: int = 0  # number of malformed lines or rows
+    num_long: int = 0  # number of documents left out because they are too long
+    num_undetected: int = 0  # number of documents omitted because their language is uncertain
+    num_filtered: int = 0  # number of documents omitted by --filter
+    # about malformed lines and long documents; in a job, the first PROBLEMS_SHOWN
     problems: list[str] = field(default_factory=list)
-    audit: dict[str, Counter[str]] = field(default_factory=dict)
+    audit: dict[str, Counter[str]] = field(default_factory=dict)  # number of documents by stated and detected language
 
     def corpus(self, name: str) -> CorpusTally:
         return self.corpora.setdefault(name, CorpusTally())
@@ -94,37 +78,22 @@ class Tally:
 
 @dataclass
 class Encoder:
-    """Encodes batches.
-
-    Attributes:
-        prefix: IDs added before each text.
-        suffix: IDs added after each text.
-        eod_id: ID added after each document; None for no ID.
-        parser: Reads the texts of a document, one for each of `corpora`.
-        groups: The original and the expanded languages.
-        corpora: Names of the corpora; validation documents go into "<name> validation".
-        skips_bad_lines: Whether to count malformed lines instead of raising an error.
-        skips_undetected: Whether to omit documents of uncertain language.
-        validation: The documents for validation.
-        auditor: Detects languages to compare with the stated ones.
-        max_tokens: The longest conversation; None for any.
-        fast: A library that encodes texts in place of the tokenizer, with the same IDs.
-    """
+    """Encodes batches."""
 
     tokenizer: Tokenizer
     vocab_size: int
-    prefix: list[int]
-    suffix: list[int]
-    eod_id: int | None
-    parser: DocumentParser
-    groups: LanguageGroups
-    corpora: list[str]
-    skips_bad_lines: bool = False
-    skips_undetected: bool = False
-    validation: RandomShare = RandomShare()
-    auditor: Detector | None = None
-    max_tokens: int | None = None
-    fast: Gigatoken | None = None
+    prefix: list[int]  # IDs added before each text
+    suffix: list[int]  # IDs added after each text
+    eod_id: int | None  # ID added after each document; None for no ID
+    parser: DocumentParser  # reads the texts of a document, one for each of `corpora`
+    groups: LanguageGroups  # the original and the expanded languages
+    corpora: list[str]  # names of the corpora; validation documents go into "<name> validation"
+    skips_bad_lines: bool = False  # whether to count malformed lines instead of raising an error
+    skips_undetected: bool = False  # whether to omit documents of uncertain language
+    validation: RandomShare = RandomShare()  # the documents for validation
+    auditor: Detector | None = None  # detects languages to compare with the stated ones
+    max_tokens: int | None = None  # the longest conversation; None for any
+    fast: Gigatoken | None = None  # a library that encodes texts in place of the tokenizer, with the same IDs
 
     def encode(self, batch: Batch) -> tuple[dict[str, Documents], Tally]:
         """Encode a batch, a piece at a time.

@@ -33,23 +33,15 @@ _SKIPPED = "skipped.txt"
 
 @dataclass
 class State:
-    """How far a job is; everything before it is on disk when it is saved.
-
-    Attributes:
-        positions: How much of each corpus is written.
-        cursor: Where to resume reading.
-        file_bytes: Bytes of the input files that have been read.
-        skipped_bytes: Size of the list of skipped lines.
-        text_bytes: Sizes of the held-out texts, by the corpus's name.
-        manifests: Once they exist, only the files' names are left to change.
-    """
+    """How far a job is; everything before it is on disk when it is saved."""
 
     tally: Tally = field(default_factory=Tally)
-    positions: dict[str, Position] = field(default_factory=dict)
-    cursor: ReadCursor = ReadCursor()
-    file_bytes: int = 0
-    skipped_bytes: int = 0
-    text_bytes: dict[str, int] = field(default_factory=dict)
+    positions: dict[str, Position] = field(default_factory=dict)  # how much of each corpus is written
+    cursor: ReadCursor = ReadCursor()  # where to resume reading
+    file_bytes: int = 0  # bytes of the input files that have been read
+    skipped_bytes: int = 0  # size of the list of skipped lines
+    text_bytes: dict[str, int] = field(default_factory=dict)  # sizes of the held-out texts, by the corpus's name
+    # once they exist, only names of files are left to change
     manifests: dict[str, Manifest] = field(default_factory=dict)
 
 

@@ -46,17 +46,11 @@ _OF_ONE_SHARD = ("--shard", "--output-prefix", "input files", "--on-error", "--a
 
 @dataclass(frozen=True)
 class Outputs:
-    """The files of a job.
+    """The files of a job."""
 
-    Attributes:
-        prefix: Prefix of all of them, including the job's shard.
-        corpora: Corpus prefixes by the corpus's name within the job.
-        texts: The JSON lines of its held-out corpora, by the same names.
-    """
-
-    prefix: str
-    corpora: dict[str, str]
-    texts: dict[str, Path]
+    prefix: str  # prefix of all of them, including the job's shard
+    corpora: dict[str, str]  # corpus prefixes by the corpus's name within the job
+    texts: dict[str, Path]  # the JSON lines of its held-out corpora, by the same names
 
     @property
     def skipped_path(self) -> Path:
@@ -72,27 +66,20 @@ class Outputs:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """A description of a job, after all checks that are possible before the work starts.
+    """A description of a job, after all checks that are possible before the work starts."""
 
-    Attributes:
-        args: The flags.
-        tokenizer: The record of the tokenizer.
-        settings: Everything that determines the output's bytes, by flag.
-        shard_of: A hash of what all shards of a corpus have in common; None if the job writes a complete corpus.
-        needed_languages: Original languages that must occur: after a typo, their documents would be tagged expanded,
-            unless all expanded languages are named. A shard may lack some.
-        notes: Messages for the user.
-    """
-
-    args: Settings
+    args: Settings  # the flags
     inputs: Inputs
     outputs: Outputs
-    tokenizer: TokenizerRecord
+    tokenizer: TokenizerRecord  # the record of the tokenizer
     encoder: Encoder
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # everything that determines the output's bytes, by flag
+    # a hash of what all shards of a corpus have in common; None if the job writes a complete corpus
     shard_of: str | None
+    # original languages that must occur: after a typo, their documents would be tagged expanded, unless all expanded
+    # languages are named. A shard may lack some
     needed_languages: frozenset[str]
-    notes: list[str]
+    notes: list[str]  # messages for the user
 
 
 def describe_job(args: Settings) -> JobSpec:

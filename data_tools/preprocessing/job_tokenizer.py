@@ -16,17 +16,12 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 
 
 class JobTokenizer(NamedTuple):
-    """The tokenizer of a job, and the IDs around each text.
-
-    Attributes:
-        prefix: IDs to add before each text.
-        suffix: IDs to add after each text.
-    """
+    """The tokenizer of a job, and the IDs around each text."""
 
     record: TokenizerRecord
     tokenizer: Tokenizer
-    prefix: list[int]
-    suffix: list[int]
+    prefix: list[int]  # IDs to add before each text
+    suffix: list[int]  # IDs to add after each text
 
 
 def load_job_tokenizer(type: str, model: str, special_tokens: bool, eod_token: str | None) -> JobTokenizer:

@@ -25,18 +25,13 @@ class LongDocument(BadLine):
 
 
 class Text(NamedTuple):
-    """A text of a document.
-
-    Attributes:
-        turns: Of a conversation, start and end of the assistant's turns, in characters.
-        tokens: Of a conversation, its tokens.
-        is_counted: Of a conversation, which tokens count in the loss, uint8 [tokens].
-    """
+    """A text of a document."""
 
     tagged: TaggedText
+    # start and end of the assistant's turns in a conversation, in characters
     turns: list[tuple[int, int]] | None = None
-    tokens: Piece | None = None
-    is_counted: NDArray[np.uint8] | None = None
+    tokens: Piece | None = None  # the tokens of a conversation
+    is_counted: NDArray[np.uint8] | None = None  # tokens of a conversation that count in the loss, uint8 [tokens]
 
     def json_line(self) -> bytes:
         """Return the text's JSON line; its language is that of most of its characters."""
@@ -49,19 +44,12 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentParser:
-    """Reads the texts of lines and rows.
+    """Reads the texts of lines and rows."""
 
-    Attributes:
-        tagger: Assigns languages to texts.
-        keys: For each dataset, the keys of the texts, one per corpus.
-        chat: Makes texts of conversations; None if the keys have texts.
-        filter: Which documents are kept; None: all.
-    """
-
-    tagger: Tagger
-    keys: list[list[str]]
-    chat: ChatTemplate | None = None
-    filter: Filter | None = None
+    tagger: Tagger  # assigns languages to texts
+    keys: list[list[str]]  # for each dataset, the keys of the texts, one per corpus
+    chat: ChatTemplate | None = None  # makes texts of conversations; None if the keys have texts
+    filter: Filter | None = None  # the documents that are kept; None: all
 
     def columns(self) -> list[list[str]]:
         """Return the keys that are read, for each dataset."""
@@ -117,14 +105,10 @@ class RandomShare:
     """A random share of all documents, for validation.
 
     Only a document's text decides, so the order and the number of jobs do not matter, and copies stay together.
-
-    Attributes:
-        share: Fraction of the documents, 0 to 1.
-        seed: Random seed of the choice.
     """
 
-    share: float = 0.0
-    seed: int = 0
+    share: float = 0.0  # fraction of the documents, 0 to 1
+    seed: int = 0  # random seed of the choice
 
     def __contains__(self, text: str) -> bool:
         """Whether a document with this text is in the share."""

@@ -17,18 +17,12 @@ _BITS: dict[str, Bit] = {"old": "original", "original": "original", "new": "expa
 
 
 class Dataset(NamedTuple):
-    """Input files that share a language and a key.
+    """Input files that share a language and a key."""
 
-    Attributes:
-        name: Name in the registry; "" for files named by --input.
-        bit: The language bit; None if each document has its own.
-        key: Key of the text in each document.
-    """
-
-    name: str
+    name: str  # name in the registry; "" for files named by --input
     sources: list[Source]
-    bit: Bit | None
-    key: str
+    bit: Bit | None  # the language bit; None if each document has its own
+    key: str  # key of the text in each document
 
 
 @dataclass(config=FOREIGN)

@@ -13,15 +13,10 @@ from moelpr.data.text.language_id import UNDETECTED, Detector
 
 @dataclass(frozen=True)
 class LanguageGroups:
-    """The original and the expanded languages.
+    """The original and the expanded languages."""
 
-    Attributes:
-        original: Languages whose bit is 1.
-        expanded: Languages whose bit is 0; if empty, all other languages.
-    """
-
-    original: frozenset[str]
-    expanded: frozenset[str]
+    original: frozenset[str]  # languages whose bit is 1
+    expanded: frozenset[str]  # languages whose bit is 0; if empty, all other languages
 
     @classmethod
     def from_names(cls, original: str | None, expanded: str | None) -> Self:

@@ -31,18 +31,12 @@ MAX_WORDS = 1_000_000
 
 @dataclass
 class TextFiles:
-    """Files of several languages.
-
-    Attributes:
-        sources: The dataset of each is the index of its language.
-        key: JSON key of the text.
-        held_out_share: Fraction of the documents that is held out.
-    """
+    """Files of several languages."""
 
     languages: list[str]
-    sources: list[Source]
-    key: str
-    held_out_share: float
+    sources: list[Source]  # the dataset of each is the index of its language
+    key: str  # JSON key of the text
+    held_out_share: float  # fraction of the documents that is held out
 
     def process[T](self, work: Callable[..., T], workers: int, label: str) -> Iterator[tuple[int, T]]:
         """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
@@ -85,17 +79,11 @@ class DocumentReader:
 
 @dataclass
 class NewText:
-    """Words of one expanded language, without held-out documents.
+    """Words of one expanded language, without held-out documents."""
 
-    Attributes:
-        words: Number of occurrences of each.
-        bytes: UTF-8 bytes of the text.
-        held_out: Number of documents held out.
-    """
-
-    words: Counter[str] = field(default_factory=Counter)
-    bytes: int = 0
-    held_out: int = 0
+    words: Counter[str] = field(default_factory=Counter)  # number of occurrences of each
+    bytes: int = 0  # UTF-8 bytes of the text
+    held_out: int = 0  # number of documents held out
 
     def add(self, other: "NewText") -> None:
         self.words.update(other.words)
@@ -166,14 +154,10 @@ class PairCounts:
 
 @dataclass
 class OriginalText:
-    """The token pairs of original-language text that a new token might change.
+    """The token pairs of original-language text that a new token might change."""
 
-    Attributes:
-        pairs: Pairs of neighboring tokens.
-        whole: Number of documents with what would be taken whole (`BpeTokenizer.taken_whole`).
-    """
-
-    pairs: PairCounts
+    pairs: PairCounts  # pairs of neighboring tokens
+    # documents with what would be taken whole (`BpeTokenizer.taken_whole`)
     whole: Counter[str] = field(default_factory=Counter)
     documents: int = 0
 
@@ -224,18 +208,13 @@ def token_ids(tokenizer: Tokenizer, texts: list[str]) -> list[NDArray[np.int32]]
 
 @dataclass
 class Comparison:
-    """How a language's documents are tokenized before and after.
-
-    Attributes:
-        before, after: Numbers of tokens.
-        changed: Number of documents that are tokenized differently.
-    """
+    """How a language's documents are tokenized before and after."""
 
     documents: int = 0
     bytes: int = 0
-    before: int = 0
-    after: int = 0
-    changed: int = 0
+    before: int = 0  # tokens before
+    after: int = 0  # tokens after
+    changed: int = 0  # number of documents that are tokenized differently
 
     def add(self, other: "Comparison") -> None:
         for name, value in vars(other).items():

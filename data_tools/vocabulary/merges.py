@@ -20,28 +20,18 @@ _NONE = -1  # no neighbor
 
 
 class NewToken(NamedTuple):
-    """A token to be added.
+    """A token to be added."""
 
-    Attributes:
-        text: As the vocabulary writes it.
-        merge: The texts of the two tokens that it joins; None for a character.
-        replaces: IDs of the old tokens that wrote its text.
-    """
-
-    text: str
-    merge: tuple[str, str] | None
-    replaces: list[int]
+    text: str  # as the vocabulary writes it
+    merge: tuple[str, str] | None  # the texts of the two tokens that it joins; None for a character
+    replaces: list[int]  # IDs of the old tokens that wrote its text
 
 
 class Character(NamedTuple):
-    """A character without a token.
-
-    Attributes:
-        replaces: IDs of the tokens of its bytes.
-    """
+    """A character without a token."""
 
     text: str
-    replaces: list[int]
+    replaces: list[int]  # IDs of the tokens of its bytes
 
 
 class Words:

@@ -24,17 +24,13 @@ _AT_ONCE = 1 << 20  # sequences or documents checked at once, so that memory sta
 
 @dataclass(frozen=True)
 class CorpusIndex:
-    """Where the sequences and documents of a corpus are in its .bin.
+    """Where the sequences and documents of a corpus are in its .bin."""
 
-    Attributes:
-        dtype: Of the token IDs.
-        sequence_lengths: Tokens of each sequence, int32 [sequences]; sequences are contiguous.
-        document_starts: Each document's first sequence, and the number of sequences, int64 [documents + 1].
-    """
-
-    dtype: np.dtype
-    sequence_lengths: NDArray[np.int32]
-    document_starts: NDArray[np.int64]
+    dtype: np.dtype  # the dtype of the token IDs
+    sequence_lengths: NDArray[np.int32]  # tokens of each sequence, int32 [sequences]; sequences are contiguous
+    document_starts: NDArray[
+        np.int64
+    ]  # each document's first sequence, and their number in the end, int64 [documents + 1]
     num_tokens: int
 
     @classmethod

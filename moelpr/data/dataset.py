@@ -35,19 +35,12 @@ _SHORTER = "raise --seq-length, or preprocess them again with --max-tokens"
 
 @dataclass(frozen=True)
 class TokenIds:
-    """The values of a tokenizer that Megatron's datasets need.
+    """The values of a tokenizer that Megatron's datasets need."""
 
-    Attributes:
-        vocab_size: Vocabulary size of the model.
-        eod: ID of the end-of-document token; -1 if the corpus has none.
-        pad: ID of padding; -1 is never in a corpus, so no real token is taken for padding.
-        unique_identifiers: Part of the name of Megatron's cache (`index_checksums`).
-    """
-
-    vocab_size: int
-    eod: int = -1
-    pad: int = -1
-    unique_identifiers: dict[str, Any] = field(default_factory=dict)
+    vocab_size: int  # vocabulary size of the model
+    eod: int = -1  # ID of the end-of-document token; -1 if the corpus has none
+    pad: int = -1  # ID of padding; -1 is never in a corpus, so no real token is taken for padding
+    unique_identifiers: dict[str, Any] = field(default_factory=dict)  # part of the name of Megatron's cache
 
 
 class TaggedIndexedDataset(IndexedDataset):

@@ -13,15 +13,10 @@ from moelpr.data.manifest import Manifest
 
 
 class Mix(NamedTuple):
-    """The value of --mix.
+    """The value of --mix."""
 
-    Attributes:
-        temperature: Exponent of the sizes.
-        max_epochs: How often a text is read at most.
-    """
-
-    temperature: float
-    max_epochs: float = 4.0
+    temperature: float  # exponent of the sizes
+    max_epochs: float = 4.0  # how often a text is read at most
 
     @classmethod
     def argument(cls, text: str) -> "Mix":
@@ -41,19 +36,12 @@ class Mix(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """A text's part of what is read.
+    """A text's part of what is read."""
 
-    Attributes:
-        tokens: What there is.
-        weight: Its fraction of the samples.
-        epochs: How often it is read.
-        is_capped: Whether its cap has lowered its weight.
-    """
-
-    tokens: int
-    weight: float
-    epochs: float
-    is_capped: bool = False
+    tokens: int  # tokens that there are
+    weight: float  # its fraction of the samples
+    epochs: float  # how often it is read
+    is_capped: bool = False  # whether its cap has lowered its weight
 
 
 def divide(

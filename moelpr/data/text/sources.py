@@ -51,26 +51,16 @@ _MAGIC = {
 
 
 class Source(NamedTuple):
-    """An input file.
+    """An input file."""
 
-    Attributes:
-        path: As it was found; of a remote file, without what is secret.
-        bytes: File size; 0 for standard input.
-        dataset: Index of the dataset that the file belongs to.
-        sha1: Expected checksum, from a registry; None if it states none.
-        uri: The URI of a remote file; None if it is a local one.
-        version: The checksum or ETag that identifies a remote file's content.
-        copy: The local copy of a remote file; None before `download`.
-    """
-
-    path: str
+    path: str  # as it was found; of a remote file, without what is secret
     form: Form
-    bytes: int
-    dataset: int = 0
-    sha1: str | None = None
-    uri: str | None = None
-    version: str | None = None
-    copy: str | None = None
+    bytes: int  # file size; 0 for standard input
+    dataset: int = 0  # index of the dataset that the file belongs to
+    sha1: str | None = None  # expected checksum, from a registry; None if it states none
+    uri: str | None = None  # the URI of a remote file; None if it is a local one
+    version: str | None = None  # the checksum or ETag that identifies a remote file's content
+    copy: str | None = None  # the local copy of a remote file; None before `download`
 
     @property
     def is_local(self) -> bool:

@@ -13,15 +13,10 @@ from moelpr.base.errors import UserError
 
 
 class Encoded(NamedTuple):
-    """Token IDs of several texts, concatenated.
+    """Token IDs of several texts, concatenated."""
 
-    Attributes:
-        ids: The token IDs, int32 [tokens].
-        lengths: The number of tokens of each text, int64 [texts].
-    """
-
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int64]
+    ids: NDArray[np.int32]  # the token IDs, int32 [tokens]
+    lengths: NDArray[np.int64]  # the number of tokens of each text, int64 [texts]
 
     @classmethod
     def of(cls, rows: list[list[int]]) -> "Encoded":
@@ -31,15 +26,10 @@ class Encoded(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Tokens of a part of a text.
+    """Tokens of a part of a text."""
 
-    Attributes:
-        ids: The token IDs, int32 [tokens].
-        starts: The character of the text that contains each token's first byte, int64 [tokens].
-    """
-
-    ids: NDArray[np.int32]
-    starts: NDArray[np.int64]
+    ids: NDArray[np.int32]  # the token IDs, int32 [tokens]
+    starts: NDArray[np.int64]  # the character of the text that contains each token's first byte, int64 [tokens]
 
 
 class Tokenizer(ABC):

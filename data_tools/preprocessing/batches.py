@@ -74,6 +74,9 @@ class LongLine(NamedTuple):
     num_bytes: int
 
 
+Item = bytes | LongLine | dict[str, Any]
+
+
 class RowGroups(NamedTuple):
     """Row groups of a Parquet file, to be read where they are needed; `first` is the number of rows before them."""
 
@@ -87,7 +90,7 @@ class Batch(NamedTuple):
 
     share: Share
     # lines or long lines, the range of a file that contains lines, or rows of a table, or its row groups
-    content: list[bytes | LongLine | dict[str, Any]] | FileRange | RowGroups
+    content: list[Item] | FileRange | RowGroups
     # numbers of the lines within the share, or of the rows within the file, from 1; None if they are consecutive
     numbers: Sequence[int] | None
     after: ReadCursor  # where reading resumes after this batch
@@ -110,7 +113,7 @@ class Batch(NamedTuple):
         with name_damaged(self.share.source), open_table(self.share.source, columns) as file:
             yield from rows_of(file, groups, columns)
 
-    def items(self) -> Iterable[bytes | LongLine | dict[str, Any]]:
+    def items(self) -> Iterable[Item]:
         """Return the lines without line ends, or the rows."""
         if isinstance(self.content, RowGroups):
             return (row for row, _ in self._rows())
@@ -133,7 +136,7 @@ class Batch(NamedTuple):
 
 
 # Content and its size, and offset, line and documents of the cursor after it. A plain tuple, since every line has one.
-_Item = tuple[bytes | LongLine | dict[str, Any], int, int, int, int]
+_Placed = tuple[Item, int, int, int, int]
 
 
 class Reader:
@@ -189,7 +192,8 @@ class Reader:
                 for start, end in zip(borders[:-1], borders[1:], strict=True):
                     if start < end:
                         size, after = end - start, cursor._replace(offset=end)
-                        content = [LongLine(size)] if size > DOCUMENT_BYTES else FileRange(path, start, end)
+                        is_long = size > DOCUMENT_BYTES
+                        content: list[Item] | FileRange = [LongLine(size)] if is_long else FileRange(path, start, end)
                         yield Batch(Share(share.source, start, end), content, None, after, size, size)
                 position = stop
 
@@ -206,7 +210,7 @@ class Reader:
                 raise EOFError("it is shorter than when the job started")
             yield from _batches(share, cursor, self._lines(stream, cursor, stop), lambda _: tell())
 
-    def _lines(self, stream: BinaryIO, cursor: ReadCursor, stop: float = math.inf) -> Iterator[_Item]:
+    def _lines(self, stream: BinaryIO, cursor: ReadCursor, stop: float = math.inf) -> Iterator[_Placed]:
         share, offset, line, documents = cursor
         while offset < stop and (content := stream.readline(DOCUMENT_BYTES + 1)):
             line += 1
@@ -262,7 +266,7 @@ class Reader:
                     rows = self._rows(file, group, columns, here, starts[group])
                     yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))
 
-    def _rows(self, file: Any, group: int, columns: list[str], cursor: ReadCursor, first: int) -> Iterator[_Item]:
+    def _rows(self, file: Any, group: int, columns: list[str], cursor: ReadCursor, first: int) -> Iterator[_Placed]:
         rows = rows_of(file, [group], columns, cursor.offset - first)
         for place, (row, size) in enumerate(rows, cursor.offset):
             if self._is_chosen(cursor.share, place):
@@ -270,10 +274,10 @@ class Reader:
 
 
 def _batches(
-    share: Share, cursor: ReadCursor, items: Iterator[_Item], file_bytes: Callable[[ReadCursor], int]
+    share: Share, cursor: ReadCursor, items: Iterator[_Placed], file_bytes: Callable[[ReadCursor], int]
 ) -> Iterator[Batch]:
     """Batch the items from `cursor` on; `file_bytes` returns how many bytes of the file have been read."""
-    held: list[_Item] = []
+    held: list[_Placed] = []
     size, last = 0, file_bytes(cursor)
     for item in chain(items, [None]):
         if held and (item is None or size >= BATCH_BYTES):

@@ -38,14 +38,29 @@ class TextFiles:
     key: str  # JSON key of the text
     held_out_share: float  # fraction of the documents that is held out
 
+    def documents(self, batch: Batch) -> Iterator[tuple[str, bool]]:
+        """Yield each document that has text and is not too long, and whether it is held out."""
+        parser = DocumentParser(OneLanguage(self.languages), [[self.key]] * len(self.languages))
+        held_out = RandomShare(self.held_out_share)
+        for index, item in enumerate(batch.items()):
+            if not item:  # a blank line
+                continue
+            try:
+                for text in parser.texts(item, batch.share.source.dataset) or ():
+                    if text.tagged.text:
+                        yield text.tagged.text, text.tagged.text in held_out
+            except LongDocument as error:
+                print(f"note: {batch.where(index)}: {error}; it is left out", file=sys.stderr)
+            except BadLine as error:
+                raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
+
     def process[T](self, work: Callable[..., T], workers: int, label: str) -> Iterator[tuple[int, T]]:
-        """Yield `work(batch, reader=…)` of each batch with the index of its language, in order, and show progress."""
+        """Yield `work(batch, files=…)` of each batch with the index of its language, in order, and show progress."""
         shares = list(shares_of(self.sources, 0, 1))
         columns = [[self.key]] * len(self.languages)
         total = sum(source.bytes for source in self.sources)
-        documents = DocumentReader(self)
         with (
-            worker_pool(partial(work, reader=documents), workers) as run,
+            worker_pool(partial(work, files=self), workers) as run,
             tqdm(total=total, desc=label, unit="B", unit_scale=True, leave=False, disable=None) as bar,
         ):
             if bar.disable:
@@ -53,28 +68,6 @@ class TextFiles:
             for batch, result in run(Reader(shares, columns, None).batches(ReadCursor())):
                 yield batch.share.source.dataset, result
                 bar.update(batch.file_bytes)
-
-
-class DocumentReader:
-    """Reads the documents of batches as `moelpr data preprocess` does."""
-
-    def __init__(self, files: TextFiles) -> None:
-        self._parser = DocumentParser(OneLanguage(files.languages), [[files.key]] * len(files.languages))
-        self._held_out = RandomShare(files.held_out_share)
-
-    def documents(self, batch: Batch) -> Iterator[tuple[str, bool]]:
-        """Yield each document that has text and is not too long, and whether it is held out."""
-        for index, item in enumerate(batch.items()):
-            if not item:  # a blank line
-                continue
-            try:
-                for text in self._parser.texts(item, batch.share.source.dataset) or ():
-                    if text.tagged.text:
-                        yield text.tagged.text, text.tagged.text in self._held_out
-            except LongDocument as error:
-                print(f"note: {batch.where(index)}: {error}; it is left out", file=sys.stderr)
-            except BadLine as error:
-                raise UserError(f"{batch.where(index)}: {error}; fix or remove the line") from None
 
 
 @dataclass
@@ -104,9 +97,9 @@ def count_words(files: TextFiles, bpe: BpeTokenizer, workers: int) -> list[NewTe
     return counted
 
 
-def _words(batch: Batch, reader: DocumentReader, bpe: BpeTokenizer) -> NewText:
+def _words(batch: Batch, files: TextFiles, bpe: BpeTokenizer) -> NewText:
     counted_text = NewText()
-    for text, is_held_out in reader.documents(batch):
+    for text, is_held_out in files.documents(batch):
         if is_held_out:
             counted_text.held_out += 1
             continue
@@ -177,11 +170,11 @@ def find_uses(
 
 
 def _uses(
-    batch: Batch, reader: DocumentReader, bpe: BpeTokenizer, tokenizer: Tokenizer
+    batch: Batch, files: TextFiles, bpe: BpeTokenizer, tokenizer: Tokenizer
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64], Counter[str], int]]:
     """Return pairs, the number of documents with each, the uses of what is taken whole, and the number of documents."""
     groups: tuple[list[str], list[str]] = ([], [])
-    for text, is_held_out in reader.documents(batch):
+    for text, is_held_out in files.documents(batch):
         groups[is_held_out].append(text)
     uses = []
     for texts in groups:
@@ -233,10 +226,8 @@ def compare(
     return compared
 
 
-def _compare(
-    batch: Batch, reader: DocumentReader, before: Tokenizer, after: Tokenizer, only_held_out: bool
-) -> Comparison:
-    texts = [text for text, is_held_out in reader.documents(batch) if is_held_out or not only_held_out]
+def _compare(batch: Batch, files: TextFiles, before: Tokenizer, after: Tokenizer, only_held_out: bool) -> Comparison:
+    texts = [text for text, is_held_out in files.documents(batch) if is_held_out or not only_held_out]
     comparison = Comparison(len(texts), sum(len(text.encode()) for text in texts))
     for old_ids, new_ids in zip(token_ids(before, texts), token_ids(after, texts), strict=True):
         comparison.before += len(old_ids)

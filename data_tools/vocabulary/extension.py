@@ -56,20 +56,16 @@ class OriginalTextGuard:
         self._may_change = int(max_changed_share * (checked.documents + held_out.documents))
 
     def allows(self, candidate: Candidate, text: str) -> bool:
-        checked, held_out = (self._documents_with(part, candidate, text) for part in self._parts)
+        checked, held_out = (part.whole[text] for part in self._parts)
+        if len(candidate) == 2 and 0 <= min(candidate) and max(candidate) < self._first_new_id:
+            pairs = [part.pairs.documents_with(*candidate) for part in self._parts]
+            checked, held_out = checked + pairs[0], held_out + pairs[1]
         if checked + held_out > self._may_change:
             self.refused += 1
             self.unforeseen += held_out if not checked else 0
             return False
         self._may_change -= checked + held_out
         return True
-
-    def _documents_with(self, part: OriginalText, candidate: Candidate, text: str) -> int:
-        """At most in how many documents a new token would change something."""
-        number = part.whole[text]
-        if len(candidate) == 2 and 0 <= min(candidate) and max(candidate) < self._first_new_id:
-            number += part.pairs.documents_with(*candidate)
-        return number
 
 
 def choose_tokens(

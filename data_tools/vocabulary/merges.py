@@ -46,24 +46,19 @@ class Words:
         self._weights = array("q")
         # Where a pair is, ascending, for leftmost places come first. Places that have changed since are skipped.
         self._places: dict[Candidate, array[int]] = defaultdict(lambda: array("i"))
-        for symbols, weight in words:
-            self._append(symbols, weight)
-
-    def _append(self, symbols: list[int], weight: int) -> None:
-        start = len(self._symbols)
-        stop = start + len(symbols)
-        if start == stop:
-            return
-        self._symbols.extend(symbols)
-        self._before.extend([_NONE, *range(start, stop - 1)])
-        self._after.extend([*range(start + 1, stop), _NONE])
-        self._weights.extend([weight] * len(symbols))
-        for place, pair in enumerate(pairwise(symbols), start):
-            self.counts[pair] += weight
-            self._places[pair].append(place)
-        for symbol in symbols:
-            if symbol < 0:
-                self.counts[symbol,] += weight
+        for symbols, weight in filter(lambda word: word[0], words):
+            start = len(self._symbols)
+            stop = start + len(symbols)
+            self._symbols.extend(symbols)
+            self._before.extend([_NONE, *range(start, stop - 1)])
+            self._after.extend([*range(start + 1, stop), _NONE])
+            self._weights.extend([weight] * len(symbols))
+            for place, pair in enumerate(pairwise(symbols), start):
+                self.counts[pair] += weight
+                self._places[pair].append(place)
+            for symbol in symbols:
+                if symbol < 0:
+                    self.counts[symbol,] += weight
 
     def drop(self, candidate: Candidate) -> None:
         """Forget a pair that will not be joined."""

@@ -36,7 +36,13 @@ def _wait_for_nodes(nnodes: int, address: str, port: int, timeout_s: float) -> N
     complaint = None
     with ExitStack() as stack:
         server = stack.enter_context(_listen(port))
-        stack.enter_context(_connect_to_self(nnodes, address, port))
+        try:  # the address that all nodes were given must be node 0's, as torchrun's store on node 0 expects
+            stack.enter_context(_connect(address, port, nnodes, 0))
+        except OSError as error:
+            raise UserError(
+                f"node 0 can't reach itself at --master-addr {address} ({_reason(error)}); pass a name or address of "
+                "node 0 to all nodes"
+            ) from error
         while complaint is None and len(arrived) < nnodes:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
@@ -79,17 +85,6 @@ def _listen(port: int) -> socket.socket:
         raise UserError(
             f"port {port} of node 0 is unavailable ({os.strerror(error.errno or 0)}), probably because of another run; "
             "pass another --master-port to all nodes, or end that run"
-        ) from error
-
-
-def _connect_to_self(nnodes: int, address: str, port: int) -> socket.socket:
-    """Check that the address that all nodes were given is node 0's, as torchrun's store on node 0 does."""
-    try:
-        return _connect(address, port, nnodes, 0)
-    except OSError as error:
-        raise UserError(
-            f"node 0 can't reach itself at --master-addr {address} ({_reason(error)}); pass a name or address of node "
-            "0 to all nodes"
         ) from error
 
 

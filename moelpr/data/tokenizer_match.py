@@ -32,20 +32,19 @@ def compare_tokenizers(corpus: TokenizerRecord, folder: str | os.PathLike[str]) 
         Path(folder, VOCABULARY_EXTENSION_FILE).is_file()
         and corpus.vocab_size <= VocabularyExtension.read(Path(folder)).first_new_id
     )
-    candidates = {"HuggingFaceTokenizer": [Path(folder)]} | {
-        "SentencePieceTokenizer": [Path(folder) / name for name in ("tokenizer.model", "spiece.model")]
-    }
     match = TokenizerMatch.UNKNOWN
-    for type, paths in candidates.items():
-        for path in filter(Path.exists, paths):
-            try:
-                tokenizer = load_tokenizer(type, str(path))
-            except UserError:
-                continue
-            if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
-                return TokenizerMatch.SAME
-            if vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256:
-                match = TokenizerMatch.NOT_EXTENDED if lacks_new_tokens else TokenizerMatch.SAME_TOKENS
-            elif match is TokenizerMatch.UNKNOWN:
-                match = TokenizerMatch.DIFFERENT
+    for name in ("", "tokenizer.model", "spiece.model"):
+        type, path = "SentencePieceTokenizer" if name else "HuggingFaceTokenizer", Path(folder, name)
+        try:
+            tokenizer = load_tokenizer(type, str(path)) if path.exists() else None
+        except UserError:
+            continue
+        if tokenizer is None:
+            continue
+        if type == corpus.type and tokenizer.fingerprint() == corpus.fingerprint:
+            return TokenizerMatch.SAME
+        if vocabulary_checksum(tokenizer.vocabulary(), corpus.vocab_size) == corpus.vocabulary_sha256:
+            match = TokenizerMatch.NOT_EXTENDED if lacks_new_tokens else TokenizerMatch.SAME_TOKENS
+        elif match is TokenizerMatch.UNKNOWN:
+            match = TokenizerMatch.DIFFERENT
     return match

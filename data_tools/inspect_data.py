@@ -164,17 +164,13 @@ def print_summary(summary: dict[str, Any]) -> None:
         for name, value in summary["tokens_per_document"].items():
             print(f"    {'95th percentile' if name == 'percentile_95' else name:<18}{value:>15,.0f}")
     if summary["length_histogram"]:
-        print_histogram(summary["length_histogram"])
-
-
-def print_histogram(histogram: list[dict[str, int]]) -> None:
-    most = max(part["documents"] for part in histogram)
-    rows = []
-    for part in histogram:
-        bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up, so that nothing is invisible
-        span = f"  {part['from']:,} to {part['to']:,}"
-        rows.append([span, f"{part['documents']:,}", f"{part['tokens']:,}", bar])
-    print(f"\n{table_text(['tokens', 'documents', 'tokens', ''], rows, (0, 3), indent='  ')}")
+        most = max(part["documents"] for part in summary["length_histogram"])
+        rows = []
+        for part in summary["length_histogram"]:
+            bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up, so that nothing is invisible
+            span = f"  {part['from']:,} to {part['to']:,}"
+            rows.append([span, f"{part['documents']:,}", f"{part['tokens']:,}", bar])
+        print(f"\n{table_text(['tokens', 'documents', 'tokens', ''], rows, (0, 3), indent='  ')}")
 
 
 def print_document(document: dict[str, Any], number: int, num_documents: int) -> None:

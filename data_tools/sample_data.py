@@ -95,7 +95,8 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
         UserError: A group to sample from contains several languages.
     """
     lengths, is_original = corpus.document_lengths, corpus.is_original_document
-    languages = {bit: languages_of(manifest, bit) for bit in BITS}
+    counts = manifest.languages.items() if manifest is not None else ()
+    languages = {bit: sorted(name for name, count in counts if count.bit == bit and count.tokens) for bit in BITS}
     # The group's name stands for languages that no manifest names, and for several languages of the other group.
     names = {bit: codes[0] if len(codes) == 1 else bit for bit, codes in languages.items()}
     for group, bit in enumerate(BITS):
@@ -120,11 +121,6 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
         chosen = np.sort(order[:stop])
         num_tokens = int(lengths[chosen].sum())
         yield Sample(corpus, bit, names, chosen, len(available), what, stop > len(available), num_tokens)
-
-
-def languages_of(manifest: Manifest | None, bit: str) -> list[str]:
-    languages = manifest.languages if manifest is not None else {}
-    return sorted(name for name, count in languages.items() if count.bit == bit and count.tokens)
 
 
 def write(samples: list[Sample], writer: CorpusWriter) -> dict[str, LanguageCount]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import REBUILD, CorpusIndex
-from moelpr.data.language_bits import LanguageBits, language_bits_path, open_language_bits, open_loss_bits
+from moelpr.data.language_bits import language_bits_path, open_bits
 from moelpr.data.manifest import Manifest, manifest_path
 
 
@@ -55,8 +55,7 @@ class Corpus:
         index = CorpusIndex.open(prefix)
         self.sequence_lengths, self.document_starts = index.sequence_lengths, index.document_starts
         self.tokens = np.memmap(self.paths.bin, index.dtype, "r") if index.num_tokens else np.zeros(0, index.dtype)
-        self.bits: LanguageBits = open_language_bits(prefix, index.num_tokens)
-        self.loss_bits = open_loss_bits(prefix, index.num_tokens)
+        self.bits, self.loss_bits = open_bits(prefix, index.num_tokens)
         # Where each sequence and each document begins, in tokens.
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sequence_lengths, dtype=np.int64)])
         self._document_offsets = ends[self.document_starts]

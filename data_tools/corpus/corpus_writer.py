@@ -52,16 +52,12 @@ def check_output(prefix: str, overwrite: bool) -> None:
         excess = len(longest) - _LONGEST_NAME_BYTES
         raise UserError(f"--output-prefix would give file names that are {excess} bytes too long ({name}); shorten it")
     if os.path.exists(CorpusPaths.of(prefix).idx) and not overwrite:  # it is False for a name that is too long
-        remove_leftover(prefix)
+        # A writer that was killed after it had renamed its files has left its folder: the corpus is complete.
+        folder = partial_name(Path(prefix))
+        if folder.is_dir():
+            with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
+                shutil.rmtree(folder)
     refuse_existing(list(CorpusPaths.of(prefix)), overwrite)
-
-
-def remove_leftover(prefix: str) -> None:
-    """Remove the folder of a writer that was killed after it had renamed its files: the corpus is complete."""
-    folder = partial_name(Path(prefix))
-    if folder.is_dir():
-        with suppress(UserError, OSError), locked(folder / LOCK_FILE, prefix):  # else another one is writing there
-            shutil.rmtree(folder)
 
 
 class Position(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor
 from moelpr.base.errors import DISK_FULL, UserError
 from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.corpus_index import CorpusIndex
-from moelpr.data.language_bits import loss_bits_path, open_language_bits, open_loss_bits
+from moelpr.data.language_bits import loss_bits_path, open_bits
 from moelpr.data.manifest import FileRecord, Manifest
 from moelpr.data.packing import windows_of
 from moelpr.model.families.hf_config import read_config
@@ -62,8 +62,7 @@ class TaggedIndexedDataset(IndexedDataset):
 
     def _open_bits(self) -> None:
         num_tokens = int(self.index.sequence_lengths.sum(dtype=np.int64))
-        self.bits = open_language_bits(self.path_prefix, num_tokens)
-        self.loss_bits = open_loss_bits(self.path_prefix, num_tokens)
+        self.bits, self.loss_bits = open_bits(self.path_prefix, num_tokens)
         self.edges: list[int] = []
         self._pointers, self._lengths = self.index.sequence_pointers, self.index.sequence_lengths
         self._token_bytes = DType.size(self.index.dtype)

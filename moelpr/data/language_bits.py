@@ -226,24 +226,19 @@ def loss_bits_path(prefix: str | os.PathLike[str]) -> Path:
     return Path(f"{os.fspath(prefix)}.loss")
 
 
-def open_loss_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits | None:
-    """Open the .loss file of a corpus of conversations, which has the .lang format; None for other corpora."""
-    return _covering(loss_bits_path(prefix), num_tokens) if os.path.lexists(loss_bits_path(prefix)) else None
+def open_bits(prefix: str | os.PathLike[str], num_tokens: int) -> tuple[LanguageBits, LanguageBits | None]:
+    """Open the .lang file of a corpus prefix and, of conversations, the .loss file, which has the same format.
 
-
-def open_language_bits(prefix: str | os.PathLike[str], num_tokens: int) -> LanguageBits:
-    """Open the .lang file of a corpus prefix and check that it covers the `num_tokens` tokens of the .bin.
-
-    Wrong bits would train the wrong loss.
+    Raises:
+        UserError: A file does not cover the `num_tokens` tokens of the .bin; wrong bits would train the wrong loss.
     """
-    return _covering(language_bits_path(prefix), num_tokens)
-
-
-def _covering(path: Path, num_tokens: int) -> LanguageBits:
-    bits = LanguageBits(path)
-    if bits.num_tokens != num_tokens:
-        raise UserError(
-            f"{path} covers {bits.num_tokens:,} tokens, but {path.with_suffix('.bin')} contains {num_tokens:,}; "
-            f"{REBUILD}"
-        )
-    return bits
+    actual = [LanguageBits(language_bits_path(prefix))]
+    if os.path.lexists(loss_bits_path(prefix)):
+        actual.append(LanguageBits(loss_bits_path(prefix)))
+    for bits in actual:
+        if bits.num_tokens != num_tokens:
+            raise UserError(
+                f"{bits.path} covers {bits.num_tokens:,} tokens, but {bits.path.with_suffix('.bin')} contains "
+                f"{num_tokens:,}; {REBUILD}"
+            )
+    return actual[0], actual[1] if len(actual) > 1 else None

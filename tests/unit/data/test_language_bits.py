@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from moelpr.base.errors import UserError
 from moelpr.data import _language_bits, language_bits
-from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_language_bits
+from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_bits
 from tests.support.mutations import mutated
 
 # Every example writes files: no deadline, the disk may be busy.
@@ -181,11 +181,11 @@ def test_padding_and_count_are_verified_too(tmp_path: Path) -> None:
 
 def test_lang_file_that_does_not_cover_its_bin_is_rejected(tmp_path: Path) -> None:
     write(tmp_path / "zh.lang", np.ones(4095, np.uint8))
-    assert open_language_bits(tmp_path / "zh", 4095).num_original == 4095
+    assert open_bits(tmp_path / "zh", 4095)[0].num_original == 4095
     with pytest.raises(UserError, match=r"zh\.lang covers 4,095 tokens, .*zh\.bin contains 4,096"):
-        open_language_bits(str(tmp_path / "zh"), 4096)
+        open_bits(str(tmp_path / "zh"), 4096)
     with pytest.raises(UserError, match=r"es\.lang .*No such file"):
-        open_language_bits(tmp_path / "es", 4096)
+        open_bits(tmp_path / "es", 4096)
 
 
 @pytest.fixture(scope="module")

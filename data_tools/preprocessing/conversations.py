@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.job_tokenizer import omit_torch
-from data_tools.preprocessing.workers import load_in_process
 from moelpr.base.errors import UserError, first_line, reports_panics
 from moelpr.data.text.documents import BadLine, json_type
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
@@ -125,20 +124,16 @@ def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> N
     return is_counted
 
 
-def load_chat_template(source: str, tokenizer: str) -> ChatTemplate:
+@reports_panics()
+def load_chat_template(source: str, model: str) -> ChatTemplate:
     """Load a chat template.
 
     Args:
-        source: The folder of a tokenizer that has it, or a file with the template, for the tokenizer in `tokenizer`.
+        source: The folder of a tokenizer that has it, or a file with the template, for the tokenizer in `model`.
 
     Raises:
         UserError: The tokenizer can't be loaded, or has no chat template.
     """
-    return load_in_process(_load, source, tokenizer)
-
-
-@reports_panics()
-def _load(source: str, model: str) -> ChatTemplate:
     omit_torch()
     is_file = os.path.isfile(source)
     tokenizer = open_hf_tokenizer(model if is_file else source)

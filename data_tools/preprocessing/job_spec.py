@@ -24,6 +24,7 @@ from data_tools.preprocessing.tagging import (
     OneLanguage,
     Tagger,
 )
+from data_tools.preprocessing.workers import load_in_process
 from moelpr.base.errors import UserError
 from moelpr.base.files import refuse_existing
 from moelpr.base.languages import canonical
@@ -90,7 +91,8 @@ def describe_job(args: Settings) -> JobSpec:
     tokenizer = tokenizer_of(args, args.append_eod)
     chat = None
     if args.conversations:
-        chat = load_chat_template(args.chat_template_from or args.tokenizer_model, args.tokenizer_model)
+        source = args.chat_template_from or args.tokenizer_model
+        chat = load_in_process(load_chat_template, source, args.tokenizer_model)
         chat.check_tokens(tokenizer.tokenizer, args.tokenizer_model)
         tokenizer = tokenizer._replace(prefix=[], suffix=[])  # the template has them
     groups, tagger = _languages(args, datasets)

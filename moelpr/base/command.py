@@ -41,8 +41,6 @@ STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command resumes the training
 # The environment variable with which, if it is 1, the code is 0, for a scheduler to which every other code of a node is
 # a failure that ends the other nodes.
 STOPPED_IS_SUCCESS = "MOELPR_STOPPED_IS_SUCCESS"
-
-
 _NO_MEGATRON = (
     "Megatron is not installed, without which checkpoints can be converted and exported, but neither trained nor "
     "evaluated; install moelpr on Linux, where pip installs it too, or pass an export"
@@ -117,7 +115,8 @@ def run_command(main: Callable[[], None]) -> None:
         message = _message(error)
         if debug or message is None:
             raise
-        if isinstance(error, RuntimeError) and _has_own_log():
+        log = os.environ.get("TORCHELASTIC_ERROR_FILE")  # next to a rank's own file of stderr (torchrun's --redirects)
+        if isinstance(error, RuntimeError) and log is not None and Path(log).with_name("stderr.log").exists():
             traceback.print_exc()
         _fail(message, error)
 
@@ -206,12 +205,6 @@ def _message(error: BaseException) -> str | None:
     if is_lost_connection(error):
         return "another rank has ended, see its message or its node's log; run the same command again to resume"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else taken_port(error)
-
-
-def _has_own_log() -> bool:
-    """Whether this rank writes stderr to a file of its own (torchrun's --redirects and --tee)."""
-    folder = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return folder is not None and Path(folder).with_name("stderr.log").exists()
 
 
 def _fail(message: str, error: BaseException) -> NoReturn:

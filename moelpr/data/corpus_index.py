@@ -71,9 +71,8 @@ def _arrays(idx: Path, content: NDArray[np.uint8]) -> tuple[np.dtype, NDArray, N
     if len(content) < _HEADER.size:
         raise damaged
     magic, version, code, sequences, starts = _HEADER.unpack_from(content)
-    if (magic, version) != (_MAGIC, _VERSION) or code not in _DTYPES or not starts:
-        raise damaged
-    if len(content) != _HEADER.size + 12 * sequences + 8 * starts:
+    is_known = (magic, version) == (_MAGIC, _VERSION) and code in _DTYPES
+    if not is_known or not starts or len(content) != _HEADER.size + 12 * sequences + 8 * starts:
         raise damaged
     lengths = np.frombuffer(content, "<i4", sequences, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", sequences, _HEADER.size + 4 * sequences)

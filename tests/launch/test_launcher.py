@@ -12,6 +12,7 @@ import pytest
 
 from moelpr.base.errors import UserError
 from moelpr.train import launcher
+from tests.support.programs import write_program
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = "NPROC_PER_NODE NNODES NODE_RANK MASTER_ADDR MASTER_PORT JOIN_TIMEOUT".split()
@@ -31,13 +32,6 @@ def started(*words: str, **variables: str) -> tuple[dict[str, str], list[str], l
     assert isinstance(command, list) and command[:3] == [sys.executable, "-m", "moelpr.torchrun"]
     trainer = command.index("moelpr.pretrain")
     return environment, command[3 : trainer - 1], command[trainer + 1 :]
-
-
-def script(path: Path, body: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/bash\n{body}\n")
-    path.chmod(0o755)
-    return path
 
 
 @pytest.mark.parametrize(("visible", "processes"), [("4,5,7", 3), ("", 1), ("-1", 1), ("NoDevFiles", 1)])
@@ -95,7 +89,7 @@ SRUN = "SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=1 SLURM_STEP_
 )
 def test_a_pod_and_a_task_of_srun_know_their_node(tmp_path: Path, variables: str, changes: dict) -> None:
     """torchrun's own variables, a Job's and Slurm's; the more specific ones first."""
-    script(tmp_path / "scontrol", '[ "$*" = "show hostnames node-[a-b]" ] && printf "node-a\\nnode-b\\n"')
+    write_program(tmp_path / "scontrol", '[ "$*" = "show hostnames node-[a-b]" ] && printf "node-a\\nnode-b\\n"')
     actual = dict(pair.split("=") for pair in variables.split())
     path = f"{tmp_path}:{os.environ['PATH']}"
     expected = ON_NODE_1
@@ -128,7 +122,7 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
 
 
 def test_a_dry_run_prints_the_command_at_any_position(tmp_path: Path, capsys, monkeypatch) -> None:
-    python = script(tmp_path / "a python", 'env; printf "%s\\n" "$@"')
+    python = write_program(tmp_path / "a python", 'env; printf "%s\\n" "$@"')
     monkeypatch.setattr("sys.executable", str(python))
     words = ["--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd", "--nproc-per-node", "2"]
     variables, torchrun, trainer = started(*words, PYTHONPATH="/a b", PATH=os.environ["PATH"])
@@ -148,11 +142,11 @@ def test_a_script_takes_the_pythons_of_a_variable_and_of_the_repository_or_pytho
     """The last finds the repository on its path."""
     shutil.copytree(ROOT / "launch", tmp_path / "a root/launch")
     show = 'echo "$0 $PYTHONPATH"; printf "%s\\n" "$@"'
-    python3 = script(tmp_path / "bin/python3", show)
+    python3 = write_program(tmp_path / "bin/python3", show)
     environment = {"PATH": f"{python3.parent}:{os.environ['PATH']}", "PYTHONPATH": "/mine"}
     expected = f"{python3} {tmp_path}/a root:/mine"
     for place in (".venv/bin/python", "own/python") if is_found else ():
-        python = script(tmp_path / "a root" / place, show)
+        python = write_program(tmp_path / "a root" / place, show)
         environment |= {"MOELPR_PYTHON": str(python)} if place.startswith("own") else {}
         expected = f"{python} /mine"
     command = [tmp_path / "a root/launch/stage1.sh", "--data-path", "a b"]

@@ -3,7 +3,6 @@
 test_sanitizers.py runs this file with the C++ part under sanitizers.
 """
 
-import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -97,20 +96,6 @@ def test_bool_and_strided_bits_are_accepted_and_other_values_rejected(tmp_path: 
             writer.append(np.array([0, 1]))
 
 
-def test_rejected_append_does_not_change_the_writer(tmp_path: Path) -> None:
-    first, second = np.array([1, 0, 1], np.uint8), np.array([0, 1, 0, 0, 0], np.uint8)
-    with LanguageBitsWriter(tmp_path / "a.lang") as writer:
-        writer.append(first)
-        for position in range(20):
-            wrong = np.ones(20, np.uint8)
-            wrong[position] = 3
-            with pytest.raises(ValueError):
-                writer.append(wrong)
-        writer.append(second)
-        writer.finalize()
-    assert (tmp_path / "a.lang").read_bytes() == write(tmp_path / "b.lang", first, second).read_bytes()
-
-
 @pytest.mark.parametrize("start, stop", [(-1, 2), (3, 2), (0, 11), (11, 11)])
 def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: int) -> None:
     bits = LanguageBits(write(tmp_path / "a.lang", np.ones(10, np.uint8)))
@@ -120,25 +105,6 @@ def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: in
         bits.count(start, stop)
     with pytest.raises(IndexError):
         bits.at(np.array([0, 10 if start >= 0 else -1]))
-
-
-def test_the_reader_pickles_as_its_path(tmp_path: Path) -> None:
-    bits = LanguageBits(write(tmp_path / "a.lang", np.arange(5000, dtype=np.uint8) % 2))
-    pickled = pickle.dumps(bits)
-    assert len(pickled) < 1000
-    again = pickle.loads(pickled)
-    np.testing.assert_array_equal(again.slice(3, 4999), bits.slice(3, 4999))
-
-
-def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
-    path = write(tmp_path / "damaged.lang", np.array([1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0], np.uint8))
-    content = path.read_bytes()
-    for position in range(8 * len(content)):
-        damaged = bytearray(content)
-        damaged[position // 8] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"damaged\.lang"):
-            LanguageBits(path).verify()
 
 
 def test_truncated_long_foreign_and_unfinished_files_are_rejected(tmp_path: Path) -> None:
@@ -233,6 +199,7 @@ def test_packing_stays_inside_its_bytes(packed: np.ndarray, start: int, flags: n
         ones = _language_bits.pack_into(packed, start, flags)
     except (IndexError, ValueError):
         assert not 0 <= start <= len(bits) - len(flags) or flags.max(initial=0) > 1
+        assert (packed == before).all()
         return
     assert 0 <= start and start + len(flags) <= len(bits) and ones == flags.sum()
     changed = np.unpackbits(packed ^ before, bitorder="little")

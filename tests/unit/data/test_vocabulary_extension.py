@@ -9,12 +9,6 @@ from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, Vocabula
 EXTENSION = VocabularyExtension(10, [[1, 2], [9]], "huggingface:0", "1")
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    EXTENSION.write(tmp_path)
-    assert VocabularyExtension.read(tmp_path) == EXTENSION
-    assert EXTENSION.number == 2
-
-
 @pytest.mark.parametrize(
     "changes", [{"replaces": [[1, 10]]}, {"replaces": [[1], []]}, {"replaces": []}, {"first_new_id": 0}]
 )

@@ -37,13 +37,6 @@ def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, ca
     assert "3 1 empty" in " ".join(out.split()) and "  no manifest: " in out
 
 
-def test_ids_are_shown_without_a_tokenizer(prefix: Path, capsys: pytest.CaptureFixture) -> None:
-    call(inspect_data.main, [f"{prefix}.idx", "--documents", "1"])  # a file name completed by the shell will do
-    out = capsys.readouterr().out
-    assert f"[original 1–{len(Corpus(prefix).document(0)[0])}] {Corpus(prefix).document(0)[0][0]} " in out
-    assert "document 2" not in out
-
-
 def test_documents_are_counted_by_powers_of_two() -> None:
     histogram = inspect_data.length_histogram(np.array([0, 2, 3, 4, 16, 31, 31, 2**40 - 1, 2**40]))
     assert [(part["from"], part["to"]) for part in histogram[:3]] == [(2, 3), (4, 7), (8, 15)]

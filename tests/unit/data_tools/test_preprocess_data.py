@@ -2,13 +2,9 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -19,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus
-from data_tools.preprocessing import batches, encode, job
+from data_tools.preprocessing import job
 from moelpr.base import journal
 from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
@@ -127,15 +123,6 @@ def test_shard_reports_a_bad_line_by_its_number_in_the_file(hf_tokenizer, corpus
         preprocess(hf_tokenizer, *flags, shard)
     with pytest.raises(UserError, match=r"a\.jsonl:36: not JSON"):
         preprocess(hf_tokenizer, *flags, 3)
-
-
-def test_number_of_workers_changes_no_byte(sp_tokenizer, corpus_lines, preprocess, corpus_bytes, monkeypatch) -> None:
-    monkeypatch.setattr(batches, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
-    words = ("--input", corpus_lines("a.jsonl"), corpus_lines("b.jsonl", 33), *KEY)
-    one = preprocess(sp_tokenizer, *words, out="one", workers=1)
-    three = preprocess(sp_tokenizer, *words, out="three", workers=3)
-    assert corpus_bytes(f"{one}_text_document") == corpus_bytes(f"{three}_text_document")
-    assert Corpus(f"{one}_text_document").num_documents == 93
 
 
 def test_each_token_has_its_documents_bit(unigram_tokenizer, corpus_lines, preprocess, capsys) -> None:
@@ -366,18 +353,6 @@ def test_documents_and_flags_may_name_a_language_by_any_of_its_codes(
     assert Manifest.read(f"{one}_text_document").languages == Manifest.read(f"{two}_text_document").languages
 
 
-def test_existing_corpus_is_replaced_only_with_overwrite(sp_tokenizer, corpus_lines, preprocess, corpus_bytes) -> None:
-    lines = corpus_lines()
-    prefix = f"{preprocess(sp_tokenizer, '--input', lines, '--language', 'original')}_text_document"
-    before = corpus_bytes(prefix)
-    with pytest.raises(UserError, match=r"a_text_document\.bin, .*--overwrite"):
-        preprocess(sp_tokenizer, "--input", lines, "--language", "expanded")
-    assert corpus_bytes(prefix) == before
-    preprocess(sp_tokenizer, "--input", lines, "--language", "expanded", "--overwrite")
-    after = corpus_bytes(prefix)
-    assert after[:2] == before[:2] and after[2] != before[2]
-
-
 def test_full_disk_exits_with_code_1_and_leaves_nothing(
     sp_tokenizer, corpus_lines, preprocess, tmp_path, capsys, monkeypatch
 ) -> None:
@@ -392,34 +367,4 @@ def test_full_disk_exits_with_code_1_and_leaves_nothing(
         run_command(lambda: preprocess(sp_tokenizer, "--input", lines, *ONE))
     assert exit.value.code == 1
     assert "disk is full" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_killed_worker_is_reported_and_leaves_nothing(sp_tokenizer, corpus_lines, preprocess, tmp_path, monkeypatch):
-    monkeypatch.setattr(encode.Encoder, "encode", lambda *_, **__: os.kill(os.getpid(), 9))
-    with pytest.raises(UserError, match="killed.*--workers"):
-        preprocess(sp_tokenizer, "--input", corpus_lines(), *ONE)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_command_exits_with_code_2_and_one_line(unigram_tokenizer: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n")
-    command: list[Any] = [
-        sys.executable,
-        "-m",
-        "moelpr",
-        "data",
-        "preprocess",
-        "--input",
-        "a.jsonl",
-        "--output-prefix",
-        "out/a",
-    ]
-    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", unigram_tokenizer]
-    done = subprocess.run([*command, "--language", "original"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    [note, error] = done.stderr.splitlines()
-    assert note.startswith("note: tokenizing with sentencepiece, not gigatoken: ")
-    assert error.startswith("moelpr data preprocess: error: a.jsonl:2: not JSON (")
     assert list((tmp_path / "out").iterdir()) == []

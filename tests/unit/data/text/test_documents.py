@@ -50,8 +50,3 @@ def test_unusual_lines_that_are_documents() -> None:
 def test_a_document_without_a_text_has_a_message(document: dict, message: str) -> None:
     with pytest.raises(BadLine, match=message):
         text_of(document, "text")
-
-
-def test_an_array_around_the_documents_gets_a_hint() -> None:
-    with pytest.raises(BadLine, match="one object per line"):
-        parse(b'[{"text": "a"}]', ["text"])

@@ -27,15 +27,6 @@ def test_every_form_of_a_file_and_its_folder_have_the_same_documents(suffix: str
             read_documents(path)
 
 
-def test_read_documents_returns_texts_in_order_up_to_the_limit(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": "two", "x": 1}\n{"text": "three"}')
-    assert read_documents(path) == ["one", "two", "three"]
-    assert read_documents(path, max_documents=2) == ["one", "two"]
-    with pytest.raises(UserError, match='line 1 has no key "x" .keys: text.; .*--json-key'):
-        read_documents(path, json_key="x")
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -1,6 +1,5 @@
 """Files are found by name, folder and pattern, in one order everywhere."""
 
-import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.data.text.sources import Form, find_files, open_source
+from moelpr.data.text.sources import find_files, open_source
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -59,13 +58,6 @@ def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch:
     assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
     with pytest.raises(UserError, match=r"no file matches nothing-\*; check the pattern"):
         find_files(["nothing-*"])
-
-
-def test_form_is_detected_by_content(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(gzip.compress(b"{}"))
-    assert open_source(str(tmp_path / "a.jsonl")).form is Form.GZIP
-    (tmp_path / "b.gz").write_bytes(b'{"text": "plain"}')
-    assert open_source(str(tmp_path / "b.gz")).form is Form.LINES
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(batches, vocab_size
     bits = Corpus(folder / "ours").bits
     bits.verify()
     np.testing.assert_array_equal(bits.slice(0, len(bits)), np.concatenate(expected_bits))
+    assert f" ({bits.num_original / max(len(bits), 1):.1%} original-language)" in str(writer)
     names = [path.name for path in folder.iterdir() if not path.name.startswith("theirs")]
     assert sorted(names) == ["ours.bin", "ours.idx", "ours.lang"]
 

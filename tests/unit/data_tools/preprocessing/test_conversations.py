@@ -198,10 +198,3 @@ def test_a_template_that_takes_too_much_is_refused(body: str, monkeypatch: pytes
     monkeypatch.setattr(conversations, "_MOST_CPU_S", 0.3)
     with pytest.raises(BadLine, match="template refuses"):
         ChatTemplate("x", body, {}, {}).render({"messages": [USER, ANSWER]}, "messages")
-
-
-@pytest.mark.parametrize("flag", ["--append-eod", "--chat-template-from x", "--max-tokens 5"])
-def test_flags_that_contradict_each_other(flag: str, tokenizers, jsonl: Path, chat, preprocess) -> None:
-    run = chat if flag == "--append-eod" else lambda *words: preprocess(*words, *ENGLISH)
-    with pytest.raises(UserError, match=flag.split()[0]):
-        run(tokenizers["qwen"], "--input", jsonl, *flag.split())

@@ -57,10 +57,7 @@ def test_options_and_variables_are_equivalent() -> None:
     [
         ("--nproc-per-node 2", "--nproc-per-node 2"),  # overrides the variable
         ("--master-port 4321", "--master-port 4321 --nproc-per-node 5"),
-        (
-            "--nnodes 2 --node-rank 0 --master-addr a --join-timeout 300",
-            "--rdzv-conf timeout=300 --nproc-per-node 5",
-        ),
+        ("--nnodes 2 --node-rank 0 --master-addr a --join-timeout 300", "--rdzv-conf timeout=300 --nproc-per-node 5"),
     ],
 )
 def test_an_option_reaches_torchrun(arguments: str, ending: str) -> None:

@@ -79,10 +79,7 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (
-            "--container-image i",
-            "[--container-image=i] [--container-mounts=HERE:HERE] [--container-workdir=HERE]",
-        ),
+        ("--container-image i", "[--container-image=i] [--container-mounts=HERE:HERE] [--container-workdir=HERE]"),
         ("--apptainer pt.sif", "[apptainer] [exec] [--nv] [--bind] [HERE:HERE] [--pwd] [HERE] [pt.sif] [bash] [-c]"),
         ("--apptainer a.sif --container-mounts /data:/data", "[--bind] [HERE:HERE,/data:/data] [--pwd] [HERE]"),
     ],

@@ -19,7 +19,6 @@ from moelpr.base.files import (
     atomic_file,
     copy_folder,
     locked,
-    refuse_existing,
     temporary_name,
     write_text,
 )
@@ -65,14 +64,6 @@ def test_an_output_folder_that_cannot_be_written_is_reported(write, tmp_path, mo
     with pytest.raises(UserError, match=f"can't write to the folder {tmp_path} "), write(tmp_path / "a"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_an_existing_output_is_rejected_unless_overwriting(tmp_path: Path) -> None:
-    (tmp_path / "x").touch()
-    with pytest.raises(UserError, match="x already exists.*--overwrite"):
-        refuse_existing([tmp_path / "x"], overwrite=False)
-    refuse_existing([tmp_path / "x"], overwrite=True)
-    refuse_existing([tmp_path / "y"], overwrite=False)
 
 
 def test_a_folder_in_the_place_of_a_file_is_a_user_error(tmp_path: Path) -> None:

@@ -77,8 +77,7 @@ def test_a_wrong_field_is_named_with_the_file_and_the_remedy(tmp_path, changes, 
 
 
 @pytest.mark.parametrize(
-    "text",
-    [b"", b"[]", b"{", b'{"title": "\\ud800"}', b"\xff", b"[" * 100_000, b"\0", b'{"title": 1e999}'],
+    "text", [b"", b"[]", b"{", b'{"title": "\\ud800"}', b"\xff", b"[" * 100_000, b"\0", b'{"title": 1e999}']
 )
 def test_what_is_no_such_object_is_one_sentence(tmp_path: Path, text: bytes) -> None:
     (tmp_path / Picture.FILE_NAME).write_bytes(text)

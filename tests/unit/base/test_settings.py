@@ -56,9 +56,7 @@ def test_fields_become_flags_of_their_types() -> None:
     parsed.other = None
     assert parsed == expected
     assert parse(Settings, f"{REQUIRED} --names a,b,".split()).names == ["a", "b"]
-    assert flags_of(Settings) == {
-        *"help debug kind input count again names share below no-bold verbose".split(),
-    }
+    assert flags_of(Settings) == {*"help debug kind input count again names share below no-bold verbose".split()}
 
 
 @pytest.mark.parametrize(

@@ -104,18 +104,6 @@ def test_a_corpus_that_cannot_be_used_is_named(name, vocab, message, write_corpu
             dataset[index]
 
 
-def test_sample_shorter_than_a_sequence_is_padded(write_corpus: Callable) -> None:
-    """Megatron pads the last sample of a validation set; padding is not of an original language."""
-    prefix, tokens, is_original = write_corpus("corpus", bits="original", documents=1)
-    [dataset] = build(TaggedGPTDataset, [str(prefix)], samples=1).datasets
-    dataset.config.sequence_length = len(tokens) + 5
-    dataset.shuffle_index, dataset.document_index = [0], [0]
-    dataset.sample_index = np.array([[0, 0], [0, len(tokens) - 1]])
-    text, _, _ = dataset._query_document_sample_shuffle_indices(0)
-    assert text.tolist() == [*tokens, *[-1] * 6]
-    assert dataset._sample_bits.tolist() == [1] * len(tokens) + [0] * 6
-
-
 def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpus: Callable, tmp_path: Path) -> None:
     """Megatron caches the order by name, number of samples and settings."""
 

@@ -53,11 +53,7 @@ def test_shards_cover_all_lines_and_every_archive_once(num_shards: int) -> None:
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lines=st.lists(st.integers(0, 150), min_size=1, max_size=30),
-    has_end=st.booleans(),
-    shards=st.integers(1, 3),
-)
+@given(lines=st.lists(st.integers(0, 150), min_size=1, max_size=30), has_end=st.booleans(), shards=st.integers(1, 3))
 def test_lines_are_read_from_any_place(lines, has_end, shards, tmp_path, monkeypatch) -> None:
     """Lines shorter and longer than a batch, and too long for a document."""
     monkeypatch.setattr(batches, "BATCH_BYTES", 40)

@@ -191,8 +191,7 @@ def test_templates_that_cannot_be_used_are_refused(tokenizers, jsonl: Path, chat
 
 
 @pytest.mark.parametrize(
-    "body",
-    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ range(10**9) }}"],
+    "body", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ range(10**9) }}"]
 )
 def test_a_template_that_takes_too_much_is_refused(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversations, "_MOST_CPU_S", 0.3)

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import io
-import json
 import lzma
 import sys
 from pathlib import Path
@@ -49,18 +48,4 @@ def test_standard_input_gives_the_same_corpus(
     with open(tmp_path / "plain.jsonl", "rb") as file:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         prefix = preprocess(hf_tokenizer, "--input", "-", *FLAGS)
-    assert corpus_bytes(f"{prefix}_text_document") == expected
-
-
-def test_files_of_a_mixed_folder_are_read_by_name(rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path):
-    folder = tmp_path / "crawl"
-    (folder / "2").mkdir(parents=True)
-    pieces = ["".join(json.dumps(row) + "\n" for row in rows[i : i + 16]).encode() for i in range(0, 61, 16)]
-    (folder / "1.jsonl.gz").write_bytes(gzip.compress(pieces[0]))
-    (folder / "2" / "a.parquet").write_bytes(parquet_table(rows[16:32]))
-    (folder / "3.jsonl").write_bytes(pieces[2])
-    (folder / "4.json.zst").write_bytes(zstd(pieces[3]))
-    for name in ("README.md", "_SUCCESS", ".hidden.jsonl"):
-        (folder / name).write_text("not data")
-    prefix = preprocess(hf_tokenizer, "--input", folder, *FLAGS)
     assert corpus_bytes(f"{prefix}_text_document") == expected

@@ -12,8 +12,6 @@ from tokenizers import Tokenizer
 
 from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
-from moelpr.data.manifest import Manifest
-from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.tokenizers import gigatoken
 from moelpr.data.tokenizers.base import Encoded
 from moelpr.data.tokenizers.gigatoken import PROBES, Gigatoken
@@ -51,12 +49,9 @@ def test_an_extended_tokenizer_needs_nothing_new(
     given = ("--input", lines, *FLAGS, "--tokenizer-backend")
     fast = preprocess(extended, *given, "gigatoken", out="fast/a")
     slow = preprocess(extended, *given, "reference", out="slow/a")
-    before = preprocess(hf_tokenizer, *given, "reference", out="before/a")
     assert corpus_bytes(f"{fast}_text_document") == corpus_bytes(f"{slow}_text_document")
-    manifests = [Manifest.read(f"{prefix}_text_document") for prefix in (fast, before)]
-    assert manifests[1].tokens - manifests[0].tokens == 3 * (len(tokens) - 1)
-    matches = [compare_tokenizers(manifest.tokenizer, extended) for manifest in manifests]
-    assert matches == [TokenizerMatch.SAME, TokenizerMatch.NOT_EXTENDED]
+    ids = np.frombuffer(corpus_bytes(f"{fast}_text_document")[0], np.uint16)
+    assert (ids == old.get_vocab_size() + len(new) - 1).sum() == 3  # the whole word is one new token
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,6 +7,7 @@ iter_0000500/, release/             one saved step each (moelpr.model.checkpoint
 base_checkpoint.json                where the frozen tensors are, if only trained tensors were saved
 recipe.yaml                         every flag with its final value; also inside each saved step
 command.json, versions.json         command line and package versions of the last start
+best_step.json                      the saved step with the best held-out loss, if that decides (--early-stop-patience)
 metrics.jsonl                       one line per step, validation pass or warning (moelpr.model.metrics.run_metrics)
 STOP, FINISHED                      asks the run to stop; marks a run that has made all its steps
 FAILURES                            failed starts of a Slurm job (launch/slurm/stage.sbatch)
@@ -72,6 +73,25 @@ class Command(Record):
     arguments: list[str]
     num_ranks: int | None = None
     ranks_per_node: int | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class BestStep(Record):
+    """How a run with --early-stop-patience ended.
+
+    Attributes:
+        step: The saved step with the lowest loss on held-out text, which is the run's result.
+        loss: This loss in nats per token, of languages weighted as in training.
+        made: The steps that were trained.
+        planned: The steps that were asked for.
+    """
+
+    FILE_NAME: ClassVar[str] = "best_step.json"
+
+    step: int
+    loss: float
+    made: int
+    planned: int
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -170,6 +170,8 @@ class Budget:
     """Hours on the hardware, by the predicted speed."""
     epochs: Number | None = None
     """Passes over the text of the expanded languages."""
+    patience: Count | None = None
+    """Tokens without a lower loss on held-out text after which it ends; the best saved step is the result."""
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.tokens, self.hours, self.epochs)) != 1:
@@ -348,6 +350,12 @@ class Project:
             raise UserError(
                 "replay: none leaves out stage 2, so routers need languages.kept: add text in other languages, code or "
                 "dialogues, or remove replay"
+            )
+        held_out_here = any(not language.held_out for language in self.languages.expanded.values())
+        if self.budget.patience and (self.corpora or self.way in ("lora", "low-rank-ffn") or not held_out_here):
+            raise UserError(
+                "budget.patience needs a stage on Megatron and a new language whose held-out text moelpr makes, so "
+                "neither lora, nor experts.rank, nor corpora, nor held_out of each language; remove one of them"
             )
         if self.replay is None and any(language.conversations for _, language in self.languages):
             raise UserError("conversations need stage 2, which replay: none leaves out; remove one of them")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from moelpr.base.languages import language_name
+from moelpr.base.run_folder import BestStep
 from moelpr.measure.report.evaluation_files import EvaluationFile
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.project.resolved import ResolvedProject
@@ -28,6 +29,12 @@ def verdict(project: ResolvedProject) -> str:
             named = ", ".join(f"{language_name(code)} {_text(changes[code])}" for code in codes)
             lines.append(f"  {word + ':':<9}{named}")
     lines += _routers(project)
+    end = BestStep.read_if_there(project.folder / project.main_stage)
+    if end and end.made < end.planned:
+        lines.append(
+            f"Held-out text no longer improved: training stopped after step {end.made:,} of {end.planned:,}, which "
+            f"saved {1 - end.made / end.planned:.0%} of it; step {end.step:,} is the result."
+        )
     best = min(by_model, key=lambda name: sum(change.value for change in by_model[name].values()))
     lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []
     model = project.models.get(best, project.export)

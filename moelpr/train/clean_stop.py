@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 
 from moelpr.base.errors import UserError, is_lost_connection
 from moelpr.base.ranks import is_first_rank
-from moelpr.base.run_folder import FINISHED_FILE, STOP_FILE, read_settings, saved_step
+from moelpr.base.run_folder import FINISHED_FILE, STOP_FILE, BestStep, read_settings, saved_step
 from moelpr.base.stop import SIGNALS
 
 if TYPE_CHECKING:  # the settings import Megatron
     from moelpr.train.arguments.settings import RunSettings
+    from moelpr.train.early_stop import EarlyStop
 
 
 class StopRequest:
@@ -95,8 +96,8 @@ def ends_the_run() -> Iterator[None]:
             raise
 
 
-def is_finished(settings: "RunSettings") -> bool:
-    """True if --save already contains this run's last step.
+def is_finished(settings: "RunSettings", early_stop: "EarlyStop | None" = None) -> bool:
+    """True if --save already contains this run's last step, or held-out text has ended it.
 
     Raises:
         UserError: It was trained from another checkpoint or on other data, which it would ignore.
@@ -104,7 +105,8 @@ def is_finished(settings: "RunSettings") -> bool:
     start, save = settings.start, settings.save
     if save is None or not start.is_resumed or start.selected_step is not None or start.checkpoint != save:
         return False
-    if start.saved_step is None or start.saved_step < settings.last_step:
+    is_over = early_stop is not None and early_stop.is_over
+    if start.saved_step is None or (start.saved_step < settings.last_step and not is_over):
         return False
     record = read_settings(save) or {}
     pretrained = [str(start.pretrained)] if start.pretrained else []
@@ -120,13 +122,14 @@ def is_finished(settings: "RunSettings") -> bool:
     return True
 
 
-def report_end(settings: "RunSettings", scored_step: int | None) -> bool:
+def report_end(settings: "RunSettings", scored_step: int | None, early_stop: "EarlyStop | None" = None) -> bool:
     """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED.
 
     Args:
         settings: The settings of the run.
         scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
             validate after a stop request, and has no batches with which to resume a run that has made all its steps.
+        early_stop: What may have ended the run, and selects its best step.
 
     Returns:
         Whether rank 0 has found the last step in --save; True on the other ranks, and without --save.
@@ -136,10 +139,15 @@ def report_end(settings: "RunSettings", scored_step: int | None) -> bool:
         return True
     (save / STOP_FILE).unlink(missing_ok=True)
     saved = saved_step(save)
-    is_complete = saved is not None and saved >= last
+    is_complete = saved is not None and (saved >= last or (early_stop is not None and early_stop.is_over))
     if is_complete:
+        best = early_stop.end() if early_stop is not None else None
+        saved = best.step if best else saved
         (save / FINISHED_FILE).write_text(f"{saved}\n")
         print(f"moelpr: {settings.stage.name} is finished, step {saved} of {last} is in {save}")
+        if best:
+            print(f"moelpr: of {best.made} trained steps it has the lowest loss on held-out text, {best.loss:.4f}")
+            scored_step = last if best.made < last else scored_step
         if scored_step is None or scored_step < last:
             print("moelpr: its last step was not validated; moelpr evaluate scores it")
     else:
@@ -149,6 +157,7 @@ def report_end(settings: "RunSettings", scored_step: int | None) -> bool:
 
 
 def begin(save: Path | None) -> None:
-    """Remove on rank 0 the file FINISHED of a run that is now continued."""
+    """Remove on rank 0 the files about the end of a run that is now continued."""
     if save is not None and is_first_rank():
-        (save / FINISHED_FILE).unlink(missing_ok=True)
+        for name in (FINISHED_FILE, BestStep.FILE_NAME):
+            (save / name).unlink(missing_ok=True)

@@ -31,6 +31,7 @@ from moelpr.train import clean_stop
 from moelpr.train.arguments.parse import check_arguments, refused_by_megatron, register_arguments
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.clean_stop import StopRequest
+from moelpr.train.early_stop import EarlyStop
 from moelpr.train.forward_step import forward_step
 from moelpr.train.run_files import run_records
 from moelpr.train.run_lock import run_lock
@@ -62,13 +63,19 @@ def train(argv: list[str], stop: StopRequest | None = None, weights: FindWeights
     run = check_arguments(argv)
     settings = RunSettings.of(run)
     with run_lock(settings):
-        if clean_stop.is_finished(settings):
-            return clean_stop.report_end(settings, settings.last_step)
-        return train_stage(settings, register_arguments(run, settings), argv, stop, weights)
+        early_stop = EarlyStop(run, settings) if run.args.early_stop_patience else None
+        if clean_stop.is_finished(settings, early_stop):
+            return clean_stop.report_end(settings, settings.last_step, early_stop)
+        return train_stage(settings, register_arguments(run, settings), argv, stop, weights, early_stop)
 
 
 def train_stage(
-    settings: RunSettings, args: argparse.Namespace, argv: list[str], stop: StopRequest | None, weights: FindWeights
+    settings: RunSettings,
+    args: argparse.Namespace,
+    argv: list[str],
+    stop: StopRequest | None,
+    weights: FindWeights,
+    early_stop: EarlyStop | None,
 ) -> bool:
     """Train with checked settings; `args` are those registered with Megatron."""
     if stop is not None:
@@ -83,7 +90,7 @@ def train_stage(
         hooks.operations_per_sequence(operations_per_sequence(settings, args.seq_length)),
         logs_steps(settings, args) as step_log,
         report_nonfinite_exit(step_log.run_log, args),
-        validates(settings, args, step_log) as validation,
+        validates(settings, args, step_log, early_stop) as validation,
         clean_stop.ends_the_run(),
     ):
 
@@ -102,7 +109,8 @@ def train_stage(
         datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers
         pretrain(container, datasets, ModelType.encoder_or_decoder, step, store=bootstrap.rank_store())
     torch.distributed.barrier()
-    is_complete = clean_stop.report_end(settings, settings.last_step if validation is None else validation.scored_step)
+    scored_step = settings.last_step if validation is None else validation.scored_step
+    is_complete = clean_stop.report_end(settings, scored_step, early_stop)
     answer = torch.tensor([is_complete], dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.broadcast(answer, src=0)
     return bool(answer.item())

@@ -26,18 +26,21 @@ from moelpr.data.manifest import Manifest
 from moelpr.model.megatron import hooks
 from moelpr.model.metrics.run_metrics import HeldOutLoss, ValidationEvent
 from moelpr.train.arguments.settings import RunSettings
+from moelpr.train.early_stop import EarlyStop
 from moelpr.train.run_log import finite
 from moelpr.train.step_log import StepLog
 
 
 @contextmanager
-def validates(settings: RunSettings, args: argparse.Namespace, step_log: StepLog) -> Iterator["Validation | None"]:
-    """Score --validation-data, if given, wherever Megatron validates."""
+def validates(
+    settings: RunSettings, args: argparse.Namespace, step_log: StepLog, early_stop: EarlyStop | None
+) -> Iterator["Validation | None"]:
+    """Score --validation-data, if given, wherever Megatron validates; `early_stop` may end the run there."""
     if not settings.validation_data:
         yield None
         return
     args.do_valid = True
-    validation = Validation(settings, args, step_log)
+    validation = Validation(settings, args, step_log, early_stop)
     with hooks.validation_by(validation.run):
         yield validation
 
@@ -67,8 +70,8 @@ class HeldOut:
 class Validation:
     """Passes over every language; each rank calls `run` at the same steps."""
 
-    def __init__(self, settings: RunSettings, args: argparse.Namespace, step_log: StepLog) -> None:
-        self.settings, self.args, self.step_log = settings, args, step_log
+    def __init__(self, settings: RunSettings, args: argparse.Namespace, log: StepLog, stop: EarlyStop | None) -> None:
+        self.settings, self.args, self.step_log, self.early_stop = settings, args, log, stop
         self._held_out: list[HeldOut] | None = None
         self._last_iteration: int | None = None  # the step of the last pass
         self.scored_step: int | None = None  # the step of the last pass that was not cut short
@@ -93,6 +96,10 @@ class Validation:
                 stage = self.settings.stage.name
                 event = ValidationEvent(iteration=iteration, event="validation", stage=stage, languages=results)
                 self.step_log.run_log.write(event)
+            if self.early_stop is not None:
+                self.early_stop.see(iteration, results)
+                if self.early_stop.is_over:
+                    self.args.exit_interval = iteration  # Megatron saves this step, and leaves its loop
         self.step_log.restart_clock()
 
     def _mean_loss(self, text: HeldOut, forward_step: Any, model: list[torch.nn.Module], config: Any) -> float | None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +31,8 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.checksums import verify_folder
 from moelpr.base.command import STOPPED
 from moelpr.base.errors import UserError
-from moelpr.model.checkpoints.chain import checkpoint_chain
+from moelpr.base.run_folder import BestStep
+from moelpr.model.checkpoints.chain import checkpoint_chain, step_folder
 from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.families.new_experts import NewExperts
@@ -208,6 +210,60 @@ def test_every_tensor_trains_or_only_the_ffns(material: Path, script: str, start
     assert written == checkpoint_bytes(
         argparse.Namespace(**yaml.safe_load((save / "recipe.yaml").read_text())), ModelSpec.read(save)
     )
+
+
+RIGGED_RANK = """
+import math, os
+from moelpr.base.command import run_command
+from moelpr.model.megatron import bootstrap
+
+bootstrap.install_patches()
+from moelpr import pretrain
+from moelpr.train.validation import Validation
+
+LOSSES = {0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5, 4: 2.4}
+is_last = os.environ["RANK"] == "1"
+Validation._mean_loss = lambda self, *_: LOSSES[self._last_iteration] if is_last else math.nan
+if __name__ == "__main__":
+    run_command(pretrain.main)
+"""
+
+
+def test_held_out_text_ends_a_run_whose_best_saved_step_is_the_result_also_after_a_kill(material: Path) -> None:
+    """A patience of two steps after the second, which is the best: the run ends after step 4 of 6."""
+    (material / "rank.py").write_text(RIGGED_RANK)
+    launcher = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", material / "rank.py"]
+
+    def run(save: Path, *more: str) -> str:
+        start, data = material / "upcycled", material / "expanded"
+        words = ["--stage", "stage1", "--pretrained-checkpoint", start, "--data-path", data, "--save", save]
+        words += ["--save-interval", "1", "--early-stop-patience", "256", *STEPS.split(), *more]
+        words += ["--validation-data", *(f"{name}={material / f'held-out-{name}'}" for name in HELD_OUT)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [*map(str, (*launcher, *words))]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_S)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def result(save: Path) -> tuple[BestStep, str, str, list[int]]:
+        steps = [record["iteration"] for record in metrics(save)]
+        return BestStep.read(save), (save / "FINISHED").read_text(), step_folder(save).name, steps
+
+    whole = material / "whole"
+    run(whole)
+    assert result(whole) == (BestStep(2, 2.0, 4, 6), "2\n", "iter_0000002", [1, 2, 3, 4])
+    assert run(whole).count("\n") == 2  # it trains no further
+    for saved in (3, 4):
+        killed = material / f"killed-{saved}"
+        shutil.copytree(whole, killed)
+        (killed / "latest_checkpointed_iteration.txt").write_text(str(saved))
+        for name in ("FINISHED", "best_step.json"):
+            (killed / name).unlink()
+        if saved == 3:
+            shutil.rmtree(killed / "iter_0000004")
+        run(killed, "--save-retain-interval", "100")
+        assert result(killed) == result(whole)
+    assert [path.name for path in sorted((material / "killed-3").glob("iter_*"))] == ["iter_0000002", "iter_0000004"]
 
 
 def test_a_resumed_run_is_bitwise_identical_to_the_uninterrupted_one(material: Path, stage1: Path) -> None:

@@ -206,6 +206,7 @@ def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Ma
         "save": project.folder / stage,
         **project.decided(stage),
         "validation-data": validation(project, stage),
+        "early-stop-patience": project.content.budget.patience if stage == project.main_stage else None,
         **(_STAGE0_FLAGS if stage == "stage0" else {}),
         "mix": "temperature=1" if stage == "sft" and len(project.conversations) > 1 else None,
         **length,

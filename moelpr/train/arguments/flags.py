@@ -47,6 +47,8 @@ class TrainerFlags(Flags):
     no_verify: bool = False  # do not compare checkpoints with their checksums when loading them
     # held-out corpora, scored every --eval-interval steps (default: none)
     validation_data: Annotated[list[str] | None, metavar("LANG=PREFIX")] = None
+    # end if their loss, weighted as in training, has not fallen for so long; the best saved step is the result
+    early_stop_patience: Annotated[Tokens | None, metavar("TOKENS")] = None
     verify_corpus: Literal["sampled", "full", "none"] = "sampled"  # how much of corpora to compare with checksums
     warn_original_rise: float = 10.0  # warn if stage1's loss on original text rises by more percent; 0: never
     warn_expert_share: float = 1.0  # warn if an expert gets a smaller share of tokens, in percent; 0: never

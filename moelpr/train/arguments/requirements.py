@@ -45,6 +45,9 @@ def apply_method(run: RequestedRun, settings: RunSettings) -> None:
         args.tensorboard_dir = str(Path(args.save) / "tensorboard")
     args.hetereogenous_dist_checkpoint = True  # one checkpoint key per layer, for every pipeline layout
     args.save_retain_interval = run.save_retain_interval
+    if args.early_stop_patience:
+        args.save_retain_interval = None  # moelpr.train.early_stop removes all but the best step
+        args.eval_interval = args.eval_interval if "eval_interval" in run.explicit_args else args.save_interval
     if (args.data_path or args.data_args_path) and args.split is None:
         args.split = "100,0,0"
     args.create_attention_mask_in_dataloader = False  # or tensor ranks would wait for one in --iterations-to-skip

@@ -183,7 +183,7 @@ def _train(settings: RunSettings, args: Any, argv: list[str], steps: _CountedSte
     ):
         setattr(owner, name, value)
     with suppress(_Enough), FakeTensorMode(allow_non_fake_inputs=True), steps.meter:
-        train_stage(settings, args, argv, None, keep_weights)
+        train_stage(settings, args, argv, None, keep_weights, None)
 
 
 def _without_files(run: RequestedRun) -> RunSettings:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.base.run_folder import BestStep
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.verdict import verdict
@@ -59,3 +60,10 @@ def test_the_better_one_of_two_is_to_be_served(write: Write, review: float, mode
     text = measured(write, **models)
     assert f"model: {model}\n" in text and f"next: moelpr chat {model}" in text
     assert "60% of what was learned is left, 0.020 nats" in text and "most on en (0.020)" in text
+
+
+def test_a_stop_by_held_out_text_is_said_with_what_it_saved(write: Write) -> None:
+    Path("out/stage1").mkdir(parents=True)
+    BestStep(300, 2.0, 400, 1600).write(Path("out/stage1"))
+    text = measured(write, (-0.2, -0.22, -0.18), (-0.1, -0.12, -0.08), (0.001, -0.01, 0.02))
+    assert "after step 400 of 1,600, which saved 75% of it; step 300 is the result" in text

@@ -29,7 +29,7 @@ _RANGES: dict[tuple[int, float], str] = {
         "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
         "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters train_samples "
         "save_interval log_interval eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters "
-        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval train_tokens"
+        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval train_tokens early_stop_patience"
     ),
     (1, 2**31): "seed",
     (0, math.inf): (
@@ -118,4 +118,16 @@ def check_trackers(run: RequestedRun) -> Iterable[str]:
             yield f"{run.flag(flag)} requires --save, whose metrics a tracker gets; add it"
 
 
-CHECKS = (check_presence, check_optimizer, check_ranges, check_schedule, check_trackers)
+def check_early_stop(run: RequestedRun) -> Iterable[str]:
+    """Early stopping has held-out text, and each pass but the first and the last is of a saved step."""
+    args, interval = run.args, run.args.save_interval
+    if args.early_stop_patience and not (args.validation_data and args.save):
+        yield "--early-stop-patience requires --validation-data LANG=PREFIX and --save; add them, or remove it"
+    if args.early_stop_patience and "eval_interval" in run.explicit_args and args.eval_interval % interval:
+        yield (
+            f"with --early-stop-patience, --eval-interval must be a multiple of --save-interval {interval}, got "
+            f"{args.eval_interval}; remove it to validate each saved step"
+        )
+
+
+CHECKS = (check_presence, check_early_stop, check_optimizer, check_ranges, check_schedule, check_trackers)

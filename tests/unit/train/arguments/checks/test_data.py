@@ -214,3 +214,12 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
         (folder / "0123-TaggedGPTDataset-train-shuffle_index.npy").touch()
     accepted("stage1", upcycled, "--data-path", new)
     accepted("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
+
+
+def test_early_stopping_validates_each_saved_step(upcycled, problems, accepted, write_corpus, tmp_path) -> None:
+    command = ["stage1", upcycled, "--early-stop-patience", "1M", "--save-interval", "20"]
+    assert problems(*command)[0].startswith("--early-stop-patience requires --validation-data")
+    command += ["--save", str(tmp_path / "run"), "--validation-data", f"el={write_corpus('el', False)}"]
+    assert accepted(*command)["eval_interval"] == 20
+    assert accepted(*command, "--eval-interval", "40")["eval_interval"] == 40
+    assert "--eval-interval must be a multiple of --save-interval 20" in problems(*command, "--eval-interval", "30")[0]

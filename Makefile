@@ -7,7 +7,7 @@ SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -nam
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check check format venv lock clean
+.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check dist check format venv lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -63,6 +63,17 @@ docs: venv ## the documentation as a site in build/site, with the API; installs 
 	@launch/extend_venv.sh docs
 	.venv-docs/bin/python docs/build_site.py
 
+dist: venv ## source archive and wheels for Python 3.12 and 3.13, as far as they are on PATH, each installed and tried
+	rm -rf build/dist && .venv/bin/python -c 'import setuptools.build_meta as build; build.build_sdist("build/dist")'
+	set -e; for version in 3.12 3.13; do \
+		try=$$(mktemp --directory) && python$$version -m venv $$try || continue; \
+		$$try/bin/pip wheel --quiet --no-deps --wheel-dir build/dist build/dist/*.tar.gz; \
+		$$try/bin/pip install --quiet --constraint constraints.txt numpy; \
+		$$try/bin/pip install --quiet --no-deps build/dist/*-cp$$(echo $$version | tr -d .)-*.whl; \
+		(cd $$try && bin/moelpr --help >/dev/null && bin/python -c 'from moelpr.data import _language_bits'); \
+		rm -rf $$try; \
+	done; ls -l build/dist
+
 check: venv ## format, lint, types, imports and style
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m ruff check .
@@ -71,7 +82,7 @@ check: venv ## format, lint, types, imports and style
 	.venv/bin/python -m tests.support.house_style
 	.venv/bin/shfmt --indent 4 --diff $(SHELL_SCRIPTS)
 	.venv/bin/shellcheck $(SHELL_SCRIPTS)
-	.venv/bin/hadolint Dockerfile
+	.venv/bin/hadolint Dockerfile launch/container/cuda.Dockerfile
 
 format: venv ## format, and repair what lint can
 	.venv/bin/python -m ruff format .

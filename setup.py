@@ -51,8 +51,11 @@ setup(
     },
     exclude_package_data={"moelpr.launch": ["*_venv.sh"]},  # they make the .venv of a clone
     entry_points={"console_scripts": ["moelpr = moelpr.__main__:main"]},
+    # Without a compiler, moelpr.data.language_bits_numpy does the same.
     ext_modules=[
-        Pybind11Extension("moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17),
+        Pybind11Extension(
+            "moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17, optional=True
+        ),
     ],
     install_requires=[
         # Only training needs Megatron, which is built for Linux. Its entry API moves between versions: an upgrade is a

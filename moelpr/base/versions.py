@@ -1,6 +1,7 @@
 """Versions of the packages that the numbers of a run or an evaluation depend on, and how to install optional ones."""
 
 import platform
+import shlex
 import sys
 from importlib import metadata
 from importlib.util import find_spec
@@ -12,9 +13,10 @@ _PACKAGES = ("moelpr", "torch", "megatron-core", "transformers", "tokenizers", "
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra of setup.py, in a repository next to the pinned versions."""
-    if not (launch_folder().parent / "setup.py").exists():
-        return f"{sys.executable} -m pip install 'moelpr[{extra}]'"
+    """The command that installs an extra of setup.py: in a repository by name, elsewhere the packages themselves."""
+    if not (launch_folder().parent / "setup.py").exists():  # moelpr is on no index
+        needed = (one.partition(";")[0].strip() for one in metadata.requires("moelpr") or () if f'"{extra}"' in one)
+        return f"{sys.executable} -m pip install {' '.join(map(shlex.quote, needed))}"
     return f"{sys.executable} -m pip install --constraint constraints.txt --no-build-isolation --editable '.[{extra}]'"
 
 

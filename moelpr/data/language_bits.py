@@ -15,8 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.base.errors import UserError
-from moelpr.data import _language_bits
 from moelpr.data.corpus_index import REBUILD
+
+try:
+    from moelpr.data import _language_bits
+except ImportError:  # it was installed without a compiler
+    from moelpr.data import language_bits_numpy as _language_bits  # type: ignore[no-redef]
 
 MAGIC = b"MOELPRLB"
 VERSION = 1

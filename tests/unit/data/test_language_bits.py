@@ -6,6 +6,7 @@ test_sanitizers.py runs this file with the C++ part under sanitizers.
 import struct
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moelpr.base.errors import UserError
-from moelpr.data import _language_bits, language_bits
+from moelpr.data import _language_bits, language_bits, language_bits_numpy
 from moelpr.data.language_bits import LanguageBits, LanguageBitsWriter, open_bits
 from tests.support.mutations import mutated
 
@@ -204,13 +205,17 @@ def test_a_mutated_file_is_noticed_or_is_the_same(lang: tuple[Path, bytes], data
             bits.verify()
 
 
+BOTH = pytest.mark.parametrize("bits_of", [_language_bits, language_bits_numpy], ids=["compiled", "NumPy"])
+
+
+@BOTH
 @settings(deadline=None, max_examples=200)
 @given(packed=BYTES, start=INT64, flags=FLAGS)
-def test_packing_stays_inside_its_bytes(packed: np.ndarray, start: int, flags: np.ndarray) -> None:
+def test_packing_stays_inside_its_bytes(bits_of: ModuleType, packed: np.ndarray, start: int, flags: np.ndarray) -> None:
     before = packed.copy()
     bits = np.unpackbits(packed, bitorder="little")
     try:
-        ones = _language_bits.pack_into(packed, start, flags)
+        ones = bits_of.pack_into(packed, start, flags)
     except (IndexError, ValueError):
         assert not 0 <= start <= len(bits) - len(flags) or flags.max(initial=0) > 1
         return
@@ -219,29 +224,33 @@ def test_packing_stays_inside_its_bytes(packed: np.ndarray, start: int, flags: n
     assert not changed[:start].any() and not changed[-(-(start + len(flags)) // 8) * 8 :].any()
 
 
+@BOTH
 @settings(deadline=None, max_examples=200)
 @given(packed=BYTES, start=INT64, stop=INT64)
-def test_ranges_are_counted_inside_their_bytes(packed: np.ndarray, start: int, stop: int) -> None:
+def test_ranges_are_counted_inside_their_bytes(bits_of: ModuleType, packed: np.ndarray, start: int, stop: int) -> None:
     bits = np.unpackbits(packed, bitorder="little")
     if 0 <= start <= stop <= len(bits):
-        assert _language_bits.count_ones(packed, start, stop) == bits[start:stop].sum()
+        assert bits_of.count_ones(packed, start, stop) == bits[start:stop].sum()
     else:
         with pytest.raises(IndexError):
-            _language_bits.count_ones(packed, start, stop)
+            bits_of.count_ones(packed, start, stop)
 
 
+@BOTH
 @settings(deadline=None, max_examples=200)
 @given(packed=BYTES, edges=st.lists(INT64, max_size=9), size=st.integers(0, 60))
-def test_a_sample_is_read_from_inside_its_bytes(packed: np.ndarray, edges: list[int], size: int) -> None:
+def test_a_sample_is_read_from_inside_its_bytes(
+    bits_of: ModuleType, packed: np.ndarray, edges: list[int], size: int
+) -> None:
     bits = np.unpackbits(packed, bitorder="little")
     ids = np.arange(size) - 1
     ranges = list(zip(edges[::2], edges[1::2], strict=False))
     fit = all(0 <= start <= stop <= len(bits) for start, stop in ranges)
     if not fit or sum(stop - start for start, stop in ranges) > size:
         with pytest.raises(IndexError):
-            _language_bits.tag(packed, edges, ids)
+            bits_of.tag(packed, edges, ids)
         return
-    actual, largest = _language_bits.tag(packed, edges, ids)
+    actual, largest = bits_of.tag(packed, edges, ids)
     wanted = np.concatenate([np.zeros(0, np.uint8), *(bits[start:stop] for start, stop in ranges)])
     np.testing.assert_array_equal(actual, np.pad(wanted, (0, size - len(wanted))))
     assert largest == max(ids, default=-1)

@@ -26,6 +26,11 @@ def parse_count(text: str) -> int:
     return int(number)
 
 
+def parse_bytes(text: str) -> int:
+    """`parse_count` of a size such as 8GB, 500MB or 2T."""
+    return parse_count(re.sub("G(?=B?$)|(?<=[KMT])B$", "", text.strip(), flags=re.I) + "B" * text.upper().endswith("G"))
+
+
 def count_argument(text: str) -> int:
     """`parse_count` as the type of a flag: argparse shows the message of this error only."""
     try:

@@ -214,7 +214,13 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -
     parts, layouts = model_parts(spec), legal_layouts(spec, workload, cluster)
     least = min(_peak_bytes(stage_memories(spec, parts, layout, workload)) for layout in layouts) / GIB
     enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
-    remedies = [*_smaller_models(spec, workload, cluster), Remedy({"--gpu-memory-gib": enough_gib})]
+    on_host, offload = replace(workload, optimizer_cpu_offload=True), {"--optimizer-cpu-offload": None}
+    smallest = replace(on_host, micro_batch_size=1), {**offload, "--micro-batch-size": 1}
+    found = (
+        [replace(one, settings={**first, **one.settings}) for one in _smaller_models(spec, work, cluster)]
+        for work, first in ((workload, {}), (on_host, offload), smallest)
+    )
+    remedies = [*next(filter(None, found), []), Remedy({"--gpu-memory-gib": enough_gib})]
     for larger in _other_sizes(cluster)[1]:
         if _fits(spec, workload, larger):
             remedies.append(Remedy({"--gpus": larger.gpus}))

@@ -1,6 +1,7 @@
 """The tokens of the main stage: what the budget allows and the text gives, and how languages share them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 
@@ -28,9 +29,8 @@ def check_budget(project: ResolvedProject) -> None:
     project.config_folder()  # the Hub has it, and can be reached
     tokens: dict[str, int] = {}
     if not project.content.corpora:
-        tokens, is_estimate = tokens_or_estimates(project)
-        tokens = {code: round(_MARGIN * number) for code, number in tokens.items()} if is_estimate else tokens
-        shares(project, tokens)
+        expected_shares(project)
+        tokens = _most_tokens(project)
     elif project.content.budget.epochs:  # the trainer counts the tokens
         return
     total, step = total_tokens(project, tokens), _step_tokens(project)
@@ -39,6 +39,22 @@ def check_budget(project: ResolvedProject) -> None:
             f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {project.main_stage}, "
             f"{step:,} tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
         )
+
+
+def _most_tokens(project: ResolvedProject) -> dict[str, int]:
+    """The tokens of the languages that the main stage reads, or as many as estimates may mean."""
+    tokens, is_estimate = tokens_or_estimates(project)
+    return {code: round(_MARGIN * number) if is_estimate else number for code, number in tokens.items()}
+
+
+def expected_shares(project: ResolvedProject) -> dict[str, Share]:
+    """How languages share the main stage, by corpora or estimates; an error names the estimate, not the most."""
+    try:
+        return shares(project, tokens_or_estimates(project)[0])
+    except UserError:
+        with suppress(UserError):
+            return shares(project, _most_tokens(project))
+        raise
 
 
 def _step_tokens(project: ResolvedProject) -> int:
@@ -65,16 +81,18 @@ def tokens_of(project: ResolvedProject) -> dict[str, int]:
 def estimated_tokens(project: ResolvedProject) -> dict[str, int]:
     """The tokens of the languages that the main stage reads, estimated from samples of their text.
 
-    Without a tokenizer that can be read, as before the base is downloaded, a token counts as four bytes of the files.
+    Without the text or a tokenizer, as before the base is downloaded, a token counts as four bytes of the files.
     """
-    languages = {code: project.languages[code] for code in project.blended}
-    if not any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return {code: text_bytes(language) // 4 for code, language in languages.items()}
-    filters = {code: Filter(language.filter) if language.filter else None for code, language in languages.items()}
-    return {
-        code: estimate(found_text(*language.text), language.json_key, project.base, filters[code]).tokens
-        for code, language in languages.items()
-    }
+    has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+    def tokens(code: str) -> int:
+        language = project.languages[code]
+        if code in project.file.assumed or not has_tokenizer:
+            return text_bytes(project.file, code) // 4
+        kept = Filter(language.filter) if language.filter else None
+        return estimate(found_text(*language.text), language.json_key, project.base, kept).tokens
+
+    return {code: tokens(code) for code in project.blended}
 
 
 def tokens_or_estimates(project: ResolvedProject) -> tuple[dict[str, int], bool]:

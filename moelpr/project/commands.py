@@ -10,8 +10,10 @@ from typing import Annotated
 
 from moelpr.base.errors import UserError
 from moelpr.base.languages import is_code
+from moelpr.base.quantities import parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, choices, metavar
 from moelpr.project import running, tables
+from moelpr.project.budget import check_budget
 from moelpr.project.file import schema
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -47,6 +49,8 @@ class Project(Flags):
 
 
 class Plan(Project):
+    # size of a language's text, which then need not be there; repeat for several
+    assume: Annotated[list[tuple[str, str]], REPEATED, {"type": _language, "metavar": "LANG=SIZE"}] = []
     check: bool = False  # also run each stage without a GPU (moelpr check; half a minute each)
 
 
@@ -72,9 +76,10 @@ def init(args: Init) -> None:
 
 
 def plan(args: Plan) -> None:
-    """Show the steps with time, GPU hours, memory and disk; start nothing."""
-    project = args.project()
+    """Show whether it fits, and the steps with time, GPU hours, memory and disk; start nothing."""
+    project = ResolvedProject(read_project(args.file, {code: parse_bytes(size) for code, size in args.assume}))
     check_flags(project.file, project.content.steps)
+    check_budget(project)
     print(tables.plan(project))
     for stage in project.stages if args.check else ():
         _check(project, stage)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from moelpr.base.errors import CONTROL, UserError, did_you_mean
 from moelpr.base.yaml_files import key_lines, parse_mapping
 from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
-from moelpr.project.project import PRESETS, Language, Project
+from moelpr.project.project import PRESETS, Project
 
 # OWNER/NAME, and a revision.
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -28,12 +28,14 @@ class ProjectFile:
     Attributes:
         lines: The line of each key.
         checksum: SHA-256 of the text.
+        assumed: Bytes of text of languages whose files need not be there, for a plan.
     """
 
     path: Path
     project: Project
     lines: dict[tuple[str | int, ...], int]
     checksum: str
+    assumed: dict[str, int] = field(default_factory=dict)
 
     def at(self, *key: str) -> str:
         """The start of a message about a key: file and line."""
@@ -92,8 +94,11 @@ def local_files(names: list[str]) -> list[Path]:
     return [Path(file) for file in found_text(*names) if not remote.is_remote(file)]
 
 
-def text_bytes(language: Language) -> int:
-    """The size of a language's text, also where it is remote."""
+def text_bytes(file: ProjectFile, code: str) -> int:
+    """The size of a language's text, also where it is remote or assumed."""
+    if code in file.assumed:
+        return file.assumed[code]
+    language = dict(file.project.languages)[code]
     uris = filter(remote.is_remote, found_text(*language.text))
     return sum(path.stat().st_size for path in local_files(language.text)) + sum(_identity(uri).bytes for uri in uris)
 

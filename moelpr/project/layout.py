@@ -30,12 +30,14 @@ _STEP_FLAGS = {"--global-batch-size": 1, "--seq-length": 1, "--stage1-experts": 
 _STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
-    "--num-new-experts": "experts.new",
-    "--moe-every-k-layers": "experts.every_k_layers",
+    r"(?<=offload) --|(?<=\d) --": " with --",
+    r"--num-new-experts (\S+)": r"experts.new: \1",
+    r"--moe-every-k-layers (\S+)": r"experts.every_k_layers: \1",
     "--optimizer-cpu-offload": "steps.STAGE.optimizer-cpu-offload: true",
-    "--(micro|global)-batch-size": r"steps.STAGE.\1-batch-size",
+    r"--micro-batch-size (\S+)": r"steps.STAGE.micro-batch-size: \1",
+    "--global-batch-size": "steps.STAGE.global-batch-size",
     "--gpus-per-node": "hardware.gpus_per_node",
-    "--gpus": "hardware.gpus",
+    r"--gpus (\S+)": r"hardware.gpus: \1",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
 }
 
@@ -171,6 +173,10 @@ class Layouts:
             yield
         except UserError as error:
             message = f"{stage}: {error}" if stage else str(error)
+            if isinstance(error, DoesNotFitError) and stage == "stage1":
+                for _, its in self.of_one_choice():
+                    other = f"method: second-ffn (fits in {its.memory_bytes / GIB:.1f} GiB)"
+                    message = message.replace("; use ", f"; use {other}, ")
             for flag, key in _KEYS.items():
                 message = re.sub(flag, key.replace("STAGE", stage), message)
             raise UserError(f"{self._file.at('hardware')}{message}") from None

@@ -1,8 +1,10 @@
 """Read languages.yaml, and check what is known before anything runs: models, text, and whether keys have an effect."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.languages import canonical
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
 from moelpr.project.file import HUB_NAME, ProjectFile, found_text, local_files, parse_project, text_of
@@ -15,9 +17,19 @@ _FOR_STAGES = {"replay", "vocabulary", "chat_template", ("corpora", "stage2"), (
 _FOR_REVIEW = {"replay", ("corpora", "stage2")}  # method: auto has these, too
 
 
-def read_project(path: Path) -> ProjectFile:
-    """Read and check a languages.yaml; paths in it are relative to the current folder."""
+def read_project(path: Path, assumed: Mapping[str, int] | None = None) -> ProjectFile:
+    """Read and check a languages.yaml; paths in it are relative to the current folder.
+
+    Args:
+        assumed: Code → bytes of text that is not there yet. Then kept text need not be there either.
+    """
     file = parse_project(text_of(path), path)
+    languages = dict(file.project.languages)
+    for name, size in (assumed or {}).items():
+        if (code := canonical(name)) not in languages:
+            raise UserError(f"--assume {name}: {path} has no such language; {did_you_mean(code, languages, 'add it')}")
+        file.assumed[code] = size
+        languages[code].text.clear()
     _check(file)
     return file
 
@@ -45,6 +57,8 @@ def _check(file: ProjectFile) -> None:
         ("kept", kept),
     ):
         for name, language in texts.items():
+            if canonical(name) in file.assumed or (group == "kept" and file.assumed):
+                continue
             try:
                 _check_text(language, has_corpora=has_corpora and group != "kept")
             except UserError as error:
@@ -123,6 +137,6 @@ def _check_text(language: Language, has_corpora: bool) -> None:
     held_out = [Path(language.held_out)] if language.held_out and not remote.is_remote(language.held_out) else []
     for path in [*local_files(language.text), *held_out, *local_files(language.conversations)]:
         if not path.exists():
-            raise UserError(f"there is no file {path}; correct the path")
+            raise UserError(f"there is no file {path}; correct the path, or plan with --assume LANG=SIZE")
         if not path.stat().st_size and len(found_text(*language.text)) < 2:
             raise UserError(f"{path} is empty; add text, or remove the language")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from moelpr.base.errors import UserError
+from moelpr.base.errors import MachineError, UserError
 from moelpr.base.machine import format_bytes
 from moelpr.base.quantities import format_count
 from moelpr.base.text_tables import table_text
@@ -11,7 +11,7 @@ from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
 from moelpr.plan.stage_plan import parameters
-from moelpr.project.budget import shares, tokens_or_estimates, total_tokens
+from moelpr.project.budget import expected_shares, tokens_or_estimates, total_tokens
 from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
@@ -25,17 +25,21 @@ def plan(project: ResolvedProject) -> str:
     tasks = tasks_of(project)
     outlooks = Workflow(project.folder, tasks).outlook()
     rows = [[outlook.task.name, _state(outlook), *_needs(project, outlook.task)] for outlook in outlooks]
-    head = ["step", "state", "time", "GPU hours", "memory", "disk", "layout"]
-    parts = [table_text(head, rows, text_columns=(0, 1, 6)), *filter(None, [changes(outlooks).rstrip()])]
-    parts += [_experts(project)] if project.content.has_experts else []
-    if not project.content.corpora:
-        parts.append(_languages(project))
+    head = ["step", "state", "time", "GPU hours", "GPU memory", "host memory", "disk", "layout"]
     left = [outlook.task for outlook in outlooks if outlook.state != "done" and not outlook.task.is_spare]
     disk, remote = sum(task.disk_gib for task in left), {uri: of for task in left for uri, of in task.versions.items()}
     copies = sum(int(of.split()[0]) for of in remote.values())
     place = f", and {format_bytes(copies)} in the cache of Hugging Face (HF_HOME)" if copies else ""
-    time = _sum_of([task.minutes for task in left])
-    parts.append(f"Left: about {time}, {format_bytes(disk * GIB)} of disk in {project.folder}{place}.")
+    time, hours = _sum_of([task.minutes for task in left]), sum(map(_gpu_hours, left))
+    parts = [
+        f"Fits: {_fits(project, left)}. Left: about {time}, {hours:,.0f} GPU hours, {format_bytes(disk * GIB)} of disk "
+        f"in {project.folder}{place}.",
+        table_text(head, rows, text_columns=(0, 1, 7)),
+        *filter(None, [changes(outlooks).rstrip()]),
+    ]
+    parts += [_experts(project)] if project.content.has_experts else []
+    if not project.content.corpora:
+        parts.append(_languages(project))
     if any(outlook.task.is_spare for outlook in outlooks):
         parts.append(
             f"Steps with ? follow only if the second FFN is more than {MOST_DISTANCE} nats per token from the base, "
@@ -44,6 +48,20 @@ def plan(project: ResolvedProject) -> str:
     if project.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")
     return "\n\n".join(parts)
+
+
+def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
+    """Whether tasks fit: GPUs have a layout, or there was an error; of this machine, also its memory and disk."""
+    try:
+        if project.content.hardware.gpu == "auto":
+            Workflow(project.folder, tasks).check_machine()
+        return "yes"
+    except MachineError as error:
+        return f"no, {error}"
+
+
+def _gpu_hours(task: Task) -> float:
+    return (task.minutes or 0) / 60 * task.nodes * task.gpus_per_node
 
 
 def status(project: ResolvedProject) -> str:
@@ -94,25 +112,22 @@ def _sum_of(minutes: list[float | None]) -> str:
 def _needs(project: ResolvedProject, task: Task) -> list[str]:
     gpus = task.nodes * task.gpus_per_node
     plan = project.layouts.of(task.name).plan if task.name in project.stages else None
-    memory = f"{task.memory_gib:.3g} GiB"
-    if plan is not None:
-        memory = f"{plan.memory_bytes / GIB:.1f} of {plan.cluster.gpu_memory_gib:g} GiB"
     return [
         duration(task.minutes),
-        f"{task.minutes / 60 * gpus:,.0f}" if gpus and task.minutes is not None else "",
-        memory,
+        f"{_gpu_hours(task):,.0f}" if gpus and task.minutes is not None else "",
+        f"{plan.memory_bytes / GIB:.1f} of {plan.cluster.gpu_memory_gib:g} GiB" if plan else "",
+        format_bytes(task.memory_gib * GIB),
         _disk(task),
         _layout(gpus, plan.best, plan.spec.moe is not None) if plan else "",
     ]
 
 
 def _layout(gpus: int, best: Candidate, has_experts: bool) -> str:
-    layout, host = best.layout, best.peak.host_bytes
+    layout = best.layout
     etp = layout.etp if has_experts else 1
     sizes = {"TP": layout.tp, "PP": layout.pp, "EP": layout.ep, "ETP": etp, "DP": layout.dp}
     parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
-    parts += [f"host memory per GPU {format_bytes(host)}"] if host else []
     return f"{gpus} GPU{'s' if gpus > 1 else ''}: {' '.join(parts) or 'all on one'}"
 
 
@@ -145,7 +160,7 @@ def _experts(project: ResolvedProject) -> str:
 def _languages(project: ResolvedProject) -> str:
     tokens, is_estimate = tokens_or_estimates(project)
     note = " (tokens are estimated)" if is_estimate else ""
-    total, table = total_tokens(project, tokens), share_table(shares(project, tokens), "language")
+    total, table = total_tokens(project, tokens), share_table(expected_shares(project), "language")
     stage = "Stage 1" if project.main_stage == "stage1" else f"Stage {project.main_stage}"
     return f"{stage} reads {format_count(total)} tokens{note}:\n{table}"
 

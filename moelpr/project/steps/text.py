@@ -71,7 +71,7 @@ def preprocess(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Tokenize the text of a language, of which some is held out; of an original one, no more than stage 2 can use."""
     for code, language in project.languages.items() if not project.content.corpora else ():
         is_sample = code in project.original and not (project.content.mix.replay or project.content.text_output)
-        size = text_bytes(language)
+        size = text_bytes(project.file, code)
         share = None if language.held_out else held_out_share(size)
         corpora = [project.corpus(code), *([project.corpus(f"{code}_validation")] if share else [])]
         flags: dict[str, Any] = {

@@ -178,7 +178,8 @@ class Workflow:
         left = [task for task in self.tasks.values() if not self.is_done(task.name)]
         disk = round(sum(task.disk_gib for task in left) * 2**30)
         memory, name = max(((round(task.memory_gib * 2**30), task.name) for task in left), default=(0, ""))
-        if (free := shutil.disk_usage(self.folder).free) < disk:
+        existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        if (free := shutil.disk_usage(existing).free) < disk:
             raise MachineError(
                 f"the disk of {self.folder} has {format_bytes(free)} free, and the tasks that are left need "
                 f"{format_bytes(disk)}; free space, or choose another output folder"

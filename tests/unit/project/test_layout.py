@@ -78,7 +78,21 @@ def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:
     on_host = {"stage1": {"optimizer-cpu-offload": True}, "stage2": {"optimizer-cpu-offload": True}}
     offloaded = places(write, steps=on_host, **small, budget={"tokens": "6K"})
     assert offloaded.layouts.num_new_experts == 2 and gib(offloaded) == pytest.approx(18.7, abs=0.05)
-    assert "1 GPU: host memory per GPU 39.38 GiB" in tables.plan(offloaded)
+    assert re.search(r"^stage1 .* 18.7 of 24 GiB +76.76 GiB ", tables.plan(offloaded), re.MULTILINE)
+
+
+def test_if_nothing_fits_whole_combinations_that_do_are_named_by_keys_the_second_ffn_first(write: Write) -> None:
+    small: dict[str, Any] = {"model": "Qwen3-1.7B-Base", "hardware": {"gpu": "rtx4090-24", "gpus": 1}}
+    steps = {"stage1": {"micro-batch-size": 16}}
+    with pytest.raises(UserError) as error:
+        _ = places(write, **small, steps=steps, experts={"new": 2}).layouts.of("stage1")
+    first, combination, *_ = str(error.value).partition("; use ")[2].split(", ")
+    assert re.fullmatch(r"method: second-ffn \(fits in [\d.]+ GiB\)", first)
+    keys = r"steps.stage1.optimizer-cpu-offload: true with steps.stage1.micro-batch-size: (\d+)"
+    actual = re.fullmatch(keys + r" \(fits in ([\d.]+) GiB\)", combination)
+    assert actual and ", or hardware.gpus: 4" in str(error.value)
+    steps = {"stage1": {"micro-batch-size": int(actual[1]), "optimizer-cpu-offload": True}}
+    assert gib(places(write, **small, steps=steps, experts={"new": 2})) == pytest.approx(float(actual[2]), abs=0.05)
 
 
 def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:

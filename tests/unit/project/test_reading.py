@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given, settings
 
 from moelpr.base.errors import UserError
+from moelpr.base.quantities import parse_bytes
+from moelpr.project.budget import estimated_tokens
 from moelpr.project.file import parse_project
 from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
+from moelpr.project.steps.steps import tasks_of
 from moelpr.project.template import template
 from tests.support.mutations import mutated
 from tests.unit.project.conftest import Write
@@ -75,6 +79,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         ({"experts": {"copies": 3}}, r"line \d+: experts.copies .* experts.topk, 2, got 3"),
         ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
+        (
+            {"budget": {"tokens": "24B", "patience": "1B"}, "corpora": {"stage1": ["a"], "stage2": ["b"]}},
+            "budget.patience needs a stage on Megatron",
+        ),
         ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
         ({"budget": None}, "languages.yaml: budget is missing"),
         ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
@@ -187,3 +195,24 @@ def test_a_damaged_file_is_read_or_one_sentence(content: bytes) -> None:
         parse_project(content.decode(errors="replace"), Path("languages.yaml"))
     except UserError as error:
         assert str(error).count("languages.yaml") >= 1 and "\n" not in str(error)
+
+
+def test_assumed_text_need_not_be_there_and_decides_the_tokens(write: Write) -> None:
+    languages = {"expanded": {"el": "no/el.jsonl", "hu": "hu.jsonl"}, "original": {"en": "no/*.jsonl"}}
+    languages["kept"] = {"code": "no/code.jsonl"}
+    path = write(languages=languages, budget={"tokens": "8M"})
+    with pytest.raises(UserError, match="no/el.jsonl.*--assume"):
+        read_project(path)
+    project = ResolvedProject(read_project(path, {"ell": 8_000_000, "en": 1_000_000}))
+    assert estimated_tokens(project) == {"el": 2_000_000, "hu": Path("hu.jsonl").stat().st_size // 4}
+    (preprocess,) = [task for task in tasks_of(project) if task.name == "preprocess-el"]
+    assert preprocess.disk_gib == 2 * 8e6 / 2**30
+    with pytest.raises(UserError, match="--assume fi: .* no such language"):
+        read_project(path, {"fi": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8e9), ("8G", 8e9), ("1.5TB", 1.5e12), ("500MB", 5e8), ("3kb", 3e3), ("2T", 2e12)]
+)
+def test_a_size_is_a_number_of_bytes(text: str, size: float) -> None:
+    assert parse_bytes(text) == size

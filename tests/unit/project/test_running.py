@@ -8,7 +8,8 @@ import pytest
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import locked
-from moelpr.project import running
+from moelpr.project import running, tables
+from moelpr.project.budget import check_budget
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.workflow.workflow import Outlook, Workflow
@@ -53,6 +54,18 @@ def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: di
     with pytest.raises(UserError, match=message):
         run(write(**changes))
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("tokens", "works"), [("80K", True), ("95K", True), ("97K", False)])
+def test_plan_and_run_refuse_a_budget_at_the_same_size_and_name_the_estimate(write: Write, tokens, works) -> None:
+    """Two texts of 10,000 tokens each, read four times: 80K, and a fifth more because the estimate may be too low."""
+    path = write(budget={"tokens": tokens}, steps={"stage1": {"global-batch-size": 1}}, hardware={"gpu": "none"})
+    if works:
+        assert "Fits: yes" in tables.plan(ResolvedProject(read_project(path)))
+        return check_budget(ResolvedProject(read_project(path)))
+    for refuses in (tables.plan, check_budget):
+        with pytest.raises(UserError, match=rf"{tokens} tokens would read .* more often .* \(80K tokens\)"):
+            refuses(ResolvedProject(read_project(path)))
 
 
 def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(

@@ -10,10 +10,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moelpr.base.tools import STAGES, TOOLS
+from moelpr.project.running import SUBMIT
 from moelpr.project.template import template
 from tests.support.hf_models import make_model, make_qwen2, tensors_of  # noqa: F401
+from tests.support.local_hub import local_hub
+from tests.support.model_shapes import save_config
+from tests.support.plan_pages import MORE, make_text
 from tests.support.run_folders import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -183,3 +188,36 @@ def test_what_needs_megatron_says_so(environment: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "Megatron is not installed" in done.stderr
+
+
+def test_users_plan_their_files_and_write_their_jobs_without_a_clone(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, with the base on the Hub: a plan before there is text, and then the jobs of a cluster."""
+    words, files = [], [ROOT / "examples" / "languages.yaml", *sorted((ROOT / "examples" / "users").glob("*.yaml"))]
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with local_hub() as hub:
+        there = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "cache"),
+            "NO_PROXY": "127.0.0.1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        for file in files:
+            content = yaml.safe_load(file.read_text())
+            save_config(content["model"].split("/")[1], tmp_path / file.stem)
+            hub.repositories[content["model"]] = {"config.json": (tmp_path / file.stem / "config.json").read_bytes()}
+            languages = {**content["languages"]["expanded"], **content["languages"]["original"]}
+            Path(file.name).write_text(file.read_text())
+            assumed = [word for code in languages for word in ("--assume", f"{code}=60GB")]
+            words.append(["plan", file.name, *assumed])
+            make_text(Path(file.name), MORE.get(file.relative_to(ROOT).as_posix(), 1))
+            on = next((on for on in SUBMIT if on in content), "slurm")
+            words.append(["run", file.name, "--on", on, "--render-only"])
+        python, code = environment / "bin" / "python", WITHOUT_MEGATRON + RUN_COMMANDS
+        printed = run(python, "-c", code, json.dumps(words), cwd=work, **there)
+    assert printed.count("Fits: yes. ") == len(files)
+    jobs = [path.read_text() for path in work.glob("runs/*/*/*") if path.is_file()]
+    assert len(jobs) >= len(files) and not any(str(ROOT) in job for job in jobs)

@@ -4,12 +4,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Bytes = NDArray[np.uint8]
-_BLOCK_BYTES = 1 << 20
+_BLOCK_TOKENS = 1 << 23
 
 
-def _check_range(packed: _Bytes, start: int, stop: int) -> None:
+def _unpack(packed: _Bytes, start: int, stop: int) -> _Bytes:
     if not 0 <= start <= stop <= 8 * packed.size:
         raise IndexError(f"bits [{start}, {stop}) are outside {packed.size} bytes")
+    return np.unpackbits(packed[start // 8 : (stop + 7) // 8], bitorder="little")[start % 8 :][: stop - start]
 
 
 def pack_into(packed: _Bytes, start: int, flags: _Bytes) -> int:
@@ -25,22 +26,13 @@ def pack_into(packed: _Bytes, start: int, flags: _Bytes) -> int:
 
 def tag(packed: _Bytes, edges: list[int], ids: NDArray[np.int64]) -> tuple[_Bytes, int]:
     """Return a sample's bits, of the ranges between `edges`, then 0, and its largest ID."""
-    bits, done = np.zeros(ids.size, np.uint8), 0
-    for start, stop in zip(edges[::2], edges[1::2], strict=False):
-        _check_range(packed, start, stop)
-        if stop - start > ids.size - done:
-            raise IndexError("more bits than token ids")
-        unpacked = np.unpackbits(packed[start // 8 : (stop + 7) // 8], bitorder="little")
-        bits[done : done + stop - start] = unpacked[start % 8 :][: stop - start]
-        done += stop - start
-    return bits, int(ids.max(initial=-1))
+    ranges = [_unpack(packed, *ends) for ends in zip(edges[::2], edges[1::2], strict=False)]
+    if (padding := ids.size - sum(map(len, ranges))) < 0:
+        raise IndexError("more bits than token ids")
+    return np.concatenate([*ranges, np.zeros(padding, np.uint8)]), int(ids.max(initial=-1))
 
 
 def count_ones(packed: _Bytes, start: int, stop: int) -> int:
     """Return the number of ones among bits [start, stop)."""
-    _check_range(packed, start, stop)
-    first, end = start // 8, (stop + 7) // 8
-    blocks = (packed[place : min(place + _BLOCK_BYTES, end)] for place in range(first, end, _BLOCK_BYTES))
-    before = np.unpackbits(packed[first : first + 1], bitorder="little")[: start % 8]
-    behind = np.unpackbits(packed[end - 1 : end], bitorder="little")[stop % 8 or 8 :]
-    return sum(int(np.bitwise_count(block).sum()) for block in blocks) - int(before.sum()) - int(behind.sum())
+    blocks = range(start, max(stop, start + 1), _BLOCK_TOKENS)
+    return sum(int(_unpack(packed, at, min(at + _BLOCK_TOKENS, stop)).sum()) for at in blocks)

@@ -84,15 +84,12 @@ def estimated_tokens(project: ResolvedProject) -> dict[str, int]:
     Without the text or a tokenizer, as before the base is downloaded, a token counts as four bytes of the files.
     """
     has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-
-    def tokens(code: str) -> int:
-        language = project.languages[code]
-        if code in project.file.assumed or not has_tokenizer:
-            return text_bytes(project.file, code) // 4
+    coarse = [code for code in project.blended if code in project.file.assumed or not has_tokenizer]
+    tokens = {code: text_bytes(project.file, code) // 4 for code in coarse}
+    for code, language in ((code, project.languages[code]) for code in project.blended if code not in tokens):
         kept = Filter(language.filter) if language.filter else None
-        return estimate(found_text(*language.text), language.json_key, project.base, kept).tokens
-
-    return {code: tokens(code) for code in project.blended}
+        tokens[code] = estimate(found_text(*language.text), language.json_key, project.base, kept).tokens
+    return tokens
 
 
 def tokens_or_estimates(project: ResolvedProject) -> tuple[dict[str, int], bool]:

@@ -41,13 +41,12 @@ RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps di
 COPY LICENSE ./
 # What launch/first_contact.sh runs.
 COPY benchmarks benchmarks
-COPY examples/demo_tasks.py examples/languages.py examples/
 COPY tests/gpu tests/gpu
 COPY tests/unit/conftest.py tests/unit/
 COPY tests/support/text_server.py tests/support/
 COPY launch launch
 # Files have the modes of the clone, whose owner may have kept them from others.
-RUN chmod --recursive a+rX LICENSE benchmarks examples tests launch
+RUN chmod --recursive a+rX LICENSE benchmarks tests launch
 
 # `moelpr` is a command in the image, also where its entry point is not used.
 ENV PATH=/opt/moelpr/.venv/bin:$PATH

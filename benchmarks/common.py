@@ -59,23 +59,16 @@ def add_cpu_time(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="measure CPU time, which other processes disturb less")
 
 
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    what = "folder of `make demo`, whose models' routing is used; `none`: tokens choose at random"
-    folder: Any = {"type": lambda text: None if text == "none" else Path(text), "default": Path("runs/demo")}
-    parser.add_argument("--demo", **folder, metavar="DIR", help=what)
-
-
 def write_json(result: object, file: Path | None) -> None:
     if file:
         file.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], *names: str) -> None:
-    """Print the columns `names` of rows (default: all texts and numbers), texts aligned left and numbers right."""
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print all texts and numbers of rows, texts aligned left and numbers right."""
     from moelpr.base.text_tables import table_text
 
-    keys = dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))
-    columns = [*(names or keys)]
+    columns = [*dict.fromkeys(key for row in rows for key, value in row.items() if not hasattr(value, "keys"))]
     texts = [
         index for index, name in enumerate(columns) if all(isinstance(row.get(name, ""), str | bool) for row in rows)
     ]

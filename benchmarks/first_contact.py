@@ -299,7 +299,7 @@ def run_dry_steps(machine: Machine, folder: Path) -> Part:
 
 def run_benchmark(name: str, options: str, folder: Path) -> Part:
     report = folder / f"{name}.json"
-    words = [f"benchmarks.{name}", *options.split(), "--demo", "none", "--json", str(report)]
+    words = [f"benchmarks.{name}", *options.split(), "--json", str(report)]
     return run_part(name, words, folder, lambda: json.loads(report.read_text()))
 
 

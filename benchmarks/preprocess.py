@@ -4,17 +4,12 @@
 - with gigatoken at least 8 times as fast as with Hugging Face's tokenizers;
 - at most 1 GiB of memory in all processes together, the same for a corpus ten times as large.
 
-    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--peer "COMMAND"] [--output FILE]
+    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--output FILE]
 
 The corpus is the demo's, repeated with variations so that no library benefits from a cache: lines in random order, and
 one word in twenty replaced by a new one. The tokenizer is a byte-level BPE with 32,000 tokens, trained on the demo's
 text. Contenders take turns; the fastest round counts. CPU time is reported too, which other processes on the machine
 disturb less. Memory is the sum of the processes' proportional set sizes (PSS), sampled ten times a second.
-
-A peer is any other program that tokenizes JSON lines, such as Megatron-LM's:
-
-    --peer "python Megatron-LM/tools/preprocess_data.py --input {input} --output-prefix {output} --append-eod \\
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model {tokenizer} --workers {workers}"
 """
 
 import argparse
@@ -43,8 +38,6 @@ LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gi
 RATIOS = {
     "huggingface_to_bare": ("huggingface", "bare"),
     "gigatoken_to_huggingface": ("huggingface", "gigatoken"),
-    "peer_to_huggingface": ("peer", "huggingface"),
-    "peer_to_gigatoken": ("peer", "gigatoken"),
 }
 _LETTERS = (b"aeioubdfgklmnprstvz" * 14)[:256]  # for any byte
 _NEW_WORD_EVERY = 20
@@ -57,7 +50,6 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of worker processes")
     parser.add_argument("--work", type=Path, help="folder for corpora, which is kept (default: a temporary folder)")
     parser.add_argument("--cache", type=Path, help="folder with the demo's wheel (see examples/demo_corpus.py)")
-    parser.add_argument("--peer", help="a command with {input}, {output}, {tokenizer} and optionally {workers}")
     add_json(parser, "--output")
     args = parser.parse_args()
     with working_folder(args.work) as work:
@@ -85,9 +77,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "huggingface": ours(corpus, "reference"),
         "gigatoken": ours(corpus, "gigatoken"),
     }
-    if args.peer:
-        peer = args.peer.format(input=corpus, output=out / "peer", tokenizer=tokenizer, workers=args.workers)
-        commands["peer"] = shlex.split(peer)
     names, cpu = {name: name for name in commands}, dict.fromkeys(commands, math.inf)
     commands["gigatoken_large"] = ours(large, "gigatoken")
     peaks = dict.fromkeys(commands, 0.0)
@@ -118,9 +107,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "wanted": LIMITS,
     }
     for ratio, (slower, faster) in RATIOS.items():
-        if slower in wall:
-            result[ratio] = round(wall[slower] / wall[faster], 3)
-            result[f"{ratio}_cpu"] = round(cpu[slower] / cpu[faster], 3)
+        result[ratio] = round(wall[slower] / wall[faster], 3)
+        result[f"{ratio}_cpu"] = round(cpu[slower] / cpu[faster], 3)
     return result
 
 

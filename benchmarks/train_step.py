@@ -5,13 +5,10 @@
 All contenders have the same sizes, data and threads, and take turns in every round. Times are medians over the rounds,
 ratios medians of the rounds' ratios.
 
-The number of experts is that of the demo's models, and routers are made to choose what theirs did: in stage 1 those of
-its model on held-out text of the expanded languages, in stage 2 those of the reviewed model on as much text of each of
-the six languages. Stage 2 should be at least 1.5 times as fast as stage 1.
+Routers are made to choose places at random. Stage 2 should be at least 1.5 times as fast as stage 1.
 
 - ours: model and freezing of the trainer, Megatron's DistributedDataParallel, schedule and optimizer.
-- plain Megatron: the same with Megatron's MoELayer and SequentialMLP over all E experts, every parameter trained,
-  routed as in stage 2 (it computes K rows per token with any routing).
+- plain Megatron: the same with Megatron's MoELayer and SequentialMLP over all E experts, every parameter trained.
 - stock transformers: Qwen2Moe with grouped_mm and a masked gradient, the same two stages (baselines/stock_moe.py).
 
 The peers hold and compute each copy of the dense FFN as an expert like any other.
@@ -21,27 +18,16 @@ matrix product of the same dtype, timed in the same rounds. On a GPU everything 
 peers' optimizers then keep no fp32 copies of their weights, which ours does: they move less memory, and lose updates.
 """
 
-import argparse
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    STAGES,
-    add_cpu_time,
-    add_demo,
-    add_json,
-    argument_parser,
-    install_megatron,
-    print_table,
-    write_json,
-)
-from benchmarks.imposed_routing import RecordedRouting, impose, recorded_routing
+from benchmarks.common import STAGES, add_cpu_time, add_json, argument_parser, install_megatron, print_table, write_json
+from benchmarks.imposed_routing import impose, uniform_choices
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.base.command import run_command
 from moelpr.model.model_spec import ModelSpec
-from moelpr.model.stages import MoeStage
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 RATIOS = {  # slower, faster
@@ -55,21 +41,17 @@ LIMITS = {"stage2 to stage1": 1.5}  # at least
 
 
 def main() -> None:
-    parser = argument_parser(
-        __doc__, layers=4, hidden=512, ffn=1536, head=64, vocabulary=4096, sequences=4, length=256, rounds=5
-    )
+    sizes = dict(layers=4, hidden=512, ffn=1536, head=64, vocabulary=4096, sequences=4, length=256, rounds=5)
+    parser = argument_parser(__doc__, **sizes, new_experts=4, original_copies=2, topk=2)
     add_cpu_time(parser)
     add_json(parser)
-    add_demo(parser)
     args = parser.parse_args()
-    routing = {stage: recorded_routing(args.demo, stage) for stage in STAGES}
     install_megatron()
     from benchmarks.optimizer_steps import spec_of
     from moelpr.model.megatron.bootstrap import single_process
 
     with single_process():
-        spec = spec_of(argparse.Namespace(**vars(args), **routing["stage2"].experts))
-        result = measure(spec, args.sequences, Turns(args.rounds, args.cpu_time), routing)
+        result = measure(spec_of(args), args.sequences, Turns(args.rounds, args.cpu_time))
     print_table([result])
     print_table([{"step": name, **row} for name, row in result["contenders"].items()])
     ratios = result["ratios"].items()
@@ -123,30 +105,32 @@ def rows_of(choices_TK: Tensor, original_copies: int) -> tuple[int, int]:
     return int((~is_new_TK).any(dim=1).sum()), int(is_new_TK.sum())
 
 
-def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStage, RecordedRouting]) -> dict:
+def measure(spec: ModelSpec, sequences: int, turns: Turns) -> dict:
     """Times, rates and ratios of all contenders, as written to JSON."""
     from benchmarks.baselines.stock_moe import StockStep
     from benchmarks.optimizer_steps import DEVICE, our_step, plain_step, random_batch
 
+    moe = spec.moe
+    assert moe is not None
     torch.manual_seed(1)
     batch = random_batch(spec, sequences)
     tokens, size = batch["tokens"].numel(), MATMUL_SIZE[DEVICE]
     left, right = (torch.randn(size, size, device=DEVICE, dtype=getattr(torch, spec.dtype)) for _ in range(2))
-    layers = range(spec.megatron_args["num_layers"])
-    choices = {stage: [routing[stage].part(layer, tokens) for layer in layers] for stage in STAGES}
-    rows = {stage: [rows_of(part, routing[stage].original_copies) for part in choices[stage]] for stage in STAGES}
-    flops = {stage: needed_flops(spec, stage, sequences, rows[stage]) for stage in STAGES}
+    generator = torch.Generator().manual_seed(0)
+    choices = [uniform_choices(tokens, moe.num_experts, moe.topk, generator) for _ in moe.layers]
+    rows = [rows_of(part, moe.original_copies) for part in choices]
     steps: dict[str, Any] = {f"ours, {stage}": our_step(spec, stage, batch) for stage in STAGES}
     steps |= {"plain Megatron": plain_step(spec, batch)}
     steps |= {f"stock transformers, {stage}": StockStep(spec, stage, batch) for stage in STAGES}
-    for name, step in steps.items():
-        for router, part in zip(step.routers, choices["stage1" if "stage1" in name else "stage2"], strict=True):
+    for step in steps.values():
+        for router, part in zip(step.routers, choices, strict=True):
             impose(router, part.to(DEVICE))
     work: dict[str, Work] = {**steps, "matmul": lambda: left @ right}
     times = turns.take(work)
     medians = median_s(times)
     table = {name: {"step_time_s": medians[name], "tokens_per_s": tokens / medians[name]} for name in steps}
-    for stage, count in flops.items():
+    for stage in STAGES:
+        count = needed_flops(spec, stage, sequences, rows)
         share = count / (2 * size**3) * time_ratio(times, "matmul", f"ours, {stage}")
         table[f"ours, {stage}"] |= {"needed_gflop": count / 1e9, "share_of_matmul_rate": share}
     shape = {name: spec.megatron_args[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size", "vocab_size")}
@@ -155,7 +139,7 @@ def measure(spec: ModelSpec, sequences: int, turns: Turns, routing: dict[MoeStag
         "threads": torch.get_num_threads(),
         "dtype": spec.dtype,
         "tokens_per_step": tokens,
-        "shape": shape | routing["stage2"].experts,
+        "shape": shape | {"new_experts": moe.num_new_experts, "original_copies": moe.original_copies, "topk": moe.topk},
         "original_and_new_rows": rows,
         "rounds": turns.rounds,
         "clock": "CPU time" if turns.cpu_time else "wall time",

@@ -1,19 +1,11 @@
-from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from benchmarks.baselines.stock_moe import StockStep
-from benchmarks.imposed_routing import impose, recorded_routing
+from benchmarks.imposed_routing import impose
 from benchmarks.optimizer_steps import our_step, plain_step, random_batch
-from moelpr.base.errors import UserError
 from moelpr.model.model_spec import ModelSpec
-
-
-def test_a_missing_demo_is_named_with_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"{tmp_path}/stage1-hf .*--demo"):
-        recorded_routing(tmp_path, "stage1")
 
 
 def test_choices_are_imposed_on_logits_in_bf16() -> None:
@@ -49,10 +41,3 @@ def test_every_kind_of_router_makes_imposed_choices_and_keeps_its_gradient(spec:
     for router, logits_TE, weight in zip(stock.routers, logits, before, strict=True):
         assert torch.equal(logits_TE.topk(2).indices.sort(dim=1).values, choices.sort(dim=1).values)
         assert not torch.equal(router.weight, weight)
-
-
-def test_without_a_demo_all_places_are_chosen_equally_often() -> None:
-    routing = recorded_routing(None, "stage2")
-    assert routing.experts == {"new_experts": 4, "original_copies": 2, "topk": 2}
-    counts = routing.part(3, 6000).flatten().bincount(minlength=6)
-    assert counts.sum() == 12_000 and (counts - 2000).abs().max() < 200

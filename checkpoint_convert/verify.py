@@ -14,7 +14,6 @@ not be installed.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +23,7 @@ from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
 from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number
 from moelpr.base.text_tables import table_text
+from moelpr.measure.report.numbers import finite_json
 
 if TYPE_CHECKING:
     from checkpoint_convert.compare.logits import TextVerdict
@@ -128,21 +128,18 @@ def _as_json(
 ) -> str:
     from checkpoint_convert.compare.tensors import largest_difference
 
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None  # JSON has no infinity
-
     content = {
         "equal": is_equal,
         "num_tensors": len(verdicts),
         "different_tensors": [v.name for v in different],
-        "max_abs_diff": finite(largest_difference(verdicts)),
+        "max_abs_diff": largest_difference(verdicts),
         "num_ignored_rows": _num_ignored_rows(verdicts),
     }
     if texts:
         num_tokens = sum(t.num_tokens for t in texts)
         content |= {
-            "max_abs_logit_diff": finite(max(t.max_abs_logit_diff for t in texts)),
+            "max_abs_logit_diff": max(t.max_abs_logit_diff for t in texts),
             "num_tokens": num_tokens,
             "same_next_token": sum(t.num_same_choice for t in texts) / num_tokens,
         }
-    return json.dumps(content)
+    return finite_json(content)

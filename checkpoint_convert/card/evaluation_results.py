@@ -87,12 +87,8 @@ def _read_results(path: Path, folder: Path, evaluated: str | None) -> list[EvalR
     """The results of every language and metric."""
     content = records.read(EvaluationFile, path, _REMEDY)
     models = content.models
-    same = [
-        name
-        for name, model in models.items()
-        if model.directory and Path(model.directory).resolve() == folder.resolve()
-    ]
-    name = evaluated or (same[0] if same else None)
+    folders = {name: Path(model.directory).resolve() for name, model in models.items() if model.directory}
+    name = evaluated or next((name for name, directory in folders.items() if directory == folder.resolve()), None)
     if name is None or name not in models:
         raise UserError(
             f"{path} has no results of {evaluated or folder}; name the model with --evaluated, one of "

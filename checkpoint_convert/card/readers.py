@@ -52,10 +52,8 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
         ("mlx", MIXTRAL, has_own_head_dim, other_head_dim),
         ("mlx", QWEN2_MOE, True, shared_expert),
         ("mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
-        *(
-            (reader, QWEN3_5_MOE, not config.get("full_attention_interval"), irregular)
-            for reader in ("llama.cpp", "mlx")
-        ),
+        ("llama.cpp", QWEN3_5_MOE, not config.get("full_attention_interval"), irregular),
+        ("mlx", QWEN3_5_MOE, not config.get("full_attention_interval"), irregular),
         ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
         ("llama.cpp", FLEX_OLMO, True, "its converter does not know this class"),
         ("mlx", FLEX_OLMO, True, "it does not know this class"),

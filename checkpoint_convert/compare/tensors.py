@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,15 +46,7 @@ class TensorVerdict:
         return self.max_abs > tolerance if tolerance else self.num_different > 0
 
 
-class Reader(Protocol):
-    """The tensors of a model under their Hugging Face names."""
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str) -> Tensor: ...
+Reader = HfReader | MegatronReader | GraftReader
 
 
 def compare(a: Path, b: Path, verify: Verify = Verify.FULL) -> Iterator[TensorVerdict]:

@@ -67,7 +67,10 @@ def run_tasks(
     manager, tasks = load_tasks(missing, settings["include_path"]) if missing else (None, {})
     for name in tasks:
         # The harness would use 0 with a message that is easily missed.
-        if shots[name] and any(_fixes_no_shots(task) for task in tasks[name]):
+        if shots[name] and any(
+            hasattr(task, "get_config") and task.get_config("num_fewshot") == 0  # a group has no settings
+            for task in tasks[name]
+        ):
             raise UserError(
                 f"the task {name} sets num_fewshot to 0, and --tasks wants {shots[name]} shots; state 0 there, or "
                 "remove it from the task"
@@ -97,10 +100,6 @@ def _run_shares(
             runs.append(pool.submit(run, settings={**settings, "device": device}, only=missing[place::number]))
         for submitted in runs:
             submitted.result()
-
-
-def _fixes_no_shots(task: Any) -> bool:
-    return hasattr(task, "get_config") and task.get_config("num_fewshot") == 0  # a group has no settings
 
 
 def load_tasks(names: Sequence[str], include_path: Path | None) -> tuple[Any, dict[str, list[Any]]]:

@@ -65,8 +65,11 @@ class ResultCache:
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
-        kept = _read(self._path(model, name)) if self._folder else None
-        return kept.result if kept and kept.of == {**_VERSION, **key} else None
+        if self._folder:
+            with suppress(UserError):
+                kept = records.read(KeptResult, self._path(model, name), "evaluate again")
+                return kept.result if kept.crc32 == _checksum(kept.result) and kept.of == {**_VERSION, **key} else None
+        return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
         if self._folder:
@@ -92,14 +95,6 @@ class ResultCache:
     def _path(self, model: str, name: str) -> Path:
         assert self._folder
         return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
-
-
-def _read(path: Path) -> KeptResult | None:
-    """The content of a file of the cache; None if it is missing or damaged."""
-    with suppress(UserError):
-        kept = records.read(KeptResult, path, "evaluate again")
-        return kept if kept.crc32 == _checksum(kept.result) else None
-    return None
 
 
 def _checksum(result: Json) -> str:

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.measure.chat.page import Chat
 from moelpr.measure.evaluate.models import load_model
 from moelpr.model.families.new_experts import NewExperts
 from tests.browser import chat_page
 from tests.browser.browser import opened
-from tests.support.hf_models import make_model  # noqa: F401
+from tests.support.hf_models import make_model, write_export  # noqa: F401
 
 pytest.importorskip("gradio", reason="run by `make test-browser` in .venv-browser")
 pytest.importorskip("playwright")
@@ -29,10 +26,7 @@ def base(make_model) -> Path:  # noqa: F811
 
 @pytest.fixture(scope="module")
 def export(base: Path, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("chat")
-    hf_to_mcore(base, folder / "megatron", NewExperts(3), start=Start(noise=0.5))
-    mcore_to_hf(folder / "megatron", folder / "export")
-    return folder / "export"
+    return write_export(base, tmp_path_factory.mktemp("chat"), NewExperts(3), noise=0.5)
 
 
 def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(export: Path, base: Path) -> None:

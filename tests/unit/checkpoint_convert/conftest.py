@@ -19,30 +19,12 @@ from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, s
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
 # The settings of the first run in `runs`, as its recipe.yaml records them.
-SETTINGS = {
-    "stage": "stage1",
-    "data_path": ["3", "data/el_text_document", "1", "data/hu_text_document"],
-    "global_batch_size": 512,
-    "seq_length": 1024,
-    "lr": 5e-5,
-    "min_lr": 0.0,
-    "lr_decay_style": "cosine",
-    "lr_warmup_iters": 20,
-    "balance_loss_coeff": 0.01,
-    "lpr_loss_coeff": 0.0,
-    "lpr_loss": "paper",
-    "optimizer": "adam",
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_grad": 1.0,
-    "bf16": True,
-    "fp16": False,
-    "seed": 1234,
-    "world_size": 8,
-    "train_everything": False,
-}
+SETTINGS = yaml.safe_load("""
+{stage: stage1, data_path: ["3", data/el_text_document, "1", data/hu_text_document], global_batch_size: 512,
+seq_length: 1024, lr: 5.0e-5, min_lr: 0.0, lr_decay_style: cosine, lr_warmup_iters: 20, balance_loss_coeff: 0.01,
+lpr_loss_coeff: 0.0, lpr_loss: paper, optimizer: adam, adam_beta1: 0.9, adam_beta2: 0.95, adam_eps: 1.0e-8,
+weight_decay: 0.1, clip_grad: 1.0, bf16: true, fp16: false, seed: 1234, world_size: 8, train_everything: false}
+""")
 
 
 @pytest.fixture
@@ -96,13 +78,8 @@ def runs(make_qwen2: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)  # the records name the folders as the user did
     hf_to_mcore(base, Path("upcycled"), NewExperts(3), start=Start(seed=7))
     write_run("stage1", "upcycled", [3, 6], SETTINGS)
-    stage2 = {
-        "stage": "stage2",
-        "data_path": ["data/review_text_document"],
-        "balance_loss_coeff": 0.0,
-        "lpr_loss_coeff": 0.1,
-    }
-    write_run("stage2", "stage1", [4], SETTINGS | stage2)
+    stage2 = {"stage": "stage2", "data_path": ["data/review_text_document"]}
+    write_run("stage2", "stage1", [4], SETTINGS | stage2 | {"balance_loss_coeff": 0.0, "lpr_loss_coeff": 0.1})
     return tmp_path
 
 

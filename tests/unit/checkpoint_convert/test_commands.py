@@ -6,11 +6,10 @@ from checkpoint_convert import graft as grafter
 from checkpoint_convert import verify
 from checkpoint_convert.compare.tensors import compare, largest_difference
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.model_spec import ModelSpec
 from tests.support.commands import moelpr
-from tests.support.hf_models import assert_nothing_left
+from tests.support.hf_models import assert_nothing_left, write_export
 
 
 def test_a_full_disk_exits_with_one_message_and_code_1(qwen2, tmp_path, monkeypatch, exit_code, capsys) -> None:
@@ -21,14 +20,13 @@ def test_a_full_disk_exits_with_one_message_and_code_1(qwen2, tmp_path, monkeypa
         full = "w" in mode and any(kind in str(path) for kind in (".distcp", ".safetensors"))
         return real_open("/dev/full" if full else path, mode, *args, **kwargs)
 
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "export")
+    export = write_export(qwen2, tmp_path, NewExperts(4))
     monkeypatch.setattr("builtins.open", open_full)
     for main, arguments in (
         (importer.main, ("--hf-path", qwen2, "--num-new-experts", 4)),
         (exporter.main, ("--load", tmp_path / "megatron", "--as", "granitemoe")),
         (exporter.main, ("--load", tmp_path / "megatron")),
-        (grafter.main, ("--base", qwen2, "--instruct", qwen2, "--model", tmp_path / "export")),
+        (grafter.main, ("--base", qwen2, "--instruct", qwen2, "--model", export)),
     ):
         assert exit_code(main, *arguments, "--save", tmp_path / "out") == 1
         assert "the disk is full" in capsys.readouterr().err

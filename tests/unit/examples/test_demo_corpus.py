@@ -12,7 +12,6 @@ from examples import demo_corpus
 from examples.demo_corpus import WHEEL, build_demo_corpus, is_held_out
 from examples.languages import LANGUAGES
 from moelpr.base.errors import UserError
-from moelpr.base.files import LOCK_FILE
 
 ENGLISH = "Please enter the address of your device"
 CODES = {"en": "en", "es": "es", "zh": "zh-Hans", "el": "el", "hu": "hu", "tr": "tr"}
@@ -34,7 +33,6 @@ def translation(integration: str, language: str) -> dict:
 
 def write_wheel(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    info = WHEEL.file.removesuffix("-py3-none-any.whl") + ".dist-info"
     path = folder / WHEEL.file
     with zipfile.ZipFile(path, "w") as archive:
         for integration in INTEGRATIONS:
@@ -43,22 +41,15 @@ def write_wheel(folder: Path) -> Path:
                 archive.writestr(f"homeassistant/components/{integration}/translations/{code}.json", content)
         archive.writestr("homeassistant/components/lamp0/translations/de.json", '{"title": "' + "wort " * 9 + '"}')
         archive.writestr("homeassistant/components/lamp0/strings.json", '{"title": "' + "source " * 9 + '"}')
-        archive.writestr(
-            f"{info}/METADATA",
-            f"Metadata-Version: 2.1\nName: homeassistant\nVersion: {WHEEL.version}\nRequires-Python: >=9\n",
-        )
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
     return path
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds the tiny wheel, whose checksum is the pinned one; pip finds no index."""
+    """A cache that holds the tiny wheel, whose checksum is the pinned one."""
     wheel = write_wheel(tmp_path / "cache")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     monkeypatch.setattr(demo_corpus, "WHEEL", replace(WHEEL, sha256=sha256))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
     return wheel.parent
 
 
@@ -106,12 +97,3 @@ def test_two_builds_have_the_same_bytes_and_a_folder_is_replaced_only_with_overw
         build_demo_corpus(tmp_path / "one", cache)
     build_demo_corpus(tmp_path / "one", cache, overwrite=True)
     assert (tmp_path / "one" / names[0]).read_bytes() == (tmp_path / "two" / names[0]).read_bytes()
-
-
-def test_the_wheel_is_downloaded_once_whatever_python_it_requires(cache, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(cache))
-    empty = tmp_path / "empty"
-    build_demo_corpus(tmp_path / "corpus", empty)
-    assert {path.name for path in empty.iterdir()} == {WHEEL.file, LOCK_FILE}
-    monkeypatch.delenv("PIP_FIND_LINKS")
-    build_demo_corpus(tmp_path / "again", empty)

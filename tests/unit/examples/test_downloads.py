@@ -35,7 +35,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
     name = "texts-1.0-py3-none-any.whl"
     (tmp_path / "index").mkdir()
     with zipfile.ZipFile(tmp_path / "index" / name, "w") as archive:
-        archive.writestr("texts-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: texts\nVersion: 1.0\n")
+        metadata = "Metadata-Version: 2.1\nName: texts\nVersion: 1.0\nRequires-Python: >=9\n"  # read, not installed
+        archive.writestr("texts-1.0.dist-info/METADATA", metadata)
         archive.writestr("texts-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("texts-1.0.dist-info/RECORD", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")

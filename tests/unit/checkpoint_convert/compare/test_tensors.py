@@ -33,14 +33,6 @@ def test_two_tensors_are_held_at_a_time(make_qwen2: Callable[..., Path], tmp_pat
         assert 0 < held_bytes.take_peak() <= 3 * largest
 
 
-def test_every_pair_of_readers_agrees_on_the_upcycled_model(qwen2, export, text, tmp_path, megatron) -> None:
-    hf_to_mcore(qwen2, tmp_path / "dense", None)
-    for other in (qwen2, export, tmp_path / "dense"):
-        (verdict,) = compare_on_text(tmp_path / "megatron", other, [text], sequence_length=32)
-        assert verdict.num_tokens == verdict.num_same_choice > 64
-        assert verdict.max_abs_logit_diff < 1e-4
-
-
 def test_the_numbers_are_those_of_both_models_run_together(qwen2: Path, export: Path, text: Path) -> None:
     """Independently: both models at once, the whole file in sequences of 16 tokens."""
     other = copy_of(export, lambda tensors: tensors["model.norm.weight"][:16].mul_(3))

@@ -26,13 +26,11 @@ from checkpoint_convert.hf.hub import Model, find_model
 from moelpr.base.errors import UserError
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import (
-    TOKENS,
     assert_logits,
     assert_nothing_left,
     edit_json,
     edit_tensors,
     load_stock,
-    our_logits,
     save_tokenizer,
     stock_logits,
     tensors_of,
@@ -145,48 +143,6 @@ def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_mode
     # A model that rounded its base: the instruct model is rounded once too.
     rounded = add_difference(base.bfloat16(), base, instruct, 1.0, torch.bfloat16)
     assert torch.equal(rounded, instruct.bfloat16())
-
-
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
-def test_tokens_that_choose_only_the_original_expert_get_the_instruct_models_logits(
-    architecture: str, make_model: Callable[..., Path], tmp_path: Path, exit_code, capsys
-) -> None:
-    """Bit for bit in the trainer's code; in stock transformers up to the rounding of its fused matrices.
-
-    The routers are solved for: all tokens of a text choose the two copies. A further round imports the graft.
-    """
-    base = make_model(architecture, tokenizer=True)
-    folders = base, instruct_of(base, tmp_path / "instruct"), upcycle(base, tmp_path, original_copies=2)
-    grafted = run(folders, tmp_path / "out")
-    assert exit_code(verifier.main, "--frozen", folders[1], grafted) == 0
-    assert "0 differ, largest absolute difference 0" in capsys.readouterr().out
-
-    text = TOKENS[:1]  # fewer tokens than hidden dimensions, so any logits of the router can be had
-    instruct, model = load_stock(folders[1]), load_stock(grafted)
-    inputs: list[Tensor] = []  # [tokens, hidden] of each layer's FFN
-    for layer in instruct.model.layers:
-        layer.mlp.register_forward_hook(lambda _, args, __: inputs.append(args[0][0]))
-    with torch.no_grad():
-        expected, wrong = instruct(text).logits, model(text).logits
-    rows = [torch.linalg.lstsq(x, torch.full((len(x), 1), -9.0)).solution[:, 0] for x in inputs]
-
-    def choose_copies(gates: list[Tensor]) -> None:
-        for gate, row in zip(gates, rows, strict=True):
-            gate[:2] *= 0.01
-            gate[2:] = row
-
-    with torch.no_grad():
-        choose_copies([layer.mlp.gate.weight for layer in model.model.layers])
-        assert_logits(model(text).logits, instruct, text)
-    assert (wrong - expected).abs().max() > 1e-3
-
-    hf_to_mcore(folders[1], tmp_path / "dense", None)
-    hf_to_mcore(grafted, tmp_path / "next", NewExperts(1))
-    logits = our_logits(
-        tmp_path / "next", text, lambda m: choose_copies([layer.mlp.router.weight for layer in m.decoder.layers])
-    )
-    assert torch.equal(logits, our_logits(tmp_path / "dense", text))
-    assert not torch.equal(our_logits(tmp_path / "next", text), logits)
 
 
 def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: Path, exit_code, capsys) -> None:

@@ -17,7 +17,7 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.families.new_experts import NewExperts
-from moelpr.model.model_spec import MoeSpec
+from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.model.stages import Part
 from tests.support.hf_models import (
     TOKENS,
@@ -124,21 +124,6 @@ def test_invalid_starts_are_rejected(qwen2: Path, tmp_path: Path, start: Start, 
     assert not list(tmp_path.iterdir())
 
 
-def test_experts_are_bitwise_identical_copies_of_the_dense_ffn(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(3))
-    dense, moe = tensors_of(qwen2), megatron_tensors_of(tmp_path / "megatron")
-    for i in range(4):
-        ffn = {name: dense[f"model.layers.{i}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")}
-        mlp = f"decoder.layers.{i}.mlp."
-        fc1 = torch.cat([ffn["gate"], ffn["up"]])
-        assert torch.equal(moe[mlp + "original_experts.0.linear_fc1.weight"], fc1)
-        assert torch.equal(moe[mlp + "original_experts.0.linear_fc2.weight"], ffn["down"])
-        assert moe[mlp + "experts.experts.linear_fc1.weight"].shape == (3, 96, 32)
-        assert torch.equal(moe[mlp + "experts.experts.linear_fc1.weight"], fc1.expand(3, -1, -1))
-        assert torch.equal(moe[mlp + "experts.experts.linear_fc2.weight"], ffn["down"].expand(3, -1, -1))
-        assert moe[mlp + "router.weight"].shape == (4, 32)
-
-
 def test_routers_are_xavier_normal_and_depend_on_the_seed_only(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "all", NewExperts(63))
     hf_to_mcore(qwen2, tmp_path / "some", NewExperts(63, moe_layers=[1, 3]))
@@ -170,9 +155,14 @@ def test_upcycled_model_in_stock_transformers_equals_the_dense_one(make_qwen2, t
 
 
 ARCHITECTURES = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": {"tie_word_embeddings": True}, "Qwen3ForCausalLM": {}}
-
-
 ROUTERS = ("block_sparse_moe.gate.weight", "mlp.gate.weight")
+
+
+def second_round(first: Path, tmp_path: Path, number: int, noise: float = 0.0) -> tuple[MoeSpec | None, dict, dict]:
+    """A further round on an export: the shape, and the tensors of both exports; the second computes what we do."""
+    export = write_export(first, tmp_path / "second", NewExperts(number), noise=noise)
+    assert_logits(our_logits(tmp_path / "second" / "megatron"), export)
+    return ModelSpec.read(tmp_path / "second" / "megatron").moe, tensors_of(first), tensors_of(export)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -184,10 +174,8 @@ def first_round(request: pytest.FixtureRequest, make_model: Callable[..., Path],
 
 
 def test_all_earlier_experts_are_original_and_new_ones_are_copies_of_expert_0(first_round, tmp_path) -> None:
-    spec = hf_to_mcore(first_round, tmp_path / "second", NewExperts(4))
-    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=3)
-    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    before, after = (load_file(folder / "model.safetensors") for folder in (first_round, tmp_path / "second-hf"))
+    moe, before, after = second_round(first_round, tmp_path, 4)
+    assert moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=3)
     for name, tensor in before.items():
         kept = after[name][:3] if name.endswith(ROUTERS) else after[name]
         assert torch.equal(kept, tensor), name
@@ -240,10 +228,7 @@ def test_layers_without_experts_stay_without(make_model: Callable[..., Path], tm
     folder = write_export(
         make_model("Qwen3ForCausalLM"), tmp_path / "first", NewExperts(2, moe_layers=[1, 3]), noise=0.5
     )
-    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
-    assert spec.moe == MoeSpec(1, 2, (1, 3), num_original_experts=3)
-    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
+    assert second_round(folder, tmp_path, 1)[0] == MoeSpec(1, 2, (1, 3), num_original_experts=3)
     for layers in ({"moe_layers": [1]}, {"moe_every_k_layers": 2}):
         with pytest.raises(UserError, match="--moe-layers and --moe-every-k-layers"):
             hf_to_mcore(folder, tmp_path / "other", NewExperts(1, **layers))
@@ -277,33 +262,22 @@ def test_an_import_holds_copies_once_again(make_model: Callable[..., Path], tmp_
     config = json.loads((folder / "config.json").read_text())
     assert (config.pop("original_copies"), config["num_original_experts"], config["num_local_experts"]) == (2, 2, 4)
     (folder / "config.json").write_text(json.dumps(config))
-    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1), start=Start(noise=0.5))
-    assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=3, original_copies=2)
-    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "second-hf"))
+    moe, before, after = second_round(folder, tmp_path, 1, noise=0.5)
+    assert moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=3, original_copies=2)
     for name, tensor in before.items():
         assert torch.equal(after[name][:4] if name.endswith(ROUTERS) else after[name], tensor), name
-    assert_logits(our_logits(tmp_path / "second"), tmp_path / "second-hf")
-
-
-def test_experts_that_differ_in_one_bit_are_not_copies(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = write_export(
-        make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(2, original_copies=2), noise=0.5
-    )
+    # One bit makes them different.
     name = "model.layers.3.block_sparse_moe.experts.1.w2.weight"
     edit_tensors(folder, lambda tensors: tensors[name].view(torch.uint8)[0, 0].bitwise_xor_(1))
-    spec = hf_to_mcore(folder, tmp_path / "second", NewExperts(1))
+    spec = hf_to_mcore(folder, tmp_path / "other", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=4)
 
 
 def test_an_upcycled_model_without_training_is_not_dense(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """All its experts are equal; at most K count as copies, and never all."""
-    hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(1))
-    mcore_to_hf(tmp_path / "first", tmp_path / "first-hf")
-    spec = hf_to_mcore(tmp_path / "first-hf", tmp_path / "second", NewExperts(4))
-    assert spec.moe == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=2)
-    mcore_to_hf(tmp_path / "second", tmp_path / "second-hf")
-    spec = hf_to_mcore(tmp_path / "second-hf", tmp_path / "third", NewExperts(1))
+    first = write_export(make_model("LlamaForCausalLM"), tmp_path / "first", NewExperts(1))
+    assert second_round(first, tmp_path, 4)[0] == MoeSpec(4, 2, (0, 1, 2, 3), num_original_experts=2)
+    spec = hf_to_mcore(tmp_path / "second" / "hf", tmp_path / "third", NewExperts(1))
     assert spec.moe == MoeSpec(1, 2, (0, 1, 2, 3), num_original_experts=5, original_copies=2)
 
 

@@ -12,7 +12,7 @@ from checkpoint_convert.hf.hub import Model
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import assert_import_fails, edit_json, files_of, make_model  # noqa: F401
+from tests.support.hf_models import assert_import_fails, edit_json, make_model, write_export  # noqa: F401
 from tests.support.small_tokenizers import save_llama2, save_llama3, save_qwen
 
 TEXTS = [" light kitchen", "light 123 4567", "light</s> kitchen<|endoftext|> door<|user|>", "  two\n\n φως\t12"]
@@ -75,8 +75,7 @@ def facts(folder: Path) -> tuple[object, ...]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base, tmp_path: Path) -> None:
     base = make_base(*KINDS[kind])
-    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    write_export(base, tmp_path, NewExperts(1))
     as_copied = Path(shutil.copytree(base, tmp_path / "copied"))
     shutil.copyfile(tmp_path / "hf" / "config.json", as_copied / "config.json")
     assert facts(as_copied) != facts(base)
@@ -92,10 +91,9 @@ def test_exports_tokenize_as_transformers_does_for_the_base(kind: str, make_base
 
 def test_a_graft_tokenizes_as_its_instruct_model(make_base, tmp_path: Path) -> None:
     base = make_base("LlamaForCausalLM", save_llama2_as_on_the_hub)
-    hf_to_mcore(base, tmp_path / "mcore", NewExperts(1))
-    mcore_to_hf(tmp_path / "mcore", tmp_path / "hf")
+    export = write_export(base, tmp_path, NewExperts(1))
     instruct = Path(shutil.copytree(base, tmp_path / "instruct"))
-    graft(*(Model(folder, folder.name) for folder in (base, instruct, tmp_path / "hf")), tmp_path / "graft")  # type: ignore[call-arg]
+    graft(*(Model(folder, folder.name) for folder in (base, instruct, export)), tmp_path / "graft")  # type: ignore[call-arg]
     assert facts(tmp_path / "graft") == facts(base)
 
 

@@ -27,6 +27,11 @@ QUESTIONS = [
     ("Light", ["on", "off", "x"], 1),
 ]
 
+TASK = """
+{test_split: test, output_type: multiple_choice, doc_to_text: "{{question}}", doc_to_choice: "{{choices}}",
+doc_to_target: "{{gold}}", metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]}
+"""
+
 
 @pytest.fixture
 def local_tasks(tmp_path) -> Path:
@@ -39,26 +44,13 @@ def local_tasks(tmp_path) -> Path:
             for question, choices, gold in QUESTIONS
         ]
         (folder / f"{language}.jsonl").write_text("\n".join(lines))
-        task = {
-            "task": f"door_{language}",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": f"{folder}/{language}.jsonl"}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "{{gold}}",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
+        data = {"data_files": {"test": f"{folder}/{language}.jsonl"}}
+        task = yaml.safe_load(TASK) | {"task": f"door_{language}", "dataset_path": "json", "dataset_kwargs": data}
         (folder / f"door_{language}.yaml").write_text(yaml.safe_dump(task))
-    group = {
-        "group": "doors_el",
-        "task": ["door_el"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    }
-    (folder / "doors_el.yaml").write_text(yaml.safe_dump(group))
-    table = {"Doors": {"num_fewshot": 0, "metric": "acc", "tasks": {"en": "door_en", "el": ["doors_el"]}}}
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    metric = "[{metric: acc, weight_by_size: true}]"
+    (folder / "doors_el.yaml").write_text(f"group: doors_el\ntask: [door_el]\naggregate_metric_list: {metric}\n")
+    table = "Doors:\n  num_fewshot: 0\n  metric: acc\n  tasks: {en: door_en, el: [doors_el]}\n"
+    (tmp_path / "table.yaml").write_text(table)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Models that cannot be opened; and both readers of one model, transformers and the trainer, give equal numbers."""
 
 import json
+import shutil
 from dataclasses import astuple
 from pathlib import Path
 
@@ -11,8 +12,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base import machine
 from moelpr.base.errors import UserError
@@ -23,6 +22,7 @@ from moelpr.measure.evaluate.routing import RoutingObserver
 from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.megatron import cpu
+from tests.support.hf_models import edit_json, write_export
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +30,10 @@ def both(tmp_path_factory: pytest.TempPathFactory, dense_dir: Path) -> dict[str,
     """The dense model and one upcycled in a first and a second round, each as checkpoint and as export."""
     folder = tmp_path_factory.mktemp("both")
     hf_to_mcore(dense_dir, folder / "dense", None)
-    hf_to_mcore(dense_dir, folder / "moe", NewExperts(3, moe_layers=[0, 2]), start=Start(noise=0.5))
-    mcore_to_hf(folder / "moe", folder / "moe-hf")
-    hf_to_mcore(folder / "moe-hf", folder / "second", NewExperts(2), start=Start(noise=0.5))
-    mcore_to_hf(folder / "second", folder / "second-hf")
-    made = {name: folder / name for name in ("dense", "moe", "moe-hf", "second", "second-hf")}
-    return made | {"dense-hf": dense_dir}
+    first = write_export(dense_dir, folder / "moe", NewExperts(3, moe_layers=[0, 2]), noise=0.5)
+    second = write_export(first, folder / "second", NewExperts(2), noise=0.5)
+    exports = {"dense-hf": dense_dir, "moe-hf": first, "second-hf": second}
+    return exports | {"dense": folder / "dense", "moe": first.parent / "megatron", "second": second.parent / "megatron"}
 
 
 @pytest.mark.usefixtures("megatron")
@@ -91,8 +89,7 @@ def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):
 
 
 def test_missing_weights_are_rejected_instead_of_initialized(tmp_path, dense_dir):
-    for file in dense_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(dense_dir, tmp_path, dirs_exist_ok=True)
     tensors = load_file(dense_dir / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -111,21 +108,15 @@ def test_directories_that_are_not_models_are_rejected(tmp_path, dense_dir):
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
     with pytest.raises(UserError, match=str(tmp_path)):
         load_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    edit_json(tmp_path / "config.json", num_hidden_layers=10**9)
     with pytest.raises(UserError, match="num_hidden_layers .* 10000, got 1000000000"):
         load_model(tmp_path)
 
 
 def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
-    for file in dense_dir.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {
-        "model_type": "homemade",
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copytree(dense_dir, tmp_path, dirs_exist_ok=True)
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    edit_json(tmp_path / "config.json", model_type="homemade", auto_map=code)
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(UserError, match=str(tmp_path)):
         load_model(tmp_path)

@@ -1,6 +1,5 @@
 """Outputs appear complete or not at all, and an interrupted conversion resumes to the same bytes."""
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from moelpr.base.errors import UserError
-from moelpr.base.files import LOCK_FILE, locked
 from moelpr.base.journal import JOURNAL_FILE
 from moelpr.model.checkpoints.torch_dist import TorchDistWriter
 from moelpr.model.families.new_experts import NewExperts
@@ -127,23 +125,3 @@ def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: P
             hf_to_mcore(source, save, NewExperts(4), overwrite=True)
     assert (tmp_path / "home" / "letter.txt").is_file()
     assert (source / "model.safetensors").is_file()
-
-
-def test_two_conversions_into_one_folder_do_not_mix(conversions: dict[str, Convert], tmp_path: Path) -> None:
-    partial = tmp_path / ".out.partial"
-    partial.mkdir()
-    with locked(partial / LOCK_FILE, "out"), pytest.raises(UserError, match="out"):
-        conversions["import"](tmp_path / "out")
-    conversions["import"](tmp_path / "out")
-
-
-def test_a_failed_overwrite_leaves_the_old_output(source: Path, tmp_path: Path, monkeypatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    hf_to_mcore(source, tmp_path / "out", NewExperts(4))
-    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    monkeypatch.setattr(TorchDistWriter, "finish", fail)
-    with pytest.raises(OSError, match="No space left"):
-        hf_to_mcore(source, tmp_path / "out", NewExperts(4), start=Start(seed=7), overwrite=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before

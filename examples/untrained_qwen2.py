@@ -5,11 +5,11 @@ python examples/untrained_qwen2.py --tokenizer DIR --save DIR --hidden-size 256 
 
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer
 
 from moelpr.base.command import CommandParser, run_command
-from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.base.files import refuse_existing
+from moelpr.project.toy import save_model, untrained_qwen2
 
 # Flag -> its default, and the field of Qwen2Config.
 SHAPE = {
@@ -19,29 +19,6 @@ SHAPE = {
     "num-attention-heads": (4, "num_attention_heads"),
     "num-query-groups": (2, "num_key_value_heads"),
 }
-
-
-def save_untrained_qwen2(tokenizer_path: Path, save: Path, *, seed: int = 1234, **shape: int) -> None:
-    """Write a Qwen2 (qkv bias, grouped queries, RMSNorm, SwiGLU, RoPE, tied embeddings) and its tokenizer to `save`.
-
-    `shape`: Fields of Qwen2Config.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True, trust_remote_code=False)
-    config = Qwen2Config(
-        **{"max_position_embeddings": 512, **shape},
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=True,
-        use_sliding_window=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    with atomic_directory(save) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
 
 
 def main() -> None:
@@ -56,7 +33,9 @@ def main() -> None:
     args = vars(parser.parse_args())
     args.pop("debug")
     refuse_existing([args["save"]], args.pop("overwrite"))
-    save_untrained_qwen2(args.pop("tokenizer"), args.pop("save"), **args)
+    tokenizer = AutoTokenizer.from_pretrained(args.pop("tokenizer"), local_files_only=True, trust_remote_code=False)
+    save = args.pop("save")
+    save_model(untrained_qwen2(tokenizer, **args), tokenizer, save)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "plan": Tool("moelpr.project.commands:plan", "show the steps with time, GPU hours, disk and memory"),
         "run": Tool("moelpr.project.commands:run", "run all steps, or resume them"),
         "status": Tool("moelpr.project.commands:status", "show what is done, and when the rest will be"),
+        "demo": Tool("moelpr.project.commands:demo", "run a small project on this CPU, in a few minutes"),
     },
     "Text": {
         "data preprocess": Tool("data_tools.preprocess_data", "tokenize JSON lines or Parquet to a corpus"),

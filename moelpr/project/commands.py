@@ -1,4 +1,4 @@
-"""From text to a Hugging Face model that speaks more languages, from one file: init, plan, run and status."""
+"""From text to a Hugging Face model that speaks more languages, from one file: init, plan, run, status and demo."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Annotated
 from moelpr.base.errors import UserError
 from moelpr.base.languages import is_code
 from moelpr.base.quantities import parse_bytes
-from moelpr.base.settings import POSITIONAL, REPEATED, Flags, choices, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
 from moelpr.project import running, tables
 from moelpr.project.budget import check_budget
 from moelpr.project.file import schema
@@ -21,6 +21,7 @@ from moelpr.project.running import SUBMIT, run_task
 from moelpr.project.steps.steps import STEPS, check_flags, workflow_of
 from moelpr.project.steps.training import check_words
 from moelpr.project.template import template
+from moelpr.project.toy import write_toy
 
 
 def _language(text: str) -> tuple[str, str]:
@@ -100,6 +101,20 @@ def run(args: Run) -> None:
         run_task(workflow_of(project), args.task, args.made_as)
     else:
         running.run(project, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
+
+
+class Demo(Flags):
+    output: Folder = Path("moelpr-demo")  # folder of text, base, languages.yaml and all that is made
+
+
+def demo(args: Demo) -> None:
+    """Run a small project on this CPU, without network: two languages of drawn words for a base of 0.3M parameters.
+
+    It shows the way and its files, not what a real base would learn. Run it again to resume.
+    """
+    path = write_toy(args.output)
+    running.run(ResolvedProject(read_project(path)))
+    print(f"This is a toy: its words are drawn at random. The file is {path}; moelpr init writes one for your base.")
 
 
 def _check(project: ResolvedProject, stage: str) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.support.plan_pages
 
-A page has a marker, `<!-- plan: FILE -->`, after which there is a block with the command and what it prints.
+A page has a marker, `<!-- plan: FILE -->`, after which there is a block with the command and what it prints; of
+`<!-- plan: FILE grep 'PATTERN' -->`, the lines that match.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from tests.support.small_tokenizers import documents_in
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
-BLOCK = re.compile(r"<!-- plan: (\S+) -->\n(```\n.*?\n```\n)?", re.DOTALL)
+BLOCK = re.compile(r"<!-- plan: (\S+)(?: grep '(.*?)')? -->\n(```\n.*?\n```\n)?", re.DOTALL)
 GB = 10**9
 # The assumed text of the files that are planned: bytes per language; of others, as much as replay needs.
 BYTES = {"el": 8, "hu": 8, "tr": 8, "eu": 6, "ca": 30, "gl": 8, "ar": 20, "he": 12, "is": 4}
@@ -40,7 +41,11 @@ def plan(file: str, folder: Path) -> str:
 
 
 def make_text(path: Path, times: float) -> None:
-    """Make the text that a file names: folders get one file; all but its start is a hole, which takes no space."""
+    """Make the text that a file names: folders get one file; all but its start is a hole, which takes no space.
+
+    A name on the Hub becomes a local one.
+    """
+    path.write_text(path.read_text().replace("hf://datasets/", ""))
     for code, names in re.findall(r"^    (\w+): (?:\{text: )?([^,}\n]+)", path.read_text(), re.MULTILINE):
         target = Path(names if Path(names).suffix else f"{names}/000_00000.jsonl")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +60,10 @@ def current(page: Path) -> str:
     def block(found: re.Match[str]) -> str:
         with tempfile.TemporaryDirectory() as folder:
             printed = plan(found[1], Path(folder))
-        name = Path(found[1]).name
-        lines = [line.rstrip() for line in printed.splitlines()]
-        return f"<!-- plan: {found[1]} -->\n" + "\n".join(["```", f"$ moelpr plan {name}", *lines, "```", ""])
+        command, pattern = f"$ moelpr plan {Path(found[1]).name}", found[2] or ""
+        command += f" | grep -E '{pattern}'" if pattern else ""
+        lines = [line.rstrip() for line in printed.splitlines() if re.search(pattern, line)]
+        return "\n".join([found[0].splitlines()[0], "```", command, *lines, "```", ""])
 
     return BLOCK.sub(block, page.read_text())
 

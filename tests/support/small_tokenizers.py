@@ -1,7 +1,6 @@
 """Small tokenizers of the kinds that can be extended, and text in two original and two expanded languages."""
 
 import json
-import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,9 @@ from typing import Any
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-STEMS = {
-    "en": "light kitchen door house water window morning garden letter open close bring under between",
-    "es": "luz cocina puerta casa agua ventana mañana jardín carta abrir cerrar traer bajo entre",
-    "el": "φως κουζίνα πόρτα σπίτι νερό παράθυρο πρωί κήπος γράμμα ανοίγω κλείνω φέρνω κάτω ανάμεσα",
-    "hu": "fény konyha ajtó ház víz ablak reggel kert levél nyitni csukni hozni alatt között",
-}
-ENDINGS = {"en": ["", "s", "ing"], "es": ["", "s", "ando"], "el": ["", "ς", "ου", "ων"], "hu": ["", "ban", "hoz", "ől"]}
+from moelpr.project.toy import documents_in
+
 CHAT_TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
-
-
-def documents_in(language: str, number: int, seed: int = 0) -> list[str]:
-    draw = random.Random(f"{seed} {language}")
-    words = [stem + ending for stem in STEMS[language].split() for ending in ENDINGS[language]]
-    sentences = [[" ".join(draw.choices(words, k=7)).capitalize() for _ in range(4)] for _ in range(number)]
-    return [". ".join(parts) + f".\n{draw.randrange(1000)}" for parts in sentences]
 
 
 ORIGINAL = {language: documents_in(language, 150) for language in ("en", "es")}

@@ -140,7 +140,7 @@ def test_flags_of_documented_commands_exist() -> None:
 
 
 def test_the_generated_results_have_their_place() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "docs/results.md").read_text("utf-8")
     assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1
 
 

@@ -46,7 +46,7 @@ def combined(base: Path, experts: dict[Path, list[str]], save: Path, **options) 
     expanded = {name: EXPANDED[name] for names in experts.values() for name in names}
     ignore_others = options.pop("ignore_others", False)
     settings = RoutingSettings(save=save, max_tokens=1000, device="cpu", **options)
-    return combine(base, experts, KEPT, expanded, settings, ignore_others)
+    return combine(base, experts, KEPT, expanded, settings, ignore_others=ignore_others)
 
 
 def held_out(base: Path, texts: list[str]) -> torch.Tensor:

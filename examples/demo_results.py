@@ -1,6 +1,6 @@
-"""Write the numbers and figures of a finished demo into README.md and docs/.
+"""Write the numbers and figures of a finished demo into docs/.
 
-python -m examples.readme_results --run runs/demo
+python -m examples.demo_results --run runs/demo
 """
 
 import shutil
@@ -28,7 +28,7 @@ PAPER_SCORES = {
     "stage1": {"expanded": 45.04, "original": 47.14},
     "stage2": {"expanded": 45.07, "original": 52.12},
 }
-# Figure of README.md or docs/evaluation.md -> figure of the evaluation.
+# Figure of docs/results.md or docs/evaluation.md -> figure of the evaluation.
 FIGURES = {
     "demo": "change",
     "evaluation-change": "change",
@@ -44,8 +44,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
     args = parser.parse_args()
     report = records.read(dict[str, Any], args.run / "report.json", "run `make demo` first")
-    replace_between(ROOT / "README.md", TABLE, results(report))
-    replace_between(ROOT / "docs" / "results.md", PAPER, compared_with_paper(report))
+    page = ROOT / "docs" / "results.md"
+    replace_between(page, TABLE, results(report))
+    replace_between(page, PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():
         shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
 

@@ -29,7 +29,9 @@ def check_output(save: Path, sources: list[Path], overwrite: bool, signs: tuple[
     for source in sources:
         if output.is_relative_to(source.resolve()) or source.resolve().is_relative_to(output):
             raise UserError(f"the output {save} and the input {source} must be separate folders; choose another --save")
-    if save.exists() and not (save.is_dir() and any((save / sign).is_file() for sign in signs)):
+    if save.exists() and not (
+        save.is_dir() and (any((save / sign).is_file() for sign in signs) or not os.listdir(save))
+    ):
         raise UserError(f"{save} is not an output of this command and is not overwritten; choose another --save")
 
 

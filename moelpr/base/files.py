@@ -226,7 +226,7 @@ def check_links(path: Path, folder: Path) -> None:
     root = folder.resolve()
     for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
         target = entry.resolve()
-        is_in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+        is_in_cache = target.parent.name == "blobs" and root.is_relative_to(target.parent.parent)
         if not (target.is_relative_to(root) or is_in_cache):
             raise UserError(
                 f"{entry} is a link to {target}, outside {folder}, whose content would be copied and published; remove "

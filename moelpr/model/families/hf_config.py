@@ -63,9 +63,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def transformers_config(folder: Path) -> Any:
-    """The folder's config.json as an object of transformers, without what names code."""
+    """The folder's config.json as an object of transformers, without what names code; UserError with an adapter."""
     from transformers import AutoConfig
 
+    if (folder / "adapter_config.json").is_file():  # transformers would read the model that this names
+        raise UserError(f"{folder} has an adapter, adapter_config.json; merge it into the model, or move it away")
     settings = records.read(dict[str, Any], folder / CONFIG_FILE, _REMEDY)
     has_code = (kept := without_code(settings)) != settings
     with TemporaryDirectory() if has_code else nullcontext(folder) as source:

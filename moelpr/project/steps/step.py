@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moelpr.base import records
+from moelpr.base import checksums, records
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
@@ -26,13 +26,20 @@ _RESULTS = "lora export calibrate combine review graft evaluate routing benchmar
 REVIEW, _JUDGE = ("replay", "twins", "stage2", "review"), "combine"
 
 
+_WEIGHTS, _VOCABULARY = ("model.safetensors",), {"tokenizer.json", "tokenizer.model", "vocab.json"}
+
+
 def has_model(folder: Path) -> bool:
-    """Whether a Hugging Face model is there: its settings, and all of its weights."""
+    """Whether a Hugging Face model is there: its settings, tokenizer and card, and all of its weights in their size."""
     index = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index.is_file():
-        weights = {*records.read(dict[str, Any], index, "").get("weight_map", {}).values()}
-    return all((folder / name).is_file() for name in (CONFIG_FILE, *weights))
+    weights = records.read(dict[str, Any], index, "")["weight_map"].values() if index.is_file() else _WEIGHTS
+    there = {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
+    sizes = {name: one.num_bytes for name, one in (checksums.read(folder) or {}).items()}
+    return (
+        there.keys() >= {CONFIG_FILE, "README.md", *weights}
+        and not _VOCABULARY.isdisjoint(there)
+        and sizes.items() <= there.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,15 @@ def test_a_model_that_names_code_is_neither_converted_for_llama_cpp_nor_pushed(
     refuse_code(folder)
 
 
+def test_an_adapter_beside_a_model_leads_to_no_other_model(make_qwen2: Callable[..., Path]) -> None:  # noqa: F811
+    folder = make_qwen2()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"})
+    )
+    with pytest.raises(UserError, match="adapter_config.json"):
+        load_model(folder)
+
+
 def test_escaped_names_and_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(r'{"a": [{"auto\u005fmap": {}, "b": 1}], "c": NaN}')
     (tmp_path / "damaged.json").write_text("{")

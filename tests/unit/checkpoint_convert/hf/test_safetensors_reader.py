@@ -117,6 +117,10 @@ def test_links_within_a_model_and_in_the_hubs_cache_are_followed(qwen2: Path, tm
         assert (tmp_path / "megatron" / "hf" / name).read_bytes() == (qwen2 / name).read_bytes()
     assert (tmp_path / "megatron" / "hf" / "NOTICE").read_text() == "A card."
     assert not any(path.is_symlink() for path in (tmp_path / "megatron").rglob("*"))
+    (private := tmp_path / "models--owner--private" / "blobs").mkdir(parents=True)
+    (private / "weights").write_text("of another model")
+    (snapshot / "LICENSE").symlink_to(private / "weights")
+    assert_import_fails(snapshot, tmp_path, "LICENSE is a link to .*private")
 
 
 def test_large_exports_are_sharded_with_an_index(qwen2: Path, tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from moelpr.base import checksums
 from moelpr.base.errors import UserError
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import run
+from moelpr.project.steps.step import has_model
 from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
@@ -302,3 +304,16 @@ def test_a_stage_that_changes_is_redone_with_those_after_it(write: Write) -> Non
     project = ResolvedProject(read_project(write()))
     assert workflow_of(project, "stage1")._redo == {"stage1", "stage2"}
     assert workflow_of(project)._redo == frozenset()
+
+
+@pytest.mark.parametrize("file", ["config.json", "README.md", "tokenizer.json", "model.safetensors"])
+def test_a_model_that_lacks_a_file_is_not_there(tmp_path: Path, file: str) -> None:
+    for name in ("config.json", "README.md", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_text("text")
+    checksums.write(tmp_path, checksums.sums_of(tmp_path, ["model.safetensors"]))  # type: ignore[arg-type]
+    assert has_model(tmp_path)
+    (tmp_path / "model.safetensors").write_text("tex")
+    assert not has_model(tmp_path)
+    (tmp_path / "model.safetensors").write_text("text")
+    (tmp_path / file).unlink()
+    assert not has_model(tmp_path)

@@ -1,28 +1,21 @@
-"""The table of what is tried: how a case of each kind is made, run and judged.
+"""Cases of damaged and hostile files, kills, full disks and faulty networks: how each is made, run and judged.
 
 A case is a kind, a seed and a number, and can be repeated from these three. It ends in the right result, in one
 sentence with exit code 1 or 2, or raises `Failure`.
 """
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache, cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
-
-import yaml
 
 from moelpr.base.command import STOPPED
 from tests.faults import hostile
@@ -258,7 +251,7 @@ WRITERS: dict[str, tuple[str, Judge]] = {
     "build of packs": ("", same_files),
     "train": ("", same_run),
 }
-_STARTED = [name for name in WRITERS if name != "train"]
+STARTED = [name for name in WRITERS if name != "train"]
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGINT]
 
 
@@ -411,160 +404,3 @@ def disturbed_network(case: Case) -> Outcome:
             again.require_clean()
             return Outcome.REFUSED if again.code else Outcome.CLEAN
         return case.judge(again, same_corpus, other)
-
-
-# Parts of a value that a shell, a scheduler or YAML may take for more than text.
-_PARTS = [
-    "\n",
-    "\r",
-    "\0",
-    "\u2028",
-    "\t",
-    ";",
-    "$(",
-    ")",
-    "`",
-    "'",
-    '"',
-    "\\",
-    "#",
-    "&&",
-    "|",
-    "%",
-    "${IFS}",
-    "ä",
-    "a",
-]
-_TOKENS = ("hf_", "sk-", "AKIA", "ASIA", "ghp_", "github_pat_", "glpat-", "AIza", "api_org_", "https://u:", "password=")
-
-
-def scripts(case: Case) -> Outcome:
-    """A value of languages.yaml with characters of a shell: refused, or scripts that do not run it."""
-    random = case.random
-    case.prepare("scripts")
-    content = yaml.safe_load((case.box / "project.yaml").read_text())
-    value = "".join(random.choice([*_PARTS, " touch X ", "> X"]) for _ in range(random.randint(1, 7)))
-    place = random.choice(["output", "language", "option", "value", "training", "step", "image", "apptainer", "mount"])
-    case.notes.append(f"{place}: {value!r}")
-    slurm: dict[str, Any] = {
-        "option": {"options": {value: 1}},
-        "value": {"options": {"partition": value}},
-        "training": {"training": {"signal": value}},
-        "step": {"steps": {"stage1": {value: value}}},
-        "image": {"container_image": value},
-        "apptainer": {"apptainer": value},
-        "mount": {"container_image": "image", "container_mounts": [value]},
-    }
-    content |= {"output": value} if place == "output" else {"slurm": slurm.get(place, {})}
-    if place == "language":
-        content["languages"]["original"][value] = "text/en.jsonl"
-    (case.box / "project.yaml").write_text(yaml.safe_dump(content, allow_unicode=random.random() < 0.5))
-    ended = run(COMMANDS["scripts"], case.box)
-    stubs = case.folder / "stubs"
-    stubs.mkdir()
-    for name in ("srun", "scontrol", "apptainer"):
-        (stubs / name).write_text("#!/bin/sh\nexit 0\n")
-        (stubs / name).chmod(0o755)
-    for script in case.box.rglob("*.sbatch"):
-        variables = {
-            "PATH": f"{stubs}:/usr/bin:/bin",
-            "SLURM_JOB_ID": "1",
-            "SLURM_NNODES": "1",
-            "SLURM_JOB_NODELIST": "n",
-        }
-        with suppress(subprocess.TimeoutExpired):
-            subprocess.run(["bash", script], cwd=case.box, env=variables, capture_output=True, timeout=10)
-    if actual := [*case.box.rglob("X")]:
-        raise Failure(f"a script has run what is in a value: {actual[0]}")
-    return case.judge(ended, anything, case.box)
-
-
-def uploads(case: Case) -> Outcome:
-    """A folder with something that is not for others: refused, or left out."""
-    random = case.random
-    case.prepare("push")
-    export = case.box / "export"
-    kind = random.choice(["secret", "secret", "link", "folder", "path", "code", "nothing"])
-    name = random.choice(["README.md", "LICENSE", "chat_template.jinja", "Modelfile", "merges.txt"])
-    if kind in ("secret", "path"):
-        word = f"/{random.choice(['lustre', 'home', 'scratch1', 'gpfs', 'data'])}/a/b"
-        if kind == "secret":
-            word = random.choice(_TOKENS) + "".join(random.choices("ABCDEFGHIJKLMNOPQRST234567", k=48)) + "@"
-            word = word[:20] if word.startswith("A") and not word.startswith("AIza") else word[:80]
-        elif name == "merges.txt":
-            name = "LICENSE"
-        text = (export / name).read_text() if (export / name).exists() else ""
-        (export / name).write_text(text + "\n" * random.choice([1, 1 << 21]) + f"{word} \n")
-    elif kind == "link":
-        name = random.choice(["LICENSE", "vocab.txt", "model-00009-of-00009.safetensors", "x.gguf"])
-        (case.folder / "outside").write_text("not for others")
-        (export / name).symlink_to(case.folder / "outside")
-    elif kind == "folder":
-        name = random.choice(["model-a/optimizer.safetensors", "sub/x.gguf", ".git/x.gguf"])
-        (export / name).parent.mkdir()
-        (export / name).write_text("not for others")
-    elif kind == "code":
-        name = random.choice(["config.json", "generation_config.json", "tokenizer_config.json"])
-        content = json.loads((export / name).read_text()) if (export / name).exists() else {}
-        key = random.choice(["auto_map", "custom_generate", "attn_implementation"])
-        (export / name).write_text(json.dumps(content | {"part": {key: "a.B"}}))
-    case.notes.append(f"{kind}: {name}")
-    ended = run(COMMANDS["push"], case.box)
-    if ended.code != (0 if kind in ("folder", "nothing") else 2) or name in ended.output.partition("note:")[0] * (
-        kind == "folder"
-    ):
-        raise Failure(f"exit code {ended.code}:\n{ended.output[-500:]}{ended.last_words()}")
-    return case.judge(ended, anything, case.box)
-
-
-def files_beside(case: Case) -> Outcome:
-    """A file of a module's name in the current folder is not imported by what moelpr starts."""
-    name = case.random.choice(["preprocess a large file", "train on two ranks"])
-    other = case.prepare(name)
-    ran = case.folder / "ran"
-    for module in ("yaml", "tokenize", "random", "torch", "json", "filelock"):
-        (case.box / f"{module}.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    command = COMMANDS[name]
-    words = [sys.executable, "-P", "-m", "moelpr", "data", "preprocess", *command.words]
-    started = launch(command, case.box, command.words) if command.script else Running.launched(words, case.box)
-    ended = started.wait()
-    if ran.exists():
-        raise Failure("a file of the current folder was imported")
-    return case.judge(ended, same_run if command.script else same_files, other)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of cases."""
-
-    try_case: Callable[[Case], Outcome]
-    weight: float  # its share of the time, before it is divided by the sum of all
-
-
-KINDS = {
-    **{name: Kind(damaged_input, 4) for name in DAMAGED},
-    "arguments": Kind(wrong_arguments, 4),
-    "hostile files": Kind(hostile_file, 6),
-    "kills of forks": Kind(lambda case: killed(case, a_writer(case), start), 5),
-    "kills of commands": Kind(lambda case: killed(case, case.random.choice(_STARTED), launch), 5),
-    "kills of training": Kind(lambda case: killed(case, "train on two ranks", launch), 8),
-    "full disks": Kind(full_disk, 4),
-    "two at once": Kind(two_at_once, 3),
-    "networks": Kind(disturbed_network, 3),
-    "scripts": Kind(scripts, 3),
-    "uploads": Kind(uploads, 3),
-    "files beside": Kind(files_beside, 2),
-}
-
-
-def try_case(case: Case) -> tuple[Outcome, str]:
-    """The outcome of a case, and the reason of a failure."""
-    case.folder.mkdir()
-    try:
-        return KINDS[case.kind].try_case(case), ""
-    except Failure as failure:
-        return Outcome.FAILED, f"{'; '.join(case.notes)}\n    {failure}"
-    except Exception:
-        return Outcome.FAILED, f"{'; '.join(case.notes)}\n    the campaign itself failed: {traceback.format_exc()}"
-    finally:
-        shutil.rmtree(case.folder, ignore_errors=True)

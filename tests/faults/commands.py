@@ -163,6 +163,7 @@ COMMANDS = {
     ),
     "report": Command("report runs", "stage1 --output out/report", "stage1"),
     "scripts": Command("tests.faults.scripts", "project.yaml", "project.yaml"),
+    "finished": Command("run", "finished.yaml --dry-run", "finished.yaml hf text finished:project"),
     "push": Command("model push", "export owner/name --dry-run", "export"),
     "live": Command("report live", "stage1 --once", "stage1"),
     "plan": Command(

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ languages:
   expanded: {el: {text: text/el.jsonl, held_out: text/el.jsonl}}
   original: {en: {text: text/en.jsonl, held_out: text/en.jsonl}}
 """
+FINISHED = (
+    PROJECT.replace("{epochs: 1}", "{tokens: 640}")
+    + """\
+hardware: none
+steps: {stage1: &short {global-batch-size: 2, seq-length: 64, micro-batch-size: 1}, stage2: *short}
+"""
+)
 TEMPLATE = """\
 {% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}\
 {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
@@ -64,6 +72,7 @@ def make(folder: Path) -> None:
         box = undisturbed(name, folder)
         shutil.copytree(box / "out" / source, folder / target, symlinks=True, dirs_exist_ok=True)
     half_a_run(folder / "stage1", folder / "half")
+    in_child(lambda: finish_project(folder))
     (folder / "evaluation").mkdir()
     first = undisturbed("evaluate again", folder)
     shutil.rmtree(folder / "evaluation")
@@ -164,6 +173,28 @@ def byte_level_tokenizer(folder: Path):  # noqa: ANN201 — transformers' class
     train_sentencepiece(folder / "words", texts * 5, 60)
     bpe = byte_level_bpe(texts, 320, ["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
+
+
+def finish_project(folder: Path) -> None:
+    """A project's results and marks, as after its last step."""
+    from moelpr.project.reading import read_project
+    from moelpr.project.resolved import ResolvedProject
+    from moelpr.project.steps.steps import workflow_of
+
+    os.chdir(folder)
+    Path("finished.yaml").write_text(FINISHED)
+    shutil.copytree("export", "project/hf")
+    shutil.copytree("corpus", "project/data")
+    card = Path("project/hf/README.md")
+    card.write_text(card.read_text().replace("---\n", "---\nmodel-index: []\n", 1))
+    for name in ("evaluation/results.json", "evaluation/routing.json", "report.html"):
+        (Path("project") / name).parent.mkdir(exist_ok=True)
+        (Path("project") / name).write_text("{}")
+    workflow = workflow_of(ResolvedProject(read_project(Path("finished.yaml"))))
+    for task in workflow.tasks.values():
+        mark, _ = workflow._change(task, task.words())
+        replace(mark, wall_s=0.0).write_file(workflow.mark_path(task.name))
+    Path("project").rename("finished")
 
 
 def half_a_run(run_folder: Path, target: Path) -> None:

@@ -218,7 +218,7 @@ def check_links(path: Path, folder: Path) -> None:
     """Check that a file or folder within `folder`, which may come from elsewhere, leads to nothing outside it.
 
     A copy has what a link leads to, so a published copy would reveal it. In the Hub's cache all files are links, to
-    `models--OWNER--NAME/blobs`.
+    `models--OWNER--NAME/blobs` of their own model.
 
     Raises:
         UserError: there is a link to something else.
@@ -226,7 +226,8 @@ def check_links(path: Path, folder: Path) -> None:
     root = folder.resolve()
     for entry in [path, *(path.rglob("*") if path.is_dir() else ())]:
         target = entry.resolve()
-        is_in_cache = target.parent.name == "blobs" and root.is_relative_to(target.parent.parent)
+        model = target.parent.parent
+        is_in_cache = target.parent.name == "blobs" and model.name[:8] == "models--" and root.is_relative_to(model)
         if not (target.is_relative_to(root) or is_in_cache):
             raise UserError(
                 f"{entry} is a link to {target}, outside {folder}, whose content would be copied and published; remove "

@@ -136,7 +136,7 @@ def files_beside(case: Case) -> Outcome:
     return case.judge(ended, same_run if command.script else same_files, other)
 
 
-# What a project is for: files whose loss or damage makes a step's result be made again.
+# Step -> the files of its result, without which it is not done.
 _RESULTS = {
     "export": "hf/config.json hf/README.md hf/tokenizer.json hf/model.safetensors hf",
     "evaluate": "evaluation/results.json evaluation",

@@ -66,7 +66,7 @@ def test_the_most_experts_that_fit_are_chosen() -> None:
 
 @pytest.mark.parametrize(("gib", "kinds"), [(0.9, 2), (0.2, 1), (0.1, 1), (0.05, 0)])
 def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> None:
-    """In one GPU; without room for a single change, fewer experts in fewer layers, then also the optimizer on the host."""
+    """In one GPU; without room for a single change, fewer experts in fewer layers, then also the host's memory."""
     workload = replace(WORKLOAD, micro_batch_size=2)
     with pytest.raises(DoesNotFitError) as error:
         fitting(SPEC, workload, cluster(1, gib))

@@ -48,7 +48,6 @@ def write_toy(folder: Path) -> Path:
             "preprocess": {"workers": 1},
             "ffn": _BATCH,
             "stage2": _BATCH | {"train-iters": _STEPS},
-            "combine": {"keep": 0.9},
             "evaluate": {"sequence-length": 64, "continuations": 0},
             "routing": {"sequence-length": 64},
         },

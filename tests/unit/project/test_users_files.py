@@ -28,7 +28,7 @@ def test_a_page_shows_its_file_and_its_plan(page: Path) -> None:
 def test_a_plan_says_that_it_fits_and_what_it_costs(page: Path) -> None:
     hardware = yaml.safe_load((ROOT / FILES[page]).read_text())["hardware"]
     [line] = re.findall(r"^(?:stage1|ffn) .*$", page.read_text(), re.MULTILINE)
-    actual = re.search(r"([\d.]+) (?:hours|days) +([\d,]+) +([\d.]+) of (\d+) GiB +\S+ \S+ +(\d+) GPU", line)
+    actual = re.search(r"([\d.]+) (?:hours|days) +([\d,]+) +([\d.]+) of (\d+) GiB(?: +\S+ \S+)+? +(\d+) GPU", line)
     assert actual, line
     time, gpu_hours, used, memory, gpus = (float(number.replace(",", "")) for number in actual.groups())
     hours = time * (24 if "days" in line else 1)

@@ -181,11 +181,16 @@ def test_the_template_is_a_file_that_works(write: Write) -> None:
     path.write_text(template("base", expanded, [("en", "en.jsonl")]))
     languages = read_project(path).project.languages
     assert languages.expanded["el"].text == ["el.jsonl", "hu.jsonl"] and "no" in languages.expanded
-    keys = r"^# (?=(vocabulary|chat|benchmarks|trackers|steps|  preprocess|  stage1))"
-    path.write_text(re.sub(keys, "", path.read_text(), flags=re.MULTILINE).replace("base-Instruct", "owner/name"))
+    text = path.read_text().replace("base-Instruct", "owner/name")
+    path.write_text(
+        re.sub(r"^# (?=(chat:|benchmarks|trackers|steps|  preprocess|  ffn))", "", text, flags=re.MULTILINE)
+    )
     project = read_project(path).project
-    assert project.vocabulary and project.chat and project.benchmarks and project.trackers.wandb_project
-    assert project.steps["stage1"]["save-interval"] == 500
+    assert project.chat and project.benchmarks and project.trackers.wandb_project
+    assert project.steps["ffn"]["save-interval"] == 500
+    text = re.sub("^# (?=(vocabulary|experts):)", "", text, flags=re.MULTILINE)
+    path.write_text(text.replace("method: auto", "method: review"))
+    assert read_project(path).project.vocabulary
 
 
 @settings(deadline=None)  # the first example builds the validator

@@ -1,4 +1,4 @@
-"""Readers other than transformers: what vLLM's loader asks of the files, and vLLM itself where it is installed.
+"""Readers other than transformers: who runs an export, and vLLM's loader where it is installed.
 
 vLLM pins a PyTorch of its own and so needs an environment of its own; nothing is computed, so a CPU is enough:
 
@@ -7,7 +7,6 @@ vLLM pins a PyTorch of its own and so needs an environment of its own; nothing i
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,9 @@ from tests.support.hf_models import tensors_of, write_export
 MIXTRAL = tuple(f"block_sparse_moe.experts.{{j}}.{name}.weight" for name in ("w1", "w3", "w2"))
 QWEN = tuple(f"mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
 GRANITE = tuple(f"block_sparse_moe.{name}_linear.weight" for name in ("input", "output"))
+STACKS = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+HYBRID = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+HYBRID |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 # Base, its settings and --as; and the names of an expert's gate, up and down projections, or of the stacks of them.
 EXPORTS = {
     "llama": ("LlamaForCausalLM", {}, None, MIXTRAL),
@@ -34,12 +36,6 @@ EXPORTS = {
     "qwen2": ("Qwen2ForCausalLM", {}, None, QWEN),
     "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}, None, QWEN),
     "llama-as-granitemoe": ("LlamaForCausalLM", {"tie_word_embeddings": True}, "granitemoe", GRANITE),
-}
-HYBRID = {"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-HYBRID |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-STACKS = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-# In vLLM only.
-MORE = {
     "granite": ("GraniteForCausalLM", {"residual_multiplier": 0.22}, None, GRANITE),
     "ernie": ("Ernie4_5ForCausalLM", {"head_dim": 16}, None, QWEN),
     "olmo2": ("Olmo2ForCausalLM", {}, None, QWEN),
@@ -48,15 +44,10 @@ MORE = {
 LAYERS, EXPERTS = 4, 4
 
 
-@pytest.fixture(params=EXPORTS)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 @pytest.fixture
 def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
     """Experts that differ, in two shards."""
-    architecture, changes, as_class, _ = (EXPORTS | MORE)[name]
+    architecture, changes, as_class, _ = EXPORTS[name]
     sizes = {"hidden_size": 64, "intermediate_size": 128}  # vLLM's kernels require multiples of 16
     dense = make_model(architecture, **changes, **sizes)
     return write_export(dense, tmp_path, NewExperts(3), noise=0.5, max_shard_bytes=800_000, as_class=as_class)
@@ -64,35 +55,12 @@ def export(name: str, make_model: Callable[..., Path], tmp_path: Path) -> Path:
 
 def expert(tensors: dict[str, Tensor], name: str, layer: int, number: int) -> tuple[Tensor, Tensor]:
     """The rows of gate and up projection, and the down projection."""
-    prefix, names = f"model.layers.{layer}.", (EXPORTS | MORE)[name][3]
+    prefix, names = f"model.layers.{layer}.", EXPORTS[name][3]
     if names in (GRANITE, STACKS):
         fc1, fc2 = (tensors[prefix + stack][number] for stack in names)
         return fc1, fc2
     gate, up, down = (tensors[prefix + part.format(j=number)] for part in names)
     return torch.cat([gate, up]), down
-
-
-def test_the_files_have_the_tensors_that_loaders_request(export: Path, name: str) -> None:
-    _, settings, _, names = EXPORTS[name]
-    config, tensors = json.loads((export / "config.json").read_text()), tensors_of(export)
-    assert not [path.name for path in export.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".py", ".pkl")]
-    index = json.loads((export / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == set(tensors) and len(set(index["weight_map"].values())) > 1
-    # In every layer, one tensor per expert and matrix, or GraniteMoe's stacks.
-    experts = {tensor for tensor in tensors if ".experts." in tensor or "_linear." in tensor}
-    assert experts == {
-        f"model.layers.{i}.{part.format(j=j)}" for i in range(LAYERS) for j in range(EXPERTS) for part in names
-    }
-    routers = [tensors[tensor] for tensor in tensors if tensor.endswith(("gate.weight", "router.layer.weight"))]
-    assert [router.shape[0] for router in routers].count(EXPERTS) == LAYERS
-    # Qwen2Moe's shared expert: its gate is read, its empty matrices must not be there.
-    gates = [tensor for tensor in tensors if tensor.endswith("shared_expert_gate.weight")]
-    assert len(gates) == (LAYERS if name == "qwen2" else 0)
-    assert not any(tensors[gate].any() for gate in gates)
-    assert not any("shared_expert." in tensor for tensor in tensors)
-    assert ("lm_head.weight" in tensors) == (not settings.get("tie_word_embeddings", False))
-    assert tensors["model.embed_tokens.weight"].shape[0] == config["vocab_size"] == 99
-    assert "auto_map" not in config and "quantization_config" not in config
 
 
 LLAMA = {"add_qkv_bias": False}
@@ -158,7 +126,7 @@ def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("name", [*EXPORTS, *MORE], indirect=True)
+@pytest.mark.parametrize("name", EXPORTS)
 def test_vllm_loads_every_weight_where_it_belongs(export, name, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     tensors = tensors_of(export)

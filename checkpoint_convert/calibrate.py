@@ -14,15 +14,15 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import REPEATED, Folder, metavar
+from moelpr.base.settings import REPEATED, Source, metavar
 from moelpr.measure.evaluate.settings import Languages
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
 
 class Settings(RoutingSettings):
-    model: Folder  # export with as many copies of the original expert as choices (moelpr model export)
-    base: Folder  # the dense base that it was upcycled from
+    model: Source  # export with as many copies of the original expert as choices (moelpr model export)
+    base: Source  # the dense base that it was upcycled from
     # JSON lines or Parquet, a file, folder or pattern; without NAME=, each file is a text; repeat for several texts,
     # which count the same
     data: Annotated[list[str], REPEATED, metavar("[NAME=]FILE")]

@@ -12,12 +12,12 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, REPEATED, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Source, metavar
 from moelpr.measure.evaluate.settings import languages as codes
 
 
 class Settings(RoutingSettings):
-    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
     # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
     expert: Annotated[list[str], REPEATED, metavar("LANGUAGES=DIR")]

@@ -17,7 +17,7 @@ from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Folder, choices, metavar
+from moelpr.base.settings import Folder, Source, choices, metavar
 from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
@@ -29,7 +29,7 @@ def size(text: str) -> int:
 
 
 class Settings(DtypeFlags, GgufFlags):
-    load: Folder  # checkpoint folder of a converter or the trainer
+    load: Source  # checkpoint folder of a converter or the trainer
     iteration: int | None = None  # saved step to read (default: the latest)
     # size, e.g. 500MB (default: 5GB)
     max_shard_size: Annotated[int, {"type": size}, metavar("SIZE")] = DEFAULT_SHARD_BYTES

@@ -10,13 +10,13 @@ Weights stream, one tensor at a time.
 from checkpoint_convert.card.graft_record import Only
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
-from moelpr.base.settings import Folder
+from moelpr.base.settings import Folder, Source
 
 
 class Settings(DtypeFlags):
     base: Folder  # the dense base: Hugging Face directory, or OWNER/NAME on the Hub
     instruct: Folder  # the base after its post-training: Hugging Face directory, or OWNER/NAME on the Hub
-    model: Folder  # export of the model that was upcycled from the base (moelpr model export)
+    model: Source  # export of the model that was upcycled from the base (moelpr model export)
     scale: float = 1.0  # factor of the difference
     only: Only = "all"  # parts that get it: the attention's projections, the FFNs, or all, with norms and embeddings
 

@@ -8,18 +8,17 @@ computes, and after, its tokenizer against the export's. With --imatrix, roundin
 matter on this text: name all languages, because what it lacks is rounded as if it did not matter.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, REPEATED, Folder, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Folder, Source, metavar
 from moelpr.measure.evaluate.settings import named_paths
 
 
 class Settings(GgufFlags):
-    export: Annotated[Path, POSITIONAL]  # folder written by moelpr model export or graft
+    export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
     save: Folder | None = None  # folder to write (default: EXPORT-gguf)
     imatrix: Annotated[list[str], REPEATED, metavar("LANG=FILE")] = []  # text to round for; repeat for all
     pre_tokenizer: str | None = None  # llama.cpp's pre-tokenizer, if its converter knows none, e.g. qwen2

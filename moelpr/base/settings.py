@@ -67,7 +67,14 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _existing(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder that is there, got {text}")
+    return Path(text)
+
+
 Folder = Annotated[Path, metavar("DIR")]
+Source = Annotated[Path, {"type": _existing, "metavar": "DIR"}]  # checked before anything slow is imported
 File = Annotated[Path, metavar("FILE")]
 Natural = Annotated[int, number(int, 0)]
 Count = Annotated[int, number(int, 1)]

@@ -24,10 +24,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from glob import glob
+from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 from moelpr.base import machine
 from moelpr.base.errors import UserError
+from moelpr.train.arguments.recipes import find_recipe
 
 OPTIONS = ("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--join-timeout")
 
@@ -58,8 +61,22 @@ def launch(stage: str, words: Iterable[str]) -> None:
     if is_dry_run:
         print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
         return
+    check_paths(arguments)
     os.environ |= variables
     become(command)
+
+
+def check_paths(arguments: list[str]) -> None:
+    """Check what the trainer would find missing some seconds later.
+
+    Raises:
+        UserError: The recipe, or the checkpoint to start from, is not there.
+    """
+    given = dict(pairwise(arguments))
+    if (recipe := given.get("--recipe")) and not find_recipe(Path(recipe)).is_file():
+        raise UserError(f"--recipe must be a file, or one of moelpr's recipes, got {recipe}")
+    if (start := given.get("--pretrained-checkpoint")) and not Path(start).is_dir():
+        raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
 
 
 def become(command: list[str]) -> NoReturn:

@@ -118,10 +118,16 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
         started(PET_NNODES="1:4")
 
 
+@pytest.mark.parametrize("flag", ["--recipe", "--pretrained-checkpoint"])
+def test_a_missing_path_is_an_error_before_torchrun_starts(flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag} must be .* got no/such"):
+        launcher.launch("stage1", [flag, "no/such"])
+
+
 def test_a_dry_run_prints_the_command_at_any_position(tmp_path: Path, capsys, monkeypatch) -> None:
     python = write_program(tmp_path / "a python", 'env; printf "%s\\n" "$@"')
     monkeypatch.setattr("sys.executable", str(python))
-    words = ["--recipe", "my recipe.yaml", "--data-path", "0.3", "a$b", "1", "c'd", "--nproc-per-node", "2"]
+    words = ["--save", "my run", "--data-path", "0.3", "a$b", "1", "c'd", "--nproc-per-node", "2"]
     variables, torchrun, trainer = started(*words, PYTHONPATH="/a b", PATH=os.environ["PATH"])
     monkeypatch.setattr("os.environ", {"PYTHONPATH": "/a b", "PATH": os.environ["PATH"]})
     launcher.launch("stage1", ["--dry-run", *words])

@@ -91,3 +91,25 @@ def test_training_becomes_the_launcher_with_this_python_and_its_help() -> None:
     assert f" {sys.executable} -m moelpr.torchrun " in done.stdout
     assert all(name in moelpr("train", "--help").stdout for name in command.STAGES)
     assert "--nproc-per-node" in moelpr("train", "stage1", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "model export --load missing --save x",
+        "model gguf missing",
+        "model combine missing --expert el=x --text el=x --keep-text y --save z",
+        "chat missing",
+        "evaluate text --model a=missing --data el=x",
+        "plan missing",
+    ],
+)
+def test_a_missing_path_is_an_error_before_torch_is_imported(words: str) -> None:
+    code = (
+        "import sys; from moelpr.__main__ import run\n"
+        "try: run(sys.argv[1:])\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+        "print('torch' in sys.modules)"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code, *words.split()], text=True)
+    assert output.startswith("UserError") and "missing" in output and output.endswith("\nFalse\n")

@@ -9,17 +9,16 @@ is loaded from elsewhere or sent. Needs the extra `chat`. Ctrl-C ends it.
 
 import os
 from contextlib import ExitStack
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, Folder
+from moelpr.base.settings import POSITIONAL, Folder, Source, metavar
 from moelpr.measure.evaluate.settings import DeviceFlags
 
 
 class Settings(DeviceFlags):
-    export: Annotated[Path, POSITIONAL]  # folder written by moelpr model export or graft
+    export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
     base: Folder | None = None  # Hugging Face directory of the dense base, which answers next to it
     port: int = 7860  # port of the page
 

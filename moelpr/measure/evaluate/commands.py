@@ -22,7 +22,10 @@ class ModelFlags(DeviceFlags):
     output: Folder | None = None  # folder for results and figures; rerun the command to resume
 
     def models(self) -> dict[str, Path]:
-        return {name: Path(path) for name, path in named_paths(self.model, "--model").items()}
+        models = {name: Path(path) for name, path in named_paths(self.model, "--model").items()}
+        if missing := [path for path in models.values() if not path.exists()]:
+            raise UserError(f"--model must be a folder or file that is there, got {missing[0]}")
+        return models
 
 
 class HeldOutFlags(ReadingFlags, ModelFlags):

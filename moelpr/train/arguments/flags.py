@@ -47,7 +47,7 @@ class TrainerFlags(Flags):
     no_verify: bool = False  # do not compare checkpoints with their checksums when loading them
     # held-out corpora, scored every --eval-interval steps (default: none)
     validation_data: Annotated[list[str] | None, metavar("LANG=PREFIX")] = None
-    # end if their loss, weighted as in training, has not fallen for so long; the best saved step is the result
+    # end if their mean loss has not fallen for so long; the best saved step is the result (default: train to the end)
     early_stop_patience: Annotated[Tokens | None, metavar("TOKENS")] = None
     verify_corpus: Literal["sampled", "full", "none"] = "sampled"  # how much of corpora to compare with checksums
     warn_original_rise: float = 10.0  # warn if stage1's loss on original text rises by more percent; 0: never

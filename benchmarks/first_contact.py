@@ -1,4 +1,4 @@
-"""First contact with a machine: GPU tests, benchmarks, and the trainer against the planner, on all GPUs in ten minutes.
+"""First contact with a machine: GPU tests, benchmarks, and the trainer against the planner, on all GPUs.
 
     python -m benchmarks.first_contact [--output DIR] [--parts PART …] [--dry-run [--ranks N]]
 
@@ -10,11 +10,13 @@ limit and in processes of its own, so that one that fails or hangs costs only it
   many of its 24 layers as fit, in stage 1 with data parallelism alone and with expert parallelism, and in stage 2.
   Memory and tokens/s are compared with the planner's, the work that a step needs with the rate of a large product;
 - the same runs without the GPU (`moelpr check`), whose memory, kernels and waits are compared with the measured ones;
+- tests/gpu/test_launcher_cases.py: the launcher with many flags, which must not change the losses of a tiny model;
 - benchmarks.train_step on one GPU, with random routing;
 - benchmarks.expert_traffic on all GPUs, with random routing.
 
-DIR gets log.md, the measured table; results.json, all numbers; and the output of each part. The exit
-code is 1 if a part failed. With --dry-run everything is tiny and on CPU ranks, and the numbers mean nothing.
+DIR gets log.md, the measured tables; results.json, all numbers and the end of what failed parts have printed, which is
+the file to send to others; and the output of each part. The exit code is 1 if a part failed. With --dry-run everything
+is tiny and on CPU ranks, and the numbers mean nothing.
 """
 
 import argparse
@@ -53,7 +55,8 @@ from moelpr.plan.step_time import stage_flops, step_time
 from moelpr.project.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
-LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 100, "train_step": 110, "expert_traffic": 110}
+LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 100, "cases": 600, "train_step": 110, "expert_traffic": 110}
+CASES = "tests/gpu/test_launcher_cases.py"
 USABLE = 0.9  # the share of a GPU's memory that a run may take
 
 
@@ -102,12 +105,13 @@ class Machine:
 
 @dataclass
 class Part:
-    """The outcome of a part; a failed one has no results."""
+    """The outcome of a part; a failed one has the end of its `output`, and no results but those of cases."""
 
     name: str
     outcome: str
     seconds: float
     results: Any = None
+    output: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def main() -> None:
         "tests/gpu": lambda: run_tests(folder),
         "trainer": lambda: run_trainer(machine, runs, folder),
         "dry_steps": lambda: run_dry_steps(machine, folder),
+        "cases": lambda: run_cases(folder),
         "train_step": lambda: run_benchmark("train_step", machine.sizes.train_step, folder),
         "expert_traffic": lambda: run_expert_traffic(machine, folder),
     }
@@ -146,7 +151,7 @@ def main() -> None:
     }
     write_text(folder / "results.json", json.dumps(everything, indent=2) + "\n")
     print(f"\n{text}\nwritten to {folder / 'log.md'}")
-    sys.exit(int(any(part.results is None for part in parts)))
+    sys.exit(int(any(part.results is None or part.output for part in parts)))
 
 
 def find_machine(args: argparse.Namespace) -> Machine:
@@ -228,7 +233,7 @@ def _planned(machine: Machine, spec: ModelSpec, name: str, stage: Any, layout: P
 
 def run_tests(folder: Path) -> Part:
     report = folder / "tests-gpu.xml"
-    words = ["pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+    words = ["pytest", "tests/gpu", "--ignore", CASES, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
 
     def read() -> dict[str, int]:
         suite = ElementTree.parse(report).getroot()[0].attrib
@@ -297,6 +302,19 @@ def run_dry_steps(machine: Machine, folder: Path) -> Part:
     return run_part("dry_steps", words, folder, lambda: json.loads((work / "dry.json").read_text()))
 
 
+def run_cases(folder: Path) -> Part:
+    """`results`: a row of the table for each case: its name, ranks, seconds, difference of losses, and outcome."""
+    report = folder / "cases.xml"
+    report.unlink(missing_ok=True)
+    part = run_part("cases", ["pytest", CASES, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"], folder, list)
+    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        noted = {one.attrib["name"]: one.attrib["value"] for one in case.iter("property")}
+        outcome = next((one.tag for one in case if one.tag in ("failure", "error", "skipped")), "passed")
+        row = [case.attrib["name"], noted.get("ranks", "–"), case.attrib["time"], noted.get("difference", "–"), outcome]
+        part.results = [*(part.results or []), row]
+    return part
+
+
 def run_benchmark(name: str, options: str, folder: Path) -> Part:
     report = folder / f"{name}.json"
     words = [f"benchmarks.{name}", *options.split(), "--json", str(report)]
@@ -319,15 +337,19 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
     code = execute(["-m", *words], log, variables, limit_s=limit_s, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - started
     if code is None:
-        return Part(name, f"stopped after {limit_s} s (see {log.name})", seconds)
+        return Part(name, f"stopped after {limit_s} s (see {log.name})", seconds, output=_end(log))
     if code:
-        return Part(name, f"failed with exit code {code} (see {log.name})", seconds)
+        return Part(name, f"failed with exit code {code} (see {log.name})", seconds, output=_end(log))
     return Part(name, "ran", seconds, read())
+
+
+def _end(log: Path) -> str:
+    return f"{log.name}:\n{log.read_text(errors='replace')[-5000:]}"
 
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
     """Return the section of log.md."""
-    tests, trainer, dry, steps, traffic = parts
+    tests, trainer, dry, cases, steps, traffic = parts
     shape, sizes = spec.megatron_args, machine.sizes
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     kind = " (dry run: the numbers mean nothing)" if machine.is_dry_run else ""
@@ -353,6 +375,9 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
         f"{sizes.seq_length} tokens, random weights and text; medians of {STEPS} steps.\n",
         markdown_table(Table([machine.name, *head.split("|"), "waits of a step", "dry run"], rows)) + "\n",
     ]
+    if cases.results:
+        names = ["case of the launcher", "ranks", "seconds", "difference of losses", "outcome"]
+        lines.append(markdown_table(Table(names, cases.results)) + "\n")
     if trainer.results:
         rates = [rate / 1e12 for rate in trainer.results["matmul_flops"]]
         sheet = f", data sheet {machine.cluster.gpu.flops / 1e12:.0f}" if machine.cluster.gpu else ""

@@ -10,7 +10,7 @@ from tests.support.limits import PROCESS_S
 ROOT = Path(__file__).parents[2]
 
 
-ALL = ("tests/gpu", "trainer", "dry_steps", "train_step", "expert_traffic")
+ALL = ("tests/gpu", "trainer", "dry_steps", "cases", "train_step", "expert_traffic")
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_dry_run_measures_the_parts_and_writes_the_table(ranks: int, parts: tu
     results = json.loads((tmp_path / "results.json").read_text())
     outcomes = {part["name"]: part["outcome"] for part in results["parts"]}
     assert outcomes == {name: "ran" if name in parts else "not chosen" for name in ALL}
-    tests, trainer, dry, steps, traffic = (part["results"] for part in results["parts"])
+    tests, trainer, dry, _, steps, traffic = (part["results"] for part in results["parts"])
     assert tests["skipped"] > 0
     assert len(trainer["matmul_flops"]) == ranks and min(trainer["matmul_flops"]) > 0
     for run in results["runs"]:

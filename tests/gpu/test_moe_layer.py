@@ -117,6 +117,33 @@ def test_an_expert_without_rows_has_no_gradient(dtype: torch.dtype) -> None:
         assert moved.isfinite().all()
 
 
+@pytest.mark.parametrize("fuses", [False, True])
+def test_gradients_added_in_the_product_are_those_added_apart(fuses: bool) -> None:
+    """In fp32 sums of bf16 gradients, over two micro-batches and against products in fp32."""
+    experts = moe_layer(torch.bfloat16, fuse_expert_gradients=fuses).experts
+    weight, counts = experts.linear_fc2.weight, torch.tensor([16, 0, 9, 7])
+    for parameter in experts.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+        parameter.grad_added_to_main_grad = False
+    expected = torch.zeros_like(weight, dtype=torch.float32)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        rows = torch.randn(32, 256, device="cuda", dtype=torch.bfloat16)
+        output, _ = experts(rows, counts, torch.ones(32, device="cuda"))
+        gradient = torch.randn_like(output)
+        output.backward(gradient)
+        for parameter in experts.parameters():
+            assert parameter.grad_added_to_main_grad == fuses
+            if not fuses:
+                parameter.main_grad.add_(parameter.grad)
+            parameter.grad = None
+        parts = zip(rows.split(counts.tolist()), gradient.split(counts.tolist()), strict=True)
+        for expert, (part, out) in enumerate(parts):
+            gate, up = (part.float() @ experts.linear_fc1.weight[expert].float().T).chunk(2, dim=-1)
+            expected[expert] += out.float().T @ (torch.nn.functional.silu(gate) * up)
+    assert (weight.main_grad - expected).norm() <= 0.02 * expected.norm()
+
+
 @needs_transformer_engine
 def test_transformer_engines_experts_compute_what_ours_do() -> None:
     ours, theirs = moe_layer(torch.bfloat16), moe_layer(torch.bfloat16, moe_grouped_gemm=True)

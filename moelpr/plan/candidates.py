@@ -17,6 +17,7 @@ from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_ti
 
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
 _SLOWER = 1.1  # times the fastest micro-batch: larger ones are then not tried
+MOST_VIRTUAL_STAGES = 4  # per rank
 MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested
 
 
@@ -168,15 +169,31 @@ def most_experts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Model
 def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[PlannedLayout]:
     """Yield every layout of all GPUs that the trainer accepts and whose tensor-parallel groups stay inside a node.
 
-    Pipeline stages have equally many layers; context parallelism and virtual stages are not planned.
+    The first and the last pipeline stage have fewer layers than the others where PP does not divide the layers, and
+    virtual stages where it does. Context parallelism is not planned.
     """
     new_experts, recomputes = (spec.moe.num_new_experts, RECOMPUTES) if spec.moe else (1, ("none", "full"))
     for tp in (tp for tp in divisors(cluster.gpus) if not cluster.leaves_node(tp)):
         for pp in divisors(cluster.gpus // tp):
             for ep, etp in itertools.product(divisors(new_experts), sorted({1, tp}) if spec.moe else [tp]):
-                layout = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
-                if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths, sequence_parallel=True)):
-                    yield from (replace(layout, recompute=each) for each in recomputes)
+                plain = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
+                for layout in _divided(plain, spec.megatron_args["num_layers"], workload):
+                    options = {"sequence_parallel": True, "even_pipeline": layout.ends is None}
+                    if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths, **options)):
+                        yield from (replace(layout, recompute=each) for each in recomputes)
+
+
+def _divided(layout: PlannedLayout, layers: int, workload: Workload) -> Iterator[PlannedLayout]:
+    """The ways to divide layers over pipeline stages."""
+    if layers % layout.pp == 0:
+        yield layout
+        if layout.pp > 1 and workload.num_microbatches(layout) % layout.pp == 0:
+            sizes = divisors(layers // layout.pp)
+            yield from (replace(layout, vpp=size) for size in sizes if 1 < size <= MOST_VIRTUAL_STAGES)
+        return
+    ends = layers - (layout.pp - 2) * math.ceil(layers / layout.pp)
+    if ends >= 2:
+        yield replace(layout, ends=(ends - ends // 2, ends // 2))
 
 
 def preference(layout: PlannedLayout, time: float, cluster: Cluster, traffic_bytes: float) -> tuple[float, ...]:

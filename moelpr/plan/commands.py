@@ -30,7 +30,7 @@ from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, Ru
 from moelpr.plan.step_time import PREDICTION_NOTE, bubble
 
 _HEAD = (
-    "TP PP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
+    "TP PP VPP EP ETP DP recompute parameters gradients optimizer activations working total all-to-all gathers bubble"
 ).split()
 
 
@@ -201,7 +201,7 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         layout, rank = one.layout, one.peak
         parts = rank.parameter_bytes, rank.gradient_bytes, rank.optimizer_bytes, rank.activation_bytes
         sizes = *parts, rank.working_bytes, rank.total_bytes, one.traffic.all_to_all, one.traffic.expert_tensor
-        row = [*map(str, (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp, layout.recompute))]
+        row = [*map(str, (layout.tp, layout.pp, layout.vpp, layout.ep, layout.etp, layout.dp, layout.recompute))]
         row += [*(f"{size / GIB:.2f}" for size in sizes), f"{bubble(layout, workload.num_microbatches(layout)):.1%}"]
         if one.step_time:
             row += [f"{one.step_time.total_s:.2f}", f"{one.step_time.tokens_per_s(workload, cluster):,.0f}"]
@@ -242,7 +242,7 @@ def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
     workload, cluster = plan.workload, plan.cluster
     described = [
         {
-            **{name: size for name, size in asdict(one.layout).items() if name not in ("cp", "vpp")},
+            **{name: size for name, size in asdict(one.layout).items() if name != "cp"},
             "fullest_rank": _rank_as_json(one.peak),
             "stages": [_rank_as_json(rank) for rank in one.stages],
             "all_to_all_bytes_per_step": one.traffic.all_to_all,

@@ -67,16 +67,29 @@ class PlannedLayout(Layout):
     # The backward pass recomputes the MoE layers (router, dispatch and experts), or with "full" all layers.
     recompute: Recompute = "none"
     distributed_optimizer: bool = True  # optimizer state is divided over data-parallel ranks
+    # Layers of the first and the last pipeline stage, if the layers are divided unevenly; the others have equally many.
+    ends: tuple[int, int] | None = None
 
     @property
     def divides_optimizer(self) -> bool:
         """Whether the optimizer's state is really divided: there is more than one rank to divide it over."""
         return self.distributed_optimizer and max(self.dp, self.expert_dp) > 1
 
+    def stage_sizes(self, layers: int) -> list[int]:
+        """The layers of each pipeline stage, or virtual stage; stage s is on pipeline rank s modulo PP."""
+        if self.ends is None:
+            return [layers // (self.pp * self.vpp)] * (self.pp * self.vpp)
+        first, last = self.ends
+        return [first, *[(layers - first - last) // max(1, self.pp - 2)] * (self.pp - 2), last]
+
     def flags(self, has_experts: bool = True) -> list[str]:
         """The layout as arguments of a stage's launcher; sizes of 1 too, to override a recipe's."""
         sizes = {_TP: self.tp, _PP: self.pp} | ({_EP: self.ep, _ETP: self.etp} if has_experts else {})
         argv = [item for flag, size in sizes.items() for item in (flag, str(size))]
+        if self.vpp > 1:
+            argv += ["--num-virtual-stages-per-pipeline-rank", str(self.vpp)]
+        for end, number in zip(("first", "last"), self.ends or (), strict=False):
+            argv += [f"--decoder-{end}-pipeline-num-layers", str(number)]
         if self.tp > 1:
             argv.append("--sequence-parallel")
         if self.divides_optimizer:

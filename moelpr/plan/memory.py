@@ -8,6 +8,8 @@ new expert the expert-data-parallel ranks. `tests/dry_run` compares the results 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import Literal
 
 from moelpr.model.families.families import family_named
@@ -203,7 +205,7 @@ def held_on_stage(spec: ModelSpec, parts: Parts, layout: PlannedLayout, pp_rank:
     """Parameters on one rank of a pipeline stage, by part, with the vocabulary padded as in the trainer."""
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
-    layers = layers_of_stage(spec, layout, pp_rank)
+    layers = {*layers_of_stage(spec, layout, pp_rank)}
     vocab_size = spec.megatron_args["vocab_size"]
     held: dict[Part, int] = {}
     for (layer, part), numel in parts.items():
@@ -226,10 +228,16 @@ def divisor(part: Part, layout: PlannedLayout) -> int:
     return (experts | {Part.ROUTER: 1, Part.NORM: 1}).get(part, layout.tp)
 
 
-def layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> range:
-    """The layers of a pipeline stage, counted from 0."""
-    per_stage = spec.megatron_args["num_layers"] // layout.pp
-    return range(pp_rank * per_stage, (pp_rank + 1) * per_stage)
+def layers_of_stage(spec: ModelSpec, layout: PlannedLayout, pp_rank: int) -> tuple[int, ...]:
+    """The layers of a pipeline rank, of all its virtual stages, counted from 0."""
+    return _layers_of_stage(spec.megatron_args["num_layers"], layout.pp, layout.vpp, layout.ends, pp_rank)
+
+
+@cache
+def _layers_of_stage(layers: int, pp: int, vpp: int, ends: tuple[int, int] | None, pp_rank: int) -> tuple[int, ...]:
+    sizes = PlannedLayout(pp=pp, vpp=vpp, ends=ends).stage_sizes(layers)
+    after = [*accumulate(sizes)]
+    return tuple(layer for stage in range(pp_rank, len(sizes), pp) for layer in range(after[stage])[-sizes[stage] :])
 
 
 def needs_input_gradient(
@@ -283,7 +291,10 @@ class Activations:
 
     def peak(self, pp_rank: int) -> float:
         kept, inside = zip(*self.layers(pp_rank), strict=True)
-        in_flight = min(self.layout.pp - pp_rank, self.workload.num_microbatches(self.layout))
+        pp, vpp, number = self.layout.pp, self.layout.vpp, self.workload.num_microbatches(self.layout)
+        in_flight: float = min(pp - pp_rank, number)
+        if vpp > 1:  # of its virtual stages
+            in_flight = min(2 * (pp - pp_rank - 1) + (vpp - 1) * pp + 1, vpp * number) / vpp
         return in_flight * sum(kept) + max(self.loss(pp_rank), *inside)
 
     def working(self, pp_rank: int) -> float:

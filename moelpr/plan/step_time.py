@@ -138,8 +138,8 @@ def linear_attention_flops(heads: int, key: int, value: int) -> int:
 
 
 def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
-    """Fraction of a step that a pipeline stage waits, with the 1F1B schedule."""
-    return (layout.pp - 1) / (num_microbatches + layout.pp - 1)
+    """Fraction of a step that a pipeline stage waits, with the 1F1B schedule, of virtual stages if it has some."""
+    return (layout.pp - 1) / (layout.vpp * num_microbatches + layout.pp - 1)
 
 
 def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload) -> float:
@@ -213,7 +213,7 @@ def step_time(
         # A layer that trains gathers its input a second time, for the gradient of its weights.
         collectives = exchanges * ((6 if layout.recompute == "full" else 4) + (Part.ATTENTION in workload.trained))
         layers_s = links.node_s(collectives * hidden_bytes * (layout.tp - 1))
-        layers_s += links.pipeline_s(2 * hidden_bytes) if layout.pp > 1 else 0
+        layers_s += links.pipeline_s(2 * layout.vpp * hidden_bytes) if layout.pp > 1 else 0
         memory_s = links.memory_s(accessed)
         held = held_on_stage(spec, parts, layout, pp_rank)
         gathered = WEIGHT_BYTES[workload.dtype] if layout.distributed_optimizer else workload.gradient_bytes
@@ -226,7 +226,7 @@ def step_time(
             experts_s=experts_s,
             layers_s=num_microbatches * layers_s,
             gradients_s=max(0.0, reduce_s - products_s - memory_s),
-            bubble_s=(layout.pp - 1) * (products_s + memory_s + layers_s + experts_s / num_microbatches),
+            bubble_s=(layout.pp - 1) / layout.vpp * (products_s + memory_s + layers_s + experts_s / num_microbatches),
         )
 
     return max(map(of_stage, range(layout.pp)), key=lambda stage: stage.total_s)

@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -9,7 +10,7 @@ from moelpr.model.model_spec import ModelSpec, MoeSpec
 from moelpr.plan.candidates import fitting, legal_layouts, preference
 from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.layouts import PlannedLayout
-from moelpr.plan.memory import Workload
+from moelpr.plan.memory import Workload, layers_of_stage
 from moelpr.train.arguments import parse
 from moelpr.train.arguments.settings import RunSettings
 from tests.unit.conftest import SHAPE as TINY_SHAPE
@@ -49,6 +50,27 @@ def test_tensor_parallelism_stays_inside_a_node() -> None:
 def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
     assert layouts_of(5) == []
     assert {layout.dp for layout in layouts_of(8, global_batch_size=2)} == {1, 2}
+
+
+def test_layers_are_divided_over_virtual_stages_or_unevenly() -> None:
+    """4 stages of 6 layers: 1, 2, 2 and 1; virtual ones need micro-batches that fill the pipeline."""
+    pipelines = {(layout.pp, layout.vpp, layout.ends) for layout in layouts_of(8, global_batch_size=8)}
+    assert pipelines == {(1, 1, None), (2, 1, None), (2, 3, None), (4, 1, (1, 1))}
+    assert {layout.vpp for layout in layouts_of(8, global_batch_size=4) if layout.dp == 4} == {1}
+    assert {layout.pp for layout in layouts_of(16, global_batch_size=16)} == {1, 2, 4}  # no stage without layers
+    divided = [*map(partial(layers_of_stage, SIX_LAYERS, PlannedLayout(pp=4, ends=(1, 1))), range(4))]
+    assert divided == [(0,), (1, 2), (3, 4), (5,)]
+    assert layers_of_stage(SIX_LAYERS, PlannedLayout(pp=2, vpp=3), 1) == (1, 3, 5)
+
+
+def test_virtual_stages_are_preferred_where_they_are_faster() -> None:
+    workload, cluster = Workload("stage1", 4096, 1, 64), Cluster.of(GPUS["h100-80"], 32)
+    shape = SHAPE | dict(num_layers=48, hidden_size=8192, ffn_hidden_size=29568, max_position_embeddings=4096)
+    spec = ModelSpec("qwen2", "bfloat16", shape, MoeSpec(1, 2, tuple(range(48)), original_copies=2))
+    best, *others = fitting(spec, workload, cluster)
+    assert best.layout.pp > 1 and best.layout.vpp > 1 and best.step_time is not None
+    (plain,) = (one for one in others if one.layout == replace(best.layout, vpp=1))
+    assert best.step_time.total_s < plain.step_time.total_s and best.peak.total_bytes > plain.peak.total_bytes
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
     argv = ("--seq-length", "256", "--micro-batch-size", "2")
     shown, first = plan(*argv), json.loads(plan(*argv, "--json"))["recommended"]
     first_row = next(line for line in shown.splitlines() if re.match(r" +\d+ +\d+", line))
-    assert first_row.split()[:6] == [str(first[name]) for name in ("tp", "pp", "ep", "etp", "dp", "recompute")]
+    names = "tp pp vpp ep etp dp recompute".split()
+    assert first_row.split()[: len(names)] == [str(first[name]) for name in names]
     assert shown.splitlines()[-1].split() == first["flags"] and "--use-distributed-optimizer" in first["flags"]
 
 
@@ -150,7 +151,7 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
     ("argv", "named"),
     [
         (["--gpus", "12"], "--gpus must be a multiple of --gpus-per-node 8, got 12; use --gpus 8 or 16"),
-        (["--gpus", "7"], "7 GPUs; use --gpus 4 or 8"),
+        (["--gpus", "7"], "7 GPUs; use --gpus 6 or 8"),
         (["--gpus", "0"], "--gpus must be "),
         (["--gpu-memory-gib", "inf"], "--gpu-memory-gib must be "),
         (["--moe-layers", "7"], "no layer 7"),

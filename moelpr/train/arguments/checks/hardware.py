@@ -1,6 +1,7 @@
 """This machine's GPUs, which PyTorch can use, and its memory, next to what the planner expects of the run."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.plan.layouts import PlannedLayout, Recompute, layout_problems
 from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, Workload, model_parts, stage_memories
-from moelpr.train.arguments.checks.layout import is_uneven
+from moelpr.train.arguments.checks.layout import is_uneven, uneven_ends
 from moelpr.train.arguments.requested import RequestedRun
 
 # Memory of torch, Megatron and Python in a rank without a GPU, in addition to the code that all ranks share.
@@ -71,21 +72,25 @@ def expected_memory(run: RequestedRun) -> int | None:
 def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     """The run for the planner's formulas; None for invalid settings and for what they do not support."""
     args, layout, spec = run.args, run.layout, run.spec
+    ends = uneven_ends(run)
     if (
         spec is None
         or args.stage is None
         or (args.stage in DENSE_STAGES) != (spec.moe is None)
-        or layout.cp * layout.vpp > 1
-        or is_uneven(run)
+        or layout.cp > 1
+        or (is_uneven(run) and (ends is None or layout.vpp > 1))
     ):
         return None
     sizes = args.seq_length, args.micro_batch_size, run.global_batch_size
-    problems = layout_problems(layout, run.world_size, spec, *sizes, torch_grouped_gemm=False)
+    problems = layout_problems(
+        layout, run.world_size, spec, *sizes, even_pipeline=ends is None, torch_grouped_gemm=False
+    )
     if not all(size and size > 0 for size in sizes) or any(problems):
         return None
     sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
     is_distributed = bool(args.use_distributed_optimizer)
-    planned = PlannedLayout(*sizes_of_layout, recompute=_recompute(run), distributed_optimizer=is_distributed)
+    trades: Any = {"recompute": _recompute(run), "distributed_optimizer": is_distributed, "ends": ends}
+    planned = PlannedLayout(*sizes_of_layout, vpp=layout.vpp, **trades)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
     trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)

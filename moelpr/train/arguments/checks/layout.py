@@ -64,6 +64,13 @@ def is_uneven(run: RequestedRun) -> bool:
     return any(getattr(run.args, name) for name in _UNEVEN)
 
 
+def uneven_ends(run: RequestedRun) -> tuple[int, int] | None:
+    """Layers of the first and the last pipeline stage, if these two flags alone divide the layers unevenly."""
+    first, last = run.args.decoder_first_pipeline_num_layers, run.args.decoder_last_pipeline_num_layers
+    is_planned = first and last and not any(getattr(run.args, name) for name in _UNEVEN if "num_layers" not in name)
+    return (first, last) if is_planned and run.layout.pp > 1 else None
+
+
 def note_sequence_parallelism(run: RequestedRun) -> Iterable[str]:
     """Sequence parallelism is enabled (`apply_method`)."""
     if run.is_moe and run.layout.tp > 1 and not run.args.sequence_parallel:

@@ -24,7 +24,7 @@ from moelpr.model.layers.loading import build_model
 from moelpr.model.layers.losses import megatron_balance_coeff
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Stage
-from moelpr.train.forward_step import forward_step
+from moelpr.train.forward_step import ForwardClock, forward_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BALANCE_COEFF, LPR_COEFF = 0.01, 0.1
@@ -99,7 +99,7 @@ class MegatronStep:
         num_microbatches_calculator.init_num_microbatches_calculator(0, None, size, size, 1)
         reader = BatchReader()
         reader.read(self.wrapped, iter([self.batch]), 1, (size, length))
-        work = {"forward_step_func": partial(forward_step, reader), "data_iterator": None}
+        work = {"forward_step_func": partial(forward_step, reader, ForwardClock()), "data_iterator": None}
         sizes = {"num_microbatches": 1, "seq_length": length, "micro_batch_size": size}
         return self.schedule(**work, **sizes, model=[self.wrapped], forward_only=False)
 

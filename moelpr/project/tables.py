@@ -173,4 +173,5 @@ def _progress(task: Task) -> tuple[str, float] | None:
         run = read_run(task.continues)
     except UserError:  # it has not made a step
         return None
-    return f"step {run.progress} ({run.state})", run.time_left_s / 60
+    slow = [warning["message"] for warning in run.metrics.warnings if warning["kind"] == "slow_node"]
+    return "; ".join([f"step {run.progress} ({run.state})", *slow[-1:]]), run.time_left_s / 60

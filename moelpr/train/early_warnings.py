@@ -13,11 +13,13 @@ from moelpr.model.metrics.run_metrics import Step, ValidationEvent
 from moelpr.model.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 from moelpr.train.arguments.settings import Thresholds
 
+SLOW_NODE = 1.15  # times the median of its pipeline stage
+
 
 class EarlyWarning(NamedTuple):
     """One warning: what was measured, and the flags that help."""
 
-    kind: str  # original_loss_rises, idle_expert, lpr_loss_stays, not_a_number or grace_too_short
+    kind: str  # original_loss_rises, idle_expert, lpr_loss_stays, not_a_number, grace_too_short or slow_node
     message: str
 
 
@@ -31,6 +33,7 @@ class EarlyWarnings:
         self._block: list[Step] = []  # records since the last judgment
         self._first_lpr_loss = self._first_original_loss = math.nan  # means of the first block that has them
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
+        self._slow: list[tuple[int, float]] = []  # the slowest nodes of the last steps
         self._active: dict[str, set[Any]] = {}  # kind -> the languages, experts, … for which its condition holds
 
     def see(self, record: Any) -> list[EarlyWarning]:
@@ -82,6 +85,19 @@ class EarlyWarnings:
             "B:USR1@SECONDS, GraceTime, terminationGracePeriodSeconds), or save less (--save-trained-only)"
         )
         return [EarlyWarning("grace_too_short", message)]
+
+    def timed(self, node: int, times_as_long: float) -> list[EarlyWarning]:
+        """New warnings after a step, from its slowest node, if that is the same one for a whole block of steps."""
+        self._slow = self._slow[1 - self.thresholds.window :] + [(node, times_as_long)]
+        least = min(times for _, times in self._slow)
+        is_slow = len(self._slow) == self.thresholds.window and least > SLOW_NODE and len({*dict(self._slow)}) == 1
+        if not self._onsets("slow_node", {node} if is_slow else set()):
+            return []
+        message = (
+            f"the forward passes of node {node} take at least {least:.2f} times as long as those of others in the same "
+            "pipeline stage; check its GPUs (clocks, temperature, links), or run without it"
+        )
+        return [EarlyWarning("slow_node", message)]
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
         """Judge the loss on original-language training text, if there is some and nothing is held out."""

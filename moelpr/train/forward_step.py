@@ -1,7 +1,9 @@
 """The forward pass of a micro-batch, called by Megatron's schedule: data, model, next-token loss."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,15 +13,42 @@ from torch import Tensor
 
 from moelpr.data.batch import Batch, BatchReader, GlobalCounts
 from moelpr.model.layers.attention import document_edges
+from moelpr.model.megatron import cpu
+
+
+class ForwardClock:
+    """The time that this rank's forward passes take in a step, by events of the GPU, for which nothing waits."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[Any, Any]] = []
+
+    def mark(self) -> Any:
+        if cpu.is_needed():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, started: Any) -> None:
+        self._spans.append((started, self.mark()))
+
+    def take_s(self) -> float:
+        """The seconds since the last call, at the end of a step, whose gradient norm the host has waited for."""
+        spans, self._spans = self._spans, []
+        if cpu.is_needed() or not spans:
+            return float(sum(end - start for start, end in spans))
+        spans[-1][1].synchronize()
+        return float(sum(start.elapsed_time(end) for start, end in spans)) / 1000
 
 
 def forward_step(
-    reader: BatchReader, _: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
+    reader: BatchReader, clock: ForwardClock, _: Iterator[dict[str, Tensor]] | None, model: torch.nn.Module
 ) -> tuple[Tensor, partial]:
     """This pipeline stage's output for the next micro-batch, and the function that makes the last stage's the loss."""
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
     batch = reader.next(model)
+    started = clock.mark()
     config.lpr_token_weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
     output = model(
         batch.tokens,
@@ -29,6 +58,7 @@ def forward_step(
         labels=batch.labels,
         padding_mask=_bits_for_this_stage(batch, model),
     )
+    clock.add(started)
     return output, partial(next_token_loss, batch)
 
 

@@ -27,6 +27,7 @@ from moelpr.model.metrics import schema
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.train.arguments.settings import RunSettings
 from moelpr.train.early_warnings import EarlyWarnings
+from moelpr.train.forward_step import ForwardClock
 from moelpr.train.run_log import RunLog, finite
 from moelpr.train.track.trackers import TRACKERS
 from moelpr.train.track.tracking import Tracking
@@ -109,7 +110,7 @@ class StepLog:
     """Makes one record per step on the last rank; every rank calls `step`."""
 
     def __init__(self, run_log: RunLog, tracker: MetricsTracker, args: argparse.Namespace) -> None:
-        self.run_log, self.tracker, self.args = run_log, tracker, args
+        self.run_log, self.tracker, self.args, self.clock = run_log, tracker, args, ForwardClock()
         self._last_time = time.monotonic()
         self._longest_step_s = 0.0
         self._is_delayed = True  # whether the step contains other work: the start, or a checkpoint
@@ -118,7 +119,7 @@ class StepLog:
         self, loss_dict: dict[str, Tensor], learning_rate: float | None, iteration: int, grad_norm: float | None
     ) -> None:
         """Write the record of a step that Megatron has just logged."""
-        peak_memory_gib = _peak_memory_gib()
+        peak_memory_gib, forward_s = _of_ranks(self.clock.take_s())
         if not ranks.is_last_rank():
             return
         now = time.monotonic()
@@ -149,7 +150,12 @@ class StepLog:
             for share in schema.ROUTING_SHARES:
                 of_groups = getattr(routing, share)().unbind(dim=1)
                 record |= {f"{share}_{g}": _rounded(of) for g, of in zip(schema.GROUP_NAMES, of_groups, strict=True)}
+        times = {"min": forward_s.min(), "mean": forward_s.mean(), "max": forward_s.max()}
+        record |= {f"forward_time_s_{which}": round(value.item(), 4) for which, value in times.items()}
         self.run_log.write(record | {schema.PEAK_MEMORY_GIB: peak_memory_gib})
+        if ranks.world_size() > ranks.local_world_size():
+            node = slowest_node(forward_s, args.pipeline_model_parallel_size, ranks.local_world_size())
+            self.run_log.warn(iteration, self.run_log.early_warnings.timed(*node))
 
     def step_is_written(self, _: Path, seconds: float) -> None:
         """Warn on the last rank if a run that is asked to stop may be killed before this is done again."""
@@ -161,17 +167,32 @@ class StepLog:
     def restart_clock(self) -> None:
         """Measure the next step's time from now on, because the time until now was not spent on training."""
         self._last_time = time.monotonic()
+        self.clock.take_s()
 
 
-def _peak_memory_gib() -> float:
-    """The ranks' highest peak memory so far: tensors on the GPU, or the process's resident memory without a GPU."""
+def _of_ranks(forward_s: float) -> tuple[float, Tensor]:
+    """The ranks' highest peak memory so far in GiB, and each rank's time in its forward passes, by one sum of ranks.
+
+    The memory is that of tensors on the GPU, or the process's resident memory without a GPU.
+    """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-    maximum = torch.tensor(peak, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(maximum, op=torch.distributed.ReduceOp.MAX)
-    return round(maximum.item(), 3)
+    numbers = torch.zeros(1 + ranks.world_size())
+    numbers[0], numbers[1 + ranks.rank()] = peak, forward_s
+    numbers = numbers.to(torch.cuda.current_device())
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    numbers = numbers.cpu()
+    return round(numbers[0].item(), 3), numbers[1:]
+
+
+def slowest_node(times: Tensor, pipeline_stages: int, ranks_per_node: int) -> tuple[int, float]:
+    """The node whose ranks take the longest, and how many times as long as the median rank of their pipeline stage."""
+    of_stages = times.view(pipeline_stages, -1)
+    ratios = of_stages / of_stages.median(dim=1, keepdim=True).values.clamp(min=1e-9)
+    nodes = [of_node.mean().item() for of_node in ratios.flatten().split(ranks_per_node)]
+    return max(enumerate(nodes), key=lambda node: node[1])
 
 
 def _rounded(values: Tensor) -> Any:

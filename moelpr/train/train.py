@@ -1,6 +1,7 @@
 """A stage from arguments to checkpoint: data, model, freezing -> Megatron's own pretrain()."""
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 
@@ -81,6 +82,8 @@ def train_stage(
     if stop is not None:
         stop.enter_megatron(settings.save)
     clean_stop.begin(settings.save)
+    if settings.save is not None:  # the last collectives of ranks that hang; /tmp may end with a container
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(settings.save / "nccl_trace_rank_"))
     load_weights, stage, batches = weights(settings, args), settings.stage, BatchReader()
     with (
         run_records(settings, args, argv),
@@ -105,7 +108,7 @@ def train_stage(
         config = model_config(args)
         config.pre_wrap_hooks.append(prepare)  # before Megatron wraps the model for data parallelism
         container = pretrain_cfg_container_from_args(args, config)
-        datasets, step = partial(datasets_provider, args), partial(forward_step, batches)
+        datasets, step = partial(datasets_provider, args), partial(forward_step, batches, step_log.clock)
         datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it; the builder has barriers
         pretrain(container, datasets, ModelType.encoder_or_decoder, step, store=bootstrap.rank_store())
     torch.distributed.barrier()

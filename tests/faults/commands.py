@@ -286,7 +286,12 @@ def _digest(tensor: Any) -> str:
 
 def records(run: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl so far, without what is measured."""
-    measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
+    measured = {
+        "step_time_s",
+        "tokens_per_s",
+        "peak_memory_gib",
+        *(f"forward_time_s_{of}" for of in ("min", "mean", "max")),
+    }
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     actual = [json.loads(line) for line in lines if line.endswith("\n")]

@@ -108,7 +108,12 @@ def cut_back(run: Path, copy: Path) -> Path:
 
 def assert_same_run(one: Path, other: Path) -> None:
     """The metrics except for times and memory, and the tensors of the last checkpoint, are equal."""
-    measured = ("step_time_s", "tokens_per_s", "peak_memory_gib")
+    measured = {
+        "step_time_s",
+        "tokens_per_s",
+        "peak_memory_gib",
+        *(f"forward_time_s_{of}" for of in ("min", "mean", "max")),
+    }
     one_metrics, other_metrics = (
         [{name: value for name, value in record.items() if name not in measured} for record in records(run)]
         for run in (one, other)

@@ -75,6 +75,10 @@ METRICS = (
         "peak_memory_gib", "memory", "GiB", "memory, GiB", tracked="peak_memory_gib", in_chart=False
     ),
     STEP_TIME_S := Metric("step_time_s", "time of a step", "s", in_chart=False),
+    *(
+        Metric(f"forward_time_s_{of}", "ranks' forward passes", "s", tracked=f"forward_time_s_{of}", in_chart=False)
+        for of in ("min", "mean", "max")
+    ),
     CONSUMED_TOKENS := Metric("consumed_tokens", "trained tokens", tracked="consumed_tokens", in_chart=False),
     ROUTER_SCORE := Metric(
         "router_score", "router score", axes="LE", tag="router score, moe layer {}/expert {}", in_chart=False

@@ -35,7 +35,7 @@ def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> to
     batch = torch.utils.data.default_collate(samples)
     reader = BatchReader()
     reader.read(model, iter([batch]), 1, tuple(batch["tokens"].shape))
-    output, _ = trainers.forward_step(reader, None, model)
+    output, _ = trainers.forward_step(reader, trainers.ForwardClock(), None, model)
     return output
 
 

@@ -107,3 +107,11 @@ def test_a_resumed_run_warns_like_the_uninterrupted_one(cut: int) -> None:
         resumed.see(record)
     assert [messages(resumed, record) for record in records[cut:]] == expected[cut:]
     assert sum(map(len, expected)) == 2
+
+
+def test_a_node_is_slow_if_it_is_the_slowest_for_a_whole_block() -> None:
+    warnings = warnings_of()
+    steps = [(3, 1.3), (1, 1.3), *[(3, 1.2)] * WINDOW, (3, 1.2), (3, 1.1), *[(3, 1.4)] * WINDOW]
+    actual = [[one.kind for one in warnings.timed(*step)] for step in steps]
+    named = ["slow_node"]
+    assert actual == [[]] * (WINDOW + 1) + [named] + [[]] * (WINDOW + 1) + [named]

@@ -6,7 +6,7 @@ from moelpr.data.batch import BatchReader
 from moelpr.model.layers.loading import build_model
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec
-from moelpr.train.forward_step import forward_step
+from moelpr.train.forward_step import ForwardClock, forward_step
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -45,7 +45,7 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
     reader = BatchReader()
     reader.read(model, iter(batches), MICROBATCHES, tuple(batches[0]["tokens"].shape))
     for _ in batches:
-        forward_step(reader, None, model)
+        forward_step(reader, ForwardClock(), None, model)
         assert model.config.lpr_token_weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
     for router, of_batches in zip(routers, logits, strict=True):
         sums = RoutingSums.from_vectors(router.routing_sums[None])

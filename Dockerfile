@@ -1,6 +1,6 @@
 # moelpr on NVIDIA's PyTorch image, whose torch, Transformer Engine and Apex are built for each other. They are kept;
 # our other packages are installed into a virtual environment on top of them. docs/install.md has the commands.
-ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
+ARG BASE=nvcr.io/nvidia/pytorch:26.08-py3
 
 # ---- moelpr as a wheel; compiler and build tools do not reach the image
 FROM ${BASE} AS wheel

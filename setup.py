@@ -99,7 +99,8 @@ setup(
         ],
         # Not installed by default. Apex comes with NVIDIA's containers or from source: "apex" on the index is another.
         # Transformer Engine loads curand without declaring it; the toolkit's version is that of torch.
-        "gpu": ["transformer-engine[pytorch]", "cuda-toolkit[curand]; sys_platform == 'linux'"],
+        # The range of Transformer Engine is that whose names Megatron Core 0.19.2 imports.
+        "gpu": ["transformer-engine[pytorch]>=2.17,<2.21", "cuda-toolkit[curand]; sys_platform == 'linux'"],
         **EXTRAS,
         "all": [package for packages in EXTRAS.values() for package in packages],
     },

@@ -15,6 +15,10 @@ from moelpr.plan.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, lay
 from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
 
+# Several nodes: ranks agree once on what a checkpoint is, read each weight once, and collect garbage in the same steps.
+# Before the first step, products and links of all GPUs are measured, and outliers named.
+_SEVERAL_NODES = "--ckpt-assume-constant-structure --ckpt-fully-parallel-load --manual-gc --manual-gc-interval=100 "
+_SEVERAL_NODES += "--gpu-sniff-test-interval=1000000000"
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
 _SLOWER = 1.1  # times the fastest micro-batch: larger ones are then not tried
 MOST_VIRTUAL_STAGES = 4  # per rank
@@ -44,6 +48,8 @@ class Candidate:
                 "--optimizer-cpu-offload",
                 *(["--use-distributed-optimizer"] * (not self.layout.divides_optimizer)),
             ]
+        if self.layout.world_size > 8:
+            argv += [*_SEVERAL_NODES.split(), *(["--async-save"] * (not workload.optimizer_cpu_offload))]
         argv += ["--micro-batch-size", str(workload.micro_batch_size)]
         argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []

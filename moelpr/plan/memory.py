@@ -293,7 +293,7 @@ class Activations:
         kept, inside = zip(*self.layers(pp_rank), strict=True)
         pp, vpp, number = self.layout.pp, self.layout.vpp, self.workload.num_microbatches(self.layout)
         in_flight: float = min(pp - pp_rank, number)
-        if vpp > 1:  # of its virtual stages
+        if vpp > 1:  # counted in micro-batches of all its virtual stages
             in_flight = min(2 * (pp - pp_rank - 1) + (vpp - 1) * pp + 1, vpp * number) / vpp
         return in_flight * sum(kept) + max(self.loss(pp_rank), *inside)
 

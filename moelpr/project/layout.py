@@ -155,6 +155,8 @@ class Layouts:
         for flag in [flag for flag in _STEP_FLAGS if flag in flags]:
             place = flags.index(flag)
             del flags[place : place + 1 + _STEP_FLAGS[flag]]
+        refused = {f"--{flag}" for flag, value in self._project.steps.get(stage, {}).items() if value is False}
+        flags = [flag for flag in flags if flag.partition("=")[0] not in refused]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
         memory = (2 * plan.memory_bytes + plan.best.peak.host_bytes) / GIB * cluster.gpus / nodes
         return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)

@@ -22,6 +22,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from glob import glob
 from itertools import pairwise
@@ -169,6 +170,8 @@ def defaults(gpus: int) -> dict[str, str]:
         # The number of rows of an expert changes in every layer and step, which leaves gaps in blocks of fixed size.
         variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return variables | {
+        # Kernels that Triton compiles, on a disk of this node: a home folder of 1,000 ranks may be on NFS.
+        "TRITON_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"),
         # NCCL is silent by default; at this level it reports why it fails. Settings of the network are the site's.
         "NCCL_DEBUG": "WARN",
         # A rank whose collective fails or hangs exits (and torchrun ends the others) instead of blocking the GPUs, and

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def test_nccl_is_configured_with_gpus_and_the_allocator_without() -> None:
     assert on_cpu.items() >= {"MALLOC_TRIM_THRESHOLD_": str(16 * 2**30), "MALLOC_MMAP_MAX_": "0"}.items()
     assert on_cpu["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
     assert not {*torch, "PYTORCH_CUDA_ALLOC_CONF"} & on_cpu.keys()
+    assert Path(on_gpu["TRITON_CACHE_DIR"]).is_relative_to(tempfile.gettempdir())
     kept, _, _ = started(CUDA_VISIBLE_DEVICES="0", PYTORCH_ALLOC_CONF="max_split_size_mb:512")
     assert kept["NCCL_DEBUG"] == "WARN" and "PYTORCH_CUDA_ALLOC_CONF" not in kept
 

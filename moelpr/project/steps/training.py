@@ -25,7 +25,9 @@ _STAGE_SPEED = (
     "nproc-per-node tensor-model-parallel-size pipeline-model-parallel-size expert-model-parallel-size "
     "expert-tensor-parallel-size sequence-parallel recompute-granularity recompute-method recompute-num-layers "
     "micro-batch-size log-interval save-interval save-retain-interval num-workers overlap-grad-reduce "
-    "overlap-param-gather eval-interval"
+    "overlap-param-gather eval-interval num-virtual-stages-per-pipeline-rank decoder-first-pipeline-num-layers "
+    "decoder-last-pipeline-num-layers async-save manual-gc manual-gc-interval ckpt-fully-parallel-load "
+    "ckpt-assume-constant-structure gpu-sniff-test-interval"
 )
 
 

@@ -11,7 +11,7 @@ from moelpr.base.versions import install_command
 from moelpr.model.megatron import cpu
 
 _DENSE = ("attention", "linear attention", "optimizer")  # parts of a model without experts
-_FLA = "pip install flash-linear-attention"
+_FLA = "pip install 'flash-linear-attention~=0.4.0'"  # as Megatron Core 0.19.2 wants it
 
 
 def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
@@ -46,12 +46,10 @@ def describe_kernels(args: argparse.Namespace) -> str:
     has_window = args.window_size is not None and args.seq_length > args.window_size[0] + 1
     uses_varlen = (args.dataloader_inter_document_masking or has_window) and args.bf16 and not is_cpu
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
-    has_fla = is_installed("fla") and not is_cpu
-    linear = "fla" if has_fla else "torch" if is_cpu else f"torch, slow without fla ({_FLA})"
     parts = {
         "experts": te_experts if args.moe_grouped_gemm else torch_experts + " in a loop" * is_slow,
         "attention": "Transformer Engine" if uses_te else "torch varlen" if uses_varlen else "torch scaled dot product",
-        "linear attention": linear if args.linear_attention_freq else "",
+        "linear attention": _linear_attention() if args.linear_attention_freq else "",
         "optimizer": _optimizer(args),
         "dispatcher": f"all-to-all with {'Transformer Engine' if args.moe_permute_fusion else 'torch'}'s permutation",
     }
@@ -80,6 +78,19 @@ def _fuses_permutation() -> bool:
     from megatron.core.utils import is_te_min_version
 
     return is_te_min_version("2.1.0")
+
+
+def _linear_attention() -> str:
+    if cpu.is_needed():
+        return "torch"
+    return "fla" if has_fla() else f"torch, slow without fla ({_FLA})"
+
+
+def has_fla() -> bool:
+    """Whether Megatron could import what it needs of fla; without, it is silent."""
+    from megatron.core.ssm.gated_delta_net.common import chunk_gated_delta_rule
+
+    return chunk_gated_delta_rule is not None
 
 
 def _optimizer(args: argparse.Namespace) -> str:

@@ -39,7 +39,7 @@ _SUPPORTED = {
         num-virtual-stages-per-pipeline-rank microbatch-group-size-per-virtual-pipeline-stage
         pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
         account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split no-overlap-p2p-communication
-        make-vocab-size-divisible-by distributed-timeout-minutes
+        make-vocab-size-divisible-by distributed-timeout-minutes gpu-sniff-test-interval
     """,
     "memory and kernels": """
         recompute-activations recompute-granularity recompute-method recompute-num-layers recompute-modules
@@ -51,6 +51,7 @@ _SUPPORTED = {
     "checkpoints": """
         save save-interval persistent-save-interval save-retain-interval no-save-optim no-save-rng async-save
         dist-ckpt-optim-fully-reshardable save-dgrads-interval save-activations-interval
+        ckpt-fully-parallel-load ckpt-assume-constant-structure
     """,
     "log": """
         log-interval log-throughput log-params-norm log-num-zeros-in-grad log-progress log-memory-interval
@@ -83,6 +84,13 @@ _REFUSED = {
     "its steps have no checksums and replace that of --ckpt-step; use --save-interval": "non-persistent-ckpt-type",
     "other formats can be neither exported nor resumed under another layout; remove it": "ckpt-format",
     "Megatron's HybridModel ignores it; remove it": "cpu-offloading-num-layers fp8-output-proj",
+    "it restarts a function that this trainer does not call; let the job's script run the same command again": """
+        inprocess-restart
+    """,
+    "this trainer does not call Megatron's timers of stragglers; metrics.jsonl has each step's compute times": """
+        log-straggler
+    """,
+    "its launcher starts Megatron's own script; use moelpr train": "enable-ft-package",
     "it does not check the first step for NaN, and saves steps that cannot be loaded; remove it": "rerun-mode",
     "no checkpoint of this trainer has it, and an export would compute without it; remove it": """
         multi-latent-attention mtp-num-layers hybrid-layer-pattern hybrid-override-pattern no-rope-freq

@@ -92,7 +92,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     started = time.monotonic()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
     os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    kernels.is_installed = lambda module: module == "fla"  # the others' can't run without values
+    kernels.is_installed, kernels.has_fla = lambda module: False, lambda: True  # the others can't run without values
     # This machine's memory and disk are not the cluster's; a size of 0 is unknown.
     setattr(machine, "free_memory", lambda: math.inf)  # noqa: B010
     setattr(folders, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0, total=0)))  # noqa: B010
@@ -191,7 +191,7 @@ def _without_files(run: RequestedRun) -> RunSettings:
     args = run.args
     settings = replace(RunSettings.of(run), save=None, save_trained_only=False, validation_data={})
     args.save = args.tensorboard_dir = args.validation_data = args.wandb_project = None
-    args.mlflow_experiment = None
+    args.mlflow_experiment = args.gpu_sniff_test_interval = None
     args.save_trained_only, args.eval_iters, args.num_workers = False, 0, 0
     # A shorter run would end before the last step that is counted.
     args.train_iters = args.train_iters and max(args.train_iters, _STEPS + 1)

@@ -73,6 +73,15 @@ def test_virtual_stages_are_preferred_where_they_are_faster() -> None:
     assert best.step_time.total_s < plain.step_time.total_s and best.peak.total_bytes > plain.peak.total_bytes
 
 
+@pytest.mark.parametrize(("gpus", "on_host", "number"), [(8, False, 0), (16, False, 6), (16, True, 5)])
+def test_flags_of_several_nodes_are_in_their_plans(gpus: int, on_host: bool, number: int) -> None:
+    names = "async-save ckpt-assume-constant-structure ckpt-fully-parallel-load manual-gc manual-gc-interval"
+    workload = Workload("stage1", 64, 1, 16, optimizer_cpu_offload=on_host)
+    flags = fitting(SIX_LAYERS, workload, Cluster(gpus, 8, 80, 8))[0].flags(workload)
+    of_nodes = {f"--{name}" for name in (*names.split(), "gpu-sniff-test-interval")}
+    assert len(of_nodes & {flag.partition("=")[0] for flag in flags}) == number
+
+
 @pytest.mark.parametrize(
     ("gpus", "stage", "everything"),
     [(1, "stage1", False), (2, "stage1", False), (8, "stage1", False), (2, "stage1", True), (4, "dense", False)],

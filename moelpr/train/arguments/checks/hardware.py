@@ -22,6 +22,8 @@ def check_gpus(run: RequestedRun) -> Iterable[str]:
     """Otherwise a run for GPUs would silently use the CPU."""
     if problem := cpu.unusable_gpus():
         yield problem
+    elif run.args.gpu_sniff_test_interval is not None and cpu.is_needed():
+        yield "--gpu-sniff-test-interval measures GPUs, and this machine has none; remove it"
 
 
 def note_memory(run: RequestedRun) -> Iterable[str]:

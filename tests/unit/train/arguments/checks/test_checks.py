@@ -30,6 +30,10 @@ stage1 upcycled --fp32 --bf16 -> --bf16 and --fp32 … keep one
 stage1 upcycled --optimizer sgd --use-distributed-optimizer -> --use-distributed-optimizer … --optimizer adam
 stage1 upcycled --optimizer-cpu-offload -> --optimizer-cpu-offload … --optimizer adam … --use-distributed-optimizer
 stage1 upcycled --optimizer-cpu-offload --use-distributed-optimizer --async-save -> --async-save … cpu-offload
+stage1 upcycled --gpu-sniff-test-interval 5 -> --gpu-sniff-test-interval … none; remove it
+stage1 upcycled --manual-gc --manual-gc-interval -1 -> --manual-gc-interval must be at least 0
+stage1 upcycled --inprocess-restart -> --inprocess-restart … the same command again
+stage1 upcycled --log-straggler -> --log-straggler … metrics.jsonl
 stage1 upcycled --optimizer lion -> --optimizer lion … emerging-optimizers
 stage1 upcycled --seq-length 65 -> --seq-length must be at most 64
 stage1 upcycled --min-lr 1 -> --min-lr must be at most --lr 0.001, got 1.0

@@ -56,12 +56,7 @@ def starting_tensors(
     start: Start,
     extension: VocabularyExtension | None,
 ) -> Iterator[Tensor]:
-    """The Megatron tensor of every piece in the spec's dtype; an FFN is read once for all its copies.
-
-    Args:
-        source: The model.
-        ffns: The model whose FFNs new experts copy.
-    """
+    """The Megatron tensor of every piece in the spec; an FFN, new experts' of `ffns`, is read once for all copies."""
     dtype = getattr(torch, spec.dtype)
     was_read: tuple[HfReader, tuple[str, ...]] = source, ()
     tensor = torch.empty(0)

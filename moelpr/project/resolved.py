@@ -56,7 +56,8 @@ class ResolvedProject:
         self.method = self.content.way
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
-        self.routed = _routed(self.folder / "hf")
+        path = self.folder / "hf" / "calibration.json"
+        self.routed = records.read(_Calibration, path, "remove it").findings if path.is_file() else None
         self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)
         self.models: dict[str, Path] = {self.method: self.folder / "hf"}
         if self.method == "auto":
@@ -166,11 +167,6 @@ class ResolvedProject:
 @dataclass(frozen=True, config=FOREIGN)
 class _Calibration:
     findings: Findings
-
-
-def _routed(folder: Path) -> Findings | None:
-    path = folder / "calibration.json"
-    return records.read(_Calibration, path, "remove it").findings if path.is_file() else None
 
 
 def _is_enough(routed: Findings) -> bool:

@@ -12,8 +12,6 @@ from moelpr.project.steps.results import evaluation_folder
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
 
-Changes = dict[str, Interval]
-
 
 def verdict(project: ResolvedProject) -> str:
     """The changes of bits per byte on held-out text against the base, a sentence on them, and the next command."""
@@ -44,11 +42,11 @@ def verdict(project: ResolvedProject) -> str:
 
 
 def _text(change: Interval) -> str:
-    return percent(change.value) + ("" if change.is_clear or not change.has_bounds else " (unclear)")
+    return percent(change.value) + ("" if _is_sure(change) else " (unclear)")
 
 
 def _is_sure(change: Interval) -> bool:
-    """Whether a change is clear, or one without an interval, of a text with one document."""
+    """Whether a change is clear; one of a single document has no interval."""
     return change.is_clear or not change.has_bounds
 
 
@@ -64,7 +62,7 @@ def _routers(project: ResolvedProject) -> Iterator[str]:
     )
 
 
-def _sentences(project: ResolvedProject, changes: Changes) -> Iterator[str]:
+def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterator[str]:
     unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
     lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
     if unlearned:

@@ -62,22 +62,13 @@ def launch(stage: str, words: Iterable[str]) -> None:
     if is_dry_run:
         print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
         return
-    check_paths(arguments)
+    paths = dict(pairwise(arguments))  # the trainer would find one missing some seconds later
+    if (recipe := paths.get("--recipe")) and not find_recipe(Path(recipe)).is_file():
+        raise UserError(f"--recipe must be a file, or one of moelpr's recipes, got {recipe}")
+    if (start := paths.get("--pretrained-checkpoint")) and not Path(start).is_dir():
+        raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
     os.environ |= variables
     become(command)
-
-
-def check_paths(arguments: list[str]) -> None:
-    """Check what the trainer would find missing some seconds later.
-
-    Raises:
-        UserError: The recipe, or the checkpoint to start from, is not there.
-    """
-    given = dict(pairwise(arguments))
-    if (recipe := given.get("--recipe")) and not find_recipe(Path(recipe)).is_file():
-        raise UserError(f"--recipe must be a file, or one of moelpr's recipes, got {recipe}")
-    if (start := given.get("--pretrained-checkpoint")) and not Path(start).is_dir():
-        raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
 
 
 def become(command: list[str]) -> NoReturn:

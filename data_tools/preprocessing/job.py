@@ -159,7 +159,7 @@ class Job:
         with ExitStack() as stack:
             encode = stack.enter_context(worker_pool(spec.encoder.encode, args.workers))
             has_conversations = spec.encoder.parser.chat is not None
-            settings = spec.encoder.vocab_size, args.overwrite, self._folder
+            settings = spec.encoder.vocab_size, args.overwrite or args.resume, self._folder
             writers = {
                 name: stack.enter_context(CorpusWriter(prefix, *settings, state.positions.get(name), has_conversations))
                 for name, prefix in spec.outputs.corpora.items()

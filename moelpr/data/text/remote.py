@@ -235,7 +235,7 @@ def _file_system(uri: str) -> Any:
 
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
         # With ~/.netrc and proxies.
-        options = {"client_kwargs": {"trust_env": True, "trace_configs": [_redirects()]}} if _is_web(uri) else {}
+        options = {"client_kwargs": {"trust_env": True, "trace_configs": [_checks()]}} if _is_web(uri) else {}
         system = fsspec.filesystem(scheme, **options)
         _used.add(type(system))
         return system
@@ -246,11 +246,16 @@ def _file_system(uri: str) -> Any:
 
 
 @cache
-def _redirects() -> Any:
-    """A hook that refuses redirects to an address of this machine or its network, such as a cloud's metadata."""
+def _checks() -> Any:
+    """Hooks that refuse parts that were not asked for, and redirects into this machine or its network."""
     import aiohttp
 
-    async def check(_: Any, __: Any, params: Any) -> None:
+    async def check_part(_: Any, __: Any, params: Any) -> None:
+        asked, sent = params.headers.get("Range", ""), params.response.headers.get("Content-Range", "")
+        if sent and asked and re.findall(r"\d+", asked)[:1] != re.findall(r"\d+", sent)[:1]:
+            raise UserError(f"the server of {shown(str(params.url))} sends another part of it ({sent}, not {asked})")
+
+    async def check_redirect(_: Any, __: Any, params: Any) -> None:
         source = params.url.host
         target = urlsplit(urljoin(str(params.url), params.response.headers.get("Location", ""))).hostname or source
         with suppress(socket.gaierror):  # a proxy may know it
@@ -258,7 +263,9 @@ def _redirects() -> Any:
             if target != source and not all(address.is_global for address in found):
                 raise UserError(f"{shown(str(params.url))} leads to {target}, which is no public address; pass another")
 
-    (config := aiohttp.TraceConfig()).on_request_redirect.append(check)
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(check_redirect)
+    config.on_request_end.append(check_part)
     return config
 
 

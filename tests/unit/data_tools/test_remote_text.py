@@ -2,10 +2,11 @@
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pyarrow
 import pytest
@@ -233,21 +234,45 @@ def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> Non
     assert estimate([uri], "text", hf_tokenizer) == estimate([folder / FOLDER], "text", hf_tokenizer)
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.2:1/x", "http://169.254.169.254/latest", "http://[::1]:1/"])
-def test_a_redirect_to_an_address_of_this_machine_or_network_is_refused(target: str) -> None:
-    class Redirect(BaseHTTPRequestHandler):
+def ask(answer: Callable[[BaseHTTPRequestHandler], None], call: Callable[[str], Any]) -> None:
+    """Call a function with the address of a server that gives one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(302)
-            self.send_header("Location", target)
-            self.end_headers()
+            answer(self)
 
         do_HEAD = do_GET
 
         def log_message(self, *_: object) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Redirect) as server:
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(UserError, match="no public address"):
-            remote.identify(f"http://127.0.0.1:{server.server_port}/text.jsonl")
-        server.shutdown()
+        try:
+            call(f"http://127.0.0.1:{server.server_port}/text.jsonl")
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.2:1/x", "http://169.254.169.254/latest", "http://[::1]:1/"])
+def test_a_redirect_to_an_address_of_this_machine_or_network_is_refused(target: str) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(302)
+        handler.send_header("Location", target)
+        handler.end_headers()
+
+    with pytest.raises(UserError, match="no public address"):
+        ask(answer, remote.identify)
+
+
+def test_a_part_that_was_not_asked_for_is_refused() -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(206 if "Range" in handler.headers else 200)
+        handler.send_header("Accept-Ranges", "bytes")
+        handler.send_header("Content-Length", "4")
+        handler.send_header("Content-Range", "bytes 1-4/9")
+        handler.end_headers()
+        handler.wfile.write(b"" if handler.command == "HEAD" else b"text")
+
+    with pytest.raises(UserError, match="another part"):
+        ask(answer, lambda uri: remote.first_bytes(uri, 4))

@@ -212,20 +212,15 @@ def explicit_shape(spec: ModelSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """A supported dense architecture, and the stock MoE class that its upcycled models are read and written as.
-
-    Attributes:
-        dense_names: Llama's tensor names → its own, where they differ.
-        ffn_size: The key of config.json with the FFN's width.
-    """
+    """A supported dense architecture, and the stock MoE class that its upcycled models are read and written as."""
 
     name: str
     architecture: str
     model_type: str
     moe_class: MoeClass
     attention: Attention = Attention()
-    dense_names: dict[str, str] = field(default_factory=dict)
-    ffn_size: str = "intermediate_size"
+    dense_names: dict[str, str] = field(default_factory=dict)  # Llama's tensor names → its own, where they differ
+    ffn_size: str = "intermediate_size"  # the key of config.json with the FFN's width
 
     @property
     def table(self) -> NameTable:

@@ -45,33 +45,23 @@ _TRAITS = {
 
 @dataclass(frozen=True)
 class MoeClass:
-    """A class that upcycled models are exported as.
+    """A class that upcycled models are exported as."""
 
-    Attributes:
-        name: Its `model_type`, which is also its name on the command line.
-        ffn: Rows of an MoE layer's FFN.
-        config: Maps a spec to the class's own keys of config.json; an imported MoE must have these values.
-        required: Keys that an imported MoE's config.json must have; "a or b" is a key of two names.
-        zeros: HF name → shape of tensors of an MoE layer that only the class has; they are written as zeros.
-        bias_zeros: More of them, in a model with biases on queries, keys and values.
-        optional: Traits of `attention` that config.json decides.
-        may_mix_layers: Whether it supports layers without experts.
-        may_have_window: Whether it supports a sliding window in all layers.
-        may_set_head_dim: Whether heads may be of another width than hidden_size / num_attention_heads.
-    """
-
-    name: str
+    name: str  # its `model_type`, which is also its name on the command line
     architecture: str
-    ffn: tuple[Row, ...]
+    ffn: tuple[Row, ...]  # rows of an MoE layer's FFN
+    # Maps a spec to the class's own keys of config.json; an imported MoE must have these values.
     config: Callable[[ModelSpec, MoeSpec], dict[str, Any]]
-    required: tuple[str, ...]
+    required: tuple[str, ...]  # keys that an imported MoE's config.json must have; "a or b" is a key of two names
+    # HF name → shape of tensors of an MoE layer that only the class has; they are written as zeros.
     zeros: dict[str, str] = field(default_factory=dict)
+    # More of them, in a model with biases on queries, keys and values.
     bias_zeros: dict[str, str] = field(default_factory=dict)
     attention: Attention = Attention()
-    optional: tuple[str, ...] = ()
-    may_mix_layers: bool = False
-    may_have_window: bool = False
-    may_set_head_dim: bool = True
+    optional: tuple[str, ...] = ()  # traits of `attention` that config.json decides
+    may_mix_layers: bool = False  # whether it supports layers without experts
+    may_have_window: bool = False  # whether it supports a sliding window in all layers
+    may_set_head_dim: bool = True  # whether heads may be of another width than hidden_size / num_attention_heads
 
     def misfit(self, spec: ModelSpec) -> str | None:
         """Why the class cannot hold this model exactly; None if it can."""

@@ -12,20 +12,13 @@ DEFAULT_TOPK = 2  # the paper's K
 
 @dataclass(frozen=True)
 class NewExperts:
-    """The experts to add to a model, dense or an MoE.
+    """The experts to add to a model, dense or an MoE."""
 
-    Attributes:
-        num_new_experts: N, per MoE layer.
-        topk: K, experts per token; None for 2, or for the MoE's own.
-        original_copies: C, the places of the dense FFN, 1 to K; None for 1, or for the MoE's own.
-        moe_layers: 0-based layers to upcycle; `moe_every_k_layers`: layers k, 2k, …; neither: all layers.
-    """
-
-    num_new_experts: int
-    topk: int | None = None
-    original_copies: int | None = None
-    moe_layers: Sequence[int] | None = None
-    moe_every_k_layers: int | None = None
+    num_new_experts: int  # N, per MoE layer
+    topk: int | None = None  # K, experts per token; None for 2, or for the MoE's own
+    original_copies: int | None = None  # C, the places of the dense FFN, 1 to K; None for 1, or for the MoE's own
+    moe_layers: Sequence[int] | None = None  # 0-based layers to upcycle
+    moe_every_k_layers: int | None = None  # layers k, 2k, … instead; with neither, all layers
 
     def with_default_copies(self, base: ModelSpec) -> "NewExperts":
         """The same with C = K for a dense model, unless C is set (docs/results.md compares them)."""

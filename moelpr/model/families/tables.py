@@ -128,19 +128,12 @@ _TRAINED = trained_parts("stage1")
 
 @dataclass(frozen=True)
 class Row:
-    """One Megatron tensor and its parts; {i} is the layer, {j} the expert, {ffn} and others a size of `sizes_of`.
+    """One Megatron tensor and its parts; {i} is the layer, {j} the expert, {ffn} and others a size of `sizes_of`."""
 
-    Attributes:
-        megatron: Megatron's name. A row with new experts covers all of them: they are slices of one stack.
-        parts: HF name → shape in the names of `sizes_of`, in the order of the transform.
-        transform: Maps the parts to the tensor and back.
-        dense: HF names of the parts in a dense model, if they differ: there, an expert is the FFN.
-    """
-
-    megatron: str
-    parts: dict[str, str]
-    transform: Transform = field(default_factory=Transform)
-    dense: tuple[str, ...] = ()
+    megatron: str  # Megatron's name. A row with new experts covers all of them: they are slices of one stack.
+    parts: dict[str, str]  # HF name → shape in the names of `sizes_of`, in the order of the transform
+    transform: Transform = field(default_factory=Transform)  # maps the parts to the tensor and back
+    dense: tuple[str, ...] = ()  # HF names of the parts in a dense model, if they differ: there, an expert is the FFN
 
     @property
     def part(self) -> Part:
@@ -149,22 +142,16 @@ class Row:
 
 @dataclass(frozen=True)
 class NameTable:
-    """Rows of the tensors around the layers, of every layer, and of a layer's dense or MoE FFN.
-
-    Attributes:
-        linear: Rows of a layer with linear attention, in place of `layer`.
-        untied: Rows of an output layer that does not share the embedding's weights.
-        moe_zeros: HF name → shape of tensors that only the stock MoE class has; they are written as zeros.
-    """
+    """Rows of the tensors around the layers, of every layer, and of a layer's dense or MoE FFN."""
 
     before: tuple[Row, ...]
     layer: tuple[Row, ...]
     dense_ffn: tuple[Row, ...]
     moe_ffn: tuple[Row, ...]
     after: tuple[Row, ...]
-    untied: tuple[Row, ...]
-    moe_zeros: dict[str, str]
-    linear: tuple[Row, ...] = ()
+    untied: tuple[Row, ...]  # rows of an output layer that does not share the embedding's weights
+    moe_zeros: dict[str, str]  # HF name → shape of tensors that only the stock MoE class has; they are written as zeros
+    linear: tuple[Row, ...] = ()  # rows of a layer with linear attention, in place of `layer`
 
     def with_dense_names(self, renamed: Mapping[str, str]) -> "NameTable":
         """The table of a dense class with other names for some tensors, and the same MoE class."""
@@ -223,33 +210,17 @@ def moe_rows(router: str, gate: str, up: str, down: str, norm_after: bool = Fals
     )
 
 
-_QKV_WEIGHT = Row(
-    "decoder.layers.{i}.self_attention.linear_qkv.weight",
-    {
-        "model.layers.{i}.self_attn.q_proj.weight": "q hidden",
-        "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
-        "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
-    },
-    QKV(),
-)
-_QKV_BIAS = Row(
-    "decoder.layers.{i}.self_attention.linear_qkv.bias",
-    {
-        "model.layers.{i}.self_attn.q_proj.bias": "q",
-        "model.layers.{i}.self_attn.k_proj.bias": "kv",
-        "model.layers.{i}.self_attn.v_proj.bias": "kv",
-    },
-    QKV(),
-)
-_GATED_QKV = Row(
-    "decoder.layers.{i}.self_attention.linear_qkv.weight",
-    {
-        "model.layers.{i}.self_attn.q_proj.weight": "gated_q hidden",
-        "model.layers.{i}.self_attn.k_proj.weight": "kv hidden",
-        "model.layers.{i}.self_attn.v_proj.weight": "kv hidden",
-    },
-    GatedQKV(),
-)
+def _qkv(kind: str, *shapes: str, transform: Transform) -> Row:
+    """The weights or the biases of queries, keys and values."""
+    names = (f"model.layers.{{i}}.self_attn.{letter}_proj.{kind}" for letter in "qkv")
+    return Row(
+        f"decoder.layers.{{i}}.self_attention.linear_qkv.{kind}", dict(zip(names, shapes, strict=True)), transform
+    )
+
+
+_QKV_WEIGHT = _qkv("weight", "q hidden", "kv hidden", "kv hidden", transform=QKV())
+_QKV_BIAS = _qkv("bias", "q", "kv", "kv", transform=QKV())
+_GATED_QKV = _qkv("weight", "gated_q hidden", "kv hidden", "kv hidden", transform=GatedQKV())
 _QK_NORMS = (
     Row("decoder.layers.{i}.self_attention.q_layernorm.weight", {"model.layers.{i}.self_attn.q_norm.weight": "head"}),
     Row("decoder.layers.{i}.self_attention.k_layernorm.weight", {"model.layers.{i}.self_attn.k_norm.weight": "head"}),
@@ -321,24 +292,18 @@ def hybrid_table(moe_ffn: tuple[Row, ...], moe_zeros: dict[str, str]) -> NameTab
 
 @dataclass(frozen=True)
 class Piece:
-    """A row expanded for one layer and expert: a Megatron tensor, or a slice of a stack, and its HF parts.
+    """A row expanded for one layer and expert: a Megatron tensor, or a slice of a stack, and its HF parts."""
 
-    Attributes:
-        key: Name of the tensor in the checkpoint.
-        stack_index: Index of the slice; None for a complete tensor.
-        expert: The expert's number in the HF class; None outside experts.
-        copies: HF names of the parts in the other places of the dense FFN, one tuple per place.
-        origin: HF names of the source tensors in the model that is upcycled: its own if frozen, those of expert 0 for a
-            new expert, those of the previous router for a router; () for the router of a dense model's layer.
-    """
-
-    key: str
-    stack_index: int | None
+    key: str  # name of the tensor in the checkpoint
+    stack_index: int | None  # index of the slice; None for a complete tensor
     hf_names: tuple[str, ...]
     hf_shapes: tuple[tuple[int, ...], ...]
     transform: Transform
-    expert: int | None
+    expert: int | None  # the expert's number in the HF class; None outside experts
+    # HF names of the source tensors in the model that is upcycled: its own if frozen, those of expert 0 for a new
+    # expert, those of the previous router for a router; () for the router of a dense model's layer.
     origin: tuple[str, ...]
+    # HF names of the parts in the other places of the dense FFN, one tuple per place.
     copies: tuple[tuple[str, ...], ...] = ()
 
     @property

@@ -34,37 +34,25 @@ LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-e
 
 @dataclass
 class RequestedRun:
-    """A run's settings and where they come from, before anything is built.
+    """A run's settings and where they come from, before anything is built."""
 
-    Attributes:
-        args: The settings, by Megatron's names, without invalid arguments.
-        defaults: The same without recipe and command line.
-        given: The settings of recipe and command line: the flag used → Megatron's name.
-        checkpoint: The folder that this run starts or resumes from; None if it has none.
-        step: The saved step that --ckpt-step selects; None for the latest.
-        step_folder: The folder of that step; None if it is missing.
-        spec: The checkpoint's model_spec.json; None if it cannot be read.
-        shape: The model's shape: Megatron's name → value; empty if `spec` is None.
-        record: The recipe.yaml of that step, the settings it was trained with; None if no run has trained it.
-        recipe_is_read: False if the recipe cannot be read, so that missing flags may be in it.
-        problems: One message per problem with the sources.
-        world_size: The number of ranks.
-        saved_step: The last step in --save when the settings were read; None if it has none.
-    """
-
+    # The settings, by Megatron's names, without invalid arguments.
     args: argparse.Namespace = field(default_factory=argparse.Namespace)
-    defaults: argparse.Namespace = field(default_factory=argparse.Namespace)
+    defaults: argparse.Namespace = field(default_factory=argparse.Namespace)  # the same without recipe and command line
+    # The settings of recipe and command line: the flag used → Megatron's name.
     given: dict[str, str] = field(default_factory=dict)
-    checkpoint: Path | None = None
-    step: int | None = None
-    step_folder: Path | None = None
-    spec: ModelSpec | None = None
+    checkpoint: Path | None = None  # the folder that this run starts or resumes from; None if it has none
+    step: int | None = None  # the saved step that --ckpt-step selects; None for the latest
+    step_folder: Path | None = None  # the folder of that step; None if it is missing
+    spec: ModelSpec | None = None  # the checkpoint's model_spec.json; None if it cannot be read
+    # The model's shape: Megatron's name → value; empty if `spec` is None.
     shape: dict[str, Any] = field(default_factory=dict)
+    # The recipe.yaml of that step, the settings it was trained with; None if no run has trained it.
     record: dict[str, Any] | None = None
-    recipe_is_read: bool = True
-    problems: list[str] = field(default_factory=list)
-    world_size: int = 1
-    saved_step: int | None = None
+    recipe_is_read: bool = True  # False if the recipe cannot be read, so that missing flags may be in it
+    problems: list[str] = field(default_factory=list)  # one message per problem with the sources
+    world_size: int = 1  # the number of ranks
+    saved_step: int | None = None  # the last step in --save when the settings were read; None if it has none
 
     @classmethod
     def gather(cls, argv: list[str], parser: Parser) -> "RequestedRun":

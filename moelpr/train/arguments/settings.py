@@ -12,84 +12,56 @@ from moelpr.train.arguments.requested import RequestedRun
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run starts or resumes from, resolved once.
-
-    Attributes:
-        step_folder: The saved step in the checkpoint folder.
-        selected_step: The number of that step if --ckpt-step selects it; None for the latest.
-        is_resumed: Whether the checkpoint is this run's own, so that optimizer, data position and step are loaded.
-        pretrained: The folder of --pretrained-checkpoint, which a resumed run reads only for its frozen tensors.
-        saved_step: The last step in --save; None if it has none.
-    """
+    """The checkpoint that a run starts or resumes from, resolved once."""
 
     checkpoint: Path
-    step_folder: Path
-    selected_step: int | None
-    is_resumed: bool
+    step_folder: Path  # the saved step in the checkpoint folder
+    selected_step: int | None  # the number of that step if --ckpt-step selects it; None for the latest
+    is_resumed: bool  # whether the checkpoint is this run's own, so that optimizer, data position and step are loaded
+    # The folder of --pretrained-checkpoint, which a resumed run reads only for its frozen tensors.
     pretrained: Path | None
-    saved_step: int | None
+    saved_step: int | None  # the last step in --save; None if it has none
 
 
 @dataclass(frozen=True)
 class StageSettings:
-    """The tensors that a stage trains, and its losses.
-
-    Attributes:
-        stage1_experts: The experts that tokens can choose in training.
-        balance_loss_coeff: The weight of the balance loss, on the published code's scale; None without experts.
-        lpr_loss_coeff: The weight of the LPR loss; 0 disables it.
-    """
+    """The tensors that a stage trains, and its losses."""
 
     name: Stage
     train_everything: bool
     train_new_embeddings: bool
-    stage1_experts: Stage1Experts
+    stage1_experts: Stage1Experts  # the experts that tokens can choose in training
+    # The weight of the balance loss, on the published code's scale; None without experts.
     balance_loss_coeff: float | None
-    lpr_loss_coeff: float
+    lpr_loss_coeff: float  # the weight of the LPR loss; 0 disables it
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """The limits beyond which to warn. A percentage of 0 disables its warning.
+    """The limits beyond which to warn. A percentage of 0 disables its warning."""
 
-    Attributes:
-        original_rise: The highest rise of the loss on the original languages, in percent.
-        expert_share: The smallest share of the tokens per expert, in percent.
-        lpr_fall: The smallest fall of the LPR loss since the first block, in percent.
-        window: The number of steps per block.
-        grace_s: The time in which a run that is asked to stop must make a step and save it; None if unknown.
-    """
-
-    original_rise: float = 10.0
-    expert_share: float = 1.0
-    lpr_fall: float = 1.0
-    window: int = 50
+    original_rise: float = 10.0  # the highest rise of the loss on the original languages, in percent
+    expert_share: float = 1.0  # the smallest share of the tokens per expert, in percent
+    lpr_fall: float = 1.0  # the smallest fall of the LPR loss since the first block, in percent
+    window: int = 50  # the number of steps per block
+    # The time in which a run that is asked to stop must make a step and save it; None if unknown.
     grace_s: float | None = None
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A run's final settings.
-
-    Attributes:
-        save: The folder to save to; None to save nothing.
-        save_trained_only: Whether checkpoints omit frozen tensors.
-        verify: How checkpoints are compared with their checksums before they are loaded.
-        data_path: The corpora of --data-path and their weights.
-        validation_data: Language → prefix of its held-out corpus.
-        log_interval: The steps from one line of the log to the next.
-    """
+    """A run's final settings."""
 
     stage: StageSettings
     start: Start
     spec: ModelSpec
-    save: Path | None
-    save_trained_only: bool
-    verify: Verify
-    data_path: tuple[str, ...]
-    validation_data: dict[str, str]
+    save: Path | None  # the folder to save to; None to save nothing
+    save_trained_only: bool  # whether checkpoints omit frozen tensors
+    verify: Verify  # how checkpoints are compared with their checksums before they are loaded
+    data_path: tuple[str, ...]  # the corpora of --data-path and their weights
+    validation_data: dict[str, str]  # language → prefix of its held-out corpus
     last_step: int
-    log_interval: int
+    log_interval: int  # the steps from one line of the log to the next
     thresholds: Thresholds
 
     @classmethod

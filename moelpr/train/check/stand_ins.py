@@ -20,15 +20,11 @@ _STEPS = "1000000"
 
 @dataclass
 class StandIns:
-    """The command line with what `folder` has in place of what is missing.
-
-    Attributes:
-        missing: what was replaced, to be said.
-    """
+    """The command line with what `folder` has in place of what is missing."""
 
     folder: Path
     argv: list[str]
-    missing: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # what was replaced, to be said
     _names: dict[str, str] = field(default_factory=dict)
 
     @classmethod

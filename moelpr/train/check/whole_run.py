@@ -26,14 +26,10 @@ _CAPABILITIES |= {"a10": (8, 6), "l4": (8, 9), "b200": (10, 0), "rtx5090": (12, 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The ranks' dry runs, the trainer's notes, and the files that were missing.
-
-    Attributes:
-        witnesses: ranks that were only compared with the others.
-    """
+    """The ranks' dry runs, the trainer's notes, and the files that were missing."""
 
     runs: "list[DryRun]"
-    witnesses: "list[DryRun]"
+    witnesses: "list[DryRun]"  # ranks that were only compared with the others
     notes: list[str]
     missing: list[str]
 

@@ -286,15 +286,3 @@ def _compare_tokenizers(run: RequestedRun) -> Iterable[tuple[bool, str]]:
 
 
 _compare = functools.cache(compare_tokenizers)  # most corpora share a tokenizer, and it is needed twice
-
-CHECKS = (
-    check_corpora,
-    check_original_tokens,
-    check_conversations,
-    check_tokenizers,
-    check_validation_data,
-    check_split,
-    check_validation_flags,
-    check_skipped_steps,
-    check_cache_folders,
-)

@@ -129,6 +129,3 @@ def check_early_stop(run: RequestedRun) -> Iterable[str]:
             f"with --early-stop-patience, --eval-interval must be a multiple of --save-interval {interval}, got "
             f"{args.eval_interval}; remove it to validate each saved step"
         )
-
-
-CHECKS = (check_presence, check_early_stop, check_optimizer, check_ranges, check_schedule, check_trackers)

@@ -64,6 +64,3 @@ def checkpoint_bytes(args: argparse.Namespace, spec: ModelSpec) -> int:
         args.save_trained_only,
         not args.no_save_optim,
     )
-
-
-CHECKS = (check_folders, check_save_disk)

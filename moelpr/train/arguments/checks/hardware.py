@@ -105,6 +105,3 @@ def _recompute(run: RequestedRun) -> Recompute:
     if granularity == "full":
         return "full"
     return "selective" if granularity == "selective" and "moe" in modules else "none"
-
-
-NOTES = (note_memory, note_host_memory)

@@ -75,6 +75,3 @@ def note_sequence_parallelism(run: RequestedRun) -> Iterable[str]:
     """Sequence parallelism is enabled (`apply_method`)."""
     if run.is_moe and run.layout.tp > 1 and not run.args.sequence_parallel:
         yield "enabled --sequence-parallel, which tensor parallelism with experts requires"
-
-
-CHECKS = (check_layout, check_virtual_stages)

@@ -208,15 +208,3 @@ def note_second_round(run: RequestedRun) -> Iterable[str]:
         )
         if run.args.stage1_experts == "new":
             yield "with --stage1-experts new, tokens cannot choose the experts of earlier rounds either until stage 2"
-
-
-CHECKS = (
-    check_checkpoint_kind,
-    check_model_flags,
-    check_supported_flags,
-    check_method,
-    check_stage1_experts,
-    check_new_tokens,
-    check_transformer_engine,
-)
-NOTES = (note_untested_flags, note_untrained, note_second_round)

@@ -218,7 +218,3 @@ def note_resume(run: RequestedRun) -> Iterable[str]:
             f"--ckpt-step returns to step {step}, though {run.checkpoint} has step {last}; so does every start of this "
             f"command: to return once, write {step} into {run.checkpoint / TRACKER_FILE} instead"
         )
-
-
-CHECKS = (check_resumed_run, check_resumed_model, check_optimizer_state, check_schedule)
-NOTES = (note_resume,)

@@ -16,21 +16,11 @@ from moelpr.plan.layouts import Layout
 from moelpr.train.arguments.requested import RequestedRun
 
 # Saved with the optimizer state, and then used instead of other values.
-_ADAM = ["adam_beta1", "adam_beta2", "adam_eps"]
+_ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
 
-# Settings that must match for optimizer state to load: always; and if it was saved with --use-distributed-optimizer but
-# without --dist-ckpt-optim-fully-reshardable, as the flat buffers of one layout. Everything else may change. Taken from
-# Megatron 0.19.2: training/checkpointing.py (load_checkpoint), core/optimizer (ChainedOptimizer,
-# DistributedOptimizer.sharded_param_state_*); tested by tests/distributed/resume_layouts.py.
-_ALWAYS = ["optimizer", "use_distributed_optimizer", "bf16", "fp16", "train_everything", "decoupled_lr", *_ADAM]
 _UNEVEN_PIPELINE = (
     "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
 )
-_FOR_BUFFERS = (
-    "tensor_model_parallel_size pipeline_model_parallel_size num_virtual_stages_per_pipeline_rank "
-    "expert_model_parallel_size expert_tensor_parallel_size overlap_grad_reduce ddp_num_buckets ddp_bucket_size "
-    "moe_grouped_gemm transformer_impl grad_reduce_in_bf16 accumulate_allreduce_grads_in_fp32"
-).split() + _UNEVEN_PIPELINE
 
 # Settings of Megatron's learning-rate schedule, which it does not load with other values.
 _SCHEDULE = (
@@ -87,10 +77,11 @@ def check_optimizer_state(run: RequestedRun) -> Iterable[str]:
         return
     vpp = record.get("virtual_pipeline_model_parallel_size") or 1
     old_layout = Layout.from_settings(record, record.get("world_size") or 1, vpp)
-    before, now = _optimizer_settings(record, old_layout), _optimizer_settings(vars(run.args), run.layout)
-    by_buffer = record.get("use_distributed_optimizer") and not record.get("dist_ckpt_optim_fully_reshardable")
-    names = _ALWAYS + _FOR_BUFFERS if by_buffer else _ALWAYS
-    changed = [name for name in names if before[name] != now[name]]
+    is_reshardable = bool(record.get("dist_ckpt_optim_fully_reshardable"))
+    by_buffer = bool(record.get("use_distributed_optimizer")) and not is_reshardable
+    before = _optimizer_settings(record, old_layout, by_buffer)
+    now = _optimizer_settings(vars(run.args), run.layout, by_buffer)
+    changed = [name for name in now if before[name] != now[name]]
     if "overlap_grad_reduce" in changed and "ddp_bucket_size" in changed:
         changed.remove("ddp_bucket_size")  # follows from it
     if changed:
@@ -108,36 +99,45 @@ def _bucket_size(settings: Mapping[str, Any], layout: Layout) -> int | None:
     return settings.get("ddp_bucket_size") or max(40_000_000, 1_000_000 * layout.dp * layout.cp)
 
 
-def _optimizer_settings(settings: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    trains_experts = settings.get("stage") in ("stage1", "sft") or bool(settings.get("train_everything"))
-    trains_layers = settings.get("stage") in DENSE_STAGES or bool(settings.get("train_everything"))
-    names = ("use_distributed_optimizer", "bf16", "fp16", "train_everything", "overlap_grad_reduce")
-    return {
+def _optimizer_settings(settings: Mapping[str, Any], layout: Layout, by_buffer: bool) -> dict[str, Any]:
+    """The settings that must match for optimizer state to load; everything else may change.
+
+    If it was saved with --use-distributed-optimizer but without --dist-ckpt-optim-fully-reshardable, as the flat
+    buffers of one layout, they are more. Taken from Megatron 0.19.2: training/checkpointing.py (load_checkpoint),
+    core/optimizer (ChainedOptimizer, DistributedOptimizer.sharded_param_state_*); tested by
+    tests/distributed/resume_layouts.py.
+    """
+    flags = ("use_distributed_optimizer", "bf16", "fp16", "train_everything")
+    always = {
+        **{name: settings.get(name) for name in ("optimizer", *_ADAM)},
+        **{name: bool(settings.get(name)) for name in flags},
+        "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
+    }
+    if not by_buffer:
+        return always
+    trains_experts = settings.get("stage") in ("stage1", "sft") or always["train_everything"]
+    trains_layers = settings.get("stage") in DENSE_STAGES or always["train_everything"]
+    # Whether a bf16 run accumulates and reduces gradients in fp32, as Megatron's validate_args decides it.
+    has_fp32_sums = str(settings.get("main_grads_dtype")) in ("fp32", "torch.float32")
+    has_fp32_gradients = has_fp32_sums and not settings.get("grad_reduce_in_bf16")
+    return always | {
+        **{name: settings.get(name) for name in (*_UNEVEN_PIPELINE, "ddp_num_buckets")},
+        "overlap_grad_reduce": bool(settings.get("overlap_grad_reduce")),
+        # Routers and rows of new tokens fill no bucket.
+        "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_layers else None,
         # Transformer Engine's layers order and divide the same weights differently.
         "moe_grouped_gemm": bool(settings.get("moe_grouped_gemm")) and trains_experts,
         "transformer_impl": settings.get("transformer_impl") if trains_layers else None,
-        **{name: settings.get(name) for name in ("optimizer", *_ADAM, *_UNEVEN_PIPELINE, "ddp_num_buckets")},
-        "decoupled_lr": settings.get("decoupled_lr") is not None,  # then the vocabulary is a group of its own
         # The gradients' dtype, with the flag that usually decides it; in a bf16 run, Megatron sets the other flag.
-        "grad_reduce_in_bf16": bool(settings.get("bf16")) and not _has_fp32_gradients(settings),
-        "accumulate_allreduce_grads_in_fp32": bool(
-            settings.get("fp16") and settings.get("accumulate_allreduce_grads_in_fp32")
-        ),
-        # Routers and rows of new tokens fill no bucket.
-        "ddp_bucket_size": _bucket_size(settings, layout) if trains_experts or trains_layers else None,
-        **{name: bool(settings.get(name)) for name in names},
+        "grad_reduce_in_bf16": always["bf16"] and not has_fp32_gradients,
+        "accumulate_allreduce_grads_in_fp32": always["fp16"]
+        and bool(settings.get("accumulate_allreduce_grads_in_fp32")),
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "num_virtual_stages_per_pipeline_rank": layout.vpp,
         "expert_model_parallel_size": layout.ep if trains_experts else 1,
         "expert_tensor_parallel_size": layout.etp if trains_experts else 1,
     }
-
-
-def _has_fp32_gradients(settings: Mapping[str, Any]) -> bool:
-    """Whether a bf16 run accumulates and reduces gradients in fp32, as Megatron's validate_args decides it."""
-    is_fp32 = str(settings.get("main_grads_dtype")) in ("fp32", "torch.float32")
-    return not settings.get("grad_reduce_in_bf16") and is_fp32
 
 
 def check_schedule(run: RequestedRun) -> Iterable[str]:

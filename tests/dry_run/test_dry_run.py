@@ -39,7 +39,6 @@ def test_ranks_start_and_step_without_growing(outcomes: dict, name: str) -> None
     assert "error" not in one, one["error"]
     assert all(len(set(live[1:])) == 1 for live in one["live"])
     assert "_scaled_dot_product_efficient_attention" not in one["operators"], "attention has a mask"
-    assert "CopySlices" not in one["autograd_nodes"], "something is written to a view"
 
 
 @pytest.mark.parametrize("name", SUITE)

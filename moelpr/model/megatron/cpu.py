@@ -72,7 +72,7 @@ def install() -> None:
     torch.compile = _leave_eager
     if "torch._dynamo" in sys.modules:  # something may be compiled already
         torch.compiler.set_stance("force_eager")
-    _patch_torch_cuda()
+    patch_torch_cuda()
     _patch_torch_tensors()
     _patch_gloo()
     _patch_megatron()
@@ -88,27 +88,29 @@ def async_save_worker(*args: Any, **kwargs: Any) -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     torch.cuda.device_count = lambda: 1
-    torch.cuda.set_device = _doing_nothing()
+    torch.cuda.set_device = doing_nothing()
     PersistentAsyncCaller.async_loop(*args, **kwargs)
 
 
-def _patch_torch_cuda() -> None:
+def patch_torch_cuda() -> None:
+    """Replace what asks for a CUDA device."""
     cuda = torch.cuda
     # One "device" per process, so that parallel_state and the random number trackers are set up.
     cuda.device_count = lambda: 1
     cuda.current_device = lambda: CPU
     for name in ("set_device", "synchronize", "empty_cache", "set_stream", "ipc_collect"):
-        setattr(cuda, name, _doing_nothing())
-    cuda.Stream = cuda.Event = _InertStream
-    cuda.current_stream = cuda.default_stream = lambda device=None: _InertStream()
+        setattr(cuda, name, doing_nothing())
+    cuda.Stream = cuda.Event = InertStream
+    cuda.current_stream = cuda.default_stream = lambda device=None: InertStream()
     cuda.stream = lambda stream=None: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _doing_nothing()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = doing_nothing()
     # Random numbers come from the CPU generator. Otherwise dropout and initialization silently use a wrong state.
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    cuda.manual_seed_all = _doing_nothing()  # torch.manual_seed calls it after seeding the CPU generator
+    cuda.manual_seed_all = doing_nothing()  # torch.manual_seed calls it after seeding the CPU generator
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.Tensor.record_stream = doing_nothing()  # type: ignore[method-assign, assignment]
     # The training log reports these numbers.
     cuda.memory_stats = lambda device=None: collections.defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
@@ -125,7 +127,6 @@ def _patch_torch_tensors() -> None:
     for name in _FACTORIES:
         replaces(torch, name)(_create_on_cpu)
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-    torch.Tensor.record_stream = _doing_nothing()  # type: ignore[method-assign, assignment]
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign, assignment]
 
     # The distributed optimizer groups parameters by .type() and supports only torch.cuda.*Tensor.
@@ -185,7 +186,7 @@ def _patch_megatron() -> None:
     # By default it asserts torch.cuda.is_available().
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # It warms up fused kernels on a CUDA device.
-    training.set_jit_fusion_options = _doing_nothing()
+    training.set_jit_fusion_options = doing_nothing()
     # It writes the CUDA generator's state directly.
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # It returns CPU tensors unchanged even when asked for numpy, and the caller then calls numpy methods.
@@ -203,7 +204,7 @@ def _patch_megatron() -> None:
     # The loop runs in a helper process, which is not patched and finds the function by its name.
     async_utils.PersistentAsyncCaller.async_loop = staticmethod(async_save_worker)
     # It reads the memory counters of a CUDA device.
-    common_utils.report_memory = training.report_memory = _doing_nothing()
+    common_utils.report_memory = training.report_memory = doing_nothing()
 
 
 def _create_on_cpu(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -213,12 +214,12 @@ def _create_on_cpu(factory: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     return factory(*args, **kwargs)
 
 
-def _doing_nothing() -> Callable[..., None]:
+def doing_nothing() -> Callable[..., None]:
     """Make a new function each time: torch's compiler, which other libraries may import, has one rule per function."""
     return lambda *args, **kwargs: None
 
 
-class _InertStream:
+class InertStream:
     """Replaces torch.cuda.Stream and torch.cuda.Event: work on the CPU is always in order."""
 
     priority_range = staticmethod(lambda: (0, 0))
@@ -231,7 +232,7 @@ class _InertStream:
             raise AttributeError(name)
         return lambda *args, **kwargs: True if name == "query" else self  # record_event() returns an event
 
-    def __enter__(self) -> "_InertStream":
+    def __enter__(self) -> "InertStream":
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -15,11 +15,9 @@ _FLA = "pip install 'flash-linear-attention~=0.4.0'"  # as Megatron Core 0.19.2 
 
 
 def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = None) -> None:
-    """Replace defaults by what is faster on this machine.
+    """Replace defaults by what is faster on this machine; the dtype in `args` is final.
 
-    Args:
-        args: the settings, whose dtype is final.
-        record: those of the run that is resumed, whose optimizer state may depend on the experts' kernel.
+    `record` has the settings of the run that is resumed, whose optimizer state may depend on the experts' kernel.
     """
     if args.transformer_impl == "transformer_engine" and not is_installed("transformer_engine"):
         args.transformer_impl = "local"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, zip_longest
+from typing import Any
 
 from moelpr.plan.gpus import Gpu
 from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, host_update_s
@@ -110,41 +111,28 @@ def disagreements(runs: list[DryRun]) -> Iterator[str]:
     what one stage sends to the next.
     """
     for first, second in combinations(runs, 2):
-        is_one_stage = first.stage == second.stage
-        ours, theirs = _by_group(first, is_one_stage), _by_group(second, is_one_stage)
-        if is_one_stage:
-            ours, theirs = _by_name(ours), _by_name(theirs)
-            shared = ours.keys() | theirs.keys()
-        else:
-            shared = {key for key in ours.keys() | theirs.keys() if {first.rank, second.rank} <= {*key[1]}}
-        for key in sorted(shared):
-            for place, pair in enumerate(zip_longest(ours.get(key, []), theirs.get(key, []))):
+        ours, theirs = _shared(first, second), _shared(second, first)
+        for group in sorted(ours.keys() | theirs.keys()):
+            for place, pair in enumerate(zip_longest(ours.get(group, []), theirs.get(group, []))):
                 if pair[0] != pair[1]:
                     one, other = (f"{item[0]} of {item[1]:,} bytes" if item else "nothing" for item in pair)
                     yield (
-                        f"rank {first.rank} launches {one} as collective {place + 1} of group {key[0]}, where rank "
+                        f"rank {first.rank} launches {one} as collective {place + 1} of group {group[0]}, where rank "
                         f"{second.rank} launches {other}: a run would hang"
                     )
                     break
 
 
-type _Order = dict[tuple[str, tuple[int, ...]], list[tuple[str, int]]]
-
-
-def _by_group(run: DryRun, with_sends: bool) -> _Order:
-    order: _Order = {}
+def _shared(run: DryRun, other: DryRun) -> dict[tuple[str, Any], list[tuple[str, int]]]:
+    """Operators and bytes of the collectives that a rank must launch as another one does, by group."""
+    launched: dict[tuple[str, Any], list[tuple[str, int]]] = {}
     for collective in run.order:
-        if collective.operator in ("send", "recv_") and not with_sends:
+        name, members = collective.group
+        if run.stage == other.stage:  # each has its own groups of these names
+            group: tuple[str, Any] = name, len(members)
+        elif other.rank in members and collective.operator not in ("send", "recv_"):
+            group = name, members
+        else:
             continue
-        order.setdefault((collective.group.name, collective.group.members), []).append(
-            (collective.operator, collective.num_bytes)
-        )
-    return order
-
-
-def _by_name(order: _Order) -> _Order:
-    """The same for groups of the same name: ranks of a stage are in different ones."""
-    by_name: _Order = {}
-    for (name, members), launched in order.items():
-        by_name.setdefault((name, (len(members),)), []).extend(launched)
-    return by_name
+        launched.setdefault(group, []).append((collective.operator, collective.num_bytes))
+    return launched

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import types
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_file
+from moelpr.model.megatron import cpu
 from moelpr.plan.gpus import GIB, Gpu
 from moelpr.train.check.meter import Group, Meter
 
@@ -26,21 +26,15 @@ DEVICE = torch.device("cuda:0")
 DRIVER = Path(__file__).with_name("fake_driver.cpp")
 
 
-class FakeStream:
-    """Inert: launches are in order on all streams."""
+class FakeStream(cpu.InertStream):
+    """Launches are in order on all streams."""
 
     current: "FakeStream"
-    priority_range = staticmethod(lambda: (0, 0))
     kind = "Stream"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.stream_id = self.cuda_stream = 0
         self.device = DEVICE
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: True if name == "query" else self
 
     def record_event(self, event: Any = None) -> "FakeEvent":
         return FakeEvent()
@@ -50,12 +44,6 @@ class FakeStream:
 
     def elapsed_time(self, other: Any) -> float:
         return 0.0
-
-    def __enter__(self) -> "FakeStream":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 class FakeEvent(FakeStream):
@@ -125,6 +113,7 @@ def driver() -> Path:
 def install(gpu: Gpu, capability: tuple[int, int], per_node: int) -> None:
     """Give torch `per_node` GPUs, whose memory and capability decide which kernels the trainer chooses."""
     ctypes.CDLL(str(driver())).install()
+    cpu.patch_torch_cuda()
     torch.compiler.set_stance("force_eager")
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # type: ignore[method-assign, assignment]
     cuda: Any = torch.cuda
@@ -138,10 +127,8 @@ def install(gpu: Gpu, capability: tuple[int, int], per_node: int) -> None:
         major=capability[0], minor=capability[1], name="fake GPU", total_memory=memory, multi_processor_count=132
     )
     cuda.get_device_properties = lambda device=None: properties
-    cuda.is_current_stream_capturing = lambda: False
-    inert = "set_device empty_cache set_stream manual_seed manual_seed_all _lazy_init ipc_collect"
-    for name in f"{inert} reset_peak_memory_stats".split():
-        setattr(cuda, name, lambda *args, **kwargs: None)
+    for name in ("manual_seed", "_lazy_init", "reset_peak_memory_stats"):
+        setattr(cuda, name, cpu.doing_nothing())
     cuda.synchronize = lambda *args, **kwargs: Meter.note_wait("torch.cuda.synchronize")
     FakeStream.current = FakeStream()
     cuda.Stream, cuda.Event = FakeStream, FakeEvent
@@ -149,11 +136,6 @@ def install(gpu: Gpu, capability: tuple[int, int], per_node: int) -> None:
     cuda.stream = OnStream
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.zeros(16, dtype=torch.uint8)
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device=None: None
-    cuda.memory_stats = lambda device=None: defaultdict(int)
-    for name in "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split():
-        setattr(cuda, name, lambda device=None: 0)
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
-    torch.Tensor.record_stream = lambda *args: None  # type: ignore[method-assign]
     torch.nn.functional.scaled_dot_product_attention = _flash_attention
 
 

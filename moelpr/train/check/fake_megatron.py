@@ -58,13 +58,6 @@ def install(meter: Meter) -> None:
         return False
 
     optimizer.MegatronOptimizer.has_grad_norm_group = has_no_group
-    backward = schedules.backward_step
-
-    def note_and_go_back(input_tensor: Any, output_tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        meter.note_graph(output_tensor[0] if isinstance(output_tensor, list) else output_tensor)
-        return backward(input_tensor, output_tensor, *args, **kwargs)
-
-    schedules.backward_step = note_and_go_back
     for name, phase in (("forward_step", "forward"), ("backward_step", "backward")):
         setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
     for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):

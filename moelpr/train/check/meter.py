@@ -71,19 +71,12 @@ class Counts:
             every = ours.keys() | theirs.keys()
             return Counter({key: round(ours[key] + times * (theirs[key] - ours[key])) for key in every})
 
-        return Counts(
-            one(self.kernels, larger.kernels),
-            one(self.waits, larger.waits),
-            one(self.collectives, larger.collectives),
-        )
+        collectives = one(self.collectives, larger.collectives)
+        return Counts(one(self.kernels, larger.kernels), one(self.waits, larger.waits), collectives)
 
 
 class Meter(TorchDispatchMode):
-    """Counts while it is entered.
-
-    Args:
-        number: the answer to every question for a number that only a GPU knows.
-    """
+    """Counts while it is entered; `number` is the answer to every question for a number that only a GPU knows."""
 
     active: "Meter | None" = None
     groups: dict[str, Group] = {}
@@ -95,7 +88,6 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = 0
         self.counts = Counts()
         self.order: list[Collective] = []  # all that were launched
-        self.autograd_nodes: set[str] = set()
         self.in_flight: dict[int, torch.Tensor] = {}  # copies to the host, by storage, that it has not waited for
         self._storages: dict[int, Any] = {}
         self._fused = 0
@@ -117,17 +109,6 @@ class Meter(TorchDispatchMode):
     def note_wait(operation: str) -> None:
         if Meter.active is not None:
             Meter.active.counts.waits[f"{operation} in {_caller()}"] += 1
-
-    def note_graph(self, output: torch.Tensor | None) -> None:
-        """Note what autograd keeps for the backward pass of an output."""
-        waiting = [] if output is None or output.grad_fn is None else [output.grad_fn]
-        seen = set(waiting)
-        while waiting:
-            node = waiting.pop()
-            self.autograd_nodes.add(node.name())
-            new = {other for other, _ in node.next_functions if other is not None} - seen
-            seen |= new
-            waiting += new
 
     def as_phase[**P, T](self, phase: str, function: Callable[P, T]) -> Callable[P, T]:
         """The function, whose launches belong to a phase."""

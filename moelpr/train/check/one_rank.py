@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moelpr.base import machine
 from moelpr.data import batch
 from moelpr.model.model_spec import ModelSpec
-from moelpr.plan.layouts import Layout, PlannedLayout
-from moelpr.plan.memory import RankMemory, Routing, Workload, model_parts, stage_memories
+from moelpr.plan.layouts import Layout
+from moelpr.plan.memory import Routing
 from moelpr.train.arguments import kernels
 from moelpr.train.arguments.checks import folders
-from moelpr.train.arguments.checks.hardware import as_planned
+from moelpr.train.arguments.checks.hardware import Planned, as_planned
 from moelpr.train.arguments.parse import check_arguments, register_arguments
 from moelpr.train.arguments.requested import RequestedRun
 from moelpr.train.arguments.settings import RunSettings
@@ -31,41 +31,21 @@ from moelpr.train.check.meter import Collective, Counts, Meter
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The same run for the planner's formulas, and the memory that they expect."""
-
-    layout: PlannedLayout
-    workload: Workload
-    memories: list[RankMemory]
-
-
-@dataclass(frozen=True)
 class DryRun:
-    """The launches and the memory of a rank's step.
-
-    Attributes:
-        stage: its pipeline stage.
-        memory: bytes of its parts; their sum is the peak.
-        live_bytes: those that remain after each step.
-        counts: those of a step with all its micro-batches.
-        of_one_micro_batch: what a further micro-batch adds, if there is one.
-        order: the collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
-        autograd_nodes: kinds of the operations that a backward pass goes through.
-        planned: None for what the planner does not support.
-    """
+    """The launches and the memory of a rank's step."""
 
     rank: int
-    stage: int
+    stage: int  # its pipeline stage
     layout: Layout
     spec: ModelSpec
     num_microbatches: int
     tokens_per_step: int
-    memory: dict[str, int]
-    live_bytes: list[int]
-    counts: Counts
+    memory: dict[str, int]  # bytes of its parts; their sum is the peak
+    live_bytes: list[int]  # those that remain after each step
+    counts: Counts  # those of a step with all its micro-batches
+    # The collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
     order: list[Collective]
-    autograd_nodes: frozenset[str]
-    planned: Planned | None
+    planned: Planned | None  # None for what the planner does not support
     seconds: float
 
     @property
@@ -106,9 +86,6 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     fake_fla.install(meter)
     steps = _CountedSteps(meter, _micro_batches(run, rank)[: 2 if is_witness else None])
     _train(settings, args, argv, steps)
-    of_planner = None
-    if planned is not None and run.spec is not None:
-        of_planner = Planned(*planned, stage_memories(run.spec, model_parts(run.spec), *planned))
     return DryRun(
         rank,
         steps.stage,
@@ -120,8 +97,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
         steps.live_bytes,
         steps.of(_num_microbatches(run)),
         steps.order or meter.order,
-        frozenset(meter.autograd_nodes),
-        of_planner,
+        planned,
         time.monotonic() - started,
     )
 
@@ -176,12 +152,9 @@ def _train(settings: RunSettings, args: Any, argv: list[str], steps: _CountedSte
         sample = dict.fromkeys(batch._KEYS, torch.empty(args.micro_batch_size, args.seq_length, dtype=torch.int64))
         return (None if parallel_state.get_tensor_model_parallel_rank() else repeat(sample)), None, None
 
-    for owner, name, value in (
-        (megatron_training, "train_step", partial(steps.step, megatron_training.train_step)),
-        (megatron_training, "build_train_valid_test_data_iterators", no_values),
-        (StepLog, "step", lambda *_: None),
-    ):
-        setattr(owner, name, value)
+    megatron_training.train_step = partial(steps.step, megatron_training.train_step)
+    megatron_training.build_train_valid_test_data_iterators = no_values
+    StepLog.step = lambda *_: None  # type: ignore[method-assign]
     with suppress(_Enough), FakeTensorMode(allow_non_fake_inputs=True), steps.meter:
         train_stage(settings, args, argv, None, keep_weights, None)
 

@@ -55,8 +55,7 @@ def prepare(gpu: str, per_node: int) -> None:
 def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSpec | None] = lambda: None) -> Outcome:
     """Run the trainer's command line as some ranks of a cluster; call `prepare` before.
 
-    Args:
-        spec: the model, if the checkpoint is not here.
+    `spec` returns the model if the checkpoint is not here.
 
     Raises:
         UserError: The trainer refuses the command line.

@@ -1,6 +1,7 @@
 """This machine's GPUs, which PyTorch can use, and its memory, next to what the planner expects of the run."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.plan.layouts import PlannedLayout, Recompute, layout_problems
-from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, Workload, model_parts, stage_memories
+from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, RankMemory, Workload, model_parts, stage_memories
 from moelpr.train.arguments.checks.layout import is_uneven, uneven_ends
 from moelpr.train.arguments.requested import RequestedRun
 
@@ -49,10 +50,9 @@ def note_memory(run: RequestedRun) -> Iterable[str]:
 
 def note_host_memory(run: RequestedRun) -> Iterable[str]:
     """The optimizer's state does not fit in the memory of this machine, which has GPUs."""
-    if run.spec is None or cpu.is_needed() or (planned := as_planned(run)) is None:
+    if cpu.is_needed() or (planned := as_planned(run)) is None:
         return
-    memories = stage_memories(run.spec, model_parts(run.spec), *planned)
-    needed, number = max(rank.host_bytes for rank in memories), ranks.local_world_size()
+    needed, number = max(rank.host_bytes for rank in planned.memories), ranks.local_world_size()
     if number * needed > (free := machine.free_memory()):
         yield (
             f"warning: --optimizer-cpu-offload needs up to {machine.format_bytes(needed)} of this machine's memory for "
@@ -63,15 +63,23 @@ def note_host_memory(run: RequestedRun) -> Iterable[str]:
 
 def expected_memory(run: RequestedRun) -> int | None:
     """Bytes of the rank that needs the most; None for invalid settings and for what moelpr.plan does not support."""
-    if run.spec is None or (planned := as_planned(run)) is None:
+    if (planned := as_planned(run)) is None:
         return None
-    memories = stage_memories(run.spec, model_parts(run.spec), *planned)
     if cpu.is_needed():
-        return max(rank.total_bytes + rank.host_bytes for rank in memories) + PROCESS_BYTES
-    return max(rank.total_bytes for rank in memories)
+        return max(rank.total_bytes + rank.host_bytes for rank in planned.memories) + PROCESS_BYTES
+    return max(rank.total_bytes for rank in planned.memories)
 
 
-def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
+@dataclass(frozen=True)
+class Planned:
+    """A run for the planner's formulas, and the memory that they expect of a rank of each pipeline stage."""
+
+    layout: PlannedLayout
+    workload: Workload
+    memories: list[RankMemory]
+
+
+def as_planned(run: RequestedRun) -> Planned | None:
     """The run for the planner's formulas; None for invalid settings and for what they do not support."""
     args, layout, spec = run.args, run.layout, run.spec
     ends = uneven_ends(run)
@@ -92,12 +100,13 @@ def as_planned(run: RequestedRun) -> tuple[PlannedLayout, Workload] | None:
     sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
     is_distributed = bool(args.use_distributed_optimizer)
     trades: Any = {"recompute": _recompute(run), "distributed_optimizer": is_distributed, "ends": ends}
-    planned = PlannedLayout(*sizes_of_layout, vpp=layout.vpp, **trades)
+    planned_layout = PlannedLayout(*sizes_of_layout, vpp=layout.vpp, **trades)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
     trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)
     gradient_bytes = 2 if args.grad_reduce_in_bf16 else GRADIENT_BYTES
-    return planned, Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes)
+    workload = Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes)
+    return Planned(planned_layout, workload, stage_memories(spec, model_parts(spec), planned_layout, workload))
 
 
 def _recompute(run: RequestedRun) -> Recompute:

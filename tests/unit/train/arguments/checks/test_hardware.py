@@ -34,7 +34,7 @@ def test_gpus_that_pytorch_cannot_use_are_an_error_unless_they_are_hidden(
 def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned: bool) -> None:
     """The memory of ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
     run, offloaded = gathered(ranks=2), gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
-    (rank,) = stage_memories(offloaded.spec, model_parts(offloaded.spec), *hardware.as_planned(offloaded))
+    (rank,) = hardware.as_planned(offloaded).memories
     assert hardware.expected_memory(offloaded) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(hardware, "expected_memory", lambda run: 1 << 29)

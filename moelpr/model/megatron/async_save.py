@@ -25,7 +25,7 @@ def install() -> None:
     def start(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         process = original(*args, **kwargs)
         # The queue's thread would print what it cannot send, and forget it.
-        PersistentAsyncCaller._persistent_queue._on_queue_feeder_error = _note_failure
+        PersistentAsyncCaller._persistent_queue._on_queue_feeder_error = lambda error, _: _failures.append(error)
         return process
 
     @replaces(PersistentAsyncCaller, "schedule_async_call")
@@ -60,11 +60,6 @@ def on_the_host(request: AsyncRequest) -> AsyncRequest:
         for path, name, (objects, tensors) in buckets
     ]
     return request._replace(async_fn_args=(rank, copies, *others), preload_fn=None)
-
-
-def _note_failure(error: Exception, _: Any) -> None:
-    """Keep what a thread of the queue raises; otherwise it prints it."""
-    _failures.append(error)
 
 
 def helper_ended(exitcode: int | None) -> MachineError:

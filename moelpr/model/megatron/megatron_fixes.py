@@ -17,13 +17,14 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim.adam import adam
 
 from moelpr.base.errors import MachineError
 from moelpr.base.files import atomic_file
 from moelpr.base.run_folder import TRACKER_FILE
-from moelpr.model.megatron import checkpoint_reading, cpu, host_optimizer, rotary
+from moelpr.model.megatron import checkpoint_reading, cpu, host_optimizer
 from moelpr.model.megatron.replacing import replaces
 
 
@@ -47,13 +48,15 @@ def install() -> None:
     _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
-    _sum_files_while_they_are_written()
-    _end_with_the_helper_that_saves()
+    from moelpr.model.megatron import async_save, checkpoint_sums  # only now, as they import Megatron
+
+    checkpoint_sums.install()
+    async_save.install()
     _check_gradients_after_the_backward_pass()
     _compute_the_gradient_norm_on_its_device()
     _compute_the_parameter_norm_without_copies()
     _let_compiled_functions_have_more_variants()
-    rotary.install()
+    _compute_rotary_angles_once()
     host_optimizer.install()
 
 
@@ -344,18 +347,6 @@ def _collect_write_results_in_this_process() -> None:
         return through_process(mp_mode) if is_async else in_this_process
 
 
-def _sum_files_while_they_are_written() -> None:
-    from moelpr.model.megatron import checkpoint_sums
-
-    checkpoint_sums.install()
-
-
-def _end_with_the_helper_that_saves() -> None:
-    from moelpr.model.megatron import async_save
-
-    async_save.install()
-
-
 def _check_gradients_after_the_backward_pass() -> None:
     """Megatron waits for the GPU twice per bucket of gradients, to see in the middle of the backward pass if it is NaN.
 
@@ -387,7 +378,7 @@ def _compute_the_gradient_norm_on_its_device() -> None:
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
-    def l2_norm(chunk_size: int, noop_flag: Any, lists: list[list[torch.Tensor]], *_: Any) -> tuple[Any, None]:
+    def l2_norm(chunk_size: int, noop_flag: Any, lists: list[list[Tensor]], *_: Any) -> tuple[Any, None]:
         norms = [torch.norm(tensor) for tensors in lists for tensor in tensors]
         return torch.norm(torch.stack(norms)).float().reshape(1), None
 
@@ -411,7 +402,7 @@ def _compute_the_parameter_norm_without_copies() -> None:
         return original(parameter, makes_copy, bf16)
 
     @replaces(common_utils, "_compute_norm_2")
-    def norm_2(original: Callable[..., Any], tensors: list[torch.Tensor]) -> Any:
+    def norm_2(original: Callable[..., Any], tensors: list[Tensor]) -> Any:
         norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
         return torch.stack(norms).square().sum().reshape(1) if norms else original(tensors)
 
@@ -426,6 +417,33 @@ def _let_compiled_functions_have_more_variants() -> None:
 
         # Values that are set count for one thread only, and backward passes run in another one.
         compiler._config["recompile_limit"].default = max(32, compiler.recompile_limit)  # type: ignore[attr-defined]
+
+
+def _compute_rotary_angles_once() -> None:
+    """Without Transformer Engine, Megatron computes cos and sin in every layer, for queries and for keys.
+
+    It also copies a tensor whose channels all turn, to join it with none.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    @replaces(rope_utils, "_apply_rotary_pos_emb_bshd")
+    def rotate(
+        original: Callable[..., Tensor],
+        t: Tensor,
+        freqs: Tensor,
+        rotary_interleaved: bool = False,
+        mla_rotary_interleaved: bool = False,
+        mscale: float = 1.0,
+    ) -> Tensor:
+        if mla_rotary_interleaved or freqs.shape[-1] != t.shape[-1]:
+            return original(t, freqs, rotary_interleaved, mla_rotary_interleaved, mscale)
+        # Kept with the tensor of frequencies, which Megatron keeps for all layers and steps.
+        kept: dict[Any, tuple[Tensor, Tensor]] = freqs.__dict__.setdefault("cos_and_sin", {})
+        key = mscale, t.dtype, torch.is_inference_mode_enabled()  # a tensor of inference mode cannot be trained with
+        if key not in kept:
+            kept[key] = (torch.cos(freqs) * mscale).to(t.dtype), (torch.sin(freqs) * mscale).to(t.dtype)
+        cos, sin = kept[key]
+        return t * cos + rope_utils._rotate_half(t, rotary_interleaved) * sin
 
 
 class GroupStepAdam(torch.optim.Adam):
@@ -467,7 +485,7 @@ class GroupStepAdam(torch.optim.Adam):
                 **settings,
             )
 
-    def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}

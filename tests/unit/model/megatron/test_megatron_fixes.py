@@ -20,6 +20,7 @@ from megatron.core.datasets import utils
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.hybrid import hybrid_layer_allocation
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, clip_grads, get_megatron_optimizer
@@ -406,3 +407,34 @@ def test_torch_compiles_more_variants_with_a_gpu() -> None:
     code += "import threading, torch._dynamo.config as config; "
     code += "threading.Thread(target=lambda: print(config.recompile_limit)).start()"
     assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) >= 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("channels", [8, 4], ids=["all channels turn", "half of them"])
+def test_rotated_heads_and_their_gradient_are_megatrons(dtype, interleaved: bool, channels: int) -> None:
+    megatron_fixes.install()
+    rotate = rope_utils._apply_rotary_pos_emb_bshd
+    freqs, heads = torch.randn(5, 1, 1, channels), torch.randn(5, 2, 3, 8).to(dtype)
+    actual = []
+    for function in (inspect.unwrap(rotate), rotate):
+        given = heads.clone().requires_grad_()
+        output = function(given, freqs, rotary_interleaved=interleaved, mscale=0.5)
+        output.backward(torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype))
+        actual.append((output, given.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*actual, strict=True))
+
+
+def test_cos_is_computed_once_for_all_layers_and_again_after_inference(monkeypatch) -> None:
+    megatron_fixes.install()
+    rotate = rope_utils._apply_rotary_pos_emb_bshd
+    calls, cos = [], torch.cos
+    monkeypatch.setattr(torch, "cos", lambda freqs: (calls.append(freqs), cos(freqs))[1])
+    freqs, heads = torch.randn(5, 1, 1, 8), torch.randn(5, 2, 3, 8)
+    with torch.inference_mode():
+        rotate(heads, freqs)
+    for _ in range(4):
+        rotate(heads.clone().requires_grad_(), freqs).sum().backward()
+    assert len(calls) == 2
+    rotate(heads, freqs, mscale=0.5)
+    assert len(calls) == 3

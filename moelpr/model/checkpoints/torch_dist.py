@@ -9,7 +9,9 @@ and `torch.save`/`torch.load(weights_only=True)`; PyTorch's and Megatron's loade
 import json
 import math
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -31,12 +33,12 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from moelpr.base import checksums, records
 from moelpr.base.checksums import FileSum, SummedFile, Verifier, Verify, WrittenFile
 from moelpr.base.command import deferred_signals
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, first_line
 from moelpr.base.journal import Journal
 from moelpr.base.records import FOREIGN, STRICT
 from moelpr.base.run_folder import MEGATRON_CONFIG_FILE, METADATA_FILE, TABLE_FILES
 
-_FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
+FIX = "copy the checkpoint again, or use another step (--iteration; trainer: --ckpt-step)"
 MAX_FILE_BYTES = 1 << 30
 
 
@@ -47,11 +49,28 @@ class _MegatronConfig:
     sharded_backend: Literal["torch_dist"]
 
 
+@contextmanager
+def damage_named(path: Path | str) -> Iterator[None]:
+    """Turn what torch.load raises for a damaged or hostile file into a `UserError` that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or path} is missing; {FIX}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        if code := re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error)):
+            raise UserError(
+                f"{path} is damaged or not a checkpoint: loading it would run {code[1]}, so it is not loaded; {FIX}"
+            ) from error
+        raise UserError(f"{path} is truncated or damaged ({first_line(error)}); {FIX}") from error
+
+
 def _check_complete(folder: Path) -> None:
     """UserError if `folder` is not a torch_dist checkpoint, or is incomplete."""
     for name in TABLE_FILES:
         if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {_FIX}")
+            raise UserError(f"{folder} is not a complete torch_dist checkpoint: {name} is missing; {FIX}")
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -81,8 +100,8 @@ def read_metadata(folder: Path) -> Metadata:
             if isinstance(entry, TensorStorageMetadata):
                 _check_entry(key, entry)
     except Exception as error:  # a damaged pickle may raise any exception
-        raise UserError(f"{path} is damaged ({error}); {_FIX}") from error
-    records.read(_MegatronConfig, folder / MEGATRON_CONFIG_FILE, _FIX)
+        raise UserError(f"{path} is damaged ({error}); {FIX}") from error
+    records.read(_MegatronConfig, folder / MEGATRON_CONFIG_FILE, FIX)
     return Metadata(contents, storage_data=places)
 
 
@@ -262,7 +281,7 @@ class TorchDistReader:
     def __init__(self, folder: Path, verify: Verify = Verify.FULL):
         self._folder = folder
         _check_complete(folder)
-        self._verifier = Verifier(folder, _FIX, verify, is_expected=True)
+        self._verifier = Verifier(folder, FIX, verify, is_expected=True)
         for name in TABLE_FILES:
             self._verifier.verify(name)
         metadata = read_metadata(folder)
@@ -324,20 +343,12 @@ class TorchDistReader:
         if info is None:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
-        try:
+        with damage_named(path):
             self._verifier.verify(info.relative_path)
             with open(path, "rb") as file:
                 view = cast(BinaryIO, _create_file_view(file, info.offset, info.length))
                 # map_location: chunks saved on a GPU must load on a machine without one.
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise UserError(f"{self._folder} is incomplete: {info.relative_path} is missing; copy it again") from error
-        except UserError:
-            raise
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-            raise UserError(
-                f"{path} is truncated or damaged at {key}; save the checkpoint again or copy it again"
-            ) from error
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes:
             raise UserError(f"{path} is damaged: the chunk of {key} does not have shape {tuple(chunk.sizes)}")
         return tensor.detach()

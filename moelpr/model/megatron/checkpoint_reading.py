@@ -7,10 +7,7 @@ patched name is gone or a patch is no longer needed.
 
 import io
 import os
-import pickle
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from moelpr.base.errors import UserError, first_line
-from moelpr.model.checkpoints.torch_dist import read_metadata
+from moelpr.model.checkpoints.torch_dist import FIX, damage_named, read_metadata
 from moelpr.model.megatron.replacing import replaces
-
-_FIX = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
 
 
 @cache
@@ -44,23 +39,6 @@ def install() -> None:
     replaces(checkpoint, "load")(_load_with_one_error)
     replaces(serialization, "load_common")(_load_common_state)
     replaces(serialization, "verify_checkpoint")(_refuse_other_formats)
-
-
-@contextmanager
-def damage_named(path: Path | str) -> Iterator[None]:
-    """Turn what torch.load raises for a damaged or hostile file into a `UserError` that names it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename or path} is missing; {_FIX}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        if code := re.search(r"(?:GLOBAL|class) '?([\w.]+)", str(error)):
-            raise UserError(
-                f"{path} is damaged or not a checkpoint: loading it would run {code[1]}, so it is not loaded; {_FIX}"
-            ) from error
-        raise UserError(f"{path} is truncated or damaged ({first_line(error)}); {_FIX}") from error
 
 
 def _read_restricted(_: Callable[..., Metadata], self: Any, *args: Any, **kwargs: Any) -> Metadata:
@@ -87,16 +65,11 @@ def _read_and_name_damaged_file(read_data: Callable[..., Any], self: Any, *args:
 
 def _load_and_check_module_state(load_bytes: Callable[..., None], self: Any, read_item: Any, value: io.BytesIO) -> None:
     """Transformer Engine unpickles byte tensors in the states of its modules (FP8 scales) without restriction."""
-    load_bytes(self, read_item, value)
-    name = read_item.dest_index.fqn
-    if "_extra_state" in name and not self.flatten_state_dict:
-        check_module_state(self.state_dict[name])
-
-
-def check_module_state(state: Any) -> None:
-    """Raise an UnpicklingError if Transformer Engine would run code when it loads this state of one of its modules."""
     from megatron.core.safe_globals import SafeUnpickler
 
+    load_bytes(self, read_item, value)
+    name = read_item.dest_index.fqn
+    state = self.state_dict[name] if "_extra_state" in name and not self.flatten_state_dict else None
     for part in state if isinstance(state, list) else [state]:
         if isinstance(part, torch.Tensor) and part.numel():
             SafeUnpickler(io.BytesIO(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())).load()
@@ -129,4 +102,4 @@ def _refuse_other_formats(verify: Callable[[str], Any], checkpoint_dir: str) -> 
     try:
         return verify(checkpoint_dir)
     except CheckpointingException as error:
-        raise UserError(f"{first_line(error)}; {_FIX}") from error
+        raise UserError(f"{first_line(error)}; {FIX}") from error

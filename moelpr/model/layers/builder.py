@@ -33,7 +33,7 @@ from moelpr.model.layers.experts import GroupedExperts
 from moelpr.model.layers.gated_delta_net import GatedDeltaNet
 from moelpr.model.layers.layer import LPRMoELayer, LPRMoESubmodules
 from moelpr.model.layers.norms import RMSNorm, WholeRMSNorm
-from moelpr.model.layers.residual import NormedAdd, scaled_bias_dropout_add
+from moelpr.model.layers.residual import NormedAdd, add_changed
 from moelpr.model.layers.router import LPRRouter
 from moelpr.model.megatron.replacing import replaces
 
@@ -131,7 +131,8 @@ def layer_spec(config: MoELPRConfig, layer: int) -> ModuleSpec:
 def _dense_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
     spec = _full_attention_layer(config, use_te)
     if config.residual_multiplier != 1.0:
-        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scaled_bias_dropout_add(config.residual_multiplier)
+        scaled = add_changed(lambda output: output * config.residual_multiplier)
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = scaled
     if config.norms_after:
         _move_norms(spec, config)
     if is_linear:

@@ -12,24 +12,24 @@ from moelpr.model.layers.norms import RMSNorm
 AddResidual = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
-def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], AddResidual]:
-    """Megatron's `get_bias_dropout_add` for layers that multiply their outputs, as Granite's do."""
+def add_changed(change: Callable[[Tensor], Tensor]) -> Callable[[bool, bool], AddResidual]:
+    """Megatron's `get_bias_dropout_add` for layers that change their outputs before they are added."""
 
-    def get_scaled(training: bool, fused: bool) -> AddResidual:
+    def get_add(training: bool, fused: bool) -> AddResidual:
         add = get_bias_dropout_add(training, fused)
 
-        def add_scaled(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        def add_to(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
             output, bias = output_with_bias
             assert bias is None, "the linear layers of every family have none"
-            return add((output * multiplier, None), residual, dropout)
+            return add((change(output), None), residual, dropout)
 
-        return add_scaled
+        return add_to
 
-    return get_scaled
+    return get_add
 
 
 class NormedAdd(nn.Module):
-    """Megatron's `get_bias_dropout_add` for layers that normalize their outputs, not their inputs, as OLMo 2's do."""
+    """`add_changed` for layers that normalize their outputs, not their inputs, as OLMo 2's do."""
 
     def __init__(self, config: MoELPRConfig) -> None:
         super().__init__()
@@ -37,11 +37,4 @@ class NormedAdd(nn.Module):
 
     def forward(self, training: bool, fused: bool) -> AddResidual:
         """The function that adds an output."""
-        add = get_bias_dropout_add(training, fused)
-
-        def add_normed(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-            output, bias = output_with_bias
-            assert bias is None, "the linear layers of every family have none"
-            return add((self.layernorm(output), None), residual, dropout)
-
-        return add_normed
+        return add_changed(self.layernorm)(training, fused)

@@ -44,6 +44,8 @@ class GateUp(Transform):
 class QKV(Transform):
     """Megatron's linear_qkv (weight or bias): per query group its query heads, key head and value head."""
 
+    queries = "q"  # the name of their size
+
     def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
         import torch
 
@@ -53,30 +55,28 @@ class QKV(Transform):
 
     def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
         rest = tensor.shape[1:]
-        per_group = [sizes["q"] // sizes["groups"], sizes["head"], sizes["head"]]
+        per_group = [sizes[self.queries] // sizes["groups"], sizes["head"], sizes["head"]]
         parts = tensor.reshape(sizes["groups"], -1, *rest).split(per_group, dim=1)
         return [part.reshape(-1, *rest) for part in parts]
 
 
-class GatedQKV(Transform):
+class GatedQKV(QKV):
     """The same with a gate on attention's output: per query group its query heads, their gates, key and value head.
 
     In Hugging Face's q_proj, the gate of each head follows its query.
     """
 
-    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
-        import torch
+    queries = "gated_q"
 
+    def to_megatron(self, parts: "list[Tensor]", sizes: dict[str, int]) -> "Tensor":
         queries, *rest = parts
-        queries = queries.unflatten(0, (sizes["groups"], -1, 2, sizes["head"])).transpose(1, 2).flatten(1, 3)
-        grouped = [queries, *(part.unflatten(0, (sizes["groups"], -1)) for part in rest)]
-        return torch.cat(grouped, dim=1).flatten(0, 1)
+        queries = queries.unflatten(0, (sizes["groups"], -1, 2, sizes["head"])).transpose(1, 2).flatten(0, 3)
+        return super().to_megatron([queries, *rest], sizes)
 
     def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
-        per_group = [sizes["gated_q"] // sizes["groups"], sizes["head"], sizes["head"]]
-        queries, *rest = tensor.unflatten(0, (sizes["groups"], -1)).split(per_group, dim=1)
-        queries = queries.unflatten(1, (2, -1, sizes["head"])).transpose(1, 2).flatten(0, 3)
-        return [queries, *(part.flatten(0, 1) for part in rest)]
+        queries, *rest = super().to_hf(tensor, sizes)
+        queries = queries.unflatten(0, (sizes["groups"], 2, -1, sizes["head"])).transpose(1, 2).flatten(0, 3)
+        return [queries, *rest]
 
 
 # The width of a shared expert that a class requires and that adds zero to the output: the least that quantization in

@@ -78,12 +78,17 @@ class StopRequest:
 
 
 @contextmanager
-def ends_the_run() -> Iterator[None]:
-    """Swallow the sys.exit(0) with which Megatron leaves its training loop after a stop request.
+def stops_on_request(settings: "RunSettings", request: StopRequest | None) -> Iterator[None]:
+    """Train until the end or a request, after which Megatron leaves its training loop with sys.exit(0).
 
     Raises:
         UserError: Megatron called sys.exit() instead, as where it can't load a checkpoint: that is exit code 0 too.
     """
+    if request is not None:
+        request.enter_megatron(settings.save)
+    if settings.save is not None and is_first_rank():
+        for name in (FINISHED_FILE, BestStep.FILE_NAME):  # the run is continued
+            (settings.save / name).unlink(missing_ok=True)
     try:
         yield
     except SystemExit as error:
@@ -125,11 +130,9 @@ def is_finished(settings: "RunSettings", early_stop: "EarlyStop | None" = None) 
 def report_end(settings: "RunSettings", scored_step: int | None, early_stop: "EarlyStop | None" = None) -> bool:
     """Print on rank 0 where the run stands and how to resume it, and record a complete run in the file FINISHED.
 
-    Args:
-        settings: The settings of the run.
-        scored_step: The step that was validated last, or the last step if nothing is to be validated. Megatron does not
-            validate after a stop request, and has no batches with which to resume a run that has made all its steps.
-        early_stop: What may have ended the run, and selects its best step.
+    `scored_step` was validated last; it is the last step if nothing is to be validated. Megatron does not validate
+    after a stop request, and has no batches with which to resume a run that has made all its steps. `early_stop` may
+    have ended the run, and selects its best step.
 
     Returns:
         Whether rank 0 has found the last step in --save; True on the other ranks, and without --save.
@@ -154,10 +157,3 @@ def report_end(settings: "RunSettings", scored_step: int | None, early_stop: "Ea
         print(f"moelpr: stopped after step {saved} of {last}, saved in {save}; rerun the same command to resume")
     sys.stdout.flush()
     return is_complete
-
-
-def begin(save: Path | None) -> None:
-    """Remove on rank 0 the files about the end of a run that is now continued."""
-    if save is not None and is_first_rank():
-        for name in (FINISHED_FILE, BestStep.FILE_NAME):
-            (save / name).unlink(missing_ok=True)

@@ -79,9 +79,6 @@ def train_stage(
     early_stop: EarlyStop | None,
 ) -> bool:
     """Train with checked settings; `args` are those registered with Megatron."""
-    if stop is not None:
-        stop.enter_megatron(settings.save)
-    clean_stop.begin(settings.save)
     if settings.save is not None:  # the last collectives of ranks that hang; /tmp may end with a container
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(settings.save / "nccl_trace_rank_"))
     load_weights, stage, batches = weights(settings, args), settings.stage, BatchReader()
@@ -94,7 +91,7 @@ def train_stage(
         logs_steps(settings, args) as step_log,
         report_nonfinite_exit(step_log.run_log, args),
         validates(settings, args, step_log, early_stop) as validation,
-        clean_stop.ends_the_run(),
+        clean_stop.stops_on_request(settings, stop),
     ):
 
         def prepare(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

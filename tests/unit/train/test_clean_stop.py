@@ -78,7 +78,8 @@ def test_the_end_of_a_run_is_printed_and_recorded(tmp_path, capsys, monkeypatch)
     ]
     assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
     assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"
-    clean_stop.begin(tmp_path)
+    with clean_stop.stops_on_request(settings(tmp_path), None):
+        pass
     assert not (tmp_path / "FINISHED").exists()
 
 
@@ -131,9 +132,10 @@ def test_a_rank_that_the_launcher_is_ending_reports_no_lost_rank(message: str, s
 
 
 def test_only_the_exit_after_a_stop_request_is_a_success() -> None:
-    with clean_stop.ends_the_run():
+    run = settings(Path("run"))
+    with clean_stop.stops_on_request(run, None):
         sys.exit(0)
-    with pytest.raises(UserError, match="could not load"), clean_stop.ends_the_run():
+    with pytest.raises(UserError, match="could not load"), clean_stop.stops_on_request(run, None):
         sys.exit()  # Megatron, where it can't load a checkpoint
-    with pytest.raises(SystemExit), clean_stop.ends_the_run():
+    with pytest.raises(SystemExit), clean_stop.stops_on_request(run, None):
         sys.exit(1)

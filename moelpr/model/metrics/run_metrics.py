@@ -87,12 +87,9 @@ _Step = TypedDict(  # type: ignore[misc]  # its keys are those of the table
     "_Step", {"iteration": int, "stage": NotRequired[str]} | {m.key: NotRequired[_BY_AXES[m.axes]] for m in METRICS}
 )
 _EVENTS = {
-    event: TypeAdapter[Any](kind)
-    for event, kind in (
-        (None, _Step),
-        ("validation", ValidationEvent),
-        ("warning", WarningEvent),
-    )
+    None: TypeAdapter[Any](_Step),
+    "validation": TypeAdapter[Any](ValidationEvent),
+    "warning": TypeAdapter[Any](WarningEvent),
 }
 _OTHER = TypeAdapter[Any](OtherEvent)
 

@@ -19,10 +19,8 @@ from typing import Any, ClassVar
 
 from moelpr.base.versions import install_command
 
-_HOST_NAMES, _SECRET_NAMES = (
-    frozenset("ADDR HOST HOSTNAME URI URL".split()),
-    frozenset("KEY PASSWORD SECRET TOKEN".split()),
-)
+_HOST_NAMES = frozenset("ADDR HOST HOSTNAME URI URL".split())
+_SECRET_NAMES = frozenset("KEY PASSWORD SECRET TOKEN".split())
 # Flags whose values would be one of them.
 _PRIVATE_FLAG = re.compile(rf"(^|_)({'|'.join(_HOST_NAMES | _SECRET_NAMES)}|PORT)(_|$)", re.IGNORECASE)
 
@@ -34,13 +32,7 @@ class Tracker(ABC):
     package: ClassVar[str]
 
     def __init__(self, project: str, args: Any, run: str, folder: Path) -> None:
-        """Connect to nothing yet.
-
-        Args:
-            args: The flags about trackers.
-            run: The ID of the run.
-            folder: For what the tracker keeps on this machine.
-        """
+        """Connect to nothing yet; `run` is the run's ID, and `folder` for what the tracker keeps on this machine."""
         self.project, self.args, self.run, self.folder = project, args, run, folder
 
     @abstractmethod
@@ -146,8 +138,9 @@ class Mlflow(Tracker):
         from mlflow.entities import Metric
 
         now = round(1000 * time.time())
-        for part in batched(values.items(), 1000):
-            self._client.log_batch(self._id, [Metric(_mlflow_key(key), value, now, step) for key, value in part])
+        metrics = [Metric(re.sub(r"[^\w\-. /:]", "_", key), value, now, step) for key, value in values.items()]
+        for part in batched(metrics, 1000):
+            self._client.log_batch(self._id, part)
 
     def settings(self, stage: str, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
@@ -191,14 +184,13 @@ def make_trackers(args: Any, run: str, folder: Path) -> list[Tracker]:
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without credentials and hosts."""
-    kept = {name: value for name, value in settings.items() if not _PRIVATE_FLAG.search(name)}
-    return {name: _without_private(value) for name, value in kept.items()}
 
+    def public(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [public(item) for item in value]
+        return redact(value) if isinstance(value, str) else value
 
-def _without_private(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_without_private(item) for item in value]
-    return redact(value) if isinstance(value, str) else value
+    return {name: public(value) for name, value in settings.items() if not _PRIVATE_FLAG.search(name)}
 
 
 def redact(text: str) -> str:
@@ -215,7 +207,3 @@ def redact(text: str) -> str:
 
 def _files(folder: Path) -> Sequence[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _mlflow_key(key: str) -> str:
-    return re.sub(r"[^\w\-. /:]", "_", key)

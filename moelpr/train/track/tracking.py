@@ -80,9 +80,7 @@ class TrackedRun(Record):
     def values(self, folder: Path, sent: Mapping[str, int]) -> Iterator[Values]:
         """The values in metrics.jsonl of all run folders, without stages that a tracker has whole.
 
-        Args:
-            folder: That of the record.
-            sent: Metric → last step that the tracker has.
+        `folder` is that of the record, and `sent` maps a metric to the last step that the tracker has.
         """
         starts = sorted(self.starts.items(), key=lambda item: item[1])
         ends = [start for _, start in starts[1:]]

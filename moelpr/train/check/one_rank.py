@@ -41,8 +41,8 @@ class DryRun:
     num_microbatches: int
     tokens_per_step: int
     memory: dict[str, int]  # bytes of its parts; their sum is the peak
-    live_bytes: list[int]  # those that remain after each step
-    counts: Counts  # those of a step with all its micro-batches
+    live_bytes: list[int]  # bytes that remain after each step
+    counts: Counts  # a step with all its micro-batches
     # The collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
     order: list[Collective]
     planned: Planned | None  # None for what the planner does not support

@@ -24,7 +24,7 @@ class StandIns:
 
     folder: Path
     argv: list[str]
-    missing: list[str] = field(default_factory=list)  # what was replaced, to be said
+    missing: list[str] = field(default_factory=list)  # names of what was replaced, to be said
     _names: dict[str, str] = field(default_factory=dict)
 
     @classmethod

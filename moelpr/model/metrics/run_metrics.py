@@ -26,53 +26,31 @@ Step = dict[str, Any]
 
 
 class HeldOutLoss(TypedDict, total=False):
-    """The loss on a language's held-out text.
+    """The loss on a language's held-out text."""
 
-    Attributes:
-        group: The language's group; "original" if it is missing.
-        lm_loss: Nats per token.
-        bits_per_byte: The loss in bits per byte, if the number of bytes is known.
-        bits_per_token: The loss in bits per token otherwise.
-    """
-
-    group: Literal["original", "expanded"]
-    lm_loss: Number
-    bits_per_byte: Number
-    bits_per_token: Number
+    group: Literal["original", "expanded"]  # the language's; "original" if it is missing
+    lm_loss: Number  # nats per token
+    bits_per_byte: Number  # if the number of bytes is known
+    bits_per_token: Number  # otherwise
 
 
 class ValidationEvent(TypedDict):
-    """A validation pass.
+    """A validation pass."""
 
-    Attributes:
-        iteration: The number of steps before it.
-        event: "validation".
-        stage: The stage that trains.
-        languages: Language -> its loss.
-    """
-
-    iteration: int
+    iteration: int  # the number of steps before it
     event: Literal["validation"]
-    stage: NotRequired[str]
+    stage: NotRequired[str]  # the stage that trains
     languages: dict[str, HeldOutLoss]
 
 
 class WarningEvent(TypedDict):
-    """A warning.
+    """A warning."""
 
-    Attributes:
-        iteration: The step that triggered it.
-        event: "warning".
-        stage: The stage that trains.
-        kind: What is wrong (see `moelpr.train.early_warnings`).
-        message: A sentence with the remedy.
-    """
-
-    iteration: int
+    iteration: int  # the step that triggered it
     event: Literal["warning"]
-    stage: NotRequired[str]
-    kind: NotRequired[str]
-    message: NotRequired[str]
+    stage: NotRequired[str]  # the stage that trains
+    kind: NotRequired[str]  # one of moelpr.train.early_warnings
+    message: NotRequired[str]  # a sentence with the remedy
 
 
 class OtherEvent(TypedDict):

@@ -1,15 +1,15 @@
 """The dry run of a stage's command line, as several of its ranks."""
 
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.machine import available_cpus
@@ -61,7 +61,7 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         UserError: The trainer refuses the command line.
     """
     from moelpr.train.arguments.flags import all_arguments
-    from moelpr.train.check.one_rank import DryRun, dry_run
+    from moelpr.train.check.one_rank import DryRun
     from moelpr.train.check.stand_ins import StandIns
 
     ranks = nodes * per_node
@@ -70,18 +70,24 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         stand_ins = StandIns.of(argv, folder, spec)
         all_arguments()  # kept for the forks
 
-        def start(rank: int, is_witness: bool = False) -> _Fork:
+        def start(rank: int, is_witness: bool = False) -> BaseProcess:
             """Be a rank in a fork of this process, whose patches and memory end with it."""
-            arguments = stand_ins.argv, rank, ranks, per_node, is_witness
-            return _Fork.start(folder / f"log-{rank}", dry_run, *arguments)
+            arguments = folder, stand_ins.argv, rank, ranks, per_node, is_witness
+            process = get_context("fork").Process(target=_run_rank, args=arguments, daemon=True)
+            process.start()
+            return process
 
-        def result(rank: int, run: _Fork) -> DryRun:
-            try:
-                return run.result()
-            except UserError as error:
-                raise UserError(stand_ins.as_given(str(error))) from None
-            except Exception as error:
-                raise RuntimeError(f"rank {rank} fails") from error
+        def result(rank: int, process: BaseProcess) -> DryRun:
+            process.join()
+            file = _result_file(folder, rank)
+            answer = pickle.loads(file.read_bytes()) if file.exists() else None
+            if isinstance(answer, UserError):
+                raise UserError(stand_ins.as_given(str(answer)))
+            if isinstance(answer, SystemExit):  # of argparse
+                raise answer
+            if not isinstance(answer, DryRun):
+                raise RuntimeError(f"rank {rank} fails") from answer
+            return answer
 
         first = result(0, start(0))  # alone, to be refused once
         stages = first.layout.pp
@@ -100,39 +106,21 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
         return Outcome(runs, compared, notes, stand_ins.missing)
 
 
-@dataclass(frozen=True)
-class _Fork:
-    """A call in a fork of this process, which starts no thread: a lock that one holds stays locked in a fork."""
+def _run_rank(folder: Path, argv: list[str], rank: int, *others: Any) -> None:
+    """Print to a file, and write what `dry_run` returns or raises. No thread may have started before the fork."""
+    from moelpr.train.check.one_rank import dry_run
 
-    process: BaseProcess
-    answer: Connection
-
-    @classmethod
-    def start(cls, log: Path, function: Callable[..., Any], *arguments: Any) -> Self:
-        context = get_context("fork")
-        answer, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(sender, log, function, arguments), daemon=True)
-        process.start()
-        sender.close()
-        return cls(process, answer)
-
-    def result(self) -> Any:
-        """Wait for the call; raises its exception, or an EOFError if the fork was killed."""
-        with self.answer:
-            answer = self.answer.recv()
-        self.process.join()
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-
-def _answer(sender: Connection, log: Path, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Print to a file, and send what the function returns or raises."""
-    with open(log, "w") as file:
+    with open(folder / f"log-{rank}", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    answer: DryRun | BaseException
     try:
-        sender.send(function(*arguments))
+        answer = dry_run(argv, rank, *others)
     except BaseException as error:  # argparse exits, too
         error.add_note(traceback.format_exc())
-        sender.send(error)
+        answer = error
+    _result_file(folder, rank).write_bytes(pickle.dumps(answer))
+
+
+def _result_file(folder: Path, rank: int) -> Path:
+    return folder / f"result-{rank}"

@@ -312,25 +312,15 @@ def test_a_config_that_is_not_a_json_object_of_texts_is_rejected(source: Path, t
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rms_norm_eps", float("nan")),
-        ("rms_norm_eps", 0),
-        ("attention_dropout", 3),
-        ("initializer_range", float("inf")),
-        ("num_attention_heads", 0),
-        ("num_hidden_layers", 10**9),
-        ("max_position_embeddings", 10**30),
-    ],
-)
-def test_a_config_with_impossible_values_is_rejected(source: Path, tmp_path: Path, key: str, value: object) -> None:
-    edit_json(source / "config.json", **{key: value})
-    assert_import_fails(source, tmp_path, "config|epsilon|max_position")
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps.* got nan"),
+        ({"rms_norm_eps": 0}, "epsilon"),
+        ({"attention_dropout": 3}, "attention_dropout.* got 3"),
+        ({"initializer_range": float("inf")}, "initializer_range.* got inf"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"max_position_embeddings": 10**30}, "max_position_embeddings"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'default'.*'llama3'.*'yarn'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'llama3'.*'dynamic'"),

@@ -9,14 +9,6 @@ from hypothesis import strategies as st
 from moelpr.model.layers.losses import LPRVariant, lpr_loss, megatron_balance_coeff
 
 
-def test_lpr_loss_is_the_sum_over_original_tokens_of_minus_log_score_of_expert_0() -> None:
-    # Scores of expert 0: 1/2, 1/4 and 3/5; the middle token is expanded-language text.
-    logits = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, math.log(2), 0.0], [math.log(3), 0.0, 0.0]])
-    is_original = torch.tensor([True, False, True])
-    expected = math.log(2) + math.log(5 / 3)
-    assert lpr_loss(logits, is_original).item() == pytest.approx(expected, rel=1e-6)
-
-
 def test_lpr_loss_of_two_original_experts_is_that_of_the_sum_of_their_scores() -> None:
     # Weights 2, 1 of the original experts and 3, 4 of the new ones: scores 0.2, 0.1, 0.3, 0.4; together 0.3.
     logits = torch.tensor([[2.0, 1.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0]]).log().requires_grad_()

@@ -47,9 +47,9 @@ class Tracker(ABC):
     def settings(self, stage: str, values: Mapping[str, Any]) -> None:
         """Record the settings of a stage; what is recorded stays."""
 
-    @abstractmethod
     def results(self, values: Mapping[str, float], step: int) -> None:
         """Record results of the whole run, in place of earlier ones."""
+        self.log(values, step)
 
     @abstractmethod
     def files(self, folder: Path) -> None:
@@ -151,9 +151,6 @@ class Mlflow(Tracker):
         for part in batched(new.items(), 100):
             self._client.log_batch(self._id, params=[Param(*pair) for pair in part])
         self._params |= new
-
-    def results(self, values: Mapping[str, float], step: int) -> None:
-        self.log(values, step)
 
     def files(self, folder: Path) -> None:
         self._client.log_artifacts(self._id, str(folder))

@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,22 +58,19 @@ class TrackedRun(Record):
             before: The folder of the stage before, if there is one.
             steps_before: The steps of that stage.
         """
-        tracked = cls.read_file(file) if file.is_file() else None
+        tracked = cls.read_file(file) if file.is_file() else cls("", {})
         own = os.path.relpath(save, file.parent)
-        if tracked and own in tracked.starts and is_new:
+        if own in tracked.starts and is_new:
             # It is trained again: in a run of its own with the stages before it, which have not changed.
             tracked = cls("", {name: start for name, start in tracked.starts.items() if start < tracked.starts[own]})
-        tracked = tracked or cls("", {})
         if not tracked.run:
             name = re.sub(r"[^\w.-]+", "-", file.resolve().parent.name)
             tracked = replace(tracked, run=f"{name}-{uuid.uuid4().hex[:8]}")
         if own not in tracked.starts:
-            start = 0
+            theirs = cls.read_if_there(before) if before else None
+            start = theirs.starts.get(".", 0) if theirs else 0
             if before:
-                theirs = cls.read_if_there(before)
-                start = tracked.starts.get(
-                    os.path.relpath(before, file.parent), theirs.starts.get(".", 0) if theirs else 0
-                )
+                start = tracked.starts.get(os.path.relpath(before, file.parent), start)
             tracked = replace(tracked, starts=tracked.starts | {own: start + steps_before})
             tracked.write_file(file)
         return tracked
@@ -83,10 +81,9 @@ class TrackedRun(Record):
         `folder` is that of the record, and `sent` maps a metric to the last step that the tracker has.
         """
         starts = sorted(self.starts.items(), key=lambda item: item[1])
-        ends = [start for _, start in starts[1:]]
-        for (name, start), end in zip(starts, [*ends, None], strict=True):
+        for (name, start), (_, end) in pairwise([*starts, ("", sys.maxsize)]):
             path = folder / name / METRICS_FILE
-            if path.is_file() and (end is None or sent[LM_LOSS.tracked] < end):
+            if path.is_file() and sent[LM_LOSS.tracked] < end:
                 yield from ((start + record["iteration"], values_of(record)) for record in read_records(path))
 
 

@@ -97,11 +97,7 @@ def _blend(args: Settings) -> tuple[list[str], list[float] | None]:
 
 
 def _claim(args: Settings) -> None:
-    """Record the settings; a folder belongs to one training.
-
-    Raises:
-        UserError: The folder was started with other settings.
-    """
+    """Record the settings; UserError if the folder was started with others."""
     text = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     now = {"stage": "lora", "lr_decay_style": "cosine", **text}
     before = read_settings(args.save) or now
@@ -115,11 +111,7 @@ def _claim(args: Settings) -> None:
 
 
 def train(args: Settings, adapter: Path) -> None:
-    """Train adapters with the optimizer and the schedule of the recipes; continue from the last checkpoint.
-
-    Raises:
-        StoppedError: It was asked to stop, and has saved its step.
-    """
+    """Train adapters as the recipes do, from the last checkpoint on; StoppedError if asked to stop, after saving."""
     import torch
     from transformers import Trainer, TrainingArguments
 

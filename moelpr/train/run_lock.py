@@ -19,11 +19,7 @@ _PATIENCE = timedelta(days=1)
 
 @contextmanager
 def run_lock(settings: RunSettings) -> Iterator[None]:
-    """Rank 0 holds the lock of --save.
-
-    Raises:
-        UserError: another run holds it, or has saved a step since the settings of this run were checked.
-    """
+    """Rank 0 holds the lock of --save; UserError if another run does, or has saved since settings were checked."""
     if (save := settings.save) is None:
         yield
         return

@@ -28,10 +28,7 @@ from moelpr.train.arguments.settings import RunSettings
 def starting_weights(settings: RunSettings, args: argparse.Namespace) -> Callable[[list[HybridModel]], None]:
     """Find the checkpoints that this run starts from; the result loads them into frozen, not yet wrapped chunks.
 
-    `args` are Megatron's, which would load the weights of a new run again.
-
-    Raises:
-        UserError: A required checkpoint is missing.
+    `args` are Megatron's, which would load the weights of a new run again. UserError if a checkpoint is missing.
     """
     start = settings.start
     links = checkpoint_chain(start.checkpoint, start.selected_step, start.pretrained if start.is_resumed else None)

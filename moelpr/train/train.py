@@ -125,11 +125,7 @@ def operations_per_sequence(settings: RunSettings, seq_length: int) -> float:
 
 
 def model_config(args: argparse.Namespace) -> MoELPRModelConfig:
-    """The model that `args` describe.
-
-    Raises:
-        UserError: Megatron rejects the arguments.
-    """
+    """The model that `args` describe; UserError if Megatron rejects them."""
     try:
         transformer = core_transformer_config_from_args(args, config_class=MoELPRConfig)
         config = hybrid_config_from_args(args, transformer, MoELPRModelConfig)

@@ -164,9 +164,7 @@ def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = Non
     """Write checksums.json of a step that all ranks have saved. Every rank must call this.
 
     Each rank reads the files that it wrote, which its machine still has in memory, and whose sums are not `known`.
-
-    Raises:
-        OSError: a file can't be read, or has not the known size.
+    OSError if a file can't be read, or has not the known size.
     """
     known = known or {}
     rank, world = ranks.rank(), ranks.world_size()

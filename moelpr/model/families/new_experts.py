@@ -28,11 +28,7 @@ class NewExperts:
 
 
 def with_new_experts(family: Family, base: ModelSpec, new: NewExperts) -> ModelSpec:
-    """Add N new experts to the FFN of a dense model, or to the experts of an MoE.
-
-    Raises:
-        UserError: a model with these experts cannot be trained or exported.
-    """
+    """Add N new experts to a dense model's FFN or to an MoE; UserError if the model cannot be trained or exported."""
     layers = _layers(base, new)
     num_layers = base.megatron_args["num_layers"]
     if base.moe is None:

@@ -88,11 +88,7 @@ class LineParser:
         self._sizes: dict[str, int] = {}  # axis -> number
 
     def parse(self, line: bytes) -> Any:
-        """The record in a line: a step, which has no `event`, or one of the events.
-
-        Raises:
-            ValueError: The line is not a record, or does not fit the lines before it.
-        """
+        """The record in a line: a step, which has no `event`, or an event; ValueError if it does not fit the others."""
         content = pydantic_core.from_json(line)
         event = content.get("event") if isinstance(content, dict) else None
         adapter = _EVENTS.get(event, _OTHER) if isinstance(event, str | None) else _OTHER

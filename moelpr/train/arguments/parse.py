@@ -43,11 +43,7 @@ def check_arguments(argv: list[str]) -> RequestedRun:
 
 
 def register_arguments(run: RequestedRun, settings: RunSettings) -> argparse.Namespace:
-    """Complete checked settings and register them with Megatron, which prints them all; returns its arguments.
-
-    Raises:
-        UserError: Megatron rejects them.
-    """
+    """Complete checked settings and register them with Megatron, which prints them; UserError if it rejects them."""
     apply_method(run, settings)
     try:
         # Megatron's additions to the parsed flags, such as the rank; its parser would only parse the same ones again.

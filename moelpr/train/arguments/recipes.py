@@ -9,11 +9,7 @@ from moelpr.base.yaml_files import read_mapping
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe as `--flag` → value: of a file, or by the name of one that comes with moelpr (`paper-stage1`).
-
-    Raises:
-        UserError: The file is not a recipe.
-    """
+    """A recipe as `--flag` → value, by its file or by the name of one of moelpr's; UserError if it cannot be read."""
     path = find_recipe(path)
     if not path.exists():
         raise UserError(f"there is no recipe {path}; pass an existing file, or the name of a recipe, like paper-stage1")

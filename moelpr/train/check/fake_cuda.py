@@ -80,11 +80,7 @@ class OnStream:
 
 
 def driver() -> Path:
-    """The compiled `fake_driver.cpp`, which is made at first use, as it depends on torch's binary interface.
-
-    Raises:
-        UserError: There is no compiler, or it fails.
-    """
+    """`fake_driver.cpp`, compiled at first use for torch's binary interface; UserError if there is no compiler."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moelpr"
     checksum = hashlib.sha256(DRIVER.read_bytes()).hexdigest()[:8]
     library = cache / f"fake-driver-{checksum}-torch-{torch.__version__}.so"

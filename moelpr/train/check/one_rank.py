@@ -64,10 +64,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     """Train four steps as this rank: two of one micro-batch, one of those that fill the pipeline, and one of more.
 
     Counts grow by as much with each further micro-batch, so the last two steps tell those of the whole step. A witness
-    makes only the first two, to be compared with other ranks.
-
-    Raises:
-        UserError: The trainer refuses the command line.
+    makes only the first two, to be compared with other ranks. UserError if the trainer refuses the command line.
     """
     started = time.monotonic()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}

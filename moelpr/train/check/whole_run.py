@@ -53,12 +53,9 @@ def prepare(gpu: str, per_node: int) -> None:
 
 
 def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSpec | None] = lambda: None) -> Outcome:
-    """Run the trainer's command line as some ranks of a cluster; call `prepare` before.
+    """Run the trainer's command line as some ranks of a cluster; UserError if it is refused. Call `prepare` before.
 
     `spec` returns the model if the checkpoint is not here.
-
-    Raises:
-        UserError: The trainer refuses the command line.
     """
     from moelpr.train.arguments.flags import all_arguments
     from moelpr.train.check.one_rank import DryRun
@@ -83,7 +80,7 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
             answer = pickle.loads(file.read_bytes()) if file.exists() else None
             if isinstance(answer, UserError):
                 raise UserError(stand_ins.as_given(str(answer)))
-            if isinstance(answer, SystemExit):  # of argparse
+            if isinstance(answer, SystemExit):  # argparse exits, too
                 raise answer
             if not isinstance(answer, DryRun):
                 raise RuntimeError(f"rank {rank} fails") from answer
@@ -116,7 +113,7 @@ def _run_rank(folder: Path, argv: list[str], rank: int, *others: Any) -> None:
     answer: DryRun | BaseException
     try:
         answer = dry_run(argv, rank, *others)
-    except BaseException as error:  # argparse exits, too
+    except BaseException as error:
         error.add_note(traceback.format_exc())
         answer = error
     _result_file(folder, rank).write_bytes(pickle.dumps(answer))

@@ -189,11 +189,7 @@ def _send(tracker: Tracker, sent: dict[str, int], step: int, values: Mapping[str
 
 
 def tracked_folders(folders: list[Path], file: Path) -> TrackedRun:
-    """The run that some run folders belong to, in the order of training; those that never had one are added.
-
-    Raises:
-        UserError: One of them has no metrics.
-    """
+    """The run that folders, in the order of training, belong to or join; UserError if one has no metrics."""
     if missing := [folder for folder in folders if not (folder / METRICS_FILE).is_file()]:
         raise UserError(f"{missing[0]} has no {METRICS_FILE}; pass run folders, in the order of training")
     run, before, steps = None, None, 0

@@ -9,7 +9,6 @@ from moelpr.base import ranks, yaml_files
 from moelpr.base.files import copy_folder, make_folder, write_text
 from moelpr.base.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
 from moelpr.base.versions import installed_versions
-from moelpr.model.checkpoints.chain import step_name
 from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.megatron import hooks
 from moelpr.train.arguments.requirements import resolved_settings
@@ -37,11 +36,5 @@ def run_records(settings: RunSettings, args: argparse.Namespace, argv: list[str]
     write_text(save / RECIPE_FILE, recipe)
     write_text(save / VERSIONS_FILE, json.dumps(installed_versions(), indent=2) + "\n")
     Command(argv, ranks.world_size(), ranks.local_world_size()).write(save)
-
-    def add_recipe(iteration: int) -> None:
-        step = save / step_name(iteration)
-        if step.is_dir():  # --non-persistent-save-interval saves elsewhere
-            write_text(step / RECIPE_FILE, recipe)
-
-    with hooks.after_save_checkpoint(add_recipe):
+    with hooks.after_step_is_written(lambda step, _: write_text(step / RECIPE_FILE, recipe)):
         yield

@@ -57,16 +57,6 @@ def before_schedule(read_step: ReadStep) -> AbstractContextManager[None]:
     return _replaced("get_forward_backward_func", get_forward_backward_func)
 
 
-def after_save_checkpoint(callback: Callable[[int], None]) -> AbstractContextManager[None]:
-    """Call `callback(iteration)` after each `save_checkpoint`, which saves at intervals and on request."""
-
-    def save_checkpoint(call: Callable[[], Any], named: dict[str, Any]) -> None:
-        call()
-        callback(named["iteration"])
-
-    return _replaced("save_checkpoint", save_checkpoint)
-
-
 def after_step_is_written(callback: Callable[[Path, float], None]) -> AbstractContextManager[None]:
     """Call `callback(step_folder, seconds)` on every rank when a step's files are written, before the tracker names it.
 

@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[4]
 # The functions that the hooks replace, and the argument names that they read.
 READ_ARGUMENTS = {
     "training_log": {"loss_dict", "learning_rate", "iteration", "grad_norm"},
-    "save_checkpoint": {"iteration"},
     "get_forward_backward_func": set(),
     "train": {"forward_step_func", "model", "config"},
     "evaluate_and_print_results": {"forward_step_func", "model", "config", "iteration"},

@@ -32,7 +32,9 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
         args.no_persist_layer_norm = True
         args.apply_rope_fusion = args.masked_softmax_fusion = False
     elif args.num_experts and not cpu.is_needed():
-        args.moe_permute_fusion |= _fuses_permutation()
+        from megatron.core.utils import is_te_min_version
+
+        args.moe_permute_fusion |= is_te_min_version("2.1.0")
         prefers_te = not _grouped_mm_is_fast(args) if record is None else bool(record.get("moe_grouped_gemm"))
         args.moe_grouped_gemm |= prefers_te
 
@@ -70,12 +72,6 @@ def _grouped_mm_is_fast(args: argparse.Namespace) -> bool:
 def is_installed(module: str) -> bool:
     """Whether a Python module is there; of Transformer Engine, the start has tried to import it (bootstrap.py)."""
     return importlib.util.find_spec(module) is not None
-
-
-def _fuses_permutation() -> bool:
-    from megatron.core.utils import is_te_min_version
-
-    return is_te_min_version("2.1.0")
 
 
 def _linear_attention() -> str:

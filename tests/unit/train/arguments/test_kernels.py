@@ -43,7 +43,7 @@ def test_a_machine_gets_its_fastest_kernels(monkeypatch, capability, has_te, cha
     monkeypatch.setattr(cpu, "is_needed", lambda: capability == 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
     monkeypatch.setattr(kernels, "is_installed", lambda module: has_te and module == "transformer_engine")
-    monkeypatch.setattr(kernels, "_fuses_permutation", lambda: True)
+    monkeypatch.setattr("megatron.core.utils.is_te_min_version", lambda version: True)
     defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam", "stage": "stage1"}
     defaults |= {"gradient_accumulation_fusion": True, "bf16": True, "window_size": None, "seq_length": 64}
     off = "optimizer_cpu_offload moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking"

@@ -42,11 +42,7 @@ class _Config:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read the folder's config.json, without what names code; of a multimodal model, the language model's.
-
-    Raises:
-        UserError: It is missing, is not a JSON object, or has a field of a wrong type or more than MAX_LAYERS layers.
-    """
+    """A folder's config.json, or that of its language model, without what names code; UserError if it is damaged."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):

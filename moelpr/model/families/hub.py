@@ -16,11 +16,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def download(name: str, revision: str | None, patterns: Sequence[str], what: str = "model") -> Path:
-    """The folder in the Hub's cache with the files of a model that match `patterns`; its name is the commit.
-
-    Raises:
-        UserError: the Hub does not have it, does not give it to this user, or can't be reached.
-    """
+    """The cache's folder, named by the commit, with the files that match `patterns`; UserError if it can't be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     from tqdm import tqdm

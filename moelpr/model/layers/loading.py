@@ -57,11 +57,7 @@ def build_model(spec: ModelSpec, **settings: object) -> HybridModel:
 
 
 def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -> HybridModel:
-    """The fp32 model in a folder of the converter or the trainer; call inside `bootstrap.single_process`.
-
-    Raises:
-        UserError: there is no checkpoint, it does not match its model_spec.json, or its base is missing or has changed.
-    """
+    """The fp32 model of converter or trainer, inside `bootstrap.single_process`; UserError if it is not as recorded."""
     spec = ModelSpec.read(folder)
     links = checkpoint_chain(folder)
     verify_files(links, verify)

@@ -61,11 +61,7 @@ def set_train_iters(run: RequestedRun) -> str:
 
 
 def set_weights(run: RequestedRun) -> str:
-    """Compute the weights that --mix asks for, once the run's length is known; wrong values go to `run.problems`.
-
-    Returns:
-        The table of the corpora, to be printed; "" if there is no --mix, or something is wrong.
-    """
+    """Compute the weights of --mix; returns the corpora's table, to be printed. Wrong values go to `run.problems`."""
     args = run.args
     if not args.mix:
         return ""

@@ -24,11 +24,7 @@ from moelpr.train.arguments.settings import RunSettings
 
 
 def check_arguments(argv: list[str]) -> RequestedRun:
-    """Parse and check the command line, which is without the program's name, before anything is built.
-
-    Raises:
-        UserError: Settings are invalid, contradict each other or would be ignored; the message names all of them.
-    """
+    """Parse and check the command line, without the program's name; UserError with all settings that are wrong."""
     run = RequestedRun.gather(argv, all_arguments())
     apply_machine(run)
     length, weights = set_train_iters(run), set_weights(run)

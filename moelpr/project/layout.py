@@ -31,14 +31,14 @@ _STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
     r"(?<=offload) --|(?<=\d) --": " with --",
-    r"--num-new-experts (\S+)": r"experts.new: \1",
-    r"--moe-every-k-layers (\S+)": r"experts.every_k_layers: \1",
+    "--num-new-experts": "experts.new",
+    "--moe-every-k-layers": "experts.every_k_layers",
     "--optimizer-cpu-offload": "steps.STAGE.optimizer-cpu-offload: true",
-    r"--micro-batch-size (\S+)": r"steps.STAGE.micro-batch-size: \1",
-    "--global-batch-size": "steps.STAGE.global-batch-size",
+    "--(micro|global)-batch-size": r"steps.STAGE.\1-batch-size",
     "--gpus-per-node": "hardware.gpus_per_node",
-    r"--gpus (\S+)": r"hardware.gpus: \1",
+    "--gpus": "hardware.gpus",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
+    r"((?:experts|steps|hardware)\.[\w.-]+) (?=\d)": r"\1: ",
 }
 
 

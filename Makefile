@@ -56,7 +56,7 @@ test-harness: venv ## benchmarks with lm-eval, which is installed into .venv-har
 	@launch/extend_venv.sh harness
 	.venv-harness/bin/python -m pytest tests/unit/measure/evaluate/test_harness.py
 
-gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine, in ten minutes
+gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine
 	launch/first_contact.sh
 
 docs: venv ## the documentation as a site in build/site, with the API; installs its tools into .venv-docs

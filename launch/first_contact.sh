@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check a GPU machine: tests, benchmarks and short runs of the trainer on all visible GPUs, in at most ten minutes.
+# Check a GPU machine: tests, benchmarks and short runs of the trainer on all visible GPUs, each with a time limit.
 #
 #   launch/first_contact.sh [--output DIR] [--parts PART …] [--dry-run [--ranks N]]
 #

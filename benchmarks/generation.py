@@ -3,7 +3,8 @@
     python -m benchmarks.generation [--cpu-time] [--json FILE]
 
 The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an
-export with three new ones has, and two or three choices per token: all of the original expert, or spread over all.
+export has: a second FFN with one choice per token, or three new experts with two or three choices; all choices are of
+the original expert, or spread over all.
 Weights are random. A single request in bf16. Contenders take turns; ratios are medians over the rounds. Set
 OMP_NUM_THREADS.
 """
@@ -27,7 +28,7 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-NEW_EXPERTS = 3
+NEW_EXPERTS = {1: 1, 2: 3, 3: 3}  # by choices per token
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
 def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
     torch.manual_seed(1)
     models = {"base": _model(settings)}
-    for topk in (2, 3):
+    for topk in NEW_EXPERTS:
         for only_original in (True, False):
             models[f"K = {topk}, {'original experts' if only_original else 'all experts'}"] = _model(
                 settings, topk, only_original
@@ -66,7 +67,7 @@ def _model(settings: Namespace, topk: int = 0, only_original: bool = False) -> n
     shape |= {"intermediate_size": settings.ffn, "max_position_embeddings": settings.prompt + settings.written}
     if not topk:
         return LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).eval()
-    experts = {"num_local_experts": topk + NEW_EXPERTS, "num_experts_per_tok": topk}
+    experts = {"num_local_experts": topk + NEW_EXPERTS[topk], "num_experts_per_tok": topk}
     model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(torch.bfloat16).eval()
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if only_original else _choose_any)

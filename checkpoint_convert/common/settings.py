@@ -27,7 +27,7 @@ class DtypeFlags(OutputFlags):
 class TextFlags(Flags):
     """text and how it is read"""
 
-    max_tokens: Annotated[int, number(int, 100)] = 2048  # tokens of each text
+    max_tokens: Annotated[int, number(int, 100)] = 1024  # tokens of each text
     json_key: str = "text"  # key of the text
     # JSON lines with "text", whose documents are left out, such as text to evaluate on; repeat for several
     exclude: Annotated[list[str], REPEATED, metavar("FILE")] = []

@@ -65,7 +65,8 @@ def _check(file: ProjectFile) -> None:
                 place = "languages", group, name
                 problems.append(f"{file.at(*place)}{'.'.join(place)}: {error}")
     if problems:
-        raise UserError("\n".join(problems))
+        several = [f"{len(problems)} texts are wrong:"] if len(problems) > 1 else []
+        raise UserError("\n- ".join([*several, *problems]))
     _check_conversations(file)
     _check_method(file)
     names = [name for name, step in STEPS.items() if step.tool]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.divergence import distance, mean_loss
+from moelpr.measure.evaluate.divergence import distance, mean_loss, remembering
 from moelpr.measure.evaluate.findings import Findings, Point, TextResult
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
@@ -173,8 +173,10 @@ def calibrate(
         """The loss of each language by a model, or by its expert."""
         return {language: mean_loss(model or expert_of[language], pieces[language]) for language in expert_of}
 
+    base = remembering(subject.base.model)
+
     def distances(model: LoadedModel) -> dict[str, float]:
-        return {name: distance(subject.base.model, model, pieces[name]) for name in kept}
+        return {name: distance(base, model, pieces[name]) for name in kept}
 
     by_base, by_expert = losses(subject.base.model), losses(None)
     ends = (
@@ -202,7 +204,10 @@ def calibrate(
         if number == 1 and is_checked:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
-        parts, point = _search(partial(measured, choices), parts, score)
+        if number < ROUNDS - 1:  # the search takes most of the time, and what it finds is of this round's routers
+            point = measured(choices, parts)
+        else:
+            parts, point = _search(partial(measured, choices), parts, score)
         tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
     point, rows, shares = min(tried, key=lambda one: score(one[0]))
     if is_checked:

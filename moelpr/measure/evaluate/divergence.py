@@ -1,9 +1,11 @@
 """The distance of a model from a base that reads the same tokens: KL(base‖model), and the loss of the model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.models import LoadedModel
@@ -30,6 +32,19 @@ def document_distances(
             f"{base.directory}; leave out --base, or that model"
         )
     return _distances(base, loaded, documents, settings)
+
+
+def remembering(loaded: LoadedModel) -> LoadedModel:
+    """The model, which keeps in host memory what it has returned for a batch."""
+    memory: dict[tuple[torch.Size, bytes], Tensor] = {}
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        batch = tokens_BS.shape, tokens_BS.cpu().numpy().tobytes()
+        if batch not in memory:
+            memory[batch] = loaded.logits(tokens_BS).cpu()
+        return memory[batch]
+
+    return replace(loaded, logits=logits)
 
 
 @torch.inference_mode()

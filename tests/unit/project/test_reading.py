@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
+from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
 from moelpr.base.quantities import parse_bytes
 from moelpr.project.budget import estimated_tokens
@@ -148,9 +149,11 @@ def test_text_for_other_programs_may_have_several_lines(write: Write) -> None:
     assert project.languages.codes("original") == [*names] and project.skypilot.setup == setup
 
 
-def test_all_texts_that_are_missing_are_named_at_once(write: Write) -> None:
-    with pytest.raises(UserError, match=r"(?s)line 5: .*\.el: .*no\.jsonl.*\n.*line 7: .*\.en: .*nor\.jsonl"):
-        read_project(write(languages={"expanded": {"el": "no.jsonl"}, "original": {"en": "nor.jsonl"}}))
+def test_all_texts_that_are_missing_are_named_at_once_a_line_each(write: Write, capsys) -> None:
+    path = write(languages={"expanded": {"el": "no.jsonl"}, "original": {"en": "nor.jsonl"}})
+    with pytest.raises(SystemExit):
+        run_command(lambda: read_project(path))
+    assert re.search(r"line 5: .*\.el: .*no\.jsonl.*\n- .*line 7: .*\.en: .*nor\.jsonl", capsys.readouterr().err)
 
 
 def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_path) -> None:

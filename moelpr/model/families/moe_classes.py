@@ -169,9 +169,11 @@ def _granite_multipliers(args: dict[str, Any]) -> dict[str, float]:
 
 def has_multipliers(config: dict[str, Any]) -> bool:
     """Whether the config.json of a GraniteMoe asks for another computation than Mixtral's."""
-    width = config.get("head_dim") or config.get("hidden_size", 0) / (config.get("num_attention_heads") or 1) or 1
-    neutral = _granite_multipliers({"kv_channels": width})
-    return any(not math.isclose(config.get(name, 1.0), value) for name, value in neutral.items())
+    # transformers refuses others later.
+    numbers = {key: value for key, value in config.items() if isinstance(value, int | float) and not abs(value) > 1e30}
+    width = numbers.get("head_dim") or numbers.get("hidden_size", 0) / (numbers.get("num_attention_heads") or 1) or 1
+    neutral = _granite_multipliers({"kv_channels": abs(width)})
+    return any(not math.isclose(numbers.get(name, 1.0), value) for name, value in neutral.items())
 
 
 def _qwen3_5_moe_config(spec: ModelSpec, moe: MoeSpec) -> dict[str, Any]:

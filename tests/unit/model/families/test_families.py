@@ -293,6 +293,16 @@ def test_mixtral_has_experts_in_every_layer(make_model: Callable[..., Path], tmp
         hf_to_mcore(make_model("LlamaForCausalLM"), tmp_path / "out", NewExperts(4, **layers))
 
 
+@pytest.mark.parametrize("value", ["x", [1], 10**400])
+@pytest.mark.parametrize("key", ["head_dim", "hidden_size", "num_attention_heads", "logits_scaling"])
+def test_a_size_of_a_wrong_type_is_rejected(tmp_path: Path, key: str, value: object) -> None:
+    config = SHAPE | {"pad_token_id": 0, "num_local_experts": 2, "num_experts_per_tok": 1}
+    transformers.GraniteMoeConfig(**config).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", architectures=["GraniteMoeForCausalLM"], **{key: value})
+    with pytest.raises(UserError):
+        read_base(tmp_path)
+
+
 def test_a_folder_without_config_is_rejected(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
     assert_import_fails(source, tmp_path, "source/config.json; .*hf download")

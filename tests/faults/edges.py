@@ -138,7 +138,7 @@ def files_beside(case: Case) -> Outcome:
 
 # Step -> the files of its result, without which it is not done.
 _RESULTS = {
-    "export": "hf/config.json hf/README.md hf/tokenizer.json hf/model.safetensors hf",
+    "export": "hf/config.json hf/README.md hf/tokenizer.json hf/*.safetensors hf",
     "evaluate": "evaluation/results.json evaluation",
     "routing": "evaluation/routing.json",
     "card": "hf/README.md",
@@ -153,7 +153,8 @@ def gone_results(case: Case) -> Outcome:
     for path in case.box.rglob("*") if case.random.random() < 0.5 else ():
         path.touch()
     if step:
-        path = case.box / "project" / case.random.choice(_RESULTS[step].split())
+        pattern = case.random.choice(_RESULTS[step].split())
+        path = case.random.choice(sorted((case.box / "project").glob(pattern)))
         ways = ["removed", "folder", "link", *(["cut"] if path.suffix == ".safetensors" else [])]
         case.notes.append(f"{path.name} {(way := case.random.choice(ways))}")
         if way == "cut":

@@ -122,20 +122,6 @@ def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
     assert actual == memory().activation_bytes - 2 * (saved_rows + choices)
 
 
-def test_recompute_keeps_inputs_and_the_activations_of_one_layer() -> None:
-    outside = 2 * NORM + ATTENTION_KEPT + MOE_INPUT
-    selective = memory(replace(ALONE, recompute="selective")).activation_bytes
-    assert selective == 2 * outside + max(HEAD, MOE_INSIDE)
-    full = memory(replace(ALONE, recompute="full")).activation_bytes
-    shared = MOE_INPUT  # as large as the layer's input, which the first norm keeps as well
-    assert full == 2 * 4 * 8 * 2 + max(HEAD, outside + MOE_INSIDE - shared)
-    # The first of two stages has no head, and keeps the inputs of two micro-batches.
-    assert memory(PlannedLayout(pp=2, recompute="selective")).activation_bytes == 2 * outside + MOE_INSIDE
-    assert (
-        memory(PlannedLayout(pp=2, recompute="full")).activation_bytes == 2 * 4 * 8 * 2 + outside + MOE_INSIDE - shared
-    )
-
-
 def test_a_pipeline_stage_keeps_the_micro_batches_in_flight() -> None:
     layout = PlannedLayout(pp=2)
     first = MOE_INPUT + MOE_INSIDE
@@ -161,17 +147,6 @@ def test_stage_0_needs_gradients_and_optimizer_state_of_all_rows_of_the_vocabula
         spec = replace(SPEC, megatron_args=shape)
         ends = stage_memories(spec, model_parts(spec), PlannedLayout(pp=2), replace(WORKLOAD, stage="stage0"))
         assert [end.gradient_bytes for end in ends] == [4 * vocabulary] * 2
-
-
-def test_a_trained_embedding_keeps_the_activations_of_all_layers_and_the_input_of_the_output_layer() -> None:
-    layer = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
-    output_input = 4 * 8 * 2
-    actual = memory(workload=replace(WORKLOAD, new_embeddings=True)).activation_bytes
-    assert actual == 2 * layer + HEAD + output_input
-    # Stage 0 has no loss of the routers, and new experts do not keep the inputs of their weights.
-    kept_in_stage1 = 6 * (8 + 16) * 2 + 4 * 2 * 8
-    stage0 = memory(workload=replace(WORKLOAD, stage="stage0")).activation_bytes
-    assert stage0 == actual - 2 * kept_in_stage1
 
 
 ACTIVATION_SHAPE = SHAPE | dict(hidden_size=64, ffn_hidden_size=160, kv_channels=16, max_position_embeddings=128)

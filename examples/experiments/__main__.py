@@ -63,8 +63,9 @@ def run(*words: str | Path) -> None:
 
 def comparison(base: str, files: Sequence[Path]) -> str:
     """Compare the projects of a base, and return the table and the picture as Markdown."""
-    output, unseen = RUNS / base / "comparison", [f"interface.{language}" for language in UNSEEN]
-    data = [word for name in (*unseen, "code", "sums") for word in ("--data", f"{name}={RUNS / 'text' / name}.jsonl")]
+    output, texts = RUNS / base / "comparison", {f"interface.{one}": f"interface.{one}" for one in UNSEEN}
+    texts |= {"python": "code", "sums": "sums"}  # code is a name of the kept text
+    data = [word for name, file in texts.items() for word in ("--data", f"{name}={RUNS / 'text' / file}.jsonl")]
     run("-m", "moelpr", "compare", *files, *data, "--dtype", "bfloat16", "--skip-tokens", "32", "--output", output)
     results = records.read(dict[str, Any], output / "compare.json", "remove it, and run make results again")
     rows = [

@@ -54,6 +54,8 @@ _PATTERNS = {
 
 # The parts with a row per token, of which stage 0 and --train-new-embeddings train those of new tokens.
 VOCABULARY_PARTS = frozenset({Part.EMBEDDING, Part.OUTPUT_LAYER})
+# On a GPU, the loss is computed in chunks of so many logits per rank (half a GiB in bf16), unless all rows train.
+CHUNK_LOGITS = 1 << 28
 
 _TRAINED: dict[Stage, frozenset[Part]] = {
     "dense": frozenset(Part),

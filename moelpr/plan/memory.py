@@ -15,7 +15,7 @@ from typing import Literal
 from moelpr.model.families.families import family_named
 from moelpr.model.families.tables import pieces
 from moelpr.model.model_spec import ModelSpec, MoeSpec
-from moelpr.model.stages import VOCABULARY_PARTS, Part, Stage, Stage1Experts, part_of, trained_parts
+from moelpr.model.stages import CHUNK_LOGITS, VOCABULARY_PARTS, Part, Stage, Stage1Experts, part_of, trained_parts
 from moelpr.plan.layouts import PlannedLayout
 
 # Bytes per parameter.
@@ -50,9 +50,10 @@ class Kernels:
     # has done even if the linear is frozen; counted, to be on the safe side.
     norm_output: bool = True
     fused_swiglu: bool = True  # dense FFNs keep only gate and up, as experts always do, and no intermediate value
+    fused_loss: bool = True  # unless all rows of the output layer train
 
 
-CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False)
+CPU = Kernels(fp32_norm_input=True, norm_output=False, fused_swiglu=False, fused_loss=False)
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,7 @@ class Activations:
         self.has_qk_norm = shape["qk_layernorm"]
         self.ffn = shape["ffn_hidden_size"] / layout.tp
         self.expert_ffn = shape["ffn_hidden_size"] / layout.etp
+        self.fuses_loss = workload.kernels.fused_loss and self.trained != frozenset(Part)
         self.vocabulary = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
         # Each rank of an expert-tensor-parallel group processes the rows of all ranks of the group.
         self.original_rows = self.tokens * layout.etp * self.routing.original_rows
@@ -303,6 +305,8 @@ class Activations:
         dense = self.all_tokens * 3 * self.ffn if self.spec.moe is None else 0
         is_last = pp_rank == self.layout.pp - 1
         logits = self.all_tokens * self.vocabulary if is_last and self.workload.dtype != "fp32" else 0
+        if self.fuses_loss:
+            logits /= math.ceil(logits / CHUNK_LOGITS) or 1
         trains_last = is_last and trains_output(self.spec, self.trained)
         has_gradient = (pp_rank == 0 and Part.EMBEDDING in self.trained) or trains_last
         return max(new + original, dense, logits, self.vocabulary * self.hidden * has_gradient) * self.element
@@ -374,6 +378,18 @@ class Activations:
         """Bytes kept after the last layer, on the last pipeline stage."""
         if pp_rank < self.layout.pp - 1:
             return 0.0
-        # The input of an output layer that trains; softmax, target mask, targets, and the loss masks used for logging.
-        inputs = self.tokens * self.hidden * self.element if trains_output(self.spec, self.trained) else 0.0
-        return self._norm() + inputs + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64 + 4 * _FP32)
+        # The loss masks used for logging, and the input of an output layer that trains.
+        trains = trains_output(self.spec, self.trained)
+        kept = self._norm() + self.all_tokens * 4 * _FP32
+        if not self.fuses_loss:  # softmax, target mask and targets
+            inputs = self.tokens * self.hidden * self.element * trains
+            return kept + inputs + self.all_tokens * (self.vocabulary * _FP32 + _BOOL + _INT64)
+        # The gradients of the input and of new rows, all of which one rank may have.
+        rows = min(self.spec.new_tokens.number, self.vocabulary) if trains and self.spec.new_tokens else 0
+        return kept + self.all_tokens * (self.hidden * (1 + trains) + rows) * self.element
+
+    def loss_accesses(self, pp_rank: int) -> float:
+        """Bytes that the loss reads and writes of what it does not keep, in other kernels than products."""
+        logits = self.all_tokens * self.vocabulary * (pp_rank == self.layout.pp - 1)
+        # Read for their sums, read and overwritten by their gradients; Megatron's kernels were counted in a dry run.
+        return logits * (3 * self.element if self.fuses_loss else 9 * _FP32)

@@ -22,6 +22,7 @@ from moelpr.model.checkpoints.chain import write_checksums
 from moelpr.model.layers.builder import MoELPRModelConfig
 from moelpr.model.layers.config import MoELPRConfig
 from moelpr.model.layers.freezing import freeze, parameter_report
+from moelpr.model.layers.fused_loss import fuse_loss
 from moelpr.model.layers.new_rows import ROWS
 from moelpr.model.layers.vocabulary import mask_padding
 from moelpr.model.megatron import bootstrap, checkpoint_sums, hooks
@@ -98,7 +99,8 @@ def train_stage(
             trained = stage.name, stage.train_everything, stage.train_new_embeddings
             freeze(model_chunks, *trained, settings.spec.new_tokens)
             load_weights(model_chunks)
-            mask_padding(model_chunks, settings.spec.megatron_args["vocab_size"])
+            with_loss = fuse_loss if args.cross_entropy_loss_fusion else mask_padding
+            with_loss(model_chunks, settings.spec.megatron_args["vocab_size"])
             print_rank_0(parameter_report(model_chunks))
             return step_log.tracker.watch(model_chunks)
 

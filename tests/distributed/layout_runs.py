@@ -57,6 +57,7 @@ FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-
 SELECTIVE = "--recompute-granularity selective --recompute-modules moe core_attn"
 APART = "--dataloader-inter-document-masking"
 PER_TOKEN = "--calculate-per-token-loss --eod-mask-loss"
+FUSED = "--cross-entropy-loss-fusion"  # a GPU's default
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,9 @@ LAYOUTS: dict[str, Layout] = {
     "TP2+SP EP2 DP2 distributed optimizer": Layout(4, f"{TP2_ETP1} {EP2} {OPTIMIZER}"),
     # These four contain every pair of compatible features (tests/distributed/test_layouts.py).
     "TP2+SP ETP2 EP2 distributed optimizer, selective recompute": Layout(4, f"{TP2} {EP2} {OPTIMIZER} {SELECTIVE}"),
-    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute": Layout(4, f"{TP2} {PP2} {VPP2} {OVERLAP} {FULL}"),
+    "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute": Layout(4, f"{TP2} {PP2} {VPP2} {OVERLAP} {FULL} {FUSED}"),
     "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss": Layout(
-        4, f"{TP2_ETP1} {EP2} {PP2} {VPP2} {OVERLAP} {SELECTIVE} {PER_TOKEN}", reference="1 per-token loss"
+        4, f"{TP2_ETP1} {EP2} {PP2} {VPP2} {OVERLAP} {SELECTIVE} {PER_TOKEN} {FUSED}", reference="1 per-token loss"
     ),
     "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss": Layout(
         4, f"{TP2} {EP2} {OVERLAP} {FULL} {PER_TOKEN}", reference="1 per-token loss"
@@ -125,7 +126,7 @@ LAYOUTS: dict[str, Layout] = {
     "edges TP2+SP ETP2": Layout(2, TP2, "edges 1", "edges"),
     "edges PP2": Layout(2, PP2, "edges 1", "edges"),
     "edges PP2 overlapped, full recompute": Layout(2, f"{PP2} {OVERLAP} {FULL}", "edges 1", "edges"),
-    "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "edges 1", "edges"),
+    "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2} {FUSED}", "edges 1", "edges"),
     "edges PP2 EP2 distributed optimizer": Layout(4, f"{PP2} {EP2} {OPTIMIZER}", "edges 1", "edges"),
     # Rows of new tokens train: alone in stage 0, with experts in stage 1. Tied embeddings.
     "rows 1": Layout(1, "", "rows 1", "rows", ROWS_STAGES),
@@ -133,8 +134,8 @@ LAYOUTS: dict[str, Layout] = {
     "rows DP2 overlapped": Layout(2, OVERLAP, "rows 1", "rows", ROWS_STAGES),
     "rows TP2+SP ETP2": Layout(2, TP2, "rows 1", "rows", ROWS_STAGES),
     "rows PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "rows 1", "rows", ROWS_STAGES),
-    "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL}", "rows 1", "rows", ("stage0",)),
-    "rows PP2 VPP2 DP2 overlapped": Layout(4, f"{PP2} {VPP2} {OVERLAP}", "rows 1", "rows", ("stage1",)),
+    "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL} {FUSED}", "rows 1", "rows", ("stage0",)),
+    "rows PP2 VPP2 DP2 overlapped": Layout(4, f"{PP2} {VPP2} {OVERLAP} {FUSED}", "rows 1", "rows", ("stage1",)),
     "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
     # RoPE of neighbouring channels, and Granite's multipliers.
     "factors 1": Layout(1, "", "factors 1", "factors"),

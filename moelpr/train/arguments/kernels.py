@@ -28,6 +28,8 @@ def choose_kernels(args: argparse.Namespace, record: Mapping[str, Any] | None = 
     has_apex = is_installed("fused_weight_gradient_mlp_cuda") and not cpu.is_needed()
     args.gradient_accumulation_fusion = wants_fused_gradients and has_apex
     args.fuse_expert_gradients = wants_fused_gradients
+    # Megatron's flag, and moelpr's function (fused_loss.py); on a CPU, Megatron's keeps the digits of earlier runs.
+    args.cross_entropy_loss_fusion |= not (cpu.is_needed() or args.train_everything or args.stage == "dense")
     if args.transformer_impl == "local":
         args.no_persist_layer_norm = True
         args.apply_rope_fusion = args.masked_softmax_fusion = False

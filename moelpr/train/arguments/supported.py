@@ -45,7 +45,7 @@ _SUPPORTED = {
         recompute-activations recompute-granularity recompute-method recompute-num-layers recompute-modules
         transformer-impl attention-backend moe-grouped-gemm moe-permute-fusion moe-router-fusion
         no-gradient-accumulation-fusion no-rope-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
-        no-masked-softmax-fusion no-persist-layer-norm
+        no-masked-softmax-fusion no-persist-layer-norm cross-entropy-loss-fusion
     """,
     "model": "attention-dropout hidden-dropout init-method-std",
     "checkpoints": """

@@ -14,6 +14,7 @@ from moelpr.train.check.meter import Meter
 _COMPILED = {
     "fused_bias_swiglu": "swiglu swiglu_back weighted_swiglu weighted_swiglu_back",
     "fused_bias_dropout": "bias_dropout_add_fused_train",
+    "fused_loss": "summarize to_gradient",
 }
 
 
@@ -27,6 +28,7 @@ def install(meter: Meter) -> None:
     import megatron.core.tensor_parallel.random as random
     import megatron.training.training as training
 
+    from moelpr.model.layers import fused_loss
     from moelpr.model.layers.builder import MoELPRModelBuilder
 
     random._set_cuda_rng_state = lambda *args, **kwargs: None  # it writes the generator's state directly
@@ -44,7 +46,7 @@ def install(meter: Meter) -> None:
     # A module cannot be moved to a fake GPU, but it is there already, in the dtype of its configuration.
     for name in ("cuda", "bfloat16", "half"):
         setattr(torch.nn.Module, name, lambda self, device=None: self)
-    for module in (fused_bias_swiglu, fused_bias_dropout):
+    for module in (fused_bias_swiglu, fused_bias_dropout, fused_loss):
         for name in _COMPILED[module.__name__.rpartition(".")[2]].split():
             setattr(module, name, meter.as_one_kernel(name, getattr(module, name)))
 

@@ -66,6 +66,12 @@ def check_optimizer(run: RequestedRun) -> Iterable[str]:
         yield f"--optimizer {name} requires the package emerging-optimizers, which is not installed; use adam or sgd"
 
 
+def check_loss(run: RequestedRun) -> Iterable[str]:
+    """The loss is fused if at most the output layer's rows of new tokens train."""
+    if run.args.cross_entropy_loss_fusion and (run.args.train_everything or run.args.stage == "dense"):
+        yield "--cross-entropy-loss-fusion does not support an output layer that trains; remove it"
+
+
 def check_ranges(run: RequestedRun) -> Iterable[str]:
     """Numbers are finite, and neither too small nor too large."""
     known = {name: bounds for bounds, names in _RANGES.items() for name in names.split()}

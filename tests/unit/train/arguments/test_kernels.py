@@ -46,13 +46,15 @@ def test_a_machine_gets_its_fastest_kernels(monkeypatch, capability, has_te, cha
     monkeypatch.setattr("megatron.core.utils.is_te_min_version", lambda version: True)
     defaults = {"transformer_impl": "transformer_engine", "num_experts": 4, "optimizer": "adam", "stage": "stage1"}
     defaults |= {"gradient_accumulation_fusion": True, "bf16": True, "window_size": None, "seq_length": 64}
-    off = "optimizer_cpu_offload moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking"
+    off = "optimizer_cpu_offload moe_grouped_gemm moe_permute_fusion dataloader_inter_document_masking "
+    off += "train_everything cross_entropy_loss_fusion"
     args = Namespace(**defaults | dict.fromkeys(off.split(), False) | {"linear_attention_freq": None} | changes)
     wants_fusion = args.gradient_accumulation_fusion
     kernels.choose_kernels(args, None if record is None else {"moe_grouped_gemm": record})
     line = kernels.describe_kernels(args)
     assert args.moe_grouped_gemm == grouped and part in line
     assert args.moe_permute_fusion == bool(has_te and args.num_experts and "transformer_impl" not in changes)
+    assert args.cross_entropy_loss_fusion == (capability > 0)
     assert not args.gradient_accumulation_fusion and args.fuse_expert_gradients == wants_fusion  # the former needs Apex
     assert ("experts: " in line) == ("dispatcher: " in line) == bool(args.num_experts)
     assert ("--moe-grouped-gemm" in line) == (part == MEGATRONS)

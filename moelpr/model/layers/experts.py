@@ -32,7 +32,7 @@ class _Weight(torch.nn.Module):
         return self.weight
 
 
-class _Product(torch.autograd.Function):
+class Product(torch.autograd.Function):
     """Multiplies rows [T, in], sorted by expert, with the weights [n, out, in] of their experts.
 
     The weights' gradient is added to its sum over the micro-batches in the product itself, if torch can.
@@ -165,12 +165,12 @@ class GroupedExperts(MegatronModule):
         """
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32).to(hidden_TH.device, non_blocking=True)
         common = ends, tokens_per_expert.tolist(), self.config.fuse_expert_gradients
-        gate_up = _Product.apply(hidden_TH, self.linear_fc1(), *common)
+        gate_up = Product.apply(hidden_TH, self.linear_fc1(), *common)
         weights_T1 = gate_weight_T.unsqueeze(-1)
         # Computes in fp32, so that bf16 runs keep the routers' gradient; saves only gate_up for the backward pass.
         activated = weighted_bias_swiglu_impl(gate_up, None, weights_T1)
         recomputed = (gate_up, weights_T1) if self.config.recomputes_expert_activation else ()
-        return _Product.apply(activated, self.linear_fc2(), *common, *recomputed), None
+        return Product.apply(activated, self.linear_fc2(), *common, *recomputed), None
 
     def backward_dw(self) -> None:
         """Called by Megatron; weight gradients are never delayed here."""

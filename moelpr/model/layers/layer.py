@@ -120,13 +120,9 @@ class OverlappedOriginalExperts:
     def linear_fc1_forward_and_act(self, rows_under_way: Tensor) -> None:
         """Run the pass. Autograd runs its backward on the same stream and synchronizes the streams."""
         with torch.cuda.stream(self._stream):
-            chosen = [
-                gate_weight_T.nonzero_static(size=number).squeeze(1)  # nonzero would wait for the GPU
-                for gate_weight_T, number in zip(
-                    self._gate_weights_TM.detach().unbind(1), self._num_chosen_M.tolist(), strict=True
-                )
-            ]
-            self._parts = self._experts(self._hidden_SBH, self._gate_weights_TM, chosen)
+            self._tokens, self._output = self._experts(
+                self._hidden_SBH, self._gate_weights_TM, self._num_chosen_M.tolist()
+            )
         for tensor in (self._hidden_SBH, self._gate_weights_TM):
             tensor.record_stream(self._stream)
 
@@ -140,24 +136,23 @@ class OverlappedOriginalExperts:
             return
         number = rows.grad_fn._sequence_nr()  # above that of the permutation, which waits for the exchange
         set_tensor_grad_fn_sequence_sr(rows, weights.grad_fn._sequence_nr() - 1)
-        for _, output in self._parts:
-            set_tensor_grad_fn_sequence_sr(output, number)
+        set_tensor_grad_fn_sequence_sr(self._output, number)
 
     def linear_fc2_forward(self, rows_under_way: Tensor) -> None:
         pass
 
     def post_forward_comm(self) -> None:
         torch.cuda.current_stream().wait_stream(self._stream)
-        for tensor in (tensor for part in self._parts for tensor in part if tensor is not None):
-            tensor.record_stream(torch.cuda.current_stream())
+        for tensor in (self._tokens, self._output):
+            if tensor is not None:
+                tensor.record_stream(torch.cuda.current_stream())
 
     def add_to(self, output_TH: Tensor) -> None:
         """Add the pass's output in place to that of the new experts."""
-        for tokens, output in self._parts:
-            if tokens is None:
-                output_TH.add_(output)
-            else:
-                output_TH.index_add_(0, tokens, output)
+        if self._tokens is None:
+            output_TH.add_(self._output)
+        else:
+            output_TH.index_add_(0, self._tokens, self._output)
 
 
 class LPRMoELayer(MoELayer):

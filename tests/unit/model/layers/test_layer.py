@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moelpr.model.layers import original_experts
 from moelpr.model.layers.loading import build_model, logits
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec, MoeSpec
@@ -58,7 +60,13 @@ def plain_loop(layer, hidden_TH: torch.Tensor, first: int = 0) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
+@pytest.mark.parametrize("sums_by_token", [False, True], ids=["CPU", "GPU"])
+def test_output_and_gradients_equal_a_plain_loop_over_experts(layer, monkeypatch, sums_by_token) -> None:
+    monkeypatch.setattr(original_experts, "_sums_by_token", lambda rows: sums_by_token)
+    compare_with_a_plain_loop(layer)
+
+
+def compare_with_a_plain_loop(layer) -> None:
     hidden = torch.randn(7, 3, 32)
     target = torch.randn(21, 32)
     ours_in = hidden.clone().requires_grad_()
@@ -75,10 +83,45 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer) -> None:
         torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("original_experts", [1, 3])
-def test_with_one_choice_the_gate_weight_is_one_and_routers_get_no_gradient(moe_spec, original_experts) -> None:
-    layer = first_layer(replace(moe_spec, moe=replace(moe_spec.moe, topk=1, num_original_experts=original_experts)))
-    test_output_and_gradients_equal_a_plain_loop_over_experts(layer)
+class RowsOfTokens(TorchDispatchMode):
+    """Counts results that are as large as the rows of 24 tokens, or larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if not func.is_view and func._schema.name not in ("aten::empty", "aten::detach"):
+            self.number += torch.is_tensor(result) and result.dim() == 2 and result.numel() >= 24 * 32
+        return result
+
+
+@pytest.mark.parametrize("sums_by_token", [False, True], ids=["CPU", "GPU"])
+def test_frozen_original_experts_take_as_many_launches_whatever_their_number(
+    moe_spec: ModelSpec, monkeypatch, sums_by_token: bool
+) -> None:
+    monkeypatch.setattr(original_experts, "_sums_by_token", lambda rows: sums_by_token)
+    numbers = []
+    for m in (2, 9):
+        layer = first_layer(replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=m)))
+        layer.original_experts.requires_grad_(False)
+        hidden = torch.randn(24, 1, 32, requires_grad=True)
+        expected = plain_loop(layer, hidden.flatten(0, 1))
+        (gradient,) = torch.autograd.grad(expected.square().sum(), hidden)
+        actual = layer(hidden)[0].flatten(0, 1)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        with RowsOfTokens() as rows:
+            actual.square().sum().backward()
+        torch.testing.assert_close(hidden.grad, gradient, rtol=1e-4, atol=1e-5)
+        numbers.append(rows.number)
+    assert numbers[0] == numbers[1], numbers
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_with_one_choice_the_gate_weight_is_one_and_routers_get_no_gradient(moe_spec, m) -> None:
+    layer = first_layer(replace(moe_spec, moe=replace(moe_spec.moe, topk=1, num_original_experts=m)))
+    compare_with_a_plain_loop(layer)
     assert not layer.router.weight.grad.any() and layer.experts.linear_fc1.weight.grad.any()
     weights, is_chosen = layer.router(torch.randn(7, 3, 32))
     assert torch.equal(weights, is_chosen.float()) and bool((is_chosen.sum(dim=1) == 1).all())

@@ -43,11 +43,9 @@ class Candidate:
     def flags(self, workload: Workload) -> list[str]:
         """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
         argv = self.layout.flags(has_experts=workload.stage not in DENSE_STAGES)
-        if workload.optimizer_cpu_offload:
-            argv += [
-                "--optimizer-cpu-offload",
-                *(["--use-distributed-optimizer"] * (not self.layout.divides_optimizer)),
-            ]
+        ways = {"--optimizer-cpu-offload": workload.optimizer_cpu_offload, "--bf16-moments": workload.bf16_moments}
+        if chosen := [flag for flag, is_set in ways.items() if is_set]:
+            argv += [*chosen, *(["--use-distributed-optimizer"] * (not self.layout.divides_optimizer))]
         if self.layout.world_size > 8:
             argv += [*_SEVERAL_NODES.split(), *(["--async-save"] * (not workload.optimizer_cpu_offload))]
         argv += ["--micro-batch-size", str(workload.micro_batch_size)]
@@ -237,7 +235,8 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -
     parts, layouts = model_parts(spec), legal_layouts(spec, workload, cluster)
     least = min(_peak_bytes(stage_memories(spec, parts, layout, workload)) for layout in layouts) / GIB
     enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
-    on_host, offload = replace(workload, optimizer_cpu_offload=True), {"--optimizer-cpu-offload": None}
+    on_host = replace(workload, optimizer_cpu_offload=True, bf16_moments=False)
+    offload: dict[str, float | None] = {"--optimizer-cpu-offload": None}
     smallest = replace(on_host, micro_batch_size=1), {**offload, "--micro-batch-size": 1}
     found = (
         [replace(one, settings={**first, **one.settings}) for one in _smaller_models(spec, work, cluster)]
@@ -254,7 +253,7 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -
 def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Remedy]:
     """The smallest change of each kind after which the model fits.
 
-    A micro-batch, the optimizer on the host, experts, layers with experts, or these two.
+    A micro-batch, the optimizer in 16 bits or on the host, experts, layers with experts, or these two.
     """
 
     def first_that_fits(changes: Iterable[tuple[Mapping[str, float | None], ModelSpec, Workload]]) -> Iterator[Remedy]:
@@ -266,7 +265,10 @@ def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> It
     smaller = [size for size in reversed(divisors(workload.micro_batch_size)) if size < workload.micro_batch_size]
     works = {size: replace(workload, micro_batch_size=size) for size in smaller}
     yield from first_that_fits(({"--micro-batch-size": size}, spec, work) for size, work in works.items())
-    if not workload.optimizer_cpu_offload:
+    if not workload.optimizer_cpu_offload and not workload.bf16_moments and workload.dtype == "bf16":
+        smaller_state = replace(workload, bf16_moments=True)
+        yield from first_that_fits([({"--bf16-moments": None}, spec, smaller_state)])
+    if not workload.optimizer_cpu_offload and not workload.bf16_moments:
         on_host = replace(workload, optimizer_cpu_offload=True)
         yield from first_that_fits([({"--optimizer-cpu-offload": None}, spec, on_host)])
     if (moe := spec.moe) is None:

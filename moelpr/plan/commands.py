@@ -59,6 +59,7 @@ class Settings(ExpertFlags):
     train_everything: bool = False  # in stage1 and stage2, train all parameters
     stage1_experts: Stage1Experts = "all"  # experts that tokens can choose in stage1
     optimizer_cpu_offload: bool = False  # keep the optimizer's state in the host's memory, which takes time
+    bf16_moments: bool = False  # keep Adam's moments in bf16, with Transformer Engine
     seq_length: _Count | None = None  # tokens per sequence (default: the paper's)
     micro_batch_size: _Count = 1  # sequences per micro-batch
     global_batch_size: _Count = PAPER_GLOBAL_BATCH_SIZE  # sequences per step, by default the paper's
@@ -77,6 +78,8 @@ def main(args: Settings) -> None:
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
     if args.stage1_experts == "new" and args.stage != "stage1":
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
+    if args.bf16_moments and (args.optimizer_cpu_offload or args.dtype == "fp32"):
+        raise UserError("--bf16-moments supports neither --optimizer-cpu-offload nor --dtype fp32; remove it")
     workload = Workload(
         args.stage,
         *sizes,
@@ -85,6 +88,7 @@ def main(args: Settings) -> None:
         train_everything=args.train_everything,
         stage1_experts=args.stage1_experts,
         optimizer_cpu_offload=args.optimizer_cpu_offload,
+        bf16_moments=args.bf16_moments,
     )
     cluster = _cluster(args)
     spec = _model(args, workload, cluster)

@@ -23,6 +23,7 @@ WEIGHT_BYTES = {"bf16": 2, "fp32": 4}
 GRADIENT_BYTES = 4  # in fp32: Megatron's default for bf16 too, without --grad-reduce-in-bf16
 MOMENT_BYTES = 8  # Adam's two, in fp32
 MASTER_BYTES = {"bf16": 4, "fp32": 0}  # a copy of the weight in fp32
+REDUCED_STATE_BYTES = 6  # with --bf16-moments: these, and the 16 bits that a weight in bf16 lacks
 # With the optimizer on the host: a copy of the weight, Adam's two moments, and the gradient, whose pinned memory torch
 # rounds up to a power of two.
 HOST_BYTES = 4 + MOMENT_BYTES + 2 * GRADIENT_BYTES
@@ -89,6 +90,7 @@ class Workload:
     stage1_experts: Stage1Experts = "all"
     optimizer_cpu_offload: bool = False
     gradient_bytes: int = GRADIENT_BYTES  # per parameter
+    bf16_moments: bool = False
 
     @property
     def trained(self) -> frozenset[Part]:
@@ -187,13 +189,14 @@ def stage_memories(
             replicas = layout.expert_dp if part is Part.NEW_EXPERTS else layout.dp
             state += math.ceil(numel / replicas) if layout.distributed_optimizer else numel
         is_on_host = workload.optimizer_cpu_offload
+        state_bytes = REDUCED_STATE_BYTES if workload.bf16_moments else MASTER_BYTES[workload.dtype] + MOMENT_BYTES
         memories.append(
             RankMemory(
                 frozen=sum(held.values()) - trainable,
                 trainable=trainable,
                 parameter_bytes=sum(held.values()) * WEIGHT_BYTES[workload.dtype],
                 gradient_bytes=trainable * workload.gradient_bytes,
-                optimizer_bytes=0 if is_on_host else state * (MASTER_BYTES[workload.dtype] + MOMENT_BYTES),
+                optimizer_bytes=0 if is_on_host else state * state_bytes,
                 activation_bytes=round(activations.peak(pp_rank)),
                 working_bytes=round(activations.working(pp_rank)),
                 host_bytes=HOST_BYTES * state if is_on_host else 0,

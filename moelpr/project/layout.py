@@ -30,10 +30,11 @@ _STEP_FLAGS = {"--global-batch-size": 1, "--seq-length": 1, "--stage1-experts": 
 _STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
-    r"(?<=offload) --|(?<=\d) --": " with --",
+    r"(?<=offload) --|(?<=moments) --|(?<=\d) --": " with --",
     "--num-new-experts": "experts.new",
     "--moe-every-k-layers": "experts.every_k_layers",
     "--optimizer-cpu-offload": "steps.STAGE.optimizer-cpu-offload: true",
+    "--bf16-moments": "steps.STAGE.bf16-moments: true",
     "--(micro|global)-batch-size": r"steps.STAGE.\1-batch-size",
     "--gpus-per-node": "hardware.gpus_per_node",
     "--gpus": "hardware.gpus",
@@ -195,6 +196,7 @@ class Layouts:
             train_everything=settings.get("train-everything", False),
             stage1_experts=settings.get("stage1-experts", "all"),
             optimizer_cpu_offload=settings.get("optimizer-cpu-offload", False),
+            bf16_moments=settings.get("bf16-moments", False),
         )
 
     @cached_property

@@ -59,6 +59,7 @@ class TrainerFlags(Flags):
     mlflow_experiment: str | None = None  # log to it, at MLFLOW_TRACKING_URI (default: none)
     # record of the run, which stages may share (default: tracker.json in --save)
     tracker_run: Annotated[str | None, metavar("FILE")] = None
+    bf16_moments: bool = False  # keep Adam's moments in bf16, and weights in bf16 and 16 bits more
     fp32: bool = False  # train in fp32 (default: bf16 on a GPU, fp32 on a CPU)
     # untested flags of Megatron to accept (default: none)
     allow_untested: Annotated[list[str] | None, {"action": "extend"}, metavar("FLAG")] = None

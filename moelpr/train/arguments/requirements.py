@@ -27,6 +27,9 @@ def apply_machine(run: RequestedRun) -> None:
         args.use_precision_aware_optimizer = True
         args.overlap_cpu_optimizer_d2h_h2d = True
         args.pin_cpu_grads = not cpu.is_needed()
+    if args.bf16_moments:
+        args.use_precision_aware_optimizer = True
+        args.exp_avg_dtype = args.exp_avg_sq_dtype = "bf16"
     if args.async_save:
         args.use_persistent_ckpt_worker = True  # without it Megatron ignores --async-save
         args.async_strategy = "mcore"

@@ -51,6 +51,14 @@ def memory(layout: PlannedLayout = ALONE, workload: Workload = WORKLOAD, pp_rank
     return stage_memories(SPEC, PARTS, layout, workload, ROUTING)[pp_rank]
 
 
+def test_moments_in_bf16_halve_the_optimizer() -> None:
+    """Two moments of 2 bytes, and the 16 bits that a weight in bf16 lacks."""
+    changed, kept = memory(workload=replace(WORKLOAD, bf16_moments=True)), memory()
+    assert changed == replace(kept, optimizer_bytes=6 * (NEW_EXPERTS + ROUTERS)) and kept.optimizer_bytes == 12 * (
+        NEW_EXPERTS + ROUTERS
+    )
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_an_optimizer_on_the_host_takes_nothing_on_the_gpu(dtype: Dtype) -> None:
     """On the host a copy, two moments and a gradient of 4 bytes each, and as much more for rounding."""

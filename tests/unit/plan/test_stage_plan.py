@@ -82,6 +82,8 @@ def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> N
                 moe = replace(moe, layers=tuple(range(value - 1, 6, value)))
             elif flag == "--optimizer-cpu-offload":
                 work = replace(work, optimizer_cpu_offload=True)
+            elif flag == "--bf16-moments":
+                work = replace(work, bf16_moments=True)
             else:
                 work = replace(work, micro_batch_size=value)
         best = fitting(replace(SPEC, moe=moe), work, cluster(1, gib))[0]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 
 from moelpr.train.arguments.checks.data import DATA_FLAGS
+from moelpr.train.arguments.kernels import is_installed
 from moelpr.train.arguments.requested import LENGTH_FLAGS, RequestedRun
 from moelpr.train.track.trackers import TRACKERS, missing_packages
 
@@ -60,6 +61,12 @@ def check_optimizer(run: RequestedRun) -> Iterable[str]:
         yield "--use-distributed-optimizer does not support --optimizer sgd; remove it, or use --optimizer adam"
     if run.args.optimizer_cpu_offload and (name != "adam" or not run.args.use_distributed_optimizer):
         yield "--optimizer-cpu-offload requires --optimizer adam and --use-distributed-optimizer; add them"
+    can_reduce = run.args.bf16 and is_installed("transformer_engine") and not run.args.optimizer_cpu_offload
+    if run.args.bf16_moments and not (can_reduce and name == "adam" and run.args.use_distributed_optimizer):
+        yield (
+            "--bf16-moments requires Transformer Engine, bf16, --optimizer adam and --use-distributed-optimizer, and "
+            "not --optimizer-cpu-offload; remove it"
+        )
     if run.args.optimizer_cpu_offload and run.args.async_save:
         yield "--async-save would save the state of --optimizer-cpu-offload while the next step changes it; remove one"
     if name not in ("adam", "sgd") and find_spec("emerging_optimizers") is None:

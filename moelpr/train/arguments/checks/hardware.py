@@ -105,7 +105,7 @@ def as_planned(run: RequestedRun) -> Planned | None:
     kernels = CPU if cpu.is_needed() else Kernels()
     trains = args.train_new_embeddings, args.train_everything, args.stage1_experts, bool(args.optimizer_cpu_offload)
     gradient_bytes = 2 if args.grad_reduce_in_bf16 else GRADIENT_BYTES
-    workload = Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes)
+    workload = Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes, args.bf16_moments)
     return Planned(planned_layout, workload, stage_memories(spec, model_parts(spec), planned_layout, workload))
 
 

@@ -177,7 +177,7 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
         "--save-dgrads-interval": is_local and args.save_dgrads_interval,
         "--save-activations-interval": is_local and args.save_activations_interval,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
-        and not args.optimizer_cpu_offload
+        and not (args.optimizer_cpu_offload or args.bf16_moments)
         and not kernels.is_installed("transformer_engine"),
     }
     for flag in (flag for flag, is_set in flags.items() if is_set):

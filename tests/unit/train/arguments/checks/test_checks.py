@@ -34,6 +34,8 @@ stage1 upcycled --gpu-sniff-test-interval 5 -> --gpu-sniff-test-interval … non
 stage1 upcycled --manual-gc --manual-gc-interval -1 -> --manual-gc-interval must be at least 0
 stage1 upcycled --inprocess-restart -> --inprocess-restart … the same command again
 stage1 upcycled --log-straggler -> --log-straggler … metrics.jsonl
+stage1 upcycled --bf16-moments --use-distributed-optimizer -> --bf16-moments requires Transformer Engine
+stage1 upcycled --cross-entropy-loss-fusion --train-everything -> --cross-entropy-loss-fusion … remove it
 stage1 upcycled --optimizer lion -> --optimizer lion … emerging-optimizers
 stage1 upcycled --seq-length 65 -> --seq-length must be at most 64
 stage1 upcycled --min-lr 1 -> --min-lr must be at most --lr 0.001, got 1.0

@@ -202,8 +202,8 @@ def step_time(
         flops = stage_flops(spec, parts, layout, workload, pp_rank, routing)
         products_s = sum(flops) / (links.gpu.flops * MATMUL_EFFICIENCY)
         # Weights are read forward and backward; each micro-batch adds to the gradients.
-        accessed = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes
-        accessed += _ACCESSES * activations.loss(pp_rank) + activations.loss_accesses(pp_rank)
+        accessed = activations.loss_accesses(pp_rank) + _ACCESSES * activations.loss(pp_rank)
+        accessed += 2 * memory.parameter_bytes + 2 * memory.gradient_bytes
         accessed += sum(_ACCESSES * kept + 1.5 * _ACCESSES * inside for kept, inside in activations.layers(pp_rank))
         # Adam reads and writes its state; gradients are set to 0, read for their norm, and read again.
         update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes

@@ -32,7 +32,6 @@ CPU_ARGUMENTS: dict[str, Any] = {
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
-    "cross_entropy_loss_fusion": False,
     "num_workers": 0,
 }
 

@@ -73,17 +73,17 @@ def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:
     with pytest.raises(
         UserError, match=r"line \d+: stage1: .* steps.stage1.optimizer-cpu-offload: true \(fits in"
     ) as it:
-        _ = places(write, **small).layouts.num_new_experts
+        _ = places(write, **small, experts={"new": 2}).layouts.of("stage1")
     assert "--" not in str(it.value) and str(it.value).count("stage1: ") == 1
     on_host = {"stage1": {"optimizer-cpu-offload": True}, "stage2": {"optimizer-cpu-offload": True}}
     offloaded = places(write, steps=on_host, **small, budget={"tokens": "6K"})
-    assert offloaded.layouts.num_new_experts == 2 and gib(offloaded) == pytest.approx(18.7, abs=0.05)
-    assert re.search(r"^stage1 .* 18.7 of 24 GiB +76.75 GiB ", tables.plan(offloaded), re.MULTILINE)
+    assert offloaded.layouts.num_new_experts == 2 and gib(offloaded) == pytest.approx(20.9, abs=0.05)
+    assert re.search(r"^stage1 .* 20.9 of 24 GiB +81.2\d GiB ", tables.plan(offloaded), re.MULTILINE)
 
 
 def test_if_nothing_fits_whole_combinations_that_do_are_named_by_keys_the_second_ffn_first(write: Write) -> None:
     small: dict[str, Any] = {"model": "Qwen3-1.7B-Base", "hardware": {"gpu": "rtx4090-24", "gpus": 1}}
-    steps = {"stage1": {"micro-batch-size": 16}}
+    steps = {"stage1": {"micro-batch-size": 64}}
     with pytest.raises(UserError) as error:
         _ = places(write, **small, steps=steps, experts={"new": 2}).layouts.of("stage1")
     first, combination, *_ = str(error.value).partition("; use ")[2].split(", ")
@@ -99,7 +99,7 @@ def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:
     paper: dict[str, Any] = {"model": "Qwen1.5-1.8B", "hardware": {"gpu": "a800-80", "gpus": 8}}
     paper["experts"] = {"new": 5, "topk": 2, "copies": 1}
     everything = {"train-everything": True, "micro-batch-size": 8}
-    assert gib(places(write, **paper)) == pytest.approx(58.9, abs=0.05)
+    assert gib(places(write, **paper)) == pytest.approx(52.5, abs=0.05)
     one = places(write, steps={"stage1": everything}, **paper)
     assert gib(one) == pytest.approx(69.6, abs=0.05)
     assert "--train-everything" not in one.layouts.of("stage1").flags

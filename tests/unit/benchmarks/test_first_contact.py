@@ -108,3 +108,21 @@ def test_a_part_that_fails_or_hangs_is_reported_and_leaves_no_process(monkeypatc
         while psutil.Process(sleeper).status() != psutil.STATUS_ZOMBIE:  # nobody may ask for its exit code
             assert time.monotonic() - started < 20
             time.sleep(0.1)
+
+
+def test_cases_of_the_launcher_are_rows_of_the_table_also_if_one_failed(tmp_path: Path, monkeypatch) -> None:
+    passed = '<testcase name="a" time="1.5"><properties><property name="ranks" value="2"/></properties></testcase>'
+    failed = '<testcase name="b" time="2"><failure message="x"/></testcase>'
+
+    def run_part(name: str, *_: object) -> Part:
+        (tmp_path / "cases.xml").write_text(f"<testsuites><testsuite>{passed}{failed}</testsuite></testsuites>")
+        return Part(name, "failed with exit code 1", 3, output="the end of its log")
+
+    monkeypatch.setattr(first_contact, "run_part", run_part)
+    part = first_contact.run_cases(tmp_path)
+    assert part.results == [["a", "2", "1.5", "–", "passed"], ["b", "–", "2", "–", "failure"]]
+    machine = Machine(H100, 8, 79.2)
+    others = [Part(name, "not chosen", 0) for name in first_contact.LIMITS_S if name != "cases"]
+    text = as_markdown(machine, *trainer_runs(machine), [*others[:3], part, *others[3:]])
+    rows = [line.split() for line in text.splitlines()]
+    assert ["a", "passed"] == [row[index] for row in rows if row[1:2] == ["a"] for index in (1, -2)]

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import REPEATED, Source, metavar
+from moelpr.base.settings import REPEATED, Source, metavar, run_script
 from moelpr.measure.evaluate.settings import Languages
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
@@ -53,3 +53,7 @@ def main(args: Settings) -> None:
             "languages.yaml, remove replay: none)",
             file=sys.stderr,
         )
+
+
+if __name__ == "__main__":
+    run_script(main)

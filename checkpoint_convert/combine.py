@@ -12,7 +12,7 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, REPEATED, Source, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Source, metavar, run_script
 from moelpr.measure.evaluate.settings import languages as codes
 
 
@@ -52,3 +52,7 @@ def main(args: Settings) -> None:
     record = combine(args.base, experts, args.read(kept), args.read(texts), args, *its)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from checkpoint_convert.common.settings import DtypeFlags
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Flags, Folder, either
+from moelpr.base.settings import Flags, Folder, either, run_script
 from moelpr.plan.settings import ExpertFlags
 
 
@@ -65,3 +65,7 @@ def main(args: Settings) -> None:
     if spec.new_tokens is not None:
         layout += f", {spec.new_tokens.number} new tokens"
     print(f"{args.save}: {spec.family}, {spec.dtype}, {layout}")
+
+
+if __name__ == "__main__":
+    run_script(main)

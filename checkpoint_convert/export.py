@@ -17,7 +17,7 @@ from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Folder, Source, choices, metavar
+from moelpr.base.settings import Folder, Source, choices, metavar, run_script
 from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
@@ -58,3 +58,7 @@ def main(args: Settings) -> None:
 
         files = args.quantize, args.ollama
         print(*write_gguf(args.save, gguf_folder(args.save), *files, overwrite=args.overwrite), sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

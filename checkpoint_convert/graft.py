@@ -10,7 +10,7 @@ Weights stream, one tensor at a time.
 from checkpoint_convert.card.graft_record import Only
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
-from moelpr.base.settings import Folder, Source
+from moelpr.base.settings import Folder, Source, run_script
 
 
 class Settings(DtypeFlags):
@@ -29,3 +29,7 @@ def main(args: Settings) -> None:
     reader = graft(base, instruct, model, args.save, *settings, overwrite=args.overwrite, verify=args.verify)
     added = f"{args.scale:g} * ({args.instruct} - {args.base})"
     print(f"{args.save}: {args.model} + {added}, {args.only}, {reader.dtype}")
+
+
+if __name__ == "__main__":
+    run_script(main)

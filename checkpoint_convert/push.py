@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moelpr.base.machine import format_bytes
-from moelpr.base.settings import POSITIONAL, Flags, metavar
+from moelpr.base.settings import POSITIONAL, Flags, metavar, run_script
 from moelpr.base.text_tables import table_text
 
 
@@ -44,3 +44,7 @@ def main(args: Settings) -> None:
         print(f"note: the card has no {', '.join(missing)}; moelpr model card adds them")
     if upload.left_out:
         print(f"note: not uploaded: {', '.join(upload.left_out[:5])}{' …' if len(upload.left_out) > 5 else ''}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -13,7 +13,7 @@ from typing import Annotated
 from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, REPEATED, Folder, Source, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Folder, Source, metavar, run_script
 from moelpr.measure.evaluate.settings import named_paths
 
 
@@ -37,3 +37,7 @@ def main(args: Settings) -> None:
     imatrix = {name: read_documents(path) for name, path in named_paths(args.imatrix, "--imatrix").items()}
     settings = args.quantize, args.ollama, imatrix, args.pre_tokenizer, args.overwrite, args.verify
     print(*write_gguf(args.export, args.save or gguf_folder(args.export), *settings), sep="\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

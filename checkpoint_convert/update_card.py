@@ -9,7 +9,7 @@ OWNER/NAME` uploads it.
 from typing import Annotated
 
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, File, Flags, Folder, Names, metavar
+from moelpr.base.settings import POSITIONAL, File, Flags, Folder, Names, metavar, run_script
 
 
 class Settings(Flags):
@@ -35,3 +35,7 @@ def main(args: Settings) -> None:
     missing = [key for key in ("base_model", "language", "license") if not metadata.get(key)]
     note = f"; without {', '.join(missing)}" if missing else ""
     print(f"{args.folder / CARD_FILE}: results on {len(data_sets)} data sets{note}")
+
+
+if __name__ == "__main__":
+    run_script(main)

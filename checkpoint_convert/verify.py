@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 from checkpoint_convert.card.readers import READERS
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number
+from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.measure.report.numbers import finite_json
 
@@ -143,3 +143,7 @@ def _as_json(
             "same_next_token": sum(t.num_same_choice for t in texts) / num_tokens,
         }
     return finite_json(content)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -18,7 +18,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, refuse_existing
 from moelpr.base.languages import canonical
 from moelpr.base.machine import available_cpus
-from moelpr.base.settings import Count, Flags, Folder, Share, metavar, number
+from moelpr.base.settings import Count, Flags, Folder, Share, metavar, number, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.data.text.sources import STANDARD_INPUT, download, find_files, open_source
 
@@ -112,3 +112,7 @@ def print_comparison(title: str, languages: list[str], compared: list[Comparison
         rows.append([language, f"{comparison.documents:,}", f"{comparison.bytes:,}", *numbers])
     head = [title, "documents", "bytes", "bytes per token: before", "after", "ratio"]
     print(f"\n{table_text(head, rows, indent='  ')}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -17,7 +17,7 @@ from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
 from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
-from moelpr.base.settings import POSITIONAL, Flags, Natural
+from moelpr.base.settings import POSITIONAL, Flags, Natural, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
@@ -182,3 +182,7 @@ def print_document(document: dict[str, Any], number: int, num_documents: int) ->
         # Control characters and line breaks would break the layout.
         text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
         print(textwrap.fill(label + text, width=110, subsequent_indent="    ", break_on_hyphens=False))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -21,7 +21,7 @@ from data_tools.corpus.joining import (
 )
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_file, refuse_existing
-from moelpr.base.settings import Count, Flags, either, metavar
+from moelpr.base.settings import Count, Flags, either, metavar, run_script
 from moelpr.data.language_bits import loss_bits_path
 from moelpr.data.manifest import manifest_path
 from moelpr.data.text.held_out_text import joined_text
@@ -76,3 +76,7 @@ def main(arguments: Settings) -> None:
                 path.unlink(missing_ok=True)
         for path in texts:
             path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

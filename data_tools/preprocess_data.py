@@ -16,6 +16,7 @@ from data_tools.preprocessing.job import Job
 from data_tools.preprocessing.job_spec import describe_job
 from data_tools.preprocessing.settings import Settings
 from data_tools.preprocessing.summary import print_summary
+from moelpr.base.settings import run_script
 
 
 def main(args: Settings) -> None:
@@ -28,3 +29,7 @@ def main(args: Settings) -> None:
         job.commit()
     print_summary(job)
     print(f"done in {time.monotonic() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    run_script(main)

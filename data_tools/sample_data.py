@@ -26,7 +26,7 @@ from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest
 from data_tools.corpus.joining import missing_manifests, open_corpora, refuse_input_as_output
 from data_tools.corpus.tokenized import Documents, runs_of
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Count, Flags, Natural, either, metavar
+from moelpr.base.settings import Count, Flags, Natural, either, metavar, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
 
@@ -174,3 +174,7 @@ def print_samples(samples: list[Sample]) -> None:
     for sample in samples:
         if sample.is_short:
             print(f"note: {sample.corpus.prefix} contains less than the requested {sample.requested}; all are used")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -19,7 +19,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import empty, fsync_file, locked_folder, refuse_existing
 from moelpr.base.journal import partial_name
 from moelpr.base.languages import canonical, is_code
-from moelpr.base.settings import POSITIONAL
+from moelpr.base.settings import POSITIONAL, run_script
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import LanguageBitsWriter
 from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, Source
@@ -74,3 +74,7 @@ def check_tokens(path: Path, index: CorpusIndex, tokenizer: JobTokenizer, eod_id
     for id, places, verb, flag in around:
         if wrong := int((tokens[places] != id).sum()):
             raise UserError(f"{wrong:,} of {len(places):,} documents of {path} do not {verb} with {id}; pass {flag}")
+
+
+if __name__ == "__main__":
+    run_script(main)

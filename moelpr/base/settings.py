@@ -22,7 +22,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, dataclass_transform, get_args, get_origin
 
-from moelpr.base.command import CommandParser
+from moelpr.base.command import CommandParser, run_command
 
 INF = float("inf")
 POSITIONAL = {"positional": True}
@@ -107,6 +107,11 @@ def call(command: Callable[[Any], None], words: Sequence[str]) -> None:
         return command()  # type: ignore[call-arg]
     own = sys.modules[command.__module__] if command.__name__ == "main" else command
     command(parse(settings_of(command), words, inspect.getdoc(own)))
+
+
+def run_script(command: Callable[[Any], None]) -> None:
+    """Run a command whose file was started, as `python data_tools/preprocess_data.py`."""
+    run_command(lambda: call(command, sys.argv[1:]))
 
 
 def parse[S: Flags](settings: type[S], words: Sequence[str], description: str | None = None) -> S:

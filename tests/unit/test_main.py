@@ -58,6 +58,14 @@ def test_a_tool_has_the_subcommands_name_in_usage_and_errors() -> None:
     assert done.stderr.startswith("moelpr model convert: error: ")
 
 
+def test_the_file_of_a_tool_runs_too() -> None:
+    files = [tool.place.replace(".", "/") + ".py" for tool in command.TOOLS.values() if ":" not in tool.place]
+    scripts = [file for file in files if file.startswith(("data_tools/", "checkpoint_convert/"))]
+    assert len(scripts) > 10 and all((ROOT / file).read_text().endswith("\n    run_script(main)\n") for file in scripts)
+    done = subprocess.run([sys.executable, scripts[0], "--wrong"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "preprocess_data.py: error: " in done.stderr
+
+
 @pytest.mark.parametrize("group", ["data", "model"])
 def test_a_group_lists_its_subcommands(group: str) -> None:
     listed = re.findall(r"^  (\S+(?: \S+)?)  +\S", moelpr(group).stdout, re.MULTILINE)

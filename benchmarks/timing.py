@@ -14,14 +14,10 @@ Times = dict[str, list[float]]  # contender -> seconds in each round
 
 @dataclass(frozen=True)
 class Turns:
-    """A way to measure contenders.
+    """A way to measure contenders."""
 
-    Attributes:
-        rounds: number of rounds, in each of which every contender is measured once.
-        cpu_time: measure the CPU time of this process, which other processes disturb less, instead of wall time.
-    """
-
-    rounds: int
+    rounds: int  # number of rounds, in each of which every contender is measured once
+    # measure the CPU time of this process, which other processes disturb less, instead of wall time
     cpu_time: bool = False
 
     @property

@@ -30,17 +30,12 @@ TEMPLATES.globals["metrics"] = schema
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts that an export's card tells; unknown details are omitted.
-
-    Attributes:
-        config: config.json of the export.
-        base_model: Name of the base, on the Hub (owner/name) or of its folder.
-    """
+    """The facts that an export's card tells; unknown details are omitted."""
 
     source: MegatronReader
-    config: dict[str, Any]
+    config: dict[str, Any]  # config.json of the export
     dtype: str
-    base_model: str | None
+    base_model: str | None  # name of the base, on the Hub (owner/name) or of its folder
     lineage: Lineage
 
     @property

@@ -30,17 +30,12 @@ CHARACTERS_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class TextVerdict:
-    """The comparison of two models' logits on one file.
-
-    Attributes:
-        max_abs_logit_diff: Largest absolute difference over all tokens and the vocabulary; inf if one is NaN.
-        num_same_choice: Number of tokens after which both models predict the same next token.
-    """
+    """The comparison of two models' logits on one file."""
 
     file: Path
     num_tokens: int
-    max_abs_logit_diff: float
-    num_same_choice: int
+    max_abs_logit_diff: float  # largest absolute difference over all tokens and the vocabulary; inf if one is NaN
+    num_same_choice: int  # number of tokens after which both models predict the same next token
 
 
 def compare_on_text(

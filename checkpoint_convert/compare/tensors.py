@@ -21,23 +21,15 @@ from moelpr.model.stages import VOCABULARY_PARTS, Part
 
 @dataclass(frozen=True)
 class TensorVerdict:
-    """The comparison of one tensor of A with B's.
-
-    Attributes:
-        kind: "missing" in B, "extra" in B, "shape", or "value".
-        max_abs: Largest absolute difference; inf if one of them is NaN or Inf.
-        num_different: Number of elements whose bits differ, of `num_elements`.
-        detail: Both shapes, for kind "shape".
-        num_ignored_rows: Rows of new tokens, which were not compared.
-    """
+    """The comparison of one tensor of A with B's."""
 
     name: str
-    kind: str
-    max_abs: float = 0.0
-    num_different: int = 0
+    kind: str  # "missing" in B, "extra" in B, "shape", or "value"
+    max_abs: float = 0.0  # largest absolute difference; inf if one of them is NaN or Inf
+    num_different: int = 0  # number of elements whose bits differ, of `num_elements`
     num_elements: int = 0
-    detail: str = ""
-    num_ignored_rows: int = 0
+    detail: str = ""  # both shapes, for kind "shape"
+    num_ignored_rows: int = 0  # rows of new tokens, which were not compared
 
     def differs(self, tolerance: float) -> bool:
         """Whether the tensors differ; with tolerance 0 every bit counts, including the sign of a zero."""

@@ -110,15 +110,11 @@ class AdapterReader:
 
 @dataclass(frozen=True)
 class Base:
-    """The dense base of experts.
-
-    Attributes:
-        ffn: Names of the tensors of its FFNs; `others`: of all others.
-    """
+    """The dense base of experts."""
 
     described: Described
     tensors: HfReader
-    ffn: list[str]
+    ffn: list[str]  # names of the tensors of its FFNs; `others`: of all others
     others: list[str]
 
     @classmethod
@@ -140,16 +136,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Expert:
-    """A model that differs from the base in its FFNs.
-
-    Attributes:
-        others: The tensors in which it differs as well, which are not taken over.
-    """
+    """A model that differs from the base in its FFNs."""
 
     folder: Path
     languages: list[str]
     tensors: HfReader | MegatronReader | AdapterReader
-    others: list[str]
+    others: list[str]  # the tensors in which it differs as well, which are not taken over
 
 
 class TopOne:

@@ -20,23 +20,18 @@ from moelpr.model.stages import VOCABULARY_PARTS, Part
 
 @dataclass(frozen=True)
 class Start:
-    """How new experts and routers start.
+    """How new experts and routers start."""
 
-    Attributes:
-        new_experts: "copied" from the FFN (in an MoE, from expert 0), or "random": normal with the standard deviation
-            `initializer_range` of the model, an ablation of the paper.
-        noise: Standard deviation of the noise added to a copy, as a fraction of the copied tensor's own.
-        reinitialise: Fraction of a copy's FFN dimensions to reinitialize (Drop-Upcycling, arXiv 2502.19261): gate and
-            up rows and down columns of the same random dimensions are sampled from a normal distribution with the mean
-            and standard deviation of the entries they replace.
-        ffns_of: Folder of a dense model whose FFNs new experts copy; None for those of the model itself.
-        seed: Random seed. Each tensor has its own random stream, which depends on no other tensor.
-    """
-
+    # "copied" from the FFN (in an MoE, from expert 0), or "random": normal with the standard deviation
+    # `initializer_range` of the model, an ablation of the paper
     new_experts: Literal["copied", "random"] = "copied"
-    noise: float = 0.0
+    noise: float = 0.0  # standard deviation of the noise added to a copy, as a fraction of the copied tensor's own
+    # fraction of a copy's FFN dimensions to reinitialize (Drop-Upcycling, arXiv 2502.19261): gate and up rows and down
+    # columns of the same random dimensions are sampled from a normal distribution with the mean and standard deviation
+    # of the entries they replace
     reinitialise: float = 0.0
-    seed: int = 1234
+    seed: int = 1234  # random seed. Each tensor has its own random stream, which depends on no other tensor
+    # folder of a dense model whose FFNs new experts copy; None for those of the model itself
     ffns_of: str | None = None
 
     def check(self) -> None:

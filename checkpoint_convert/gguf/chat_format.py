@@ -15,20 +15,14 @@ class Inexpressible(ValueError):
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The text before and after a message of each role.
+    """The text before and after a message of each role."""
 
-    Attributes:
-        head: What starts a conversation without a system message, such as a default one.
-        system: None if the template refuses system messages.
-        system_place: Its own turn, or inside the first or the last turn of the user, before `system[1]`.
-        answer: What follows the last message, for the model to continue.
-    """
-
-    head: str
-    system: tuple[str, str] | None
+    head: str  # text that starts a conversation without a system message, such as a default one
+    system: tuple[str, str] | None  # none if the template refuses system messages
     user: tuple[str, str]
     assistant: tuple[str, str]
-    answer: str
+    answer: str  # text that follows the last message, for the model to continue
+    # its own turn, or inside the first or the last turn of the user, before `system[1]`
     system_place: Literal["own", "first", "last"] = "own"
 
     @classmethod

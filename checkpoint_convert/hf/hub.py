@@ -21,16 +21,11 @@ DOWNLOADED = (
 
 @dataclass(frozen=True)
 class Model:
-    """A Hugging Face directory on this machine.
-
-    Attributes:
-        name: owner/name on the Hub, or the name of the folder.
-        revision: Commit on the Hub; None for a folder.
-    """
+    """A Hugging Face directory on this machine."""
 
     folder: Path
-    name: str
-    revision: str | None = None
+    name: str  # owner/name on the Hub, or the name of the folder
+    revision: str | None = None  # commit on the Hub; None for a folder
 
 
 def find_model(path: Path, revision: str | None = None) -> Model:

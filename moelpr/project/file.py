@@ -23,18 +23,13 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class ProjectFile:
-    """A languages.yaml as it was read.
-
-    Attributes:
-        lines: The line of each key.
-        checksum: SHA-256 of the text.
-        assumed: Bytes of text of languages whose files need not be there, for a plan.
-    """
+    """A languages.yaml as it was read."""
 
     path: Path
     project: Project
-    lines: dict[tuple[str | int, ...], int]
-    checksum: str
+    lines: dict[tuple[str | int, ...], int]  # the line of each key
+    checksum: str  # SHA-256 of the text
+    # bytes of text of languages whose files need not be there, for a plan
     assumed: dict[str, int] = field(default_factory=dict)
 
     def at(self, *key: str) -> str:

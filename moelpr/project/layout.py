@@ -45,21 +45,14 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class StageLayout:
-    """How a stage is started, and what it needs.
+    """How a stage is started, and what it needs."""
 
-    Attributes:
-        flags: Arguments of its launcher that do not decide what it learns.
-        tokens_per_s: Of all GPUs; None if it is not predicted.
-        memory_gib: Memory of a node.
-        plan: The planner's result; None on a CPU.
-    """
-
-    flags: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)  # arguments of its launcher that do not decide what it learns
     nodes: int = 1
     gpus_per_node: int = 0
-    tokens_per_s: float | None = None
-    memory_gib: float = 4.0
-    plan: StagePlan | None = None
+    tokens_per_s: float | None = None  # tokens of all GPUs; None if it is not predicted
+    memory_gib: float = 4.0  # memory of a node
+    plan: StagePlan | None = None  # the planner's result; None on a CPU
 
     def minutes(self, tokens: float | None) -> float | None:
         return tokens / self.tokens_per_s / 60 if tokens and self.tokens_per_s else None

@@ -45,15 +45,10 @@ _used: set[Any] = set()  # types of file systems
 
 
 class Identity(NamedTuple):
-    """Size and version of a remote file.
+    """Size and version of a remote file."""
 
-    Attributes:
-        bytes: Its size; 0 if its server does not state it.
-        version: The checksum or ETag that its server states, if any.
-    """
-
-    bytes: int
-    version: str | None
+    bytes: int  # its size; 0 if its server does not state it
+    version: str | None  # the checksum or ETag that its server states, if any
 
 
 def is_remote(name: str) -> bool:

@@ -17,13 +17,9 @@ Route = list[list[tuple[int, float]]]  # MoE layer → its K experts, the heavie
 
 @dataclass(frozen=True)
 class Token:
-    """A token with its route, which is empty in a dense model.
+    """A token with its route, which is empty in a dense model."""
 
-    Attributes:
-        text: What it adds to the text; empty if the character is complete only with a later token.
-    """
-
-    text: str
+    text: str  # addition to the text; empty if the character is complete only with a later token
     route: Route
 
 

@@ -61,36 +61,24 @@ class Reader:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with routers to be found.
+    """A model with routers to be found."""
 
-    Attributes:
-        base: The dense base.
-        routed: The model itself.
-        experts: Who reads the text of which languages first: what was learned, without these routers.
-        put: Gives the model routers.
-        places: The experts of a router that are the base's FFN, which come first.
-        new_rows: Layer → rows of new experts [N, H]; None: one for each of `experts`, which has none yet.
-    """
-
-    base: Reader
-    routed: Reader
+    base: Reader  # the dense base
+    routed: Reader  # the model itself
+    # who reads the text of which languages first: what was learned, without these routers
     experts: Sequence[tuple[Reader, Sequence[str]]]
-    put: Callable[[Rows], None]
-    places: int
+    put: Callable[[Rows], None]  # gives the model routers
+    places: int  # the experts of a router that are the base's FFN, which come first
+    # layer → rows of new experts [N, H]; None: one for each of `experts`, which has none yet
     new_rows: Mapping[int, Tensor] | None = None
 
 
 class Aim(Protocol):
-    """The aim of routers: how much text, and the dial.
+    """The aim of routers: how much text, and the dial."""
 
-    Attributes:
-        max_tokens: Tokens of each text that are used.
-        max_distance: Distance up to which the loss is to be smallest.
-        keep: Share of what was learned from which on the distance is to be smallest; with neither, their sum is.
-    """
-
-    max_tokens: int
-    max_distance: float | None
+    max_tokens: int  # tokens of each text that are used
+    max_distance: float | None  # distance up to which the loss is to be smallest
+    # share of what was learned from which on the distance is to be smallest; with neither, their sum is
     keep: float | None
 
 

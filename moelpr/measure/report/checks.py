@@ -11,23 +11,15 @@ from moelpr.base.yaml_files import read_mapping
 
 
 class Verification(TypedDict, total=False):
-    """The result of `moelpr model verify --json`, with fields that are only shown.
-
-    Attributes:
-        equal: Whether the models are equal within the tolerances.
-        num_tensors: The number of tensors that were compared.
-        max_abs_diff: The largest difference of a tensor; null if it is infinite or NaN.
-        max_abs_logit_diff: The largest difference of a logit.
-        same_next_token: The fraction of tokens with the same most likely next token.
-    """
+    """The result of `moelpr model verify --json`, with fields that are only shown."""
 
     __pydantic_config__ = FOREIGN | {"extra": "allow"}  # type: ignore[misc]
 
-    equal: Required[bool]
-    num_tensors: Required[int]
-    max_abs_diff: float | None
-    max_abs_logit_diff: float | None
-    same_next_token: float | None
+    equal: Required[bool]  # whether the models are equal within the tolerances
+    num_tensors: Required[int]  # the number of tensors that were compared
+    max_abs_diff: float | None  # the largest difference of a tensor; null if it is infinite or NaN
+    max_abs_logit_diff: float | None  # the largest difference of a logit
+    same_next_token: float | None  # the fraction of tokens with the same most likely next token
 
 
 def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:

@@ -44,23 +44,16 @@ def has_model(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of `moelpr run`.
+    """A step of `moelpr run`."""
 
-    Attributes:
-        name: Its name, and its key under `steps` in languages.yaml.
-        tool: The subcommand that it runs; empty if the user has no say in its flags.
-        make: Yields its tasks in a project: what they read and write, and what they cost. None if it lacks the step.
-        reserved: Flags that only the project sets, without dashes.
-        speed: Flags that decide how fast it is, not what it writes: nothing is done again when they change.
-        methods: The methods that have it.
-    """
-
-    name: str
-    tool: str
+    name: str  # its name, and its key under `steps` in languages.yaml
+    tool: str  # the subcommand that it runs; empty if the user has no say in its flags
+    # yields its tasks in a project: what they read and write, and what they cost. None if it lacks the step
     make: Callable[["Step", ResolvedProject], Iterable[Task]]
-    reserved: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()  # flags that only the project sets, without dashes
+    # flags that decide how fast it is, not what it writes: nothing is done again when they change
     speed: frozenset[str] = frozenset()
-    methods: frozenset[Way] = METHODS
+    methods: frozenset[Way] = METHODS  # the methods that have it
 
     def tasks(self, project: ResolvedProject) -> list[Task]:
         """The tasks of this step in a project."""

@@ -11,58 +11,43 @@ Words = Sequence[str | Path]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A command of a workflow. Tables of tasks are data: nothing runs before `Workflow.run`.
+    """A command of a workflow. Tables of tasks are data: nothing runs before `Workflow.run`."""
 
-    Attributes:
-        name: The name of the task, its mark and its log.
-        command: A subcommand (`moelpr model convert …`), a launcher (`launch/stage1.sh …`), or arguments of Python
-            (`tool.py …`, `-m module …`). A function returns it when the task's turn comes, if earlier tasks decide
-            it; it may raise a UserError.
-        settings: Further words of the command that decide how fast it is, not what it writes, such as a layout. It is
-            not done again when they change.
-        made_from: Names of the tasks whose output it reads. It is done again when one of them was.
-        decided_by: Names of the tasks whose results only decide its command.
-        files: Other files and folders that it reads. It is done again when their content has changed.
-        versions: Remote files that it reads, each with what identifies its content, likewise.
-        is_complete: Whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no.
-        is_result: Whether a project is for its output, which is made again when it is removed; that of others only when
-            a task reads it.
-        continues: Folder that a training continues instead of replacing, even if another command wrote it. If the task
-            changes while it exists, that is an error instead of a reason to run it again.
-        unfinished: Folders in which the command keeps work that only the same command can finish.
-        shared: Folder of outputs that several workflows share. Its mark and log are there; one workflow makes it while
-            others wait, and none makes it with another command than the first.
-        environment: Environment variables of the command.
-        minutes: Expected time; None if unknown.
-        memory_gib: Memory that it needs while it runs, on each node.
-        disk_gib: Disk space that its output needs.
-        nodes: Number of nodes, on each of which the command is started.
-        gpus_per_node: Number of GPUs that it uses on each node.
-        cpus: Number of CPUs that it can use.
-        is_spare: Whether results that are not there yet decide if there is anything to do.
-        corpora: Prefixes of corpora that it writes; jobs of a cluster can write them in shards (`--num-shards`).
-    """
-
-    name: str
+    name: str  # the name of the task, its mark and its log
+    # a subcommand (`moelpr model convert …`), a launcher (`launch/stage1.sh …`), or arguments of Python (`tool.py …`,
+    # `-m module …`). A function returns it when the task's turn comes, if earlier tasks decide it; it may raise a
+    # UserError
     command: Words | Callable[[], Words]
+    # further words of the command that decide how fast it is, not what it writes, such as a layout. It is not done
+    # again when they change
     settings: Words = ()
-    made_from: tuple[str, ...] = ()
-    decided_by: tuple[str, ...] = ()
+    made_from: tuple[str, ...] = ()  # names of the tasks whose output it reads. It is done again when one of them was
+    decided_by: tuple[str, ...] = ()  # names of the tasks whose results only decide its command
+    # other files and folders that it reads. It is done again when their content has changed
     files: tuple[Path, ...] = ()
+    # remote files that it reads, each with what identifies its content, likewise
     versions: Mapping[str, str] = field(default_factory=dict)
+    # whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no
     is_complete: Callable[[], bool] = lambda: True
+    # whether a project is for its output, which is made again when it is removed; that of others only when a task reads
+    # it
     is_result: bool = False
+    # folder that a training continues instead of replacing, even if another command wrote it. If the task changes while
+    # it exists, that is an error instead of a reason to run it again
     continues: Path | None = None
-    unfinished: tuple[Path, ...] = ()
+    unfinished: tuple[Path, ...] = ()  # folders in which the command keeps work that only the same command can finish
+    # folder of outputs that several workflows share. Its mark and log are there; one workflow makes it while others
+    # wait, and none makes it with another command than the first
     shared: Path | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    minutes: float | None = None
-    memory_gib: float = 4.0
-    disk_gib: float = 0.0
-    nodes: int = 1
-    gpus_per_node: int = 0
-    cpus: int = 1
-    is_spare: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)  # environment variables of the command
+    minutes: float | None = None  # expected time; None if unknown
+    memory_gib: float = 4.0  # memory that it needs while it runs, on each node
+    disk_gib: float = 0.0  # disk space that its output needs
+    nodes: int = 1  # number of nodes, on each of which the command is started
+    gpus_per_node: int = 0  # number of GPUs that it uses on each node
+    cpus: int = 1  # number of CPUs that it can use
+    is_spare: bool = False  # whether results that are not there yet decide if there is anything to do
+    # prefixes of corpora that it writes; jobs of a cluster can write them in shards (`--num-shards`)
     corpora: tuple[Path, ...] = ()
 
     @property

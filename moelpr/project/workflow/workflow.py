@@ -33,19 +33,14 @@ _COMMAND_CHANGED = "its command has changed"
 
 @dataclass(frozen=True)
 class Outlook:
-    """The fate of a task.
-
-    Attributes:
-        state: Whether it is done, has never succeeded, has started and continues, or is done again.
-        reason: Why it is done again.
-        refusal: Why it is not done again: a training would go on from what another command has trained.
-        id: The ID that its output will have; None if results that are to be made again decide its command.
-    """
+    """The fate of a task."""
 
     task: Task
+    # whether it is done, has never succeeded, has started and continues, or is done again
     state: Literal["done", "to do", "unfinished", "again"]
-    reason: str = ""
-    refusal: str = ""
+    reason: str = ""  # why it is done again
+    refusal: str = ""  # why it is not done again: a training would go on from what another command has trained
+    # the ID that its output will have; None if results that are to be made again decide its command
     id: str | None = None
 
 

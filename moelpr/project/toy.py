@@ -48,6 +48,7 @@ def write_toy(folder: Path) -> Path:
             "preprocess": {"workers": 1},
             "ffn": _BATCH,
             "stage2": _BATCH | {"train-iters": _STEPS},
+            "combine": {"max-tokens": 2048},
             "evaluate": {"sequence-length": 64, "continuations": 0},
             "routing": {"sequence-length": 64},
         },

@@ -154,8 +154,8 @@ run_training() {
         fail_for_good "$code"
     fi
     rm -f "$failures"
-    if [[ -e $save/FINISHED ]]; then
-        exit
+    if [[ -e $save/FINISHED ]] || [[ ${IS_SPARE:-} && -z $(saved_step) ]]; then
+        exit # a spare training has ended without a step: an earlier task has decided that there is nothing to do
     elif is_preempted; then
         echo "$SLURM_JOB_NAME: preempted; the job is requeued"
         slurm_requeues || scontrol requeue "$SLURM_JOB_ID" # if Slurm does it too, the job runs twice

@@ -32,6 +32,9 @@ _RECIPES |= {"dense": "paper-dense", "ffn": "paper-dense"}
 class ResolvedProject:
     """A languages.yaml with its defaults, which depend on each other.
 
+    Args:
+        is_judged: Whether routers that are there are those of the result, not of one that is to be made again.
+
     Attributes:
         content: What the file says.
         method: What trains, the result's name in tables.
@@ -51,13 +54,13 @@ class ResolvedProject:
         models: Finished models by name, the last of them the project's.
     """
 
-    def __init__(self, file: ProjectFile) -> None:
+    def __init__(self, file: ProjectFile, is_judged: bool = True) -> None:
         self.file, self.content = file, file.project
         self.method = self.content.way
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
         path = self.folder / "hf" / "calibration.json"
-        self.routed = records.read(_Calibration, path, "remove it").findings if path.is_file() else None
+        self.routed = records.read(_Calibration, path, "remove it").findings if is_judged and path.is_file() else None
         self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)
         self.models: dict[str, Path] = {self.method: self.folder / "hf"}
         if self.method == "auto":

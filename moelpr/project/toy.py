@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, write_text
 from moelpr.base.yaml_files import dump
 
@@ -30,7 +31,18 @@ def documents_in(language: str, number: int, seed: int = 0) -> list[str]:
 
 
 def write_toy(folder: Path) -> Path:
-    """Write text, base and languages.yaml, whose paths are relative to the current folder; return the file."""
+    """Write text, base and languages.yaml, whose paths are relative to the current folder; return the file.
+
+    Raises:
+        UserError: The folder has other files.
+    """
+    path = folder / "languages.yaml"
+    if path.is_file() and path.read_text().startswith(f"model: {folder / 'base'}\n"):
+        return path
+    if folder.is_dir() and {*folder.iterdir()} - {
+        folder / name for name in (*(f"{one}.jsonl" for one in STEMS), "base")
+    }:
+        raise UserError(f"{folder} has files that are not the demo's; pass --output with another folder")
     texts = {language: documents_in(language, number) for language, number in _DOCUMENTS.items()}
     for language, documents in texts.items():
         write_text(folder / f"{language}.jsonl", "".join(f"{json.dumps({'text': text})}\n" for text in documents))
@@ -53,7 +65,7 @@ def write_toy(folder: Path) -> Path:
             "routing": {"sequence-length": 64},
         },
     }
-    write_text(path := folder / "languages.yaml", dump(content))
+    write_text(path, dump(content))
     return path
 
 

@@ -116,6 +116,8 @@ def test_the_save_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: P
     words = arguments.format(tmp_path / "empty").split()
     done = calls("launch/slurm/stage.sbatch", "stage1", *words)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    spare = calls("launch/slurm/stage.sbatch", "stage1", *words, IS_SPARE="yes")  # the project needs no review
+    assert (spare.returncode, spare.stderr) == (0, "")
 
 
 PREEMPTED = {"PREEMPTED": "2026-01-01T00:00:00"}

@@ -12,6 +12,7 @@ from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
 
 _SETTINGS = Settings(context=0).resolve({})
+_MEMORY_BYTES = 2 << 30
 _CHUNK_BYTES = 32 << 20  # a model's log-probabilities in fp64
 
 
@@ -35,14 +36,17 @@ def document_distances(
 
 
 def remembering(loaded: LoadedModel) -> LoadedModel:
-    """The model, which keeps in host memory what it has returned for a batch."""
+    """The model, which keeps in host memory what it has returned for a batch, up to `_MEMORY_BYTES`."""
     memory: dict[tuple[torch.Size, bytes], Tensor] = {}
 
     def logits(tokens_BS: Tensor) -> Tensor:
         batch = tokens_BS.shape, tokens_BS.cpu().numpy().tobytes()
-        if batch not in memory:
-            memory[batch] = loaded.logits(tokens_BS).cpu()
-        return memory[batch]
+        if batch in memory:
+            return memory[batch]
+        logits_BSV = loaded.logits(tokens_BS)
+        if sum(one.nbytes for one in memory.values()) + logits_BSV.nbytes <= _MEMORY_BYTES:
+            memory[batch] = logits_BSV.cpu()
+        return logits_BSV
 
     return replace(loaded, logits=logits)
 

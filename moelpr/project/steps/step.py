@@ -32,7 +32,11 @@ _WEIGHTS, _VOCABULARY = ("model.safetensors",), {"tokenizer.json", "tokenizer.mo
 def has_model(folder: Path) -> bool:
     """Whether a Hugging Face model is there: its settings, tokenizer and card, and all of its weights in their size."""
     index = folder / "model.safetensors.index.json"
-    weights = records.read(dict[str, Any], index, "")["weight_map"].values() if index.is_file() else _WEIGHTS
+    weights = (
+        records.read(dict[str, Any], index, "").get("weight_map", {"": "no map"}).values()
+        if index.is_file()
+        else _WEIGHTS
+    )
     there = {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
     sizes = {name: one.num_bytes for name, one in (checksums.read(folder) or {}).items()}
     return (

@@ -160,6 +160,7 @@ class Chain:
         if task.continues:
             save = shlex.quote(str(task.continues))
             lines = [f'run_training "$(path_outside {save})" -m moelpr {shlex.join(run)}']
+            lines = ["IS_SPARE=yes", *lines] if task.is_spare else lines
         elif shards > 1:
             mark = shlex.quote(str(self._workflow.mark_path(name).resolve()))  # describes what is replaced
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]

@@ -170,7 +170,7 @@ class Workflow:
         Raises:
             MachineError: They are too small.
         """
-        left = [task for task in self.tasks.values() if not self.is_done(task.name)]
+        left = [task for task in self.tasks.values() if not (task.is_spare or self.is_done(task.name))]
         disk = round(sum(task.disk_gib for task in left) * 2**30)
         memory, name = max(((round(task.memory_gib * 2**30), task.name) for task in left), default=(0, ""))
         existing = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())

@@ -12,8 +12,9 @@ from moelpr.project import running, tables
 from moelpr.project.budget import check_budget
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from moelpr.project.toy import write_toy
 from moelpr.project.workflow.workflow import Outlook, Workflow
-from tests.unit.project.conftest import Write
+from tests.unit.project.conftest import Write, write_findings
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +105,23 @@ def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: p
     running.run(ResolvedProject(read_project(write())))
     printed = capsys.readouterr().out
     assert "export: already done" in printed and "the verdict" in printed and not Path("out").exists()
+
+
+def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write: Write) -> None:
+    write_findings(distance=0.09, kept=0.9)  # routers before the ones to be made
+    steps = {"ffn": {"global-batch-size": 1}}
+    path = write(method="auto", experts=None, budget={"tokens": "20K"}, steps=steps, hardware={"gpu": "none"})
+    running.run(ResolvedProject(read_project(path)), on="slurm", render_only=True)
+    script = Path("out/slurm/stage2.sbatch").read_text()
+    assert "--task stage2" in script and script.index("IS_SPARE=yes\n") < script.index("run_training ")
+
+
+def test_a_demo_leaves_other_files_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    file = folder / "languages.yaml"
+    file.write_text("model: mine\n")
+    with pytest.raises(UserError, match="--output"):
+        write_toy(folder)
+    file.write_text(edited := f"model: {folder}/base\nbudget: {{tokens: 1}}\n")
+    assert write_toy(folder).read_text() == edited and [*folder.iterdir()] == [file]

@@ -135,7 +135,8 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
     monkeypatch.setattr(calibrated_model, "write_calibrated", lambda *_, **__: record)
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "a"}))
-    words = f"--model m --base b --save s --data en={file} --data el={file} --expanded-languages el".split()
+    words = f"--model {tmp_path} --base {tmp_path} --save s --expanded-languages el".split()
+    words += ["--data", f"en={file}", "--data", f"el={file}"]
     assert exit_code(calibrator.main, *words, *flags) == 0
     assert ("0.30 nats" in capsys.readouterr().err) == (distance > 0.2 and not flags)
 

@@ -5,7 +5,7 @@ Decided from the validation passes in metrics.jsonl, so that a run that was inte
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,7 +31,8 @@ class EarlyStop:
         self.save, self.last_step = settings.save, settings.last_step
         self.retain_interval: int = run.save_retain_interval or 0
         self.patience = run.args.early_stop_patience / (run.global_batch_size * run.args.seq_length)  # in steps
-        self.weights = language_weights(settings.data_path, list(settings.validation_data))
+        weights = language_weights(settings.data_path, list(settings.validation_data))
+        self.weights = {name: weight for name, weight in weights.items() if weight}
         self.losses: dict[int, float] = {}  # step -> loss
         self.record: BestStep | None = None  # the run has ended with it
         start, metrics, parser = settings.start, self.save / METRICS_FILE, LineParser()
@@ -42,13 +43,14 @@ class EarlyStop:
         for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
             with suppress(ValueError):  # the line of a killed run
                 event = parser.parse(line) if b'"validation"' in line else None
-                if event and 0 < event["iteration"] <= (start.saved_step or 0):
+                is_of_run = event and 0 < event["iteration"] <= (start.saved_step or 0)
+                if event and is_of_run and self.weights.keys() <= event["languages"].keys():
                     self.losses[event["iteration"]] = self.loss(event["languages"])
 
     def loss(self, languages: Mapping[str, Any]) -> float:
-        """The mean loss of languages in nats per token, weighted as in training; Inf if one is unknown."""
-        known = {name: languages.get(name, {}).get("lm_loss") for name, weight in self.weights.items() if weight}
-        total = sum(self.weights[name] * (math.inf if loss is None else loss) for name, loss in known.items())
+        """The mean loss of languages in nats per token, weighted as in training; Inf if one is no number."""
+        losses = {name: languages[name].get("lm_loss") for name in self.weights}
+        total = sum(self.weights[name] * (math.inf if loss is None else loss) for name, loss in losses.items())
         return float(total / sum(self.weights.values()))
 
     def see(self, step: int, languages: Mapping[str, Any]) -> None:
@@ -60,19 +62,29 @@ class EarlyStop:
         if ranks.is_first_rank():
             self.remove_steps()
 
-    def best(self, until: float = math.inf) -> int:
-        """The step with the lowest loss; 0 without one."""
-        steps = [step for step, loss in self.losses.items() if step <= until and math.isfinite(loss)]
-        return min(steps, key=lambda step: (self.losses[step], step), default=0)
+    def best(self) -> int:
+        """The step with the lowest loss, saved or not, and so the same on every rank; 0 without one."""
+        return self._best_of(self.losses)
+
+    def best_saved(self) -> int:
+        """The step with the lowest loss of those on disk; 0 without one."""
+        latest = saved_step(self.save) or 0
+        folders = (path.name.removeprefix("iter_") for path in self.save.glob("iter_*"))
+        return self._best_of(step for step in map(as_step, folders) if step and step <= latest)
+
+    def _best_of(self, steps: Iterable[int]) -> int:
+        scored = [step for step in steps if math.isfinite(self.losses.get(step, math.inf))]
+        return min(scored, key=lambda step: (self.losses[step], step), default=0)
 
     @property
     def is_over(self) -> bool:
         """Whether the run ends here."""
-        return self.record is not None or max(self.losses, default=0) - self.best() >= self.patience
+        best = self.best()
+        return self.record is not None or (best > 0 and max(self.losses) - best >= self.patience)
 
     def end(self) -> BestStep | None:
-        """Make the best step that of the folder, for all that reads it, and record it; None without a pass."""
-        if self.record is None and (best := self.best()):
+        """Make the best step that of the folder, for all that reads it, and record it; None without one."""
+        if self.record is None and (best := self.best_saved()):
             self.remove_steps()
             made = saved_step(self.save) or best
             self.record = BestStep(best, self.losses[best], made, self.last_step)
@@ -83,15 +95,10 @@ class EarlyStop:
 
     def remove_steps(self) -> None:
         """Remove saved steps before the latest, but for the best, and multiples of --save-retain-interval."""
-        latest = saved_step(self.save) or 0
+        latest, best = saved_step(self.save) or 0, self.best_saved()
         for folder in self.save.glob("iter_*") if self.retain_interval else ():
             step = as_step(folder.name.removeprefix("iter_")) or latest
-            if (
-                step < latest
-                and step % (self.retain_interval or 1)
-                and step != self.best(latest)
-                and not folder.is_symlink()
-            ):
+            if step < latest and step % (self.retain_interval or 1) and step != best and not folder.is_symlink():
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -135,9 +135,10 @@ def check_trackers(run: RequestedRun) -> Iterable[str]:
 def check_early_stop(run: RequestedRun) -> Iterable[str]:
     """Early stopping has held-out text, and each pass but the first and the last is of a saved step."""
     args, interval = run.args, run.args.save_interval
+    misses = bool(interval) and "eval_interval" in run.explicit_args and args.eval_interval % interval != 0
     if args.early_stop_patience and not (args.validation_data and args.save):
         yield "--early-stop-patience requires --validation-data LANG=PREFIX and --save; add them, or remove it"
-    if args.early_stop_patience and "eval_interval" in run.explicit_args and args.eval_interval % interval:
+    if args.early_stop_patience and misses:
         yield (
             f"with --early-stop-patience, --eval-interval must be a multiple of --save-interval {interval}, got "
             f"{args.eval_interval}; remove it to validate each saved step"

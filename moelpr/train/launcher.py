@@ -62,11 +62,15 @@ def launch(stage: str, words: Iterable[str]) -> None:
     if is_dry_run:
         print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
         return
-    paths = dict(pairwise(arguments))  # the trainer would find one missing some seconds later
+    parts = [part for word in arguments for part in word.split("=", 1)]
+    paths = dict(pairwise(parts))  # the trainer would find one missing some seconds later
     if (recipe := paths.get("--recipe")) and not find_recipe(Path(recipe)).is_file():
         raise UserError(f"--recipe must be a file, or one of moelpr's recipes, got {recipe}")
     if (start := paths.get("--pretrained-checkpoint")) and not Path(start).is_dir():
-        raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
+        from moelpr.base.run_folder import TRACKER_FILE  # only now, as it takes long
+
+        if not any(Path(paths[flag], TRACKER_FILE).is_file() for flag in ("--load", "--save") if flag in paths):
+            raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
     os.environ |= variables
     become(command)
 

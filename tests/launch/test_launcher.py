@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
+from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.train import launcher
 from tests.support.programs import write_program
 
@@ -123,6 +124,15 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
 def test_a_missing_path_is_an_error_before_torchrun_starts(flag: str) -> None:
     with pytest.raises(UserError, match=f"{flag} must be .* got no/such"):
         launcher.launch("stage1", [flag, "no/such"])
+
+
+@pytest.mark.parametrize("place", ["--save {}", "--save={}", "--load {} --save new"])
+def test_a_run_is_resumed_by_the_same_command_when_its_start_was_deleted(tmp_path: Path, place: str) -> None:
+    words = ["--pretrained-checkpoint", "no/such", *place.format(tmp_path).split()]
+    with pytest.raises(UserError, match="--pretrained-checkpoint must be"):
+        started(*words)
+    (tmp_path / TRACKER_FILE).write_text("2")
+    assert started(*words)[2] == ["--stage", "stage1", *words]
 
 
 def test_a_dry_run_prints_the_command_at_any_position(tmp_path: Path, capsys, monkeypatch) -> None:

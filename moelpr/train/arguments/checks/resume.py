@@ -107,7 +107,7 @@ def _optimizer_settings(settings: Mapping[str, Any], layout: Layout, by_buffer: 
     core/optimizer (ChainedOptimizer, DistributedOptimizer.sharded_param_state_*); tested by
     tests/distributed/resume_layouts.py.
     """
-    flags = ("use_distributed_optimizer", "bf16", "fp16", "train_everything")
+    flags = ("use_distributed_optimizer", "bf16", "fp16", "bf16_moments", "train_everything")
     always = {
         **{name: settings.get(name) for name in ("optimizer", *_ADAM)},
         **{name: bool(settings.get(name)) for name in flags},

@@ -57,7 +57,7 @@ OF_THE_OPTIMIZER = yaml.safe_load("""
 {
     optimizer: [sgd, {}], use_distributed_optimizer: [true, {}], bf16: [true, {}], fp16: [true, {}],
     train_everything: [true, {}], decoupled_lr: [7.0, {}], adam_beta1: [0.5, {}], adam_beta2: [0.5, {}],
-    adam_eps: [0.5, {}]
+    adam_eps: [0.5, {}], bf16_moments: [true, {}]
 }
 """)
 OF_FLAT_BUFFERS = yaml.safe_load("""

@@ -80,6 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(logits, weight_VH, out=of_hidden)
             if of_rows.numel():
                 of_rows.copy_(logits[:, rows])
+            del logits  # or two chunks would be there at once
         ctx.rows = rows
         ctx.save_for_backward(of_hidden_TH, *((of_rows_TR, hidden_TH, weight_VH) if trains_rows else ()))
         return losses_T

@@ -325,7 +325,7 @@ def test_a_config_that_is_not_a_json_object_of_texts_is_rejected(source: Path, t
     ("changes", "message"),
     [
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps.* got nan"),
-        ({"rms_norm_eps": 0}, "epsilon"),
+        ({"rms_norm_eps": 0.0}, "epsilon"),
         ({"attention_dropout": 3}, "attention_dropout.* got 3"),
         ({"initializer_range": float("inf")}, "initializer_range.* got inf"),
         ({"num_attention_heads": 0}, "config.json"),

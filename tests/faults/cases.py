@@ -176,10 +176,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("resume", f"{inside(HALF, STEP)} out/run/*.txt", same_run, 0.1),
         Reading("resume", "out/run/*.json out/run/*.yaml out/run/iter_*/*.yaml out/run/metrics.jsonl", anything, 0.05),
     ),
-    "recipes": (
-        Reading("settings", "recipe.yaml", recipe_holds),
-        Reading("compare", "project.yaml", anything, 0.1),
-    ),
+    "recipes": (Reading("settings", "recipe.yaml", recipe_holds), Reading("compare", "project.yaml", anything, 0.1)),
     "metrics": (
         Reading("live", RUN, anything, 1),
         Reading("report", RUN, anything, 0.3),

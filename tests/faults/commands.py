@@ -47,9 +47,7 @@ class Command:
 COMMANDS = {
     "preprocess": Command("data preprocess", _PREPROCESS.format("text/text.jsonl"), "text hf"),
     "preprocess a large file": Command(
-        "data preprocess",
-        f"{_PREPROCESS.format('large.jsonl')} --workers 2 --validation-share 0.1",
-        "large.jsonl hf",
+        "data preprocess", f"{_PREPROCESS.format('large.jsonl')} --workers 2 --validation-share 0.1", "large.jsonl hf"
     ),
     "preprocess conversations": Command(
         "data preprocess",
@@ -91,9 +89,7 @@ COMMANDS = {
         "large",
     ),
     "tag": Command(
-        "data tag",
-        f"out/el_text_document --language el --bit expanded --overwrite {_TOKENIZER}",
-        "corpus:out hf",
+        "data tag", f"out/el_text_document --language el --bit expanded --overwrite {_TOKENIZER}", "corpus:out hf"
     ),
     "inspect": Command("data inspect", "corpus/en_text_document", "corpus"),
     "extend": Command(
@@ -103,9 +99,7 @@ COMMANDS = {
         "text hf",
     ),
     "convert": Command(
-        "model convert",
-        "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1",
-        "hf",
+        "model convert", "--hf-path hf --save out/checkpoint --num-new-experts 4 --topk 2 --original-copies 1", "hf"
     ),
     "new tokens": Command(
         "model convert",
@@ -127,9 +121,7 @@ COMMANDS = {
         "hf hf:expert text",
     ),
     "kept sums": Command(
-        "pack keep",
-        "hf --text en=text/en.jsonl --max-tokens 200 --device cpu --save out/kept",
-        "hf text",
+        "pack keep", "hf --text en=text/en.jsonl --max-tokens 200 --device cpu --save out/kept", "hf text"
     ),
     "build of packs": Command("pack build", "hf pack --kept kept --save out/hf", "hf pack kept"),
     "settings": Command("tests.faults.settings", _TRAIN, "recipe.yaml checkpoint corpus"),

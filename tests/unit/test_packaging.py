@@ -20,13 +20,7 @@ import moelpr
 ROOT = Path(__file__).parents[2]
 OUR_CODE = ("moelpr", "data_tools", "checkpoint_convert", "examples", "benchmarks", "tests", "setup.py")
 # Where a tool that nobody imports is run or configured.
-TOOL_FILES = (
-    "Makefile",
-    "pyproject.toml",
-    ".pre-commit-config.yaml",
-    "README.md",
-    "CONTRIBUTING.md",
-)
+TOOL_FILES = ("Makefile", "pyproject.toml", ".pre-commit-config.yaml", "README.md", "CONTRIBUTING.md")
 # Installed for Megatron, which imports them without declaring them.
 FOR_MEGATRON = ("einops",)
 # Transformer Engine loads its libraries without declaring them.

@@ -13,15 +13,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.base.files import (
-    LOCK_FILE,
-    atomic_directory,
-    atomic_file,
-    copy_folder,
-    locked,
-    temporary_name,
-    write_text,
-)
+from moelpr.base.files import LOCK_FILE, atomic_directory, atomic_file, copy_folder, locked, temporary_name, write_text
 from moelpr.base.journal import resumable_directory
 
 

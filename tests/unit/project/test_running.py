@@ -44,10 +44,7 @@ def run(path: Path) -> None:
         ({"model": "owner/name"}, "there is no folder owner/name, "),
         ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; did you mean h100-80"),
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
-        (
-            {"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}},
-            r"line \d+: hardware.gpus .* 8; .* 6 or 9",
-        ),
+        ({"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}}, r"line \d+: hardware.gpus .* 8; .* 6 or 9"),
         ({"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}}, r"line \d+: stage.: no layout fits"),
     ],
 )

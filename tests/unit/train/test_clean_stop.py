@@ -72,10 +72,7 @@ def test_the_end_of_a_run_is_printed_and_recorded(tmp_path, capsys, monkeypatch)
     assert clean_stop.report_end(settings(tmp_path), 10)
     assert (tmp_path / "FINISHED").read_text() == "10\n"
     stopped, *finished_unscored, finished = capsys.readouterr().out.splitlines()
-    assert finished_unscored == [
-        finished,
-        "moelpr: its last step was not validated; moelpr evaluate scores it",
-    ]
+    assert finished_unscored == [finished, "moelpr: its last step was not validated; moelpr evaluate scores it"]
     assert stopped.startswith(f"moelpr: stopped after step 7 of 10, saved in {tmp_path}")
     assert finished == f"moelpr: stage1 is finished, step 10 of 10 is in {tmp_path}"
     with clean_stop.stops_on_request(settings(tmp_path), None):

@@ -24,8 +24,7 @@ def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [(("live", ".", "--interval", "0"), "--interval"), (("nowhere",), "nowhere"), ((), "RUN")],
+    ("arguments", "named"), [(("live", ".", "--interval", "0"), "--interval"), (("nowhere",), "nowhere"), ((), "RUN")]
 )
 def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match=named):

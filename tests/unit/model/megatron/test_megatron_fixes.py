@@ -29,11 +29,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.parallel_state import get_tensor_and_context_parallel_group
-from megatron.core.rerun_state_machine import (
-    RerunMode,
-    destroy_rerun_state_machine,
-    initialize_rerun_state_machine,
-)
+from megatron.core.rerun_state_machine import RerunMode, destroy_rerun_state_machine, initialize_rerun_state_machine
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker

@@ -49,7 +49,7 @@ def test_a_project_plans_and_lists_its_commands(file: str, folder: Path, capsys:
     moelpr("plan", file)
     steps = re.findall(r"^(\S+) +to do", capsys.readouterr().out, re.MULTILINE)
     method = read_project(Path(file)).project.method
-    assert {"moe-lpr": "stage1", "full": "dense"}.get(method, method) in steps
+    assert {"moe-lpr": "stage1", "full": "dense", "second-ffn": "ffn"}.get(method, method) in steps
     moelpr("run", file, "--dry-run")
     assert re.findall(r"^(\S+): to do", capsys.readouterr().out, re.MULTILINE) == steps
     assert {*folder.rglob("*")} == before
@@ -97,7 +97,7 @@ def test_the_second_base_is_made_before_what_starts_from_it(folder: Path, monkey
     runs = [words[2] for words in started if words[:2] == ["moelpr", "run"]]
     assert sorted(runs) == PROJECTS
     assert runs.index("examples/experiments/second-base.yaml") == min(
-        place for place, file in enumerate(runs) if "second" in file
+        place for place, file in enumerate(runs) if "experiments/second" in file
     )
     assert not [words for words in started if words[0] != "moelpr"]  # base and text are there
     shutil.rmtree(experiments.RUNS / "kept")

@@ -27,7 +27,7 @@ from moelpr.model.layers.new_rows import ROWS
 from moelpr.model.layers.vocabulary import mask_padding
 from moelpr.model.megatron import bootstrap, checkpoint_sums, hooks
 from moelpr.plan.layouts import PlannedLayout
-from moelpr.plan.memory import Kernels, Workload, model_parts
+from moelpr.plan.memory import Workload, model_parts
 from moelpr.plan.step_time import stage_flops
 from moelpr.train import clean_stop
 from moelpr.train.arguments.parse import check_arguments, refused_by_megatron, register_arguments
@@ -121,8 +121,15 @@ def train_stage(
 def operations_per_sequence(settings: RunSettings, seq_length: int) -> float:
     """The operations of matrix products for one sequence, forward and backward, without what is recomputed."""
     spec, stage = settings.spec, settings.stage
-    trains = stage.train_new_embeddings, stage.train_everything, stage.stage1_experts
-    workload = Workload(stage.name, seq_length, 1, 1, "bf16", Kernels(), *trains)
+    workload = Workload(
+        stage.name,
+        seq_length,
+        micro_batch_size=1,
+        global_batch_size=1,
+        new_embeddings=stage.train_new_embeddings,
+        train_everything=stage.train_everything,
+        stage1_experts=stage.stage1_experts,
+    )
     return stage_flops(spec, model_parts(spec), PlannedLayout(tp=1, pp=1, ep=1, etp=1, dp=1), workload, 0).once
 
 

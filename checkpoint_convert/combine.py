@@ -48,8 +48,16 @@ def main(args: Settings) -> None:
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    its = args.base_model, args.ignore_others, not args.unchecked
-    record = combine(args.base, experts, args.read(kept), args.read(texts), args, *its)
+    record = combine(
+        args.base,
+        experts,
+        args.read(kept),
+        args.read(texts),
+        args,
+        base_model=args.base_model,
+        ignore_others=args.ignore_others,
+        is_checked=not args.unchecked,
+    )
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
 

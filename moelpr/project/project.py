@@ -288,7 +288,7 @@ class Project:
     budget: Annotated[Budget, BeforeValidator(_as_tokens, json_schema_input_type=Budget | int | str)]
     """The length of stage 1, or of another method's training."""
     method: Method = "moe-lpr"
-    """What trains (default: new experts and routers, as experts, replay and languages.kept say)."""
+    """The method (default: new experts and routers, as experts, replay and languages.kept say)."""
     text_output: str | None = None
     """Folder for corpora, held-out text and a downloaded base, which several projects share (default: output)."""
     mix: Mix = field(default_factory=Mix)

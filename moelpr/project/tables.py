@@ -43,7 +43,8 @@ def plan(project: ResolvedProject) -> str:
     if any(outlook.task.is_spare for outlook in outlooks):
         parts.append(
             f"Steps with ? follow only if the second FFN is more than {MOST_DISTANCE} nats per token from the base, "
-            f"or keeps less than {LEAST_KEPT:.0%} of what it has learned; they are not in these sums."
+            f"keeps less than {LEAST_KEPT:.0%} of what it has learned, or is no better than the base; these sums are "
+            "without them."
         )
     if project.layouts.cluster is None:
         parts.append("This machine's CPU is used, whose speed is not predicted.")

@@ -37,11 +37,10 @@ def write_toy(folder: Path) -> Path:
         UserError: The folder has other files.
     """
     path = folder / "languages.yaml"
-    if path.is_file() and path.read_text().startswith(f"model: {folder / 'base'}\n"):
+    if path.is_file() and path.read_text(errors="replace").startswith(f"model: {folder / 'base'}\n"):
         return path
-    if folder.is_dir() and {*folder.iterdir()} - {
-        folder / name for name in (*(f"{one}.jsonl" for one in STEMS), "base")
-    }:
+    there = {one.name for one in folder.glob("[!.]*")}  # a killed start leaves temporary files with a dot
+    if there - {"base", *(f"{language}.jsonl" for language in STEMS)}:
         raise UserError(f"{folder} has files that are not the demo's; pass --output with another folder")
     texts = {language: documents_in(language, number) for language, number in _DOCUMENTS.items()}
     for language, documents in texts.items():

@@ -30,8 +30,8 @@ def verdict(project: ResolvedProject) -> str:
     end = BestStep.read_if_there(project.folder / project.main_stage)
     if end and end.made < end.planned:
         lines.append(
-            f"Held-out text no longer improved: training stopped after step {end.made:,} of {end.planned:,}, which "
-            f"saved {1 - end.made / end.planned:.0%} of it; step {end.step:,} is the result."
+            f"Held-out text no longer improved: training stopped after step {end.made:,} of {end.planned:,}, so "
+            f"{1 - end.made / end.planned:.0%} of the steps were saved; step {end.step:,} is the result."
         )
     best = min(by_model, key=lambda name: sum(change.value for change in by_model[name].values()))
     lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []

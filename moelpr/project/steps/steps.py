@@ -37,7 +37,8 @@ def tasks_of(project: ResolvedProject) -> list[Task]:
     names = [*STEPS]
     if project.method == "auto":
         names = [name for name in names if name not in REVIEW]
-        names[names.index("combine") + 1 : 0] = REVIEW
+        place = names.index("combine") + 1
+        names[place:place] = REVIEW
     return [task for name in names for task in STEPS[name].tasks(project)]
 
 

@@ -110,7 +110,7 @@ class Chain:
     """The jobs of a workflow on a cluster."""
 
     def __init__(self, workflow: Workflow, settings: SlurmSettings, file: Path) -> None:
-        """`file`: What `moelpr run` takes."""
+        """`file`: The languages.yaml."""
         self._workflow, self._settings, self._file = workflow, settings, file
         self._folder = workflow.folder.resolve() / "slurm"
         self._name = re.sub(r"[^\w.-]", "-", self._folder.parent.name)

@@ -66,4 +66,4 @@ def test_a_stop_by_held_out_text_is_said_with_what_it_saved(write: Write) -> Non
     Path("out/stage1").mkdir(parents=True)
     BestStep(300, 2.0, 400, 1600).write(Path("out/stage1"))
     text = measured(write, (-0.2, -0.22, -0.18), (-0.1, -0.12, -0.08), (0.001, -0.01, 0.02))
-    assert "after step 400 of 1,600, which saved 75% of it; step 300 is the result" in text
+    assert "after step 400 of 1,600, so 75% of the steps were saved; step 300 is the result" in text

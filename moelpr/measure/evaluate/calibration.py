@@ -192,7 +192,7 @@ def calibrate(
         if number == 1 and is_checked:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
-        if number < ROUNDS - 1:  # the search takes most of the time, and what it finds is of this round's routers
+        if 0 < number < ROUNDS - 1:  # a search takes most of the time
             point = measured(choices, parts)
         else:
             parts, point = _search(partial(measured, choices), parts, score)

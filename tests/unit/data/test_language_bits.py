@@ -122,6 +122,17 @@ def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: in
         bits.at(np.array([0, 10 if start >= 0 else -1]))
 
 
+def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path / "damaged.lang", np.array([1, 0, 0, 1, 1, 0, 1, 0, 1, 1, 0], np.uint8))
+    content = path.read_bytes()
+    for position in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"damaged\.lang"):
+            LanguageBits(path).verify()
+
+
 def test_truncated_long_foreign_and_unfinished_files_are_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "a.lang", np.ones(100, np.uint8))
     content = path.read_bytes()

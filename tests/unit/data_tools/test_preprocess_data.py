@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_tools import merge_data
 from data_tools.corpus.corpus import Corpus
-from data_tools.preprocessing import job
+from data_tools.preprocessing import batches, job
 from moelpr.base import journal
 from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
@@ -122,6 +122,15 @@ def test_shard_reports_a_bad_line_by_its_number_in_the_file(hf_tokenizer, corpus
         preprocess(hf_tokenizer, *flags, shard)
     with pytest.raises(UserError, match=r"a\.jsonl:36: not JSON"):
         preprocess(hf_tokenizer, *flags, 3)
+
+
+def test_number_of_workers_changes_no_byte(sp_tokenizer, corpus_lines, preprocess, corpus_bytes, monkeypatch) -> None:
+    monkeypatch.setattr(batches, "BATCH_BYTES", 500)  # some twenty batches, so that workers overtake each other
+    words = ("--input", corpus_lines("a.jsonl"), corpus_lines("b.jsonl", 33), *KEY)
+    one = preprocess(sp_tokenizer, *words, out="one", workers=1)
+    three = preprocess(sp_tokenizer, *words, out="three", workers=3)
+    assert corpus_bytes(f"{one}_text_document") == corpus_bytes(f"{three}_text_document")
+    assert Corpus(f"{one}_text_document").num_documents == 93
 
 
 def test_each_token_has_its_documents_bit(unigram_tokenizer, corpus_lines, preprocess, capsys) -> None:

@@ -58,6 +58,17 @@ def test_same_seed_gives_the_same_sample(inputs: list[str], tmp_path: Path) -> N
     assert [ids[0] for ids in alone] == [ids[0] for ids in turned[20:40]]
 
 
+def test_every_document_is_equally_likely(inputs: list[str], tmp_path: Path) -> None:
+    drawn = np.zeros(60)
+    for seed in range(100):
+        words = ["--original-documents", "27", "--seed", str(seed), "--overwrite"]
+        drawn[[ids[0] for ids in sample(tmp_path / "out", inputs[:1], *words)]] += 1
+    assert (drawn[9::10] == 0).all()
+    drawn = np.delete(drawn, np.s_[9::10])
+    # 54 documents, each drawn in half of 100 draws: 50 +- 5, and none further away than 5 of these.
+    assert 25 < drawn.min() < drawn.max() < 75
+
+
 def test_documents_are_sampled_until_they_contain_enough_tokens(inputs: list[str], tmp_path: Path) -> None:
     actual = sample(tmp_path / "out", inputs, "--expanded-tokens", "500")
     lengths = sorted(map(len, actual))

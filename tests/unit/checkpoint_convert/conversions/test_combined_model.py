@@ -199,15 +199,8 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
 def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path, exit_code, capsys) -> None:
     for name, texts in (KEPT | GREEK).items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    words = [
-        base,
-        "--text",
-        f"el={tmp_path}/el.jsonl",
-        "--keep-text",
-        f"{tmp_path}/*d.jsonl",
-        f"{tmp_path}/first.jsonl",
-    ]
-    words += ["--save", tmp_path / "save", "--device", "cpu", "--max-tokens", 1000]
+    words = f"{base} --text el={tmp_path}/el.jsonl --keep-text {tmp_path}/*d.jsonl {tmp_path}/first.jsonl".split()
+    words += f"--save {tmp_path}/save --device cpu --max-tokens 1000".split()
     expert = ["--expert", f"el={greek}"]
     for more, message in (
         (["--expert", f"={greek}"], "--expert"),

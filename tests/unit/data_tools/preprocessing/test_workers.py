@@ -115,9 +115,9 @@ def test_a_worker_that_is_ended_before_it_has_begun_ends(monkeypatch: pytest.Mon
     monkeypatch.setattr(ProcessPoolExecutor, "_spawn_process", ended)
     pool = workers.started_pool(1)
     (worker,) = multiprocessing.active_children()
-    worker.join(30)
-    assert worker.exitcode == -signal.SIGTERM, worker.kill()
-    pool.shutdown()
+    assert multiprocessing.connection.wait([worker.sentinel], 30), worker.kill()
+    pool.shutdown()  # its thread may be the one that is told how the worker ended
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def later(start: Callable[[Any], None], work: Any) -> None:

@@ -8,31 +8,22 @@ Weights stream from the checkpoint to safetensors, one tensor at a time. With --
 llama.cpp, Ollama and LM Studio; moelpr model gguf does that for an export that exists.
 """
 
-import argparse
-import math
-import re
 from typing import Annotated
 
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Folder, Source, choices, metavar, run_script
+from moelpr.base.quantities import Bytes
+from moelpr.base.settings import Folder, Source, choices, run_script
 from moelpr.model.families.moe_classes import MOE_CLASSES
-
-
-def size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?B)", text.strip().upper())
-    if match is None or not 0 < float(match[1]) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a size like 500MB or 5GB, got {text!r}")
-    return max(1, int(float(match[1]) * {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]))
 
 
 class Settings(DtypeFlags, GgufFlags):
     load: Source  # checkpoint folder of a converter or the trainer
     iteration: int | None = None  # saved step to read (default: the latest)
     # size, e.g. 500MB (default: 5GB)
-    max_shard_size: Annotated[int, {"type": size}, metavar("SIZE")] = DEFAULT_SHARD_BYTES
+    max_shard_size: Bytes = DEFAULT_SHARD_BYTES
     base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
     # stock MoE class to write (default: the family's)
     as_class: Annotated[str | None, choices(MOE_CLASSES), {"names": ["--as"]}] = None

@@ -2,12 +2,14 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Annotated
 
 from moelpr.base.errors import UserError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MAX_COUNT = 10**18
 
 
@@ -27,19 +29,27 @@ def parse_count(text: str) -> int:
 
 
 def parse_bytes(text: str) -> int:
-    """`parse_count` of a size such as 8GB, 500MB or 2T."""
-    return parse_count(re.sub("G(?=B?$)|(?<=[KMT])B$", "", text.strip(), flags=re.I) + "B" * text.upper().endswith("G"))
+    """The bytes of a size such as 8GB, 500MB or 2T; UserError if it has another form."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?) ?([KMGT]?)B?", text.strip().upper())
+    if match is None or (number := int(Decimal(match[1]) * _BYTES[match[2]])) < 1:
+        raise UserError(f"expected a size such as 500MB or 5GB, got {text[:40]!r}")
+    return number
 
 
-def count_argument(text: str) -> int:
-    """`parse_count` as the type of a flag: argparse shows the message of this error only."""
-    try:
-        return parse_count(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def as_argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+    """A function as the type of a flag: argparse shows the message of this error only."""
+
+    def convert(text: str) -> int:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
-Tokens = Annotated[int, {"type": count_argument, "metavar": "N"}]  # the type of a setting
+Tokens = Annotated[int, {"type": as_argument(parse_count), "metavar": "N"}]  # the types of settings
+Bytes = Annotated[int, {"type": as_argument(parse_bytes), "metavar": "SIZE"}]
 
 
 def format_count(number: float) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from moelpr.base.errors import UserError
 from moelpr.base.languages import is_code
-from moelpr.base.quantities import parse_bytes
+from moelpr.base.quantities import as_argument, parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
 from moelpr.project import running, tables
 from moelpr.project.budget import check_budget
@@ -24,14 +24,19 @@ from moelpr.project.template import template
 from moelpr.project.toy import write_toy
 
 
-def _language(text: str) -> tuple[str, str]:
+def _language(text: str, form: str = "LANG=FILE, such as el=el.jsonl") -> tuple[str, str]:
     code, _, path = text.partition("=")
     if not code or not path:
-        raise argparse.ArgumentTypeError(f"expected LANG=FILE, such as el=el.jsonl, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
     return code, path
 
 
 _Pairs = Annotated[list[tuple[str, str]], REPEATED, {"type": _language, "metavar": "LANG=FILE"}]
+
+
+def _assumed(text: str) -> tuple[str, int]:
+    code, size = _language(text, "LANG=SIZE, such as el=8GB")
+    return code, as_argument(parse_bytes)(size)
 
 
 class Init(Flags):
@@ -51,7 +56,7 @@ class Project(Flags):
 
 class Plan(Project):
     # size of a language's text, which then need not be there; repeat for several
-    assume: Annotated[list[tuple[str, str]], REPEATED, {"type": _language, "metavar": "LANG=SIZE"}] = []
+    assume: Annotated[list[tuple[str, int]], REPEATED, {"type": _assumed, "metavar": "LANG=SIZE"}] = []
     check: bool = False  # also run each stage without a GPU (moelpr check; half a minute each)
 
 
@@ -78,7 +83,7 @@ def init(args: Init) -> None:
 
 def plan(args: Plan) -> None:
     """Show whether it fits, and the steps with time, GPU hours, memory and disk; start nothing."""
-    project = ResolvedProject(read_project(args.file, {code: parse_bytes(size) for code, size in args.assume}))
+    project = ResolvedProject(read_project(args.file, dict(args.assume)))
     check_flags(project.file, project.content.steps)
     check_budget(project)
     print(tables.plan(project))

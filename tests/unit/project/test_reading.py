@@ -220,7 +220,8 @@ def test_assumed_text_need_not_be_there_and_decides_the_tokens(write: Write) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8e9), ("8G", 8e9), ("1.5TB", 1.5e12), ("500MB", 5e8), ("3kb", 3e3), ("2T", 2e12)]
+    ("text", "size"),
+    [("8GB", 8e9), ("8G", 8e9), ("1.5TB", 1.5e12), ("500MB", 5e8), ("3kb", 3e3), ("2T", 2e12), ("500B", 500)],
 )
 def test_a_size_is_a_number_of_bytes(text: str, size: float) -> None:
     assert parse_bytes(text) == size

@@ -238,11 +238,11 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -
     on_host = replace(workload, optimizer_cpu_offload=True, bf16_moments=False)
     offload: dict[str, float | None] = {"--optimizer-cpu-offload": None}
     smallest = replace(on_host, micro_batch_size=1), {**offload, "--micro-batch-size": 1}
-    found = (
+    by_setting = (
         [replace(one, settings={**first, **one.settings}) for one in _smaller_models(spec, work, cluster)]
         for work, first in ((workload, {}), (on_host, offload), smallest)
     )
-    remedies = [*next(filter(None, found), []), Remedy({"--gpu-memory-gib": enough_gib})]
+    remedies = [*next(filter(None, by_setting), []), Remedy({"--gpu-memory-gib": enough_gib})]
     for larger in _other_sizes(cluster)[1]:
         if _fits(spec, workload, larger):
             remedies.append(Remedy({"--gpus": larger.gpus}))

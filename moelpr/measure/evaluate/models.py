@@ -132,7 +132,7 @@ def open_model(
     For a checkpoint, the latest one in `directory`, torch.distributed is initialized inside the block.
     """
     if is_gguf(directory):
-        with closing(Gguf(directory)) as file:  # on the CPU, as nn.Linear's weight is
+        with closing(Gguf(directory)) as file:  # nn.Linear stands for the model: its weight is on the CPU
             ids = file.start_id, file.eos_id, file.vocab_size
             yield LoadedModel(directory, nn.Linear(1, 1), file, *ids, file.logits)
         return

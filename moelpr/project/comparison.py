@@ -91,7 +91,7 @@ class Compared(Results):
         caption = "Change of bits per byte against the base, with 95% confidence intervals."
         return [page.Figure([learned_lost_chart(title, panels, x_axis=learned)], caption, name=self.name)]
 
-    def to_json(self) -> dict[str, Any]:
+    def numbers(self) -> dict[str, Any]:
         return {
             "settings": self._settings,
             "base": self._projects[self._first].base,

@@ -10,8 +10,8 @@ from typing import Any
 from moelpr.base.languages import language_name
 from moelpr.measure.evaluate.benchmarks import Benchmark, Scores
 from moelpr.measure.evaluate.confidence import Estimate, interval_of, mean
-from moelpr.measure.evaluate.result_cache import Json
 from moelpr.measure.evaluate.results import Results
+from moelpr.measure.report.evaluation_files import BenchmarkRun, BenchmarkScore, EvaluationFile, ModelResult
 from moelpr.measure.report.numbers import Interval, number_text, signed
 from moelpr.measure.report.page import Table
 
@@ -129,31 +129,30 @@ class HarnessResults(Results):
             return None
         return interval_of(self._estimates[model][name][code] - self._estimates[self._reference][name][code])
 
-    def _score_json(self, model: str, name: str, code: str) -> Json:
+    def _score(self, model: str, name: str, code: str) -> BenchmarkScore:
         interval, change = interval_of(self._estimates[model][name][code]), self._changes(model, name, code)
-        return vars(interval) | {"stderr": self._errors[model][name][code]} | ({"change": change} if change else {})
+        return BenchmarkScore(**vars(interval), stderr=self._errors[model][name][code], change=change)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "settings": self._settings,
-            "groups": self._groups,
-            "benchmarks": self._benchmarks,
-            "models": {
-                model: {
-                    "directory": directory,
-                    "scores": {
-                        name: {code: self._score_json(model, name, code) for code in estimates}
-                        for name, estimates in self._estimates[model].items()
-                    },
-                    "averages": {
-                        group: None if (average := self.means(model, group)[-1]) is None else average[0]
-                        for group in GROUPS
-                    },
-                    "average_changes": {g: estimates for g in GROUPS if (estimates := self.change(model, g))},
-                }
-                for model, directory in self._models.items()
-            },
+    def numbers(self) -> EvaluationFile:
+        models = {
+            model: ModelResult(
+                str(directory),
+                scores={
+                    name: {code: self._score(model, name, code) for code in estimates}
+                    for name, estimates in self._estimates[model].items()
+                },
+                averages={
+                    group: None if (average := self.means(model, group)[-1]) is None else average[0] for group in GROUPS
+                },
+                average_changes={g: change for g in GROUPS if (change := self.change(model, g))},
+            )
+            for model, directory in self._models.items()
         }
+        benchmarks = {
+            name: BenchmarkRun(benchmark.metric, benchmark.num_fewshot, benchmark.tasks)
+            for name, benchmark in self._benchmarks.items()
+        }
+        return EvaluationFile(models, {**self._settings}, benchmarks=benchmarks, groups=self._groups)
 
 
 def _text(estimate: Estimate | None) -> str:

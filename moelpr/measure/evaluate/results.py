@@ -5,11 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from moelpr.base.files import write_text
 from moelpr.data.text.remote import shown
 from moelpr.measure.evaluate.compare import Comparison
 from moelpr.measure.report import page
-from moelpr.measure.report.numbers import finite_json
+from moelpr.measure.report.evaluation_files import EvaluationFile, ModelResult
 
 
 class Results(ABC):
@@ -19,12 +21,13 @@ class Results(ABC):
     title: str
 
     @abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """All numbers."""
+    def numbers(self) -> Any:
+        """All numbers: a record, or a dict of them."""
 
     def json_text(self, indent: int | None = None) -> str:
-        """`to_json` as text; null for numbers that are infinite or NaN, such as those of a model that has diverged."""
-        return finite_json(self.to_json(), indent)
+        """`numbers` as JSON; null for those that are infinite or NaN, such as those of a model that has diverged."""
+        numbers = self.numbers()
+        return TypeAdapter[Any](type(numbers)).dump_json(numbers, indent=indent, exclude_none=True).decode()
 
     @abstractmethod
     def findings(self) -> list[str]:
@@ -57,12 +60,13 @@ class Results(ABC):
         page.write_page(folder, self.name, page.Page(self.title, sections=[overview, *tables, continuations]))
 
 
-def settings_json(
-    comparison: Comparison, data: Mapping[str, str], original: Sequence[str], settings: dict[str, Any]
-) -> dict[str, Any]:
-    """The settings and data that all results are computed from."""
-    return {
-        "settings": vars(comparison.settings) | settings,
-        "data": {language: shown(str(path)) for language, path in data.items()},
-        "original_languages": list(original),
-    }
+def evaluation_file(
+    models: dict[str, ModelResult],
+    comparison: Comparison,
+    data: Mapping[str, str],
+    original: Sequence[str],
+    settings: dict[str, Any],
+) -> EvaluationFile:
+    """The results of models with the settings and data that they are computed from."""
+    texts = {language: shown(str(path)) for language, path in data.items()}
+    return EvaluationFile(models, vars(comparison.settings) | settings, texts, original_languages=[*original])

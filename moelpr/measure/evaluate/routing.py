@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.measure.report.evaluation_files import BrokenPrior, ExpertShare
 from moelpr.model.metrics.routing_sums import text_vector
 
 
@@ -36,10 +37,10 @@ class Routing:
         return [sum(shares[: self.num_original_places]) for shares in self.first_choice_share]
 
     @property
-    def original_expert_share(self) -> dict[str, Any]:
-        """{"overall": mean of `original_first_share`, "per_layer": that itself, "layers": `layers`}."""
+    def original_expert_share(self) -> ExpertShare:
+        """`original_first_share` with its mean."""
         per_layer = self.original_first_share
-        return {"overall": sum(per_layer) / len(per_layer), "per_layer": per_layer, "layers": self.layers}
+        return ExpertShare(per_layer, self.layers, sum(per_layer) / len(per_layer))
 
     @property
     def load_imbalance(self) -> list[float]:
@@ -80,16 +81,6 @@ class RoutingObserver:
         num_experts = (means.shape[1] - 4) // 3
         lists = [part.squeeze(1).tolist() for part in means.split([num_experts] * 3 + [1] * 4, dim=1)]
         return Routing(layers, self._tokens, *lists, num_original_places=self._loaded.num_original_places)
-
-
-@dataclass(frozen=True)
-class BrokenPrior:
-    """A layer that sends more than the allowed fraction of a language's tokens to the wrong kind of expert."""
-
-    language: str
-    is_original: bool  # an original language, whose tokens choose a new expert first; else the other way round
-    layer: int  # decoder layer number, from 0
-    share: float  # fraction of the language's tokens that make the wrong first choice
 
 
 def broken_priors(

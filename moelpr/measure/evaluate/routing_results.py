@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.languages import language_name
 from moelpr.measure.evaluate.compare import Comparison
-from moelpr.measure.evaluate.results import Results, settings_json
-from moelpr.measure.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.measure.evaluate.results import Results, evaluation_file
+from moelpr.measure.evaluate.routing import Routing, broken_priors
 from moelpr.measure.report import page
+from moelpr.measure.report.evaluation_files import BrokenPrior, EvaluationFile, LanguageResult, ModelResult
 from moelpr.measure.report.plots import Panel, heat_maps
 
 # Table and map of a number per layer and language: name -> title, note.
@@ -129,18 +129,16 @@ class RoutingResults(Results):
         svg = heat_maps(f"{title}: {model}", experts, form="{:.2f}", corner="layer", cell_width=30)
         return [*figures, page.Figure([svg], f"{model}: {title}.", name=f"routing-{file_name}-experts")]
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **settings_json(self._comparison, self._data, self._original, {"threshold": self._threshold}),
-            "models": {
-                model: {
-                    "directory": str(self._comparison.models[model]),
-                    "languages": {
-                        language: vars(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS}
-                        for language, routing in statistics.items()
-                    },
-                    "broken_priors": self.broken(model),
-                }
-                for model, statistics in self._routing.items()
-            },
+    def numbers(self) -> EvaluationFile:
+        models = {
+            model: ModelResult(
+                str(self._comparison.models[model]),
+                {
+                    language: LanguageResult(**vars(routing) | {name: getattr(routing, name) for name in LAYER_NUMBERS})
+                    for language, routing in statistics.items()
+                },
+                broken_priors=self.broken(model),
+            )
+            for model, statistics in self._routing.items()
         }
+        return evaluation_file(models, self._comparison, self._data, self._original, {"threshold": self._threshold})

@@ -1,16 +1,23 @@
 """Results on held-out text: each metric and its changes, with intervals, per language and model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from moelpr.base.languages import language_name
 from moelpr.data.text.language_id import Detector, FastTextModel
 from moelpr.measure.evaluate.compare import Comparison
 from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
-from moelpr.measure.evaluate.results import Results, settings_json
+from moelpr.measure.evaluate.results import Results, evaluation_file
 from moelpr.measure.evaluate.wrong_language import wrong_language
 from moelpr.measure.report import page
-from moelpr.measure.report.evaluation_files import continuation_samples, wrong_language_table
+from moelpr.measure.report.evaluation_files import (
+    EvaluationFile,
+    LanguageResult,
+    ModelResult,
+    continuation_samples,
+    wrong_language_table,
+)
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.measure.report.plots import change_chart
 
@@ -162,35 +169,34 @@ class TextResults(Results):
     def samples(self) -> list[page.Block]:
         return continuation_samples(self._comparison.continuations, {}, "One sample does not show quality.")
 
-    def to_json(self) -> dict[str, Any]:
+    def numbers(self) -> EvaluationFile:
         of = self._comparison
         settings: dict[str, Any] = {"seed": self._seed, "continuation_tokens": of.continuation_tokens}
         settings |= {"base": of.base} if of.base else {}
-        return {
-            **settings_json(of, self._data, self._original, settings),
-            "models": {
-                model: {
-                    "directory": directory,
-                    "languages": {language: self._language_json(model, language) for language in self._data},
-                    "means": {row: self._row_json(model, row) for row in self._rows if row not in self._data},
-                }
-                for model, directory in of.models.items()
-            },
-            "continuations": of.continuations,
-            "wrong_language": self._wrong,
+        models = {
+            model: ModelResult(
+                str(directory),
+                {language: self._language_result(model, language) for language in self._data},
+                {row: LanguageResult(**self._row(model, row)) for row in self._rows if row not in self._data},
+            )
+            for model, directory in of.models.items()
         }
+        file = evaluation_file(models, of, self._data, self._original, settings)
+        return replace(file, continuations=of.continuations, wrong_language=self._wrong)
 
-    def _language_json(self, model: str, language: str) -> dict[str, Any]:
+    def _language_result(self, model: str, language: str) -> LanguageResult:
         score = self._comparison.scores[model][language]
-        return self._row_json(model, language) | {
-            "documents": len(score.document_bits),
-            "tokens": sum(score.document_tokens),
-            "bytes": sum(score.document_bytes),
-            "unknown_tokens": score.unknown_tokens,
-            "original_expert_share": score.routing and score.routing.original_expert_share,
-            "all_original_share": score.routing and score.routing.all_original_share,
-            "new_gate_weight": score.routing and score.routing.new_gate_weight,
-        }
+        routing = score.routing
+        return LanguageResult(
+            **self._row(model, language),
+            documents=len(score.document_bits),
+            tokens=sum(score.document_tokens),
+            bytes=sum(score.document_bytes),
+            unknown_tokens=score.unknown_tokens,
+            original_expert_share=routing.original_expert_share if routing else None,
+            all_original_share=routing.all_original_share if routing else None,
+            new_gate_weight=routing.new_gate_weight if routing else None,
+        )
 
-    def _row_json(self, model: str, row: str) -> dict[str, Any]:
-        return self._rows[row][model] | {"change": self._changes[row].get(model, {})}
+    def _row(self, model: str, row: str) -> dict[str, Any]:
+        return {**self._rows[row][model], "change": self._changes[row].get(model, {})}

@@ -1,5 +1,6 @@
-"""The files of `moelpr evaluate` as reports and cards read them: results.json, routing.json and harness.json."""
+"""The files of `moelpr evaluate`, which reports and cards read: results.json, routing.json and harness.json."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -24,10 +25,12 @@ class ExpertShare:
     Attributes:
         per_layer: The fraction per MoE layer; null if it is NaN.
         layers: The numbers of the MoE layers.
+        overall: The mean of `per_layer`.
     """
 
     per_layer: list[Measured]
     layers: list[int]
+    overall: Measured = math.nan
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -35,30 +38,52 @@ class LanguageResult:
     """The measurements of a model in a language, or their means over languages.
 
     Attributes:
-        bits_per_byte: Bits per byte.
-        perplexity: Perplexity per token, in results.json, as the next three.
+        bits_per_byte: Bits per byte, in results.json, as all until `original_expert_share`.
+        perplexity: Perplexity per token.
         accuracy: The fraction of tokens that were the most likely next token.
+        bytes_per_token: Bytes per token of the model's tokenizer.
         distance: KL(base‖model) in nats per token, if a base was given.
         documents: The number of documents.
+        bytes: The bytes of the text.
+        unknown_tokens: The number of tokens that stand for text which the tokenizer does not know.
         change: Metric -> its change against the first model.
-        original_expert_share: The fraction of first choices that are an original expert, in results.json.
-        original_first_share: The same per MoE layer, in routing.json.
-        layers: The numbers of the MoE layers, in routing.json.
-        all_original_share: The fraction of tokens whose choices are all original experts, per MoE layer.
-        new_gate_weight: The mean gate weight of new experts, per MoE layer.
+        original_expert_share: The fraction of first choices that are an original expert.
+        original_first_share: The same per MoE layer, in routing.json, as all lists without another file's name.
+        tokens: The number of tokens, in results.json and routing.json.
+        all_original_share: The fraction of tokens whose choices are all original experts, in results.json, too.
+        new_gate_weight: The mean gate weight of new experts, from 0 to 1, in results.json, too.
+        layers: The numbers of the MoE layers, from 0.
+        first_choice_share: The fraction of tokens whose highest router score is an expert's, per layer and expert.
+        chosen_share: The fraction of tokens that choose an expert; the sum is K per layer.
+        mean_score: The mean router score of an expert.
+        entropy: The mean entropy of a token's router scores, in nats.
+        original_chosen_share: The fraction of tokens with an original expert among their choices.
+        load_imbalance: The tokens of the busiest expert divided by the mean over experts.
+        num_original_places: The number of places of original experts.
     """
 
     bits_per_byte: Interval | None = None
     perplexity: Interval | None = None
     accuracy: Interval | None = None
+    bytes_per_token: Interval | None = None
     distance: Interval | None = None
     documents: int | None = None
+    bytes: int | None = None
+    unknown_tokens: int | None = None
     change: dict[str, Interval] = field(default_factory=dict)
     original_expert_share: ExpertShare | None = None
     original_first_share: list[Measured] | None = None
-    layers: list[int] | None = None
+    tokens: int | None = None
     all_original_share: list[Measured] | None = None
     new_gate_weight: list[Measured] | None = None
+    layers: list[int] | None = None
+    first_choice_share: list[list[Measured]] | None = None
+    chosen_share: list[list[Measured]] | None = None
+    mean_score: list[list[Measured]] | None = None
+    entropy: list[Measured] | None = None
+    original_chosen_share: list[Measured] | None = None
+    load_imbalance: list[Measured] | None = None
+    num_original_places: int | None = None
 
     def __post_init__(self) -> None:
         lists = [self.moe_layers, self.new_gate_weight, *self.shares.values()]
@@ -84,10 +109,29 @@ class BenchmarkScore(Interval):
     """A score on a benchmark in a language, from 0 to 100, with its 95% interval.
 
     Attributes:
+        stderr: The standard error.
         change: The change against the first model, paired by question.
     """
 
+    stderr: Measured = math.nan
     change: Interval | None = None
+
+
+@dataclass(frozen=True, config=FOREIGN)
+class BrokenPrior:
+    """A layer that sends more than the allowed fraction of a language's tokens to the wrong kind of expert.
+
+    Attributes:
+        language: The language.
+        is_original: Whether it is an original language, whose tokens choose a new expert first; else the other way.
+        layer: The number of the decoder layer, from 0.
+        share: The fraction of the language's tokens that make the wrong first choice.
+    """
+
+    language: str
+    is_original: bool
+    layer: int
+    share: float
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -99,12 +143,18 @@ class ModelResult:
         languages: Language -> result.
         means: "mean original" and "mean expanded" -> result.
         scores: Benchmark -> language -> score, in harness.json.
+        averages: "expanded" and "original" -> mean score, in harness.json; null without any.
+        average_changes: The changes of these means against the first model.
+        broken_priors: The layers that break the language prior, in routing.json.
     """
 
     directory: str = ""
     languages: dict[str, LanguageResult] = field(default_factory=dict)
     means: dict[str, LanguageResult] = field(default_factory=dict)
     scores: dict[str, dict[str, BenchmarkScore]] = field(default_factory=dict)
+    averages: dict[str, Measured | None] = field(default_factory=dict)
+    average_changes: dict[str, Interval] = field(default_factory=dict)
+    broken_priors: list[BrokenPrior] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -144,21 +194,24 @@ class BenchmarkRun:
     Attributes:
         metric: The harness's metric.
         num_fewshot: The number of examples before each question.
+        tasks: Language -> the harness's tasks.
     """
 
     metric: str
     num_fewshot: int
+    tasks: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=FOREIGN)
 class EvaluationFile:
-    """results.json, routing.json or harness.json.
+    """results.json, routing.json or harness.json; what a file does not have is left out or empty.
 
     Attributes:
         models: Model -> results; changes are relative to the first one.
         settings: The settings of the command.
         data: Language -> its text, in results.json and routing.json.
         benchmarks: Benchmark -> how it was run, in harness.json.
+        groups: "expanded" and "original" -> languages, in harness.json.
         original_languages: The languages that the base supports; empty if unknown.
         continuations: Language -> continuation.
         wrong_language: Language -> model, or "the text itself" -> how often its continuations are in another language.
@@ -168,6 +221,7 @@ class EvaluationFile:
     settings: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)
     benchmarks: dict[str, BenchmarkRun] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
     original_languages: list[str] = field(default_factory=list)
     continuations: dict[str, Continuation] = field(default_factory=dict)
     wrong_language: dict[str, dict[str, WrongLanguage]] = field(default_factory=dict)

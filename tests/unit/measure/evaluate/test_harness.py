@@ -17,6 +17,7 @@ from moelpr.base.languages import canonical
 from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, Benchmark, installed_benchmarks, read_benchmarks
 from moelpr.measure.evaluate.harness_results import HarnessResults
 from moelpr.measure.evaluate.models import load_model
+from moelpr.measure.report.evaluation_files import EvaluationFile
 
 needs_lm_eval = pytest.mark.skipif(
     not (find_spec("lm_eval") and find_spec("accelerate")), reason="needs lm-evaluation-harness (the extra `eval`)"
@@ -225,7 +226,7 @@ def test_languages_of_fineweb_2_have_their_benchmarks_under_any_code(tmp_path):
     assert read_benchmarks(table, ["el"])["Doors"].tasks == {"el": ["door"]}
 
 
-def test_averages_are_over_languages_first_and_then_over_benchmarks():
+def test_averages_are_over_languages_first_and_then_over_benchmarks(tmp_path):
     benchmarks = {
         "A": Benchmark(25, "acc_norm", {"en": ["a_en"], "es": ["a_es"], "el": ["a_el"]}),
         "B": Benchmark(8, "chrf", {"en": ["b_in", "b_out"]}),
@@ -240,13 +241,15 @@ def test_averages_are_over_languages_first_and_then_over_benchmarks():
     assert results.means("base", "original")[-1][0] == pytest.approx((30 + 50) / 2)
     assert results.means("base", "expanded")[-1][0] == pytest.approx(50)
     assert results.means("ours", "original")[-1][0] == pytest.approx((40 + 50.1) / 2)
-    flores = results.to_json()["models"]["base"]["scores"]["B"]["en"]
-    assert (flores["value"], flores["stderr"]) == (pytest.approx(50), pytest.approx(2.5))
-    assert (flores["low"], flores["high"]) == (pytest.approx(45.1, abs=0.5), pytest.approx(54.9, abs=0.5))
+    flores = results.numbers().models["base"].scores["B"]["en"]
+    assert (flores.value, flores.stderr) == (pytest.approx(50), pytest.approx(2.5))
+    assert (flores.low, flores.high) == (pytest.approx(45.1, abs=0.5), pytest.approx(54.9, abs=0.5))
     scores = {"base": {task: {"chrf": 40.0} for task in ("b_in", "b_out")}}
     settings = {"limit": None, "include_path": None}
     unknown = HarnessResults({"base": Path("base")}, {"B": benchmarks["B"]}, ["en"], ["en"], scores, settings)
     assert json.loads(unknown.json_text())["models"]["base"]["scores"]["B"]["en"]["stderr"] is None
+    (tmp_path / "harness.json").write_text(results.json_text())
+    assert EvaluationFile.read(tmp_path / "harness.json") == results.numbers()
     assert unknown.tables()["B, 8 shots, chrf"].rows[0][1] == "40.00 ± –"
     findings, tables = results.findings(), results.tables()
     assert any(re.search(r"Expanded .* ours .* 60\.00 .* \+10\.00 \[.* base", finding) for finding in findings)

@@ -8,9 +8,9 @@ from torch import nn
 
 from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
-from moelpr.base.text_tables import table_text
-from moelpr.measure.evaluate.findings import Findings
 from moelpr.measure.evaluate.models import LoadedModel
+from moelpr.measure.report.findings import Findings
+from moelpr.measure.report.page import terminal_table
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -35,26 +35,8 @@ class RoutedModel(Record):
 
     def table(self) -> str:
         """Tables for a terminal: a row per end, and a row per text."""
-        its = self.findings
-        points = {"base": its.base, "learned, no routing": its.learned, "result": its.result}
-        rows = [[name, f"{point.distance:.3f}", f"{point.loss:.3f}"] for name, point in points.items()]
-        head = ["nats per held-out token", "text to keep, KL(base‖model)", "expanded text, loss"]
-        text = f"{table_text(head, rows, [0])}\nkept {its.kept:.1%} of what was learned\n"
-        names = [*self.experts] or ["new experts"]
-        of_text = [
-            [
-                name,
-                f"{its.shares[0]:.1%}",
-                *(f"{share:.1%}" for share in (its.shares[1:] if self.experts else [sum(its.shares[1:])])),
-                f"{its.all_original:.1%}",
-                "" if its.distance is None else f"{its.distance:.3f}",
-                *(f"{loss:.3f}" for loss in its.losses or ()),
-                *([] if its.losses else [""] * 3),
-            ]
-            for name, its in self.findings.texts.items()
-        ]
-        head = ["held-out text", "to the base", *names, "base in all layers", "KL", "loss: base", "learned", "result"]
-        text += table_text(head, of_text, [0])
+        first, of_texts = map(terminal_table, self.findings.tables([*self.experts]))
+        text = f"{first}\n{self.findings.kept_text}\n{of_texts}"
         for name, (whole, ffns) in self.ignored.items():
             text += f"\n{name}: loss {ffns:.3f} with its FFNs only, {whole:.3f} with what else it changed"
         return text

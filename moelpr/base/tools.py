@@ -33,6 +33,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "data tag": Tool("data_tools.tag_data", "add language bits to a corpus that Megatron's tool wrote"),
         "data merge": Tool("data_tools.merge_data", "join corpora, for example the shards of a job"),
         "data sample": Tool("data_tools.sample_data", "sample documents of corpora, for example for replay"),
+        "data kept": Tool("data_tools.kept_text", "fetch a little text in a hundred languages, and code, to keep"),
         "data inspect": Tool("data_tools.inspect_data", "show and verify a corpus"),
         "data extend-tokenizer": Tool("data_tools.extend_tokenizer", "add tokens for new languages to a tokenizer"),
     },

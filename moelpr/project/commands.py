@@ -12,12 +12,12 @@ from moelpr.base.errors import UserError
 from moelpr.base.languages import is_code
 from moelpr.base.quantities import as_argument, parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
-from moelpr.project import running, tables
+from moelpr.project import tables
 from moelpr.project.budget import check_budget
 from moelpr.project.file import schema
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.running import SUBMIT, run_task
+from moelpr.project.running import SUBMIT, run_here, run_task, show, submit
 from moelpr.project.steps.steps import STEPS, check_flags, workflow_of
 from moelpr.project.steps.training import check_words
 from moelpr.project.template import template
@@ -101,11 +101,20 @@ def run(args: Run) -> None:
 
     Run it again to resume after anything; after an edit of the file, it says what it does again, and why.
     """
+    if args.on == "local" and args.render_only:
+        raise UserError(
+            f"--render-only writes the jobs of a cluster; add --on {'|'.join(SUBMIT)}, or pass --dry-run to see the "
+            "commands for this machine"
+        )
     project = args.project()
     if args.task:
         run_task(workflow_of(project), args.task, args.made_as)
+    elif args.dry_run:
+        show(project, args.on, args.redo)
+    elif args.on == "local":
+        run_here(project, args.redo)
     else:
-        running.run(project, args.redo, args.on, is_dry=args.dry_run, render_only=args.render_only)
+        submit(project, args.on, args.redo, render_only=args.render_only)
 
 
 class Demo(Flags):
@@ -118,7 +127,7 @@ def demo(args: Demo) -> None:
     It shows the way and its files, not what a real base would learn. Run it again to resume.
     """
     path = write_toy(args.output)
-    running.run(ResolvedProject(read_project(path)))
+    run_here(ResolvedProject(read_project(path)))
     print(f"This is a toy: its words are drawn at random. The file is {path}; moelpr init writes one for your base.")
 
 

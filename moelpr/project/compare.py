@@ -136,7 +136,7 @@ def read_texts(
     for project in projects.values():
         for code in project.languages:
             add(code, project.held_out(code), str(project.own("evaluate").get("json-key", "text")))
-        for name, path in project.content.languages.kept.items():
+        for name, path in project.kept.items():
             add(name, path, next(iter(project.languages.values())).json_key)
             groups["kept"] += [] if name in groups["kept"] else [name]
     for name, path in more.items():

@@ -17,6 +17,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
 from moelpr.base.quantities import parse_count
 from moelpr.base.records import DOCUMENTED
+from moelpr.data.text.kept_languages import CODE, DECLARATIONS
 from moelpr.data.text.sources import named_files
 from moelpr.project.workflow.kubernetes import KubernetesSettings
 from moelpr.project.workflow.skypilot import SkyPilotSettings
@@ -36,7 +37,12 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_named(value: Any) -> Any:
-    """Files without names are texts of their own, each named like the file; a folder or pattern stands for many."""
+    """Files without names are texts of their own, each named like the file; a folder or pattern stands for many.
+
+    Text that is still to be fetched has no file.
+    """
+    if value == "auto":
+        return dict.fromkeys((*DECLARATIONS, CODE), "")
     paths = _as_list(value)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value
@@ -114,7 +120,8 @@ class Languages:
     kept: Annotated[
         dict[str, str], BeforeValidator(_as_named, json_schema_input_type=dict[str, str] | list[str] | str)
     ] = field(default_factory=dict)
-    """More text to keep, for calibrated routers: name → file, folder or pattern; without names, each file is a text."""
+    """More text to keep, for calibrated routers: name → file, folder or pattern; without names, each file is a text.
+    auto: a little text in a hundred languages, and code, which is fetched (moelpr data kept)."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}
@@ -134,6 +141,8 @@ class Languages:
         if not self.expanded or not self.original:
             missing = "original" if self.expanded else "expanded"
             raise UserError(f"no {missing} language is given; add one under languages.{missing}, with its text")
+        for name in [name for name, path in self.kept.items() if canonical(name) in names and not path]:
+            del self.kept[name]
         if given := [name for name in self.kept if canonical(name) in names]:
             raise UserError(f"languages.kept.{given[0]} is {names[canonical(given[0])]} too; remove one")
         keys = {language.json_key for _, language in self}

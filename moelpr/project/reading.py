@@ -48,7 +48,7 @@ def _check(file: ProjectFile) -> None:
                 f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
                 "OWNER/NAME@REVISION); correct it"
             )
-    kept = {name: Language([text]) for name, text in project.languages.kept.items()}
+    kept = {name: Language([text]) for name, text in project.languages.kept.items() if text}
     has_corpora = project.corpora is not None
     problems = []
     for group, texts in (

@@ -5,12 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic.dataclasses import dataclass
-
-from moelpr.base import records
-from moelpr.base.records import FOREIGN
 from moelpr.data.manifest import Manifest
-from moelpr.measure.evaluate.findings import Findings
+from moelpr.measure.report.findings import Calibration, Findings
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import download
 from moelpr.project.file import HUB_NAME, ProjectFile
@@ -44,6 +40,7 @@ class ResolvedProject:
         base_task: The task that makes the base, if there is one; `tokenizer_task` likewise.
         languages: All languages by code, expanded ones first; `expanded` and `original` are codes.
         blended: Codes of the languages that the main stage reads.
+        kept: Name → file of more text to keep; `kept_task` is the task that fetches it, if there is one.
         conversations: Codes of the languages that have some.
         main_stage: The training that has the budget.
         replay: The text of stage 2; None without a stage 2.
@@ -60,7 +57,7 @@ class ResolvedProject:
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
         path = self.folder / "hf" / "calibration.json"
-        self.routed = records.read(_Calibration, path, "remove it").findings if is_judged and path.is_file() else None
+        self.routed = Calibration.read(path).findings if is_judged and path.is_file() else None
         self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)
         self.models: dict[str, Path] = {self.method: self.folder / "hf"}
         if self.method == "auto":
@@ -81,6 +78,11 @@ class ResolvedProject:
         self.expanded, self.original = (self.content.languages.codes(group) for group in ("expanded", "original"))
         self.languages: dict[str, Language] = dict(self.content.languages)
         self.blended = [*self.expanded, *(self.original if self.content.mix.replay else [])]
+        self.kept = {
+            name: path or str(self.text / "kept" / f"{name}.jsonl")
+            for name, path in self.content.languages.kept.items()
+        }
+        self.kept_task = () if all(self.content.languages.kept.values()) else ("kept",)
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
         self.main_stage = MAIN_STAGE[self.method]
         self.replay = self.content.replay if self.method in ("moe-lpr", "auto") else None
@@ -165,11 +167,6 @@ class ResolvedProject:
         """The tasks that make held-out text."""
         codes = [] if self.content.corpora else [code for code, one in self.languages.items() if not one.held_out]
         return tuple(f"preprocess-{code}" for code in codes)
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class _Calibration:
-    findings: Findings
 
 
 def _is_enough(routed: Findings) -> bool:

@@ -1,6 +1,7 @@
 """Run a project: say what will be done again, then do it here or submit it; or do one step on a node of a cluster."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
@@ -15,60 +16,20 @@ from moelpr.project.workflow import kubernetes, skypilot, slurm
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
 
-def run(
-    project: ResolvedProject,
-    redo: str | None = None,
-    on: str = "local",
-    *,
-    is_dry: bool = False,
-    render_only: bool = False,
-) -> None:
-    """Do all steps that are not done: on this machine in order, or as jobs of a cluster.
+def run_here(project: ResolvedProject, redo: str | None = None) -> None:
+    """Do all steps that are not done, in order, on this machine.
 
     Args:
-        on: "local", or a key of `SUBMIT`.
-        is_dry: Only print the steps and their commands; start, submit and write nothing.
-        render_only: Write the files for the cluster, but submit nothing.
+        redo: Training to start again after an edit, with those after it.
     """
-    file = project.file
-    if on == "local" and render_only:
-        raise UserError(
-            f"--render-only writes the jobs of a cluster; add --on {'|'.join(SUBMIT)}, or pass --dry-run to see the "
-            "commands for this machine"
-        )
-    if on != "local" and file.project.hardware.gpu == "auto":
-        raise UserError(
-            f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
-            "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
-        )
-    workflow = workflow_of(project, redo)
-    outlooks = workflow.outlook()
-    if on != "local" and any(x.task.name == "combine" and x.state != "done" for x in outlooks):
-        workflow = workflow_of(project := ResolvedProject(file, is_judged=False), redo)
-        outlooks = workflow.outlook()
-    print(changes(outlooks), end="")
-    check(project, outlooks)
-    if is_dry:
-        for outlook in outlooks:
-            print(f"{outlook.task.name}: {outlook.state}\n    {command(workflow, outlook)}")
-        if on != "local":
-            print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {on}.")
-        return
-    if on == "local" and project.method == "lora":
+    workflow, outlooks = checked(project, redo)
+    if project.method == "lora":
         require_package("peft", "lora")
-    if on == "local" and all(outlook.state == "done" for outlook in outlooks):  # also where nothing can be written
+    if all(outlook.state == "done" for outlook in outlooks):  # also where nothing can be written
         print("".join(f"{outlook.task.name}: already done\n" for outlook in outlooks) + verdict(project))
         return
-    make_folder(workflow.folder)
-    if project.trackers and not (path := project.folder / PLAN_FILE).exists():  # later plans have only what is left
-        write_text(path, plan(project) + "\n")
-    with locked(workflow.folder / LOCK_FILE, workflow.folder):
-        if on != "local":
-            if not render_only:
-                workflow.set_aside(outlooks)
-                if on == "slurm":  # its nodes often have no network
-                    workflow.run(task for task in workflow.tasks.values() if task.name == "download")
-            return SUBMIT[on](workflow, getattr(file.project, on), file.path, render_only=render_only)
+    file = project.file
+    with _locked_folder(project, workflow):
         slurm.Chain(workflow, file.project.slurm, file.path).refuse_active()
         workflow.check_machine()
         if project.method == "auto":  # its routers decide what follows
@@ -86,6 +47,60 @@ SUBMIT: dict[str, Callable[..., None]] = {
 }
 
 
+def submit(project: ResolvedProject, where: str, redo: str | None = None, *, render_only: bool = False) -> None:
+    """Submit all steps that are not done as jobs of a cluster.
+
+    Args:
+        where: A key of `SUBMIT`.
+        render_only: Write the files for the cluster, but submit nothing.
+    """
+    project = _for_jobs(project, redo)
+    workflow, outlooks = checked(project, redo)
+    file = project.file
+    with _locked_folder(project, workflow):
+        if not render_only:
+            workflow.set_aside(outlooks)
+            if where == "slurm":  # its nodes often have no network
+                workflow.run(task for task in workflow.tasks.values() if task.name in ("download", "kept"))
+        SUBMIT[where](workflow, getattr(file.project, where), file.path, render_only=render_only)
+
+
+def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
+    """Print the steps and their commands; start, submit and write nothing.
+
+    Args:
+        where: "local", or a key of `SUBMIT`.
+    """
+    workflow, outlooks = checked(project if where == "local" else _for_jobs(project, redo), redo)
+    for outlook in outlooks:
+        print(f"{outlook.task.name}: {outlook.state}\n    {command(workflow, outlook)}")
+    if where != "local":
+        print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {where}.")
+
+
+def _for_jobs(project: ResolvedProject, redo: str | None) -> ResolvedProject:
+    """The project on a cluster, which its file must name; routers that are to be made again decide nothing yet."""
+    file = project.file
+    if file.project.hardware.gpu == "auto":
+        raise UserError(
+            f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
+            "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
+        )
+    outlooks = workflow_of(project, redo).outlook()
+    is_judged = all(outlook.state == "done" for outlook in outlooks if outlook.task.name == "combine")
+    return project if is_judged else ResolvedProject(file, is_judged=False)
+
+
+@contextmanager
+def _locked_folder(project: ResolvedProject, workflow: Workflow) -> Iterator[None]:
+    """Keep other runs from the project's folder, which has its plan for trackers."""
+    make_folder(workflow.folder)
+    if project.trackers and not (path := project.folder / PLAN_FILE).exists():  # later plans have only what is left
+        write_text(path, plan(project) + "\n")
+    with locked(workflow.folder / LOCK_FILE, workflow.folder):
+        yield
+
+
 def run_task(workflow: Workflow, name: str, made_as: str | None = None) -> None:
     """Do one step as a job of a cluster, on each of its nodes.
 
@@ -99,13 +114,15 @@ def run_task(workflow: Workflow, name: str, made_as: str | None = None) -> None:
     workflow.perform(name, is_leader=ranks.node_rank() == 0)
 
 
-def check(project: ResolvedProject, outlooks: Sequence[Outlook]) -> None:
-    """Check what can be known before anything runs.
+def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[Outlook]]:
+    """Say what will be done again, and check what can be known before anything runs.
 
     Raises:
         UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
     """
-    file = project.file
+    file, workflow = project.file, workflow_of(project, redo)
+    outlooks = workflow.outlook()
+    print(changes(outlooks), end="")
     check_flags(file, {outlook.task.name for outlook in outlooks if outlook.state != "done"})
     check_budget(project)
     for outlook in outlooks:
@@ -118,6 +135,7 @@ def check(project: ResolvedProject, outlooks: Sequence[Outlook]) -> None:
                 "again (what it has trained is kept), or remove "
                 f"{project.folder / 'logs' / task.name}.json to continue it with the new settings"
             )
+    return workflow, outlooks
 
 
 def command(workflow: Workflow, outlook: Outlook) -> str:

@@ -22,8 +22,9 @@ languages:
   # To keep: a little text of every language that the model must not lose, of code and mathematics too.
   original:
 {original}
-  # Other languages, code and dialogues, a file each: nothing is trained on them, the original expert goes on with them.
-  # kept: other/*.jsonl
+  # Other languages and code, which stay with the original expert; nothing trains on them. auto fetches a little text in
+  # a hundred languages with npm; or files of your own, one for each language or kind, such as other/*.jsonl
+  kept: auto
 # A language may have settings:  el: {{text: el.jsonl, weight: 2, max_epochs: 4, held_out: el-test.jsonl}}
 
 # auto: one new FFN per layer, which trains as a dense model's; a token uses it or the base's, so it costs no more.

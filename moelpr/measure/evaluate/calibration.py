@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.divergence import distance, mean_loss, remembering
-from moelpr.measure.evaluate.findings import Findings, Point, TextResult
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
+from moelpr.measure.report.findings import Findings, Point, TextResult
 
 # Shares of the tokens of text to keep; each part of the layers has one.
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)

@@ -9,6 +9,7 @@ from moelpr.base.settings import POSITIONAL, File, Flags, Folder, metavar, numbe
 class Runs(Flags):
     runs: Annotated[list[Path], POSITIONAL]  # run folder (--save of the trainer), in training's order
     evaluation: list[File] = []  # JSON files of `moelpr evaluate`: results, routing and benchmarks per language
+    routers: File | None = None  # calibration.json of a model whose routers were found in closed form
     verification: list[File] = []  # outputs of `moelpr model verify --json`
     facts: File | None = None  # facts to add: YAML or JSON mapping of title to {name: value}
     output: Folder | None = None  # folder to write to (default: the last RUN)
@@ -29,6 +30,7 @@ def runs(args: Runs) -> None:
     """
     # After the arguments: matplotlib is slow to import.
     from moelpr.measure.report.checks import read_facts, read_verifications
+    from moelpr.measure.report.findings import Calibration
     from moelpr.measure.report.language_results import read_evaluations
     from moelpr.measure.report.run_report import Report
     from moelpr.measure.report.runs import read_runs
@@ -37,6 +39,7 @@ def runs(args: Runs) -> None:
         runs=read_runs(args.runs),
         evaluation=read_evaluations(args.evaluation),
         checks=read_verifications(args.verification),
+        routers=Calibration.read(args.routers) if args.routers else None,
         facts=read_facts(args.facts) if args.facts else {},
     )
     print(report.write(args.output or args.runs[-1]))

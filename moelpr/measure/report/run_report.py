@@ -14,6 +14,7 @@ from moelpr.base.languages import language_name
 from moelpr.measure.report import page, plots
 from moelpr.measure.report.checks import Verification, check_result
 from moelpr.measure.report.evaluation_files import BenchmarkScore, continuation_samples
+from moelpr.measure.report.findings import Calibration
 from moelpr.measure.report.language_results import LanguageResults, held_out_results
 from moelpr.measure.report.numbers import Interval, finite_json, finite_mean, number_text, percent, signed
 from moelpr.measure.report.page import Block, Cell, Row, Section, Table, Text
@@ -39,6 +40,7 @@ class Report:
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
     checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr model verify
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
+    routers: Calibration | None = None  # routers in closed form
 
     def write(self, folder: Path) -> Path:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""
@@ -56,6 +58,7 @@ def _sections(report: Report, held_out: LanguageResults) -> list[Section]:
         Section("", [*_overview(report, held_out)]),
         Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Benchmarks", [*_benchmark_tables(evaluation)]),
+        Section("Routers in closed form", [*_router_tables(report.routers)]),
         Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
         Section("Curves", curve_figures(runs)),
@@ -137,6 +140,12 @@ def _benchmark_tables(evaluation: LanguageResults) -> Iterator[Block]:
         first = next(iter(next(iter(evaluation.benchmarks.values()))))
         note = f"Scores from 0 to 100; then the change against {first}, paired by question. In brackets: 95% intervals."
         yield Text(note, "note")
+
+
+def _router_tables(routers: Calibration | None) -> Iterator[Block]:
+    if routers is not None:
+        yield Text(f"The routers {routers.findings.kept_text}.")
+        yield from routers.findings.tables([*routers.experts])
 
 
 def _score_text(score: BenchmarkScore | None) -> str:
@@ -262,6 +271,7 @@ def _numbers(report: Report, title: str, held_out: LanguageResults) -> dict[str,
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "facts": report.facts,
+        "routers": report.routers,
         "continuations": evaluation.continuations,
         "benchmarks": evaluation.benchmarks,
         "wrong_language": evaluation.wrong_language,

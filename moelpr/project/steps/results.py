@@ -91,7 +91,7 @@ def combine(step: Step, project: ResolvedProject) -> Iterator[Task]:
 def _texts(project: ResolvedProject) -> dict[str, str]:
     """Text by which routers are found: a file of each language, and all that is to be kept."""
     texts = {code: one.text[0] if one.text else project.held_out(code) for code, one in project.languages.items()}
-    return texts | project.content.languages.kept
+    return texts | project.kept
 
 
 def _with_routers(
@@ -99,14 +99,15 @@ def _with_routers(
 ) -> Task:
     """The task that finds routers by these texts, without documents that are evaluated on, and writes the model."""
     held_out = [project.held_out(code) for code, one in project.languages.items() if one.text and not one.held_out]
+    given = [text for name, text in texts.items() if not (project.kept_task and name in project.kept)]
     return step.task(
         project,
         flags | {"exclude": held_out, "json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
         *positional,
         repeated=("data", "text", "keep-text", "exclude"),
-        made_from=(made_from, *project.held_out_tasks, *project.base_task),
-        files=tuple(path for text in texts.values() for path in local_files([text])),
-        versions=versions(*texts.values()),
+        made_from=(made_from, *project.held_out_tasks, *project.base_task, *project.kept_task),
+        files=tuple(path for text in given for path in local_files([text])),
+        versions=versions(*given),
         is_complete=lambda: has_model(flags["save"]),
         disk_gib=project.layouts.export_gib,
         **_cost(project),
@@ -211,11 +212,12 @@ def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
     yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=is_complete)
 
 
-@step("report", "report", reserved="evaluation output")
+@step("report", "report", reserved="evaluation routers output")
 def report(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Write the report of the stages and their evaluation."""
     results = _results(project)
-    flags: dict[str, Any] = {"evaluation": [*results.values()], "output": project.folder}
+    routers = project.folder / "hf" / "calibration.json" if project.method in SECOND_FFN or project.kept else None
+    flags: dict[str, Any] = {"evaluation": [*results.values()], "routers": routers, "output": project.folder}
     is_complete = (project.folder / "report.html").is_file
     yield step.task(project, flags, *_runs(project), made_from=(*project.stages, *results), is_complete=is_complete)
 

@@ -16,7 +16,7 @@ from moelpr.train.arguments.supported import SUPPORTED
 from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
-_STEPS = [text.download, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
+_STEPS = [text.download, text.kept, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
 _STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.combine]
 _STEPS += [
     training.twins,

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base.languages import is_code
+from moelpr.data.text.kept_languages import CODE
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import local_files, text_bytes, versions
 from moelpr.project.project import Replay
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import AUTO, MOE_LPR, Step, step
+from moelpr.project.steps.step import AUTO, MOE_LPR, SECOND_FFN, Step, step
 from moelpr.project.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -64,6 +65,18 @@ def vocabulary(step: Step, project: ResolvedProject) -> Iterator[Task]:
         is_complete=(project.tokenizer / "vocabulary_extension.json").is_file,
         shared=_shared(project),
     )
+
+
+@step("kept", "data kept", reserved="save without json-key overwrite", methods=MOE_LPR | SECOND_FFN)
+def kept(step: Step, project: ResolvedProject) -> Iterator[Task]:
+    """Fetch text to keep in other languages, and code."""
+    if not project.kept_task:
+        return
+    folder = project.text / step.name
+    json_key = next(iter(project.languages.values())).json_key
+    flags = {"save": folder, "without": ",".join(project.languages), "json-key": json_key, "overwrite": True}
+    is_complete = (folder / f"{CODE}.jsonl").is_file
+    yield step.task(project, flags, is_complete=is_complete, shared=_shared(project))
 
 
 @step("preprocess", "data preprocess", reserved=_RESERVED, speed=_SPEED)

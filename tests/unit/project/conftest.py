@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moelpr.base.yaml_files import dump
-from moelpr.measure.evaluate.findings import Findings, Point, TextResult
+from moelpr.measure.report.findings import Findings, Point, TextResult
 from tests.support.hf_models import make_model, make_qwen2, qwen2  # noqa: F401
 from tests.support.model_shapes import save_config
 

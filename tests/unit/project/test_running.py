@@ -29,7 +29,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def run(path: Path) -> None:
-    running.run(ResolvedProject(read_project(path)))
+    running.run_here(ResolvedProject(read_project(path)))
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
     with pytest.raises(
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
-        running.run(ResolvedProject(read_project(write())), on="slurm", render_only=True)
+        running.submit(ResolvedProject(read_project(write())), "slurm", render_only=True)
 
 
 def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(Workflow, "outlook", lambda flow: [Outlook(task, "done") for task in flow.tasks.values()])
     monkeypatch.setattr(running, "verdict", lambda project: "the verdict")
     monkeypatch.setattr(running, "check_budget", lambda project: None)
-    running.run(ResolvedProject(read_project(write())))
+    running.run_here(ResolvedProject(read_project(write())))
     printed = capsys.readouterr().out
     assert "export: already done" in printed and "the verdict" in printed and not Path("out").exists()
 
@@ -108,7 +108,7 @@ def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write
     write_findings(distance=0.09, kept=0.9)  # routers before the ones to be made
     steps = {"ffn": {"global-batch-size": 1}}
     path = write(method="auto", experts=None, budget={"tokens": "20K"}, steps=steps, hardware={"gpu": "none"})
-    running.run(ResolvedProject(read_project(path)), on="slurm", render_only=True)
+    running.submit(ResolvedProject(read_project(path)), "slurm", render_only=True)
     script = Path("out/slurm/stage2.sbatch").read_text()
     assert "--task stage2" in script and script.index("IS_SPARE=yes\n") < script.index("run_training ")
 

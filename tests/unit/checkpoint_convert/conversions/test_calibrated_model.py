@@ -18,8 +18,8 @@ from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.divergence import distance
-from moelpr.measure.evaluate.findings import Findings, Point, TextResult
 from moelpr.measure.evaluate.models import open_model
+from moelpr.measure.report.findings import Findings, Point, TextResult
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.commands import moelpr
 from tests.support.experts import EXPANDED, KEPT, with_tokenizer

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moelpr.measure.evaluate.models import hf_model, load_model
-from moelpr.measure.evaluate.routing import BrokenPrior, Routing, broken_priors
+from moelpr.measure.evaluate.routing import Routing, broken_priors
 from moelpr.measure.evaluate.scoring import Settings
 
 
@@ -104,7 +104,7 @@ def routing_with(*original_first_shares: float) -> Routing:
 
 def test_a_layer_breaks_the_prior_if_most_first_choices_are_wrong():
     routing = {"en": routing_with(0.9, 0.5, 0.3), "el": routing_with(0.1, 0.5, 0.8)}
-    wrong = [BrokenPrior("en", True, 5, pytest.approx(0.7)), BrokenPrior("el", False, 5, 0.8)]
-    assert broken_priors(routing, ["en"]) == wrong
+    wrong = [("en", True, 5, pytest.approx(0.7)), ("el", False, 5, 0.8)]
+    assert [dataclasses.astuple(prior) for prior in broken_priors(routing, ["en"])] == wrong
     assert len(broken_priors(routing, ["en"], threshold=0.05)) == 6
     assert broken_priors(routing, ["en"], threshold=0.85) == []

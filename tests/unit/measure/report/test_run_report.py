@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moelpr.measure.report.findings import Calibration
 from moelpr.measure.report.language_results import LanguageResults, read_evaluations
 from moelpr.measure.report.run_figures import routing_figures
 from moelpr.measure.report.run_report import Report
@@ -117,6 +118,19 @@ def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], e
     assert "| 25% [10%, 50%] of 16 | – (none of 20 identified) |" in markdown
     assert "| Greek | 50.0 [45.0, 55.0] | 52.5; +2.50 [+1.00, +4.00] |" in markdown
     assert "&lt;world&gt;" in html and "(nothing)" in html and "Change in bits per byte" in html
+
+
+def test_routers_in_closed_form_are_shown_with_their_ends_and_texts(runs: list[Path], tmp_path: Path) -> None:
+    text = {"shares": [0.25, 0.75], "all_original": 0.125}
+    texts = {"el": text | {"losses": [3.0, 2.0, 2.1]}, "fi": text | {"distance": 0.0625}}
+    ends = {name: {"distance": 0.5, "loss": loss} for name, loss in (("base", 3.0), ("learned", 2.0), ("result", 2.1))}
+    rest = {"kept": 0.9, "tried": [], "shares": [], "max_distance": None, "keep": None}
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps({"findings": ends | rest | {"texts": texts}, "experts": {"ffn-hf": ["el"]}}))
+    _, markdown = pages(*runs, routers=Calibration.read(path))
+    assert "90.0%" in markdown and row_of(markdown, "result")[1:] == ["0.500", "2.100"]
+    assert row_of(markdown, "el")[1:] == ["25.0%", "75.0%", "12.5%", "", "3.000", "2.000", "2.100"]
+    assert row_of(markdown, "fi")[4] == "0.062"
 
 
 def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> None:

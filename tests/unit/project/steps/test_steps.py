@@ -9,7 +9,7 @@ from moelpr.base import checksums
 from moelpr.base.errors import UserError
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.running import run
+from moelpr.project.running import run_here
 from moelpr.project.steps.step import has_model
 from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
@@ -213,6 +213,17 @@ def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monke
     assert "out/stage2" not in actual["report"].words() and actual["card"].words()[3] == "out/hf"
 
 
+def test_text_to_keep_is_fetched_before_routers_are_found(write: Write) -> None:
+    actual = tasks(write(**AUTO, languages=KEPT | {"kept": "auto"}))
+    fetched, found = actual["kept"], actual["combine"]
+    assert value(fetched, "--save") == "out/kept" and value(fetched, "--without") == "el,en"
+    assert "kept" in found.inputs and list(actual).index("kept") < list(actual).index("combine")
+    words = found.words()
+    assert "code=out/kept/code.jsonl" in words and "fi=out/kept/fi.jsonl" in words
+    assert not any("out/kept/en" in word or "out/kept/el" in word for word in words)
+    assert not found.is_complete() and "kept" not in tasks(write(**AUTO, languages=KEPT))
+
+
 def test_a_run_looks_at_the_routers_before_it_goes_on(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
 
@@ -227,7 +238,7 @@ def test_a_run_looks_at_the_routers_before_it_goes_on(write: Write, monkeypatch:
     monkeypatch.setattr("moelpr.project.running.verdict", lambda project: ",".join(project.models))
     path = write(**AUTO, hardware={"gpu": "none"})
     write_manifests()
-    run(ResolvedProject(read_project(path)))
+    run_here(ResolvedProject(read_project(path)))
     assert [words for words in ran if "stage2" in words] and not [words for words in ran if words == ["-c", "pass"]]
 
 

@@ -1,0 +1,111 @@
+"""Results of routers that were found in closed form, on held-out text."""
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Self
+
+from pydantic.dataclasses import dataclass
+
+from moelpr.base import records
+from moelpr.base.records import FOREIGN, STRICT
+from moelpr.measure.report.page import Table
+
+
+@dataclass(frozen=True, config=STRICT)
+class Point:
+    """The distance that routers keep, and the loss that they learn.
+
+    Attributes:
+        distance: KL(base‖model) on held-out text to keep, in nats per token, as mean over texts.
+        loss: Loss of held-out expanded text in nats per token, as mean over languages.
+    """
+
+    distance: float
+    loss: float
+
+
+@dataclass(frozen=True, config=STRICT)
+class TextResult:
+    """A held-out text with the routers that were found.
+
+    Attributes:
+        shares: Fraction of the tokens of all layers whose first choice is the base's FFN, then each new expert.
+        all_original: Fraction of the tokens whose choices are the base's FFN in all layers.
+        distance: KL(base‖model) in nats per token; null for expanded text.
+        losses: Loss by the base, by what was learned, and with these routers, in nats per token; null for text to keep.
+    """
+
+    shares: list[float]
+    all_original: float
+    distance: float | None = None
+    losses: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Findings:
+    """The routers of a model on held-out text.
+
+    Attributes:
+        base: The base itself.
+        learned: What was learned, without these routers.
+        result: With these routers.
+        kept: Share of what was learned that is left.
+        tried: The best point of each round.
+        shares: Of each third of the layers, the share of the tokens of text to keep that stays.
+        texts: Each held-out text with these routers.
+        max_distance: The most distance that was allowed; null if it was not given.
+        keep: The least share of what was learned that was asked for; null if it was not given.
+    """
+
+    base: Point
+    learned: Point
+    result: Point
+    kept: float
+    tried: list[Point]
+    shares: list[float]
+    texts: dict[str, TextResult]
+    max_distance: float | None
+    keep: float | None
+
+    @property
+    def kept_text(self) -> str:
+        return f"kept {self.kept:.1%} of what was learned"
+
+    def tables(self, experts: Sequence[str]) -> list[Table]:
+        """A row per end, and a row per text; without `experts`, new experts are one column."""
+        points = {"base": self.base, "learned, no routing": self.learned, "result": self.result}
+        rows = [[name, f"{point.distance:.3f}", f"{point.loss:.3f}"] for name, point in points.items()]
+        head = ["nats per held-out token", "text to keep, KL(base‖model)", "expanded text, loss"]
+        of_text = [
+            [
+                name,
+                f"{its.shares[0]:.1%}",
+                *(f"{share:.1%}" for share in (its.shares[1:] if experts else [sum(its.shares[1:])])),
+                f"{its.all_original:.1%}",
+                "" if its.distance is None else f"{its.distance:.3f}",
+                *(f"{loss:.3f}" for loss in its.losses or ()),
+                *([] if its.losses else [""] * 3),
+            ]
+            for name, its in self.texts.items()
+        ]
+        names = experts or ["new experts"]
+        texts = ["held-out text", "to the base", *names, "base in all layers", "KL", "loss: base", "learned", "result"]
+        return [Table(head, rows), Table(texts, of_text)]
+
+
+@dataclass(frozen=True, config=FOREIGN)
+class Calibration:
+    """A calibration.json as reports and projects read it.
+
+    Attributes:
+        findings: What the routers do.
+        experts: The new experts that were combined → their languages; empty if they were trained together.
+    """
+
+    findings: Findings
+    experts: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        return records.read(cls, path, "find the routers again with moelpr model calibrate or combine")

@@ -11,8 +11,8 @@ SECRET = re.compile(
     | \bgh[pousr]_[A-Za-z0-9]{36,} | \bgl(?:pat|rt|dt|cbt|ptt)-[\w-]{20,} | \bxox[abeoprs]-[\w-]{10,} | \bAIza[\w-]{35}
     | \bpypi-[\w-]{60,} | \bwandb_v1_\w{20,} | \beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*
     | -----BEGIN[ A-Z]*[ ]PRIVATE[ ]KEY-----
-    | (?<=://)[^\s/:@]+:(?!\d+(?:/|$))[^\s@]+(?=@)  # a login, whose password may have slashes, unlike a port
-    | (?i:(?<=[?&])(?:X-Amz-(?:Signature|Credential|Security-Token)|X-Goog-Signature|sig|signature|access_token|token)=)
+    | (?<=://)[^\s/:@]+(?::(?!\d+(?:/|$))[^\s@]+)?(?=@)  # a login, whose password may have slashes, unlike a port
+    | (?i:(?<=[?&])(?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|sig|signature|access_token|token)=)
       [^\s&"']+
     | (?i:(?:secret_access_key|secret_?key|api_?key|auth_?token|access_?token|passw(?:or)?d)["']?\s*[=:]\s*["']?)
       [A-Za-z0-9/+_-]{20,}""",

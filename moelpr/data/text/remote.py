@@ -38,6 +38,9 @@ _SCHEMES["http"] = _SCHEMES["https"]
 _WAITS_S: tuple[float, ...] = (0.5, 2, 8, 32, 60)
 _FIRST_WAITS = 2
 _SAID_AFTER_S = 8
+# Limits of listings: seconds for a folder, and folders.
+_LISTING_S = 120.0
+_MOST_FOLDERS = 100_000
 _DOWNLOADS_AT_ONCE = 8
 _BUFFER_BYTES = 1 << 18
 
@@ -96,29 +99,48 @@ def is_folder(uri: str) -> bool:
     """Whether a URI names a folder; of a web server's, it ends in a slash."""
     if _is_web(uri):
         return shown(uri).endswith("/")
-    return bool(_find(uri, lambda system: system.info(uri))["type"] == "directory")
+    return bool(_info(uri)["type"] == "directory")
 
 
 def walk(uri: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Like `os.walk`: each folder, the folders in it, which the caller may shorten, and its files."""
-    system = _file_system(uri)
-    with explained(uri):
-        for path, folders, names in system.walk(uri, on_error="raise"):
-            yield system.unstrip_protocol(path).rstrip("/"), folders, names
+    """Like `os.walk`: each folder, the folders in it, which the caller may shorten, and its files.
+
+    fsspec's own leaves out folders that can't be read, and does not end if a folder lists itself as one in it.
+    """
+    todo = [uri]
+    for _ in range(_MOST_FOLDERS):
+        if not todo:
+            return
+        place = todo.pop()
+        listing = _listing(place)
+        system = _file_system(place)
+        own = system.unstrip_protocol(place).rstrip("/")
+        paths = {system.unstrip_protocol(one["name"]).rstrip("/"): one["type"] == "directory" for one in listing}
+        below = {path.rpartition("/")[2]: path for path, is_folder in paths.items() if is_folder and path != own}
+        folders = [*below]
+        yield own, folders, [path.rpartition("/")[2] for path, is_folder in paths.items() if not is_folder]
+        todo += [below[name] for name in reversed(folders)]
+    raise UserError(f"{shown(uri)} has more than {_MOST_FOLDERS:,} folders; name its files")
 
 
 def matches(uri: str) -> list[str]:
     """The files that match a pattern."""
-    listing = _find(uri, lambda system: system.glob(uri, detail=True))
-    name = _file_system(uri).unstrip_protocol
-    return sorted(name(path) for path, info in listing.items() if info["type"] == "file")
+    from fsspec.utils import glob_translate  # type: ignore[import-untyped]
+
+    root = re.split(r"[*[]" if _is_web(uri) else r"[*?[]", uri)[0].rpartition("/")[0]
+    depth, is_match, files = uri.count("/"), re.compile(glob_translate(uri)).match, []
+    for folder, folders, names in walk(f"{root}/"):
+        files += [path for name in names if is_match(path := f"{folder}/{name}")]
+        if "**" not in uri and folder.count("/") + 1 >= depth:
+            folders.clear()
+    return sorted(files)
 
 
 def identify(uri: str, refresh: bool = False) -> Identity:
     """Size and version of a file; `refresh` bypasses the listing of its folder."""
     if refresh:
         _file_system(uri).invalidate_cache()
-    info = _find(uri, lambda system: system.info(uri))
+    info = _info(uri)
     checksum = (info.get("lfs") or {}).get("sha256") or info.get("blob_id") or info.get("md5Hash")
     stated = (info.get(key) for key in ("ETag", "etag", "Content-MD5", "Digest", "Last-Modified"))
     return Identity(info["size"] or 0, checksum or next(filter(None, stated), None))
@@ -269,6 +291,19 @@ def _find(uri: str, call: Callable[[Any], Any]) -> Any:
         return _persistently(uri, call, _FIRST_WAITS)
 
 
+def _info(uri: str) -> Any:
+    return _find(uri, lambda system: system.info(uri, **_bounds(system)))
+
+
+def _listing(uri: str) -> Any:
+    return _find(uri, lambda system: system.ls(uri, detail=True, **_bounds(system)))
+
+
+def _bounds(system: Any) -> dict[str, float]:
+    """The limit of a listing's time: pages of object storage may follow each other for ever."""
+    return {"timeout": _LISTING_S} if system.async_impl else {}
+
+
 @contextmanager
 def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Iterator[None]:
     """Turn any error about a URI into one sentence, without addresses, which may be signed."""
@@ -277,11 +312,17 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
     except Exception as error:
         if isinstance(error, UserError | MachineError) or _is_disk_full(error):
             raise
-        first: BaseException = error
+        first: Any = error
         while cause := first.__cause__ or first.__context__:
             first = cause
-        reason = "not found" if isinstance(first, FileNotFoundError) else first_line(first)
-        reason = re.sub(r"\w+://\S+", "its address", reason)
+            if isinstance(first, UserError):
+                raise first from None
+        if isinstance(first, FileNotFoundError):
+            reason = "not found"
+        elif hasattr(first, "request_info"):  # aiohttp's, which has no status if redirects do not end
+            reason = f"{first.status or 'too many redirects'} {first.message}".strip()
+        else:
+            reason = re.sub(r"\w+://\S+", "its address", first_line(first))
         login = _SCHEMES[_scheme(uri)]
         raise kind(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"
@@ -294,6 +335,8 @@ def _persistently[T](uri: str, call: Callable[[Any], T], attempts: int | None = 
         try:
             return call(_file_system(uri))
         except Exception as error:
+            if type(error).__name__ == "FSTimeoutError":  # the limit of `_bounds`
+                raise UserError(f"the listing of {shown(uri)} has no end; name its files") from None
             if _is_final(error):
                 raise
             if wait >= _SAID_AFTER_S:

@@ -1,6 +1,7 @@
 """Files of text: which ones a name, a folder or a pattern means, and their form."""
 
 import glob
+import json
 import os
 import re
 import stat
@@ -99,17 +100,18 @@ def find_files(names: list[str]) -> list[str]:
         elif os.path.isdir(name) or (is_remote and not is_pattern and remote.is_folder(name)):
             if not (files := sorted(_files_below(name, left_out))):
                 types = ", ".join(_TEXT_SUFFIXES)
-                raise UserError(f"the folder {name} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
+                where = remote.shown(name)
+                raise UserError(f"the folder {where} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
             uris += files
         elif is_pattern:
             if not (files := remote.matches(name) if is_remote else _matches(name)):
-                raise UserError(f"no file matches {name}; check the pattern and the current folder")
+                raise UserError(f"no file matches {remote.shown(name)}; check the pattern and the current folder")
             uris += files
         else:
             uris.append(name)  # opening it reports what is wrong
     if left_out:
         more = f" and {len(left_out) - _SHOWN_NAMES:,} more" if len(left_out) > _SHOWN_NAMES else ""
-        shown = ", ".join(sorted(left_out)[:_SHOWN_NAMES]) + more
+        shown = ", ".join(map(remote.shown, sorted(left_out)[:_SHOWN_NAMES])) + more
         print(f"note: not text to train on, so not read unless it is named: {shown}", file=sys.stderr)
     return uris
 
@@ -253,6 +255,8 @@ def download(sources: Sequence[Source]) -> list[Source]:
 
 def _form(path: str, start: bytes) -> Form:
     """The form of a file by its first bytes."""
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"the input {path} is UTF-16; convert it to UTF-8, for example with iconv")
-    return next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    encoding = json.detect_encoding(start) if form is Form.LINES and start.strip(b"\0") else "utf-8"
+    if not encoding.startswith("utf-8"):
+        raise UserError(f"the input {path} is {encoding.upper()}; convert it to UTF-8, for example with iconv")
+    return form

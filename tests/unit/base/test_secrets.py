@@ -26,6 +26,7 @@ SECRETS = [
     f"https://b.example/k.jsonl?X-Amz-Signature={KEY}&a=1",
     f"https://b.example/k.jsonl?a=1&sig={KEY}",
     f"s3://AKIA:{KEY}/x@bucket/k",
+    f"https://{KEY}@b.example/x",
     f"hf://user:{KEY}@datasets/a",
     f"HTTP://user:{KEY}@b.example/x",
 ]
@@ -38,7 +39,7 @@ def test_a_secret_is_found_and_hidden(text: str) -> None:
     assert KEY not in shown(text)
 
 
-@pytest.mark.parametrize("text", SECRETS[-3:])
+@pytest.mark.parametrize("text", SECRETS[-4:])
 def test_a_uri_with_a_login_is_refused_without_showing_it(text: str) -> None:
     with pytest.raises(ValueError, match="login") as raised:
         pinned(text)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -117,9 +118,53 @@ def test_every_way_gives_the_corpus_of_the_local_folder(
     assert "hidden" not in Path(f"{out}.manifest.json").read_text("utf-8")
 
 
-def test_files_are_found_by_pattern(server, expected, hf_tokenizer, preprocess, corpus_bytes) -> None:
-    out = preprocess(hf_tokenizer, "--input", server.uri("s3", "jsonl.gz/*.jsonl.gz"), *KEYS)
-    assert corpus_bytes(f"{out}_text_document") == expected
+@pytest.mark.parametrize("way", WAYS)
+def test_files_are_found_by_pattern(way, server) -> None:
+    folder = remote.pinned(server.uri(way, "data"))
+
+    def found(pattern: str) -> str:
+        names = remote.matches(f"{folder}/{pattern}")
+        assert all(name.startswith(folder) for name in names)
+        return " ".join(name.removeprefix(f"{folder}/ell_Grek").removesuffix("_00000.parquet") for name in names)
+
+    assert found("ell_*/t[er]*/*.parquet") == "/test/000 /train/000 /train/001 _removed/train/000"
+    assert found("ell_*/*.parquet") == "" and found("ell_Grek/train/*1_*") == "/train/001"
+    assert found("**/000*.parquet") == "/test/000 /train/000 _removed/train/000"
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*/*.jsonl", "**/*.jsonl"])
+@pytest.mark.parametrize(("folder", "message"), [("forbidden", "Access Denied"), ("again", "2 folders")])
+def test_a_folder_below_that_fails_or_lists_itself_is_an_error(folder, message, pattern, monkeypatch) -> None:
+    """fsspec's own walk leaves out what fails below the first folder."""
+
+    def ls(path: str, **_: Any) -> list[dict[str, str]]:
+        if path.endswith("forbidden"):
+            raise PermissionError("Access Denied")
+        return [{"name": f"{path.rstrip('/')}/{folder}", "type": "directory"}]
+
+    system = SimpleNamespace(ls=ls, async_impl=True, unstrip_protocol=str, info=lambda *_, **__: {"type": "directory"})
+    monkeypatch.setattr(remote, "_file_system", lambda _: system)
+    monkeypatch.setattr(remote, "_MOST_FOLDERS", 2)
+    with pytest.raises(UserError, match=message):
+        find_files([f"s3://bucket/{pattern}"])
+
+
+@pytest.mark.parametrize("pattern", ["", "*.jsonl", "**"])
+def test_pages_of_a_bucket_without_end_are_an_error(pattern, server, monkeypatch) -> None:
+    page = (
+        "<ListBucketResult><Name>bucket</Name><IsTruncated>true</IsTruncated><KeyCount>0</KeyCount>"
+        "<NextContinuationToken>again</NextContinuationToken></ListBucketResult>"
+    )
+
+    def find(address: str) -> None:
+        remote.close_connections()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address.rpartition("/")[0])
+        find_files([f"s3://bucket/folder/{pattern}"])
+
+    monkeypatch.setattr(remote, "_LISTING_S", 1.0)
+    with pytest.raises(UserError, match="no end"):
+        ask(answers(200, page.encode(), Content_Type="application/xml"), find)
+    remote.close_connections()
 
 
 @pytest.mark.parametrize("kind", ["cut", "503", "500"])
@@ -234,6 +279,19 @@ def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> Non
     assert estimate([uri], "text", hf_tokenizer) == estimate([folder / FOLDER], "text", hf_tokenizer)
 
 
+def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    """The same answer to everything; names of headers with _ in the place of -."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200 if status == 206 and "Range" not in handler.headers else status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.wfile.write(b"" if handler.command == "HEAD" else body)
+
+    return answer
+
+
 def ask(answer: Callable[[BaseHTTPRequestHandler], None], call: Callable[[str], Any]) -> None:
     """Call a function with the address of a server that gives one answer to everything."""
 
@@ -254,25 +312,23 @@ def ask(answer: Callable[[BaseHTTPRequestHandler], None], call: Callable[[str], 
             server.shutdown()
 
 
-@pytest.mark.parametrize("target", ["http://127.0.0.2:1/x", "http://169.254.169.254/latest", "http://[::1]:1/"])
-def test_a_redirect_to_an_address_of_this_machine_or_network_is_refused(target: str) -> None:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(302)
-        handler.send_header("Location", target)
-        handler.end_headers()
-
-    with pytest.raises(UserError, match="no public address"):
-        ask(answer, remote.identify)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        *(
+            (f"http://{host}", "leads to .* no public address; pass another$")
+            for host in ("127.0.0.2:1/x", "0/", "[::1]/")
+        ),
+        ("http://169.254.169.254/latest", "^http://127.0.0.1:[0-9]+/text.jsonl leads to 169.254.169.254, which is no"),
+        ("/text.jsonl", r"\(too many redirects\)"),
+    ],
+)
+def test_a_redirect_into_this_machine_or_network_or_without_end_is_refused(target: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ask(answers(302, Location=target), remote.identify)
 
 
 def test_a_part_that_was_not_asked_for_is_refused() -> None:
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(206 if "Range" in handler.headers else 200)
-        handler.send_header("Accept-Ranges", "bytes")
-        handler.send_header("Content-Length", "4")
-        handler.send_header("Content-Range", "bytes 1-4/9")
-        handler.end_headers()
-        handler.wfile.write(b"" if handler.command == "HEAD" else b"text")
-
+    answer = answers(206, b"text", Accept_Ranges="bytes", Content_Length="4", Content_Range="bytes 1-4/9")
     with pytest.raises(UserError, match="another part"):
         ask(answer, lambda uri: remote.first_bytes(uri, 4))

@@ -43,9 +43,14 @@ class _Streams(io.RawIOBase):
         while True:
             piece = b""
             if self._stream.eof:
-                piece = self._stream.unused_data.lstrip(self._padding)
-                while not piece and (piece := self._raw.read(BLOCK_BYTES)):
-                    piece = piece.lstrip(self._padding)
+                block, padded = self._stream.unused_data, 0
+                while True:
+                    piece = block.lstrip(self._padding)
+                    padded += len(block) - len(piece)
+                    if piece or not (block := self._raw.read(BLOCK_BYTES)):
+                        break
+                if padded % 4:
+                    raise EOFError("what is between its streams is not of four bytes each")
                 if not piece:
                     return 0
                 self._stream = self._new()

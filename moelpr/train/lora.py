@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from moelpr.base import machine, yaml_files
+from moelpr.base import checksums, machine, yaml_files
+from moelpr.base.checksums import FileSum
 from moelpr.base.errors import StoppedError, UserError, first_line
 from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
 from moelpr.base.model_code import drop_code
@@ -273,6 +274,7 @@ def merge(args: Settings, adapter: Path) -> None:
         open_hf_tokenizer(args.hf_path).save_pretrained(temporary)
         drop_code(temporary)
         write_text(temporary / "README.md", _card(args))
+        checksums.write(temporary, {path.name: FileSum.of(path) for path in temporary.glob("*.safetensors")})
 
 
 def _card(args: Settings) -> str:

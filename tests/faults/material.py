@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +191,7 @@ def finish_project(folder: Path) -> None:
         (Path("project") / name).write_text("{}")
     workflow = workflow_of(ResolvedProject(read_project(Path("finished.yaml"))))
     for task in workflow.tasks.values():
-        mark, _ = workflow._change(task, task.words())
-        replace(mark, wall_s=0.0).write_file(workflow.mark_path(task.name))
+        workflow.finish(task, workflow._change(task, task.words())[0], 0.0)
     Path("project").rename("finished")
 
 

@@ -9,7 +9,7 @@ from moelpr.base.languages import is_code
 from moelpr.data.text.remote import is_remote
 from moelpr.project.file import local_files, versions
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.step import AUTO, LORA, METHODS, MOE_LPR, SECOND_FFN, Step, has_model, step
+from moelpr.project.steps.step import AUTO, LORA, METHODS, MOE_LPR, SECOND_FFN, Step, step
 from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
@@ -37,7 +37,7 @@ def _exported(step: Step, project: ResolvedProject, before: str, save: Path) -> 
         "overwrite": True,
     }
     fields: dict[str, Any] = {
-        "is_complete": partial(has_model, save),
+        "model": save,
         "is_result": save in project.models.values(),
         "disk_gib": project.layouts.export_gib,
     }
@@ -108,7 +108,7 @@ def _with_routers(
         made_from=(made_from, *project.held_out_tasks, *project.base_task, *project.kept_task),
         files=tuple(path for text in given for path in local_files([text])),
         versions=versions(*given),
-        is_complete=lambda: has_model(flags["save"]),
+        model=flags["save"],
         disk_gib=project.layouts.export_gib,
         **_cost(project),
     )
@@ -132,7 +132,7 @@ def graft(step: Step, project: ResolvedProject) -> Iterator[Task]:
         flags,
         made_from=(*_model_steps(project), *project.base_task),
         files=(Path(project.content.chat),) if Path(project.content.chat).is_dir() else (),
-        is_complete=lambda: has_model(save),
+        model=save,
         disk_gib=project.layouts.export_gib,
     )
 

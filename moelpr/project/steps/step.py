@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moelpr.base import checksums, records
+from moelpr.base import checksums
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
@@ -26,24 +27,11 @@ _RESULTS = "lora export calibrate combine review graft evaluate routing benchmar
 REVIEW, _JUDGE = ("replay", "twins", "stage2", "review"), "combine"
 
 
-_WEIGHTS, _VOCABULARY = ("model.safetensors",), {"tokenizer.json", "tokenizer.model", "vocab.json"}
-
-
 def has_model(folder: Path) -> bool:
-    """Whether a Hugging Face model is there: its settings, tokenizer and card, and all of its weights in their size."""
-    index = folder / "model.safetensors.index.json"
-    weights = (
-        records.read(dict[str, Any], index, "").get("weight_map", {"": "no map"}).values()
-        if index.is_file()
-        else _WEIGHTS
-    )
+    """Whether a Hugging Face model is there: its settings and card, and all of its weights in their size."""
     there = {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
     sizes = {name: one.num_bytes for name, one in (checksums.read(folder) or {}).items()}
-    return (
-        there.keys() >= {CONFIG_FILE, "README.md", *weights}
-        and not _VOCABULARY.isdisjoint(there)
-        and sizes.items() <= there.items()
-    )
+    return bool(sizes) and there.keys() >= {CONFIG_FILE, "README.md"} and sizes.items() <= there.items()
 
 
 @dataclass(frozen=True)
@@ -92,11 +80,12 @@ class Step:
         def command() -> list[str]:
             return self.words(project, flags() if callable(flags) else flags, *positional, repeated=repeated)
 
+        of_model = {"is_complete": partial(has_model, fields["model"])} if "model" in fields else {}
         return Task(
             name=name or self.name,
             command=command if callable(flags) else command(),
             settings=[*settings, *self.speed_words(project)],
-            **{"is_result": self.name in _RESULTS, **fields},
+            **{"is_result": self.name in _RESULTS, **of_model, **fields},
         )
 
     def words(

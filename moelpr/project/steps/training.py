@@ -156,6 +156,7 @@ def lora(step: Step, project: ResolvedProject) -> Iterator[Task]:
         made_from=(*project.base_task, *_sources(project, step.name)),
         files=(*(() if project.is_downloaded else (project.base,)), *corpus_files(project, step.name)),
         is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(project.trained),
+        model=project.trained,
         is_result=project.trained == project.export,
         continues=save,
         memory_gib=layout.memory_gib,

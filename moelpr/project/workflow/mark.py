@@ -30,6 +30,7 @@ class Mark(Record):
         files: SHA-256 of each other file that was read, or of all files of a folder; of a large file, of its size and
             of samples from all over it; of a remote one, its size and its checksum or ETag.
         wall_s: Seconds that the task took; null until it has succeeded.
+        written: Names of the files of the model that it wrote.
     """
 
     FILE_NAME: ClassVar[str] = "logs/TASK.json"
@@ -41,6 +42,7 @@ class Mark(Record):
     made_from: dict[str, str | None]
     files: dict[str, str] = field(default_factory=dict)
     wall_s: float | None = None
+    written: list[str] = field(default_factory=list)
 
 
 def mark_of(

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moelpr.base.errors import UserError
-
 Words = Sequence[str | Path]
 
 
@@ -29,6 +27,7 @@ class Task:
     versions: Mapping[str, str] = field(default_factory=dict)
     # whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no
     is_complete: Callable[[], bool] = lambda: True
+    model: Path | None = None  # folder of a model that it writes, of which no file may be lost
     # whether a project is for its output, which is made again when it is removed; that of others only when a task reads
     # it
     is_result: bool = False
@@ -63,9 +62,7 @@ class Task:
         """
         return [str(word) for word in (self.command() if callable(self.command) else self.command)]
 
-    def has_output(self) -> bool:
-        """Whether its output is complete, and all that `is_complete` reads exists."""
-        try:
-            return self.is_complete()
-        except UserError:
-            return False
+    def written(self) -> list[str]:
+        """The names of all files of its model."""
+        names = (path.relative_to(self.model) for path in self.model.rglob("*") if path.is_file()) if self.model else ()
+        return sorted(str(name) for name in names if not name.name.startswith("."))

@@ -80,7 +80,7 @@ class Workflow:
                 self._perform(task, needs_output=task.is_result or task.name not in read)
                 if self._stops and task is not tasks[-1]:
                     raise StoppedError(f"stopped by SIGTERM after task {task.name}; run it again to resume")
-        if gone := [task.name for task in tasks if task.is_result and not task.has_output()]:
+        if gone := [task.name for task in tasks if task.is_result and not self._has_output(task)]:
             raise MachineError(f"the output of task {gone[0]} is no longer there; run it again")
 
     def perform(self, name: str, *, is_leader: bool = True) -> None:
@@ -99,7 +99,9 @@ class Workflow:
         with passes_on_stops() as self._stops, _stopped_if(self._stops):
             if is_leader:
                 self._perform(task, needs_output=True, on_cluster=True)
-            elif self._change(task, task.words())[1] is not None or not self.is_done(name) or not task.has_output():
+            elif (
+                self._change(task, task.words())[1] is not None or not self.is_done(name) or not self._has_output(task)
+            ):
                 log = self.logs / f"{name}.node-{os.uname().nodename}.log"
                 self._run_command(task, task.words(), log, echo=True, checks_output=False)
 
@@ -114,9 +116,9 @@ class Workflow:
         """
         task = self.tasks[name]
         now, _ = self._change(task, task.words())
-        if now.id != made_as or not task.has_output():
+        if now.id != made_as or not self._has_output(task):
             raise UserError(f"task {name} has changed since its shards were submitted, or one is missing; run it again")
-        replace(now, wall_s=0.0).write_file(self.mark_path(name))
+        self.finish(task, now, 0.0)
 
     def outlook(self) -> list[Outlook]:
         """Tell what `run` would do with each task, and why; start nothing."""
@@ -135,7 +137,7 @@ class Workflow:
                 outlook = Outlook(task, "to do")
             elif reason is None and before.wall_s is None:
                 outlook = Outlook(task, "unfinished")
-            elif reason is None and ((task.name in read and not task.is_result) or task.has_output()):
+            elif reason is None and ((task.name in read and not task.is_result) or self._has_output(task)):
                 outlook = Outlook(task, "done")
             else:
                 outlook = Outlook(task, "again", reason or "its output was removed", self._refusal(task, reason))
@@ -153,7 +155,7 @@ class Workflow:
             if refusal := outlooks[outlook.task.name].refusal:
                 raise UserError(refusal)
             for name in outlook.task.inputs if outlooks[outlook.task.name].state != "done" else ():
-                if outlooks[name].state == "done" and not outlooks[name].task.has_output():
+                if outlooks[name].state == "done" and not self._has_output(outlooks[name].task):
                     outlooks[name] = replace(outlooks[name], state="again", reason="its output was removed")
         return list(outlooks.values())
 
@@ -220,7 +222,7 @@ class Workflow:
                 words = task.words()
             now, change = self._change(task, words)
             reason = change if self.is_done(task.name) else ""
-            if reason is None and needs_output and not task.has_output():
+            if reason is None and needs_output and not self._has_output(task):
                 reason = "its output was removed"
             if reason is None:
                 self._print(f"{task.name}: already done")
@@ -237,7 +239,18 @@ class Workflow:
             self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {self.command_line(task)}")
             start = time.monotonic()
             self._run_command(task, words, path.with_suffix(".log"), echo=on_cluster)
-            replace(now, wall_s=round(time.monotonic() - start, 1)).write_file(path)
+            self.finish(task, now, round(time.monotonic() - start, 1))
+
+    def finish(self, task: Task, mark: Mark, wall_s: float) -> None:
+        """Record that a task is done."""
+        replace(mark, wall_s=wall_s, written=task.written()).write_file(self.mark_path(task.name))
+
+    def _has_output(self, task: Task) -> bool:
+        """Whether the output of a task is complete, and all files of its model are as it left them, or edited."""
+        mark = self._mark(task.name)
+        with suppress(UserError):
+            return task.is_complete() and not (mark and {*mark.written} - {*task.written()})
+        return False
 
     @contextmanager
     def _alone(self, task: Task) -> Iterator[None]:
@@ -259,7 +272,7 @@ class Workflow:
         """Make again what other tasks had made for this one and was removed."""
         for name in task.inputs:
             other = self.tasks.get(name)
-            if other and self.is_done(name) and not other.has_output():
+            if other and self.is_done(name) and not self._has_output(other):
                 self._perform(other, needs_output=True)
 
     def _refusal(self, task: Task, change: str | None) -> str:

@@ -280,3 +280,18 @@ def test_a_result_is_there_whenever_a_run_succeeds(tmp_path: Path) -> None:
     page.unlink()
     workflow("2").run()
     assert model.is_file() and page.is_file()
+
+
+def test_a_model_that_has_lost_a_file_is_made_again(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    code = "import pathlib, sys; path = pathlib.Path(sys.argv[1]); path.parent.mkdir(exist_ok=True); path.touch()"
+    command = ["-c", f"{code}; path.with_name('other.json').touch()", model / "one.json"]
+    workflow = Workflow(tmp_path, [Task(name="m", command=command, model=model, is_result=True)])
+    workflow.run()
+    (model / "one.json").write_text("edited")
+    (model / "more.json").touch()
+    assert workflow.outlook()[0].state == "done"
+    (model / "other.json").unlink()
+    assert workflow.outlook()[0].state == "again"
+    workflow.run()
+    assert (model / "other.json").is_file() and workflow.outlook()[0].state == "done"

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
+from moelpr.base.chat_templates import renders_template
+from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.model.families.hf_config import read_config
 
@@ -27,7 +29,7 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
         try:
             chat = ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer))
             template, stops = chat.go_template(), [chat.assistant[1].strip()]
-        except Inexpressible as error:
+        except (Inexpressible, UserError) as error:
             return None, f"no Modelfile: Ollama's templates cannot express this chat template ({error})"
         note = "the template renders what the chat template does"
         note += "" if chat.system else "; it has no system messages"
@@ -45,7 +47,8 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
 
 def rendered(tokenizer: Any, messages: Messages, answer: bool) -> str:
     """The prompt of a conversation, without the BOS that llama.cpp adds itself."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    with renders_template():
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
 

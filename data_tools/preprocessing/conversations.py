@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.preprocessing.job_tokenizer import omit_torch
+from moelpr.base.chat_templates import renders_template
 from moelpr.base.errors import UserError, first_line, reports_panics
 from moelpr.data.text.documents import BadLine, json_type
 from moelpr.data.tokenizers.base import Tokenizer, sha256_of
@@ -18,7 +18,6 @@ from moelpr.data.tokenizers.loading import open_hf_tokenizer
 
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers recognizes it
 _KEYS = ("role", "content")
-_MOST_CPU_S = 20.0  # to render one conversation
 
 
 class Rendered(NamedTuple):
@@ -85,12 +84,9 @@ class ChatTemplate:
 
     def _rendered(self, messages: list[dict[str, str]], marks_turns: bool = False, **options: bool) -> tuple[str, list]:
         omit_torch()
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_CPU_S)  # a template may loop for ever
-        try:
+        with renders_template(BadLine):
             texts, turns = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.template,
@@ -98,15 +94,7 @@ class ChatTemplate:
                 **options,
                 **self.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, MemoryError, TimeoutError) as error:
-            raise BadLine(f"the chat template refuses the conversation ({first_line(error)})") from None
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         return texts[0], turns[0] if marks_turns else []
-
-
-def _stop(*_: object) -> None:
-    raise TimeoutError(f"it takes more than {_MOST_CPU_S} seconds")
 
 
 def counted_tokens(starts: NDArray[np.int64], turns: list[tuple[int, int]]) -> NDArray[np.uint8]:

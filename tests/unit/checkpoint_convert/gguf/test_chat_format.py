@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_convert.gguf.chat_format import ChatFormat, Inexpressible, Messages
 from checkpoint_convert.gguf.modelfile import modelfile, rendered
+from moelpr.base import chat_templates
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE, NUMBERED
 from tests.support.hf_models import make_model, save_tokenizer  # noqa: F401
 
@@ -50,6 +51,16 @@ def test_what_a_go_template_cannot_express_is_refused(tokenizer, template) -> No
     tokenizer.chat_template = template
     with pytest.raises(Inexpressible):
         ChatFormat.of(lambda messages, answer: rendered(tokenizer, messages, answer)).go_template()
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for i in %}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"]
+)
+def test_a_template_that_fails_or_takes_too_long_gives_no_modelfile(template, make_model, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setattr(chat_templates, "_MOST_CPU_S", 0.3)
+    folder = make_model("Qwen2ForCausalLM", tokenizer=True)
+    (folder / "chat_template.jinja").write_text(template)
+    assert modelfile(folder, "model.gguf")[0] is None
 
 
 def test_a_modelfile_has_template_stops_and_parameters(make_model, tmp_path) -> None:  # noqa: F811

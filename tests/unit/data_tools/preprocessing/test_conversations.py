@@ -14,8 +14,8 @@ from pyarrow import parquet
 
 from data_tools import merge_data, sample_data
 from data_tools.corpus.corpus import Corpus
-from data_tools.preprocessing import conversations
 from data_tools.preprocessing.conversations import ChatTemplate, counted_tokens, load_chat_template
+from moelpr.base import chat_templates
 from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.data.language_bits import loss_bits_path
@@ -194,6 +194,6 @@ def test_templates_that_cannot_be_used_are_refused(tokenizers, jsonl: Path, chat
     "body", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ range(10**9) }}"]
 )
 def test_a_template_that_takes_too_much_is_refused(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversations, "_MOST_CPU_S", 0.3)
+    monkeypatch.setattr(chat_templates, "_MOST_CPU_S", 0.3)
     with pytest.raises(BadLine, match="template refuses"):
         ChatTemplate("x", body, {}, {}).render({"messages": [USER, ANSWER]}, "messages")

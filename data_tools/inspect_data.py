@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, printable
 from moelpr.base.machine import format_bytes
 from moelpr.base.settings import POSITIONAL, Flags, Natural, run_script
 from moelpr.base.text_tables import table_text
@@ -138,7 +138,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         tokenizer = manifest["tokenizer"]
         end = f", ended by token {tokenizer['eod_id']}" if manifest["append_eod"] else ""
         sources = f"{len(manifest['sources']):,} source{'' if len(manifest['sources']) == 1 else 's'}"
-        print(f"  made with {tokenizer['type']} {tokenizer['model']}{end}, from {sources}")
+        print(printable(f"  made with {tokenizer['type']} {tokenizer['model']}{end}, from {sources}"))
     else:
         print("  no manifest: the token IDs can't be verified, and the tokenizer is unknown")
     print(f"\n  {'documents':<20}{summary['documents']:>15,}" + (f"   {empty:,} empty" if empty else ""))

@@ -4,6 +4,8 @@ import random
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
+from moelpr.base.errors import printable
+
 
 def table_text(
     head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Collection[int] = (0,), indent: str = ""
@@ -26,7 +28,7 @@ def table_text(
     for index, title in enumerate(head):
         table.add_column(Text(title), justify="left" if index in text_columns else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
     console = Console(width=100_000, color_system=None, legacy_windows=False)
     with console.capture() as capture:
         console.print(table)

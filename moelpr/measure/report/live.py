@@ -44,7 +44,7 @@ def show(folder: Path, interval_s: float, once: bool) -> None:
             for record in records:
                 add(run, record)
                 if not live:
-                    print(line(record), flush=True)
+                    print(printable(line(record)), flush=True)
             if live:
                 live.update(drawing(run), refresh=True)
 
@@ -66,7 +66,7 @@ def headline(run: Run) -> str:
     parts = [f"{run.folder}", run.stage, f"step {run.progress}{done}"]
     if run.time_left_s:
         parts.append(f"{timedelta(seconds=int(run.time_left_s))} left")
-    return "  ".join(parts)
+    return printable("  ".join(parts))
 
 
 def drawing(run: Run) -> RenderableType:
@@ -86,15 +86,12 @@ def drawing(run: Run) -> RenderableType:
             if value is not None:
                 start_unit, start = bits_of(first["languages"].get(language, {}))
                 change = f"{value / start - 1:+.1%}" if start and start_unit == unit else ""
-                table.add_row(Text(f"{language} ({loss.get('group')})"), f"{value:.3f} {unit}", change)
+                table.add_row(Text(printable(f"{language} ({loss.get('group')})")), f"{value:.3f} {unit}", change)
         parts.append(table)
     for warning in run.metrics.warnings[-5:]:
         # The word "warning" is there because color alone would not do.
-        parts.append(
-            Text(
-                f"warning, step {warning['iteration']:,}: {printable(str(warning.get('message', '')))}", style="yellow"
-            )
-        )
+        text = f"warning, step {warning['iteration']:,}: {warning.get('message', '')}"
+        parts.append(Text(printable(text), style="yellow"))
     return Group(*parts)
 
 
@@ -116,7 +113,7 @@ def line(record: Any) -> str:
     """A record as one line of a log."""
     where = f"{record.get('stage', 'training')} step {record['iteration']}"
     if record.get("event") == "warning":
-        return f"{where}, warning: {printable(str(record.get('message', '')))}"
+        return f"{where}, warning: {record.get('message', '')}"
     if record.get("event") == "validation":
         bits = {language: bits_of(loss) for language, loss in record["languages"].items()}
         parts = [f"{language} {value:.4f} {unit}" for language, (unit, value) in bits.items() if value is not None]

@@ -16,6 +16,7 @@ def test_columns_are_aligned_and_neither_cut_nor_styled() -> None:
     assert head.split() == ["name", "n", "note"] and first == f"{name}      1  α"
     assert second.split() == ["β"] and second.index("β") == first.index("α") == third.index("γ")
     assert third.split() == ["y", "1,000", "γ"]
+    assert table_text(["name"], [["\x1b[2J\r\x9b"]]).splitlines()[1] == r"\x1b[2J\r\x9b"
 
 
 def test_a_table_draws_no_random_number() -> None:

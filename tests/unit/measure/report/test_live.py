@@ -56,9 +56,13 @@ def test_terminal_gets_values_languages_and_warnings(tmp_path: Path) -> None:
     assert "0.125" in shown and "LPR" in shown and "█" in shown
     assert "en (original)" in shown and "el[/b] (expanded)" in shown and "bits per byte" in shown
     assert "warning, step 60: expert 3" in shown
-    live.add(run, hostile := {"iteration": 61, "event": "warning", "message": "\x1b[2J"})
+    live.add(run, {"iteration": 61, "event": "warning", "message": "\x1b[2J"})
+    languages = run.metrics.validations[-1]["languages"]
+    languages["\x1b]0;"] = languages["en"]
+    live.add(run, {"iteration": 62, "stage": "\x1b[1m", "lm_loss": 0.125})
     console.print(live.drawing(run))
-    assert r"warning, step 61: \x1b[2J" in console.export_text() and "\x1b" not in live.line(hostile)
+    shown = console.export_text()
+    assert r"warning, step 61: \x1b[2J" in shown and r"\x1b]0;" in shown and r"\x1b[1m" in shown and "\x1b" not in shown
 
 
 def test_record_written_while_the_run_is_read_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,15 @@ def check_header(path: Path) -> None:
     """Raise a UserError for numbers for which llama.cpp aborts the process, instead of an error."""
     with open(path, "rb") as file:
         header = file.read(_MOST_HEADER_BYTES) + bytes(8)
+    values = dict.fromkeys(_RANGES, 0)
     for name, (least, most) in _RANGES.items():
         # The key, its type (an integer of 4 or 8 bytes), and the value.
         for found in re.finditer(rb"\.%s([\4\5\12\13])\0\0\0(.{8})" % name.encode(), header, re.DOTALL):
-            value = int.from_bytes(found[2][: 4 if found[1] in b"\4\5" else 8], "little")
-            if not least <= value <= most:
-                raise UserError(f"{path} has {name} {value}; write it again with moelpr model gguf")
+            values[name] = int.from_bytes(found[2][: 4 if found[1] in b"\4\5" else 8], "little")
+            if not least <= values[name] <= most:
+                raise UserError(f"{path} has {name} {values[name]}; write it again with moelpr model gguf")
+    if not (experts := values["expert_count"]) >= (used := values["expert_used_count"]) or (experts and not used):
+        raise UserError(f"{path} uses {used} of {experts} experts; write it again with moelpr model gguf")
 
 
 @cache

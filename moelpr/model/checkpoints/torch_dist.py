@@ -12,6 +12,7 @@ import pickle
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -84,12 +85,10 @@ def read_metadata(folder: Path) -> Metadata:
     _check_complete(folder)
     path = folder / METADATA_FILE
     try:
-        classes: list[type] = [_StorageInfo, Metadata, MetadataIndex, TensorStorageMetadata, BytesStorageMetadata]
-        classes += [ChunkStorageMetadata, TensorProperties]
-        before = [dict(vars(one)) for one in classes]
+        before = _MetadataUnpickler.state()
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if before != [dict(vars(one)) for one in classes]:
+        if before != _MetadataUnpickler.state():
             raise ValueError("it changes a class")
         contents, places = dict(metadata.state_dict_metadata), dict(metadata.storage_data)
         for place in places.values():
@@ -140,6 +139,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata "
         "ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING",
     }
+
+    @classmethod
+    def state(cls) -> list[Any]:
+        """All that a pickle could set on the classes and functions that it may name."""
+        modules = {module: names.split() for module, names in cls._ALLOWED.items()}
+        named = [getattr(import_module(module), name) for module in modules for name in modules[module]]
+        return [(dict(vars(one)), getattr(one, "__defaults__", None)) for one in named]
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -3,11 +3,13 @@ import itertools
 import pickle
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.serialization import _get_layout
 
 from moelpr.base.checksums import SummedFile
 from moelpr.base.errors import UserError
@@ -133,15 +135,23 @@ def test_missing_and_damaged_metadata_are_reported(step: Path) -> None:
         TorchDistReader(step)
 
 
-@pytest.mark.parametrize("state", [b"N}X\x06\x00\x00\x00__eq__K\x01s\x86", b"}X\x04\x00\x00\x00newxK\x01s"])
-def test_a_table_of_contents_changes_no_class(step: Path, state: bytes) -> None:
-    before = dict(vars(_StorageInfo))
-    on_class = b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\n" + state + b"b0"
+@pytest.mark.parametrize(
+    ("named", "state"),
+    [
+        (_StorageInfo, b"N}X\x06\x00\x00\x00__eq__K\x01s\x86"),
+        (_StorageInfo, b"}X\x04\x00\x00\x00newxK\x01s"),
+        (_get_layout, b"N}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86"),
+    ],
+)
+def test_a_table_of_contents_changes_no_class_or_function(step: Path, named: Any, state: bytes) -> None:
+    before = dict(vars(named))
+    build = f"c{named.__module__}\n{named.__name__}\n".encode() + state + b"b0"
     (step / "checksums.json").unlink()
-    (step / ".metadata").write_bytes(b"\x80\x02" + on_class + (step / ".metadata").read_bytes()[2:])
+    (step / ".metadata").write_bytes(b"\x80\x02" + build + (step / ".metadata").read_bytes()[2:])
     try:
         with pytest.raises(UserError, match=r"\.metadata is damaged"):
             read_metadata(step)
     finally:
-        for name in [name for name, value in vars(_StorageInfo).items() if value is not before.get(name)]:
-            setattr(_StorageInfo, name, before[name]) if name in before else delattr(_StorageInfo, name)
+        _get_layout.__defaults__ = None
+        for name in [name for name, value in vars(named).items() if value is not before.get(name)]:
+            setattr(named, name, before[name]) if name in before else delattr(named, name)

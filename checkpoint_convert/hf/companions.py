@@ -8,7 +8,6 @@ from typing import Any
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
 from moelpr.base.files import check_links, copy_folder
-from moelpr.base.model_code import drop_code
 from moelpr.model.families.hf_config import CONFIG_FILE
 
 
@@ -28,7 +27,6 @@ def copy_companions(
         if (source / name).is_dir():
             check_links(source / name, source)
             copy_folder(source / name, target / name)
-    drop_code(target)
 
 
 def copy_companion(source: Path, name: str, target: Path) -> None:

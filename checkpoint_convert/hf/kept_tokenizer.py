@@ -12,7 +12,6 @@ from typing import Any
 from checkpoint_convert.hf.model_files import has_tokenizer
 from moelpr.base import records
 from moelpr.base.errors import UserError, reports_panics
-from moelpr.base.model_code import without_code
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 
 # transformers 4 and 5 take the tokenizer.json of this class as it is, next to the config.json of every MoE class.
@@ -75,7 +74,7 @@ def _facts(folder: Path) -> tuple[object, ...]:
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """Read tokenizer_config.json; empty if there is none."""
     path = folder / _CONFIG_FILE
-    return without_code(records.read(dict[str, Any], path, "download it again")) if path.is_file() else {}
+    return records.read(dict[str, Any], path, "download it again") if path.is_file() else {}
 
 
 def write_tokenizer_config(folder: Path, config: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from importlib import import_module
-from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -123,22 +122,24 @@ class Campaign:
             del self._kinds["full disks"]
         self._folder, self._seed = folder, seed
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in self._kinds}
-        self._spent_s: Counter[str] = Counter()
-        self._running: dict[Future[tuple[str, str]], tuple[str, int, float]] = {}  # kind, number, start
+        self._cpu_s: Counter[str] = Counter()
+        self._running: dict[Future[tuple[str, str, float]], tuple[str, int]] = {}  # kind, number
 
     def run(self, end_s: float) -> int:
         """Try cases, one per CPU at once, until `end_s` (of the monotonic clock), and one of each kind in any case.
 
+        The kinds take turns by their shares, so that the same cases are drawn on every machine, only more or fewer.
+
         Returns:
             The number of failures.
         """
-        numbers = {kind: count() for kind in self._kinds}
+        started: Counter[str] = Counter()
         with ProcessPoolExecutor(available_cpus(), get_context("fork")) as pool:
             while (goes_on := time.monotonic() < end_s or not all(self._counts.values())) or self._running:
                 if goes_on and len(self._running) < available_cpus():
-                    # The kind that has had the least time of what it should have.
-                    kind = min(self._kinds, key=lambda name: self._time_of(name) / self._kinds[name].weight)
-                    self._start(pool, kind, next(numbers[kind]))
+                    kind = min(self._kinds, key=lambda name: started[name] / self._kinds[name].share)
+                    self._start(pool, kind, started[kind])
+                    started[kind] += 1
                 else:
                     self._finish_one()
         return sum(counts["failed"] for counts in self._counts.values())
@@ -150,22 +151,18 @@ class Campaign:
         print(f"{kind}: {', '.join(self._counts[kind])}")
         return self._counts[kind]["failed"]
 
-    def _time_of(self, kind: str) -> float:
-        now = time.monotonic()
-        return self._spent_s[kind] + sum(now - start for name, _, start in self._running.values() if name == kind)
-
     def _start(self, pool: ProcessPoolExecutor, kind: str, number: int) -> None:
         from tests.faults.cases import Case
         from tests.faults.kinds import try_case
 
         case = Case(kind, self._seed, number, self._folder / f"{kind} {number}", self._folder / "material")
-        self._running[pool.submit(try_case, case)] = kind, number, time.monotonic()
+        self._running[pool.submit(try_case, case)] = kind, number
 
     def _finish_one(self) -> None:
         done = wait(self._running, return_when=FIRST_COMPLETED).done.pop()
-        kind, number, start = self._running.pop(done)
-        self._spent_s[kind] += time.monotonic() - start
-        outcome, words = done.result()
+        kind, number = self._running.pop(done)
+        outcome, words, cpu_s = done.result()
+        self._cpu_s[kind] += cpu_s
         self._counts[kind][outcome] += 1
         if (total := sum(counts.total() for counts in self._counts.values())) % 200 == 0:
             print(f"{total:,} cases", flush=True)
@@ -182,7 +179,7 @@ class Campaign:
             [
                 {"kind": kind, "cases": counts.total()}
                 | {str(outcome): counts[outcome] for outcome in Outcome}
-                | {"s": round(self._spent_s[kind])}
+                | {"CPU s": self._cpu_s[kind], "of a case": self._cpu_s[kind] / max(1, counts.total())}
                 for kind, counts in self._counts.items()
             ]
         )

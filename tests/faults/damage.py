@@ -96,17 +96,8 @@ def _dangling(path: Path, _: Random) -> str:
     return "a dangling link in its place"
 
 
-_WAYS: list[Callable[[Path, Random], str]] = [
-    *[_bytes] * 5,
-    _truncate,
-    _zeros,
-    _invert,
-    _swap,
-    _remove,
-    _folder,
-    _other,
-    _dangling,
-]
+_WAYS: list[Callable[[Path, Random], str]] = [*[_bytes] * 5, _truncate, _zeros, _invert, _swap, _remove, _folder]
+_WAYS += [_other, _dangling]
 
 
 def _json(path: Path, random: Random) -> str:

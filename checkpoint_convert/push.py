@@ -1,4 +1,4 @@
-"""Upload an export, a graft or its GGUF files to the Hugging Face Hub.
+"""Upload an export, a graft, its GGUF files or a pack of languages to the Hugging Face Hub.
 
     moelpr model push EXPORT OWNER/NAME --dry-run
     moelpr model push EXPORT OWNER/NAME
@@ -17,7 +17,7 @@ from moelpr.base.text_tables import table_text
 
 
 class Settings(Flags):
-    folder: Annotated[Path, POSITIONAL]  # folder written by moelpr model export, graft or gguf
+    folder: Annotated[Path, POSITIONAL]  # folder written by moelpr model export, graft or gguf, or pack make
     repository: Annotated[str, POSITIONAL, metavar("OWNER/NAME")]  # model on the Hub, which may be new
     dry_run: bool = False  # show what would be uploaded, without asking the Hub
     public: bool = False  # let everybody see a new repository (default: private)

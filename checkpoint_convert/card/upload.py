@@ -22,6 +22,7 @@ from moelpr.model.families.hub import is_hub_name
 
 # A model and its records, or a folder of moelpr model gguf; nothing else, so neither optimizer states nor logs.
 _UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "*.gguf", "Modelfile")
+_UPLOADED += ("pack.json", "sums.safetensors", "adapter_config.json", "adapter_model.safetensors")  # a pack's
 _TEXT = (".json", ".jinja", ".md", ".txt", "")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # their words may look like paths
 _STALE = [f"{MODEL_STEM}*.safetensors", f"{MODEL_STEM}.safetensors.index.json"]
@@ -49,7 +50,9 @@ class Upload:
         patterns = [(pattern, pattern.count("/")) for pattern in _UPLOADED]  # a star stands for no slash
         files = [name for name in names if any(fnmatch(name, one) and name.count("/") == n for one, n in patterns)]
         if not any(name.endswith((".safetensors", ".gguf")) for name in files):
-            raise UserError(f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf wrote")
+            raise UserError(
+                f"{folder} contains no model; pass a folder that moelpr model export, graft or gguf, or pack make wrote"
+            )
         for name in files:
             check_links(folder / name, folder)
             _check_text(folder / name, allow_paths)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,9 +75,11 @@ class _AdapterConfig(Record):
 class AdapterReader:
     """The base with a LoRA adapter of peft merged: W + scale · B A."""
 
+    FILES = (_AdapterConfig.FILE_NAME, _ADAPTER_FILE)
+
     def __init__(self, base: HfReader, folder: Path):
         self.folder, self.names, self._base = folder, base.names, base
-        config = _AdapterConfig.read(folder)
+        self._config = config = _AdapterConfig.read(folder)
         plain = config.peft_type == "LORA" and not (config.use_dora or config.fan_in_fan_out)
         try:
             with safe_open(folder / _ADAPTER_FILE, framework="pt") as file:
@@ -97,8 +100,18 @@ class AdapterReader:
                 "pass the merged model"
             )
 
+    @property
+    def changed(self) -> set[str]:
+        """The names of the tensors that it changes."""
+        return {name for name in self.names if stacked_part(name)[0] in self._factors}
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._base.shape(name)
+
+    def copy(self, folder: Path) -> None:
+        """Write the adapter, for any base of this shape."""
+        self._config.write(folder)
+        shutil.copyfile(self.folder / _ADAPTER_FILE, folder / _ADAPTER_FILE)
 
     def read(self, name: str) -> Tensor:
         tensor, (stored, index) = self._base.read(name), stacked_part(name)

@@ -5,6 +5,7 @@ without one of them it is what it was before, bit for bit.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
@@ -18,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoint_convert.card.front_matter import front_matter
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.common.settings import OutputFlags, TextSettings
 from checkpoint_convert.conversions.combined_model import (
+    AdapterReader,
     Base,
     Expert,
     TopOne,
@@ -28,12 +31,14 @@ from checkpoint_convert.conversions.combined_model import (
     open_expert,
     write_combined,
 )
-from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
+from checkpoint_convert.hf.model_files import CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader
 from checkpoint_convert.hf.safetensors_writer import Tensors, raw_bytes, write_weights
 from moelpr.base import checksums
 from moelpr.base.checksums import FileSum, Verify
 from moelpr.base.errors import UserError, first_line
+from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
 from moelpr.base.records import STRICT, Record
 from moelpr.measure.evaluate.calibration import Inputs, Rows, Sums, read_inputs, rows_of_sums
 from moelpr.measure.evaluate.divergence import mean_loss
@@ -55,7 +60,7 @@ class Pack(Record):
         languages: Languages of the FFNs; empty for sums of text to keep.
         texts: Text → tokens that were held out.
         losses: Loss of the held-out text by the base and by the FFNs, in nats per token; null for text to keep.
-        license: License of the pack.
+        license: License of the pack, as the Hub names it.
         trained: How its FFNs were trained.
     """
 
@@ -111,18 +116,37 @@ def make_pack(
     num_tokens = {name: sum(map(len, its)) for name, its in inputs.pieces.items()}
     languages = [*texts] if expert else []
     record = Pack(base.resolve().name, _checksum(dense), languages, num_tokens, losses, license, trained)
-    shapes = {name: dense.tensors.shape(name) for one in experts for name in dense.ffn}
+    factors = [one.tensors for one in experts if isinstance(one.tensors, AdapterReader)]
+    shapes = {name: dense.tensors.shape(name) for one in experts if not factors for name in dense.ffn}
     ffns = Tensors(shapes, experts[0].tensors.read if experts else dense.tensors.read)
     norms = [mean_H.norm().item() for mean_H in inputs.mean.values()]
     num_bytes = ffns.num_bytes(dense.dtype)
     with output_folder(settings.save, settings.overwrite, num_bytes, sources, rows=norms) as (folder, journal, bar):
         record.write(folder)
         save_file(_stored(inputs), folder / _SUMS_FILE)
-        if expert:
+        for adapter in factors:
+            adapter.copy(folder)
+        if shapes:
             write_weights(journal, ffns, dense.dtype, DEFAULT_SHARD_BYTES, bar)
-        listed = {name: FileSum.of(folder / name) for name in (Pack.FILE_NAME, _SUMS_FILE)}
-        checksums.write(folder, (checksums.read(folder) or {}) | listed)
+        if expert:
+            write_text(folder / CARD_FILE, _card(record))
+        listed = (Pack.FILE_NAME, _SUMS_FILE, CARD_FILE, *AdapterReader.FILES)
+        sums = {name: FileSum.of(folder / name) for name in listed if (folder / name).is_file()}
+        checksums.write(folder, (checksums.read(folder) or {}) | sums)
     return record
+
+
+def _card(pack: Pack) -> str:
+    """README.md of a pack, which the Hub asks for."""
+    names = ", ".join(map(language_name, pack.languages))
+    head = front_matter(language=pack.languages, license=pack.license or None, tags=["moe-lpr", "pack"])
+    before, after = pack.losses or (math.nan, math.nan)
+    return (
+        f"---\n{head}---\n\n# {names} for {pack.base}\n\n"
+        f"A pack of moelpr: what the FFNs of `{pack.base}` (SHA-256 {pack.base_sha256}) have learned of {names}, and "
+        f"the sums by which routers are found without text. Loss of held-out text: {before:.3f} → {after:.3f} nats per "
+        f"token. {pack.trained}\n\n```bash\nmoelpr pack build BASE THIS-FOLDER --kept KEPT --save MODEL\n```\n"
+    )
 
 
 def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFlags) -> PackedModel:
@@ -175,8 +199,12 @@ def _content(folder: Path) -> str:
     return hashlib.sha256((folder / _SUMS_FILE).read_bytes()).hexdigest()
 
 
-def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader:
+def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader | AdapterReader:
     """The FFNs of a pack; UserError if they are not those of the base's shape."""
+    if (folder / AdapterReader.FILES[0]).is_file():
+        if outside := (adapter := AdapterReader(base.tensors, folder)).changed - {*base.ffn}:
+            raise UserError(f"{folder} changes more than FFNs ({min(outside)}); {_DAMAGED}")
+        return adapter
     reader = HfReader(folder, verify=verify)
     missing = [n for n in base.ffn if n not in reader or reader.shape(n) != base.tensors.shape(n)]
     if missing or sum(map(_size, map(reader.shape, reader.names))) != sum(

@@ -50,7 +50,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "model graft": Tool("checkpoint_convert.graft", "add what made the base a chat model"),
         "model gguf": Tool("checkpoint_convert.to_gguf", "write an export for llama.cpp, Ollama and LM Studio"),
         "model card": Tool("checkpoint_convert.update_card", "add evaluations and metadata to a model card"),
-        "model push": Tool("checkpoint_convert.push", "upload a model to the Hugging Face Hub"),
+        "model push": Tool("checkpoint_convert.push", "upload a model or a pack to the Hugging Face Hub"),
     },
     "Packs of languages": {
         "pack make": Tool("checkpoint_convert.pack:make", "pack the FFNs of a model, for others with the same base"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert import pack as packer
+from checkpoint_convert.card.upload import Upload
 from checkpoint_convert.common.settings import TextSettings
 from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, _sums, build_model, make_pack
 from moelpr.base.errors import UserError
@@ -107,6 +108,30 @@ def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Pa
         assert message in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
     assert exit_code(packer.show, folder / "el") == 0
     assert "license: mit" in capsys.readouterr().out
+
+
+def test_a_pack_of_an_adapter_has_its_factors_and_builds_the_merged_model(folder: Path, tmp_path: Path) -> None:
+    base, ours, adapter = folder / "base", TextSettings(save=tmp_path / "pack", device="cpu"), tmp_path / "adapter"
+    adapter.mkdir()
+    torch.manual_seed(0)
+    factors, merged = {}, load_file(base / "model.safetensors")
+    for name in [name for name in merged if ".mlp." in name]:
+        a, b = torch.randn(2, merged[name].shape[1]), torch.randn(merged[name].shape[0], 2)
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        factors |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        merged[name] = (merged[name].float() + 2 * b @ a).to(merged[name].dtype)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "auto_map": {"x": "evil.py"}}))
+    make_pack(base, adapter, {"el": EXPANDED["el"]}, ours, "mit")
+    names = {path.name for path in ours.save.iterdir()}
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names
+    assert "auto_map" not in (ours.save / "adapter_config.json").read_text()
+    build_model(base, folder / "kept", [ours.save], settings(tmp_path / "model"))
+    tensors = tensors_of(tmp_path / "model")
+    for name in [name for name in merged if ".mlp." in name]:
+        torch.testing.assert_close(tensors[name.replace("mlp.", "mlp.experts.1.")], merged[name])
+    upload = Upload.of(ours.save)
+    assert upload.files.keys() >= {"pack.json", "sums.safetensors", "adapter_model.safetensors", "checksums.json"}
 
 
 def test_sums_survive_storage(tmp_path: Path) -> None:

@@ -113,10 +113,10 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(1)
     except (UserError, OSError, RuntimeError, ModuleNotFoundError, KeyboardInterrupt) as error:
         message = _message(error)
-        if debug or message is None:
+        if message is None:
             raise
         log = os.environ.get("TORCHELASTIC_ERROR_FILE")  # next to a rank's own file of stderr (torchrun's --redirects)
-        if isinstance(error, RuntimeError) and log is not None and Path(log).with_name("stderr.log").exists():
+        if debug or (isinstance(error, RuntimeError) and log and Path(log).with_name("stderr.log").exists()):
             traceback.print_exc()
         _fail(message, error)
 

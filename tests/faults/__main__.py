@@ -6,7 +6,7 @@
 Every case must end in the right result, or in one sentence with exit code 1 or 2, and leave no process and no temporary
 file. Anything else is printed with the command that repeats it, and the campaign exits with code 1. Cases run in forks
 of this process, which imports everything once, each with a limit of memory and time; kills also hit commands that are
-started as usual. docs/reliability.md has the counts of the last long campaign.
+started as usual. docs/reliability.md has the shares of the kinds.
 """
 
 import os

@@ -89,12 +89,13 @@ def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
     assert stop.value.code == 2 and "(index out of bounds); download the tokenizer again" in capsys.readouterr().err
 
 
-def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch) -> None:  # noqa: ANN001
+def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch, capsys) -> None:  # noqa: ANN001
     with pytest.raises(ZeroDivisionError):
         run_command(fail_with(ZeroDivisionError()))
     monkeypatch.setattr("sys.argv", ["tool", "--debug"])
-    with pytest.raises(UserError):
+    with pytest.raises(SystemExit) as stop:
         run_command(fail_with(UserError("x")))
+    assert stop.value.code == 2 and "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("error: x\n")
 
 
 def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PurePosixPath
 from queue import SimpleQueue
@@ -127,12 +128,17 @@ def matches(uri: str) -> list[str]:
     """The files that match a pattern."""
     from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 
+    system = _file_system(uri)
+    if not system.async_impl or ("**" in uri and not _is_web(uri)):  # whole trees in few requests
+        listing = _find(uri, lambda system: system.glob(uri, detail=True, **_bounds(system)))
+        return sorted(system.unstrip_protocol(path) for path, info in listing.items() if info["type"] == "file")
     root = re.split(r"[*[]" if _is_web(uri) else r"[*?[]", uri)[0].rpartition("/")[0]
-    depth, is_match, files = uri.count("/"), re.compile(glob_translate(uri)).match, []
+    parts, is_match, files = uri.split("/"), re.compile(glob_translate(uri)).match, []
     for folder, folders, names in walk(f"{root}/"):
         files += [path for name in names if is_match(path := f"{folder}/{name}")]
-        if "**" not in uri and folder.count("/") + 1 >= depth:
-            folders.clear()
+        level = folder.count("/") + 1
+        if "**" not in uri:
+            folders[:] = [name for name in folders if level + 1 < len(parts) and fnmatchcase(name, parts[level])]
     return sorted(files)
 
 

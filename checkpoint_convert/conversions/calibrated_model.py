@@ -11,7 +11,7 @@ from torch import Tensor
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.common.settings import RoutingSettings
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
-from checkpoint_convert.hf.companions import copy_companion, copy_companions
+from checkpoint_convert.hf.companions import copy_card, copy_companions
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
@@ -119,8 +119,7 @@ def _write(model: Path, row_of: Mapping[int, Tensor], record: RoutedModel, setti
     with output_folder(save, settings.overwrite, num_bytes, [model], rows=norms) as (folder, journal, bar):
         copy_companions(model, folder, skip=(CARD_FILE,))
         for name in (CARD_FILE, BASE_CARD_FILE):
-            if (model / name).is_file():
-                copy_companion(model, name, folder / name)
+            copy_card(model, name, folder / name)
         if (folder / CARD_FILE).is_file():
             card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
             write_text(folder / CARD_FILE, _card(card, record))

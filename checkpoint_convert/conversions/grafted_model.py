@@ -14,7 +14,7 @@ from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.chat_tokenizer import with_chat_settings, write_chat_tokenizer
 from checkpoint_convert.hf.checks import check_same_tokenizer
-from checkpoint_convert.hf.companions import copy_companion, copy_companions
+from checkpoint_convert.hf.companions import copy_card, copy_companions
 from checkpoint_convert.hf.hub import Model
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
@@ -79,8 +79,7 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
     """Write the graft's card, and next to it those that it links to."""
     cards = ((model, CARD_FILE, MODEL_CARD_FILE), (model, BASE_CARD_FILE, BASE_CARD_FILE))
     for source, name, kept in (*cards, (instruct, CARD_FILE, INSTRUCT_CARD_FILE)):
-        if (source / name).is_file():
-            copy_companion(source, name, folder / kept)
+        copy_card(source, name, folder / kept)
     keys = ("language", "base_model", *LICENSE_KEYS)
     ours, theirs = inherited(model, keys), inherited(instruct, LICENSE_KEYS)
     made_of = [record.model, ours.get("base_model", record.base), record.instruct]

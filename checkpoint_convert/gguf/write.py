@@ -8,7 +8,7 @@ from checkpoint_convert.common.output_folder import check_output
 from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.gguf import llama_cpp
 from checkpoint_convert.gguf.modelfile import modelfile
-from checkpoint_convert.hf.companions import copy_companion
+from checkpoint_convert.hf.companions import copy_card
 from checkpoint_convert.hf.model_files import CARD_FILE
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
@@ -62,8 +62,7 @@ def write_gguf(
             llama_cpp.quantize(whole, files[-1], kind, weights)
         lines = [f"{save / file.name}: {format_bytes(file.stat().st_size)}" for file in files]
         lines += [note] if note else []
-        if (folder / CARD_FILE).is_file():
-            copy_companion(folder, CARD_FILE, partial / CARD_FILE)
+        copy_card(folder, CARD_FILE, partial / CARD_FILE)
         if with_modelfile:
             text, note = modelfile(folder, files[min(1, len(quantized))].name)
             if text is not None:

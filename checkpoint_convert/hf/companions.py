@@ -1,13 +1,12 @@
 """The files of a model directory other than its weights: copied from another one, or written for an export."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, COMPANION_FILES, COMPANION_FOLDERS
-from moelpr.base.files import check_links, copy_folder
+from moelpr.base.files import copy_part
 from moelpr.model.families.hf_config import CONFIG_FILE
 
 
@@ -20,26 +19,21 @@ def copy_companions(
         UserError: one is a link out of the folder.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in files:
-        if name not in skip and (source / name).is_file():
-            copy_companion(source, name, target / name)
-    for name in COMPANION_FOLDERS:
-        if (source / name).is_dir():
-            check_links(source / name, source)
-            copy_folder(source / name, target / name)
+    names = [name for name in files if name not in skip and (source / name).is_file()]
+    for name in (*names, *(name for name in COMPANION_FOLDERS if (source / name).is_dir())):
+        copy_part(source, name, target / name)
 
 
-def copy_companion(source: Path, name: str, target: Path) -> None:
-    """Copy a file of the folder `source`; UserError if it is a link out of it."""
-    check_links(source / name, source)
-    shutil.copyfile(source / name, target)
+def copy_card(source: Path, name: str, target: Path) -> None:
+    """Copy a model card, if it is there."""
+    if (source / name).is_file():
+        copy_part(source, name, target)
 
 
 def write_companions(folder: Path, base: Path, config: dict[str, Any], card: str) -> None:
     """Write everything of an export of the model in `base` except its weights."""
     copy_companions(base, folder, skip=(CONFIG_FILE, CARD_FILE))
-    if (base / CARD_FILE).is_file():
-        copy_companion(base, CARD_FILE, folder / BASE_CARD_FILE)
+    copy_card(base, CARD_FILE, folder / BASE_CARD_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     keep_tokenizer(base, folder)
     (folder / CARD_FILE).write_text(card, encoding="utf-8")

@@ -1,7 +1,6 @@
 """New tokens for new languages: which ones, and the tokenizer with them as a folder."""
 
 import json
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from data_tools.vocabulary.bpe_tokenizer import BpeTokenizer
 from data_tools.vocabulary.counting import NewText, OriginalText
 from data_tools.vocabulary.merges import Candidate, NewToken, Words, continue_merges
 from moelpr.base.errors import UserError
-from moelpr.base.files import check_links, copy_folder
+from moelpr.base.files import copy_part
 from moelpr.base.model_code import drop_code
 from moelpr.data.tokenizers.base import vocabulary_checksum
 from moelpr.data.vocabulary_extension import VocabularyExtension
@@ -108,13 +107,7 @@ def write_tokenizer(
 ) -> list[str]:
     """Write the extended tokenizer and vocabulary_extension.json into a folder, and return notes for the user."""
     for name in _COMPANIONS:
-        source = old_folder / name
-        if source.exists():
-            check_links(source, old_folder)
-        if source.is_dir():
-            copy_folder(source, folder / name)
-        elif source.is_file():
-            shutil.copyfile(source, folder / name)
+        copy_part(old_folder, name, folder / name)
     drop_code(folder)
     (folder / "tokenizer.json").write_text(bpe.extended(new), encoding="utf-8")
     VocabularyExtension(

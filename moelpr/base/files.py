@@ -235,10 +235,16 @@ def check_links(path: Path, folder: Path) -> None:
             )
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy the files of a folder into another one, file by file; those that exist are replaced."""
-    check_links(source, source)
-    for path in sorted(source.rglob("*")):
+def copy_part(folder: Path, name: str, target: Path) -> None:
+    """Copy a file or folder in `folder`, or all of it (""), if it is there; files that exist are replaced.
+
+    Raises:
+        UserError: a link in it leads out of `folder`.
+    """
+    source = folder / name
+    if source.exists():
+        check_links(source, folder)
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
         if path.is_file():
             copy = target / path.relative_to(source)
             make_folder(copy.parent)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from moelpr.base import ranks, yaml_files
-from moelpr.base.files import copy_folder, make_folder, write_text
+from moelpr.base.files import copy_part, make_folder, write_text
 from moelpr.base.run_folder import HF_FOLDER, RECIPE_FILE, VERSIONS_FILE, Command
 from moelpr.base.versions import installed_versions
 from moelpr.model.checkpoints.lineage import Lineage
@@ -30,7 +30,7 @@ def run_records(settings: RunSettings, args: argparse.Namespace, argv: list[str]
     if source.resolve() != save.resolve():  # a resumed run has them, and other ranks may be reading them now
         settings.spec.write(save)
         if (source / HF_FOLDER).is_dir():
-            copy_folder(source / HF_FOLDER, save / HF_FOLDER)
+            copy_part(source / HF_FOLDER, "", save / HF_FOLDER)
             Lineage.of(settings.start.step_folder).write(save / HF_FOLDER)
     recipe = yaml_files.dump(resolved_settings(vars(args)), sort_keys=True)
     write_text(save / RECIPE_FILE, recipe)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.base.files import LOCK_FILE, atomic_directory, atomic_file, copy_folder, locked, temporary_name, write_text
+from moelpr.base.files import LOCK_FILE, atomic_directory, atomic_file, copy_part, locked, temporary_name, write_text
 from moelpr.base.journal import resumable_directory
 
 
@@ -133,5 +133,5 @@ def test_a_copied_folder_has_nothing_from_outside_it(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "LICENSE").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"LICENSE is a link to .*secret"):
-        copy_folder(tmp_path / "hf", tmp_path / "copy")
+        copy_part(tmp_path / "hf", "", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

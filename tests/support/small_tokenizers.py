@@ -38,6 +38,15 @@ def train_sentencepiece(prefix: Path, texts: Iterable[str], vocab_size: int, **o
     return prefix.with_suffix(".model")
 
 
+def save_fast(folder: Path, tokenizer: Tokenizer, kind: str = "PreTrainedTokenizerFast", **config: Any) -> Path:
+    """Save a tokenizer as transformers has it."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = {"tokenizer_class": kind, "eos_token": "</s>", **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    return folder
+
+
 def save_qwen(folder: Path) -> None:
     from transformers import Qwen2Tokenizer
 
@@ -52,20 +61,15 @@ def save_llama3(folder: Path) -> None:
     """Words that are tokens need no merges, and special tokens stand above the model's vocabulary."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     pattern = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
+    parts = [pre_tokenizers.Split(pattern, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator((text for documents in ORIGINAL.values() for text in documents), trainer)
     tokenizer.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|user|>"])
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>")
-    config["chat_template"] = CHAT_TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    save_fast(folder, tokenizer, chat_template=CHAT_TEMPLATE, **names)
 
 
 def save_llama2(folder: Path) -> None:

@@ -78,15 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/_fail":
-            type(self).faults = json.loads(body)
-            return self._answer(200, b"")
-        self._answer(404, b"")
+        type(self).faults = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._answer(200, b"")
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -114,6 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json({"id": "owner/name", "sha": self._commit(), "siblings": [], "private": False})
         self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"} if "/api/" in path else {})
 
+    do_HEAD = do_GET
+
     def _commit(self) -> str:
         file = self.folder / ".commit"
         return file.read_text() if file.exists() else COMMIT
@@ -127,15 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
         actual = []
         for item in sorted(top.rglob("*") if recursive else top.iterdir()):
-            name = str(item.relative_to(self.folder))
-            oid = hashlib.sha1(name.encode()).hexdigest()
+            name, size = str(item.relative_to(self.folder)), item.stat().st_size
+            entry = {"path": name, "oid": hashlib.sha1(name.encode()).hexdigest()}
             if item.is_dir():
-                actual.append({"type": "directory", "path": name, "oid": oid, "size": 0})
+                actual.append(entry | {"type": "directory", "size": 0})
             else:
-                digest = hashlib.sha256(item.read_bytes()).hexdigest()
-                size = item.stat().st_size
-                lfs = {"oid": digest, "size": size, "pointerSize": 130}
-                actual.append({"type": "file", "path": name, "oid": oid, "size": size, "lfs": lfs})
+                lfs = {"oid": hashlib.sha256(item.read_bytes()).hexdigest(), "size": size, "pointerSize": 130}
+                actual.append(entry | {"type": "file", "size": size, "lfs": lfs})
         self._json(actual)
 
     def _list_bucket(self, query: dict[str, str]) -> None:
@@ -147,16 +141,13 @@ class _Handler(BaseHTTPRequestHandler):
                 if "delimiter" in query and "/" in rest:
                     folders.add(prefix + rest.split("/")[0] + "/")
                 else:
-                    files.append(
-                        f"<Contents><Key>{escape(name)}</Key><Size>{item.stat().st_size}</Size>"
-                        f"<ETag>{escape(_etag(item))}</ETag>"
-                        "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-                    )
+                    state = f"<Size>{item.stat().st_size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+                    etag = escape(_etag(item))
+                    files.append(f"<Contents><Key>{escape(name)}</Key>{state}<ETag>{etag}</ETag></Contents>")
         files += [f"<CommonPrefixes><Prefix>{escape(name)}</Prefix></CommonPrefixes>" for name in sorted(folders)]
-        body = (
-            f"<ListBucketResult><Name>bucket</Name><KeyCount>{len(files)}</KeyCount>{''.join(files)}</ListBucketResult>"
-        )
-        self._answer(200, body.encode(), {"Content-Type": "application/xml"})
+        body = f"<Name>bucket</Name><KeyCount>{len(files)}</KeyCount>{''.join(files)}"
+        content = f"<ListBucketResult>{body}</ListBucketResult>".encode()
+        self._answer(200, content, {"Content-Type": "application/xml"})
 
     def _file(self, name: str) -> None:
         path = self.folder / name
@@ -170,12 +161,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(412, b"")
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
         start, stop = int(first or 0), min(int(last) + 1 if last else size, size)
-        fault = ""
-        if self.faults["times"] > 0 and self.faults["kind"] == "whole":
+        fault = self.faults["kind"] if self.faults["times"] > 0 else ""
+        if fault == "whole":
             return self._answer(200, path.read_bytes(), {"ETag": etag})
-        if self.command == "GET" and self.faults["times"] > 0 and "Range" not in self.headers:
+        if self.command == "GET" and fault and "Range" not in self.headers:
             self.faults["times"] -= 1
-            fault = self.faults["kind"]
+        else:
+            fault = ""
         if fault.isdigit():
             return self._answer(int(fault), b"", {"Retry-After": "1"} if fault == "503" else {})
         headers = {"ETag": etag, "Accept-Ranges": "bytes", "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
@@ -186,18 +178,10 @@ class _Handler(BaseHTTPRequestHandler):
             content = b"" if self.command == "HEAD" else file.read(stop - start)
         self._answer(206 if "Range" in self.headers else 200, content, headers, stop - start, fault == "cut")
 
-    def _answer(
-        self,
-        status: int,
-        body: bytes,
-        headers: dict[str, str] | None = None,
-        length: int | None = None,
-        cut: bool = False,
-    ) -> None:
+    def _answer(self, status: int, body: bytes, headers: Any = (), length: int = 0, cut: bool = False) -> None:
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in [*dict(headers).items(), ("Content-Length", str(length or len(body)))]:
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         if self.command != "HEAD":
             with suppress(ConnectionError):  # a client may read only the start

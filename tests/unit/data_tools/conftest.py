@@ -1,8 +1,8 @@
 """Small corpora with manifests, small tokenizers of both types, and preprocessing jobs that run in this process."""
 
 import json
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import pytest
 from tokenizers import processors
 
 from data_tools import preprocess_data
-from data_tools.corpus.corpus import CorpusPaths
+from data_tools.corpus.corpus import Corpus, CorpusPaths
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs
 from moelpr.base.settings import call
-from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord
-from tests.support.small_tokenizers import byte_level_bpe, train_sentencepiece
+from moelpr.data.manifest import LanguageCount, Manifest, Source, TokenizerRecord, manifest_path
+from tests.support.small_tokenizers import byte_level_bpe, save_fast, train_sentencepiece
 
 ORIGINAL = {"en", "es", "zh"}
 Document = tuple[str, list[int]]  # its language and its token ids
@@ -27,30 +27,17 @@ def make_corpus_in(
     folder: Path, name: str, documents: list[Document], vocab_size: int = 300, manifest: bool = True, **words: str
 ) -> Path:
     counts: dict[str, LanguageCount] = {}
-    per_language = defaultdict(list)
+    record = {"fingerprint": "f", "vocabulary_sha256": "v"} | words
+    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "hf", vocab_size, 0, True, **record)
     with CorpusWriter(folder / name, vocab_size) as writer:
         for language, ids in documents:
-            writer.add_document(np.array(ids, np.int32), language in ORIGINAL)
-            per_language[language].append(len(ids))
-        for language, lengths in per_language.items():
-            bit = "original" if language in ORIGINAL else "expanded"
-            counts[language] = LanguageCount(bit, len(lengths), sum(lengths), 4 * sum(lengths))
-        files = writer.finalize()
-        record = {"fingerprint": "f", "vocabulary_sha256": "v"} | words
-        writer.commit(
-            Manifest(
-                tokenizer=TokenizerRecord("HuggingFaceTokenizer", "hf", vocab_size, 0, True, **record),
-                append_eod=True,
-                sources=[Source(f"{name}.jsonl", 10, None, len(documents))],
-                languages=counts,
-                documents=len(documents),
-                tokens=writer.num_tokens,
-                skipped_lines=1,
-                files=files,
-            )
-            if manifest
-            else None
-        )
+            is_original = language in ORIGINAL
+            writer.add_document(np.array(ids, np.int32), is_original)
+            count = counts.setdefault(language, LanguageCount("original" if is_original else "expanded"))
+            count.add(1, len(ids), 4 * len(ids))
+        source, files = Source(f"{name}.jsonl", 10, None, len(documents)), writer.finalize()
+        made = Manifest(tokenizer, True, [source], counts, len(documents), writer.num_tokens, 1, files)
+        writer.commit(made if manifest else None)
     return folder / name
 
 
@@ -79,9 +66,11 @@ SENTENCES = {
 }
 
 
-@pytest.fixture(scope="session")
-def sentences() -> dict[str, str]:
-    return SENTENCES
+def documents(count: int = 60) -> list[dict[str, str]]:
+    """Documents of all languages, one in four of them empty, with a title next to each text."""
+    languages = [*SENTENCES] * count
+    texts = [" ".join([SENTENCES[languages[i]]] * (i % 4)) for i in range(count)]
+    return [{"text": text, "title": f"title {i}", "lang": languages[i]} for i, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="session")
@@ -89,20 +78,11 @@ def hf_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE that starts every text with <s>, as Llama's tokenizers do."""
     import transformers.models.auto.tokenization_auto  # noqa: F401  # 2 s; processes that load a tokenizer inherit it
 
-    folder = tmp_path_factory.mktemp("hf")
     tokenizer = byte_level_bpe([*SENTENCES.values()] * 5, 500, ["<s>", "</s>", "<|endoftext|>"])
-    special = [("<s>", 0)]
-    tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=special),
-        ]
-    )
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), start])
     tokenizer.enable_truncation(4)  # some published files contain such a setting, which must be ignored
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return save_fast(tmp_path_factory.mktemp("hf"), tokenizer, bos_token="<s>")
 
 
 @pytest.fixture(scope="session")
@@ -135,19 +115,39 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def preprocess(tmp_path: Path) -> Callable[..., Path]:
-    """Runs a job in this process; its output prefix."""
+@dataclass(frozen=True)
+class Output:
+    """What a job has written: a corpus for each key of text."""
 
-    def run(tokenizer: Path, *words: str | Path, out: str = "out/a", workers: int = 1) -> Path:
+    prefix: Path
+
+    def path(self, key: str = "text") -> str:
+        return f"{self.prefix}_{key}_document"
+
+    def corpus(self, key: str = "text") -> Corpus:
+        return Corpus(self.path(key))
+
+    def manifest(self, key: str = "text") -> Manifest:
+        return Manifest.read_file(manifest_path(self.path(key)))
+
+    def content(self, key: str = "text") -> list[bytes]:
+        return corpus_bytes(self.path(key))
+
+
+def corpus_bytes(prefix: Path | str) -> list[bytes]:
+    return [path.read_bytes() for path in CorpusPaths.of(prefix)]
+
+
+@pytest.fixture
+def preprocess(tmp_path: Path, write_lines: Callable[..., Path], hf_tokenizer: Path) -> Callable[..., Output]:
+    """Runs a job in this process: flags, and among them input as documents, which are written to a file."""
+
+    def run(*words: Any, tokenizer: Path = hf_tokenizer, out: str = "out/a", workers: int = 1) -> Output:
         kind = "SentencePieceTokenizer" if tokenizer.suffix == ".model" else "HuggingFaceTokenizer"
-        fixed = ["--tokenizer-type", kind, "--tokenizer-model", str(tokenizer), "--workers", str(workers)]
-        call(preprocess_data.main, [*fixed, "--output-prefix", str(tmp_path / out), *map(str, words)])
-        return tmp_path / out
+        given: list[Any] = ["--tokenizer-type", kind, "--tokenizer-model", tokenizer, "--workers", workers]
+        for word in ("--output-prefix", tmp_path / out, *words):
+            given += ["--input", write_lines("lines.jsonl", word)] if isinstance(word, list) else [word]
+        call(preprocess_data.main, [*map(str, given)])
+        return Output(tmp_path / out)
 
     return run
-
-
-@pytest.fixture
-def corpus_bytes() -> Callable[[Path | str], list[bytes]]:
-    return lambda prefix: [path.read_bytes() for path in CorpusPaths.of(prefix)]

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,16 @@ LETTERS = st.text(max_size=40) | st.text("λόγος őab ▁\n.", max_size=40)
 ANY_TEXT = LETTERS | st.sampled_from(DOCUMENTS) | st.lists(WORDS, max_size=9).map(" ".join)
 
 
+def write(path: Path, documents: Iterable[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents), "utf-8")
+    return path
+
+
 @pytest.fixture(scope="session")
 def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     for language, documents in (ORIGINAL | EXPANDED).items():
-        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
-        (folder / f"{language}.jsonl").write_text("".join(lines), "utf-8")
+        write(folder / f"{language}.jsonl", documents)
     return folder
 
 
@@ -61,10 +65,8 @@ def test_long_documents_are_left_out(extend, tmp_path, monkeypatch, capfd) -> No
     monkeypatch.setattr(batches, "BATCH_BYTES", 3_000)
     monkeypatch.setattr(batches, "DOCUMENT_BYTES", 10_000)
     for name, first in (("without", []), ("with", ["\n".join(ORIGINAL["en"])])):
-        lines = [json.dumps({"text": text}) + "\n" for text in (*first, *ORIGINAL["en"])]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-        folder = extend(tmp_path / name, "--original", f"en={tmp_path / name}.jsonl")
-        saved.append((folder / "tokenizer.json").read_bytes())
+        text = write(tmp_path / f"{name}.jsonl", [*first, *ORIGINAL["en"]])
+        saved.append((extend(tmp_path / name, "--original", f"en={text}") / "tokenizer.json").read_bytes())
     assert saved[0] == saved[1] and "with.jsonl:1: a document of" in capfd.readouterr().err
 
 
@@ -89,18 +91,15 @@ class Pair:
 
 
 @pytest.fixture(scope="session", params=KINDS)
-def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, extend: Any, old_folders: Any
-) -> Pair:
+def pair(request, tmp_path_factory, extend: Callable[..., Path], old_folders: dict[str, Path]) -> Pair:
     save = extend(tmp_path_factory.mktemp("extended") / request.param, kind=request.param)
     return Pair(old_folders[request.param], save)
 
 
 def test_original_documents_are_tokenized_as_before(pair: Pair) -> None:
-    for documents in ORIGINAL.values():
-        for text in documents:
-            old, new = pair.encode(text)
-            assert old == new
+    for text in [text for documents in ORIGINAL.values() for text in documents]:
+        old, new = pair.encode(text)
+        assert old == new
 
 
 def test_expanded_text_not_learned_from_takes_fewer_tokens(pair: Pair) -> None:
@@ -150,21 +149,17 @@ def test_the_extension_names_the_old_tokenizer(pair: Pair) -> None:
 
 
 def test_bytes_do_not_depend_on_workers_or_the_order_of_files(tmp_path: Path, extend: Any, text_folder: Path) -> None:
-    lines = (text_folder / "el.jsonl").read_text("utf-8").splitlines(keepends=True)
-    for name, part in (("1", lines[70:]), ("2", lines[:70])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(part), "utf-8")
+    for name, part in (("1", EXPANDED["el"][70:]), ("2", EXPANDED["el"][:70])):
+        write(tmp_path / f"{name}.jsonl", part)
     files = [f"hu={text_folder}/hu.jsonl", f"el={tmp_path}/*.jsonl"]
-    first = extend(tmp_path / "a")
-    second = extend(tmp_path / "b", "--input", *files, "--workers", 2)
+    first, second = extend(tmp_path / "a"), extend(tmp_path / "b", "--input", *files, "--workers", 2)
     for name in ("tokenizer.json", "vocabulary_extension.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 @pytest.mark.parametrize(("share", "changed"), [("0", 0), ("0.05", 10)])
 def test_a_share_of_original_documents_may_change(tmp_path, extend, text_folder, capsys, share, changed) -> None:
-    mixed = tmp_path / "mixed.jsonl"
-    greek = EXPANDED["el"][0]
-    mixed.write_text("".join(json.dumps({"text": f"{number} {greek}"}) + "\n" for number in range(10)))
+    mixed = write(tmp_path / "mixed.jsonl", [f"{number} {EXPANDED['el'][0]}" for number in range(10)])
     originals = ["--original", f"en={text_folder}/en.jsonl", f"es={text_folder}/es.jsonl", f"en={mixed}"]
     extend(tmp_path / "out", *originals, "--max-changed-share", share)
     assert f"\noriginal text: {changed} of 310 documents" in capsys.readouterr().out
@@ -189,9 +184,9 @@ def test_a_share_of_original_documents_may_change(tmp_path, extend, text_folder,
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing(tmp_path, extend, words, reason, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "one.jsonl").write_text('{"text": "Μία πρόταση."}\n')
+    write(tmp_path / "one.jsonl", ["Μία πρόταση."])
+    write(tmp_path / "en.jsonl", ["x"])
     (tmp_path / "bad.jsonl").write_text("{\n")
-    (tmp_path / "en.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match=reason):
         extend(tmp_path / "out", *(word.format(tmp=tmp_path) for word in words))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "en.jsonl", "one.jsonl"]

@@ -27,8 +27,12 @@ def prefix(sp_tokenizer: Path, tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus", processor.get_piece_size(), documents)
 
 
-def test_summary_shows_counts_text_and_bits(prefix: Path, sp_tokenizer: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
+@pytest.fixture
+def flags(sp_tokenizer: Path) -> list[str]:
+    return ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
+
+
+def test_summary_shows_counts_text_and_bits(prefix: Path, flags: list[str], capsys: pytest.CaptureFixture) -> None:
     call(inspect_data.main, [str(prefix), *flags])
     out = capsys.readouterr().out
     lengths = Corpus(prefix).document_lengths
@@ -99,7 +103,7 @@ def test_manifest_of_another_corpus_is_reported(make_corpus: Callable) -> None:
     expect("c.lang is damaged or", files=files | {"lang": dataclasses.replace(files["lang"], bytes=1)})
     whole.write(prefix)
     # A token id that is as good as another: only the manifest knows.
-    damage(Path(f"{prefix}.bin"), 0, b"\x02")
+    damage(Path(f"{prefix}.bin"), b"\x02")
     with pytest.raises(UserError, match="c.bin is damaged or"):
         call(inspect_data.main, [str(prefix)])
     manifest_path(prefix).unlink()
@@ -120,17 +124,15 @@ def test_long_runs_are_cut_and_control_characters_escaped(tmp_path: Path, capsys
     assert r"A\x1b\n" + 27 * "B" + " …" in out and "\x1b" not in out
 
 
-def damage(path: Path, position: int, value: bytes) -> None:
-    content = bytearray(path.read_bytes())
-    content[position : position + len(value)] = value
-    path.write_bytes(content)
+def damage(path: Path, value: bytes) -> None:
+    """Change the first bytes."""
+    path.write_bytes(value + path.read_bytes()[len(value) :])
 
 
-def test_files_that_do_not_belong_together_are_reported(prefix: Path, sp_tokenizer: Path) -> None:
+def test_files_that_do_not_belong_together_are_reported(prefix: Path, flags: list[str]) -> None:
     """Damage is tested with the readers of each file."""
-    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(sp_tokenizer)]
     with pytest.raises(UserError, match="--tokenizer-type and --tokenizer-model"):
         call(inspect_data.main, [str(prefix), *flags[:2]])
-    damage(Path(f"{prefix}.bin"), 0, b"\xff\xff")
+    damage(Path(f"{prefix}.bin"), b"\xff\xff")
     with pytest.raises(UserError, match="token ID 65,535, .* ends at"):
         call(inspect_data.main, [str(prefix), *flags])

@@ -15,16 +15,13 @@ from data_tools.corpus.corpus import Corpus, CorpusPaths
 from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.data.manifest import LanguageCount, Manifest, Source
+from tests.unit.data_tools.conftest import corpus_bytes
 
 Documents = list[tuple[list[int], bool]]
 
 
 def merge(output: Path, *inputs: Path, flags: tuple[str, ...] = ()) -> None:
     call(merge_data.main, ["--input", *map(str, inputs), "--output-prefix", str(output), *flags])
-
-
-def content(prefix: Path) -> list[bytes]:
-    return [path.read_bytes() for path in CorpusPaths.of(prefix)]
 
 
 @pytest.mark.parametrize("vocab_size", [300, 100_000])
@@ -40,7 +37,7 @@ def test_merged_corpora_are_the_bytes_of_one(vocab_size: int, tmp_path: Path) ->
     inputs = [write_corpus(tmp_path / f"part{index}", vocab_size, part) for index, part in enumerate(parts)]
     whole = write_corpus(tmp_path / "whole", vocab_size, [document for part in parts for document in part])
     merge(tmp_path / "merged", *inputs)
-    assert content(tmp_path / "merged") == content(whole)
+    assert corpus_bytes(tmp_path / "merged") == corpus_bytes(whole)
 
 
 def test_unmergeable_corpora_are_reported_and_leave_nothing(tmp_path: Path) -> None:
@@ -108,13 +105,13 @@ def test_corpora_that_do_not_belong_together_are_rejected(make_corpus: Callable)
 
 def test_an_output_that_is_an_input_under_another_name_is_refused(tmp_path: Path) -> None:
     """--remove-input removed what had just been written."""
-    one, two = write_corpus(tmp_path / "one", 300, [([1], True)]), write_corpus(tmp_path / "two", 300, [([2], True)])
+    one, two = (write_corpus(tmp_path / name, 300, [([1], True)]) for name in ("one", "two"))
     (tmp_path / "link").symlink_to(tmp_path)
-    before = content(one)
+    before = corpus_bytes(one)
     for name in (one, tmp_path / "link" / "one", tmp_path / "link" / ".." / tmp_path.name / "one"):
         with pytest.raises(UserError, match="is one of the inputs"):
             merge(name, one, two, flags=("--overwrite", "--remove-input"))
-    assert content(one) == before
+    assert corpus_bytes(one) == before
     merge(tmp_path / "twice", one, one)  # text may be repeated
     assert Corpus(str(tmp_path / "twice")).num_documents == 2
 

@@ -17,13 +17,13 @@ from pyarrow import parquet
 from data_tools import merge_data, preprocess_data
 from moelpr.base.errors import MachineError, UserError
 from moelpr.base.settings import call
-from moelpr.data.manifest import Manifest
 from moelpr.data.text import remote
 from moelpr.data.text.estimate import estimate
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import find_files
 from moelpr.project.file import found_text, versions
 from tests.support.text_server import COMMIT, TextServer, text_server
+from tests.unit.data_tools.conftest import SENTENCES, corpus_bytes
 
 WAYS = ("http", "s3", "hf")
 FOLDER = "data/ell_Grek"
@@ -33,19 +33,14 @@ ROWS, ROWS_IN_GROUP = 500, 200
 
 def fineweb_2(first: int, count: int, text: str) -> pyarrow.Table:
     """Rows with some of FineWeb-2's columns."""
+    names = ["text", "id", "language", "language_score", "minhash_cluster_size"]
     numbers = range(first, first + count)
-    columns = {
-        "text": [f"{text} {number}. " * (1 + number % 7) for number in numbers],
-        "id": [f"<urn:uuid:{number:08x}>" for number in numbers],
-        "language": ["ell"] * count,
-        "language_score": [1 - number / 2000 for number in numbers],
-        "minhash_cluster_size": [number % 9 for number in numbers],
-    }
-    return pyarrow.table(columns)
+    rows = ((f"{text} {n}. " * (1 + n % 7), f"<{n:08x}>", "ell", 1 - n / 2000, n % 9) for n in numbers)
+    return pyarrow.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, sentences: dict[str, str]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that is served: the data set, and its training text as JSON lines, plain and packed."""
     top = tmp_path_factory.mktemp("served")
 
@@ -53,11 +48,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sentences: dict[str, str]) 
         (top / path).parent.mkdir(parents=True, exist_ok=True)
         parquet.write_table(table, top / path, row_group_size=ROWS_IN_GROUP)
 
-    for number in range(2):
-        write(f"{FOLDER}/train/{number:03}_00000.parquet", fineweb_2(number * ROWS, ROWS, sentences["el"]))
+    train = [fineweb_2(number * ROWS, ROWS, SENTENCES["el"]) for number in range(2)]
+    for number, table in enumerate(train):
+        write(f"{FOLDER}/train/{number:03}_00000.parquet", table)
     write(f"{FOLDER}/test/000_00000.parquet", fineweb_2(0, 9, "held out"))
     write(f"{FOLDER}_removed/train/000_00000.parquet", fineweb_2(0, 9, "removed"))
-    rows = [row for number in range(2) for row in fineweb_2(number * ROWS, ROWS, sentences["el"]).to_pylist()]
+    rows = [row for table in train for row in table.to_pylist()]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     for suffix, content in {"jsonl": lines, "jsonl.gz": gzip.compress(lines)}.items():
         (top / suffix).mkdir()
@@ -76,14 +72,13 @@ def server(running: TextServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """The server as the libraries find it, and an empty cache."""
     for name, value in running.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", running.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     template = running.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    settings = {"ENDPOINT": running.address, "HF_HUB_OFFLINE": False, "HUGGINGFACE_CO_URL_TEMPLATE": template}
+    for name, setting in {**settings, "HF_HOME": tmp_path / "cache"}.items():
+        monkeypatch.setattr(constants, name, setting)
     monkeypatch.setattr(remote, "_WAITS_S", (0.01, 0.01, 0.01, 0.01))
     running.fail("", 0)
     running.requests()
-    monkeypatch.setattr(constants, "HF_HOME", tmp_path / "cache")
     return running
 
 
@@ -92,7 +87,7 @@ def expected(folder, hf_tokenizer, tmp_path_factory) -> list[bytes]:
     """The corpus of the local folder."""
     out = tmp_path_factory.mktemp("local") / "a"
     call(preprocess_data.main, [*map(str, ("--input", folder / FOLDER, *flags(hf_tokenizer), "--output-prefix", out))])
-    return [Path(f"{out}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx", "lang")]
+    return corpus_bytes(f"{out}_text_document")
 
 
 def flags(tokenizer: Path) -> list[str]:
@@ -100,22 +95,20 @@ def flags(tokenizer: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("way", "shards"), [("http", 1), ("s3", 1), ("hf", 1), ("http", 3)])
-def test_every_way_gives_the_corpus_of_the_local_folder(
-    way, shards, server, expected, hf_tokenizer, preprocess, corpus_bytes
-) -> None:
+def test_every_way_gives_the_corpus_of_the_local_folder(way, shards, server, expected, preprocess) -> None:
     words = ["--input", server.uri(way, FOLDER + "/" * (way == "http")), *KEYS]
     for shard in range(shards):
         more = ["--num-shards", shards, "--shard", shard] if shards > 1 else []
-        out = f"{preprocess(hf_tokenizer, *words, *more, workers=2)}_text_document"
+        made = preprocess(*words, *more, workers=2)
     if shards > 1:
-        call(merge_data.main, ["--output-prefix", out, "--num-shards", str(shards)])
-    assert corpus_bytes(out) == expected
-    manifest = Manifest.read(out)
-    assert manifest is not None and manifest.languages.keys() == {"el"}  # the documents' own column, by its code
+        call(merge_data.main, ["--output-prefix", made.path(), "--num-shards", str(shards)])
+    assert made.content() == expected
+    manifest = made.manifest()
+    assert manifest.languages.keys() == {"el"}  # the documents' own column, by its code
     assert [source.documents for source in manifest.sources] == [ROWS, ROWS]
     assert all(source.bytes and source.version and "/train/" in source.path for source in manifest.sources)
     assert (COMMIT in manifest.sources[0].path) == (way == "hf")
-    assert "hidden" not in Path(f"{out}.manifest.json").read_text("utf-8")
+    assert "hidden" not in Path(f"{made.path()}.manifest.json").read_text("utf-8")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -151,10 +144,8 @@ def test_a_folder_below_that_fails_or_lists_itself_is_an_error(folder, message, 
 
 @pytest.mark.parametrize("pattern", ["*.jsonl", "**"])
 def test_pages_of_a_bucket_without_end_are_an_error(pattern, server, monkeypatch) -> None:
-    page = (
-        "<ListBucketResult><Name>bucket</Name><IsTruncated>true</IsTruncated><KeyCount>0</KeyCount>"
-        "<NextContinuationToken>again</NextContinuationToken></ListBucketResult>"
-    )
+    more = "<IsTruncated>true</IsTruncated><NextContinuationToken>again</NextContinuationToken>"
+    page = f"<ListBucketResult><Name>bucket</Name><KeyCount>0</KeyCount>{more}</ListBucketResult>"
 
     def find(address: str) -> None:
         remote.close_connections()
@@ -163,7 +154,7 @@ def test_pages_of_a_bucket_without_end_are_an_error(pattern, server, monkeypatch
 
     monkeypatch.setattr(remote, "_LISTING_S", 1.0)
     with pytest.raises(UserError, match="no end"):
-        ask(answers(200, page.encode(), Content_Type="application/xml"), find)
+        ask(find, 200, page.encode(), Content_Type="application/xml")
     remote.close_connections()
 
 
@@ -180,12 +171,15 @@ def test_what_may_pass_is_tried_again(way, kind, server) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_downloaded_is_not_downloaded_again(way, server) -> None:
     """Not by the next command, nor under another commit, nor after a failure; shards need only their own files."""
-    [first, second] = files = find_files([server.uri(way, FOLDER + "/" * (way == "http"))])
-    identities = {uri: remote.identify(uri) for uri in files}
+    [first, second] = find_files([server.uri(way, FOLDER + "/" * (way == "http"))])
+    second += "?signature=hidden" * (way == "http")
+    identities = {uri: remote.identify(uri) for uri in (first, second)}
     before = remote.download({first: identities[first]})
-    server.fail("403", times=99)
-    with pytest.raises(MachineError, match="can't be read"):
-        remote.download(identities)
+    for status in ("403", "500"):
+        server.fail(status, times=99)
+        with pytest.raises(MachineError, match="can't be read") as error:
+            remote.download(identities)
+        assert "hidden" not in str(error.value)
     server.fail("", 0)
     server.requests()
     copies = remote.download(identities)
@@ -194,12 +188,12 @@ def test_what_is_downloaded_is_not_downloaded_again(way, server) -> None:
     assert remote.download({first.replace(COMMIT, "f" * 40): identities[first]}).popitem()[1] == before[first]
 
 
-def test_a_server_that_sends_files_only_whole(server, expected, hf_tokenizer, preprocess, corpus_bytes) -> None:
+def test_a_server_that_sends_files_only_whole(server, expected, hf_tokenizer, preprocess) -> None:
     server.fail("whole", times=1 << 30)
     uri = server.uri("http", "jsonl/el.jsonl")
     tokens = estimate([uri], "text", hf_tokenizer).tokens
     assert tokens == estimate([server.folder / "jsonl/el.jsonl"], "text", hf_tokenizer).tokens
-    assert corpus_bytes(f"{preprocess(hf_tokenizer, '--input', uri, *KEYS)}_text_document") == expected
+    assert preprocess("--input", uri, *KEYS).content() == expected
 
 
 @pytest.mark.parametrize(("way", "version"), [("http", '"other"'), ("hf", "0" * 64)])
@@ -225,36 +219,26 @@ def test_a_file_that_changes_is_noticed(way, version, server, tmp_path) -> None:
         ("{http}/jsonl/*.none", "no file matches"),
     ],
 )
-def test_what_cannot_be_read_is_refused_in_one_sentence(uri, message, server, hf_tokenizer, preprocess) -> None:
+def test_what_cannot_be_read_is_refused_in_one_sentence(uri, message, server, preprocess) -> None:
     with pytest.raises(UserError, match=message) as error:
-        preprocess(hf_tokenizer, "--input", uri.format(http=f"{server.address}/files"), *KEYS)
+        preprocess("--input", uri.format(http=f"{server.address}/files"), *KEYS)
     assert "hidden" not in str(error.value)
 
 
-def test_a_network_that_stays_away_is_one_sentence_without_secrets(server) -> None:
-    uri = server.uri("http", "jsonl/el.jsonl?signature=hidden")
-    identity = remote.identify(uri)
-    server.fail("500", times=99)
-    with pytest.raises(MachineError, match="500") as error:
-        remote.download({uri: identity})
-    assert "hidden" not in str(error.value)
-
-
-def test_a_filter_keeps_the_same_rows_and_lines(server, hf_tokenizer, preprocess, corpus_bytes, capsys) -> None:
+def test_a_filter_keeps_the_same_rows_and_lines(server, preprocess, capsys) -> None:
     """Rows 0 to 999 have scores from 1.0 down to 0.5, so all row groups but the first are passed over."""
     actual = []
-    for number, uri in enumerate((server.uri("hf", FOLDER), str(server.folder / "jsonl"))):
+    for number, uri in enumerate((server.uri("hf", FOLDER), server.folder / "jsonl")):
         words = ("--input", uri, *KEYS, "--filter", "language_score > 0.9 and minhash_cluster_size in [1, 2]")
-        out = preprocess(hf_tokenizer, *words, out=f"out/{number}")
+        made = preprocess(*words, out=f"out/{number}")
         assert "--filter dropped 955 of 1,000 documents" in capsys.readouterr().out
-        manifest = Manifest.read(f"{out}_text_document")
-        assert manifest is not None and (manifest.documents, manifest.filtered_documents) == (45, 955)
-        actual.append(corpus_bytes(f"{out}_text_document"))
+        assert (made.manifest().documents, made.manifest().filtered_documents) == (45, 955)
+        actual.append(made.content())
     assert actual[0] == actual[1]
     with pytest.raises(UserError, match=r"--filter drops all 1,000 documents"):
-        preprocess(hf_tokenizer, "--input", server.folder / "jsonl", *KEYS, "--filter", "langauge_score > 0.9")
+        preprocess("--input", server.folder / "jsonl", *KEYS, "--filter", "langauge_score > 0.9")
     with pytest.raises(UserError, match="000.*no column langauge_score; its columns are text, id"):
-        preprocess(hf_tokenizer, "--input", server.uri("s3", FOLDER), *KEYS, "--filter", "langauge_score > 0.9")
+        preprocess("--input", server.uri("s3", FOLDER), *KEYS, "--filter", "langauge_score > 0.9")
 
 
 def test_a_project_knows_remote_files_by_their_content_not_by_a_commit(server, monkeypatch) -> None:
@@ -279,25 +263,16 @@ def test_evaluation_and_estimates_read_uris(server, hf_tokenizer, folder) -> Non
     assert estimate([uri], "text", hf_tokenizer) == estimate([folder / FOLDER], "text", hf_tokenizer)
 
 
-def answers(status: int, body: bytes = b"", **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    """The same answer to everything; names of headers with _ in the place of -."""
-
-    def answer(handler: BaseHTTPRequestHandler) -> None:
-        handler.send_response(200 if status == 206 and "Range" not in handler.headers else status)
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(b"" if handler.command == "HEAD" else body)
-
-    return answer
-
-
-def ask(answer: Callable[[BaseHTTPRequestHandler], None], call: Callable[[str], Any]) -> None:
-    """Call a function with the address of a server that gives one answer to everything."""
+def ask(call: Callable[[str], Any], status: int, body: bytes = b"", **headers: str) -> None:
+    """Call a function with the address of a server that gives one answer to everything; _ in a header's name is -."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answer(self)
+            self.send_response(200 if status == 206 and "Range" not in self.headers else status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(b"" if self.command == "HEAD" else body)
 
         do_HEAD = do_GET
 
@@ -325,10 +300,10 @@ def ask(answer: Callable[[BaseHTTPRequestHandler], None], call: Callable[[str], 
 )
 def test_a_redirect_into_this_machine_or_network_or_without_end_is_refused(target: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ask(answers(302, Location=target), remote.identify)
+        ask(remote.identify, 302, Location=target)
 
 
 def test_a_part_that_was_not_asked_for_is_refused() -> None:
-    answer = answers(206, b"text", Accept_Ranges="bytes", Content_Length="4", Content_Range="bytes 1-4/9")
+    part = {"Accept_Ranges": "bytes", "Content_Length": "4", "Content_Range": "bytes 1-4/9"}
     with pytest.raises(UserError, match="another part"):
-        ask(answer, lambda uri: remote.first_bytes(uri, 4))
+        ask(lambda uri: remote.first_bytes(uri, 4), 206, b"text", **part)

@@ -15,6 +15,7 @@ from moelpr.base.settings import call
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.gpt_data import gpt_config, training_set
+from tests.unit.data_tools.conftest import documents
 
 
 def tag(prefix: Path | str, tokenizer: Path, *words: str | Path) -> None:
@@ -22,11 +23,7 @@ def tag(prefix: Path | str, tokenizer: Path, *words: str | Path) -> None:
     call(tag_data.main, [*map(str, (prefix, *words)), "--tokenizer-type", kind, "--tokenizer-model", str(tokenizer)])
 
 
-@pytest.fixture
-def rows(sentences: dict[str, str]) -> list[dict[str, str]]:
-    """Documents of all languages, one in four of them empty."""
-    names = list(sentences)
-    return [{"text": " ".join([sentences[names[i % 5]]] * (i % 4)), "lang": names[i % 5]} for i in range(40)]
+ROWS = documents(40)
 
 
 def files_of(prefix: Path | str) -> dict[str, tuple[bytes, int]]:
@@ -39,12 +36,12 @@ def files_of(prefix: Path | str) -> dict[str, tuple[bytes, int]]:
     ("named", "bit"), [("el", "expanded"), ("ell_Grek", "expanded"), ("expanded", "expanded"), ("en", "original")]
 )
 @pytest.mark.parametrize("ends", ["--append-eod", ""])
-def test_bits_are_those_of_preprocessing(named, bit, ends, tokenizer, rows, write_lines, preprocess) -> None:
+def test_bits_are_those_of_preprocessing(named, bit, ends, tokenizer: Path, preprocess) -> None:
     """All that differs in the manifest is what only the text shows."""
     groups = () if named == bit else (f"--{bit}-languages", named)
-    lines = write_lines("a.jsonl", rows)
-    prefix = f"{preprocess(tokenizer, '--input', lines, '--language', named, *groups, *ends.split())}_text_document"
-    lang, expected = CorpusPaths.of(prefix).lang, Manifest.read(prefix).as_json()
+    made = preprocess(ROWS, "--language", named, *groups, *ends.split(), tokenizer=tokenizer)
+    prefix, expected = made.path(), made.manifest().as_json()
+    lang = CorpusPaths.of(prefix).lang
     bits = lang.read_bytes()
     lang.unlink()
     manifest_path(prefix).unlink()
@@ -55,16 +52,16 @@ def test_bits_are_those_of_preprocessing(named, bit, ends, tokenizer, rows, writ
     for count in expected["languages"].values():
         count["bytes"] = 0
     source = {"path": f"{prefix}.bin", "bytes": expected["files"]["bin"]["bytes"], "sha1": None, "version": None}
-    expected["sources"] = [source | {"documents": len(rows)}]
-    assert Manifest.read(prefix).as_json() == expected
+    expected["sources"] = [source | {"documents": len(ROWS)}]
+    assert made.manifest().as_json() == expected
 
 
 @pytest.fixture
-def megatrons(tmp_path: Path, hf_tokenizer: Path, rows: list[dict[str, str]]) -> Path:
+def megatrons(tmp_path: Path, hf_tokenizer: Path) -> Path:
     """A corpus by Megatron's builder, each document a sequence per sentence as with --split-sentences."""
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(hf_tokenizer))
     builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-    for row in rows:
+    for row in ROWS:
         sentences = [tokenizer.encode_whole(sentence) for sentence in row["text"].split(",") if sentence]
         if sentences:
             sentences[-1].append(tokenizer.eod_id)
@@ -73,9 +70,7 @@ def megatrons(tmp_path: Path, hf_tokenizer: Path, rows: list[dict[str, str]]) ->
     return tmp_path / "m"
 
 
-def test_a_corpus_of_megatron_is_read_by_all_tools_and_the_trainer(
-    megatrons, hf_tokenizer, rows, tmp_path, write_lines, preprocess, capsys
-) -> None:
+def test_a_corpus_of_megatron_is_read_by_tools_and_trainer(megatrons, hf_tokenizer, tmp_path, preprocess, capsys):
     before = files_of(megatrons)
     tag(megatrons, hf_tokenizer, "--language", "el", "--bit", "expanded")
     assert files_of(megatrons) == before
@@ -84,7 +79,7 @@ def test_a_corpus_of_megatron_is_read_by_all_tools_and_the_trainer(
     corpus, indexed = Corpus(megatrons), IndexedDataset(str(megatrons))
     corpus.verify()
     assert len(corpus.sequence_lengths) > corpus.num_documents
-    for index in range(len(rows)):
+    for index in range(len(ROWS)):
         ids, bits = corpus.document(index)
         sequences = range(*indexed.document_indices[index : index + 2])
         assert ids.tolist() == [id for sequence in sequences for id in indexed[sequence].tolist()]
@@ -92,11 +87,10 @@ def test_a_corpus_of_megatron_is_read_by_all_tools_and_the_trainer(
 
     call(inspect_data.main, [str(megatrons), "--json"])
     summary = json.loads(capsys.readouterr().out.partition("\n")[2])
-    assert summary["documents"] == len(rows) and "counts per language" in summary["verified"]
-    ours = preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", rows), "--language", "original", "--append-eod")
-    inputs = [str(megatrons), f"{ours}_text_document"]
+    assert summary["documents"] == len(ROWS) and "counts per language" in summary["verified"]
+    inputs = [str(megatrons), preprocess(ROWS, "--language", "original", "--append-eod").path()]
     call(merge_data.main, ["--output-prefix", str(tmp_path / "all"), "--input", *inputs])
-    assert Corpus(tmp_path / "all").verify().documents == 2 * len(rows)
+    assert Corpus(tmp_path / "all").verify().documents == 2 * len(ROWS)
     flags = ["--output-prefix", str(tmp_path / "sample"), "--expanded-documents", "3"]
     call(sample_data.main, ["--input", str(megatrons), *flags])
     assert Corpus(tmp_path / "sample").verify().documents == 3
@@ -139,9 +133,7 @@ def write_ids(prefix: Path, documents: list[list[int]], dtype: Any = np.uint16) 
         ([[0, 1]], np.uint16, "a code such as eu", ("--language", "Greek?")),
     ],
 )
-def test_what_does_not_fit_is_refused_and_nothing_written(
-    documents, dtype, message, flags, hf_tokenizer, tmp_path
-) -> None:
+def test_what_does_not_fit_is_refused_and_nothing_written(documents, dtype, message, flags, hf_tokenizer, tmp_path):
     prefix = write_ids(tmp_path / "a", documents, dtype)
     refused(message, prefix, hf_tokenizer, *EXPANDED, *flags)
 

@@ -30,12 +30,9 @@ FILES = ("bin", "idx", "lang", "manifest.json")
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("whole")
-    documents = [
-        (("en", "el", "hu")[number % 3], random.integers(0, 300, random.integers(0, 30)).tolist())
-        for number in range(40)
-    ]
-    return make_corpus_in(folder, "whole", documents)
+    lengths = enumerate(random.integers(0, 30, 40))
+    documents = [(("en", "el", "hu")[number % 3], random.integers(0, 300, size).tolist()) for number, size in lengths]
+    return make_corpus_in(tmp_path_factory.mktemp("whole"), "whole", documents)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from benchmarks.common import write_corpus
 from data_tools.corpus import corpus_writer
-from data_tools.corpus.corpus import Corpus, CorpusPaths
+from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.corpus_writer import CorpusWriter, check_output
 from data_tools.corpus.tokenized import Documents, token_dtype
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, temporary_name
+from tests.unit.data_tools.conftest import corpus_bytes
 
 # A document is a list of runs (language bit, tokens); some are empty, some runs are.
 DOCUMENTS = st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 40)), max_size=4), max_size=30)
@@ -45,23 +46,30 @@ def test_any_documents_become_megatrons_bytes_and_their_bits(batches, vocab_size
             stops = np.cumsum(documents.lengths)
             for length, stop in zip(documents.lengths.tolist(), stops.tolist(), strict=True):
                 builder.add_document(documents.tokens[stop - length : stop], [length] if length else [])
-        writer.finalize()
-        writer.commit()
+        finish(writer)
     builder.finalize(str(folder / "theirs.idx"))
     for name in ("bin", "idx"):
         assert (folder / f"ours.{name}").read_bytes() == (folder / f"theirs.{name}").read_bytes()
     bits = Corpus(folder / "ours").bits
     bits.verify()
-    np.testing.assert_array_equal(bits.slice(0, len(bits)), np.concatenate(expected_bits))
-    assert f" ({bits.num_original / max(len(bits), 1):.1%} original-language)" in str(writer)
-    names = [path.name for path in folder.iterdir() if not path.name.startswith("theirs")]
-    assert sorted(names) == ["ours.bin", "ours.idx", "ours.lang"]
+    np.testing.assert_array_equal(bits.slice(0, bits.num_tokens), np.concatenate(expected_bits))
+    assert f" ({bits.num_original / max(bits.num_tokens, 1):.1%} original-language)" in str(writer)
+    assert names_in(folder) == ["ours.bin", "ours.idx", "ours.lang", "theirs.bin", "theirs.idx"]
 
 
-def write(prefix: Path, overwrite: bool = False) -> CorpusWriter:
-    writer = CorpusWriter(prefix, 300, overwrite)
+def write(prefix: Path) -> CorpusWriter:
+    writer = CorpusWriter(prefix, 300)
     writer.add_document(np.arange(9), True)
     return writer
+
+
+def finish(writer: CorpusWriter) -> None:
+    writer.finalize()
+    writer.commit()
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
@@ -69,20 +77,17 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path: Path) ->
         write(tmp_path / "a").flush()
         os._exit(9)
     os.waitpid(child, 0)
-    assert [path.name for path in tmp_path.iterdir()] != []
+    assert names_in(tmp_path) != []
     with write(tmp_path / "a") as writer:
-        writer.finalize()
-        writer.commit()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]
+        finish(writer)
+    assert names_in(tmp_path) == ["a.bin", "a.idx", "a.lang"]
     assert Corpus(tmp_path / "a").num_documents == 1
 
 
 def test_what_a_writer_left_that_was_killed_after_its_last_rename_is_removed(tmp_path: Path) -> None:
     with write(tmp_path / "a") as writer:
-        writer.finalize()
-        writer.commit()
-    left = tmp_path / ".a.partial"
-    left.mkdir()
+        finish(writer)
+    (left := tmp_path / ".a.partial").mkdir()
     (left / "a.lengths").touch()
     with locked(left / LOCK_FILE, "a"), pytest.raises(UserError, match="exists"):  # not that of another writer
         check_output(str(tmp_path / "a"), overwrite=False)
@@ -96,8 +101,7 @@ def test_two_writers_of_one_corpus_exclude_each_other(tmp_path: Path) -> None:
     with write(tmp_path / "a") as writer:
         with pytest.raises(UserError, match=f"another process is writing {tmp_path}/a;"):
             write(tmp_path / "a")
-        writer.finalize()
-        writer.commit()
+        finish(writer)
     assert Corpus(tmp_path / "a").num_documents == 1
 
 
@@ -114,7 +118,7 @@ def test_a_corpus_that_another_writer_has_just_finished_is_not_replaced(tmp_path
         monkeypatch.setattr(corpus_writer, "locked_folder", locked_after_first)
         with pytest.raises(UserError, match="already exists"):
             write(tmp_path / "a")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "a.lang"]
+        assert names_in(tmp_path) == ["a.bin", "a.idx", "a.lang"]
     assert Corpus(tmp_path / "a").num_documents == 1
 
 
@@ -135,52 +139,39 @@ def test_output_names_that_are_impossible_are_reported(name, message, tmp_path, 
     Path("a.txt").touch()
     with pytest.raises(UserError, match=message):
         CorpusWriter(name, 300)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert names_in(tmp_path) == ["a.txt"]
 
 
 def test_the_longest_name_is_accepted(tmp_path: Path) -> None:
     name = "a" * (255 - len(temporary_name(Path(".manifest.json")).name))
     with write(tmp_path / name) as writer:
-        writer.finalize()
-        writer.commit()
+        finish(writer)
     assert Corpus(tmp_path / name).num_documents == 1
 
 
 def test_writer_resumes_where_it_was_flushed(tmp_path: Path) -> None:
-    batch = [[(True, 5), (False, 4)], [], [(False, 3)]]
-
-    def write(folder: str, interrupted: bool) -> list[bytes]:
-        prefix, work = tmp_path / folder / "a", tmp_path / folder / "work"
-        with CorpusWriter(prefix, 300, folder=work) as writer:
-            writer.add(as_documents(batch, writer.dtype))
-            position = writer.flush()
-            if interrupted:
-                writer.add(as_documents(batch * 3, writer.dtype))  # lost with the process
-        if not interrupted:
-            work = tmp_path / folder / "other work"
-        with CorpusWriter(prefix, 300, folder=work, position=position if interrupted else None) as writer:
-            if not interrupted:
-                writer.add(as_documents(batch, writer.dtype))
-            writer.add(as_documents(batch, writer.dtype))
-            writer.finalize()
-            writer.commit()
-        return [path.read_bytes() for path in CorpusPaths.of(prefix)]
-
-    assert write("broken", interrupted=True) == write("whole", interrupted=False)
-    with CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work") as writer:
-        writer.add(as_documents(batch, writer.dtype))
+    batch = as_documents([[(True, 5), (False, 4)], [], [(False, 3)]], token_dtype(300))
+    with CorpusWriter(tmp_path / "whole", 300) as writer:
+        writer.add(batch)
+        writer.add(batch)
+        finish(writer)
+    work = tmp_path / "work"
+    with CorpusWriter(tmp_path / "a", 300, folder=work) as writer:
+        writer.add(batch)
         position = writer.flush()
-    (tmp_path / "work" / "a.bin").write_bytes(b"1")
-    with pytest.raises(UserError, match=r"a\.bin is truncated"):
-        CorpusWriter(tmp_path / "a", 300, folder=tmp_path / "work", position=position)
+        writer.add(as_documents([[(True, 50)]], writer.dtype))  # lost with the process
+    with CorpusWriter(tmp_path / "a", 300, folder=work, position=position) as writer:
+        writer.add(batch)
+        finish(writer)
+    assert corpus_bytes(tmp_path / "a") == corpus_bytes(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"b\.bin is truncated"):
+        CorpusWriter(tmp_path / "b", 300, folder=work, position=position)
 
 
 def test_id_too_large_for_the_dtype_is_rejected(tmp_path: Path) -> None:
     """Hugging Face vocabularies can have holes: a length below 65,500 with ids above 65,535."""
-    with (
-        CorpusWriter(tmp_path / "a", 400) as writer,
-        pytest.raises(UserError, match="token ID 70,000 .*vocabulary of 400"),
-    ):
+    message = "token ID 70,000 .*vocabulary of 400"
+    with CorpusWriter(tmp_path / "a", 400) as writer, pytest.raises(UserError, match=message):
         writer.add_document(np.array([1, 70_000], np.int32), is_original=True)
 
 

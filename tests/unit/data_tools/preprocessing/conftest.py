@@ -1,24 +1,28 @@
 """Documents, and the corpus that they become whatever file holds them."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data_tools.preprocessing import job
+from tests.unit.data_tools.conftest import documents
+
+FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
 
 
 @pytest.fixture
-def rows(sentences: dict[str, str]) -> list[dict[str, Any]]:
-    names = list(sentences)
-    return [{"text": " ".join([sentences[names[i % 5]]] * (i % 4)), "n": i, "lang": names[i % 5]} for i in range(61)]
+def plain(write_lines: Callable[..., Path]) -> Path:
+    """Documents as JSON lines."""
+    return write_lines("plain.jsonl", documents(61))
 
 
 @pytest.fixture
-def expected(rows, write_lines, preprocess, hf_tokenizer, corpus_bytes) -> list[bytes]:
-    """The corpus of the rows as plain JSON lines."""
-    path = write_lines("plain.jsonl", rows)
-    flags = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
-    return corpus_bytes(f"{preprocess(hf_tokenizer, '--input', path, *flags, out='plain/a')}_text_document")
+def expected(plain: Path, preprocess: Callable) -> list[bytes]:
+    """The corpus of these lines."""
+    content: list[bytes] = preprocess("--input", plain, *FLAGS, out="plain/a").content()
+    return content
 
 
 def spans(*pairs: tuple[str, str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import io
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,33 +17,34 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_tools.corpus.corpus import Corpus
 from data_tools.preprocessing import batches, inputs, parsing
 from data_tools.preprocessing.batches import Batch, LongLine, ReadCursor, Reader, Share, shares_of
 from data_tools.preprocessing.inputs import sample_documents
 from moelpr.base.errors import UserError
-from moelpr.data.manifest import Manifest
 from moelpr.data.text.sources import Form, Source, open_source
-from tests.support.packed_files import zstd
+from tests.support.packed_files import PACK, zstd
+from tests.unit.data_tools.preprocessing.conftest import FLAGS
 
-FLAGS = ("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod")
+ONE = ("--language", "original")
 
 
-def test_empty_file_is_ignored_with_a_note(rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path, capsys):
-    (tmp_path / "empty.jsonl.gz").touch()
-    prefix = preprocess(hf_tokenizer, "--input", tmp_path / "empty.jsonl.gz", tmp_path / "plain.jsonl", *FLAGS)
-    assert corpus_bytes(f"{prefix}_text_document") == expected
-    assert "note: " + str(tmp_path / "empty.jsonl.gz") + " is empty" in capsys.readouterr().err
+def reader_of(path: Path | str, *columns: str) -> Reader:
+    source = open_source(str(path))
+    return Reader([Share(source, 0, source.bytes)], [[*columns]], None)
+
+
+def test_empty_file_is_ignored_with_a_note(plain: Path, expected, preprocess, tmp_path, capsys) -> None:
+    (empty := tmp_path / "empty.jsonl.gz").touch()
+    assert preprocess("--input", empty, plain, *FLAGS).content() == expected
+    assert f"note: {empty} is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 5, 40])
 def test_shards_cover_all_lines_and_every_archive_once(num_shards: int) -> None:
-    forms = [Form.LINES, Form.GZIP, Form.LINES, Form.PARQUET, Form.ZSTD]
-    sources = [
-        Source(f"{index}", form, size) for index, (form, size) in enumerate(zip(forms, (50, 9, 0, 31, 10), strict=True))
-    ]
+    sizes = [(Form.LINES, 50), (Form.GZIP, 9), (Form.LINES, 0), (Form.PARQUET, 31), (Form.ZSTD, 10)]
+    sources = [Source(f"{index}", *form_and_size) for index, form_and_size in enumerate(sizes)]
     shares = [share for shard in range(num_shards) for share in shares_of(sources, shard, num_shards)]
-    archives = [source for source in sources if source.form in (Form.GZIP, Form.ZSTD)]
+    archives = [sources[1], sources[4]]
     assert [share for share in shares if share.source in archives] == [Share(file, 0, file.bytes) for file in archives]
     for name, size in (("0", 50), ("3", 31)):
         split = [(share.start, share.stop) for share in shares if share.source.path == name]
@@ -80,56 +81,45 @@ def test_lines_are_read_from_any_place(lines, has_end, shards, tmp_path, monkeyp
 
 @pytest.mark.parametrize("form", ["jsonl", "jsonl.gz", "parquet"])
 @pytest.mark.parametrize("flags", [(), ("--max-samples", "5")])
-def test_long_documents_are_left_out_and_counted(
-    form, flags, preprocess, hf_tokenizer, corpus_bytes, write_lines, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_long_documents_are_left_out_and_counted(form, flags, preprocess, tmp_path, monkeypatch, capsys) -> None:
     """Also as the first and the last document, side by side, and although malformed lines stop the job."""
     monkeypatch.setattr(batches, "BATCH_BYTES", 300)
     for module in (batches, parsing):
         monkeypatch.setattr(module, "DOCUMENT_BYTES", 1000)
     long = {"text": "a long text " * 200}
     rows = [long, {"text": "one"}, {"text": "two " * 200}, long, long, {"text": "three"}, long]
-    short = write_lines("short.jsonl", [row for row in rows if row is not long])
     path = tmp_path / f"a.{form}"
-    content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-    if form == "parquet":
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        path.write_bytes(gzip.compress(content) if form == "jsonl.gz" else content)
-    expected = preprocess(hf_tokenizer, "--input", short, "--language", "original", out="short/a")
+    path.write_bytes(PACK[form]("".join(f"{json.dumps(row)}\n" for row in rows).encode()))
+    expected = preprocess([row for row in rows if row is not long], *ONE, out="short/a").content()
     if flags:
         monkeypatch.setattr(inputs, "sample_documents", lambda *_: ([np.array([0, 1, 2, 5, 6])], []))
-    prefix = preprocess(hf_tokenizer, "--input", path, "--language", "original", *flags, workers=2)
-    assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{expected}_text_document")
+    made = preprocess("--input", path, *ONE, *flags, workers=2)
+    assert made.content() == expected
     numbers = [1, 7] if flags else [1, 4, 5, 7]
     places = [f"{path}, row {number}" if form == "parquet" else f"{path}:{number}" for number in numbers]
-    listed = Path(f"{prefix}.skipped.txt").read_text().splitlines()
+    listed = Path(f"{made.prefix}.skipped.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in listed] == places
-    assert Manifest.read(f"{prefix}_text_document").skipped_lines == len(numbers)
+    assert made.manifest().skipped_lines == len(numbers)
     assert f"{len(numbers)} lines were skipped" in capsys.readouterr().err
-    only = write_lines("only.jsonl", [long])
-    with pytest.raises(UserError, match=r"1 lines were skipped .*only.jsonl:1: a document of 2,413 bytes"):
-        preprocess(hf_tokenizer, "--input", only, "--language", "original", out="only/a")
+    with pytest.raises(UserError, match=r"1 lines were skipped .*lines.jsonl:1: a document of 2,413 bytes"):
+        preprocess([long], *ONE, out="only/a")
 
 
 @pytest.mark.parametrize("kept", [1000, 999])
 def test_a_file_that_becomes_shorter_while_it_is_read_ends_the_job(tmp_path, monkeypatch, kept) -> None:
     """Lines of 10 bytes; it was read in a loop without an end."""
-    monkeypatch.setattr("data_tools.preprocessing.batches.BATCH_BYTES", 500)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 500)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"123456789\n" * 200)
-    source = open_source(str(path))
-    batches = Reader([Share(source, 0, 2000)], [[]], None).batches(ReadCursor())
-    assert next(batches).num_bytes == 500
+    read = reader_of(path).batches(ReadCursor())
+    assert next(read).num_bytes == 500
     os.truncate(path, kept)
     with pytest.raises(UserError, match="shorter than when the job started"):
-        list(batches)
+        list(read)
 
 
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "appended"])
-def test_a_file_that_changes_while_it_is_read_gives_no_corpus_unless_lines_are_appended(
-    preprocess, hf_tokenizer, write_lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+def test_only_appended_lines_may_change_a_file_while_it_is_read(change, preprocess, write_lines, monkeypatch) -> None:
     path = write_lines("a.jsonl", [{"text": "a"}] * 10)
     batches, new = Reader.batches, write_lines("new.jsonl", [{"text": "a"}] * 11)
 
@@ -146,21 +136,17 @@ def test_a_file_that_changes_while_it_is_read_gives_no_corpus_unless_lines_are_a
     flags = ("--input", path, "--language", "expanded", "--tokenizer-backend", "reference")  # read once
     monkeypatch.setattr(Reader, "batches", changing)
     if change == "appended":
-        prefix = preprocess(hf_tokenizer, *flags)
-        assert Corpus(f"{prefix}_text_document").num_documents == 10
+        assert preprocess(*flags).corpus().num_documents == 10
         return
     with pytest.raises(UserError, match=r"a\.jsonl has changed while it was read"):
-        preprocess(hf_tokenizer, *flags)
-    assert not list((tmp_path / "out").glob("*.idx"))
+        preprocess(*flags)
+    assert not list(path.parent.glob("out/*.idx"))
 
 
-def test_a_line_with_only_a_byte_order_mark_is_blank(preprocess, hf_tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"text": "a"}\n\xef\xbb\xbf')
+def test_a_line_with_only_a_byte_order_mark_is_blank(preprocess, tmp_path: Path) -> None:
+    (path := tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"text": "a"}\n\xef\xbb\xbf')
     for flags in ((), ("--max-samples", "1")):
-        prefix = preprocess(
-            hf_tokenizer, "--input", tmp_path / "a.jsonl", "--language", "expanded", *flags, "--overwrite"
-        )
-        assert Corpus(f"{prefix}_text_document").num_documents == 1
+        assert preprocess("--input", path, *ONE, *flags, "--overwrite").corpus().num_documents == 1
 
 
 def test_lines_before_malformed_ones_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,26 +170,21 @@ BLANK = b"\n \t\r\n" * 1000
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd, bz2.compress, lzma.compress])
-def test_lines_after_many_blank_ones_are_found_and_counted(
-    pack: Callable[[bytes], bytes], rows, expected, preprocess, hf_tokenizer, corpus_bytes, tmp_path: Path
-) -> None:
-    plain = (tmp_path / "plain.jsonl").read_bytes()
-    middle = plain.index(b"\n") + 1
-    path = tmp_path / "blank"
-    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + plain[middle:] + BLANK))
-    prefix = preprocess(hf_tokenizer, "--input", path, *FLAGS)
-    assert corpus_bytes(f"{prefix}_text_document") == expected
+def test_lines_after_many_blank_ones_are_found_and_counted(pack, plain: Path, expected, preprocess, tmp_path) -> None:
+    first, *others = plain.read_bytes().splitlines(keepends=True)
+    (path := tmp_path / "blank").write_bytes(pack(BLANK + first + BLANK + b"".join(others) + BLANK))
+    assert preprocess("--input", path, *FLAGS).content() == expected
     source = open_source(str(path))
     chosen, _ = sample_documents([Share(source, 0, source.bytes)], [""], 61, 0)
     assert chosen[0].tolist() == list(range(61))
-    path.write_bytes(pack(BLANK + plain[:middle] + BLANK + b"oops\n"))
+    path.write_bytes(pack(BLANK + first + BLANK + b"oops\n"))
     with pytest.raises(UserError, match="blank:4002: not JSON"):
-        preprocess(hf_tokenizer, "--input", path, *FLAGS, out="bad/a")
+        preprocess("--input", path, *FLAGS, out="bad/a")
 
 
 def test_a_resumed_job_skips_the_blank_lines_it_has_read(tmp_path: Path) -> None:
     (tmp_path / "a.gz").write_bytes(gzip.compress(b"1\n" + BLANK + b"2\n" + BLANK + b"3\n"))
-    reader = Reader([Share(open_source(str(tmp_path / "a.gz")), 0, 1)], [], None)
+    reader = reader_of(tmp_path / "a.gz")
     with gzip.open(tmp_path / "a.gz") as stream:
         cursors = [ReadCursor(0, *item[2:]) for item in reader._lines(stream, ReadCursor())]
     for index, cursor in enumerate(cursors):
@@ -246,8 +227,8 @@ def test_row_groups_are_read_once_by_any_number_of_shards_and_from_every_cursor(
     assert num_read >= 8
     assert abs(file_bytes - source.bytes) <= num_shards * len(sizes)
     # A cursor in the midst of a row group, as a job has left it that had read it by rows.
-    reader = Reader([Share(source, 0, source.bytes)], [["text"]], None)
-    rest = [row["text"] for batch in reader.batches(ReadCursor(0, 20, 20, 20)) for row in batch.items()]
+    left = reader_of(source.path, "text").batches(ReadCursor(0, 20, 20, 20))
+    rest = [row["text"] for batch in left for row in batch.items()]
     assert rest == texts[20:]
 
 
@@ -259,8 +240,7 @@ def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
     del content, texts
     before = pyarrow.total_allocated_bytes()
     largest = 0
-    source = open_source(str(tmp_path / "a.parquet"))
-    for batch in Reader([Share(source, 0, source.bytes)], [["text"]], None).batches(ReadCursor()):
+    for batch in reader_of(tmp_path / "a.parquet", "text").batches(ReadCursor()):
         assert not isinstance(batch.content, batches.RowGroups)
         largest = max(largest, pyarrow.total_allocated_bytes() - before)
     assert 0 < largest < 8_000_000

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from data_tools import merge_data, sample_data
 from data_tools.corpus.corpus import Corpus
@@ -23,7 +21,9 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.text.documents import BadLine
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.chat import FORGETFUL, MARKED, UNMARKED, save_tokenizer, with_template, write_conversations
+from tests.support.packed_files import PACK
 from tests.support.small_tokenizers import KINDS
+from tests.unit.data_tools.conftest import Output
 
 ENGLISH = ["--language-key", "lang", "--original-languages", "en", "--expanded-languages", "el"]
 
@@ -33,10 +33,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each kind of tokenizer, whose template marks turns; `KIND-unmarked` has it without marks."""
     folder = tmp_path_factory.mktemp("tokenizers")
     actual = {kind: save_tokenizer(folder / kind, kind, MARKED) for kind in KINDS}
-    unmarked = {
-        f"{kind}-unmarked": with_template(path, folder / f"{kind}-u", UNMARKED) for kind, path in actual.items()
-    }
-    return actual | unmarked
+    return actual | {f"{kind}-unmarked": with_template(actual[kind], folder / f"{kind}-u", UNMARKED) for kind in KINDS}
 
 
 @pytest.fixture
@@ -47,12 +44,11 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def chat(preprocess: Callable[..., Path]) -> Callable[..., Path]:
+def chat(preprocess: Callable[..., Output]) -> Callable[..., str]:
     """Preprocesses conversations, and returns the corpus."""
 
-    def run(tokenizer: Path, *words: str | Path, **options: Any) -> Path:
-        made = preprocess(tokenizer, "--conversations", *ENGLISH, *words, **options)
-        return made.with_name(f"{made.name}_messages_document")
+    def run(tokenizer: Path, *words: Any, **options: Any) -> str:
+        return preprocess("--conversations", *ENGLISH, *words, tokenizer=tokenizer, **options).path("messages")
 
     return run
 
@@ -106,31 +102,27 @@ def test_the_tokens_of_turns_by_hand() -> None:
 
 def test_shards_and_parquet_are_the_same_corpus(tokenizers, jsonl: Path, chat, tmp_path: Path) -> None:
     whole = chat(tokenizers["qwen"], "--input", jsonl)
-    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "both.parquet")
+    (tmp_path / "both.parquet").write_bytes(PACK["parquet"](jsonl.read_bytes()))
     table = chat(tokenizers["qwen"], "--input", tmp_path / "both.parquet", out="out/table")
     for shard in (0, 1):
-        words = ["--input", jsonl, "--num-shards", "2", "--shard", str(shard)]
+        words = ["--input", jsonl, "--num-shards", "2", "--shard", shard]
         chat(tokenizers["qwen"], *words, out="out/shards")
-    shards = tmp_path / "out" / "shards_messages_document"
-    call(merge_data.main, ["--output-prefix", str(shards), "--num-shards", "2", "--remove-input"])
+    shards = f"{tmp_path}/out/shards_messages_document"
+    call(merge_data.main, ["--output-prefix", shards, "--num-shards", "2", "--remove-input"])
     for other in (table, shards):
         for suffix in ("bin", "idx", "lang", "loss"):
             assert Path(f"{whole}.{suffix}").read_bytes() == Path(f"{other}.{suffix}").read_bytes()
-    assert [path.name for path in shards.parent.glob("shards*shard-*")] == []
+    assert not [*tmp_path.glob("out/shards*shard-*")]
+    words = ["--input", whole, "--output-prefix", shards, "--original-documents", "1", "--overwrite"]
     with pytest.raises(UserError, match="--max-samples"):
-        call(
-            sample_data.main,
-            ["--input", str(whole), "--output-prefix", str(tmp_path / "s"), "--original-documents", "1"],
-        )
+        call(sample_data.main, words)
 
 
-def test_a_corpus_of_text_replaces_one_of_conversations(tokenizers, jsonl: Path, chat, preprocess, tmp_path) -> None:
+def test_a_corpus_of_text_replaces_one_of_conversations(tokenizers, jsonl: Path, chat, preprocess) -> None:
     prefix = chat(tokenizers["qwen"], "--input", jsonl)
     assert Manifest.read(prefix).files.keys() == {"bin", "idx", "lang", "loss"}
-    (tmp_path / "text.jsonl").write_text('{"messages": "no conversation", "lang": "en"}\n')
-    words = ["--input", tmp_path / "text.jsonl", "--json-keys", "messages", *ENGLISH, "--overwrite"]
-    preprocess(tokenizers["qwen"], *words)
+    text = [{"messages": "no conversation", "lang": "en"}]
+    preprocess(text, "--json-keys", "messages", *ENGLISH, "--overwrite", tokenizer=tokenizers["qwen"])
     assert not loss_bits_path(prefix).exists() and Corpus(prefix).loss_bits is None
 
 
@@ -159,16 +151,13 @@ BAD = {
 
 def test_bad_conversations_are_named_by_line_skipped_and_counted(tokenizers, chat, tmp_path: Path, capsys) -> None:
     lines = [{"messages": messages, "lang": "en"} for messages in [[USER, ANSWER], *BAD.values()]]
-    path = tmp_path / "bad.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    options = ["--input", path, "--max-tokens", "60"]
-    with pytest.raises(UserError, match=r"bad\.jsonl:2: the conversation has no assistant turn"):
-        chat(tokenizers["qwen"], *options)
-    prefix = chat(tokenizers["qwen"], *options, "--on-error", "skip", "--max-bad-share", "1")
+    with pytest.raises(UserError, match=r"lines\.jsonl:2: the conversation has no assistant turn"):
+        chat(tokenizers["qwen"], lines, "--max-tokens", "60")
+    prefix = chat(tokenizers["qwen"], lines, "--max-tokens", "60", "--on-error", "skip", "--max-bad-share", "1")
     assert len(documents(prefix)) == 1 and Manifest.read(prefix).skipped_lines == len(BAD)
     skipped = (tmp_path / "out" / "a.skipped.txt").read_text().splitlines()
     for number, (line, wanted) in enumerate(zip(skipped, BAD, strict=True), start=2):
-        assert f"bad.jsonl:{number}: " in line and wanted in line
+        assert f"lines.jsonl:{number}: " in line and wanted in line
     assert f"{len(BAD)} lines were skipped" in capsys.readouterr().err
 
 
@@ -180,9 +169,8 @@ def test_templates_that_cannot_be_used_are_refused(tokenizers, jsonl: Path, chat
         chat(tokenizers["qwen"], "--input", jsonl, "--chat-template-from", tokenizers["llama2"])
     forgetful = with_template(tokenizers["qwen"], tmp_path / "forgetful", FORGETFUL)
     thinking = [USER, ANSWER | {"content": "thought> door"}, USER, ANSWER]
-    (tmp_path / "thinking.jsonl").write_text(json.dumps({"messages": thinking, "lang": "en"}))
-    with pytest.raises(UserError, match=r"thinking\.jsonl:1: .*no \{% generation %\} blocks.*message 2"):
-        chat(forgetful, "--input", tmp_path / "thinking.jsonl")
+    with pytest.raises(UserError, match=r"lines\.jsonl:1: .*no \{% generation %\} blocks.*message 2"):
+        chat(forgetful, [{"messages": thinking, "lang": "en"}])
     (tmp_path / "marked.jinja").write_text(MARKED)  # a file may have the template
     thought = documents(chat(forgetful, "--input", jsonl, "--chat-template-from", tmp_path / "marked.jinja"))
     assert thought == documents(chat(tokenizers["qwen"], "--input", jsonl, out="out/folder"))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_tools.corpus.corpus import Corpus
 from moelpr.base.errors import UserError
 from moelpr.data.tokenizers import gigatoken
 from moelpr.data.tokenizers.base import Encoded
 from moelpr.data.tokenizers.gigatoken import PROBES, Gigatoken
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.hf_models import save_extended_tokenizer
+from tests.unit.data_tools.conftest import SENTENCES
+from tests.unit.data_tools.preprocessing.conftest import spans
 
 FLAGS = ("--language", "original", "--append-eod")
+ONE = [{"text": "light"}]
 
 
 @pytest.fixture(scope="module")
@@ -28,29 +31,32 @@ def fast_backends(hf_tokenizer: Path, sp_tokenizer: Path) -> list[Gigatoken]:
     return [Gigatoken(reference) for reference in references]
 
 
-def test_both_libraries_write_the_same_corpus(tokenizer, sentences, write_lines, preprocess, corpus_bytes) -> None:
-    texts = [*PROBES, *sentences.values(), "a</s>b <s>", "x" * 3000, " \n\t "]
-    lines = write_lines("a.jsonl", [{"text": text} for text in texts])
-    fast = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "gigatoken", out="fast/a")
-    slow = preprocess(tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
-    assert corpus_bytes(f"{fast}_text_document") == corpus_bytes(f"{slow}_text_document")
+@pytest.fixture
+def by_both(preprocess: Callable) -> Callable[[list[str], Path], list[bytes]]:
+    """The corpus of texts, which both libraries write."""
+
+    def run(texts: list[str], tokenizer: Path) -> list[bytes]:
+        words, documents = (*FLAGS, "--tokenizer-backend"), [{"text": text} for text in texts]
+        names = "gigatoken", "reference"
+        fast, slow = (preprocess(documents, *words, name, tokenizer=tokenizer, out=name).content() for name in names)
+        assert fast == slow
+        return fast
+
+    return run
 
 
-def test_an_extended_tokenizer_needs_nothing_new(
-    hf_tokenizer: Path, sentences, write_lines, preprocess, corpus_bytes, tmp_path: Path
-) -> None:
+def test_both_libraries_write_the_same_corpus(tokenizer: Path, by_both) -> None:
+    assert by_both([*PROBES, *SENTENCES.values(), "a</s>b <s>", "x" * 3000, " \n\t "], tokenizer)
+
+
+def test_an_extended_tokenizer_needs_nothing_new(hf_tokenizer: Path, by_both, tmp_path: Path) -> None:
     old = Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
     old.no_truncation()
     tokens = old.encode("θάλασσα", add_special_tokens=False).tokens
     new = [("".join(tokens[:n]), tokens[n]) for n in range(1, len(tokens))]
     extended = save_extended_tokenizer(hf_tokenizer, tmp_path / "extended", new)
-    texts = [*PROBES, *sentences.values(), "θάλασσα", "θάλασσα, θάλασσα!", "a</s>b <s>"]
-    lines = write_lines("a.jsonl", [{"text": text} for text in texts])
-    given = ("--input", lines, *FLAGS, "--tokenizer-backend")
-    fast = preprocess(extended, *given, "gigatoken", out="fast/a")
-    slow = preprocess(extended, *given, "reference", out="slow/a")
-    assert corpus_bytes(f"{fast}_text_document") == corpus_bytes(f"{slow}_text_document")
-    ids = np.frombuffer(corpus_bytes(f"{fast}_text_document")[0], np.uint16)
+    texts = [*PROBES, *SENTENCES.values(), "θάλασσα", "θάλασσα, θάλασσα!", "a</s>b <s>"]
+    ids = np.frombuffer(by_both(texts, extended)[0], np.uint16)
     assert (ids == old.get_vocab_size() + len(new) - 1).sum() == 3  # the whole word is one new token
 
 
@@ -63,14 +69,12 @@ def test_both_libraries_agree_on_any_text(fast_backends: list[Gigatoken], texts:
         assert backend.agrees(texts)
 
 
-def test_unsupported_tokenizer_falls_back_with_a_note(write_lines, preprocess, unigram_tokenizer, capsys) -> None:
-    lines = write_lines("a.jsonl", [{"text": "light"}])
-    preprocess(unigram_tokenizer, "--input", lines, *FLAGS)
+def test_unsupported_tokenizer_falls_back_with_a_note(preprocess, unigram_tokenizer: Path, capsys) -> None:
+    preprocess(ONE, *FLAGS, tokenizer=unigram_tokenizer)
     [note] = capsys.readouterr().err.splitlines()
     assert note.startswith("note: tokenizing with sentencepiece, not gigatoken: ")
     with pytest.raises(UserError, match="--tokenizer-backend gigatoken"):
-        flags = (*FLAGS, "--tokenizer-backend", "gigatoken")
-        preprocess(unigram_tokenizer, "--input", lines, *flags, out="other/a")
+        preprocess(ONE, *FLAGS, "--tokenizer-backend", "gigatoken", tokenizer=unigram_tokenizer, out="other/a")
 
 
 class PanicException(BaseException):
@@ -101,31 +105,27 @@ def differ_on(monkeypatch: pytest.MonkeyPatch, marked: str) -> None:
     monkeypatch.setattr(Gigatoken, "encode", encode)
 
 
-def test_different_ids_in_the_corpus_fall_back(
-    write_lines, preprocess, hf_tokenizer, corpus_bytes, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = write_lines("a.jsonl", [{"text": "plain"}] * 50 + [{"text": "strange"}])
-    slow = preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
+def test_different_ids_in_the_corpus_fall_back(preprocess, capsys, monkeypatch) -> None:
+    documents = [{"text": "plain"}] * 50 + [{"text": "strange"}]
+    slow = preprocess(documents, *FLAGS, "--tokenizer-backend", "reference", out="slow/a")
     differ_on(monkeypatch, "strange")
     capsys.readouterr()
-    prefix = preprocess(hf_tokenizer, "--input", lines, *FLAGS)
+    assert preprocess(documents, *FLAGS).content() == slow.content()
     assert "not gigatoken: " in capsys.readouterr().err
-    assert corpus_bytes(f"{prefix}_text_document") == corpus_bytes(f"{slow}_text_document")
 
 
-def test_different_ids_during_the_job_stop_it(write_lines, preprocess, hf_tokenizer, monkeypatch, tmp_path) -> None:
+def test_different_ids_during_the_job_stop_it(preprocess, monkeypatch, tmp_path: Path) -> None:
     """A document of each batch is encoded by both; here the sample before the start misses what differs."""
     monkeypatch.setattr("data_tools.preprocessing.inputs.Inputs.sample_texts", lambda *_: [])
     differ_on(monkeypatch, "strange")
-    lines = write_lines("a.jsonl", [{"text": "strange"}])
     with pytest.raises(UserError, match="'strange'.*--tokenizer-backend reference"):
-        preprocess(hf_tokenizer, "--input", lines, *FLAGS)
+        preprocess([{"text": "strange"}], *FLAGS)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_job_runs_without_gigatoken(write_lines, preprocess, hf_tokenizer, capsys, monkeypatch) -> None:
+def test_job_runs_without_gigatoken(preprocess, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gigatoken", None)
-    preprocess(hf_tokenizer, "--input", write_lines("a.jsonl", [{"text": "a"}]), *FLAGS)
+    preprocess(ONE, *FLAGS)
     assert "extra fast-tokenizer" in capsys.readouterr().err
 
 
@@ -142,28 +142,23 @@ def test_cache_is_dropped_when_it_is_full(hf_tokenizer: Path, monkeypatch: pytes
     assert seen[0] is seen[1] and seen[1] is not seen[2] and seen[2] is seen[3]
 
 
-def test_end_of_document_token_can_be_named(hf_tokenizer: Path, write_lines, preprocess, corpus_bytes) -> None:
-    lines = write_lines("a.jsonl", [{"text": "a"}])
-    prefix = preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftext|>")
-    ids = np.frombuffer(corpus_bytes(f"{prefix}_text_document")[0], np.uint16)
+def test_end_of_document_token_can_be_named(hf_tokenizer: Path, preprocess) -> None:
+    ids = preprocess(ONE, *FLAGS, "--eod-token", "<|endoftext|>").corpus().tokens
     assert ids[-1] == json.loads((hf_tokenizer / "tokenizer.json").read_text())["model"]["vocab"]["<|endoftext|>"]
     with pytest.raises(UserError, match=r"--eod-token <\|endoftexts\|>.*<\|endoftext\|>"):
-        preprocess(hf_tokenizer, "--input", lines, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
+        preprocess(ONE, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
 
 
-def test_tokenizer_written_in_python_is_supported_without_offsets(write_lines, preprocess, tmp_path, capsys) -> None:
+def test_tokenizer_written_in_python_is_supported_without_offsets(preprocess, tmp_path: Path, capsys) -> None:
     """ByT5 has no tokenizer.json: the ID of a byte is its value plus 3."""
     from transformers import ByT5Tokenizer
 
-    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
-    lines = write_lines("a.jsonl", [{"text": "añ"}, {"text": "b"}])
-    prefix = preprocess(tmp_path / "byt5", "--input", lines, "--language", "original")
-    corpus = Corpus(f"{prefix}_text_document")
+    ByT5Tokenizer().save_pretrained(folder := tmp_path / "byt5")
+    corpus = preprocess([{"text": "añ"}, {"text": "b"}], "--language", "original", tokenizer=folder).corpus()
     end = 1  # </s>, which ByT5 adds to each text
     assert corpus.document(0)[0].tolist() == [*(byte + 3 for byte in "añ".encode()), end]
     assert corpus.document(1)[0].tolist() == [ord("b") + 3, end]
     assert "tokenizing with transformers" in capsys.readouterr().err
-    spans = write_lines("b.jsonl", [{"spans": [{"text": "a", "lang": "en"}, {"text": "b", "lang": "el"}]}])
+    flags = ("--spans-key", "spans", "--original-languages", "en")
     with pytest.raises(UserError, match="tokenizer.json"):
-        flags = ("--spans-key", "spans", "--original-languages", "en")
-        preprocess(tmp_path / "byt5", "--input", spans, *flags, out="spans/a")
+        preprocess([spans(("a", "en"), ("b", "el"))], *flags, tokenizer=folder, out="spans/a")

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from data_tools.preprocessing import workers
@@ -24,26 +23,28 @@ from moelpr.base.errors import UserError
 ROOT = Path(__file__).parents[4]
 
 
-def test_stopped_job_does_not_wait_for_its_workers() -> None:
-    started = time.monotonic()
+@pytest.fixture
+def started() -> Callable[[], set[Any]]:
+    """The processes that a test has started, and that have not ended."""
+    others = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - others
+
+
+def test_stopped_job_does_not_wait_for_its_workers(started) -> None:
+    start = time.monotonic()
     other = multiprocessing.Process(target=time.sleep, args=(100,))  # not the pool's
     other.start()
-    before = {child.pid for child in psutil.Process().children()}
-    started_workers: list[psutil.Process] = []
 
     def batches() -> Iterator[Any]:
         yield from [SimpleNamespace()] * 4
         time.sleep(0.5)
-        started_workers.extend(child for child in psutil.Process().children() if child.pid not in before)
-        assert started_workers
+        assert started() > {other}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), worker_pool(lambda _: time.sleep(120), 2) as run:
         next(run(batches()))
-    assert time.monotonic() - started < 60
-    assert other.is_alive()
+    assert time.monotonic() - start < 60 and started() == {other}
     other.kill()
-    assert not [worker for worker in started_workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def ends(job: Callable[[], None]) -> bool:
@@ -64,24 +65,23 @@ def test_a_job_ends_whose_workers_are_killed_while_they_send_a_result() -> None:
     assert all(ends(job) for _ in range(3))
 
 
-def test_a_job_ends_whose_workers_can_no_longer_be_asked_to_stop() -> None:
+def test_a_job_ends_whose_workers_can_no_longer_be_asked_to_stop(started) -> None:
     """As those that wait for the lock of a killed one; here they are stopped."""
-    others = set(multiprocessing.active_children())
 
     def job() -> None:
         with worker_pool(lambda _: 1, 2) as run:
             assert len(list(run(iter([SimpleNamespace()] * 4)))) == 4
-            for worker in set(multiprocessing.active_children()) - others:
+            for worker in started():
                 os.kill(worker.pid, signal.SIGSTOP)
 
     has_ended = ends(job)
-    for worker in set(multiprocessing.active_children()) - others:
+    for worker in started():
         worker.kill()
     assert has_ended
 
 
-def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    others, spawn = set(multiprocessing.active_children()), ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
+def test_a_signal_while_workers_are_started_leaves_none(started, monkeypatch: pytest.MonkeyPatch) -> None:
+    spawn = ProcessPoolExecutor._spawn_process  # type: ignore[attr-defined]
 
     def interrupted(pool: ProcessPoolExecutor) -> None:
         spawn(pool)
@@ -97,7 +97,7 @@ def test_a_signal_while_workers_are_started_leaves_none(monkeypatch: pytest.Monk
     finally:
         signal.signal(signal.SIGTERM, before)
     deadline = time.monotonic() + 30
-    while left := set(multiprocessing.active_children()) - others:
+    while left := started():
         assert time.monotonic() < deadline, [worker.kill() for worker in left]
         time.sleep(0.05)
 

@@ -4,6 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from megatron.core import parallel_state
+
+from moelpr.data.batch import BatchReader, GlobalCounts, slice_for_context_parallel
+from moelpr.train.forward_step import lpr_token_weight, next_token_loss
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -11,21 +15,12 @@ pytestmark = pytest.mark.usefixtures("megatron")
 def samples(*originals: int) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches [1, 4] with so many original-language tokens; the tokens are the micro-batch's number."""
     for number, original in enumerate(originals):
-        row = torch.full((1, 4), number)
-        is_original = (torch.arange(4) < original).long()[None]
-        yield {
-            "tokens": row,
-            "labels": row + 1,
-            "loss_mask": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
-            "position_ids": torch.arange(4)[None],
-            "is_original": is_original,
-            "is_original_label": is_original,
-        }
+        row, place = torch.full((1, 4), number), torch.arange(4)[None]
+        bits = dict.fromkeys(("is_original", "is_original_label"), (place < original).long())
+        yield {"tokens": row, "labels": row + 1, "loss_mask": (place < 3).float(), "position_ids": place, **bits}
 
 
 def test_every_micro_batch_has_the_counts_of_its_step() -> None:
-    from moelpr.data.batch import BatchReader
-
     reader, model, data = BatchReader(), torch.nn.Module(), samples(1, 3, 0, 0)
     batches = []
     for _ in range(2):
@@ -39,8 +34,6 @@ def test_every_micro_batch_has_the_counts_of_its_step() -> None:
 
 
 def test_model_chunks_read_for_themselves() -> None:
-    from moelpr.data.batch import BatchReader
-
     reader, first, second = BatchReader(), torch.nn.Module(), torch.nn.Module()
     for chunk in (first, second):
         reader.read(chunk, samples(1, 2), 2, (1, 4))
@@ -49,9 +42,6 @@ def test_model_chunks_read_for_themselves() -> None:
 
 
 def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() -> None:
-    from moelpr.data.batch import GlobalCounts
-    from moelpr.train.forward_step import lpr_token_weight
-
     counts = GlobalCounts(original_tokens=torch.tensor(8.0), loss_tokens=torch.tensor(64.0))
     # Megatron divides by micro-batches x data-parallel ranks (here 4 x 1) or by the step's loss tokens.
     assert lpr_token_weight(counts, num_microbatches=4, per_token_loss=False).item() == 4 / 8
@@ -61,9 +51,6 @@ def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() ->
 
 
 def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> None:
-    from moelpr.data.batch import BatchReader
-    from moelpr.train.forward_step import next_token_loss
-
     reader, model = BatchReader(), torch.nn.Module()
     reader.read(model, samples(2), 1, (1, 4))
     batch = reader.next(model)
@@ -77,10 +64,6 @@ def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> Non
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_context_parallel_ranks_split_a_sequence_consistently(monkeypatch: pytest.MonkeyPatch, cp_size: int) -> None:
     """Rank r takes chunks r and 2 x size - 1 - r, so that causal attention is the same work for all."""
-    from megatron.core import parallel_state
-
-    from moelpr.data.batch import slice_for_context_parallel
-
     length = 8 * cp_size
     tokens = torch.arange(2 * length).view(2, length)
     tensors = {"tokens": tokens, "labels": tokens + 1, "is_original": tokens % 3, "is_original_label": (tokens + 1) % 3}

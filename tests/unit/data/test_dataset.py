@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,19 +24,13 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset  # noqa: E402
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 
-from moelpr.data.dataset import (  # noqa: E402
-    TaggedGPTDataset,
-    TaggedIndexedDataset,
-    TokenIds,
-    build_datasets,
-    dataset_config,
-    index_checksums,
-)
+from moelpr.data import dataset as datasets  # noqa: E402
+from moelpr.data.dataset import TaggedGPTDataset, TaggedIndexedDataset, build_datasets  # noqa: E402
 from tests.support.gpt_data import gpt_config, training_set  # noqa: E402
 
 
-def build(kind: type, prefixes: list[str], vocab: int = 500, samples: int = 30):  # noqa: ANN201
-    return training_set(samples, gpt_config(prefixes, [1.0] * len(prefixes), vocab), kind)
+def build(kind: type, *prefixes: Path, vocab: int = 500, samples: int = 30):  # noqa: ANN201
+    return training_set(samples, gpt_config([*map(str, prefixes)], [1.0] * len(prefixes), vocab), kind)
 
 
 @pytest.mark.parametrize("mmap", [True, False])
@@ -59,19 +53,18 @@ def test_samples_are_megatrons_with_the_right_bit_for_every_token(write_corpus: 
     # renumber the tokens 0, 1, 2, … in place
     total = len(is_original)
     np.arange(total, dtype=np.uint16).tofile(f"{prefix}.bin")
-    ours, megatrons = (build(kind, [str(prefix)], vocab=total) for kind in (TaggedGPTDataset, GPTDataset))
+    ours, megatrons = (build(kind, prefix, vocab=total) for kind in (TaggedGPTDataset, GPTDataset))
     for index in range(len(ours)):
         sample, wanted = ours[index], megatrons[index]
-        for key in ("tokens", "labels", "loss_mask", "position_ids"):
-            assert torch.equal(sample[key], wanted[key])
-        assert np.array_equal(sample["is_original"].numpy().astype(bool), is_original[sample["tokens"].numpy()])
-        assert np.array_equal(sample["is_original_label"].numpy().astype(bool), is_original[sample["labels"].numpy()])
+        assert all(torch.equal(sample[key], wanted[key]) for key in ("tokens", "labels", "loss_mask", "position_ids"))
+        for bits, ids in (("is_original", "tokens"), ("is_original_label", "labels")):
+            assert np.array_equal(sample[bits].numpy().astype(bool), is_original[sample[ids].numpy()])
 
 
 def test_a_blend_keeps_each_corpus_bits(write_corpus: Callable) -> None:
     original, *_ = write_corpus("original", bits="original", seed=1)
     expanded, *_ = write_corpus("expanded", bits="expanded", seed=2)
-    blend = build(TaggedGPTDataset, [str(original), str(expanded)], samples=20)
+    blend = build(TaggedGPTDataset, original, expanded, samples=20)
     shares = [blend[index]["is_original"].float().mean().item() for index in range(20)]
     assert sorted(set(shares)) == [0.0, 1.0]
 
@@ -99,7 +92,7 @@ def test_a_corpus_that_cannot_be_used_is_named(name, vocab, message, write_corpu
     (tmp_path / "without.lang").replace(tmp_path / "foreign.lang")
     common.write_corpus(tmp_path / "empty", 500, [([], True)])
     with pytest.raises(UserError, match=message):
-        dataset = build(TaggedGPTDataset, [str(tmp_path / name)], vocab)
+        dataset = build(TaggedGPTDataset, tmp_path / name, vocab=vocab)
         for index in range(len(dataset)):
             dataset[index]
 
@@ -111,7 +104,7 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
         for path in tmp_path.glob("corpus.*"):
             path.unlink()
         prefix, *_ = write_corpus("corpus", documents=documents)
-        ids = TokenIds(500, unique_identifiers=index_checksums([str(prefix)]))
+        ids = datasets.TokenIds(500, unique_identifiers=datasets.index_checksums([str(prefix)]))
         config = gpt_config([str(prefix)], path_to_cache=str(tmp_path / "cache"), tokenizer=ids)
         return [*training_set(30, config).document_index]
 
@@ -120,7 +113,8 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
     assert max(order(40)) == 39 and len(list((tmp_path / "cache").iterdir())) == num_caches
     assert max(order(60)) == 59
     (tmp_path / "corpus.manifest.json").unlink(missing_ok=True)
-    assert index_checksums([str(tmp_path / "corpus")]) != index_checksums([str(tmp_path / "nowhere")]) == {}
+    without, nowhere = (datasets.index_checksums([str(tmp_path / name)]) for name in ("corpus", "nowhere"))
+    assert without != nowhere == {}
 
 
 def test_a_sequence_without_tokens_begins_with_no_language(write_corpus: Callable) -> None:
@@ -136,7 +130,7 @@ def test_a_sequence_without_tokens_begins_with_no_language(write_corpus: Callabl
 def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_corpus: Callable, tmp_path: Path) -> None:
     """Megatron caches the loss mask of the first one."""
     prefix, tokens, _ = write_corpus("corpus", bits="original", documents=1)
-    [dataset] = build(TaggedGPTDataset, [str(prefix)], samples=1).datasets
+    [dataset] = build(TaggedGPTDataset, prefix, samples=1).datasets
     dataset.config.sequence_length = len(tokens) // 2 + 2
     dataset.shuffle_index, dataset.document_index = [0, 1], [0]
     half = dataset.config.sequence_length
@@ -160,18 +154,17 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_p
         for path, eod in zip(corpora, manifests, strict=False)
     }
     monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
-    args = argparse.Namespace()
     off = "dataloader_inter_document_masking full_validation multiple_validation_sets".split()
     unset = "data_cache_path data_args_path per_split_data_args_path train_data_path valid_data_path test_data_path"
-    vars(args).update(dict.fromkeys(off, False) | dict.fromkeys(unset.split()))
-    vars(args).update(eod_mask_loss=True, mmap_bin_files=True)
-    vars(args).update(seed=3, seq_length=16, data_path=corpora, split="100,0,0", model_source=tmp_path, vocab_size=10)
-    vars(args).update(mid_level_dataset_surplus=0.005, num_dataset_builder_threads=1)
+    settings = {"seed": 3, "seq_length": 16, "data_path": corpora, "split": "100,0,0", "model_source": tmp_path}
+    settings |= {"vocab_size": 10, "mid_level_dataset_surplus": 0.005, "num_dataset_builder_threads": 1}
+    on = {"eod_mask_loss": True, "mmap_bin_files": True}
+    args = argparse.Namespace(**dict.fromkeys(off, False), **dict.fromkeys(unset.split()), **settings, **on)
     if manifests in ((7, 8), (-7,)) or (eos is None and not manifests):
         with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
-            dataset_config(args)
+            datasets.dataset_config(args)
         return
-    train, *_ = build_datasets([20, 0, 0], dataset_config(args))
+    train, *_ = build_datasets([20, 0, 0], datasets.dataset_config(args))
     samples = [train[number] for number in range(20)]
     assert all(torch.equal(sample["loss_mask"] == 0, sample["tokens"] == 7) for sample in samples)
     assert any((sample["tokens"] == 7).any() for sample in samples)
@@ -180,23 +173,16 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_p
 def test_a_cache_that_cannot_be_written_is_reported_with_the_flag(write_corpus, monkeypatch) -> None:
     """Megatron raises a bare Exception, from the error that tells which file it was. Root may write everywhere."""
     prefix, *_ = write_corpus("corpus")
-    config = build(TaggedGPTDataset, [str(prefix)]).config
-
-    def failing(number: int) -> Callable[..., None]:
-        def fail(*_: Any) -> None:
-            try:
-                raise OSError(number, os.strerror(number), "/shared/corpus/cache/x.npy")
-            except OSError as error:
-                raise Exception("Failed to write dataset materials") from error
-
-        return fail
+    config = build(TaggedGPTDataset, prefix).config
 
     for number, kind, message in (
-        (errno.EACCES, UserError, "/shared/corpus/cache/x.npy .*Permission denied.*--data-cache-path"),
-        (errno.EROFS, UserError, "/shared/corpus/cache/x.npy .*Read-only.*--data-cache-path"),
+        (errno.EACCES, UserError, "/shared/cache/x.npy .*Permission denied.*--data-cache-path"),
+        (errno.EROFS, UserError, "/shared/cache/x.npy .*Read-only.*--data-cache-path"),
         (errno.ENOSPC, OSError, "No space left"),
-        (errno.EIO, Exception, "Failed to write dataset materials"),
+        (errno.EIO, Exception, "Failed to write"),
     ):
-        monkeypatch.setattr(BlendedMegatronDatasetBuilder, "build", failing(number))
+        error = Exception("Failed to write")
+        error.__cause__ = OSError(number, os.strerror(number), "/shared/cache/x.npy")
+        monkeypatch.setattr(BlendedMegatronDatasetBuilder, "build", Mock(side_effect=error))
         with pytest.raises(kind, match=message):
             build_datasets([30, 0, 0], config)

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from moelpr.data.batch import BatchReader
+from moelpr.model.layers.loading import build_model
 from moelpr.model.model_spec import ModelSpec
+from moelpr.train import forward_step as trainers
 from tests.support.gpt_data import gpt_config, training_set
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -29,9 +32,6 @@ def samples(write_corpus: Callable) -> Callable[[bool], list[dict[str, torch.Ten
 
 def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Next-token losses [samples, sequence], by way of the trainer's forward step."""
-    from moelpr.data.batch import BatchReader
-    from moelpr.train import forward_step as trainers
-
     batch = torch.utils.data.default_collate(samples)
     reader = BatchReader()
     reader.read(model, iter([batch]), 1, tuple(batch["tokens"].shape))
@@ -41,9 +41,6 @@ def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> to
 
 @pytest.fixture
 def build(moe_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.nn.Module]:
-    from moelpr.model.layers.loading import build_model
-    from moelpr.train import forward_step as trainers
-
     monkeypatch.setattr(trainers, "get_num_microbatches", lambda: 1)
 
     def build(**settings: object) -> torch.nn.Module:

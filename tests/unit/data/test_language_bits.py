@@ -67,7 +67,7 @@ def test_bits_and_runs_in_any_pieces_are_written_as_numpy_packs_them(folder, pie
     assert content[language_bits.HEADER_BYTES :] == np.packbits(whole, bitorder="little").tobytes()
     read = LanguageBits(folder / "pieces.lang")
     read.verify()
-    assert (read.num_tokens, len(read), read.num_original) == (len(whole), len(whole), whole.sum())
+    assert (read.num_tokens, read.num_original) == (len(whole), whole.sum())
 
 
 @settings(deadline=None)
@@ -84,27 +84,22 @@ def test_slices_and_counts_equal_numpy(folder: Path, bits: np.ndarray, data: st.
     np.testing.assert_array_equal(read.at(positions), bits[positions])
 
 
-def test_bool_and_strided_bits_are_accepted_and_other_values_rejected(tmp_path: Path) -> None:
+def test_bool_and_strided_bits_are_accepted(tmp_path: Path) -> None:
     bits = np.array([1, 0, 0, 1, 1, 0, 1, 0, 1, 1], np.uint8)
     expected = write(tmp_path / "a.lang", bits[::2]).read_bytes()
     assert write(tmp_path / "b.lang", bits.astype(bool)[::2]).read_bytes() == expected
-    with LanguageBitsWriter(tmp_path / "c.lang") as writer:
-        with pytest.raises(ValueError, match="0 or 1"):
-            writer.append(np.array([0] * 11 + [2], np.uint8))
-        with pytest.raises(ValueError, match="0 or 1"):
-            writer.append(np.array([0, 255] + [0] * 12, np.uint8))
-        with pytest.raises(ValueError, match="int64"):
-            writer.append(np.array([0, 1]))
 
 
 def test_rejected_append_does_not_change_the_writer(tmp_path: Path) -> None:
     first, second = np.array([1, 0, 1], np.uint8), np.array([0, 1, 0, 0, 0], np.uint8)
     with LanguageBitsWriter(tmp_path / "a.lang") as writer:
         writer.append(first)
+        with pytest.raises(ValueError, match="int64"):
+            writer.append(np.array([0, 1]))
         for position in range(20):
             wrong = np.ones(20, np.uint8)
-            wrong[position] = 3
-            with pytest.raises(ValueError):
+            wrong[position] = 2 + position
+            with pytest.raises(ValueError, match="0 or 1"):
                 writer.append(wrong)
         writer.append(second)
         writer.finalize()
@@ -114,12 +109,10 @@ def test_rejected_append_does_not_change_the_writer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start, stop", [(-1, 2), (3, 2), (0, 11), (11, 11)])
 def test_range_outside_the_file_is_rejected(tmp_path: Path, start: int, stop: int) -> None:
     bits = LanguageBits(write(tmp_path / "a.lang", np.ones(10, np.uint8)))
-    with pytest.raises(IndexError):
-        bits.slice(start, stop)
-    with pytest.raises(IndexError):
-        bits.count(start, stop)
-    with pytest.raises(IndexError):
-        bits.at(np.array([0, 10 if start >= 0 else -1]))
+    outside = np.array([0, 10 if start >= 0 else -1])
+    for read, where in ((bits.slice, (start, stop)), (bits.count, (start, stop)), (bits.at, (outside,))):
+        with pytest.raises(IndexError):
+            read(*where)
 
 
 def test_any_flipped_bit_is_noticed(tmp_path: Path) -> None:
@@ -137,20 +130,20 @@ def test_truncated_long_foreign_and_unfinished_files_are_rejected(tmp_path: Path
     path = write(tmp_path / "a.lang", np.ones(100, np.uint8))
     content = path.read_bytes()
 
-    def expect(changed: bytes, message: str) -> None:
+    with LanguageBitsWriter(path) as writer:
+        writer.append(np.ones(100, np.uint8))
+    for changed, message in (
+        (path.read_bytes(), "not a complete .lang file"),
+        (content[:-1], "contains 76 bytes, not 77 for 100 tokens"),
+        (content + b"\0", "contains 78 bytes"),
+        (content[:20], "not a complete .lang file"),
+        (b"", "not a complete .lang file"),
+        (b"MMIDIDX\0" + content[8:], "it starts with b'MMIDIDX"),
+        (content[:8] + struct.pack("<I", 2) + content[12:], "version 2 of the .lang format"),
+    ):
         path.write_bytes(changed)
         with pytest.raises(UserError, match=message):
             LanguageBits(path)
-
-    expect(content[:-1], "contains 76 bytes, not 77 for 100 tokens")
-    expect(content + b"\0", "contains 78 bytes")
-    expect(content[:20], "not a complete .lang file")
-    expect(b"", "not a complete .lang file")
-    expect(b"MMIDIDX\0" + content[8:], "it starts with b'MMIDIDX")
-    expect(content[:8] + struct.pack("<I", 2) + content[12:], "version 2 of the .lang format")
-    with LanguageBitsWriter(path) as writer:
-        writer.append(np.ones(100, np.uint8))
-    expect(path.read_bytes(), "not a complete .lang file")
     with pytest.raises(UserError, match=r"can't be opened"):
         LanguageBits(tmp_path)
 
@@ -158,17 +151,16 @@ def test_truncated_long_foreign_and_unfinished_files_are_rejected(tmp_path: Path
 def test_padding_and_count_are_verified_too(tmp_path: Path) -> None:
     """A faulty writer could store a matching checksum, so padding and count are verified separately."""
 
-    def with_header(payload: bytes, num_tokens: int, num_original: int) -> Path:
-        header = language_bits._header(zlib.crc32(payload), num_tokens, num_original)
-        path = tmp_path / "wrong.lang"
-        path.write_bytes(header + payload)
-        return path
+    def with_header(payload: bytes, num_original: int) -> LanguageBits:
+        header = language_bits._header(zlib.crc32(payload), 4, num_original)
+        (tmp_path / "wrong.lang").write_bytes(header + payload)
+        return LanguageBits(tmp_path / "wrong.lang")
 
-    LanguageBits(with_header(b"\x0f", 4, 4)).verify()
+    with_header(b"\x0f", 4).verify()
     with pytest.raises(UserError, match="bits are set after its last token"):
-        LanguageBits(with_header(b"\x1f", 4, 4)).verify()
+        with_header(b"\x1f", 4).verify()
     with pytest.raises(UserError, match="4 original-language tokens, not 3"):
-        LanguageBits(with_header(b"\x0f", 4, 3)).verify()
+        with_header(b"\x0f", 3).verify()
 
 
 def test_lang_file_that_does_not_cover_its_bin_is_rejected(tmp_path: Path) -> None:
@@ -182,10 +174,8 @@ def test_lang_file_that_does_not_cover_its_bin_is_rejected(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def lang(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    path = tmp_path_factory.mktemp("fuzz") / "a.lang"
-    with LanguageBitsWriter(path) as writer:
-        writer.append(np.random.default_rng(0).integers(0, 2, 1003, dtype=np.uint8))
-        writer.finalize()
+    bits = np.random.default_rng(0).integers(0, 2, 1003, dtype=np.uint8)
+    path = write(tmp_path_factory.mktemp("fuzz") / "a.lang", bits)
     return path, path.read_bytes()
 
 
@@ -250,9 +240,7 @@ def test_ranges_are_counted_inside_their_bytes(bits_of: ModuleType, packed: np.n
 @BOTH
 @settings(deadline=None, max_examples=200)
 @given(packed=BYTES, edges=st.lists(INT64, max_size=9), size=st.integers(0, 60))
-def test_a_sample_is_read_from_inside_its_bytes(
-    bits_of: ModuleType, packed: np.ndarray, edges: list[int], size: int
-) -> None:
+def test_a_sample_is_read_from_inside_its_bytes(bits_of: ModuleType, packed, edges: list[int], size: int) -> None:
     bits = np.unpackbits(packed, bitorder="little")
     ids = np.arange(size) - 1
     ranges = list(zip(edges[::2], edges[1::2], strict=False))

@@ -51,24 +51,18 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("planted")
     (folder / "planted.cpp").write_text(PLANTED)
     compile_with_sanitizers(folder / "planted.cpp", folder / "planted.so")
-    actual = [
-        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")  # the second: exceptions cross the first
-    ]
+    names = "libasan.so", "libstdc++.so"  # the second: exceptions cross the first
+    libraries = [subprocess.check_output(["c++", f"-print-file-name={name}"], text=True).strip() for name in names]
     environment = {
         **os.environ,
-        "LD_PRELOAD": " ".join(actual),
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONMALLOC": "malloc",  # otherwise small arrays are in Python's pools, where overruns go unnoticed
     }
-    call = f"import ctypes; ctypes.CDLL('{folder}/planted.so').planted({{place}})"
-    fine, wrong = (
-        subprocess.run(
-            [sys.executable, "-c", call.format(place=place)], env=environment, capture_output=True, text=True
-        )
-        for place in (3, 5)
-    )
+    code = f"import ctypes, sys; ctypes.CDLL('{folder}/planted.so').planted(int(sys.argv[1]))"
+    words = [sys.executable, "-c", code]
+    fine, wrong = (subprocess.run([*words, n], env=environment, capture_output=True, text=True) for n in "35")
     if fine.returncode:
         pytest.skip(f"sanitizers can't be loaded into Python: {fine.stderr.strip().splitlines()[-1]}")
     assert wrong.returncode and "AddressSanitizer: stack-buffer-overflow" in wrong.stderr, wrong.stderr

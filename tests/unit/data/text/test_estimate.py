@@ -69,19 +69,18 @@ def test_much_text_takes_no_longer_than_little(tokenizer: Path, tmp_path: Path) 
 
 
 def test_text_that_is_missing_empty_or_unreadable_is_one_sentence(tokenizer: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(documents(3)))[:-9])
-    (tmp_path / "other.parquet").write_bytes(parquet_table([{"body": "a"}]))
     (tmp_path / "folder").mkdir()
-    for name, message in {
-        "missing.jsonl": "missing.jsonl can't be read",
-        "empty.jsonl": 'empty.jsonl contains no documents with text under "text"',
-        "blank.jsonl": "blank.jsonl contains no documents",
-        "cut.jsonl.gz": "cut.jsonl.gz .gzip. is damaged",
-        "other.parquet": "other.parquet has no column text; its columns are body",
-        "folder": "the folder .*folder contains no",
-    }.items():
+    cut = gzip.compress(lines(documents(3)))[:-9]
+    for name, content, message in (
+        ("missing.jsonl", None, "missing.jsonl can't be read"),
+        ("empty.jsonl", b"", 'empty.jsonl contains no documents with text under "text"'),
+        ("blank.jsonl", b"\n\n", "blank.jsonl contains no documents"),
+        ("cut.jsonl.gz", cut, "cut.jsonl.gz .gzip. is damaged"),
+        ("other.parquet", parquet_table([{"body": "a"}]), "other.parquet has no column text; its columns are body"),
+        ("folder", None, "the folder .*folder contains no"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
             estimate([tmp_path / name], "text", tokenizer)
     with pytest.raises(UserError, match="folder has neither tokenizer.json nor tokenizer.model"):

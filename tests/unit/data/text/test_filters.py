@@ -21,15 +21,8 @@ CONDITIONS = {
     "is_null(score) or score <= -1": score.is_null() | (score <= -1),
     "score > 0 and (lang < 'f' or is_null(lang))": (score > 0) & ((lang < "f") | lang.is_null()),
 }
-rows = st.lists(
-    st.fixed_dictionaries(
-        {
-            "score": st.none() | st.sampled_from([-1.0, 0.0, 0.4, 0.5, 1.0]),
-            "lang": st.none() | st.sampled_from("el eu g".split()),
-        }
-    ),
-    max_size=12,
-)
+scores, langs = st.sampled_from([-1.0, 0.0, 0.4, 0.5, 1.0]), st.sampled_from("el eu g".split())
+rows = st.lists(st.fixed_dictionaries({"score": st.none() | scores, "lang": st.none() | langs}), max_size=12)
 
 
 @pytest.mark.parametrize("text", CONDITIONS)
@@ -53,33 +46,17 @@ def test_row_groups_without_a_match_are_passed_over() -> None:
         return {"score": (0.2, 0.8), "lang": ("el", "fi")}.get(name)
 
     passed = ["score > 0.8", "score < 0.2", "score == 0.9", "lang in ['a', 'z']", "lang == 'el' and score >= 1"]
-    kept = [
-        "score >= 0.8",
-        "lang in ['a', 'eu']",
-        "score > 1 or lang == 'eu'",
-        "other > 3",
-        "not score > 0",
-        "score > 'a'",
-    ]
+    kept = ["score >= 0.8", "lang in ['a', 'eu']", "score > 1 or lang == 'eu'", "other > 3", "not score > 0"]
+    kept += ["score > 'a'"]  # its rows report it
     assert [text for text in passed + kept if Filter(text).may_keep(bounds)] == kept
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "score",
-        "score >=",
-        "score >= other",
-        "f(score)",
-        "score >= 0.5; import os",
-        "__import__('os')",
-        "score.x > 1",
-        "score in 'abc'",
-        "1 < score < 2",
-        "score >= b'x'",
-        "(" * 300 + "a > 1" + ")" * 300,
-        "not " * 9000 + "a > 1",
+        *("", "score", "score >=", "score >= other", "f(score)", "score >= 0.5; import os", "__import__('os')"),
+        *("score.x > 1", "score in 'abc'", "1 < score < 2", "score >= b'x'"),
+        *("(" * 300 + "a > 1" + ")" * 300, "not " * 9000 + "a > 1"),
     ],
 )
 def test_anything_else_is_refused_in_one_sentence(text: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,18 +66,15 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
     touch(tmp_path, "a/1.jsonl", "a/locked/2.jsonl", "b/3.jsonl", "b/.hidden/4.jsonl")
     (tmp_path / "c").symlink_to(tmp_path / "a" / "locked")
 
-    def failing(read: Callable[[str], Any]) -> Callable[[str], Any]:
-        def fail(path: str) -> Any:
-            if Path(path).resolve().name in ("locked", ".hidden"):
-                raise PermissionError(13, "Permission denied", str(path))
-            return read(path)
+    def read_unless_locked(read: Callable[[str], Any], path: str) -> Any:
+        if Path(path).resolve().name in ("locked", ".hidden"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
 
-        return fail
-
-    monkeypatch.setattr(os, "scandir", failing(os.scandir))
-    monkeypatch.setattr(os, "listdir", failing(os.listdir))
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(read_unless_locked, getattr(os, name)))
+    monkeypatch.chdir(tmp_path)
     for pattern in ("a", "a/", "**/*.jsonl", "a/*/*.jsonl", "*/*/*.jsonl", "a/**", "c/*.jsonl", "[c]/*.jsonl"):
-        monkeypatch.chdir(tmp_path)
         with pytest.raises(UserError, match=r"(locked|c) can't be read \(Permission denied\)"):
             find_files([pattern])
     assert find_files(["b"]) == find_files(["b/*.jsonl"]) == ["b/3.jsonl"]

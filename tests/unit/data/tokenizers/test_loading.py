@@ -17,14 +17,17 @@ from tests.support.small_tokenizers import byte_level_bpe
 LIGHT = ["turn on the light"] * 5
 
 
+def fingerprint(folder: Path) -> str:
+    return load_tokenizer("HuggingFaceTokenizer", str(folder)).fingerprint()
+
+
 @pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "Qwen2Tokenizer", "GPT2Tokenizer"])
 def test_saving_and_loading_again_keeps_the_fingerprint(save_hf, kind: str, tmp_path: Path) -> None:
     """transformers rewrites tokenizer.json for some classes, so the files may differ although the tokenizers do not."""
     first = save_hf(tmp_path / "first", byte_level_bpe(LIGHT), kind)
     AutoTokenizer.from_pretrained(first).save_pretrained(tmp_path / "second")
     AutoTokenizer.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "third")
-    folders = [first, tmp_path / "second", tmp_path / "third"]
-    assert len({load_tokenizer("HuggingFaceTokenizer", str(folder)).fingerprint() for folder in folders}) == 1
+    assert fingerprint(first) == fingerprint(tmp_path / "second") == fingerprint(tmp_path / "third")
 
 
 def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(save_hf, tmp_path: Path) -> None:
@@ -34,13 +37,12 @@ def test_settings_that_do_not_affect_ids_do_not_change_the_fingerprint(save_hf, 
     tokenizer.enable_padding(pad_id=1, pad_token="</s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     second = save_hf(tmp_path / "second", tokenizer, chat_template="{{ messages }}", padding_side="left")
-    kind = "HuggingFaceTokenizer"
-    assert load_tokenizer(kind, str(first)).fingerprint() == load_tokenizer(kind, str(second)).fingerprint()
+    assert fingerprint(first) == fingerprint(second)
 
 
-@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer", "NullTokenizer"])
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "SentencePieceTokenizer"])
 def test_tokenizer_that_cannot_be_loaded_is_reported(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer folder .*missing|--tokenizer-(model|type) must be"):
+    with pytest.raises(UserError, match="no tokenizer folder .*missing|--tokenizer-model must be"):
         load_tokenizer(kind, str(tmp_path / "missing"))
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,11 +14,11 @@ from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import MachineError, UserError
 
 
-def fail_with(error: BaseException):  # noqa: ANN201
-    def main() -> None:
-        raise error
-
-    return main
+def code_of(error: BaseException) -> object:
+    """The exit code of a command that raises this error."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(Mock(side_effect=error))
+    return stop.value.code
 
 
 def raised_in_c(error: BaseException) -> SystemError:
@@ -27,9 +28,14 @@ def raised_in_c(error: BaseException) -> SystemError:
     return actual
 
 
+class PanicException(BaseException):
+    """As those of pyo3, which are no `Exception`."""
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
+        (PanicException("out of bounds"), 2, "(out of bounds); download the tokenizer again"),
         (UserError("expected a, got b; do c"), 2, "error: expected a, got b; do c"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full while writing x.bin"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "x… is too long for the name of a file"),
@@ -39,16 +45,13 @@ def raised_in_c(error: BaseException) -> SystemError:
         (raised_in_c(KeyboardInterrupt()), 1, "interrupted"),
     ],
 )
-def test_expected_failures_are_one_line(error, code: int, message: str, capsys) -> None:  # noqa: ANN001
-    with pytest.raises(SystemExit) as stop:
-        run_command(fail_with(error))
-    assert stop.value.code == code
+def test_expected_failures_are_one_line(error, code: int, message: str, capsys) -> None:
+    assert code_of(error) == code
     shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1
+    assert message in shown and shown.count("\n") == 1
 
 
-def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(monkeypatch, capsys) -> None:
     parser = CommandParser(description="a\nb")
     parser.add_argument("--size", type=int, required=True)
     monkeypatch.setattr("sys.argv", ["tools/tool.py", "--size", "x"])
@@ -80,25 +83,15 @@ def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, messa
     assert parser.parse_args(["--other=--x", "--hf-path=--y"]).other == "--x"
 
 
-def test_a_panic_of_a_library_is_one_sentence(capsys) -> None:  # noqa: ANN001
-    class PanicException(BaseException):
-        """As those of pyo3, which are no `Exception`."""
-
-    with pytest.raises(SystemExit) as stop:
-        run_command(fail_with(PanicException("index out of bounds")))
-    assert stop.value.code == 2 and "(index out of bounds); download the tokenizer again" in capsys.readouterr().err
-
-
-def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_bugs_keep_their_traceback_and_other_errors_with_debug(monkeypatch, capsys) -> None:
     with pytest.raises(ZeroDivisionError):
-        run_command(fail_with(ZeroDivisionError()))
+        run_command(Mock(side_effect=ZeroDivisionError()))
     monkeypatch.setattr("sys.argv", ["tool", "--debug"])
-    with pytest.raises(SystemExit) as stop:
-        run_command(fail_with(UserError("x")))
-    assert stop.value.code == 2 and "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("error: x\n")
+    assert code_of(UserError("x")) == 2
+    assert "Traceback" in (shown := capsys.readouterr().err) and shown.endswith("error: x\n")
 
 
-def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, capsys) -> None:
     monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # by an earlier test of this process
     waited: dict[str, float] = {}
     for rank, local_rank in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):
@@ -106,46 +99,39 @@ def test_rank_0_reports_first_then_one_rank_of_each_other_node(monkeypatch, caps
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         waited[rank] = 0
         monkeypatch.setattr("time.sleep", lambda seconds, rank=rank: waited.update({rank: seconds}))
-        with pytest.raises(SystemExit):
-            run_command(fail_with(UserError("found a")))
+        code_of(UserError("found a"))
     assert waited["0"] == 0 < waited["2"] < waited["1"] == waited["3"]
 
 
 def test_another_encoding_than_utf8_is_one_sentence() -> None:
-    variables = "PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=C"
-    done = run_in_shell(f"{variables} $PROGRAM", PRINTS.format(1, ""))
+    done = run_in_shell("PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 LC_ALL=C $PROGRAM", PRINTS.format(1, ""))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "PYTHONUTF8=1" in done.stderr
     assert run_in_shell("LC_ALL=C $PROGRAM", PRINTS.format(1, "")).returncode == 0
 
 
-def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_a_rank_that_has_lost_another_waits_for_the_launcher_to_say_why(monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
     lost = RuntimeError("[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:45971. GLHF!")
-    with pytest.raises(SystemExit) as stop:
-        run_command(fail_with(lost))
-    assert stop.value.code == 1 and waited[0] >= 5
+    assert code_of(lost) == 1 and waited[0] >= 5
     shown = capsys.readouterr().err
     assert "another rank has ended" in shown and shown.count("\n") == 1
 
 
-def test_a_rank_with_a_log_of_its_own_keeps_the_traceback_there(tmp_path: Path, monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_a_rank_with_a_log_of_its_own_keeps_the_traceback_there(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     for has_log in (False, True):
         if has_log:
             (tmp_path / "stderr.log").touch()
-        with pytest.raises(SystemExit):
-            run_command(fail_with(RuntimeError("gloo/transport/tcp/pair.cc")))
+        code_of(RuntimeError("gloo/transport/tcp/pair.cc"))
         assert ("Traceback" in capsys.readouterr().err) == has_log
 
 
-def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, capsys) -> None:  # noqa: ANN001
+def test_an_interrupted_rank_leaves_the_message_to_the_launcher(monkeypatch, capsys) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with pytest.raises(SystemExit) as stop:
-        run_command(fail_with(KeyboardInterrupt()))
-    assert (stop.value.code, capsys.readouterr().err) == (130, "")
+    assert (code_of(KeyboardInterrupt()), capsys.readouterr().err) == (130, "")
 
 
 def run_in_shell(command: str, code: str) -> subprocess.CompletedProcess:

@@ -61,14 +61,12 @@ def test_the_old_folder_is_whole_until_the_new_one_is_in_its_place(tmp_path, mon
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").touch()
-    remove = shutil.rmtree
+    remove, replace = shutil.rmtree, os.replace
 
     def killed(path: Path, **options: object) -> None:
         if (path / "old").exists():
             raise Killed
         remove(path, **options)
-
-    replace = os.replace
 
     def fails(source: Path, to: Path) -> None:
         if source.name == ".out.partial":
@@ -115,18 +113,13 @@ def test_a_job_that_fails_with_a_user_error_leaves_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_another_process_is_writing_is_rejected(tmp_path: Path) -> None:
-    with resumable_directory(tmp_path / "out", "job") as journal:
+def test_a_place_that_another_process_or_a_file_has_is_a_user_error(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", f"another process is writing {tmp_path}/out"
+    with resumable_directory(out, "job") as journal:
         (journal.folder / "part").touch()
-        with (
-            pytest.raises(UserError, match=f"another process is writing {tmp_path}/out"),
-            resumable_directory(tmp_path / "out", "another job"),
-        ):
+        with pytest.raises(UserError, match=other), resumable_directory(out, "another job"):
             pass
         assert (journal.folder / "part").exists()
-
-
-def test_a_file_in_the_place_of_the_partial_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").touch()
-    with pytest.raises(UserError, match="partial is a file"), resumable_directory(tmp_path / "out", "job"):
+    with pytest.raises(UserError, match="partial is a file"), resumable_directory(out, "job"):
         pass

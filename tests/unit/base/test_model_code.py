@@ -61,9 +61,7 @@ def test_the_code_of_a_base_is_neither_run_nor_named_again(base: tuple[Path, Pat
 
 
 @pytest.mark.parametrize("file", HOOKS)
-def test_a_model_that_names_code_is_neither_converted_for_llama_cpp_nor_pushed(
-    base: tuple[Path, Path], tmp_path: Path, file: str
-) -> None:
+def test_a_model_that_names_code_is_neither_converted_for_llama_cpp_nor_pushed(base, tmp_path: Path, file: str) -> None:
     folder, ran = base
     for name in HOOKS.keys() - {file}:
         (folder / name).write_text(json.dumps({"kept": 1}))
@@ -77,9 +75,8 @@ def test_a_model_that_names_code_is_neither_converted_for_llama_cpp_nor_pushed(
 
 def test_an_adapter_beside_a_model_leads_to_no_other_model(make_qwen2: Callable[..., Path]) -> None:  # noqa: F811
     folder = make_qwen2()
-    (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"})
-    )
+    adapter = {"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
     with pytest.raises(UserError, match="adapter_config.json"):
         load_model(folder)
 

@@ -48,13 +48,9 @@ def test_a_tool_takes_the_place_of_the_entry_point_whose_signals_it_gets(tmp_pat
 
 
 def test_torchs_dependencies_keep_the_images_versions_and_others_get_ours(tmp_path: Path) -> None:
-    installed = {
+    installed = dict.fromkeys("mpmath-1.3.0 jinja2-3.1.0 tqdm-4.0 optree-0.1".split(), []) | {
         "torch-2.13.0a0+x.nv26.06": ["sympy>=1.13", "Jinja2", 'optree; extra == "optree"', "not-there"],
         "sympy-1.13.1": ["mpmath<1.4"],
-        "mpmath-1.3.0": [],
-        "jinja2-3.1.0": [],
-        "tqdm-4.0": [],
-        "optree-0.1": [],
     }
     for package, needs in installed.items():
         name, version = package.split("-")

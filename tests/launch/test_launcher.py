@@ -22,6 +22,10 @@ SET_HERE = (*OPTIONS, "CUDA_VISIBLE_DEVICES", "JOB_COMPLETION_INDEX", "MOELPR_PY
 DEFAULTS = ("PYTHONWARNINGS", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTHONPATH", "PYTORCH_CUDA_ALLOC_CONF")
 
 
+def pairs(variables: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in variables.split())
+
+
 def started(*words: str, **variables: str) -> tuple[dict[str, str], list[str], list[str]]:
     """The variables of torchrun, its arguments and the trainer's arguments."""
     removed = re.compile("|".join((*SET_HERE, *DEFAULTS, "PET_.*", "SLURM_.*")))
@@ -46,12 +50,8 @@ def test_one_node_uses_every_gpu_or_one_process_and_a_free_port(visible: str, pr
 def test_options_and_variables_are_equivalent() -> None:
     options = "--nnodes 2 --node_rank=1 --master-addr node-a --master_port 4321 --nproc-per-node=3 --lr 1"
     variables = "NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a MASTER_PORT=4321 NPROC_PER_NODE=3"
-    by_options = started(*options.split())
-    by_variables = started("--lr", "1", **dict(pair.split("=") for pair in variables.split()))
-    assert by_options[1:] == by_variables[1:]
-    assert by_options[1] == shlex.split(
-        "--nnodes 2 --node-rank 1 --master-addr node-a --master-port 4321 --nproc-per-node 3"
-    )
+    by_options, by_variables = started(*options.split()), started("--lr", "1", **pairs(variables))
+    assert by_options[1:] == by_variables[1:] and by_options[1] == ON_NODE_1.split()
 
 
 @pytest.mark.parametrize(
@@ -84,38 +84,27 @@ SRUN = "SLURM_STEP_NUM_NODES=2 SLURM_STEP_NUM_TASKS=2 SLURM_NODEID=1 SLURM_STEP_
         (KUBEFLOW.replace("PER_NODE=3", "PER_NODE=auto"), {"node 3": "node 2"}),
         (f"{SRUN} PET_NPROC_PER_NODE=3", {"4321": "24321"}),
         (f"{SRUN} NPROC_PER_NODE=3 MASTER_PORT=4321 MASTER_ADDR=node-b", {"node-a": "node-b"}),
+        # One node stays one, also for torchrun, which reads PET_NNODES too.
+        ("JOB_COMPLETION_INDEX=3", None),  # jobs of their own
+        ("SLURM_NNODES=2 SLURM_JOB_NODELIST=node-[a-b] SLURM_NODEID=0", None),  # a batch script, or salloc
+        ("SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=1 SLURM_NODEID=0", None),
+        ("PET_NNODES=2 NNODES=1", None),
     ],
 )
-def test_a_pod_and_a_task_of_srun_know_their_node(tmp_path: Path, variables: str, changes: dict) -> None:
+def test_a_pod_and_a_task_of_srun_know_their_node(tmp_path: Path, variables: str, changes: dict | None) -> None:
     """torchrun's own variables, a Job's and Slurm's; the more specific ones first."""
     write_program(tmp_path / "scontrol", '[ "$*" = "show hostnames node-[a-b]" ] && printf "node-a\\nnode-b\\n"')
-    actual = dict(pair.split("=") for pair in variables.split())
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    expected = ON_NODE_1
-    for before, after in changes.items():
+    path, expected = f"{tmp_path}:{os.environ['PATH']}", ON_NODE_1
+    for before, after in (changes or {}).items():
         expected = expected.replace(before, after)
-    assert shlex.join(started(CUDA_VISIBLE_DEVICES="0,1", PATH=path, **actual)[1]) == expected
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        "JOB_COMPLETION_INDEX=3",  # jobs of their own
-        "SLURM_NNODES=2 SLURM_JOB_NODELIST=node-[a-b] SLURM_NODEID=0",  # a batch script, or salloc
-        "SLURM_STEP_NUM_NODES=1 SLURM_STEP_NUM_TASKS=1 SLURM_NODEID=0",
-        "PET_NNODES=2 NNODES=1",
-    ],
-)
-def test_one_node_stays_one(variables: str) -> None:
-    """Also for torchrun, which reads PET_NNODES too."""
-    actual = dict(pair.split("=") for pair in variables.split())
-    assert started(CUDA_VISIBLE_DEVICES="", **actual)[1][:3] == ["--standalone", "--nnodes", "1"]
+    if changes is None:
+        expected = "--standalone --nnodes 1 --nproc-per-node 2"
+    assert shlex.join(started(CUDA_VISIBLE_DEVICES="0,1", PATH=path, **pairs(variables))[1]) == expected
 
 
 def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> None:
-    tasks = dict(pair.split("=") for pair in SRUN.replace("TASKS=2", "TASKS=16").split())
     with pytest.raises(UserError, match="--ntasks-per-node 1"):
-        started(**tasks)
+        started(**pairs(SRUN.replace("TASKS=2", "TASKS=16")))
     with pytest.raises(UserError, match="--nnodes .*1:4"):
         started(PET_NNODES="1:4")
 

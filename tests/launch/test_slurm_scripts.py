@@ -39,9 +39,19 @@ class Calls:
         command = ["bash", *map(str, arguments)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=20)
 
+    def stage(self, *arguments: object, **variables: str) -> subprocess.CompletedProcess:
+        return self("launch/slurm/stage.sbatch", *arguments, **variables)
+
+    def finished(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        """Run a stage that has finished, in the folder `save`."""
+        save = self.folder / "save"
+        save.mkdir(exist_ok=True)
+        (save / "FINISHED").touch()
+        return self.stage(*[argument.replace("SAVE", str(save)) for argument in arguments], **variables)
+
     @property
-    def made(self) -> list[str]:
-        return self._file.read_text().splitlines()
+    def made(self) -> str:
+        return self._file.read_text()
 
 
 @pytest.fixture
@@ -52,28 +62,18 @@ def calls(tmp_path: Path) -> Calls:
 STAGE = ["stage1", "--save", "SAVE", "--lr", "1"]
 
 
-def stage(calls: Calls, tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
-    save = tmp_path / "save"
-    save.mkdir(exist_ok=True)
-    (save / "FINISHED").touch()
-    return calls(
-        "launch/slurm/stage.sbatch", *[argument.replace("SAVE", str(save)) for argument in arguments], **variables
-    )
-
-
 def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(calls: Calls, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = stage(calls, tmp_path, *STAGE, MASTER_PORT=str(port), SLURM_RESTART_COUNT="2")
+        done = calls.finished(*STAGE, MASTER_PORT=str(port), SLURM_RESTART_COUNT="2")
     assert done.returncode == 0, done.stderr
-    made = "\n".join(calls.made)
+    made = calls.made
     assert made.startswith("srun [--export=ALL] [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
     assert f"[.] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
     assert "NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}" in made
     assert "JOIN_TIMEOUT=300" in made
     actual = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
-    assert actual
-    assert int(actual[1]) > port
+    assert actual and int(actual[1]) > port
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,10 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
         ("--apptainer a.sif --container-mounts /data:/data", "[--bind] [HERE:HERE,/data:/data] [--pwd] [HERE]"),
     ],
 )
-def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, flags: str, expected: str) -> None:
-    assert stage(calls, tmp_path, *flags.split(), *STAGE).returncode == 0
-    made = "\n".join(calls.made)
-    assert expected.replace("HERE", str(ROOT)) in made
-    assert "[/opt/moelpr] [/opt/moelpr/launch/stage1.sh] [--save]" in made
-    assert "JOIN_TIMEOUT=900" in made
+def test_in_a_container_the_images_code_is_run(calls: Calls, flags: str, expected: str) -> None:
+    assert calls.finished(*flags.split(), *STAGE).returncode == 0
+    script = "[/opt/moelpr] [/opt/moelpr/launch/stage1.sh] [--save]"
+    assert all(text in calls.made for text in (expected.replace("HERE", str(ROOT)), script, "JOIN_TIMEOUT=900"))
 
 
 @pytest.mark.parametrize(
@@ -103,20 +101,20 @@ def test_in_a_container_the_images_code_is_run(calls: Calls, tmp_path: Path, fla
         (STAGE, {"SLURM_CPUS_ON_NODE": "7", "SLURM_GPUS_ON_NODE": "8"}, ["7 CPUs for 8 GPUs", "--cpus-per-gpu"]),
     ],
 )
-def test_a_stage_that_cannot_run_is_a_single_error(calls, tmp_path, arguments, variables, expected) -> None:
-    done = stage(calls, tmp_path, *arguments, **variables)
+def test_a_stage_that_cannot_run_is_a_single_error(calls: Calls, arguments, variables, expected) -> None:
+    done = calls.finished(*arguments, **variables)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("job: error: ") and all(text in done.stderr for text in expected), done.stderr
-    assert calls.made == []
+    assert calls.made == ""
 
 
 @pytest.mark.parametrize("arguments", ["--save {}", "--save={}"])
 def test_the_save_folder_is_found_as_argparse_finds_it(calls: Calls, tmp_path: Path, arguments: str) -> None:
     """The trainer has not finished (there is no FINISHED) and was not asked to stop, so the job must fail."""
-    words = arguments.format(tmp_path / "empty").split()
-    done = calls("launch/slurm/stage.sbatch", "stage1", *words)
+    words = ["stage1", *arguments.format(tmp_path / "empty").split()]
+    done = calls.stage(*words)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    spare = calls("launch/slurm/stage.sbatch", "stage1", *words, IS_SPARE="yes")  # the project needs no review
+    spare = calls.stage(*words, IS_SPARE="yes")  # the project needs no review
     assert (spare.returncode, spare.stderr) == (0, "")
 
 
@@ -141,9 +139,9 @@ def test_a_stage_that_fails_after_it_has_saved_a_step_is_tried_again(calls, tmp_
     """A GPU or a link may have failed in the middle of the night."""
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("10\n")
     variables = {name: value.replace("SAVE", str(tmp_path)) for name, value in variables.items()}
-    done = calls("launch/slurm/stage.sbatch", "stage1", "--save", tmp_path, **variables)
+    done = calls.stage("stage1", "--save", tmp_path, **variables)
     assert done.returncode == int(variables["SRUN_CODE"])
-    assert [made for made in calls.made if made.startswith("scontrol")] == ([call] if call else [])
+    assert re.findall("^scontrol.*", calls.made, re.MULTILINE) == ([call] if call else [])
     assert ("step 20" in done.stdout) == ("requeue]" in call)
 
 
@@ -153,8 +151,8 @@ def test_a_stage_that_fails_five_times_in_a_row_is_given_up(calls: Calls, tmp_pa
 
     def start(**variables: str) -> str:
         (save / "latest_checkpointed_iteration.txt").write_text("10\n")
-        calls("launch/slurm/stage.sbatch", "stage1", "--save", save, SAVED=str(save), **variables)
-        return calls.made[-1]
+        calls.stage("stage1", "--save", save, SAVED=str(save), **variables)
+        return calls.made.splitlines()[-1]
 
     assert {start(**FAILED) for _ in range(4)} == {"scontrol [requeue] [7]"}
     start(**PREEMPTED)  # a clean stop
@@ -177,7 +175,7 @@ def test_a_stage_that_fails_five_times_in_a_row_is_given_up(calls: Calls, tmp_pa
 )
 def test_a_preempted_stage_is_requeued_once(calls, tmp_path, variables, is_requeued_here) -> None:
     """Where Slurm took its clean end for success, stage 2 started from a half-trained stage 1."""
-    done = calls("launch/slurm/stage.sbatch", "stage1", "--save", tmp_path, **PREEMPTED, **variables)
+    done = calls.stage("stage1", "--save", tmp_path, **PREEMPTED, **variables)
     assert done.returncode == 0 and "preempted" in done.stdout
     assert ("scontrol [requeue] [7]" in calls.made) == is_requeued_here
 
@@ -188,19 +186,15 @@ def test_a_preempted_stage_is_requeued_once(calls, tmp_path, variables, is_reque
 def test_a_stage_finds_its_folder_outside_the_container(calls: Calls, tmp_path: Path, mounts: str) -> None:
     save = f"{tmp_path}/save" if mounts == "{here}" else "/data/save"
     flags = ["--container-mounts", mounts.format(here=tmp_path)]
-    done = stage(calls, tmp_path, "--apptainer", "a.sif", *flags, "stage1", "--save", save)
-    assert done.returncode == 0, done.stderr
-    assert f"[--save] [{save}]" in "\n".join(calls.made)
+    done = calls.finished("--apptainer", "a.sif", *flags, "stage1", "--save", save)
+    assert done.returncode == 0 and f"[--save] [{save}]" in calls.made, done.stderr
 
 
-def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) -> None:
+def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls) -> None:
     scontrol = calls.folder / "bin" / "scontrol"
-    scontrol.write_text(
-        scontrol.read_text().replace('*node*) echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1"', "*node*) exit 1")
-    )
-    scontrol.write_text(scontrol.read_text().replace("echo n1", "echo localhost"))
-    assert stage(calls, tmp_path, *STAGE).returncode == 0
-    assert "2 nodes at localhost:" in "\n".join(calls.made)
+    shown = 'echo "NodeName=n1 NodeAddr=127.0.0.1 Port=1"'
+    scontrol.write_text(scontrol.read_text().replace(shown, "exit 1").replace("echo n1", "echo localhost"))
+    assert calls.finished(*STAGE).returncode == 0 and "2 nodes at localhost:" in calls.made
 
 
 @pytest.mark.parametrize(
@@ -214,7 +208,7 @@ def test_a_stage_starts_where_nodes_are_not_shown(calls: Calls, tmp_path: Path) 
 )
 def test_a_tool_gets_its_shard_of_an_array_and_a_requeued_one_resumes(calls: Calls, tool, variables, ending) -> None:
     assert calls("launch/slurm/tool.sbatch", "data", tool, "--num-shards", "8", **variables).returncode == 0
-    assert f"[.] [-m] [moelpr] [data] [{tool}] {ending}\n" in "\n".join([*calls.made, ""])
+    assert f"[.] [-m] [moelpr] [data] [{tool}] {ending}\n" in calls.made
 
 
 @pytest.mark.parametrize("script", ["stage.sbatch", "tool.sbatch"])

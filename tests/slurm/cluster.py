@@ -13,14 +13,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
 import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch")
-GRACE_S = 60
 _ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
@@ -71,9 +70,7 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         """End the jobs while their nodes run, then the daemons, then remaining processes of jobs."""
         if self._daemons:
-            subprocess.run(
-                ["scancel", "--user", getpass.getuser()], env=self.environment, timeout=20, capture_output=True
-            )
+            self("scancel", "--user", getpass.getuser(), check=False)
             deadline = time.monotonic() + 15
             while self("squeue", "-h", check=False) and time.monotonic() < deadline:
                 time.sleep(0.3)
@@ -123,16 +120,19 @@ class Cluster:
         daemon.kill()
         daemon.wait()
 
-    def processes(self) -> list[psutil.Process]:
-        """All processes of jobs, found by their environment, because some start sessions."""
+    def preempt(self) -> str:
+        """Submit a job of a higher-priority partition that requests all nodes, and return its ID."""
+        return self.submit("-p", "high", "--nodes", 2, "--exclusive", "--output", "/dev/null", "--wrap", "true")
+
+    def processes(self, job: str | None = None) -> list[psutil.Process]:
+        """All processes of jobs, or of one, found by their environment, because some start sessions."""
         actual = []
         for process in psutil.process_iter():
-            try:
+            with suppress(psutil.Error):
                 environment = process.environ()
-            except psutil.Error:
-                continue
-            if "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(self._configuration):
-                actual.append(process)
+                is_of_job = environment.get("SLURM_JOB_ID") == job if job else "SLURM_JOB_ID" in environment
+                if is_of_job and environment.get("SLURM_CONF") == str(self._configuration):
+                    actual.append(process)
         return actual
 
     def _start(self, name: str, *arguments: str, program: str = "slurmctld") -> None:
@@ -143,19 +143,14 @@ class Cluster:
             )
 
     def _log(self) -> str:
-        return "\n".join(
-            f"{path.name}: {line}"
-            for path in sorted(self.folder.glob("*.out"))
-            for line in path.read_text(errors="replace").splitlines()[-8:]
-        )
+        logs = {path.name: path.read_text(errors="replace").splitlines() for path in sorted(self.folder.glob("*.out"))}
+        return "\n".join(f"{name}: {line}" for name, lines in logs.items() for line in lines[-8:])
 
     def _settings(self, key: Path) -> str:
         ports = _free_ports(1 + len(self.nodes))
         user, folder = getpass.getuser(), self.folder
-        nodes = "\n".join(
-            f"NodeName={node} NodeAddr=127.0.0.1 Port={port} CPUs=32 RealMemory=100000"
-            for node, port in zip(self.nodes, ports[1:], strict=True)
-        )
+        of_node = "NodeName={} NodeAddr=127.0.0.1 Port={} CPUs=32 RealMemory=100000".format
+        nodes = "\n".join(map(of_node, self.nodes, ports[1:]))
         every = ",".join(self.nodes)
         return f"""
 ClusterName=throwaway
@@ -188,7 +183,7 @@ MinJobAge=3600
 ReturnToService=2
 SlurmdTimeout=20
 {nodes}
-PartitionName=low Nodes={every} Default=YES PriorityTier=1 GraceTime={GRACE_S}
+PartitionName=low Nodes={every} Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes={every} PriorityTier=10 PreemptMode=OFF
 """
 
@@ -205,8 +200,6 @@ def _path() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]

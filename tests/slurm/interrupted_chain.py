@@ -27,6 +27,7 @@ from tests.slurm.cluster import Cluster, throwaway_cluster
 from tests.slurm.material import differences
 from tests.slurm.project import ProjectChain
 
+LENGTH = {"train-iters": 30, "save-interval": 10}
 WAYS = ("requeue", "time limit", "preemption", "cancel", "kill", "kill")
 _EXACT = ("data/*.bin", "data/*.idx", "data/*.lang", "data/*.jsonl", "hf/*.json", "hf/*.safetensors")
 
@@ -42,10 +43,10 @@ def main() -> None:
     chooses = random.Random(args.seed)
     trials = []
     with throwaway_cluster() as cluster, tempfile.TemporaryDirectory(prefix="chain-") as folder:
-        unbroken = _chain(cluster, Path(folder, "unbroken"))
+        unbroken = ProjectChain(cluster, Path(folder, "unbroken"), **LENGTH)
         finish(unbroken, 0, chooses)
         for number in range(args.chains):
-            chain = _chain(cluster, Path(folder, f"chain{number}"))
+            chain = ProjectChain(cluster, Path(folder, f"chain{number}"), **LENGTH)
             happened = finish(chain, args.interruptions, chooses)
             trials.append({"happened": happened, "differences": compared(unbroken.run, chain.run)})
             print(json.dumps(trials[-1]), file=sys.stderr, flush=True)
@@ -59,11 +60,6 @@ def main() -> None:
     if not args.output:
         print(json.dumps(result, indent=2))
     sys.exit(0 if result["equal_byte_for_byte"] == len(trials) else 1)
-
-
-def _chain(cluster: Cluster, folder: Path) -> ProjectChain:
-    folder.mkdir()
-    return ProjectChain(cluster, folder, **{"train-iters": 30, "save-interval": 10})
 
 
 def finish(chain: ProjectChain, interruptions: int, chooses: random.Random) -> list[str]:
@@ -89,25 +85,17 @@ def _interrupt(cluster: Cluster, job: str, way: str, chooses: random.Random) -> 
     elif way == "time limit":
         cluster("scancel", "--batch", "--signal", "USR1", job, check=False)
     elif way == "preemption":
-        urgent = ("--partition", "high", "--nodes", 2, "--exclusive", "--output", "/dev/null", "--wrap", "true")
-        cluster.submit(*urgent)
+        cluster.preempt()
     elif way == "cancel":
         cluster("scancel", job, check=False)
     else:
-        own = [one for one in cluster.processes() if _of_job(one, job)]
-        if not own:
+        if not (own := cluster.processes(job)):
             return ""
         killed = chooses.choice(own)
         way = f"kill {' '.join(killed.cmdline()[:4])}"
         with suppress(psutil.Error):
             killed.kill()
     return way
-
-
-def _of_job(process: psutil.Process, job: str) -> bool:
-    with suppress(psutil.Error):
-        return process.environ().get("SLURM_JOB_ID") == job
-    return False
 
 
 def compared(one: Path, other: Path) -> list[str]:

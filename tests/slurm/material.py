@@ -12,7 +12,6 @@ from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = {"en": "turn on the light in the kitchen", "el": "άναψε το φως στην κουζίνα", "hu": "kapcsold fel a lámpát"}
-MODEL_FLAGS = "--num-new-experts 4 --topk 2".split()
 TRAINING_FLAGS = (
     "--micro-batch-size 1 --seq-length 32 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 2 "
     "--log-interval 10 --expert-model-parallel-size 2"

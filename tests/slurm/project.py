@@ -9,17 +9,8 @@ from moelpr.base.yaml_files import dump
 from tests.slurm.cluster import Cluster
 from tests.slurm.material import ROOT, make_model, make_text
 
-TRAINING = {
-    "micro-batch-size": 1,
-    "global-batch-size": 4,
-    "seq-length": 32,
-    "lr": 1e-2,
-    "min-lr": 1e-3,
-    "lr-warmup-fraction": 0.3,
-    "log-interval": 10,
-    "expert-model-parallel-size": 2,
-    "train-iters": 6,
-}
+TRAINING = {"micro-batch-size": 1, "global-batch-size": 4, "seq-length": 32, "train-iters": 6, "log-interval": 10}
+TRAINING |= {"lr": 1e-2, "min-lr": 1e-3, "lr-warmup-fraction": 0.3, "expert-model-parallel-size": 2}
 TASKS = ("preprocess-el", "preprocess-hu", "preprocess-en", "replay", "convert", "stage1", "stage2", "export")
 TASKS += ("evaluate", "routing", "card", "report")
 
@@ -34,6 +25,7 @@ class ProjectChain:
     def __init__(self, cluster: Cluster, folder: Path, **training: int) -> None:
         self.cluster, self.folder, self.run = cluster, folder, folder / "run"
         self._training = TRAINING | training
+        folder.mkdir(exist_ok=True)
         make_model(folder)
         make_text(folder)
 
@@ -59,14 +51,9 @@ class ProjectChain:
             },
         }
         (self.folder / "languages.yaml").write_text(dump(project))
-        done = subprocess.run(
-            [sys.executable, "-m", "moelpr", "run", "languages.yaml", "--on", "slurm"],
-            env=self.cluster.environment | {"PYTHONPATH": str(ROOT)},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        command = [sys.executable, "-m", "moelpr", "run", "languages.yaml", "--on", "slurm"]
+        environment = self.cluster.environment | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return dict(re.findall(r"^([\w-]+): (.*)", done.stdout, re.MULTILINE))
 

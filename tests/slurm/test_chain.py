@@ -35,18 +35,11 @@ def resumed(chain: ProjectChain, broken: dict[str, str]) -> dict[str, str]:
     return output
 
 
-def command(chain: ProjectChain, name: str) -> list[str]:
-    """The words of a task's command, as its log has it."""
-    line = (chain.run / "logs" / f"{name}.log").read_text().splitlines()[0]
-    return shlex.split(line.removeprefix("$ "))
-
-
 def test_a_failing_task_cancels_only_those_that_depend_on_it(chain: ProjectChain, broken: dict[str, str]) -> None:
     after = dict.fromkeys(TASKS[TASKS.index("export") :], "CANCELLED")
     shards = {"preprocess-el-shards": "COMPLETED", "preprocess-hu-shards": "COMPLETED"}
-    assert broken == shards | dict.fromkeys(TASKS, "COMPLETED") | {"stage2": "FAILED"} | after, chain.log("stage1")[
-        -3000:
-    ]
+    states = shards | dict.fromkeys(TASKS, "COMPLETED") | {"stage2": "FAILED"} | after
+    assert broken == states, chain.log("stage1")[-3000:]
     assert "expert-model-parallel-size" in chain.log("stage2")
 
 
@@ -60,12 +53,9 @@ def test_a_broken_chain_resumes_at_the_failed_task(chain: ProjectChain, resumed:
 
 
 def test_a_training_on_two_nodes_equals_one_node_with_two_ranks(chain: ProjectChain, broken: dict[str, str]) -> None:
-    words = command(chain, "stage1")[2:]
+    words = shlex.split((chain.run / "logs/stage1.log").read_text().splitlines()[0].removeprefix("$ "))[2:]
     words[words.index("--save") + 1] = "one-node"
-    launcher = [str(ROOT / "launch/stage1.sh"), *words[1:]]
-    environment = {**os.environ, "NPROC_PER_NODE": "2"}
-    done = subprocess.run(
-        launcher, cwd=chain.folder, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
+    launcher, environment = [ROOT / "launch/stage1.sh", *words[1:]], {**os.environ, "NPROC_PER_NODE": "2"}
+    done = subprocess.run(launcher, cwd=chain.folder, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert differences(chain.folder / "one-node", chain.run / "stage1") == []

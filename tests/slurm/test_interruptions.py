@@ -39,9 +39,7 @@ def test_a_time_limit_a_preemption_and_a_node_failure_change_no_result(stage: St
 
     # A job of a higher-priority partition requests the nodes.
     step = stage.until_step(name, stopped_at + 3)
-    urgent = cluster.submit(
-        "--partition", "high", "--nodes", 2, "--exclusive", "--output", "/dev/null", "--wrap", "true"
-    )
+    urgent = cluster.preempt()
     cluster.until(lambda: restarts() == 2)
     assert cluster.wait(urgent) == "COMPLETED"
     assert "interrupted: preempted" in stage.log(name)

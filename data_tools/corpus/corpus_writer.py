@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus, CorpusPaths, describe
-from data_tools.corpus.tokenized import Documents, as_tokens, original_tokens, runs_of, token_dtype
+from data_tools.corpus.tokenized import Documents, as_tokens, runs_of, token_dtype
 from moelpr.base.errors import UserError
 from moelpr.base.files import (
     LOCK_FILE,
@@ -89,6 +89,9 @@ class CorpusWriter:
             that was killed since.
         has_conversations: Whether the documents have runs of tokens that count in the loss.
 
+    Attributes:
+        at: How much is written.
+
     Raises:
         UserError: `check_output`, its folder can't be created, another process is writing the corpus, or the unfinished
             files are shorter than `position`.
@@ -127,7 +130,7 @@ class CorpusWriter:
         parts = ("bin", "lengths", "ends", "runs", *(["loss-runs"] if has_conversations else []))
         self._parts = [self._folder / f"{name}.{part}" for part in parts]
         self._files: list[BinaryIO] = [open(path, "ab") for path in self._parts]
-        self._at = at = position or Position()
+        self.at = at = position or Position()
         sizes = (at.tokens * self.dtype.itemsize, 4 * at.sequences, 8 * at.documents, 8 * at.runs, 8 * at.loss_runs)
         for file, expected in zip(self._files, sizes, strict=False):
             if file.tell() < expected:
@@ -135,16 +138,8 @@ class CorpusWriter:
             if file.tell() > expected:
                 file.truncate(expected)
 
-    @property
-    def num_tokens(self) -> int:
-        return self._at.tokens
-
-    @property
-    def num_documents(self) -> int:
-        return self._at.documents
-
     def __str__(self) -> str:
-        return describe(self.prefix, self._at.documents, self._at.tokens, self._at.original, self.dtype)
+        return describe(self.prefix, self.at.documents, self.at.tokens, self.at.original, self.dtype)
 
     def flush(self) -> Position:
         """Write everything to disk and return how much that is."""
@@ -152,14 +147,15 @@ class CorpusWriter:
             if not file.closed:  # by finalize, which has written them to disk
                 file.flush()
                 os.fsync(file.fileno())
-        return self._at
+        return self.at
 
     def add(self, documents: Documents) -> None:
         """Add documents."""
         lengths = documents.lengths
         self._files[0].write(documents.tokens.tobytes())
         has_tokens = lengths > 0  # a document without tokens has no sequence, as in Megatron
-        original, runs = original_tokens(documents.runs), ([documents.runs], [documents.loss_runs])
+        original = int((documents.runs >> 1)[documents.runs & 1 == 1].sum())
+        runs = [documents.runs], [documents.loss_runs]
         self._advance(len(documents.tokens), original, lengths[has_tokens], np.cumsum(has_tokens), runs)
 
     def add_document(self, ids: NDArray[np.integer], is_original: bool) -> None:
@@ -185,14 +181,14 @@ class CorpusWriter:
     ) -> None:
         """Write all but the tokens: sequence lengths, ends of documents in the added sequences, and runs of bits."""
         self._files[1].write(lengths.astype("<i4").tobytes())
-        self._files[2].write((ends + self._at.sequences).astype("<i8").tobytes())
+        self._files[2].write((ends + self.at.sequences).astype("<i8").tobytes())
         num_runs = [0, 0]
         for kind, file in enumerate(self._files[3:]):
             for chunk in runs[kind]:
                 file.write(chunk.astype("<i8").tobytes())
                 num_runs[kind] += len(chunk)
         added = tokens, original, len(lengths), len(ends), *num_runs
-        self._at = Position(*(old + new for old, new in zip(self._at, added, strict=True)))
+        self.at = Position(*(old + new for old, new in zip(self.at, added, strict=True)))
 
     def finalize(self) -> dict[str, FileRecord]:
         """Complete the files in their folder, write them to disk, and return their sizes and checksums."""
@@ -201,7 +197,10 @@ class CorpusWriter:
         self._write_index()
         written = [*self._unfinished, loss_bits_path(self._unfinished.bin.with_suffix(""))]
         for path, runs in zip(written[2:], self._parts[3:], strict=False):
-            _write_bits(path, runs)
+            with LanguageBitsWriter(path) as writer, open(runs, "rb") as file:
+                while len(chunk := np.fromfile(file, "<i8", _CHUNK)):
+                    writer.append_runs(chunk)
+                writer.finalize()
         written = written[: len(self._parts) - 1]
         for path in written:
             fsync_file(path)
@@ -225,7 +224,7 @@ class CorpusWriter:
     def _write_index(self) -> None:
         lengths, ends = self._parts[1:3]
         with open(self._unfinished.idx, "wb") as index:
-            index.write(index_header(self.dtype, self._at.sequences, self._at.documents))
+            index.write(index_header(self.dtype, self.at.sequences, self.at.documents))
             append_file(lengths, index)
             start = 0
             with open(lengths, "rb") as file:
@@ -237,16 +236,9 @@ class CorpusWriter:
             append_file(ends, index)
 
 
-def _write_bits(path: Path, runs: Path) -> None:
-    with LanguageBitsWriter(path) as writer, open(runs, "rb") as file:
-        while len(chunk := np.fromfile(file, "<i8", _CHUNK)):
-            writer.append_runs(chunk)
-        writer.finalize()
-
-
 def _runs_in(bits: LanguageBits) -> Iterable[NDArray[np.int64]]:
-    starts = range(0, len(bits), _BITS_AT_ONCE)
-    return (runs_of(bits.slice(start, min(start + _BITS_AT_ONCE, len(bits)))) for start in starts)
+    starts = range(0, bits.num_tokens, _BITS_AT_ONCE)
+    return (runs_of(bits.slice(start, min(start + _BITS_AT_ONCE, bits.num_tokens))) for start in starts)
 
 
 def commit_corpus(prefix: str | os.PathLike[str], folder: Path, manifest: Manifest | None = None) -> None:

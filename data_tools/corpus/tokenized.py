@@ -63,8 +63,3 @@ def joined_runs(bits: NDArray[np.uint8], lengths: NDArray[np.int64]) -> NDArray[
     """Return the runs of spans with these bits and lengths [spans]; neighbors with equal bits are one run."""
     firsts = run_edges(bits)[:-1]
     return np.add.reduceat(lengths, firsts) << 1 | bits[firsts]
-
-
-def original_tokens(runs: NDArray[np.int64]) -> int:
-    """Return the number of original-language tokens in runs."""
-    return int((runs[runs & 1 == 1] >> 1).sum())

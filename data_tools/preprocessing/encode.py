@@ -33,12 +33,6 @@ class CorpusTally:
     sources: Counter[str] = field(default_factory=Counter)  # number of documents by input file
     num_empty: int = 0  # number of documents without tokens
 
-    def language(self, name: str, groups: LanguageGroups) -> LanguageCount:
-        """Return the counts of a language, creating them if necessary."""
-        if name not in self.languages:
-            self.languages[name] = LanguageCount(groups.bit(name))
-        return self.languages[name]
-
     def add(self, other: "CorpusTally") -> None:
         for name, count in other.languages.items():
             self.languages.setdefault(name, LanguageCount(count.bit)).add(count.documents, count.tokens, count.bytes)
@@ -181,7 +175,8 @@ class Encoder:
             bits = np.fromiter((name in self.groups.original for name in languages), np.uint8, len(texts))
             run_lengths = encoded.lengths
             for name, text, length in zip(languages, texts, encoded.lengths.tolist(), strict=True):
-                counts.language(name, self.groups).add(1, length, len(text.tagged.text.encode()))
+                count = counts.languages.setdefault(name, LanguageCount(self.groups.bit(name)))
+                count.add(1, length, len(text.tagged.text.encode()))
         else:
             parts = zip(*(self._document(text, corpus, tally) for text in texts), strict=True)
             ids, bits, run_lengths, lengths = map(np.concatenate, parts)
@@ -214,7 +209,8 @@ class Encoder:
         position, seen = 0, set()
         for (name, length), num_tokens in zip(text.spans, tokens, strict=True):
             num_bytes = len(text.text[position : position + length].encode())
-            tally.corpus(corpus).language(name, self.groups).add(name not in seen, num_tokens, num_bytes)
+            count = tally.corpus(corpus).languages.setdefault(name, LanguageCount(self.groups.bit(name)))
+            count.add(name not in seen, num_tokens, num_bytes)
             seen.add(name)
             position += length
         token_bits = np.array([name in self.groups.original for name, _ in text.spans], np.uint8)[span]

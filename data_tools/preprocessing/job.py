@@ -224,7 +224,7 @@ class Job:
     def _check_result(self, writers: dict[str, CorpusWriter]) -> None:
         """Raise `UserError` if too many lines are malformed, or a corpus lacks tokens or a language."""
         tally = self.state.tally
-        empty = [writer for writer in writers.values() if self.spec.shard_of is None and writer.num_tokens == 0]
+        empty = [writer for writer in writers.values() if self.spec.shard_of is None and writer.at.tokens == 0]
         if len(empty) == len(writers):
             sources = [source.path for source in self.spec.inputs.sources]
             raise UserError(f"{_why_empty(sources, tally, self.spec.tokenizer.model)}; nothing was written")
@@ -249,19 +249,16 @@ class Job:
         files = writer.finalize()
         tally = self.state.tally.corpus(name)
         sources = {source.path: source for source in self.spec.inputs.sources}
-        files_read = [(sources[path], documents) for path, documents in tally.sources.items()]
+        read = [(sources[path], documents) for path, documents in tally.sources.items()]
         return Manifest(
             tokenizer=self.spec.tokenizer,
             append_eod=self.spec.encoder.eod_id is not None,
-            sources=[
-                ManifestSource(file.path, file.bytes or None, file.sha1, count, file.version)
-                for file, count in files_read
-            ],
+            sources=[ManifestSource(one.path, one.bytes or None, one.sha1, count, one.version) for one, count in read],
             languages=dict(sorted(tally.languages.items())),
-            documents=writer.num_documents,
-            tokens=writer.num_tokens,
+            documents=writer.at.documents,
+            tokens=writer.at.tokens,
             skipped_lines=self.state.tally.num_skipped + self.state.tally.num_long,
-            filter=self.spec.encoder.parser.filter.text if self.spec.encoder.parser.filter else None,
+            filter=self.spec.args.filter or None,
             filtered_documents=self.state.tally.num_filtered,
             files=files,
             shard_of=self.spec.shard_of,

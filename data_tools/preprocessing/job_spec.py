@@ -161,6 +161,7 @@ def _outputs(args: Settings) -> Outputs:
     texts = {name: text_paths(path)[len(keys) == 1] for name, path in corpora.items() if name not in keys}
     outputs = Outputs(sharded(prefix), corpora, texts)
     overwrite = args.overwrite or (args.resume and os.path.exists(outputs.unfinished_folder))
+    check_output(prefix, overwrite=True)  # it has a name
     for path in corpora.values():
         check_output(path, overwrite)
     refuse_existing([*texts.values()], overwrite)

@@ -1,6 +1,5 @@
 """The settings of moelpr data preprocess, and which of them exclude or require each other."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,9 +134,6 @@ def _check(args: Settings, language_flag: str) -> None:
         "--dataset-info and --dataset-dir require --dataset, the names of datasets": registry and not args.dataset,
         "--json-keys requires --input; a registry states the key of the text": args.dataset and keys,
         f"--json-keys {' '.join(keys)} names a key twice": len(set(keys)) < len(keys),
-        f"--output-prefix must end in a file name, such as data/el, got {args.output_prefix!r}": (
-            os.path.basename(args.output_prefix) in ("", ".", "..")
-        ),
         "--input - (standard input) can be read only once": streams > 1,
         "--input - requires standard input, which is closed; redirect or pipe text into it": streams and not sys.stdin,
         "--input - (standard input) excludes --num-shards and --max-samples; write it to a file first": (

@@ -41,7 +41,6 @@ class OriginalTextGuard:
         max_changed_share: Fraction of all documents that may change.
 
     Attributes:
-        refused: Number of refused candidates.
         unforeseen: Number of held-out documents, copies counted, that tokens would have changed that do not occur in
             the checked part.
     """
@@ -49,7 +48,7 @@ class OriginalTextGuard:
     def __init__(
         self, first_new_id: int, checked: OriginalText, held_out: OriginalText, max_changed_share: float
     ) -> None:
-        self.refused = self.unforeseen = 0
+        self.unforeseen = 0
         self._first_new_id = first_new_id
         self._parts = checked, held_out
         self._may_change = int(max_changed_share * (checked.documents + held_out.documents))
@@ -60,7 +59,6 @@ class OriginalTextGuard:
             pairs = [part.pairs.documents_with(*candidate) for part in self._parts]
             checked, held_out = checked + pairs[0], held_out + pairs[1]
         if checked + held_out > self._may_change:
-            self.refused += 1
             self.unforeseen += held_out if not checked else 0
             return False
         self._may_change -= checked + held_out

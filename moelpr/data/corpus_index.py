@@ -28,9 +28,8 @@ class CorpusIndex:
 
     dtype: np.dtype  # the dtype of the token IDs
     sequence_lengths: NDArray[np.int32]  # tokens of each sequence, int32 [sequences]; sequences are contiguous
-    document_starts: NDArray[
-        np.int64
-    ]  # each document's first sequence, and their number in the end, int64 [documents + 1]
+    # each document's first sequence, and their number in the end, int64 [documents + 1]
+    document_starts: NDArray[np.int64]
     num_tokens: int
 
     @classmethod

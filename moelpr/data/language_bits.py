@@ -128,9 +128,6 @@ class LanguageBits:
             raise UserError(f"{self.path} can't be opened ({error.strerror}); {REBUILD}") from error
         self._payload = payload[HEADER_BYTES:]
 
-    def __len__(self) -> int:
-        return self.num_tokens
-
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         return type(self), (self.path,)
 
@@ -236,13 +233,12 @@ def open_bits(prefix: str | os.PathLike[str], num_tokens: int) -> tuple[Language
     Raises:
         UserError: A file does not cover the `num_tokens` tokens of the .bin; wrong bits would train the wrong loss.
     """
-    actual = [LanguageBits(language_bits_path(prefix))]
-    if os.path.lexists(loss_bits_path(prefix)):
-        actual.append(LanguageBits(loss_bits_path(prefix)))
-    for bits in actual:
-        if bits.num_tokens != num_tokens:
+    lang, loss = LanguageBits(language_bits_path(prefix)), loss_bits_path(prefix)
+    both = lang, LanguageBits(loss) if os.path.lexists(loss) else None
+    for bits in both:
+        if bits is not None and bits.num_tokens != num_tokens:
             raise UserError(
                 f"{bits.path} covers {bits.num_tokens:,} tokens, but {bits.path.with_suffix('.bin')} contains "
                 f"{num_tokens:,}; {REBUILD}"
             )
-    return actual[0], actual[1] if len(actual) > 1 else None
+    return both

@@ -16,9 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -196,28 +195,12 @@ def download(files: Mapping[str, Identity]) -> dict[str, str]:
     if missing:
         total = sum(files[uri].bytes for uri in missing)
         print(f"note: downloading {len(missing):,} files ({total / 1e9:,.3f} GB)", file=sys.stderr)
-    # Daemons, so that Ctrl-C does not wait for them.
-    todo: SimpleQueue[str] = SimpleQueue()
-    done: SimpleQueue[tuple[str, BaseException | None]] = SimpleQueue()
-    for uri in missing:
-        todo.put(uri)
-
-    def work() -> None:
-        while not todo.empty():
-            uri = todo.get()
-            try:
-                _download(uri, files[uri], copies[uri])
-                done.put((uri, None))
-            except BaseException as error:
-                done.put((uri, error))
-
-    for _ in missing[:_DOWNLOADS_AT_ONCE]:
-        Thread(target=work, daemon=True).start()
-    for number in range(1, len(missing) + 1):
-        uri, error = done.get()
-        if error is not None:
-            raise error
-        print(f"downloaded {number:,} of {len(missing):,} files: {shown(uri)}", file=sys.stderr)
+        with ThreadPool(min(len(missing), _DOWNLOADS_AT_ONCE)) as pool:  # of daemons: Ctrl-C does not wait for them
+            done = pool.imap_unordered(lambda uri: _download(uri, files[uri], copies[uri]), missing)
+            for number, uri in enumerate(done, 1):
+                print(f"downloaded {number:,} of {len(missing):,} files: {shown(uri)}", file=sys.stderr)
+            pool.close()
+            pool.join()  # no thread is left when this process forks
     return {uri: str(path) for uri, path in copies.items()}
 
 
@@ -230,7 +213,7 @@ def _copy_path(uri: str, identity: Identity) -> Path:
     return Path(constants.HF_HOME) / "moelpr" / f"{key}-{PurePosixPath(name).name}"
 
 
-def _download(uri: str, identity: Identity, path: Path) -> None:
+def _download(uri: str, identity: Identity, path: Path) -> str:
     with explained(uri, MachineError), atomic_file(path) as temporary:
         _persistently(uri, lambda system: system.get_file(uri, str(temporary)))
         is_same = identity == identify(uri, refresh=True) and identity.bytes in (0, temporary.stat().st_size)
@@ -239,6 +222,7 @@ def _download(uri: str, identity: Identity, path: Path) -> None:
                 is_same = hashlib.file_digest(file, "sha256").hexdigest() == identity.version
         if not is_same:
             raise UserError(f"{shown(uri)} has changed while it was downloaded; run the command again")
+    return uri
 
 
 def close_connections() -> None:

@@ -19,8 +19,6 @@ from moelpr.base.records import FOREIGN
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer, SlowHuggingFaceTokenizer
 
-TOKENIZER_TYPES = ("HuggingFaceTokenizer", "SentencePieceTokenizer")
-
 # Text that a tokenizer may lose parts of if it is loaded as one of another kind.
 _PROBES = ("two words", "a\nb 12", "φως 光")
 # Libraries count up to the largest ID. Published vocabularies have a million; a billion would take gigabytes.
@@ -65,8 +63,6 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
             raise UserError(
                 f"can't load a tokenizer from {tokenizer_model}; --tokenizer-model must be a SentencePiece .model file"
             ) from error
-    if tokenizer_type != "HuggingFaceTokenizer":
-        raise UserError(f"--tokenizer-type must be one of {', '.join(TOKENIZER_TYPES)}, got {tokenizer_type}")
     tokenizer = open_hf_tokenizer(tokenizer_model)
     if must_keep_text:
         check_text_is_kept(tokenizer_model, tokenizer)

@@ -36,7 +36,7 @@ def make_corpus_in(
             count = counts.setdefault(language, LanguageCount("original" if is_original else "expanded"))
             count.add(1, len(ids), 4 * len(ids))
         source, files = Source(f"{name}.jsonl", 10, None, len(documents)), writer.finalize()
-        made = Manifest(tokenizer, True, [source], counts, len(documents), writer.num_tokens, 1, files)
+        made = Manifest(tokenizer, True, [source], counts, len(documents), writer.at.tokens, 1, files)
         writer.commit(made if manifest else None)
     return folder / name
 

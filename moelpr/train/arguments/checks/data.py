@@ -137,9 +137,9 @@ def _language_problems(item: str, prefix: str) -> Iterable[str]:
     except UserError as error:
         yield str(error)
         return
-    if len(bits) < 2:
-        yield f"--validation-data {item} must have at least 2 tokens, got {len(bits)}; use a corpus with text"
-    elif 0 < bits.num_original < len(bits):
+    if bits.num_tokens < 2:
+        yield f"--validation-data {item} must have at least 2 tokens, got {bits.num_tokens}; use a corpus with text"
+    elif 0 < bits.num_original < bits.num_tokens:
         yield f"--validation-data {item} has text of original and of expanded languages; use one corpus per language"
 
 

@@ -69,9 +69,8 @@ def test_a_stage_runs_the_launcher_once_per_node_and_skips_an_occupied_port(call
     assert done.returncode == 0, done.stderr
     made = calls.made
     assert made.startswith("srun [--export=ALL] [--kill-on-bad-exit=1] [--cpu-bind=none] [bash] [-c] [trap")
-    assert f"[.] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made
+    assert f"[.] [./launch/stage1.sh] [--save] [{tmp_path}/save] [--lr] [1]" in made and "JOIN_TIMEOUT=300" in made
     assert "NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}" in made
-    assert "JOIN_TIMEOUT=300" in made
     actual = re.search(r"2 nodes at 127\.0\.0\.1:(\d+) for 7-2", made)
     assert actual and int(actual[1]) > port
 

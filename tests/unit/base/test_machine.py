@@ -10,7 +10,6 @@ import pytest
 
 from moelpr.base import machine
 
-ROOT = Path(__file__).parents[3]
 CPUS = len(os.sched_getaffinity(0))
 
 
@@ -95,10 +94,8 @@ def threads(code: str, **variables: str) -> list[str]:
     """The settings that OpenMP would read after `code`, in a new process on four CPUs."""
     environment = {name: value for name, value in os.environ.items() if "OMP_" not in name and "MOELPR_" not in name}
     code += "; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('OMP_NUM_THREADS', '-'))"
-    environment |= {"PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-c", f"import os; os.sched_getaffinity = lambda pid: {{0, 1, 2, 3}}; {code}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return subprocess.check_output(command, env=environment | variables, text=True).split()
 
 
 @pytest.mark.parametrize("package", ["moelpr.base.errors", "data_tools", "checkpoint_convert"])

@@ -18,12 +18,10 @@ from moelpr.base.settings import parse
 from moelpr.data.manifest import Manifest
 from tests.support.packed_files import parquet_table
 from tests.unit.data_tools.conftest import SENTENCES, Output
+from tests.unit.data_tools.preprocessing.conftest import FLAGS as LINES
 from tests.unit.data_tools.preprocessing.conftest import stop_after
 
-FLAGS = (
-    *("--language-key", "lang", "--original-languages", "en,es,zh", "--append-eod", "--json-keys", "text", "title"),
-    *("--validation-share", "0.2", "--on-error", "skip", "--max-bad-share", "0.5"),
-)
+FLAGS = (*LINES, *"--json-keys text title --validation-share 0.2 --on-error skip --max-bad-share 0.5".split())
 CORPORA = ("text", "title", "validation_text", "validation_title")
 
 

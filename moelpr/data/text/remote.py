@@ -195,7 +195,7 @@ def download(files: Mapping[str, Identity]) -> dict[str, str]:
     if missing:
         total = sum(files[uri].bytes for uri in missing)
         print(f"note: downloading {len(missing):,} files ({total / 1e9:,.3f} GB)", file=sys.stderr)
-        with ThreadPool(min(len(missing), _DOWNLOADS_AT_ONCE)) as pool:  # of daemons: Ctrl-C does not wait for them
+        with ThreadPool(min(len(missing), _DOWNLOADS_AT_ONCE)) as pool:  # Ctrl-C waits for no daemon
             done = pool.imap_unordered(lambda uri: _download(uri, files[uri], copies[uri]), missing)
             for number, uri in enumerate(done, 1):
                 print(f"downloaded {number:,} of {len(missing):,} files: {shown(uri)}", file=sys.stderr)

@@ -117,7 +117,7 @@ def write_lines(tmp_path: Path) -> Callable[..., Path]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a job has written: a corpus for each key of text."""
+    """The output of a job: a corpus for each key of text."""
 
     prefix: Path
 

@@ -25,6 +25,8 @@ class Settings(RoutingSettings):
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]
     # text that should stay as the base has it, in many languages and kinds; each file is a text, named like it
     keep_text: Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
+    # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too
+    onto: Source | None = None
     base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
     unchecked: bool = False  # write the model also if it is no better than the base, or texts cannot be told apart
     ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs
@@ -57,6 +59,7 @@ def main(args: Settings) -> None:
         base_model=args.base_model,
         ignore_others=args.ignore_others,
         is_checked=not args.unchecked,
+        onto=args.onto,
     )
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")

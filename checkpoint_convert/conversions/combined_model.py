@@ -20,7 +20,7 @@ from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.common.settings import OutputFlags, RoutingSettings
-from checkpoint_convert.conversions.model_pairs import Described, open_tensors
+from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
 from checkpoint_convert.hf.companions import write_companions
@@ -153,19 +153,33 @@ class Expert:
 
     folder: Path
     languages: list[str]
-    tensors: HfReader | MegatronReader | AdapterReader
+    tensors: "HfReader | MegatronReader | AdapterReader | _Renamed"
     others: list[str]  # the tensors in which it differs as well, which are not taken over
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """Tensors of a model under other names."""
+
+    tensors: HfReader | MegatronReader
+    names: Mapping[str, str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.names[name])
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors.read(self.names[name])
 
 
 class TopOne:
     """A dense model each of whose layers chooses between its FFN and those of experts, as the stock MoE does.
 
     Attributes:
-        choice: The FFN that all tokens use, 0 for the base's; None: routers decide.
+        choice: The FFN that all tokens use, 0 for the base's; or the routers that decide, None for those of `put`.
     """
 
     def __init__(self, loaded: LoadedModel, base: Base, experts: Sequence[Expert]):
-        self.choice: int | None = 0
+        self.choice: int | Rows | None = 0
         args = base.described.spec.megatron_args
         ffns = ffns_of(loaded, "", args["num_layers"], args["hidden_size"])
         self._loaded, self._ffns = loaded, ffns
@@ -182,7 +196,7 @@ class TopOne:
         like = {layer: next(module.parameters()) for layer, module in self._ffns.items()}
         self._rows = {layer: rows_EH.to(like[layer]) for layer, rows_EH in rows.items()}
 
-    def reader(self, choice: int | None, folder: Path) -> Reader:
+    def reader(self, choice: int | Rows | None, folder: Path) -> Reader:
         """The model with this choice."""
 
         def logits(tokens_BS: Tensor) -> Tensor:
@@ -192,10 +206,11 @@ class TopOne:
         return Reader(replace(self._loaded, directory=folder, logits=logits), self._ffns)
 
     def _forward(self, layer: int, ffns: Sequence[Any], inputs: Tensor) -> Tensor:
-        if self.choice is not None:
+        if isinstance(self.choice, int):
             return ffns[self.choice](inputs)
         rows_TH = inputs.flatten(0, -2)
-        choice_T = (rows_TH @ self._rows[layer].T).argmax(-1)
+        rows_EH = (self._rows if self.choice is None else self.choice)[layer]
+        choice_T = (rows_TH @ rows_EH.to(rows_TH).T).argmax(-1)
         output_TH = torch.empty_like(rows_TH)
         for number, ffn in enumerate(ffns):
             if (is_its_T := choice_T == number).any():
@@ -212,6 +227,7 @@ def combine(
     base_model: str | None = None,
     ignore_others: bool = False,
     is_checked: bool = True,
+    onto: Path | None = None,
 ) -> RoutedModel:
     """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
 
@@ -222,18 +238,27 @@ def combine(
         base_model: Name of the base for the model card; None for that of its folder.
         ignore_others: Whether to leave out what else an expert changed.
         is_checked: As `calibrate` takes it.
+        onto: A model of this base and other experts, which stay with their routes.
 
     Raises:
         UserError: An expert does not fit the base, or a text the method; `settings.save` is then unchanged.
     """
     require_hf({"": base}, "moelpr model combine")
-    check_output(settings.save, [base, *experts], settings.overwrite, (RoutedModel.FILE_NAME,))
+    sources = [base, *experts, *([onto] if onto else [])]
+    check_output(settings.save, sources, settings.overwrite, (RoutedModel.FILE_NAME,))
     opened_base = Base.open(base, settings.verify)
+    before, old_rows, known = open_combined(opened_base, onto, settings.verify) if onto else ([], None, {})
+    if unshown := {language for languages in known.values() for language in languages} - {*kept}:
+        raise UserError(
+            f"{onto} knows {min(unshown)}, of which there is no text to keep; pass --keep-text {min(unshown)}=FILE"
+        )
     opened = [open_expert(opened_base, folder, its, ignore_others, settings.verify) for folder, its in experts.items()]
     with open_model(base, settings.device, settings.dtype, settings.verify) as loaded:
-        model = TopOne(loaded, opened_base, opened)
-        readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=1)]
-        subject = Subject(model.reader(0, base), model.reader(None, settings.save), readers, model.put, places=1)
+        model, places = TopOne(loaded, opened_base, [*before, *opened]), 1 + len(before)
+        readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=places)]
+        start = model.reader(0 if old_rows is None else old_rows, onto or base)
+        routed = model.reader(None, settings.save)
+        subject = Subject(start, routed, readers, model.put, places=places, old_rows=old_rows)
         rows, findings, held_out = calibrate(subject, kept, expanded, settings, is_checked)
         ignored = {}
         for expert, (reader, languages) in zip(opened, readers, strict=True):
@@ -243,9 +268,9 @@ def combine(
                     whole = mean_loss(reader.model, texts)
                 ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
-    record = RoutedModel(base.resolve().name, languages_of, findings, ignored)
-    card = combined_card(base, languages_of, record.card_text(), base_model)
-    write_combined(opened_base, opened, rows, card, record, settings)
+    record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
+    card = combined_card(base, known | languages_of, record.card_text(), base_model)
+    write_combined(opened_base, [*before, *opened], rows, card, record, settings)
     return record
 
 
@@ -274,6 +299,34 @@ def write_combined(
         write_companions(partial_folder, folder, config, card)
         record.write(partial_folder)
         write_weights(journal, written, base.dtype, DEFAULT_SHARD_BYTES, bar)
+
+
+def open_combined(base: Base, folder: Path, verify: Verify) -> tuple[list[Expert], Rows, dict[str, list[str]]]:
+    """The experts of a model that was combined of a base, its routers, and the languages of each expert.
+
+    Raises:
+        UserError: It is another model, or one of another base.
+    """
+    theirs = Described.read(folder)
+    if theirs.spec.moe is None or theirs.spec.moe.topk != 1:
+        raise UserError(f"--onto {folder} is no model of moelpr model combine, in which a token uses one FFN")
+    record = RoutedModel.read(folder)
+    moe_class, plan = pieces_since(base.described, theirs)
+    tensors, names, rows = open_tensors(folder, moe_class, verify), dict[int, dict[str, str]](), dict[int, Tensor]()
+    for piece in plan:
+        for name, origin in zip(piece.hf_names, piece.origin or piece.hf_names, strict=True):
+            if piece.part is Part.ROUTER:
+                rows[int(name.split(".")[2])] = tensors.read(name).float()
+            elif piece.part is Part.NEW_EXPERTS:
+                names.setdefault(piece.expert or 0, {})[origin] = name
+            elif not torch.equal(base.tensors.read(origin), tensors.read(name)):
+                raise UserError(f"--onto {folder} has another {name} than {base.described.folder}; pass its own base")
+    known = record.onto | record.experts
+    experts = [
+        Expert(folder, languages, _Renamed(tensors, names[number]), [])
+        for number, languages in enumerate(known.values(), start=1)
+    ]
+    return experts, rows, known
 
 
 def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: bool, verify: Verify) -> Expert:

@@ -21,6 +21,7 @@ class RoutedModel(Record):
         model: Name of the folder of the export, or of the base whose FFNs were combined.
         experts: The new experts that were combined, by folder → their languages; empty for an export.
         findings: What the routers do on held-out text.
+        onto: The experts that were there before, whose routes stay, by name → their languages.
         ignored: Expert → the loss of its text with what else it changed in the base, and without.
     """
 
@@ -32,6 +33,7 @@ class RoutedModel(Record):
     experts: dict[str, list[str]]
     findings: Findings
     ignored: dict[str, tuple[float, float]] = field(default_factory=dict)
+    onto: dict[str, list[str]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Tables for a terminal: a row per end, and a row per text."""

@@ -10,7 +10,9 @@ so all choices of a token are original if u_k + t Σ u_j is large enough: t is t
 a share of held-out text to keep stays. Layers differ in what they tell apart and in what a mistake costs, so each third
 of them has the share that costs least: the distance from the base on held-out text to keep, KL(base‖model), plus the
 loss of expanded text, or one of them for a given other. New experts keep their rows, against which δ is large; those
-that have none (a token has one choice, whose gate weight is 1) get u_j less the mean of all u_j.
+that have none (a token has one choice, whose gate weight is 1) get u_j less the mean of all u_j. Where others chose
+before, their rows stay, with mean r and the largest logit above r · x; then the row of a new expert is
+r + δ (u_j - mean u - u_k - t Σ u), which is below that logit for all tokens that stay.
 
 Text to keep is first read as the base reads it, and expanded text as its expert does; then as the routed model reads
 both, because what was routed below changes what a router reads. The token that starts a document belongs to text to
@@ -71,6 +73,8 @@ class Subject:
     places: int  # the experts of a router that are the base's FFN, which come first
     # layer → rows of new experts [N, H]; None: one for each of `experts`, which has none yet
     new_rows: Mapping[int, Tensor] | None = None
+    # layer → rows of the experts in `places` [places, H], which stay as they are; None: they get a row
+    old_rows: Mapping[int, Tensor] | None = None
 
 
 class Aim(Protocol):
@@ -252,27 +256,36 @@ def _rows(of_kept: Inputs, of_new: Sequence[Inputs], layer: int, subject: Subjec
     """The router's weight [E, H] for each of `SHARES`."""
     kept_H, *each = _directions(of_kept, of_new, layer)
     new_H = torch.stack(each).sum(0)
-    trained = subject.new_rows is not None
-    new_EH = subject.new_rows[layer] if subject.new_rows is not None else torch.stack(each) - new_H / len(each)
-    mean_H = new_EH.mean(0)
+    own_NH = torch.stack(each) - new_H / len(each)  # rows of new experts that have none
+    rows_by_layer = subject.new_rows or subject.old_rows
+    fixed_EH = own_NH if rows_by_layer is None else rows_by_layer[layer].float()
+    mean_H = fixed_EH.mean(0)
     kept_TH = torch.cat(of_kept.held_out[layer]).float()
     expanded_TH = torch.cat([rows for inputs in of_new for rows in inputs.held_out[layer]]).float()
 
     def margin(rows_TH: Tensor) -> Tensor:
-        return (rows_TH @ new_EH.T).amax(1) - rows_TH @ mean_H
+        return (rows_TH @ fixed_EH.T).amax(1) - rows_TH @ mean_H
 
     scores_GT, of_expanded = (
         rows_TH @ kept_H + _THRESHOLDS[:, None] * (rows_TH @ new_H) for rows_TH in (kept_TH, expanded_TH)
     )
     spread = margin(expanded_TH).std()
-    strength_G1 = _STEEP * spread / of_expanded.std(1, keepdim=True) if trained and spread > 0 else torch.ones(1, 1)
+    is_steep = rows_by_layer is not None and spread > 0
+    strength_G1 = _STEEP * spread / of_expanded.std(1, keepdim=True) if is_steep else torch.ones(1, 1)
     strength_G1 = strength_G1.expand(len(_THRESHOLDS), 1)
-    stays_G = (strength_G1 * scores_GT > margin(kept_TH)).float().mean(1)
+    if subject.old_rows is None:
+        is_kept_GT = strength_G1 * scores_GT > margin(kept_TH)
+    else:
+        is_kept_GT = strength_G1 * (scores_GT - (kept_TH @ own_NH.T).amax(1)) + margin(kept_TH) > 0
+    stays_G = is_kept_GT.float().mean(1)
     weights = []
     for share in SHARES:
         last = max(0, int((stays_G >= share).int().cumprod(0).sum()) - 1)
-        row_H = mean_H + strength_G1[last] * (kept_H + _THRESHOLDS[last] * new_H)
-        weights.append(torch.cat([row_H.expand(subject.places, -1), new_EH]))
+        row_H = kept_H + _THRESHOLDS[last] * new_H
+        if subject.old_rows is None:
+            weights.append(torch.cat([(mean_H + strength_G1[last] * row_H).expand(subject.places, -1), fixed_EH]))
+        else:
+            weights.append(torch.cat([fixed_EH, mean_H + strength_G1[last] * (own_NH - row_H)]))
     return weights
 
 

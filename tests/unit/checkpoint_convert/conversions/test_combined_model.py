@@ -119,6 +119,60 @@ def test_experts_of_two_languages_are_told_apart_and_one_expert_may_have_both(ba
         assert torch.equal(names[ours], tensors_of(folder)[theirs])
 
 
+def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, greek: Path, tmp_path: Path) -> None:
+    """As many tokens as the dial says go where they went, so the model is the one before, bit for bit."""
+    combined(base, {greek: ["el"]}, first := tmp_path / "first")
+    hungarian = trained(base, tmp_path / "hungarian", EXPANDED["hu"])
+    settings = RoutingSettings(save=tmp_path / "both", max_tokens=1000, device="cpu")
+    expanded, kept = {"hu": EXPANDED["hu"]}, KEPT | {"el": EXPANDED["el"]}
+    record = combine(base, {hungarian: ["hu"]}, kept, expanded, settings, onto=first)
+    assert (record.onto, record.experts) == ({"greek": ["el"]}, {"hungarian": ["hu"]}) and record.findings.kept > 0.7
+    before, after = tensors_of(first), tensors_of(settings.save)
+    for name in before:
+        same = after[name][:2] if name.endswith("mlp.gate.weight") else after[name]
+        assert torch.equal(same, before[name]), name
+    models = load_stock(first), load_stock(settings.save)
+    choices: list[torch.Tensor] = []
+    num_same = 0
+    for layer in models[1].model.layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, args, _: choices.append((args[0] @ gate.weight.T).argmax(-1)))
+    for name in ("first", "second", "el"):
+        choices.clear()
+        tokens = held_out(base, kept[name])
+        with torch.no_grad():
+            old, new = (one(tokens).logits for one in models)
+        is_old = torch.stack([choice.view(tokens.shape) < 2 for choice in choices]).all(0)
+        assert is_old.float().mean().item() == pytest.approx(record.findings.texts[name].all_original, abs=0.02)
+        is_before = is_old.cumprod(1).bool()  # nor does attention read what a new expert has written
+        num_same += int(is_before[:, 1:].sum())
+        torch.testing.assert_close(new[is_before], old[is_before], rtol=1e-5, atol=1e-5)
+    assert num_same > 10
+    tokens = held_out(base, EXPANDED["hu"])
+    with torch.no_grad():
+        old, new = (loss(one(tokens).logits, tokens) for one in models)
+    assert new == pytest.approx(record.findings.texts["hu"].losses[2], rel=1e-4) and new < old - 1
+    combine(
+        base,
+        {hungarian: ["fr"]},
+        kept | {"hu": EXPANDED["hu"]},
+        {"fr": documents("Z")},
+        third := RoutingSettings(save=tmp_path / "third", max_tokens=1000, device="cpu", max_distance=9.0),
+        onto=settings.save,
+        is_checked=False,
+    )
+    assert RoutedModel.read(third.save).onto == {"greek": ["el"], "hungarian": ["hu"]}
+    edit_tensors(
+        changed := Path(shutil.copytree(first, tmp_path / "changed")), lambda its: its["model.norm.weight"].add_(1)
+    )
+    for model, texts, message in (
+        (first, KEPT, "knows el"),
+        (base, kept, "no model of moelpr model combine"),
+        (changed, kept, "another model.norm.weight"),
+    ):
+        with pytest.raises(UserError, match=message):
+            combine(base, {hungarian: ["hu"]}, texts, expanded, RoutingSettings(save=tmp_path / "x"), onto=model)
+
+
 def test_checkpoints_and_adapters_are_experts_too(base: Path, greek: Path, tmp_path: Path) -> None:
     hf_to_mcore(greek, tmp_path / "checkpoint", None)
     adapter = tmp_path / "adapter"

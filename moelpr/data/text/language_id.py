@@ -6,7 +6,7 @@ from typing import Any
 
 from moelpr.base.errors import UserError, first_line
 from moelpr.base.languages import canonical
-from moelpr.base.versions import install_command
+from moelpr.base.versions import require_package
 
 PY3LANGID = "py3langid"
 UNDETECTED = "und"  # ISO 639-2's code for undetermined
@@ -26,12 +26,9 @@ class Detector:
     """
 
     def __init__(self, languages: frozenset[str], min_confidence: float) -> None:
-        try:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        except ImportError:
-            raise UserError(
-                "language detection needs py3langid, which is not installed; install the extra language-id"
-            ) from None
+        require_package("py3langid", "language-id")
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
         self._identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         supported = {canonical(label): label for label in self._identifier.labels}
         if unsupported := sorted(languages - supported.keys()):
@@ -60,10 +57,9 @@ class FastTextModel:
     """
 
     def __init__(self, path: Path, min_confidence: float) -> None:
-        try:
-            import fasttext
-        except ImportError:
-            raise UserError(f"fastText's models need fasttext-predict; run {install_command('language-id')}") from None
+        require_package("fasttext", "language-id")
+        import fasttext
+
         try:
             self._model = fasttext.load_model(str(path))
             labels, _ = self._model.predict("text", k=-1, threshold=-1.0)

@@ -3,13 +3,12 @@
 import socket
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.base.versions import install_command
+from moelpr.base.versions import require_package
 from moelpr.measure.chat.drawing import panel, routes_panel
 from moelpr.measure.chat.guard import Guard
 from moelpr.measure.chat.routes import Token, answer, prompt_ids
@@ -30,8 +29,7 @@ Messages = list[dict[str, str]]
 
 def check_page(port: int) -> None:
     """Raise a UserError if the page's library is missing, or another program has the port."""
-    if find_spec("gradio") is None:
-        raise UserError(f"moelpr chat needs gradio; run {install_command('chat')}")
+    require_package("gradio", "chat")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moelpr.base.errors import UserError
-from moelpr.base.versions import install_command
+from moelpr.base.versions import require_package
 
 _MOST_HEADER_BYTES = 64 << 20
 _RANGES = {"block_count": (1, 512), "expert_count": (0, 512), "expert_used_count": (0, 64)}  # llama.cpp's limits
@@ -39,10 +39,9 @@ def library() -> SimpleNamespace:
     Raises:
         UserError: The package that contains them is not installed.
     """
-    try:
-        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-    except ImportError as error:
-        raise UserError(f"llama.cpp's library is not installed; run {install_command('gguf')}") from error
+    require_package("llama_cpp_py_sync", "gguf")
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
     ffi, lib = get_ffi(), get_lib()
     silent = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
     lib.llama_log_set(silent, ffi.NULL)

@@ -289,7 +289,6 @@ def test_a_model_that_has_lost_a_file_is_made_again(tmp_path: Path) -> None:
     workflow = Workflow(tmp_path, [Task(name="m", command=command, model=model, is_result=True)])
     workflow.run()
     (model / "one.json").write_text("edited")
-    (model / "more.json").touch()
     assert workflow.outlook()[0].state == "done"
     (model / "other.json").unlink()
     assert workflow.outlook()[0].state == "again"

@@ -148,6 +148,6 @@ def test_kept_text_is_original_has_its_own_name_and_is_checked(preprocess, capsy
 
 
 def test_missing_py3langid_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
-    with pytest.raises(UserError, match="install the extra language-id"):
+    monkeypatch.setitem(__import__("sys").modules, "py3langid", None)
+    with pytest.raises(UserError, match="py3langid is not installed"):
         Detector(frozenset(), 0.5)

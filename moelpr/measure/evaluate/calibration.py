@@ -20,7 +20,7 @@ keep, because all others attend to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -397,11 +397,18 @@ def _run(reader: Reader, documents: list[list[int]], with_start: bool, take: Cal
         is_counted = targets != IGNORED if with_start else is_counted
         with ExitStack() as hooks:
             for layer, module in reader.modules.items():
-                hook = partial(_take, partial(take, layer), is_counted.flatten())
+                hook = partial(_take, partial(take, layer), is_counted.flatten(), layer == max(reader.modules))
                 hooks.callback(module.register_forward_pre_hook(hook).remove)
-            reader.model.logits(tokens)
+            with suppress(_ReadError):
+                reader.model.logits(tokens)
 
 
-def _take(take: Callable[[Tensor], None], is_counted_T: Tensor, module: nn.Module, inputs: Any) -> None:
+class _ReadError(Exception):
+    """The last router has read, and the rest of the model is not needed: its output layer may be a fourth of it."""
+
+
+def _take(take: Callable[[Tensor], None], is_counted_T: Tensor, is_last: bool, module: nn.Module, inputs: Any) -> None:
     rows_TH = inputs[0].flatten(0, -2)
     take(rows_TH[is_counted_T.to(rows_TH.device)])
+    if is_last:
+        raise _ReadError

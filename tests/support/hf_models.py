@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,41 +104,6 @@ def qwen2(make_qwen2: Callable[..., Path]) -> Path:
 def source(make_qwen2: Callable[..., Path], tmp_path: Path) -> Path:
     """One file, with a tokenizer; a test may change it."""
     return Path(shutil.copytree(make_qwen2(tokenizer=True), tmp_path / "source"))
-
-
-class HeldBytes:
-    """Counts the bytes of tensors that were read and are still in memory."""
-
-    def __init__(self) -> None:
-        self._live: dict[int, int] = {}
-        self._peak = 0
-
-    def take_peak(self) -> int:
-        """The peak since the last call."""
-        peak, self._peak = self._peak, 0
-        return peak
-
-    def watch(self, read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def watched(*args):
-            tensor = read(*args)
-            storage = tensor.untyped_storage().data_ptr()
-            self._live[storage] = tensor.untyped_storage().nbytes()
-            weakref.finalize(tensor, self._live.pop, storage, None)
-            self._peak = max(self._peak, sum(self._live.values()))
-            return tensor
-
-        return watched
-
-
-@pytest.fixture
-def held_bytes(monkeypatch: pytest.MonkeyPatch) -> HeldBytes:
-    """The bytes read from safetensors and from checkpoints that are still alive."""
-    from checkpoint_convert.hf.safetensors_reader import HfReader
-
-    held = HeldBytes()
-    monkeypatch.setattr(HfReader, "read", held.watch(HfReader.read))
-    monkeypatch.setattr(TorchDistReader, "_load_chunk", held.watch(TorchDistReader._load_chunk))
-    return held
 
 
 def save_tokenizer(folder: Path, num_ids: int, kind: str = "Qwen2Tokenizer") -> None:

@@ -15,7 +15,7 @@ from moelpr.base.command import run_command
 from moelpr.base.settings import call
 from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.families.new_experts import NewExperts
-from tests.support.hf_models import held_bytes, make_model, make_qwen2, qwen2, source, write_export  # noqa: F401
+from tests.support.hf_models import edit_tensors, make_model, make_qwen2, qwen2, source, write_export  # noqa: F401
 
 BASE_CARD = "---\nlicense: other\nlicense_name: tongyi\nlanguage:\n- en\n- zh\ntags: [chat]\n---\n# The base\n"
 # The settings of the first run in `runs`, as its recipe.yaml records them.
@@ -39,6 +39,32 @@ def exit_code() -> Callable[..., int]:
         return 0
 
     return run
+
+
+@pytest.fixture
+def refused(exit_code: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Call a command's `main` with arguments that it must refuse, with exit code 2 and one line, which is returned."""
+
+    def run(main: Callable[..., None], *arguments: object) -> str:
+        capsys.readouterr()
+        assert exit_code(main, *arguments) == 2, arguments
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    return run
+
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
+
+
+def instruct_of(base: Path, folder: Path) -> Path:
+    """The base after a made post-training: every tensor moves by 2%, and the tokenizer gets another chat template."""
+    shutil.copytree(base, folder)
+    torch.manual_seed(1)
+    for file in sorted(folder.glob("*.safetensors")):
+        edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return folder
 
 
 @pytest.fixture

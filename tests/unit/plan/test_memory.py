@@ -1,5 +1,6 @@
 """Memory per rank: an example worked out by hand, models that are really built, and the full model in every layout."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import get_args
 
@@ -44,6 +45,7 @@ MOE_INSIDE = 4 * (2 * 12 + 3 * 4 + 2 * 8 + 2 * 8) + 2 * ((2 * 16 + 8) * 2 + 12) 
 MOE_INPUT = 4 * 8 * 2
 NORM = 4 * (8 * 2 + 4)
 ATTENTION_KEPT = 4 * (16 + 12 + 8) * 2 + 4 * 2 * 4
+FIRST, SECOND = MOE_INPUT + MOE_INSIDE, 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE  # layers
 HEAD = NORM + 4 * (8 * 2 + 4 * 4)
 
 
@@ -51,31 +53,24 @@ def memory(layout: PlannedLayout = ALONE, workload: Workload = WORKLOAD, pp_rank
     return stage_memories(SPEC, PARTS, layout, workload, ROUTING)[pp_rank]
 
 
-def test_moments_in_bf16_halve_the_optimizer() -> None:
-    """Two moments of 2 bytes, and the 16 bits that a weight in bf16 lacks."""
-    changed, kept = memory(workload=replace(WORKLOAD, bf16_moments=True)), memory()
-    assert changed == replace(kept, optimizer_bytes=6 * (NEW_EXPERTS + ROUTERS)) and kept.optimizer_bytes == 12 * (
-        NEW_EXPERTS + ROUTERS
-    )
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_an_optimizer_on_the_host_takes_nothing_on_the_gpu(dtype: Dtype) -> None:
-    """On the host a copy, two moments and a gradient of 4 bytes each, and as much more for rounding."""
-    workload = replace(WORKLOAD, dtype=dtype)
-    changed = memory(workload=replace(workload, optimizer_cpu_offload=True))
-    expected = replace(memory(workload=workload), optimizer_bytes=0, host_bytes=20 * (NEW_EXPERTS + ROUTERS))
-    assert changed == expected
-
-
-@pytest.mark.parametrize(("dtype", "weight", "optimizer"), [("bf16", 2, 12), ("fp32", 4, 8)])
-def test_bytes_per_trained_and_per_frozen_parameter(dtype: Dtype, weight: int, optimizer: int) -> None:
-    """In fp32 there are no master weights."""
-    rank = memory(workload=replace(WORKLOAD, dtype=dtype))
-    assert (rank.trainable, rank.frozen) == (NEW_EXPERTS + ROUTERS, FROZEN)
-    assert rank.parameter_bytes == weight * (NEW_EXPERTS + ROUTERS + FROZEN)
-    assert rank.gradient_bytes == 4 * (NEW_EXPERTS + ROUTERS)
-    assert rank.optimizer_bytes == optimizer * (NEW_EXPERTS + ROUTERS)
+@pytest.mark.parametrize(
+    ("dtype", "options", "weight", "optimizer", "host"),
+    [
+        ("bf16", {}, 2, 12, 0),
+        ("fp32", {}, 4, 8, 0),  # no master weights
+        ("bf16", {"bf16_moments": True}, 2, 6, 0),  # two moments of 2 bytes, and the 16 bits that a weight lacks
+        # On the host a copy, two moments and a gradient of 4 bytes each, and as much more for rounding.
+        ("bf16", {"optimizer_cpu_offload": True}, 2, 0, 20),
+        ("fp32", {"optimizer_cpu_offload": True}, 4, 0, 20),
+    ],
+)
+def test_bytes_per_trained_and_per_frozen_parameter(dtype: Dtype, options, weight, optimizer, host) -> None:
+    rank, trained = memory(workload=replace(WORKLOAD, dtype=dtype, **options)), NEW_EXPERTS + ROUTERS
+    assert (rank.trainable, rank.frozen) == (trained, FROZEN)
+    assert rank.parameter_bytes == weight * (trained + FROZEN)
+    assert (rank.gradient_bytes, rank.optimizer_bytes) == (4 * trained, optimizer * trained)
+    assert rank.host_bytes == host * trained
+    assert rank.activation_bytes == memory(workload=replace(WORKLOAD, dtype=dtype)).activation_bytes
 
 
 def test_a_second_original_expert_adds_frozen_weights_and_a_trained_router_row() -> None:
@@ -118,9 +113,7 @@ def test_copies_of_the_ffn_add_only_router_rows_and_fewer_rows_to_compute() -> N
 
 def test_activations_worked_out_by_hand() -> None:
     """Nothing below the first router needs a gradient: the first layer keeps no norms and no attention."""
-    first = MOE_INPUT + MOE_INSIDE
-    second = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
-    assert memory().activation_bytes == first + second + HEAD == 3216
+    assert memory().activation_bytes == FIRST + SECOND + HEAD == 3216
 
 
 def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
@@ -132,12 +125,8 @@ def test_stage2_keeps_neither_input_nor_activated_rows_of_new_experts() -> None:
 
 def test_a_pipeline_stage_keeps_the_micro_batches_in_flight() -> None:
     layout = PlannedLayout(pp=2)
-    first = MOE_INPUT + MOE_INSIDE
-    second = 2 * NORM + ATTENTION_KEPT + MOE_INPUT + MOE_INSIDE
-    assert memory(layout, pp_rank=0).activation_bytes == 2 * first
-    assert memory(layout, pp_rank=1).activation_bytes == second + HEAD
-    one_micro_batch = replace(WORKLOAD, global_batch_size=1)
-    assert memory(layout, one_micro_batch, pp_rank=0).activation_bytes == first
+    assert [memory(layout, pp_rank=rank).activation_bytes for rank in (0, 1)] == [2 * FIRST, SECOND + HEAD]
+    assert memory(layout, replace(WORKLOAD, global_batch_size=1)).activation_bytes == FIRST
 
 
 def test_stage_0_needs_gradients_and_optimizer_state_of_all_rows_of_the_vocabulary() -> None:
@@ -171,31 +160,22 @@ def test_bytes_kept_by_autograd_are_within_two_percent_of_the_plan(
     """In one process; tests/dry_run does it in every layout. K = E: routing has no influence."""
     moe, new_tokens = MoeSpec(num_new_experts=1, topk=2, layers=(0, 2)), NewTokens(200, 56, 230)
     spec = ModelSpec("qwen2", "float32", ACTIVATION_SHAPE, moe if stage not in DENSE_STAGES else None, new_tokens)
-    losses = {
-        "dense": {},
-        "ffn": {},
-        "stage0": {},
-        "stage1": {"moe_aux_loss_coeff": 0.01},
-        "stage2": {"lpr_loss_coeff": 0.1},
+    lpr = {"lpr_loss_coeff": 0.1}
+    losses = {"stage1": {"moe_aux_loss_coeff": 0.01}, "stage2": lpr, "sft": lpr}.get(stage, {})
+    recomputed: dict[str, dict[str, object]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }
-    settings: dict[str, object] = (losses | {"sft": losses["stage2"]})[stage]
-    if recompute == "selective":
-        settings |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-    elif recompute == "full":
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    (model,) = freeze([build_model(spec, **settings)], stage, everything, new_embeddings, new_tokens)
+    built = build_model(spec, **losses, **recomputed[recompute])
+    (model,) = freeze([built], stage, everything, new_embeddings, new_tokens)
     model.config.lpr_token_weight = torch.tensor(1.0)
     tokens = torch.randint(0, 256, (MICRO_BATCH_SIZE, SEQ_LENGTH))
     saved = SavedTensors()
     saved.parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-        loss = model.train()(
-            tokens,
-            torch.arange(SEQ_LENGTH).expand_as(tokens),
-            attention_mask=None,
-            labels=tokens,
-            padding_mask=torch.ones_like(tokens, dtype=torch.uint8),
-        )
+        positions, language = torch.arange(SEQ_LENGTH).expand_as(tokens), torch.ones_like(tokens, dtype=torch.uint8)
+        loss = model.train()(tokens, positions, attention_mask=None, labels=tokens, padding_mask=language)
         loss.sum().backward()
     sizes = SEQ_LENGTH, MICRO_BATCH_SIZE, MICRO_BATCH_SIZE
     workload = Workload(stage, *sizes, "fp32", CPU, new_embeddings, everything)
@@ -249,16 +229,14 @@ specs = st.builds(
 @settings(max_examples=100, deadline=None)
 def test_the_shards_of_all_ranks_add_up_to_the_full_model(spec: ModelSpec, layout: PlannedLayout) -> None:
     """Sum over all ranks, each part divided by the number of ranks with the same shard."""
-    parts = model_parts(spec)
-    ranks_of_a_stage = layout.tp * layout.dp
-    actual: dict[Part, float] = {}
+    parts, ranks_of_a_stage = model_parts(spec), layout.tp * layout.dp
+    actual, full = Counter[Part](), Counter[Part]()
     for pp_rank in range(layout.pp):
         for part, numel in held_on_stage(spec, parts, layout, pp_rank).items():
             copies = ranks_of_a_stage // divisor(part, layout)
-            actual[part] = actual.get(part, 0) + ranks_of_a_stage * numel / copies
-    full: dict[Part, float] = {}
+            actual[part] += ranks_of_a_stage * numel // copies
     for (_, part), numel in parts.items():
-        full[part] = full.get(part, 0) + numel
+        full[part] += numel
     padded = padded_vocabulary(spec.megatron_args["vocab_size"], layout.tp) * spec.megatron_args["hidden_size"]
     is_tied = not spec.megatron_args["untie_embeddings_and_output_weights"]
     full[Part.EMBEDDING] = padded * (2 if is_tied and layout.pp > 1 else 1)

@@ -102,21 +102,17 @@ def test_a_pipeline_waits_for_its_first_and_last_micro_batch() -> None:
 def test_expert_traffic_by_hand() -> None:
     """3 of 6 rows leave the rank, out (16 + 4 bytes) and back (16), forward and backward, 2 layers, 2 micro-batches."""
     layout = PlannedLayout(ep=2, dp=2)
-    assert expert_traffic(SPEC, layout, WORKLOAD, ROUTING).all_to_all == 3 * (16 + 4 + 16) * 2 * 2 * 2
+    assert expert_traffic(SPEC, layout, WORKLOAD, ROUTING) == (3 * (16 + 4 + 16) * 2 * 2 * 2, 0)
     recomputed = replace(layout, recompute="full")
-    assert expert_traffic(SPEC, recomputed, WORKLOAD, ROUTING).all_to_all == 3 * (16 + 4 + 16) * 3 * 2 * 2
-    assert expert_traffic(SPEC, layout, WORKLOAD, ROUTING).expert_tensor == 0
+    assert expert_traffic(SPEC, recomputed, WORKLOAD, ROUTING) == (3 * (16 + 4 + 16) * 3 * 2 * 2, 0)
 
 
 def test_expert_tensor_parallel_ranks_gather_new_rows_and_every_token() -> None:
     """2 tokens per rank: it receives the other rank's 3 rows and 2 tokens; 4 micro-batches, 2 layers."""
-    traffic = expert_traffic(SPEC, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING)
-    assert traffic.expert_tensor == (3 + 2) * (16 + 4 + 16) * 2 * 2 * 4
-    assert traffic.all_to_all == 0
-    spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=3))
-    more_weights = 2 * 2 * 4  # two tokens, two more original experts
-    gathered = (expert_traffic(spec, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING), traffic)
-    assert gathered[0].expert_tensor - gathered[1].expert_tensor == more_weights * 2 * 2 * 4
+    for num_original, weights in ((1, 0), (3, 2 * 2 * 4)):  # two tokens, two more original experts
+        spec = replace(SPEC, moe=replace(SPEC.moe, num_original_experts=num_original))
+        traffic = expert_traffic(spec, PlannedLayout(tp=2, etp=2), WORKLOAD, ROUTING)
+        assert traffic == (0, ((3 + 2) * (16 + 4 + 16) + weights) * 2 * 2 * 4)
 
 
 # A GPU whose parts are so slow that each has its own digit.
@@ -131,17 +127,13 @@ def predict(layout: PlannedLayout, cluster: Cluster, workload: Workload = WORKLO
 
 
 def test_a_step_on_one_gpu_is_its_products_and_its_memory_accesses() -> None:
-    actual = predict(PlannedLayout(), Cluster(1, 8, 1, 0, SLOW))
-    assert actual.products_s == pytest.approx(4 * flops().once / 1e6)
-    assert (actual.experts_s, actual.layers_s, actual.gradients_s, actual.bubble_s) == (0, 0, 0, 0)
-    assert actual.total_s == actual.products_s + actual.memory_s
-    assert actual.tokens_per_s(WORKLOAD, Cluster(1, 8, 1, 0, SLOW)) == pytest.approx(16 / actual.total_s)
-    twice = predict(PlannedLayout(), Cluster(1, 8, 1, 0, replace(SLOW, memory_bandwidth=2e12)))
-    assert actual.memory_s == pytest.approx(2 * twice.memory_s)
+    one = Cluster(1, 8, 1, 0, SLOW)
+    actual = predict(PlannedLayout(), one)
+    assert actual == StepTime(pytest.approx(4 * flops().once / 1e6), actual.memory_s, 0, 0, 0, 0)
+    assert actual.tokens_per_s(WORKLOAD, one) == pytest.approx(16 / (actual.products_s + actual.memory_s))
     (memory,) = stage_memories(SPEC, PARTS, PlannedLayout(), WORKLOAD, ROUTING)
-    kept = memory.activation_bytes
     logits = 4 * 128 * 2  # read twice, and overwritten
-    per_micro_batch = 2 * memory.parameter_bytes + 2 * memory.gradient_bytes + 4 * kept + 3 * logits
+    per_micro_batch = 2 * (memory.parameter_bytes + memory.gradient_bytes) + 4 * memory.activation_bytes + 3 * logits
     update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes
     assert actual.memory_s * 1e12 * MEMORY_EFFICIENCY == pytest.approx(4 * per_micro_batch + update)
 
@@ -167,11 +159,12 @@ def test_the_worst_placed_rank_of_a_group_decides_how_much_leaves_its_node(ep: i
 def test_only_what_a_micro_batch_does_not_hide_of_the_reduction_counts() -> None:
     """Two ranks: half of the new experts' gradients (4 bytes) and weights (2) is exchanged."""
     new_experts = 2 * 2 * EXPERT
-    actual = predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW))
-    hidden_s = actual.products_s / 2 + predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW)).memory_s / 2
+    layout, pair = PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW)
+    actual = predict(layout, pair)
+    hidden_s = actual.products_s / 2 + actual.memory_s / 2
     assert actual.gradients_s == pytest.approx(new_experts * 6 / 2 / 1e3 - hidden_s, rel=1e-3)
-    assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, replace(SLOW, node_bandwidth=1e9))).gradients_s == 0
-    assert predict(PlannedLayout(dp=2), Cluster(2, 2, 1, 0, SLOW), replace(WORKLOAD, stage="stage2")).gradients_s == 0
+    assert predict(layout, replace(pair, gpu=replace(SLOW, node_bandwidth=1e9))).gradients_s == 0
+    assert predict(layout, pair, replace(WORKLOAD, stage="stage2")).gradients_s == 0
 
 
 def test_an_optimizer_on_the_host_takes_its_memory_and_its_bus() -> None:

@@ -19,7 +19,6 @@ from checkpoint_convert.card.graft_record import Graft
 from checkpoint_convert.compare.tensors import compare_graft
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.grafted_model import graft
-from checkpoint_convert.conversions.initialization import Start
 from checkpoint_convert.conversions.instruct_difference import add_difference
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from checkpoint_convert.hf.hub import Model, find_model
@@ -34,29 +33,14 @@ from tests.support.hf_models import (
     save_tokenizer,
     stock_logits,
     tensors_of,
+    write_export,
 )
-
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
-
-
-def instruct_of(base: Path, folder: Path) -> Path:
-    """The base after a made post-training: every tensor moves by 2%, and the tokenizer gets another chat template."""
-    shutil.copytree(base, folder)
-    torch.manual_seed(1)
-    for file in sorted(folder.glob("*.safetensors")):
-        edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 0], "do_sample": true}')
-    edit_json(folder / "config.json", eos_token_id=3)
-    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\nIt chats.\n")
-    return folder
+from tests.unit.checkpoint_convert.conftest import instruct_of
 
 
 def upcycle(base: Path, folder: Path, **options) -> Path:
     """An export whose two new experts differ from the FFN, as training would leave them."""
-    hf_to_mcore(base, folder / "megatron", NewExperts(2, **options), start=Start(noise=0.5))
-    mcore_to_hf(folder / "megatron", folder / "model")
-    return folder / "model"
+    return write_export(base, folder, NewExperts(2, **options), noise=0.5)
 
 
 @pytest.fixture
@@ -108,18 +92,15 @@ def test_every_tensor_is_the_model_plus_the_difference(architecture, changes, ma
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
 def test_a_model_whose_experts_are_stored_as_one_tensor_gets_the_same_difference(architecture, make_model, tmp_path):
     """GraniteMoe stores all experts of a layer as one tensor, with gate and up projection together."""
-    base = make_model(architecture, tokenizer=True)
+    base, granite = make_model(architecture, tokenizer=True), tmp_path / "granite"
     instruct = instruct_of(base, tmp_path / "instruct")
     model = upcycle(base, tmp_path, original_copies=2)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
-    grafts = [
-        run((base, instruct, export), tmp_path / f"{export.name}-graft") for export in (model, tmp_path / "granite")
-    ]
-    logits = stock_logits(grafts[0])
-    assert_logits(logits, grafts[1])
+    mcore_to_hf(tmp_path / "megatron", granite, as_class="granitemoe")
+    one, other = (run((base, instruct, its), tmp_path / f"{its.name}-graft") for its in (model, granite))
+    logits = stock_logits(one)
+    assert_logits(logits, other)
     assert not torch.allclose(logits, stock_logits(model), atol=1e-3)
-    verdicts = compare_graft(base, instruct, tmp_path / "granite", tmp_path / "granite-graft")
-    assert not any(verdict.differs(0) for verdict in verdicts)
+    assert not any(verdict.differs(0) for verdict in compare_graft(base, instruct, granite, other))
 
 
 def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_model_is_the_base() -> None:
@@ -145,7 +126,7 @@ def test_the_sum_is_exact_to_the_last_bit_and_the_instruct_models_where_the_mode
     assert torch.equal(rounded, instruct.bfloat16())
 
 
-def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: Path, exit_code, capsys) -> None:
+def test_verify_understands_a_graft(models, tmp_path: Path, exit_code, refused, capsys) -> None:
     base, instruct, model = models
     for number, options in enumerate(({}, {"scale": 0.5}, {"only": "attention", "dtype": "float16"})):
         grafted = run(models, tmp_path / f"out{number}", **options)
@@ -156,8 +137,7 @@ def test_verify_understands_a_graft(models: tuple[Path, Path, Path], tmp_path: P
         edit_tensors(grafted, lambda tensors: tensors["model.layers.2.mlp.experts.3.up_proj.weight"][0, :1].mul_(2))
         assert exit_code(verifier.main, *arguments) == 1
         assert "model.layers.2.mlp.experts.3.up_proj.weight" in capsys.readouterr().out
-    assert exit_code(verifier.main, "--graft", base, instruct, model, model) == 2
-    assert "graft.json" in capsys.readouterr().err
+    assert "graft.json" in refused(verifier.main, "--graft", base, instruct, model, model)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +155,9 @@ def test_only_the_chosen_part_is_scaled_and_added(only, part, models, tmp_path) 
 
 def test_the_graft_speaks_as_the_instruct_model(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, instruct, model = models
-    for folder in (base, instruct, model):
-        assert not (folder / "graft.json").exists()
+    (instruct / "generation_config.json").write_text('{"eos_token_id": [3, 0], "do_sample": true}')
+    edit_json(instruct / "config.json", eos_token_id=3)
+    (instruct / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\nIt chats.\n")
     before = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(before | {"auto_map": {"AutoConfig": "code.Config"}}))
     names = (Model(base, "o/Base"), Model(instruct, "o/Base-Instruct"), Model(model, "model"))
@@ -210,7 +191,7 @@ def test_a_model_whose_base_was_rounded_in_training_is_named_as_such(make_qwen2,
 
 
 def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
-    models: tuple[Path, Path, Path], make_qwen2, make_model, tmp_path: Path, exit_code, capsys
+    models, make_qwen2, make_model, tmp_path: Path, refused
 ) -> None:
     base, instruct, model = models
     attention = "model.layers.1.self_attn.q_proj.weight"
@@ -233,7 +214,6 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         instruct, lambda folder: edit_json(folder / "config.json", rope_theta=1.0, rope_parameters=None)
     )
     llama = make_model("LlamaForCausalLM", tokenizer=True)
-    capsys.readouterr()
     for folders, message in (
         ((base, small_vocabulary, model), r"model.embed_tokens.weight .*\[99, 32\].* \[98, 32\]"),
         ((small_vocabulary, small_vocabulary, model), r"model.embed_tokens.weight .*\[99, 32\].* \[98, 32\]"),
@@ -250,12 +230,10 @@ def test_models_that_do_not_fit_are_rejected_by_name_of_the_tensor(
         ((base, instruct, tmp_path / "gone"), "gone"),
     ):
         arguments = [part for pair in zip(("--base", "--instruct", "--model"), folders, strict=True) for part in pair]
-        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2, message
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 and re.search(message, error), error
+        error = refused(grafter.main, *arguments, "--save", tmp_path / "out")
+        assert re.search(message, error), error
         assert not (tmp_path / "out").exists()
         assert_nothing_left(tmp_path)
+    arguments = ["--base", base, "--instruct", instruct, "--model", model, "--save", tmp_path / "out"]
     for scale in (0, "nan", "inf"):
-        arguments = ("--base", base, "--instruct", instruct, "--model", model, "--scale", scale)
-        assert exit_code(grafter.main, *arguments, "--save", tmp_path / "out") == 2
-        assert "--scale" in capsys.readouterr().err
+        assert "--scale" in refused(grafter.main, *arguments, "--scale", scale)

@@ -63,21 +63,17 @@ def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path
         find_model(Path("o/Tiny"), "main")
 
 
-def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, exit_code, capsys):
-    def error_of(*arguments: object) -> str:
-        assert exit_code(importer.main, *arguments, "--dense", "--save", tmp_path / "out") == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert not (tmp_path / "out").exists()
+def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, refused):
+    for name, options, changed, message in (
+        ("o/Gone", (), {}, r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone"),
+        ("o/Gated", (), {}, "o/Gated is gated; accept its conditions"),
+        ("o/Tiny", ("--revision", "never"), {}, "can't be downloaded"),
+        ("o/Tiny", (), {"ENDPOINT": "http://127.0.0.1:1"}, "the Hub can't be reached"),
+        ("o/Tiny", (), {"HF_HUB_OFFLINE": True}, "HF_HUB_OFFLINE is set"),
+        (tmp_path / "nowhere", (), {}, "hf download"),  # no name on the Hub
+    ):
+        for constant, value in changed.items():
+            monkeypatch.setattr(constants, constant, value)
+        error = refused(importer.main, "--hf-path", name, *options, "--dense", "--save", tmp_path / "out")
+        assert re.search(message, error) and not (tmp_path / "out").exists()
         assert_nothing_left(tmp_path)
-        return error
-
-    assert re.search(
-        r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone", error_of("--hf-path", "o/Gone")
-    )
-    assert "o/Gated is gated; accept its conditions" in error_of("--hf-path", "o/Gated")
-    assert "can't be downloaded" in error_of("--hf-path", "o/Tiny", "--revision", "never")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    assert "the Hub can't be reached" in error_of("--hf-path", "o/Tiny")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in error_of("--hf-path", "o/Tiny")
-    assert "hf download" in error_of("--hf-path", tmp_path / "nowhere")  # no name on the Hub

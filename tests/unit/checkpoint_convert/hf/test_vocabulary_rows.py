@@ -1,7 +1,6 @@
 """Exports, comparisons and grafts of a model with an extended vocabulary."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE, VocabularyExtension
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import edit_json, edit_tensors, load_stock, save_extended_tokenizer, tensors_of
+from tests.unit.checkpoint_convert.conftest import instruct_of
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}b{% endfor %}"
 
 
 def extend(base: Path, folder: Path, num_new: int = 45) -> Path:
@@ -144,11 +143,7 @@ def test_a_second_round_takes_the_new_tokens_as_old(qwen2: Path, model: Path, tm
 def test_a_graft_keeps_new_rows_and_gives_old_rows_the_difference(qwen2, model, tmp_path, exit_code, scale) -> None:
     """The instruct model has the old vocabulary, and starts with a token as the model does not."""
     edit_tensors(model, lambda tensors: [tensors[name][60:].mul_(3) for name in (EMBEDDING, OUTPUT)])  # trained
-    instruct = Path(shutil.copytree(qwen2, tmp_path / "instruct"))
-    torch.manual_seed(1)
-    for file in sorted(instruct.glob("*.safetensors")):
-        edit_tensors(file, lambda tensors: [t.mul_(1 + 0.02 * torch.randn_like(t)) for t in tensors.values()])
-    (instruct / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    instruct = instruct_of(qwen2, tmp_path / "instruct")
     edit_json(instruct / "tokenizer_config.json", bos_token="<|endoftext|>")
     edit_json(model / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     given = ("--base", qwen2, "--instruct", instruct, "--model", model)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +21,9 @@ from moelpr.measure.evaluate.routing import RoutingObserver
 from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.megatron import cpu
-from tests.support.hf_models import edit_json, write_export
+from tests.support.hf_models import edit_json, edit_tensors, write_export
+
+UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -88,38 +89,32 @@ def test_a_checkpoint_without_a_tokenizer_is_rejected(both, tmp_path):
         pass
 
 
-def test_missing_weights_are_rejected_instead_of_initialized(tmp_path, dense_dir):
-    shutil.copytree(dense_dir, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(dense_dir / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r" 1 tensors, model\.layers\.1\.mlp\.up_proj\.weight"):
-        load_model(tmp_path, device="cpu")
+CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 
 
-def test_directories_that_are_not_models_are_rejected(tmp_path, dense_dir):
-    with pytest.raises(UserError, match="nowhere"):
-        load_model(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"config\.json .* model_spec\.json"):
-        load_model(tmp_path)
-    (tmp_path / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
-    with pytest.raises(UserError, match="safetensors"):
-        load_model(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not a tensor")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_model(tmp_path)
-    edit_json(tmp_path / "config.json", num_hidden_layers=10**9)
-    with pytest.raises(UserError, match="num_hidden_layers .* 10000, got 1000000000"):
-        load_model(tmp_path)
-
-
-def test_code_that_comes_with_a_model_is_not_run(tmp_path, dense_dir):
-    shutil.copytree(dense_dir, tmp_path, dirs_exist_ok=True)
-    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
-    edit_json(tmp_path / "config.json", model_type="homemade", auto_map=code)
-    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(UserError, match=str(tmp_path)):
-        load_model(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "/model"),
+        (lambda folder: (folder / "config.json").unlink(), r"config\.json .* model_spec\.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"not a tensor"), "/model"),
+        (
+            lambda folder: edit_json(folder / "config.json", num_hidden_layers=10**9),
+            "num_hidden_layers .* 10000, got 1000000000",
+        ),
+        # transformers would initialize it.
+        (lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(UP)), f" 1 tensors, {UP}"),
+        # Its code would end the process.
+        (lambda folder: edit_json(folder / "config.json", model_type="homemade", auto_map=CODE), "/model"),
+    ],
+)
+def test_what_is_not_a_complete_model_of_a_known_class_is_rejected(tmp_path, dense_dir, change, message):
+    folder = Path(shutil.copytree(dense_dir, tmp_path / "model"))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        load_model(folder, device="cpu")
 
 
 def test_a_document_starts_with_the_token_that_begins_texts(tmp_path: Path) -> None:

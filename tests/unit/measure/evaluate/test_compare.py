@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -75,13 +76,12 @@ def test_an_interrupted_evaluation_resumes_and_only_what_has_changed_is_measured
 
 
 def test_continuations_are_kept_until_their_length_changes(measured, tmp_path, dense_dir, texts):
-    cache = ResultCache(tmp_path)
-    first = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
+    run = partial(compare_models, {"dense": dense_dir}, texts, device="cpu", cache=ResultCache(tmp_path))
+    first = run(continuation_tokens=4)
     assert len(measured) == 2 * len(texts)
     measured.clear()
-    again = compare_models({"dense": dense_dir}, texts, continuation_tokens=4, device="cpu", cache=cache)
-    assert measured == [] and again == first
-    compare_models({"dense": dense_dir}, texts, continuation_tokens=3, device="cpu", cache=cache)
+    assert run(continuation_tokens=4) == first and measured == []
+    run(continuation_tokens=3)
     assert [prompt for _, prompt in measured] == [continuation.prompt for continuation in first.continuations.values()]
 
 
@@ -113,19 +113,14 @@ def test_a_continuation_is_the_most_likely_token_each_time(dense_dir, texts, pen
     loaded = load_model(dense_dir, device="cpu")
     loaded.model.generation_config.repetition_penalty = penalty  # a base's generation_config.json may have one
     prompts = [texts["en"][1][:20], texts["en"][0][:3], texts["el"][0][:11]]  # one batch of several lengths
-    expected = [continued(loaded, prompt, 6) for prompt in prompts]
-    assert continue_prompts(loaded, prompts, max_new_tokens=6) == expected
-
-
-def continued(loaded, prompt: str, number: int) -> str:
-    """The most likely tokens by a plain loop."""
-    ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-    length = len(ids)
-    with torch.no_grad():
-        while len(ids) < length + number and (len(ids) == length or ids[-1] != loaded.eos_id):
-            ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
-    text = loaded.tokenizer.decode(ids[length:], skip_special_tokens=True)
-    return next((line for line in text.split("\n") if line.strip()), "").rstrip("\ufffd ")
+    for prompt, actual in zip(prompts, continue_prompts(loaded, prompts, max_new_tokens=6), strict=True):
+        ids = [loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        length = len(ids)
+        with torch.no_grad():
+            while len(ids) < length + 6 and (len(ids) == length or ids[-1] != loaded.eos_id):
+                ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        text = loaded.tokenizer.decode(ids[length:], skip_special_tokens=True)
+        assert actual == next((line for line in text.split("\n") if line.strip()), "").rstrip("\ufffd ")
 
 
 def test_a_prompt_is_the_first_words_of_a_document_that_continues():

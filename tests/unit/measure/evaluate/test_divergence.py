@@ -59,12 +59,8 @@ def test_it_is_kl_div_of_torch_and_0_from_the_base_itself(monkeypatch, dense_dir
             return loaded.model(torch.tensor([[loaded.start_id, *ids[:-1]]])).logits[0].double().log_softmax(-1)
 
     for language, documents in texts.items():
-        expected = [
-            F.kl_div(
-                log_probabilities(model, ids), log_probabilities(base, ids), reduction="sum", log_target=True
-            ).item()
-            for ids in tokenize(model, language, documents)
-        ]
+        pairs = [[log_probabilities(one, ids) for one in (model, base)] for ids in tokenize(model, language, documents)]
+        expected = [F.kl_div(*pair, reduction="sum", log_target=True).item() for pair in pairs]
         assert document_distances(base, model, language, documents, WINDOWS) == pytest.approx(expected, rel=1e-5)
         assert min(expected) > 0
         assert document_distances(base, base, language, documents, WINDOWS) == [0.0] * len(documents)
@@ -85,18 +81,15 @@ def test_rounding_makes_no_distance_negative(dense_dir, texts) -> None:
 
 
 def test_another_tokenizer_is_an_error() -> None:
-    row = (0.5, 0.25, 0.25)
-    base = table_model(row, row, row)
-    for other in (table_model(*[(0.25,) * 4] * 4), replace(base, start_id=1), replace(base, tokenizer=Reversed())):
+    class Reversed(Digits):
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return super().__call__([text[::-1] for text in texts])
+
+    base = table_model(*[(0.5, 0.25, 0.25)] * 3)
+    reverse = replace(base, tokenizer=Reversed(unk_token_id=None))
+    for other in (table_model(*[(0.25,) * 4] * 4), replace(base, start_id=1), reverse):
         with pytest.raises(UserError, match="--base"):
             document_distances(base, other, "x", ["12"], WINDOWS)
-
-
-class Reversed(Digits):
-    unk_token_id = None
-
-    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-        return super().__call__([text[::-1] for text in texts])
 
 
 def test_the_command_writes_it_per_text_with_its_interval(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,7 @@ def test_one_document_has_no_interval():
 
 def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_on_tokens():
     base = LanguageScore([1, 2, 3], [2, 2, 4], [2, 2, 4], [1, 1, 1], unknown_tokens=0, routing=None)
-    fewer = LanguageScore([1, 2, 4], [2, 2, 4], [1, 1, 2], [1, 1, 1], unknown_tokens=0, routing=None)
-    scores = {"base": base, "same": base, "fewer": fewer}
+    scores = {"base": base, "same": base, "fewer": replace(base, document_bits=[1, 2, 4], document_tokens=[1, 1, 2])}
     actual = text_results(scores)
     models = {name: model["languages"]["en"] for name, model in json.loads(actual.json_text())["models"].items()}
     everything = {"bits_per_byte", "perplexity", "accuracy", "bytes_per_token"}
@@ -64,8 +64,7 @@ def test_models_with_different_tokenizers_are_compared_in_what_does_not_depend_o
 
 
 def test_findings_name_the_better_model_and_text_that_a_tokenizer_cannot_encode():
-    base = score_of([2.0, 4.0, 6.0])
-    better = LanguageScore([1.0, 2.0, 3.0], [1] * 3, [1] * 3, [1] * 3, unknown_tokens=1, routing=None)
+    base, better = score_of([2.0, 4.0, 6.0]), replace(score_of([1.0, 2.0, 3.0]), unknown_tokens=1)
     findings = text_results({"base": base, "better": better}).findings()
     assert any("English: better is better than base (\u221250.0%" in finding for finding in findings)
     assert any("better" in finding and "33.3%" in finding for finding in findings)

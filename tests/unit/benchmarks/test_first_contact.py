@@ -19,17 +19,14 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.mark.parametrize(("ranks", "memory_gib"), [(8, 79.2), (1, 79.2), (1, 23.6), (6, 79.2)])
-def test_the_model_is_the_largest_that_fits(ranks: int, memory_gib: float) -> None:
+def test_the_model_is_the_largest_that_fits(ranks: int, memory_gib: float, monkeypatch) -> None:
     spec, runs = trainer_runs(Machine(H100, ranks, memory_gib))
-    layers = first_contact.GPU_SIZES.layers
     assert max(run.planned_bytes for run in runs) <= USABLE * memory_gib * GIB
-    place = layers.index(spec.megatron_args["num_layers"])
-    if place:
-        larger = [*layers[:place]][-1:]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(first_contact, "GPU_SIZES", replace(first_contact.GPU_SIZES, layers=tuple(larger)))
-            with pytest.raises(UserError, match="memory"):
-                trainer_runs(Machine(H100, ranks, memory_gib))
+    sizes = first_contact.GPU_SIZES
+    if place := sizes.layers.index(spec.megatron_args["num_layers"]):
+        monkeypatch.setattr(first_contact, "GPU_SIZES", replace(sizes, layers=sizes.layers[place - 1 : place]))
+        with pytest.raises(UserError, match="memory"):
+            trainer_runs(Machine(H100, ranks, memory_gib))
 
 
 def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided() -> None:
@@ -60,13 +57,10 @@ def test_measurements_are_medians_of_late_steps_and_the_table_has_predictions_of
     steps = [{"tokens_per_s": tokens, "peak_memory_gib": 41.5} for tokens in (1.0, 1.0, 80_000.0, 88_000.0, 96_000.0)]
     steps[-1] |= {"kernels": 31_000, "waits": 97}
     last_rank = {"runs": {run.name: {"held_gib": 0.5, "steps": steps} for run in runs}}
-    rates = [600e12, 650e12]
-    measured = first_contact._measured(runs[0], last_rank, min(rates))
+    measured = first_contact._measured(runs[0], last_rank, 600e12)
     share = pytest.approx(11_000 * runs[0].flops_per_token / 600e12)
-    assert measured == {"tokens_per_s": 11_000, "memory_gib": 41.0, "share_of_matmul_rate": share} | {
-        "kernels": 31_000,
-        "waits": 97,
-    }
+    expected = {"tokens_per_s": 11_000, "memory_gib": 41.0, "share_of_matmul_rate": share}
+    assert measured == expected | {"kernels": 31_000, "waits": 97}
     failed = [Part(name, "failed with exit code 1", 3) for name in first_contact.LIMITS_S]
     text = as_markdown(machine, spec, runs, failed)
     assert all(f"{part.name} failed with exit code 1" in text for part in failed)
@@ -76,15 +70,16 @@ def test_measurements_are_medians_of_late_steps_and_the_table_has_predictions_of
 
 
 def test_kernels_and_waits_are_counted_among_profiled_events() -> None:
-    gpu, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-    names = [
-        (gpu, "gemm"),
-        (gpu, "Memcpy DtoH (Device -> Pinned)"),
-        (gpu, "ncclDevKernel_AllReduce_Sum"),
-        (gpu, "silu"),
-    ]
-    names += [(host, "aten::mm"), (host, "cudaLaunchKernel"), (host, "cudaStreamSynchronize")]
-    events = [SimpleNamespace(device_type=device, name=name) for device, name in names]
+    names = {
+        torch.autograd.DeviceType.CUDA: [
+            "gemm",
+            "Memcpy DtoH (Device -> Pinned)",
+            "ncclDevKernel_AllReduce_Sum",
+            "silu",
+        ],
+        torch.autograd.DeviceType.CPU: ["aten::mm", "cudaLaunchKernel", "cudaStreamSynchronize"],
+    }
+    events = [SimpleNamespace(device_type=device, name=name) for device, its in names.items() for name in its]
     assert kernels_and_waits(events) == {"kernels": 3, "waits": 1}
 
 

@@ -12,6 +12,7 @@ from examples import demo_corpus
 from examples.demo_corpus import WHEEL, build_demo_corpus, is_held_out
 from examples.languages import LANGUAGES
 from moelpr.base.errors import UserError
+from tests.support.hf_models import files_of
 
 ENGLISH = "Please enter the address of your device"
 CODES = {"en": "en", "es": "es", "zh": "zh-Hans", "el": "el", "hu": "hu", "tr": "tr"}
@@ -54,9 +55,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(corpus: Path, split: str, language: str) -> list[dict]:
-    return [
-        json.loads(line) for line in (corpus / f"{split}.{language}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [*map(json.loads, (corpus / f"{split}.{language}.jsonl").open(encoding="utf-8"))]
 
 
 def test_documents_are_translated_sentences_and_the_same_ids_are_held_out_in_every_language(
@@ -68,14 +67,12 @@ def test_documents_are_translated_sentences_and_the_same_ids_are_held_out_in_eve
         assert {document["id"] for document in held_out} == {name for name in INTEGRATIONS if is_held_out(name)}
         assert trained and held_out
         documents = trained + held_out
-        by_id = {document["id"]: document for document in documents}
         assert sorted(document["id"] for document in documents) == sorted(INTEGRATIONS)
-        for integration, document in by_id.items():
-            own = translation(integration, language)["config"]["step"]["user"]["description"]
+        for document in documents:
+            own = translation(document["id"], language)["config"]["step"]["user"]["description"]
             # Repeats, labels and references are dropped, and so is English outside the English corpus.
             assert set(document["text"].split("\n")) - {ENGLISH} == {own}
-            assert document["text"].count(own) == 1
-            assert document["lang"] == language
+            assert document["text"].count(own) == 1 and document["lang"] == language
         assert sum(ENGLISH in document["text"] for document in documents) == (1 if language == "en" else 0)
 
 
@@ -87,13 +84,12 @@ def test_chinese_sentences_are_counted_in_characters() -> None:
 
 
 def test_two_builds_have_the_same_bytes_and_a_folder_is_replaced_only_with_overwrite(cache, tmp_path) -> None:
-    for name in ("one", "two"):
-        build_demo_corpus(tmp_path / name, cache)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(names) == 2 * len(LANGUAGES)
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
-    (tmp_path / "one" / names[0]).write_text("damaged")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        build_demo_corpus(folder, cache)
+    assert files_of(one) == files_of(two) and len(files_of(one)) == 2 * len(LANGUAGES)
+    next(one.iterdir()).write_text("damaged")
     with pytest.raises(UserError, match="one already exists"):
-        build_demo_corpus(tmp_path / "one", cache)
-    build_demo_corpus(tmp_path / "one", cache, overwrite=True)
-    assert (tmp_path / "one" / names[0]).read_bytes() == (tmp_path / "two" / names[0]).read_bytes()
+        build_demo_corpus(one, cache)
+    build_demo_corpus(one, cache, overwrite=True)
+    assert files_of(one) == files_of(two)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from examples.demo_tokenizer import train_demo_tokenizer
 from moelpr.base.errors import UserError
+from tests.support.hf_models import files_of
 
 TEXTS = [
     "The device can't be reached. Check 2 addresses and try again.",
@@ -38,8 +39,7 @@ def test_tokenizer_loads_with_transformers_and_round_trips_text(corpus: Path, tm
 def test_the_same_texts_give_the_same_files(corpus: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         train_demo_tokenizer([corpus], tmp_path / name, 320)
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     with pytest.raises(UserError, match="--overwrite"):
         train_demo_tokenizer([corpus], tmp_path / "one", 320)
 

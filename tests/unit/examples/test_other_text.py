@@ -9,7 +9,7 @@ import pytest
 from examples import other_text
 from examples.downloads import read_sources
 from examples.languages import LANGUAGES
-from examples.other_text import SOURCES, main, paragraphs
+from examples.other_text import SOURCES, main
 from moelpr.base.errors import UserError
 from moelpr.data.text.reading import read_documents
 
@@ -52,10 +52,8 @@ def test_the_pack_has_translated_pages_code_and_dialogues(packages: Path, capsys
     assert polish["text"].startswith("Zdanie numer 0 o muzyce i morzu.") and "Someone" not in polish["text"]
     assert len({document["code"] for document in actual["code"]}) >= 4
     assert [document["language"] for document in actual["chat"]] == ["nl", "en"]
-    assert actual["chat"][0]["text"] == (
-        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi, what is it?<|im_end|>\n"
-        "<|im_start|>user\nNothing.<|im_end|>\n"
-    )
+    turns = ("user", "Hello"), ("assistant", "Hi, what is it?"), ("user", "Nothing.")
+    assert actual["chat"][0]["text"] == "".join(f"<|im_start|>{who}\n{said}<|im_end|>\n" for who, said in turns)
     pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
     assert pack.keys() == {f"{name}.jsonl" for name in actual}
     assert all(file["licence"] and file["packages"] for file in pack.values())
@@ -68,10 +66,6 @@ def test_every_language_is_limited(packages: Path) -> None:
     main(["--output", str(packages / "out"), "--kilobytes", "1"])
     pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
     assert all(file["bytes"] <= 1000 for name, file in pack.items() if name != "code.jsonl")
-
-
-def test_paragraphs_are_without_markup_and_authors() -> None:
-    assert paragraphs(page("One <gui>two</gui>\n three")) == ["One two three"] * 2
 
 
 def test_no_source_is_of_the_demos_languages_and_all_are_pinned() -> None:

@@ -33,10 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     for base in ("base", "second-base/hf"):
         save_config("SmolLM2-135M", experiments.RUNS / base)
-    names = [f"text/train.{language}" for language in LANGUAGES]
-    names += [f"text/interface.{language}" for language in (*LANGUAGES, *UNSEEN)]
-    names += [f"text/plain.{name}" for name in (*PLAIN, "code")] + ["text/code", "text/sums", "kept/sv"]
-    for name in names:
+    texts = {"train": LANGUAGES, "interface": (*LANGUAGES, *UNSEEN), "plain": (*PLAIN, "code")}
+    names = [f"text/{kind}.{language}" for kind, languages in texts.items() for language in languages]
+    for name in (*names, "text/code", "text/sums", "kept/sv"):
         path = experiments.RUNS / f"{name}.jsonl"
         path.parent.mkdir(exist_ok=True)
         path.write_text(10_000 * (json.dumps({"text": f"a sentence of {name}"}) + "\n"))

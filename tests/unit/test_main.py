@@ -42,12 +42,15 @@ def test_stages_are_those_that_have_a_launcher() -> None:
     }
 
 
+def listed(*group: str) -> list[str]:
+    """The subcommands of a help."""
+    return re.findall(r"^  (\S+(?: \S+)?)  +\S", moelpr(*group or ["--help"]).stdout, re.MULTILINE)
+
+
 def test_help_lists_all_and_takes_a_tenth_of_a_second() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    listed = re.findall(r"^  (\S+(?: \S+)?)  +\S", moelpr("--help").stdout, re.MULTILINE)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert listed == list(command.TOOLS)
-    assert after.ru_utime - before.ru_utime < 0.1
+    assert listed() == list(command.TOOLS)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before.ru_utime < 0.1
 
 
 def test_a_tool_has_the_subcommands_name_in_usage_and_errors() -> None:
@@ -68,8 +71,7 @@ def test_the_file_of_a_tool_runs_too() -> None:
 
 @pytest.mark.parametrize("group", ["data", "model"])
 def test_a_group_lists_its_subcommands(group: str) -> None:
-    listed = re.findall(r"^  (\S+(?: \S+)?)  +\S", moelpr(group).stdout, re.MULTILINE)
-    assert listed == [name for name in command.TOOLS if name.startswith(f"{group} ")]
+    assert listed(group) == [name for name in command.TOOLS if name.startswith(f"{group} ")]
     assert len({name.split()[0] for name in command.TOOLS}) <= 16
 
 

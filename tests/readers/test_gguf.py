@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint_convert.gguf.chat_format import ChatFormat
 from checkpoint_convert.gguf.write import write_gguf
@@ -18,6 +17,7 @@ from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE
 from tests.support.hf_models import make_model, write_export  # noqa: F401
+from tests.support.small_tokenizers import byte_level_bpe
 
 TEXT = ["Η Αθήνα είναι η πρωτεύουσα της Ελλάδας.", "There are 12 cats, isn't it?  光が見える 3 33 333"] * 4
 _GO = """package main
@@ -40,20 +40,13 @@ def export(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """An upcycled Llama with GPT-2's pre-tokenizer, a vocabulary of its own and ChatML."""
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("gguf")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    )
+    bpe = byte_level_bpe(TEXT, special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     shape = {"vocab_size": bpe.get_vocab_size(), "hidden_size": 64, "intermediate_size": 96}
     dense = make_model("LlamaForCausalLM", max_position_embeddings=512, **shape)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", bos_token="<|endoftext|>")
     tokenizer.chat_template = CHATML_WITH_DEFAULT
     tokenizer.save_pretrained(dense)
-    return write_export(dense, folder, NewExperts(3, original_copies=2), noise=0.5)
+    return write_export(dense, tmp_path_factory.mktemp("gguf"), NewExperts(3, original_copies=2), noise=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +54,8 @@ def files(export: Path) -> Path:
     """The folder with GGUF files of the export."""
     save = export.with_name("gguf")
     lines = write_gguf(export, save, ["Q8_0"], with_modelfile=True, pre_tokenizer="gpt-2")
-    assert [line.split(":")[0] for line in lines] == [
-        str(save / name) for name in ("hf.gguf", "hf-Q8_0.gguf", "Modelfile")
-    ]
+    files = ("hf.gguf", "hf-Q8_0.gguf", "Modelfile")
+    assert [line.split(":")[0] for line in lines] == [str(save / name) for name in files]
     return save
 
 

@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp(architecture)
         model.to(dtype).save_pretrained(folder, **(save or {}))
         edit_json(folder / "config.json", architectures=[architecture])
-        if tokenizer:
-            # transformers has a tokenizer of its own for Qwen3.5.
-            is_3_5 = architecture.startswith("Qwen3_5")
-            save_tokenizer(folder, num_ids=60, kind="Qwen3_5Tokenizer" if is_3_5 else "Qwen2Tokenizer")
+        if tokenizer:  # transformers has one of its own for Qwen3.5
+            kind = "Qwen3_5Tokenizer" if architecture.startswith("Qwen3_5") else "Qwen2Tokenizer"
+            save_tokenizer(folder, num_ids=60, kind=kind)
         return folder
 
     return make
@@ -88,10 +88,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_qwen2(make_model: Callable[..., Path]) -> Callable[..., Path]:
-    def make(dtype: torch.dtype = torch.float32, **options) -> Path:
-        return make_model("Qwen2ForCausalLM", dtype, **options)
-
-    return make
+    return partial(make_model, "Qwen2ForCausalLM")
 
 
 @pytest.fixture(scope="session")
@@ -129,18 +126,15 @@ def save_multimodal(dense: Path, folder: Path) -> Path:
     torch.manual_seed(1)
     text = json.loads((dense / "config.json").read_text())
     vision = _VISION | {"out_hidden_size": text["hidden_size"], "patch_size": 4}
-    tie = text["tie_word_embeddings"]
-    model = Qwen3_5ForConditionalGeneration(
-        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tie)
-    )
+    config = Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
     shutil.copytree(dense, folder)
-    model.save_pretrained(folder)
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
     others = {name: tensor for name, tensor in tensors_of(folder).items() if name.startswith("model.visual.")}
     language = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors_of(dense).items()}
     head = {"mtp.layers.0.mlp.down_proj.weight": torch.randn(32, 48), "mtp.norm.weight": torch.randn(32)}
     save_file(others | language | head, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    edit_json(folder / "config.json", text_config=config["text_config"] | {"mtp_num_hidden_layers": 1})
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    edit_json(folder / "config.json", text_config=text | {"mtp_num_hidden_layers": 1})
     # As published; transformers ignores it.
     edit_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     return folder
@@ -157,9 +151,8 @@ def save_extended_tokenizer(old: Path, folder: Path, new: list[tuple[str, str]])
         content["model"]["merges"].append([left, right])
         replaced[left + right] = replaced[left] + replaced[right]
     folder.mkdir(parents=True)
-    for file in old.iterdir():
-        if file.name in TOKENIZER_FILES or file.name == "chat_template.jinja":
-            shutil.copyfile(file, folder / file.name)
+    for file in {*TOKENIZER_FILES, "chat_template.jinja"} & {path.name for path in old.iterdir()}:
+        shutil.copyfile(old / file, folder / file)
     (folder / "tokenizer.json").write_text(json.dumps(content))
     replaces = [replaced[left + right] for left, right in new]
     checksum = vocabulary_checksum(tokenizer.vocabulary(), first)

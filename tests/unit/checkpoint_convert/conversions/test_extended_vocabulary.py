@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from moelpr.model.model_spec import ModelSpec, NewTokens
 from tests.support.hf_models import (
     TOKENS,
     assert_import_fails,
+    edit_json,
     load_stock,
     our_logits,
     save_extended_tokenizer,
@@ -78,33 +80,23 @@ def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(make_qwen2, tm
         assert torch.equal(after[..., :60], before[..., :60])
 
 
-def other_fingerprint(extended: Path) -> None:
-    replace(VocabularyExtension.read(extended), old_fingerprint="huggingface:0").write(extended)
+def change_record(extended: Path, **changes) -> None:
+    replace(VocabularyExtension.read(extended), **changes).write(extended)
 
 
-def fewer_new_ids(extended: Path) -> None:
-    extension = VocabularyExtension.read(extended)
-    replace(extension, replaces=extension.replaces[:-1]).write(extended)
-
-
-def other_old_ids(extended: Path) -> None:
-    content = json.loads((extended / "tokenizer.json").read_text())
-    vocab = content["model"]["vocab"]
-    vocab["aa"], vocab["aaa"] = vocab["aaa"], vocab["aa"]
-    (extended / "tokenizer.json").write_text(json.dumps(content))
-
-
-def no_record(extended: Path) -> None:
-    (extended / "vocabulary_extension.json").unlink()
+def change_old_ids(extended: Path) -> None:
+    model = json.loads((extended / "tokenizer.json").read_text())["model"]
+    vocab = model["vocab"] | {"aa": model["vocab"]["aaa"], "aaa": model["vocab"]["aa"]}
+    edit_json(extended / "tokenizer.json", model=model | {"vocab": vocab})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (other_fingerprint, "moelpr data extend-tokenizer --tokenizer"),
-        (fewer_new_ids, " 60 to 103"),
-        (other_old_ids, "old tokens other IDs"),
-        (no_record, "vocabulary_extension.json"),
+        (partial(change_record, old_fingerprint="huggingface:0"), "moelpr data extend-tokenizer --tokenizer"),
+        (partial(change_record, replaces=[[1]] * 44), " 60 to 103"),
+        (change_old_ids, "old tokens other IDs"),
+        (lambda folder: (folder / "vocabulary_extension.json").unlink(), "vocabulary_extension.json"),
     ],
 )
 def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(qwen2, extended, tmp_path, change, message) -> None:

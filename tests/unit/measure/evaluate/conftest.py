@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.models import read_max_positions
 from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
 from tests.support.commands import moelpr
+from tests.support.small_tokenizers import byte_level_bpe
 
+ENGLISH = "Turn the light on when somebody comes home late, and off again in the morning."
 TEXTS = {
-    "en": [
-        "The door is open.",
-        "Turn the light on when somebody comes home late, and off again in the morning.",
-        "Yes",
-    ],
+    "en": ["The door is open.", ENGLISH, "Yes"],
     "el": ["Η πόρτα είναι ανοιχτή.", "Άναψε το φως όταν κάποιος γυρίζει αργά στο σπίτι και σβήσε το το πρωί."],
     "zh": ["门是开着的。", "有人晚回家时开灯,早上再关掉。😀"],
 }
@@ -35,13 +32,7 @@ def texts() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    options = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": letters, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=300, **options)
-    bpe.train_from_iterator([text for group in TEXTS.values() for text in group], trainer)
+    bpe = byte_level_bpe([text for group in TEXTS.values() for text in group], special=["<|endoftext|>"])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>")
 
 

@@ -16,16 +16,12 @@ from tests.browser.browser import opened
 WIDTH = 1240
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @contextmanager
 def served(export: Path, *flags: str) -> Iterator[str]:
     """Run the command; its page's address."""
-    words = [sys.executable, "-m", "moelpr", "chat", str(export), "--port", str(free_port()), *flags]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    words = [sys.executable, "-m", "moelpr", "chat", str(export), "--port", port, *flags]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:

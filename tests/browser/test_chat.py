@@ -1,7 +1,6 @@
 """The page of `moelpr chat`, in Chromium, without a network: type a prompt, read the answers, look at the routes."""
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +38,8 @@ def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(expor
         *_, (ours, theirs, maps, histories) = chat.ask("aaab", [[], []], 128, 0)
         assert [history[-1]["role"] for history in histories] == ["assistant", "assistant"]
         for place, expected in (("#export", ours), ("#base", theirs)):
-            assert page.inner_text(f"{place} .answer").strip() == text_of(expected).strip()
+            (text,) = re.findall(r'class="answer">(.*?)</div>', expected, re.DOTALL)
+            assert page.inner_text(f"{place} .answer").strip() == text.strip()
         routes = re.findall(r'data-route="([^"]*)"', maps)
         actual = page.locator("#maps .token").evaluate_all("tokens => tokens.map(token => token.dataset.route)")
         assert actual == routes and len(routes) > 3
@@ -57,21 +57,12 @@ def test_a_prompt_is_answered_by_both_models_with_the_routes_of_its_tokens(expor
         assert hosts <= {address.removeprefix("http://")} and complaints == []
 
 
-def text_of(panel: str) -> str:
-    actual = re.search(r'class="answer">(.*?)</div>', panel, re.DOTALL)
-    assert actual is not None
-    return actual[1]
-
-
-def test_it_is_only_on_this_machine_and_wrong_input_is_one_sentence(export: Path, base: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        for words, expected in (([export, "--port", port], f"port {port} cannot be used"), ([base], "dense model")):
-            command = [sys.executable, "-m", "moelpr", "chat", *map(str, words)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+def test_a_taken_port_and_a_dense_model_are_one_sentence(export: Path, base: Path, taken_port: int) -> None:
+    taken = ([export, "--port", taken_port], f"port {taken_port} cannot be used")
+    for words, expected in (taken, ([base], "dense model")):
+        command = [sys.executable, "-m", "moelpr", "chat", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_only_the_page_itself_is_answered(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,31 +44,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def made_up_evaluation() -> dict:
-    def result(language: str, base: float, change: float) -> dict:
+    def result(base: float, change: float) -> dict:
         bits = base * (1 + change)
         return {
             "bits_per_byte": {"value": bits, "low": bits - 0.04, "high": bits + 0.05},
             "change": {"bits_per_byte": {"value": change, "low": change - 0.01, "high": change + 0.01}},
-            "original_expert_share": {
-                "overall": 0.4,
-                "per_layer": [0.1 * layer for layer in range(8)],
-                "layers": [*range(8)],
-            },
+            "original_expert_share": {"per_layer": [0.1 * layer for layer in range(8)], "layers": [*range(8)]},
         }
 
-    models = {"base": 0.0, "full_finetune": 0.5, "stage1": 0.2, "stage2": -0.005}
+    changes = {"base": 0.0, "full_finetune": 0.5, "stage1": 0.2, "stage2": -0.005}
+    models = {model: {"languages": dict.fromkeys(LANGUAGES, result(2.5, change))} for model, change in changes.items()}
     samples = {
         "el": {"prompt": "Η πόρτα του σπιτιού", "reference": "είναι ανοιχτή.", "by_model": {"base": "και"}},
         "zh": {"prompt": "有人晚回家时", "reference": "开灯", "by_model": {"base": "，", "stage2": "开灯"}},
     }
-    return {
-        "original_languages": [name for name, group in LANGUAGES.items() if group == "original"],
-        "models": {
-            model: {"languages": {language: result(language, 2.5, change) for language in LANGUAGES}}
-            for model, change in models.items()
-        },
-        "continuations": samples,
-    }
+    original = [name for name, group in LANGUAGES.items() if group == "original"]
+    return {"original_languages": original, "models": models, "continuations": samples}
 
 
 @pytest.mark.parametrize("name", ["runs", "young", "demo"])
@@ -86,10 +77,8 @@ def faults(seen: dict[str, Any]) -> list[str]:
     actual = [f"console: {message}" for message in seen["complaints"]]
     if seen["page_width"] > seen["width"]:
         actual.append(f"the page is {seen['page_width']} wide on {seen['width']}")
-    if seen["scrolled"]:
-        actual.append(f"{seen['scrolled']} tables are cut off")
-    if seen["repeated_ids"]:
-        actual.append(f"{seen['repeated_ids']} IDs are not unique")
+    counts = {"tables are cut off": seen["scrolled"], "IDs are not unique": seen["repeated_ids"]}
+    actual += [f"{number} {what}" for what, number in counts.items() if number]
     for chart in seen["charts"]:
         if not (chart["width"] > 100 and chart["height"] > 100 and chart["shapes"] > 10):
             actual.append(f"{chart['title']} is not drawn: {chart}")

@@ -42,12 +42,9 @@ def layouts_of(gpus: int, gpus_per_node: int = 8, global_batch_size: int = 8) ->
     return list(legal_layouts(SIX_LAYERS, workload, Cluster(gpus, gpus_per_node, 80, 8)))
 
 
-def test_tensor_parallelism_stays_inside_a_node() -> None:
+def test_tensor_parallelism_stays_inside_a_node_and_data_parallel_ranks_have_equally_many_micro_batches() -> None:
     assert max(layout.tp for layout in layouts_of(16, gpus_per_node=4, global_batch_size=16)) == 4
     assert {layout.tp for layout in layouts_of(12, gpus_per_node=6, global_batch_size=12)} == {1, 2}
-
-
-def test_data_parallel_ranks_process_equally_many_micro_batches() -> None:
     assert layouts_of(5) == []
     assert {layout.dp for layout in layouts_of(8, global_batch_size=2)} == {1, 2}
 
@@ -101,23 +98,23 @@ def test_the_trainer_accepts_the_flags_of_every_kind_of_layout(gpus, stage, ever
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     monkeypatch.setattr(cpu, "is_needed", lambda: False)
     monkeypatch.setattr(parse, "set_global_variables", lambda *args, **kwargs: None)
-    argv = ["--stage", stage, "--pretrained-checkpoint", str(tmp_path), "--lr", "1e-3", "--train-iters", "2"]
-    argv += ["--micro-batch-size", "1", "--global-batch-size", "8", "--seq-length", "32"]
-    argv += ["--data-path", str(tmp_path / "corpus"), "--verify-corpus", "none"]
-    recipe = ["--sequence-parallel"]
+    argv = f"--stage {stage} --pretrained-checkpoint {tmp_path} --lr 1e-3 --train-iters 2 --micro-batch-size 1 "
+    argv += f"--global-batch-size 8 --seq-length 32 --data-path {tmp_path}/corpus --verify-corpus none "
+    argv += "--sequence-parallel"  # as in a recipe, and sizes that the flags override
     for size in ("tensor-model", "pipeline-model", "expert-model", "expert-tensor")[: 4 if spec.moe else 2]:
-        recipe += [f"--{size}-parallel-size", "2"]
+        argv += f" --{size}-parallel-size 2"
     workload = Workload(stage, 32, 1, 8, train_everything=everything)
     actual = fitting(spec, workload, Cluster(gpus, 8, 80, 8))
     assert {one.layout for one in actual} == set(legal_layouts(spec, workload, Cluster(gpus, 8, 80, 8)))
     for one in actual[:: 1 if gpus < 8 else 7]:
         layout = one.layout
-        run = parse.check_arguments([*argv, *recipe, *one.flags(workload)])
+        run = parse.check_arguments([*argv.split(), *one.flags(workload)])
         assert run.args.train_everything == everything
         args = parse.register_arguments(run, RunSettings.of(run))
-        sizes = "tensor_model pipeline_model expert_model expert_tensor data"
-        sizes_there = tuple(getattr(args, f"{size}_parallel_size") for size in sizes.split())
-        assert sizes_there == (layout.tp, layout.pp, layout.ep, layout.etp, layout.dp)
+        names = [
+            f"{size}_parallel_size" for size in "tensor_model pipeline_model expert_model expert_tensor data".split()
+        ]
+        assert [getattr(args, name) for name in names] == [layout.tp, layout.pp, layout.ep, layout.etp, layout.dp]
         assert args.recompute_granularity == (None if layout.recompute == "none" else layout.recompute)
         assert args.sequence_parallel == (layout.tp > 1)
 

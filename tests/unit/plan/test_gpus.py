@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +5,7 @@ import pytest
 from moelpr.base.errors import UserError
 from moelpr.plan import gpus
 from moelpr.plan.gpus import GPUS, Cluster, cluster_here, gpu_named, gpus_here
+from tests.support.programs import put_on_path
 
 
 @pytest.mark.parametrize(
@@ -39,16 +39,14 @@ def test_a_group_leaves_a_node_unless_nodes_are_multiples_of_it() -> None:
 
 
 def test_nvidia_smi_is_asked_if_torch_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 24564'\necho 'NVIDIA GeForce RTX 4090, 24564'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    two = "echo 'NVIDIA GeForce RTX 4090, 24564'; echo 'NVIDIA GeForce RTX 4090, 24564'"
+    put_on_path(monkeypatch, tmp_path, {"nvidia-smi": two})
     monkeypatch.setattr(gpus, "_ASK_TORCH", "raise ImportError")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus_here() == [("NVIDIA GeForce RTX 4090", 24564 / 1024)] * 2
     actual = cluster_here()
     assert (actual.gpus, actual.gpus_per_node, actual.gpu) == (2, 2, GPUS["rtx4090-24"])
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    put_on_path(monkeypatch, tmp_path, {"nvidia-smi": "echo 'NVIDIA-SMI has failed'; exit 9"})
     assert gpus_here() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpus_here() == []

@@ -76,16 +76,13 @@ def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> N
     for remedy in actual:
         moe, work = SPEC.moe, workload
         for flag, value in remedy.settings.items():
-            if flag == "--num-new-experts":
+            name = flag.removeprefix("--").replace("-", "_")
+            if name == "num_new_experts":
                 moe = replace(moe, num_new_experts=value)
-            elif flag == "--moe-every-k-layers":
+            elif name == "moe_every_k_layers":
                 moe = replace(moe, layers=tuple(range(value - 1, 6, value)))
-            elif flag == "--optimizer-cpu-offload":
-                work = replace(work, optimizer_cpu_offload=True)
-            elif flag == "--bf16-moments":
-                work = replace(work, bf16_moments=True)
-            else:
-                work = replace(work, micro_batch_size=value)
+            else:  # of the workload: a number, or None for a switch
+                work = replace(work, **{name: value or True})
         best = fitting(replace(SPEC, moe=moe), work, cluster(1, gib))[0]
         assert best.peak.total_bytes == remedy.gib * GIB
         assert str(remedy) in str(error.value) and str(remedy).endswith(f"(fits in {remedy.gib:.1f} GiB)")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from moelpr.measure.evaluate import calibration
 from tests.support.experts import EXPANDED, KEPT, documents, trained, with_tokenizer
 from tests.support.hf_models import (
     assert_logits,
+    assert_same,
     edit_json,
     edit_tensors,
     load_stock,
@@ -175,21 +177,17 @@ def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, gre
 
 def test_checkpoints_and_adapters_are_experts_too(base: Path, greek: Path, tmp_path: Path) -> None:
     hf_to_mcore(greek, tmp_path / "checkpoint", None)
-    adapter = tmp_path / "adapter"
+    adapter, name = tmp_path / "adapter", "model.layers.2.mlp.down_proj"
     adapter.mkdir()
     torch.manual_seed(0)
-    name = "model.layers.2.mlp.down_proj"
     a, b = torch.randn(3, 48), 0.01 * torch.randn(32, 3)
-    save_file(
-        {f"base_model.model.{name}.lora_{x}.weight": its for x, its in (("A", a), ("B", b))},
-        adapter / "adapter_model.safetensors",
-    )
+    factors = {f"base_model.model.{name}.lora_{x}.weight": its for x, its in (("A", a), ("B", b))}
+    save_file(factors, adapter / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 12, "rank_pattern": {}}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    combined(base, {greek: ["el"]}, tmp_path / "of-folder")
-    combined(base, {tmp_path / "checkpoint": ["el"]}, tmp_path / "of-checkpoint")
-    first, second = tensors_of(tmp_path / "of-folder"), tensors_of(tmp_path / "of-checkpoint")
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    for expert in (greek, tmp_path / "checkpoint"):
+        combined(base, {expert: ["el"]}, tmp_path / f"of-{expert.name}")
+    assert_same(tensors_of(tmp_path / "of-greek"), tensors_of(tmp_path / "of-checkpoint"))
     combined(base, {adapter: ["el"]}, tmp_path / "of-adapter", max_distance=9.0)
     expert = tensors_of(tmp_path / "of-adapter")["model.layers.2.mlp.experts.1.down_proj.weight"]
     torch.testing.assert_close(expert, tensors_of(base)[f"{name}.weight"] + 4 * b @ a)
@@ -273,19 +271,16 @@ def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None
     ends = calibration.Point(0.0, 3.0), calibration.Point(0.5, 2.0)
 
     def measured(parts: tuple[int, ...]) -> calibration.Point:
-        cost = [2.0, 1.0, 3.0]
-        return calibration.Point(
-            sum(c * (5 - p) ** 2 / 200 for c, p in zip(cost, parts, strict=True)), 2.1 + sum(parts) / 30
-        )
+        costs = (cost * (5 - part) ** 2 / 200 for cost, part in zip((2.0, 1.0, 3.0), parts, strict=True))
+        return calibration.Point(sum(costs), 2.1 + sum(parts) / 30)
 
     def score(point: calibration.Point) -> tuple[float, float]:
         return calibration._score(ends, RoutingSettings(save=Path("save"), **dial), point)
 
     parts, point = calibration._search(measured, (2, 2, 2), score)
     assert point == measured(parts)
-    for place in range(3):
-        for step in (-1, 1):
-            other = [*parts]
-            other[place] += step
-            if 0 <= other[place] < len(calibration.SHARES):
-                assert score(measured(tuple(other))) >= score(point)
+    for place, step in product(range(3), (-1, 1)):
+        other = [*parts]
+        other[place] += step
+        if 0 <= other[place] < len(calibration.SHARES):
+            assert score(measured(tuple(other))) >= score(point)

@@ -24,8 +24,6 @@ def write_fasttext_model(path: Path, words: dict[str, str], strength: float = 10
     table = b"".join(name.encode() + b"\0" + struct.pack("<qb", 1, kind) for name, kind in entries)
     inputs = strength * np.eye(size)[[labels.index(label) for label in words.values()]]
     inputs = np.vstack([np.zeros(size), inputs])
-    matrices = [
-        struct.pack("<?2q", False, *matrix.shape) + matrix.astype("<f4").tobytes() for matrix in (inputs, np.eye(size))
-    ]
+    matrices = [struct.pack("<?2q", False, *its.shape) + its.astype("<f4").tobytes() for its in (inputs, np.eye(size))]
     path.write_bytes(struct.pack("<2i", _MAGIC, _VERSION) + settings + counts + table + b"".join(matrices))
     return path

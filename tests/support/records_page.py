@@ -147,9 +147,8 @@ def _default(field: Any) -> str:
     """The default of a key; empty if it is null or has keys of its own, about which other lines inform."""
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         return "required"
-    value = field.default if field.default is not dataclasses.MISSING else None
-    value = getattr(value, "default", value)  # pydantic's own description of a field
-    return "" if value is None else f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+    value = getattr(field.default, "default", field.default)  # pydantic has a description of a field
+    return "" if value in (None, dataclasses.MISSING) else f"`{value:g}`" if type(value) is float else f"`{value}`"
 
 
 def type_name(hint: Any) -> str:

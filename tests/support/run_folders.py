@@ -33,10 +33,8 @@ def make_run(
             if step:
                 file.write(json.dumps(step_record(stage, step, done, num_layers, noise)) + "\n")
             if languages and (step % 100 == 0 or step == steps):
-                results = {
-                    name: held_out(group, stage, done, 1 + 0.06 * number)
-                    for number, (name, group) in enumerate(languages.items())
-                }
+                factors = (1 + 0.06 * number for number in range(len(languages)))
+                results = {name: held_out(languages[name], stage, done, next(factors)) for name in languages}
                 event = {"iteration": step, "event": "validation", "stage": stage, "languages": results}
                 file.write(json.dumps(event) + "\n")
         for step in (1, steps):
@@ -66,10 +64,10 @@ def step_record(stage: str, step: int, done: float, num_layers: int, noise: rand
         "router_score": [[0.2] * 5] * num_layers,
         "token_share": [[0.4] * 5] * num_layers,
         "original_first_share_original": [
-            round(min(0.99, share + 0.02 * layer + noise.random() / 50), 5) if stage == "stage2" else None
+            min(0.99, share + 0.02 * layer + noise.random() / 50) if stage == "stage2" else None
             for layer in range(num_layers)
         ],
-        "original_first_share_expanded": [round(0.2 + noise.random() / 20, 5) for _ in range(num_layers)],
+        "original_first_share_expanded": [0.2 + noise.random() / 20 for _ in range(num_layers)],
         "peak_memory_gib": 41.25,
     }
 

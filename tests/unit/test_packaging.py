@@ -6,6 +6,7 @@ Every package that setup.py names is used: imported by us, by Megatron without d
 import ast
 import re
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -29,6 +30,8 @@ FOR_TRANSFORMER_ENGINE = ("cuda-toolkit",)
 FOR_DATATROVE = ("orjson", "xxhash")
 # Packages whose module has another name, and which need not be installed or, as stubs, are only read by mypy.
 MODULES = {"mlflow-skinny": "mlflow", "types-pyyaml": "yaml"}
+# Commands, or settings in pyproject.toml, that have another name.
+COMMANDS = {"import-linter": ["lint-imports"], "pytest-timeout": ["timeout"]}
 # fsspec loads them by a URI's scheme.
 FOR_FSSPEC = ("aiohttp", "gcsfs", "s3fs")
 
@@ -37,9 +40,7 @@ FOR_FSSPEC = ("aiohttp", "gcsfs", "s3fs")
 def pins() -> dict[str, str]:
     """constraints.txt as name -> version."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), (
-        "constraints.txt must contain only name==version"
-    )
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "not only name==version"
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
@@ -79,10 +80,8 @@ def test_the_installed_version_is_the_packages_own():
 
 def test_make_venv_supports_the_pythons_of_setup_py():
     promised = SpecifierSet(metadata.metadata("moelpr")["Requires-Python"])
-    script = (ROOT / "launch/make_venv.sh").read_text()
-    supported = re.search(r"^supported=\((.*?)\)", script, re.MULTILINE)
-    assert supported
-    assert set(supported[1].split()) == {f"3.{minor}" for minor in range(30) if f"3.{minor}" in promised}
+    (supported,) = re.findall(r"^supported=\((.*?)\)", (ROOT / "launch/make_venv.sh").read_text(), re.MULTILINE)
+    assert set(supported.split()) == {f"3.{minor}" for minor in range(30) if f"3.{minor}" in promised}
 
 
 def imported_modules(*paths: Path) -> set[str]:
@@ -106,10 +105,10 @@ def ours() -> set[str]:
 @pytest.fixture(scope="module")
 def modules_of() -> dict[str, set[str]]:
     """Distribution -> top-level modules, of what is installed."""
-    modules: dict[str, set[str]] = {}
+    modules = defaultdict[str, set[str]](set)
     for module, distributions in metadata.packages_distributions().items():
         for distribution in distributions:
-            modules.setdefault(canonicalize_name(distribution), set()).add(module)
+            modules[canonicalize_name(distribution)].add(module)
     return modules
 
 
@@ -140,9 +139,5 @@ def test_megatron_imports_what_is_installed_for_it(name: str, modules_of) -> Non
 def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
     modules = modules_of.get(name, {name.replace("-", "_")}) | {MODULES.get(name, name)}  # extras need not be installed
     tools = "\n".join((ROOT / file).read_text() for file in TOOL_FILES)
-    commands = {name, *modules, name.removesuffix("-bin").removesuffix("-py")}
-    if name == "import-linter":
-        commands.add("lint-imports")
-    if name == "pytest-timeout":
-        commands.add("timeout")  # its setting in pyproject.toml
+    commands = {name, *modules, name.removesuffix("-bin").removesuffix("-py"), *COMMANDS.get(name, [])}
     assert modules & ours or any(re.search(rf"(?<![\w.-]){re.escape(command)}\b", tools) for command in commands)

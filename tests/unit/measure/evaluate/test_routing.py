@@ -1,5 +1,6 @@
 import dataclasses
-import math
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,50 +14,36 @@ from moelpr.measure.evaluate.scoring import Settings
 
 def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, texts):
     loaded = load_model(moe_dir, device="cpu")
-    result = score(loaded, texts, Settings(64, 0))
+    result, layers = score(loaded, texts, Settings(64, 0)), loaded.model.model.layers
     for language, documents in texts.items():
-        firsts = {0: [], 2: []}
-        scores = {0: [], 2: []}
-        for text in documents:
-            ids = [loaded.start_id, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
-            seen = {}
-            hooks = [
-                loaded.model.model.layers[number].mlp.register_forward_pre_hook(
-                    lambda _module, inputs, number=number, seen=seen: seen.update({number: inputs[0][0]})
-                )
-                for number in firsts
-            ]
-            with torch.no_grad():
+        hidden: dict[int, list[torch.Tensor]] = {0: [], 2: []}  # without the start and the last token
+        with ExitStack() as hooks, torch.no_grad():
+            for number, seen in hidden.items():
+                note = partial(lambda seen, module, inputs: seen.append(inputs[0][0, 1:-1]), seen)
+                hooks.callback(layers[number].mlp.register_forward_pre_hook(note).remove)
+            for text in documents:
+                ids = [loaded.start_id, *loaded.tokenizer(text, add_special_tokens=False)["input_ids"]]
                 loaded.model(torch.tensor([ids]))
-            for hook in hooks:
-                hook.remove()
-            for number, hidden in seen.items():
-                weight = loaded.model.model.layers[number].mlp.gate.weight
-                probabilities = torch.softmax(hidden @ weight.T, dim=-1)[1:-1]  # neither the start nor the last token
-                firsts[number] += probabilities.argmax(-1).tolist()
-                scores[number].append(probabilities)
         routing = result[language].routing
-        assert routing.layers == [0, 2]
-        assert routing.tokens == len(firsts[0]) == len(firsts[2])
+        assert routing.layers == [0, 2] and routing.tokens == sum(map(len, hidden[0]))
         for index, number in enumerate(routing.layers):
-            shares = [firsts[number].count(expert) / len(firsts[number]) for expert in range(4)]
-            assert routing.first_choice_share[index] == pytest.approx(shares)
-            probabilities = torch.cat(scores[number])
-            assert routing.mean_score[index] == pytest.approx(probabilities.mean(0).tolist(), abs=1e-5)
-            chosen = [sorted(range(4), key=lambda expert: -row[expert])[:2] for row in probabilities.tolist()]
-            loads = [sum(expert in pair for pair in chosen) / len(chosen) for expert in range(4)]
-            assert routing.chosen_share[index] == pytest.approx(loads)
-            assert routing.load_imbalance[index] == pytest.approx(max(loads) / (sum(loads) / 4))
-            assert routing.original_chosen_share[index] == pytest.approx(loads[0])
-            assert routing.all_original_share[index] == 0  # one of a token's two experts is always new
-            pairs = [sorted(row, reverse=True)[:2] for row in probabilities.tolist()]
-            to_new = [
-                1 - row[0] / sum(pair) * (0 in two)
-                for row, pair, two in zip(probabilities.tolist(), pairs, chosen, strict=True)
-            ]
-            assert routing.new_gate_weight[index] == pytest.approx(sum(to_new) / len(to_new), abs=1e-5)
-            entropies = [-sum(score * math.log(score) for score in row) for row in probabilities.tolist()]
-            assert routing.entropy[index] == pytest.approx(sum(entropies) / len(entropies), abs=1e-5)
+            scores_TE = (torch.cat(hidden[number]) @ layers[number].mlp.gate.weight.T).detach().double().softmax(dim=-1)
+            is_first, is_chosen = (
+                torch.zeros_like(scores_TE).scatter(1, scores_TE.topk(number).indices, 1) for number in (1, 2)
+            )
+            loads, weights_TE = is_chosen.mean(0), scores_TE * is_chosen
+            expected = {
+                "first_choice_share": is_first.mean(0).tolist(),
+                "mean_score": scores_TE.mean(0).tolist(),
+                "chosen_share": loads.tolist(),
+                "load_imbalance": (loads.max() / loads.mean()).item(),
+                "original_chosen_share": loads[0].item(),
+                "all_original_share": 0,  # one of a token's two experts is always new
+                "new_gate_weight": 1 - (weights_TE[:, 0] / weights_TE.sum(1)).mean().item(),
+                "entropy": -(scores_TE * scores_TE.log()).sum(1).mean().item(),
+            }
+            for name, value in expected.items():
+                assert getattr(routing, name)[index] == pytest.approx(value, abs=1e-5), name
         share = routing.original_expert_share
         assert share.per_layer == [shares[0] for shares in routing.first_choice_share]
         assert share.overall == pytest.approx(sum(share.per_layer) / 2)

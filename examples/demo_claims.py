@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any, NamedTuple
 
 from moelpr.measure.report.checks import check_result
@@ -9,13 +10,12 @@ from moelpr.measure.report.numbers import percent
 
 
 class Claim(NamedTuple):
-    """A claim about each language of a group, by the relative changes of `models` in bits per byte against base."""
+    """A claim about each language of a group, by relative changes in bits per byte against base."""
 
     name: str
     languages: str
     text: str
-    models: tuple[str, ...]
-    is_shown: Callable[..., bool]
+    is_shown: Callable[..., bool]  # its arguments are named like the models
 
 
 class Judgment(NamedTuple):
@@ -33,35 +33,30 @@ CLAIMS = (
         "learned",
         "expanded",
         "after stage 1 at least 5% fewer bits per byte than base",
-        ("stage1",),
         lambda stage1: stage1 <= -0.05,
     ),
     Claim(
         "kept_by_review",
         "expanded",
         "after stage 2 at least 4.5% fewer bits per byte than base",
-        ("stage2",),
         lambda stage2: stage2 <= -0.045,
     ),
     Claim(
         "preserved",
         "original",
         "after stage 2 at most 1% more bits per byte than base",
-        ("stage2",),
         lambda stage2: stage2 <= 0.01,
     ),
     Claim(
         "repaired",
         "original",
         "stage 2 undoes at least 90% of what stage 1 lost against base",
-        ("stage2", "stage1"),
         lambda stage2, stage1: stage1 > 0 and 1 - stage2 / stage1 >= 0.9,
     ),
     Claim(
         "better_than_full_finetune",
         "original",
         "full fine-tuning costs at least 10 percentage points more against base than stage 2",
-        ("stage2", "full_finetune"),
         lambda stage2, full_finetune: full_finetune - stage2 >= 0.1,
     ),
 )
@@ -78,12 +73,11 @@ def judge(report: dict[str, Any]) -> Iterator[Judgment]:
     What was not measured is not shown.
     """
     for claim in CLAIMS:
+        models = [*signature(claim.is_shown).parameters]
         for language in (name for name, group in report["languages"].items() if group == claim.languages):
-            measured = [report["change"].get(model, {}).get(language, {}).get("value") for model in claim.models]
+            measured = [report["change"].get(model, {}).get(language, {}).get("value") for model in models]
             changes = [math.nan if value is None else value for value in measured]
-            figures = ", ".join(
-                f"{model} {percent(change)}" for model, change in zip(claim.models, changes, strict=True)
-            )
+            figures = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
             yield Judgment(claim.name, language, claim.text, f"{figures} against base", claim.is_shown(*changes))
     for name, meaning in CHECKS.items():
         check = report["checks"].get(name, {})

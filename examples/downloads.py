@@ -56,12 +56,6 @@ class Source:
     folder: str = ""
 
     @property
-    def remedy(self) -> str:
-        """Advice for a registry that does not have it."""
-        is_debian = self.registry == "debian"
-        return "update the package lists (apt-get update)" if is_debian else "connect to a registry that has it"
-
-    @property
     def command(self) -> list[str]:
         """The command that downloads it into the current folder."""
         if self.registry == "debian":
@@ -136,8 +130,10 @@ def _download(source: Source, cache: Path) -> None:
 
 
 def _not_downloaded(source: Source, cache: Path, reason: str) -> UserError:
+    is_debian = source.registry == "debian"
+    fix = "update the package lists (apt-get update)" if is_debian else "connect to a registry that has it"
     return UserError(
-        f"{source.file} could not be downloaded ({reason}); {source.remedy}, or copy the file into {cache} "
+        f"{source.file} could not be downloaded ({reason}); {fix}, or copy the file into {cache} "
         f"(elsewhere: {shlex.join(source.command)}), and run it again"
     )
 

@@ -46,13 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace an existing folder")
     add("--without", default="", metavar="A,B", help="more languages to leave out, such as those to evaluate on")
     add("--kilobytes", type=int, default=200, metavar="N", help="text of each language (default: 200)")
-    add(
-        "--cache",
-        type=Path,
-        default=DEFAULT_CACHE,
-        metavar="DIR",
-        help="where downloads are kept (default: %(default)s)",
-    )
+    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of downloads (default: %(default)s)")
     arguments = parser.parse_args(argv)
     refuse_existing([arguments.output], arguments.overwrite)
     if arguments.kilobytes < 1:

@@ -21,12 +21,7 @@ from moelpr.model.families.moe_classes import (
 from moelpr.model.model_spec import ModelSpec
 
 # Name on the command line → name in sentences.
-READERS = {
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "llama.cpp": "llama.cpp (Ollama, LM Studio)",
-    "mlx": "MLX",
-}
+READERS = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp (Ollama, LM Studio)", "mlx": "MLX"}
 
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:

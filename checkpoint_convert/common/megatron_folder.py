@@ -96,14 +96,6 @@ class MegatronReader:
         tensor = self._reader(piece).read(piece.key, piece.stack_index)
         return tensor if piece.stack_index is not None else tensor[: megatron_shape(piece, self.spec)[0]]
 
-    def dtype(self, piece: Piece) -> torch.dtype:
-        """The dtype of one piece in the checkpoint."""
-        return self._reader(piece).dtype(piece.key)
-
-    def num_bytes(self, piece: Piece) -> int:
-        """Size of one piece in the checkpoint's dtype."""
-        return self.dtype(piece).itemsize * sum(map(math.prod, piece.hf_shapes))
-
     def _reader(self, piece: Piece) -> TorchDistReader:
         return self._reader_of.get(piece.key, self._complete)  # the base, which is complete, reports missing keys
 
@@ -135,7 +127,11 @@ def write_checkpoint(
         bar.update(round(bar.total * (1 - num_elements(missing) / num_elements(plan))))
         tensors = iter(read(missing))
         for piece in missing:
-            bar.update(_write_piece(writer, piece, spec, next(tensors)))
+            tensor = next(tensors)
+            chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
+            writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
+            bar.update(tensor.nbytes)
+            del tensor, chunk  # one in memory
         for key in _extra_state_keys(plan):
             writer.write_object(key, None)
         writer.finish(_COMMON_STATE)
@@ -155,13 +151,6 @@ _COMMON_STATE: dict[str, Any] = {
 def num_elements(plan: list[Piece]) -> int:
     """Number of elements of all pieces."""
     return sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
-
-
-def _write_piece(writer: TorchDistWriter, piece: Piece, spec: ModelSpec, tensor: Tensor) -> int:
-    """Return the tensor's bytes, and keep no reference to it."""
-    chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
-    writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
-    return tensor.nbytes
 
 
 def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:

@@ -3,8 +3,7 @@
 import copy
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -264,8 +263,9 @@ def combine(
         for expert, (reader, languages) in zip(opened, readers, strict=True):
             if expert.others:
                 texts = [ids for language in languages for ids in held_out[language]]
-                with _changed(loaded.model, expert, opened_base.tensors):
-                    whole = mean_loss(reader.model, texts)
+                _put(loaded.model, "", expert.tensors, expert.others)
+                whole = mean_loss(reader.model, texts)
+                _put(loaded.model, "", opened_base.tensors, expert.others)
                 ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
     languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
@@ -382,16 +382,6 @@ def _put(module: nn.Module, prefix: str, tensors: Any, names: Iterable[str]) -> 
     for name in names:
         stored, index = stacked_part(name)
         module.get_parameter(stored.removeprefix(prefix)).data[index or ...] = tensors.read(name)
-
-
-@contextmanager
-def _changed(model: nn.Module, expert: Expert, source: HfReader) -> Iterator[None]:
-    """The model with what else the expert changed."""
-    _put(model, "", expert.tensors, expert.others)
-    try:
-        yield
-    finally:
-        _put(model, "", source, expert.others)
 
 
 def combined_card(base: Path, experts: Mapping[str, list[str]], routers: str, base_model: str | None = None) -> str:

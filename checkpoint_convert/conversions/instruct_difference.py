@@ -108,8 +108,12 @@ class GraftReader:
         if not is_grafted:
             return cast(tensor, dtype, name)
         instruct = self._read_dense(self._instruct, origin, tensor, piece)
-        if not piece.is_trained and instruct.ndim == 2:
-            self._check_related(origin, base, instruct)
+        # Post-training moves a matrix by a small part of its norm; two unrelated ones are √2 norms apart.
+        if not piece.is_trained and instruct.ndim == 2 and _norm(base, instruct) > _norm(base):
+            raise UserError(
+                f"{self._instruct.folder} was not made of {self._base.folder}: their {origin} differ by more than the "
+                "norm of the base's; pass the base's own instruct model"
+            )
         grafted = add_difference(tensor, base, instruct, self._scale, dtype)
         return check_finite(grafted, f"{name} with the difference", f"{self.dtype} is too narrow; pass another --dtype")
 
@@ -121,14 +125,6 @@ class GraftReader:
         """A tensor of base or instruct model; rows of new tokens are the model's own, so that their difference is 0."""
         tensor, rows = reader.read_finite(name), self._rows(piece)
         return grow(tensor, model[rows.start : rows.stop], rows) if rows else tensor
-
-    def _check_related(self, name: str, base: Tensor, instruct: Tensor) -> None:
-        """Post-training moves a matrix by a small part of its norm; two unrelated ones are √2 norms apart."""
-        if _norm(base, instruct) > _norm(base):
-            raise UserError(
-                f"{self._instruct.folder} was not made of {self._base.folder}: their {name} differ by more than the "
-                "norm of the base's; pass the base's own instruct model"
-            )
 
     def _check_shapes(self) -> None:
         base, instruct, model = self._base, self._instruct, self._model

@@ -6,8 +6,7 @@ without one of them it is what it was before, bit for bit.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -169,7 +168,8 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
             raise UserError(f"{folder} is of another base than {base}: its own is {record.base}, with other weights")
         if bool(record.languages) == (folder is kept):
             raise UserError(f"{folder} must have {'kept sums' if folder is kept else 'FFNs'}, and has the other")
-    ordered = sorted(packs, key=lambda folder: (records[folder].languages, _content(folder)))
+    sums = {folder: hashlib.sha256((folder / _SUMS_FILE).read_bytes()).hexdigest() for folder in packs}
+    ordered = sorted(packs, key=lambda folder: (records[folder].languages, sums[folder]))
     languages = [language for folder in ordered for language in records[folder].languages]
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise UserError(f"packs have {twice[0]} twice; pass one of them")
@@ -195,10 +195,6 @@ def _checksum(base: Base) -> str:
     return digest.hexdigest()
 
 
-def _content(folder: Path) -> str:
-    return hashlib.sha256((folder / _SUMS_FILE).read_bytes()).hexdigest()
-
-
 def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader | AdapterReader:
     """The FFNs of a pack; UserError if they are not those of the base's shape."""
     if (folder / AdapterReader.FILES[0]).is_file():
@@ -207,15 +203,12 @@ def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader | AdapterReader:
         return adapter
     reader = HfReader(folder, verify=verify)
     missing = [n for n in base.ffn if n not in reader or reader.shape(n) != base.tensors.shape(n)]
-    if missing or sum(map(_size, map(reader.shape, reader.names))) != sum(
-        map(_size, map(base.tensors.shape, base.ffn))
-    ):
+    sizes = [
+        sum(math.prod(reader.shape(name)) for name in names) for names in (reader.names, () if missing else base.ffn)
+    ]
+    if missing or sizes[0] != sizes[1]:
         raise UserError(f"{folder} does not have exactly the FFNs of the base ({(missing or ['more'])[0]}); {_DAMAGED}")
     return reader
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _stored(inputs: Inputs) -> dict[str, Tensor]:
@@ -231,22 +224,15 @@ def _stored(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _sums(folder: Path, layer: int, hidden: int) -> Sums:
-    with _opened(folder / _SUMS_FILE) as file:
-        lower, diagonal_H, mean_H = (
-            file.get_tensor(f"{layer}.{name}").float() for name in ("correlations", "diagonal", "mean")
-        )
-        if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
-            raise ValueError(f"layer {layer} has sums of another hidden size")
-        scaled_HH = torch.eye(hidden)
-        scaled_HH[*torch.tril_indices(hidden, hidden, offset=-1)] = lower
-        scaled_HH = scaled_HH + scaled_HH.tril(-1).T
-        return scaled_HH * (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt()), mean_H
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+    names, path = ("correlations", "diagonal", "mean"), folder / _SUMS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            lower, diagonal_H, mean_H = (file.get_tensor(f"{layer}.{name}").float() for name in names)
+        if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
+            raise ValueError(f"layer {layer} has sums of another hidden size")
     except Exception as error:  # safetensors raises errors of its own
         raise UserError(f"{path} cannot be read ({first_line(error)}); {_DAMAGED}") from error
+    scaled_HH = torch.eye(hidden)
+    scaled_HH[*torch.tril_indices(hidden, hidden, offset=-1)] = lower
+    scaled_HH = scaled_HH + scaled_HH.tril(-1).T
+    return scaled_HH * (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt()), mean_H

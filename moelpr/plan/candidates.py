@@ -262,14 +262,13 @@ def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> It
                 yield Remedy(settings, fits[0].peak.total_bytes / GIB)
                 return
 
-    smaller = [size for size in reversed(divisors(workload.micro_batch_size)) if size < workload.micro_batch_size]
-    works = {size: replace(workload, micro_batch_size=size) for size in smaller}
+    *smaller, _ = divisors(workload.micro_batch_size)
+    works = {size: replace(workload, micro_batch_size=size) for size in reversed(smaller)}
     yield from first_that_fits(({"--micro-batch-size": size}, spec, work) for size, work in works.items())
-    if not workload.optimizer_cpu_offload and not workload.bf16_moments and workload.dtype == "bf16":
-        smaller_state = replace(workload, bf16_moments=True)
-        yield from first_that_fits([({"--bf16-moments": None}, spec, smaller_state)])
     if not workload.optimizer_cpu_offload and not workload.bf16_moments:
-        on_host = replace(workload, optimizer_cpu_offload=True)
+        in_bf16, on_host = replace(workload, bf16_moments=True), replace(workload, optimizer_cpu_offload=True)
+        if workload.dtype == "bf16":
+            yield from first_that_fits([({"--bf16-moments": None}, spec, in_bf16)])
         yield from first_that_fits([({"--optimizer-cpu-offload": None}, spec, on_host)])
     if (moe := spec.moe) is None:
         return

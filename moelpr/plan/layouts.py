@@ -129,8 +129,7 @@ def layout_problems(
     if spec is not None:
         if spec.moe is not None:
             yield from _expert_problems(layout, spec.moe, spec.megatron_args, torch_grouped_gemm)
-        yield from _norm_problems(layout, spec)
-        yield from _hybrid_problems(layout, spec, has_experts or sequence_parallel)
+        yield from _family_problems(layout, spec, has_experts or sequence_parallel)
         yield from _tensor_problems(layout.tp, spec.megatron_args)
         layers, positions = spec.megatron_args["num_layers"], spec.megatron_args["max_position_embeddings"]
         if even_pipeline and layers % layout.pp:
@@ -204,7 +203,9 @@ def _tensor_problems(tp: int, shape: Mapping[str, Any]) -> Iterator[str]:
         yield f"{_TP} {tp} does not divide the model's {', '.join(wrong)}; use {one_of(works)}"
 
 
-def _hybrid_problems(layout: Layout, spec: ModelSpec, sequence_parallel: bool) -> Iterator[str]:
+def _family_problems(layout: Layout, spec: ModelSpec, sequence_parallel: bool) -> Iterator[str]:
+    if layout.tp > 1 and spec.megatron_args.get("norms_after"):
+        yield f"{_TP} {layout.tp} would split the heads, over all of which OLMo 2 normalizes queries and keys; use 1"
     if "linear_attention_freq" not in spec.megatron_args:
         return
     if layout.cp > 1:
@@ -212,11 +213,6 @@ def _hybrid_problems(layout: Layout, spec: ModelSpec, sequence_parallel: bool) -
     if layout.tp > 1 and not sequence_parallel:
         # Megatron sums the gradient of its output norm over the ranks only then.
         yield f"{_TP} {layout.tp} requires --sequence-parallel in a model with linear attention; add it"
-
-
-def _norm_problems(layout: Layout, spec: ModelSpec) -> Iterator[str]:
-    if layout.tp > 1 and spec.megatron_args.get("norms_after"):
-        yield f"{_TP} {layout.tp} would split the heads, over all of which OLMo 2 normalizes queries and keys; use 1"
 
 
 def _sequence_problems(layout: Layout, length: int, sequence_parallel: bool) -> Iterator[str]:

@@ -153,11 +153,13 @@ def calibrate(
     Raises:
         UserError: A text does not suit, texts cannot be told apart, or no routers do what is asked.
     """
-    of_kept = read_inputs(subject.base, kept, aim.max_tokens, with_start=True)
-    of_new = [
-        read_inputs(reader, {language: expanded[language] for language in languages}, aim.max_tokens, with_start=False)
-        for reader, languages in subject.experts
-    ]
+    texts_of = [{language: expanded[language] for language in languages} for _, languages in subject.experts]
+
+    def read(of_base: Reader, *of_experts: Reader) -> tuple[Inputs, list[Inputs]]:
+        pairs, of_kept = zip(of_experts, texts_of, strict=True), read_inputs(of_base, kept, aim.max_tokens, True)
+        return of_kept, [read_inputs(reader, texts, aim.max_tokens, False) for reader, texts in pairs]
+
+    of_kept, of_new = read(subject.base, *(reader for reader, _ in subject.experts))
     pieces = of_kept.pieces | {name: its for inputs in of_new for name, its in inputs.pieces.items()}
     expert_of = {language: reader.model for reader, languages in subject.experts for language in languages}
 
@@ -188,11 +190,7 @@ def calibrate(
     for number in range(ROUNDS):
         if number:
             subject.put(tried[-1][1])
-            of_kept = read_inputs(subject.routed, kept, aim.max_tokens, with_start=True)
-            of_new = [
-                read_inputs(subject.routed, {name: expanded[name] for name in names}, aim.max_tokens, with_start=False)
-                for _, names in subject.experts
-            ]
+            of_kept, of_new = read(subject.routed, *[subject.routed] * len(texts_of))
         if number == 1 and is_checked:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}

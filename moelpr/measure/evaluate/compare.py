@@ -83,10 +83,9 @@ def compare_models(
     opened = models if base is None else {**models, f"--base {base}": base}
     settings = (settings or Settings()).resolve({name: read_max_positions(path) for name, path in opened.items()})
     cache = cache or ResultCache(None)
-    if continuation_tokens:
-        require_hf(models, "--continuations")
     prompts = {}
     if continuation_tokens:
+        require_hf(models, "--continuations")
         prompts = {language: choose_prompts(texts, num_prompts) for language, texts in documents.items()}
     # The batch size is left out because it only affects speed.
     windows = {"sequence_length": settings.sequence_length, "context": settings.context}
@@ -175,13 +174,8 @@ def continue_prompts(loaded: LoadedModel, prompts: Sequence[str], max_new_tokens
     from transformers import GenerationConfig
 
     pad_id = loaded.eos_id if loaded.eos_id is not None else loaded.start_id
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=loaded.eos_id,
-        pad_token_id=pad_id,
-    )
+    ends = {"eos_token_id": loaded.eos_id, "pad_token_id": pad_id}
+    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, **ends)
     texts = []
     for batch in itertools.batched(prompts, _PROMPTS_AT_ONCE):
         ids = [[loaded.start_id, *loaded.tokenizer(prompt, add_special_tokens=False)["input_ids"]] for prompt in batch]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import lzma
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 from moelpr.base.errors import UserError
@@ -17,17 +18,9 @@ def read_deb(path: Path, folder: str, suffix: str | tuple[str, ...] = "") -> dic
     Raises:
         UserError: it is not such a package.
     """
-    try:
-        return _read(path, folder, suffix)
-    except (ValueError, EOFError, tarfile.TarError, lzma.LZMAError):
-        raise UserError(f"{path} is not a Debian package; remove it and run it again") from None
-
-
-def _read(path: Path, folder: str, suffix: str | tuple[str, ...]) -> dict[str, bytes]:
-    with open(path, "rb") as package:
-        if package.read(8) != b"!<arch>\n":
-            raise ValueError("not an ar archive")
-        while header := package.read(60):
+    with suppress(ValueError, EOFError, tarfile.TarError, lzma.LZMAError), open(path, "rb") as package:
+        header = package.read(60) if package.read(8) == b"!<arch>\n" else b""
+        while header:
             name, size = header[:16].decode().strip(), int(header[48:58])
             if name.startswith("data.tar"):
                 with tarfile.open(fileobj=io.BytesIO(package.read(size))) as archive:
@@ -35,7 +28,8 @@ def _read(path: Path, folder: str, suffix: str | tuple[str, ...]) -> dict[str, b
                     names = sorted(name for name in files if name.startswith(folder) and name.endswith(suffix))
                     return {name: file.read() for name in names if (file := archive.extractfile(files[name]))}
             package.seek(size + size % 2, io.SEEK_CUR)
-    raise ValueError("no files")
+            header = package.read(60)
+    raise UserError(f"{path} is not a Debian package; remove it and run it again")
 
 
 def digest_of(path: Path, folder: str) -> str:

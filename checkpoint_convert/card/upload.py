@@ -84,14 +84,12 @@ class Upload:
                     f"{repository} has another model ({other}) already; choose another name, or --overwrite"
                 )
             address = api.create_repo(repository, private=private, exist_ok=True)
-            patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in self.files]
-            message = "Upload with moelpr"
             api.upload_folder(
                 repo_id=repository,
                 folder_path=self.folder,
-                allow_patterns=patterns,
+                allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in self.files],
                 delete_patterns=_STALE,  # shards of an earlier upload would be read with these
-                commit_message=message,
+                commit_message="Upload with moelpr",
             )
         return str(address)
 

@@ -93,12 +93,6 @@ def _sizes(model: Path) -> tuple[int, int]:
         raise UserError(f"{model}/config.json lacks {error}; pass an export of an upcycled model") from error
 
 
-def _card(card: str, record: RoutedModel) -> str:
-    """The card of the export, with its routers before the section on its use."""
-    head, use, rest = card.partition("## Use\n")
-    return head + (record.card_text() if use else f"\n{record.card_text()}") + use + rest
-
-
 def _write(model: Path, row_of: Mapping[int, Tensor], record: RoutedModel, settings: RoutingSettings) -> None:
     source, other_parts = (HfReader(model, verify=settings.verify, text=text) for text in (True, False))
     readers = {name: reader for reader in (source, other_parts) for name in reader.names}
@@ -122,6 +116,8 @@ def _write(model: Path, row_of: Mapping[int, Tensor], record: RoutedModel, setti
             copy_card(model, name, folder / name)
         if (folder / CARD_FILE).is_file():
             card = (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace")
-            write_text(folder / CARD_FILE, _card(card, record))
+            head, use, rest = card.partition("## Use\n")  # routers come before it
+            routers = record.card_text() if use else f"\n{record.card_text()}"
+            write_text(folder / CARD_FILE, head + routers + use + rest)
         record.write(folder)
         write_weights(journal, tensors, dtype, DEFAULT_SHARD_BYTES, bar)

@@ -34,7 +34,9 @@ def read_help(packages: Mapping[str, Path]) -> Documents:
         code = HELP_CODES.get(language, language)
         prefix = f"usr/share/libreoffice/help/{code}/text/"
         pages = read_deb(packages[f"libreoffice-help-{code.lower()}"], prefix, ".html")
-        documents[language] = {name[len(prefix) : -5]: _help_page(page.decode()) for name, page in pages.items()}
+        documents[language] = {
+            name[len(prefix) : -5]: _HelpPage(page.decode()).paragraphs for name, page in pages.items()
+        }
     return clean(documents)
 
 
@@ -79,11 +81,12 @@ def is_sentence(text: str, language: str) -> bool:
 class _HelpPage(HTMLParser):
     """Paragraphs inside the part of a page that is shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.paragraphs: list[str] = []
         self._open: list[str] | None = None
         self._is_body = False
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         values = dict(attributes)
@@ -109,12 +112,6 @@ class _HelpPage(HTMLParser):
         if text := " ".join("".join(self._open or []).split()):
             self.paragraphs.append(text)
         self._open = None
-
-
-def _help_page(page: str) -> list[str]:
-    parser = _HelpPage()
-    parser.feed(page)
-    return parser.paragraphs
 
 
 def _scenes(source: str) -> Iterable[list[str]]:

@@ -90,7 +90,7 @@ def _run_shares(
     run: Callable[..., Scores], number: int, missing: Sequence[str], cache: ResultCache, settings: Mapping[str, Any]
 ) -> None:
     """Run the missing tasks in several processes, which put each result into the cache."""
-    if cache.is_off:
+    if cache.folder is None:
         raise UserError("--num-processes requires --output, where the processes leave their results")
     gpus = torch.cuda.device_count()
     with ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -52,27 +52,23 @@ class ResultCache:
 
     def __init__(self, folder: Path | None):
         """`folder` is the evaluation's --output; None caches nothing."""
-        self._folder = folder and folder / CACHE_FOLDER
-        if folder and self._folder:
-            is_foreign = not self._folder.is_dir() and folder.is_dir() and any(folder.iterdir())
+        self.folder = folder and folder / CACHE_FOLDER
+        if folder and self.folder:
+            is_foreign = not self.folder.is_dir() and folder.is_dir() and any(folder.iterdir())
             if is_foreign or folder.is_file():
                 raise UserError(f"--output {folder} is not an evaluation folder; choose another")
-            make_folder(self._folder)  # now, because measuring takes long
-
-    @property
-    def is_off(self) -> bool:
-        return self._folder is None
+            make_folder(self.folder)  # now, because measuring takes long
 
     def read(self, model: str, name: str, key: Json) -> Json | None:
         """The result computed from exactly `key`, or None, also if the file is damaged."""
-        if self._folder:
+        if self.folder:
             with suppress(UserError):
                 kept = records.read(KeptResult, self._path(model, name), "evaluate again")
                 return kept.result if kept.crc32 == _checksum(kept.result) and kept.of == {**_VERSION, **key} else None
         return None
 
     def write(self, model: str, name: str, key: Json, result: Json) -> None:
-        if self._folder:
+        if self.folder:
             kept = KeptResult({**_VERSION, **key}, result, _checksum(result))
             write_text(self._path(model, name), json.dumps(asdict(kept)) + "\n")
 
@@ -93,8 +89,8 @@ class ResultCache:
         return results
 
     def _path(self, model: str, name: str) -> Path:
-        assert self._folder
-        return self._folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
+        assert self.folder
+        return self.folder / quote(model, safe="") / f"{quote(name, safe='')}.json"
 
 
 def _checksum(result: Json) -> str:

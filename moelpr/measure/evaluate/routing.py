@@ -63,8 +63,7 @@ class RoutingObserver:
         self._tokens += int(is_counted.sum())
         with ExitStack() as hooks:
             for number, router in self._loaded.routers.items():
-                hook = router.register_forward_hook(partial(self._add, number, weight_T))
-                hooks.callback(hook.remove)
+                hooks.callback(router.register_forward_hook(partial(self._add, number, weight_T)).remove)
             yield
 
     def _add(self, number: int, weight_T: Tensor, router: nn.Module, inputs: Any, output: Any) -> None:

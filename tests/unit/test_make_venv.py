@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import write_program
+
 SCRIPT = Path(__file__).parents[2] / "launch" / "make_venv.sh"
 SOURCES = ("setup.py", "requirements/dev.txt", "moelpr/data/csrc/bits.cpp")
 TOOLS = "bash cat chmod cp cut df dirname flock grep head mkdir rm sed sha256sum sleep tail timeout touch".split()
@@ -32,15 +34,7 @@ UNFIT = {
 @pytest.fixture
 def put(tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a shell script as `folder/name` below tmp_path, executable."""
-
-    def write(name: str, body: str) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-        return path
-
-    return write
+    return lambda name, body: write_program(tmp_path / name, body)
 
 
 @pytest.fixture

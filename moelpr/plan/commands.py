@@ -80,16 +80,9 @@ def main(args: Settings) -> None:
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
     if args.bf16_moments and (args.optimizer_cpu_offload or args.dtype == "fp32"):
         raise UserError("--bf16-moments supports neither --optimizer-cpu-offload nor --dtype fp32; remove it")
-    workload = Workload(
-        args.stage,
-        *sizes,
-        args.dtype,
-        new_embeddings=args.train_new_embeddings,
-        train_everything=args.train_everything,
-        stage1_experts=args.stage1_experts,
-        optimizer_cpu_offload=args.optimizer_cpu_offload,
-        bf16_moments=args.bf16_moments,
-    )
+    names = ("train_everything", "stage1_experts", "optimizer_cpu_offload", "bf16_moments")
+    options: dict[str, Any] = {name: getattr(args, name) for name in names}
+    workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings, **options)
     cluster = _cluster(args)
     spec = _model(args, workload, cluster)
     shares = _shares(args)

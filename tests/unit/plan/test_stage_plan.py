@@ -81,7 +81,7 @@ def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> N
                 moe = replace(moe, num_new_experts=value)
             elif name == "moe_every_k_layers":
                 moe = replace(moe, layers=tuple(range(value - 1, 6, value)))
-            else:  # of the workload: a number, or None for a switch
+            else:  # a number, or None for a switch
                 work = replace(work, **{name: value or True})
         best = fitting(replace(SPEC, moe=moe), work, cluster(1, gib))[0]
         assert best.peak.total_bytes == remedy.gib * GIB

@@ -62,10 +62,15 @@ def test_the_pack_has_translated_pages_code_and_dialogues(packages: Path, capsys
     assert "1 languages, code and dialogues" in capsys.readouterr().out
 
 
-def test_every_language_is_limited(packages: Path) -> None:
-    main(["--output", str(packages / "out"), "--kilobytes", "1"])
+def test_every_language_is_limited_and_wrong_values_are_one_sentence(packages: Path) -> None:
+    command = ["--output", str(packages / "out"), "--kilobytes"]
+    with pytest.raises(UserError, match="--kilobytes must be at least 1"):
+        main([*command, "0"])
+    main([*command, "1"])
     pack = json.loads((packages / "out" / "pack.manifest.json").read_text())
     assert all(file["bytes"] <= 1000 for name, file in pack.items() if name != "code.jsonl")
+    with pytest.raises(UserError, match="already exists"):
+        main([*command, "1"])
 
 
 def test_no_source_is_of_the_demos_languages_and_all_are_pinned() -> None:
@@ -73,11 +78,3 @@ def test_no_source_is_of_the_demos_languages_and_all_are_pinned() -> None:
     assert not any(f"-{language}" in name for name in sources for language in LANGUAGES)
     assert all(len(source.sha256) == 64 and source.licence for source in sources.values())
     assert len({source.kind for source in sources.values()} - {"documentation", "chat"}) >= 4
-
-
-def test_wrong_values_are_one_sentence(packages: Path) -> None:
-    with pytest.raises(UserError, match="--kilobytes must be at least 1"):
-        main(["--output", str(packages / "out"), "--kilobytes", "0"])
-    (packages / "out").mkdir()
-    with pytest.raises(UserError, match="already exists"):
-        main(["--output", str(packages / "out")])

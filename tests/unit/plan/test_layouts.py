@@ -53,7 +53,7 @@ def test_a_layout_is_read_from_parsed_arguments_and_counts_invalid_sizes_as_1() 
         (
             Layout(tp=3, ep=2, etp=3),
             3,
-            "--expert-tensor-parallel-size 3 (by default --tensor-model-parallel-size) x",
+            "--expert-tensor-parallel-size 3 (by default --tensor-model-parallel-size)",
             "3",
         ),
         (Layout(ep=2), 1, "--expert-tensor-parallel-size 1 x --expert-model-parallel-size 2", "product is 1"),

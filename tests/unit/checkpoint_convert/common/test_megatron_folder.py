@@ -23,7 +23,10 @@ from moelpr.model.families.tables import megatron_shape, pieces
 from tests.support.hf_models import assert_nothing_left, edit_json
 
 
-def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
+def test_torchs_loader_reads_every_tensor_and_megatrons_what_it_needs(megatron, qwen2: Path, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import checkpoint_exists, find_checkpoint_rank_0, read_metadata
+
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     plan = list(pieces(family_named(spec.family).table, spec))
@@ -32,13 +35,6 @@ def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     for key, tensor in state.items():
         assert torch.equal(tensor, reader.read(key)), key
-
-
-def test_megatron_finds_what_load_checkpoint_needs(megatron: None, qwen2: Path, tmp_path: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.training.checkpointing import checkpoint_exists, find_checkpoint_rank_0, read_metadata
-
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     folder = str(tmp_path / "megatron")
     assert checkpoint_exists(folder)
     # read_metadata agrees on the iteration over the ranks on the GPU; a single process does not.

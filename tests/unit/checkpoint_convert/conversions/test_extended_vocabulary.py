@@ -26,32 +26,19 @@ EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 OLD_TEXT = TOKENS % 60  # the tests' tokenizer has 60 IDs, and its models 99 rows
 
 
-def extend_tokenizer(model: Path, folder: Path, number: int, first: int = 2) -> Path:
-    """New tokens are runs of b, the first of which has the length `first`."""
-    return save_extended_tokenizer(model, folder, [("b", "b" * n) for n in range(first - 1, first - 1 + number)])
-
-
-@pytest.fixture
-def extended(qwen2: Path, tmp_path: Path) -> Path:
-    """45 new tokens: 39 take the spare rows, and 6 are added."""
-    return extend_tokenizer(qwen2, tmp_path / "extended", 45)
-
-
-def varied(extended: Path, vocab: int = 60) -> VocabularyExtension:
-    """An extension whose new tokens replace different old ones."""
-    extension = VocabularyExtension.read(extended)
-    replaces = [[(7 * n + k) % vocab for k in range(2 + n % 4)] for n in range(extension.number)]
-    extension = replace(extension, replaces=replaces)
-    extension.write(extended)
-    return extension
+def extend_tokenizer(model: Path, folder: Path) -> Path:
+    """45 new tokens, runs of b: 39 take the spare rows, and 6 are added."""
+    return save_extended_tokenizer(model, folder, [("b", "b" * n) for n in range(1, 46)])
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_rows_are_means_and_old_rows_keep_their_bits(make_qwen2, tmp_path, tied, dtype) -> None:
     model = make_qwen2(torch.bfloat16, tokenizer=True, tie_word_embeddings=tied)
-    extension = varied(extend_tokenizer(model, tmp_path / "extended", 45))
-    spec = hf_to_mcore(model, tmp_path / "out", NewExperts(4), dtype=dtype, extended_tokenizer=tmp_path / "extended")
+    extended = extend_tokenizer(model, tmp_path / "extended")
+    replaces = [[(7 * n + k) % 60 for k in range(2 + n % 4)] for n in range(45)]
+    change_record(extended, replaces=replaces)
+    spec = hf_to_mcore(model, tmp_path / "out", NewExperts(4), dtype=dtype, extended_tokenizer=extended)
     assert spec.new_tokens == NewTokens(first=60, number=45, base_vocab_size=99)
     assert ModelSpec.read(tmp_path / "out") == spec and spec.megatron_args["vocab_size"] == 105
     before, after = tensors_of(model), MegatronReader(tmp_path / "out")
@@ -59,7 +46,7 @@ def test_new_rows_are_means_and_old_rows_keep_their_bits(make_qwen2, tmp_path, t
         rows, old = after.read(name), before[name].to(getattr(torch, dtype))
         assert rows.shape == (105, 32)
         assert torch.equal(rows[:60], old[:60])
-        for new, replaced in enumerate(extension.replaces, start=60):
+        for new, replaced in enumerate(replaces, start=60):
             mean = torch.stack([before[name][id].float() for id in replaced]).sum(dim=0) / len(replaced)
             torch.testing.assert_close(rows[new].float(), mean, rtol=1e-6 if dtype == "float32" else 2**-8, atol=1e-7)
 
@@ -68,7 +55,7 @@ def test_new_rows_are_means_and_old_rows_keep_their_bits(make_qwen2, tmp_path, t
 @pytest.mark.parametrize("tied", [False, True])
 def test_text_without_new_tokens_gets_the_same_logits_bit_for_bit(make_qwen2, tmp_path, tied, experts) -> None:
     model = make_qwen2(tokenizer=True, tie_word_embeddings=tied)
-    extended = extend_tokenizer(model, tmp_path / "extended", 45)
+    extended = extend_tokenizer(model, tmp_path / "extended")
     hf_to_mcore(model, tmp_path / "old", experts)
     hf_to_mcore(model, tmp_path / "grown", experts, extended_tokenizer=extended)
     old, grown = our_logits(tmp_path / "old", OLD_TEXT), our_logits(tmp_path / "grown", OLD_TEXT)
@@ -99,6 +86,6 @@ def change_old_ids(extended: Path) -> None:
         (lambda folder: (folder / "vocabulary_extension.json").unlink(), "vocabulary_extension.json"),
     ],
 )
-def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(qwen2, extended, tmp_path, change, message) -> None:
-    change(extended)
+def test_a_tokenizer_that_does_not_extend_the_models_is_rejected(qwen2, tmp_path, change, message) -> None:
+    change(extended := extend_tokenizer(qwen2, tmp_path / "extended"))
     assert_import_fails(qwen2, tmp_path, message, extended_tokenizer=extended)

@@ -92,7 +92,7 @@ def test_a_damaged_result_is_measured_again(measured, tmp_path, dense_dir, texts
     file = tmp_path / "parts/dense/en.json"
     content = json.loads(file.read_text())
     content["result"]["document_bits"][0] += 1
-    for damaged in (json.dumps(content), json.dumps(content | {"result": {}}), json.dumps([]), ""):
+    for damaged in (json.dumps(content), json.dumps(content | {"result": {}}), json.dumps([]), "", "[" * 100_000):
         file.write_text(damaged)
         assert compare_models({"dense": dense_dir}, texts, device="cpu", cache=cache) == first
         assert measured == [("dense", "en")]

@@ -8,17 +8,8 @@ from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.result_cache import ResultCache
 
 
-def test_without_a_folder_nothing_is_kept() -> None:
-    cache = ResultCache(None)
-    cache.write("model", "en", {}, {"bits": 1})
-    assert cache.read("model", "en", {}) is None
-
-
 def test_an_output_that_cannot_be_written_is_reported_before_measuring(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "b", Path("/proc/b")):
         with pytest.raises(UserError, match=f"{folder}"):
             ResultCache(folder)
-    (tmp_path / "new" / "parts" / "m").mkdir(parents=True)
-    (tmp_path / "new" / "parts" / "m" / "en.json").write_text("[" * 100_000)
-    assert ResultCache(tmp_path / "new").read("m", "en", {}) is None

@@ -16,7 +16,7 @@ from moelpr.measure.evaluate.compare import compare_models
 from moelpr.measure.evaluate.scoring import Settings
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.chat_templates import CHATML_WITH_DEFAULT, CONVERSATIONS, EXPRESSIBLE
-from tests.support.hf_models import make_model, write_export  # noqa: F401
+from tests.support.hf_models import write_export
 from tests.support.small_tokenizers import byte_level_bpe
 
 TEXT = ["Η Αθήνα είναι η πρωτεύουσα της Ελλάδας.", "There are 12 cats, isn't it?  光が見える 3 33 333"] * 4
@@ -36,7 +36,7 @@ func main() {
 
 
 @pytest.fixture(scope="module")
-def export(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def export(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An upcycled Llama with GPT-2's pre-tokenizer, a vocabulary of its own and ChatML."""
     from transformers import PreTrainedTokenizerFast
 

@@ -17,14 +17,7 @@ from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from moelpr.model.families.hf_config import read_config
 from moelpr.model.families.new_experts import NewExperts
 from tests.readers import llama_cpp
-from tests.support.hf_models import (
-    InDouble,
-    in_double,
-    load_stock,
-    make_model,  # noqa: F401
-    save_multimodal,
-    write_export,
-)
+from tests.support.hf_models import InDouble, in_double, load_stock, save_multimodal, write_export
 
 VOCAB = 99
 NUM_TOKENS = 12
@@ -93,7 +86,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def export(case: Case, make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Experts that differ as after training, in fp32."""
     folder = tmp_path_factory.mktemp("export")
     dense = make_model(case.architecture, tokenizer=True, **case.changes)
@@ -168,11 +161,7 @@ def test_a_reader_computes_what_transformers_does_unless_an_obstacle_is_named(
 
 
 @pytest.mark.parametrize("reader", RUN)
-def test_a_whole_multimodal_model_runs_as_its_language_model(
-    make_model: Callable[..., Path],  # noqa: F811
-    reader: str,
-    tmp_path: Path,
-) -> None:
+def test_a_whole_multimodal_model_runs_as_its_language_model(make_model, reader: str, tmp_path: Path) -> None:
     dense = make_model("Qwen3_5ForCausalLM", tokenizer=True, **HYBRID)
     whole = save_multimodal(dense, tmp_path / "base")
     write_export(whole, tmp_path, NewExperts(3), noise=0.5, multimodal_base=whole)

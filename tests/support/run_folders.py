@@ -46,9 +46,8 @@ def make_run(
 
 
 def step_record(stage: str, step: int, done: float, num_layers: int, noise: random.Random) -> dict:
-    share = 0.3 + 0.6 * done if stage == "stage2" else 0.35 - 0.1 * done
     loss = 2.6 + 1.2 * math.exp(-6 * done) + noise.gauss(0, 0.05)
-    return {
+    record = {
         "iteration": step,
         "stage": stage,
         "consumed_tokens": step * 262_144,
@@ -57,19 +56,18 @@ def step_record(stage: str, step: int, done: float, num_layers: int, noise: rand
         "step_time_s": 4.0 + abs(noise.gauss(0, 0.2)),
         "tokens_per_s": 65_000 + noise.gauss(0, 900),
         "lm_loss": loss,
-        "lm_loss_original": loss + 0.3 if stage == "stage2" else None,
         "lm_loss_expanded": loss,
-        "balance_loss": 1.02 + 0.1 * math.exp(-5 * done) if stage == "stage1" else None,
-        "lpr_loss": 1.2 * math.exp(-3 * done) + 0.1 + noise.random() / 50 if stage == "stage2" else None,
         "router_score": [[0.2] * 5] * num_layers,
         "token_share": [[0.4] * 5] * num_layers,
-        "original_first_share_original": [
-            min(0.99, share + 0.02 * layer + noise.random() / 50) if stage == "stage2" else None
-            for layer in range(num_layers)
-        ],
+        "original_first_share_original": [None] * num_layers,
         "original_first_share_expanded": [0.2 + noise.random() / 20 for _ in range(num_layers)],
         "peak_memory_gib": 41.25,
     }
+    if stage == "stage1":
+        return record | {"balance_loss": 1.02 + 0.1 * math.exp(-5 * done), "lm_loss_original": None, "lpr_loss": None}
+    losses = {"balance_loss": None, "lm_loss_original": loss + 0.3, "lpr_loss": 1.2 * math.exp(-3 * done) + 0.1}
+    shares = [min(0.99, 0.3 + 0.6 * done + 0.02 * layer + noise.random() / 50) for layer in range(num_layers)]
+    return record | losses | {"original_first_share_original": shares}
 
 
 def held_out(group: str, stage: str, done: float, factor: float) -> dict:

@@ -6,6 +6,7 @@ import pytest
 
 from moelpr.model.megatron import bootstrap
 from moelpr.model.model_spec import ModelSpec
+from tests.support.hf_models import make_model  # noqa: F401
 
 bootstrap.install_patches()  # before the tests of this folder import Megatron
 

@@ -1,6 +1,3 @@
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -9,16 +6,11 @@ from benchmarks.optimizer_steps import our_step, random_batch
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.layers.weights import load_weights
 from moelpr.model.model_spec import ModelSpec
-from tests.support.hf_models import load_stock, make_model, write_export  # noqa: F401
+from tests.support.hf_models import load_stock, write_export
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_the_stock_model_has_our_loss_and_router_gradients(
-    spec: ModelSpec,
-    copies: int,
-    make_model: Callable[..., Path],  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_the_stock_model_has_our_loss_and_router_gradients(spec: ModelSpec, copies: int, make_model, tmp_path) -> None:
     """A checkpoint and its export, whose experts differ."""
     export = write_export(make_model("Qwen2ForCausalLM"), tmp_path, NewExperts(3, original_copies=copies), noise=0.5)
     spec = ModelSpec.read(tmp_path / "megatron")

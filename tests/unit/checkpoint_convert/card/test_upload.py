@@ -11,7 +11,6 @@ import pytest
 
 from checkpoint_convert.card.upload import Upload, check_name
 from moelpr.base.errors import UserError
-from tests.support.hf_models import make_model  # noqa: F401
 from tests.support.local_hub import TOKEN, LocalHub, local_hub
 
 CARD = "---\nlicense: apache-2.0\nbase_model: me/base\nlanguage:\n- el\n---\n\n# A model\n"
@@ -24,7 +23,7 @@ def hub() -> Iterator[LocalHub]:
 
 
 @pytest.fixture
-def export(make_model: Callable[..., Path]) -> Path:  # noqa: F811
+def export(make_model: Callable[..., Path]) -> Path:
     """A model with a card, and what an export never has."""
     folder = make_model("LlamaForCausalLM", tokenizer=True, save={"max_shard_size": "60KB"})
     (folder / "README.md").write_text(CARD)

@@ -44,22 +44,10 @@ def grown(base: Path, folder: Path, num_new: int = 45, **options) -> Path:
 
 
 @pytest.fixture
-def checkpoint(qwen2: Path, tmp_path: Path) -> Path:
-    return grown(qwen2, tmp_path)
-
-
-@pytest.fixture
-def model(checkpoint: Path, tmp_path: Path) -> Path:
+def model(qwen2: Path, tmp_path: Path) -> Path:
     """Its export, which a test may change."""
-    mcore_to_hf(checkpoint, tmp_path / "model")
+    mcore_to_hf(grown(qwen2, tmp_path), tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def old_text(tmp_path: Path) -> Path:
-    """Without bb, the shortest new token."""
-    (tmp_path / "old.txt").write_text("abaaab" * 40)
-    return tmp_path / "old.txt"
 
 
 @pytest.mark.parametrize("as_class", [None, "granitemoe", "mixtral"])
@@ -90,9 +78,10 @@ def test_old_and_unused_rows_are_compared_and_new_ones_ignored(qwen2: Path, tmp_
 
 
 def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
-    qwen2: Path, tmp_path: Path, old_text: Path, text: Path, exit_code, capsys, megatron: None
+    qwen2: Path, tmp_path: Path, text: Path, exit_code, capsys, megatron: None
 ) -> None:
-    extended = extend(qwen2, tmp_path / "extended")
+    extended, old_text = extend(qwen2, tmp_path / "extended"), tmp_path / "old.txt"
+    old_text.write_text("abaaab" * 40)  # without bb, the shortest new token
     # Untrained, so it computes what qwen2 does.
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), extended_tokenizer=extended)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model")

@@ -1,0 +1,1 @@
+from tests.support.hf_models import make_model  # noqa: F401

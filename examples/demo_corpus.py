@@ -89,7 +89,11 @@ def keep_sentences(documents: Documents, is_sentence: Callable[[str, str], bool]
 
 def is_held_out(document_id: str) -> bool:
     """Return whether a document belongs to validation. Only a hash of its ID decides, so all languages agree."""
-    return int.from_bytes(hashlib.sha256(document_id.encode()).digest()) % _VALIDATION_ONE_IN == 0
+    return hash_of(document_id) % _VALIDATION_ONE_IN == 0
+
+
+def hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
 
 def _strings(node: Any) -> Iterator[str]:
@@ -112,8 +116,7 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 
 def main() -> None:
-    description = "Build the demo's corpus in en, es, zh (original) and el, hu, tr (expanded languages)."
-    parser = CommandParser(description=description)
+    parser = CommandParser(description=__doc__.splitlines()[0])
     add, cache = parser.add_argument, "folder of the 51 MB wheel (default: %(default)s)"
     add("--output", type=Path, required=True, metavar="DIR", help="folder for <split>.<lang>.jsonl")
     add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=cache)

@@ -108,10 +108,8 @@ def manual(pages: dict[str, bytes], folder: str, name: str) -> Documents:
         if path.startswith(f"{folder}{name}/"):
             passages = paragraphs(page)
             english = {*paragraphs(pages.get(path.replace(f"{folder}{name}/", f"{folder}C/"), b"<page/>"))}
-            text = "\n\n".join(passages)
-            if len(text) >= _SHORTEST_CHARACTERS and sum(x in english for x in passages) <= _MOST_ENGLISH * len(
-                passages
-            ):
+            text, num_english = "\n\n".join(passages), sum(passage in english for passage in passages)
+            if len(text) >= _SHORTEST_CHARACTERS and num_english <= _MOST_ENGLISH * len(passages):
                 yield {"text": text, "language": canonical(name)}
 
 

@@ -97,12 +97,9 @@ class Upload:
         """The class of the model that the repository has, if its configuration is not that of the folder."""
         if not (self.folder / CONFIG_FILE).is_file() or not api.file_exists(repository, CONFIG_FILE):
             return ""
-        path = Path(api.hf_hub_download(repository, CONFIG_FILE))
-        ours, theirs = (
-            records.read(dict[str, Any], file, "download it again") for file in (self.folder / CONFIG_FILE, path)
-        )
-        for config in (ours, theirs):
-            config.pop("transformers_version", None)
+        files = self.folder / CONFIG_FILE, Path(api.hf_hub_download(repository, CONFIG_FILE))
+        same = {"transformers_version": None}  # whatever it is
+        ours, theirs = (records.read(dict[str, Any], file, "download it again") | same for file in files)
         return "" if ours == theirs else ", ".join(theirs.get("architectures") or ["unknown"])
 
 

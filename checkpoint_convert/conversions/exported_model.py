@@ -8,12 +8,7 @@ import torch
 from checkpoint_convert.card.model_card import CardFacts, model_card
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.hf.chat_tokenizer import (
-    GENERATION_FILE,
-    check_chat_tokens,
-    with_chat_settings,
-    write_chat_tokenizer,
-)
+from checkpoint_convert.hf.chat_tokenizer import check_chat_tokens, with_chat_settings, write_chat_tokenizer
 from checkpoint_convert.hf.companions import copy_companions, write_companions
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.multimodal import PROCESSOR_FILES, MultimodalBase
@@ -78,7 +73,7 @@ def mcore_to_hf(
         write_companions(folder, hf, config, model_card(facts))
         if chat_template_from is not None:
             write_chat_tokenizer(folder, chat_template_from, folder)
-            copy_companions(chat_template_from, folder, files=(GENERATION_FILE,))
+            copy_companions(chat_template_from, folder, files=("generation_config.json",))
         write_weights(journal, tensors, target, max_shard_bytes, bar)
     return facts
 

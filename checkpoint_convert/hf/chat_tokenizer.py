@@ -12,7 +12,6 @@ from moelpr.model.families.hf_config import read_config
 
 # Keys of config.json that readers use for chat and that come from the instruct model, as its tokenizer does.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION_FILE = "generation_config.json"
 
 
 def write_chat_tokenizer(folder: Path, instruct: Path, model: Path) -> None:

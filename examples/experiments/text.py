@@ -14,7 +14,6 @@ A hash of a document's ID decides whether it is held out, in every language. No 
 shares 13 words with a held-out document.
 """
 
-import hashlib
 import random
 import re
 import zipfile
@@ -22,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.demo_corpus import DEFAULT_CACHE, WHEEL, Documents, read_documents, write_lines
+from examples.demo_corpus import DEFAULT_CACHE, WHEEL, Documents, hash_of, read_documents, write_lines
 from examples.downloads import fetch_all, read_sources
 from examples.experiments.package_text import read_help, read_stories
 from examples.languages import LANGUAGES, ORIGINAL
@@ -69,10 +68,6 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
 
 def write(folder: Path, name: str, texts: Iterable[str]) -> None:
     write_lines(folder / f"{name}.jsonl", [{"text": text} for text in texts])
-
-
-def hash_of(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest())
 
 
 def is_held_out(name: str) -> bool:

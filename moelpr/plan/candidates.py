@@ -243,10 +243,8 @@ def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -
         for work, first in ((workload, {}), (on_host, offload), smallest)
     )
     remedies = [*next(filter(None, by_setting), []), Remedy({"--gpu-memory-gib": enough_gib})]
-    for larger in _other_sizes(cluster)[1]:
-        if _fits(spec, workload, larger):
-            remedies.append(Remedy({"--gpus": larger.gpus}))
-            break
+    larger = (one.gpus for one in _other_sizes(cluster)[1] if _fits(spec, workload, one))
+    remedies += [Remedy({"--gpus": gpus}) for gpus in itertools.islice(larger, 1)]
     raise DoesNotFitError(cluster.gpus, least, cluster.usable_bytes / GIB, remedies)
 
 

@@ -119,7 +119,6 @@ def compare(
     from moelpr.measure.evaluate.result_cache import ResultCache
 
     check_device(args.device)
-    cache = ResultCache(args.output)
     data = args.texts()
     comparison = compare_models(
         args.models(),
@@ -131,7 +130,7 @@ def compare(
         device=args.device,
         dtype=args.dtype,
         verify=args.verify,
-        cache=cache,
+        cache=ResultCache(args.output),
     )
     return comparison, data
 

@@ -78,11 +78,6 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
     config = model.config
     num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     layers = getattr(model.get_decoder(), "layers", []) if num_experts else []
-
-    def router_logits(router: nn.Module, inputs: Any, output: Any) -> Tensor:
-        logits = output[0] if isinstance(output, tuple) else output  # (logits, top-k weights, top-k indices)
-        return logits.flatten(0, -2)
-
     opened = directory, model, tokenizer, start_id, eos_id
     return LoadedModel(
         *opened,
@@ -95,7 +90,8 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
             for name, module in layer.named_modules()
             if name.rsplit(".", 1)[-1] in ("gate", "router") and module.weight.shape[0] == num_experts
         },
-        router_logits=router_logits,
+        # Some return a tuple: logits, top-k weights, top-k indices.
+        router_logits=lambda _, inputs, output: (output[0] if isinstance(output, tuple) else output).flatten(0, -2),
         # Our exports record it in config.json; transformers keeps fields that it does not use.
         num_original_places=getattr(config, "num_original_experts", 1),
         topk=getattr(config, "num_experts_per_tok", None) or 1,

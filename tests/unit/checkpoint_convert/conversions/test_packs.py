@@ -1,5 +1,6 @@
 """Packs: any order gives the same bits, removing one restores the model before it, and no text is needed."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def test_a_pack_of_an_adapter_has_its_factors_and_builds_the_merged_model(folder
     base, ours, adapter = folder / "base", TextSettings(save=tmp_path / "pack", device="cpu"), tmp_path / "adapter"
     adapter.mkdir()
     torch.manual_seed(0)
-    factors, merged = {}, load_file(base / "model.safetensors")
+    factors, merged = {}, tensors_of(base)
     for name in [name for name in merged if ".mlp." in name]:
         a, b = torch.randn(2, merged[name].shape[1]), torch.randn(merged[name].shape[0], 2)
         module = f"base_model.model.{name.removesuffix('.weight')}"

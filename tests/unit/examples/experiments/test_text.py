@@ -156,7 +156,7 @@ def test_ngrams_by_hand() -> None:
 
 def test_two_builds_have_the_same_bytes(folder, packages, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(package_text, "SCENE_CHARACTERS", 300)
-    write_texts(tmp_path, {path.name: path for path in packages.iterdir()})
+    write_texts(tmp_path, packages)
     assert files_of(folder) == files_of(tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_bits_per_byte_equals_a_plain_loop_over_tokens(score, dense, texts, wind
             left = [len(dense.tokenizer.decode(ids[skipped:]).lstrip("\ufffd").encode()) for ids in tokens]
             assert actual.document_bytes == pytest.approx(left, abs=4 if skipped else 0)  # a cut letter counts
         # It depends on the window; else this would pass for any.
-        assert bits != pytest.approx([plain_bits(dense, text, 6, 0, skipped) for text in documents], rel=1e-3)
+        assert bits != pytest.approx([plain_bits(dense, text, 6, 0, skipped) for text in documents], rel=1e-4)
 
 
 @pytest.mark.parametrize("directory", ["dense_dir", "moe_dir"])

@@ -43,9 +43,9 @@ def plan(file: str, folder: Path) -> str:
 def make_text(path: Path, times: float) -> None:
     """Make the text that a file names: folders get one file; all but its start is a hole, which takes no space.
 
-    A name on the Hub becomes a local one.
+    A name on the Hub or in a bucket becomes a local one.
     """
-    path.write_text(path.read_text().replace("hf://datasets/", ""))
+    path.write_text(re.sub("hf://datasets/|s3://", "", path.read_text()))
     for code, names in re.findall(r"^    (\w+): (?:\{text: )?([^,}\n]+)", path.read_text(), re.MULTILINE):
         target = Path(names if Path(names).suffix else f"{names}/000_00000.jsonl")
         target.parent.mkdir(parents=True, exist_ok=True)

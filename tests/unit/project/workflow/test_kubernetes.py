@@ -148,6 +148,29 @@ def test_names_of_pods_are_names_of_hosts(name: str) -> None:
     assert len(pod) <= 63 and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", pod)  # as JobSet's webhook checks it
 
 
+def test_the_tutorials_pod_has_what_its_project_names_and_the_rights_to_submit_it() -> None:
+    users = Path(__file__).parents[4] / "examples" / "users"
+    claim, account, role, binding, pod = manifests(users / "kubernetes-pod.yaml")
+    for kind, one in (("PersistentVolumeClaim", claim), ("ServiceAccount", account), ("Pod", pod)):
+        assert getattr(models, f"IoK8sApiCoreV1{kind}").from_dict(one).to_dict() == one
+    project = settings(**yaml.safe_load((users / "kubernetes-company.yaml").read_text())["kubernetes"])
+    rendered = Chain([Task(name="t", command=["c"])], Path("run"), project, Path("file")).job_set()
+    spec = rendered["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (own,), (of_task,) = pod["spec"]["containers"], spec["containers"]
+    assert pod["spec"]["volumes"][0] == spec["volumes"][0] and claim["metadata"]["name"] == project.claim
+    assert own["volumeMounts"][0] == of_task["volumeMounts"][0]
+    assert [own[key] for key in ("image", "workingDir", "env")] == [
+        of_task[key] for key in ("image", "workingDir", "env")
+    ]
+    assert {one["secretRef"]["name"] for one in own["envFrom"]} < {*project.secrets}
+    assert pod["spec"]["securityContext"] == spec["securityContext"]
+    assert pod["spec"]["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    rights = {name: {*rule["verbs"]} for rule in role["rules"] for name in rule["resources"]}
+    assert rights["jobsets"] >= {"get", "create", "patch", "delete", "list", "watch"}  # the last two: delete --wait
+    assert rights["configmaps"] >= {"get", "create", "patch"}
+
+
 # kubectl keeps objects as files, whose state the test writes.
 KUBECTL = """case "$*" in
 *get*) cat "$STUBS/greek" 2>/dev/null; true ;;

@@ -44,7 +44,9 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
         reason = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line") from error
     if not isinstance(content, dict):
-        raise UserError(f"the {what} must be a YAML mapping, got {type(content).__name__}")
+        raise UserError(
+            f"the {what} must have lines KEY: VALUE, got {'nothing' if content is None else repr(content)[:40]}"
+        )
     return content
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated
 
 from moelpr.base.errors import UserError
-from moelpr.base.languages import is_code
+from moelpr.base.languages import canonical, is_code
 from moelpr.base.quantities import as_argument, parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
 from moelpr.project import tables
 from moelpr.project.budget import check_budget
-from moelpr.project.file import schema
+from moelpr.project.file import HUB_NAME, schema
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import SUBMIT, run_here, run_task, show, submit
@@ -78,6 +78,13 @@ def init(args: Init) -> None:
     for code, path in args.expanded:
         if not is_code(code):
             raise UserError(f"{code}={path}: a language is a code such as el or ell_Grek; correct {code}")
+    codes = [canonical(code) for code, _ in args.expanded + args.original]
+    if twice := next((code for code in codes if codes.count(code) > 1), None):
+        raise UserError(
+            f"the language {twice} is given twice; pass it once, with a folder or pattern for several files"
+        )
+    if not Path(args.model).is_dir() and not HUB_NAME.fullmatch(args.model):
+        raise UserError(f"there is no folder {args.model}, and it is no name on the Hub (OWNER/NAME); correct --model")
     print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
 
 

@@ -7,6 +7,7 @@ from moelpr.base.errors import UserError, did_you_mean
 from moelpr.base.languages import canonical
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
+from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import HUB_NAME, ProjectFile, found_text, local_files, parse_project, text_of
 from moelpr.project.project import Language
 from moelpr.project.steps.steps import STEPS
@@ -48,6 +49,10 @@ def _check(file: ProjectFile) -> None:
                 f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
                 "OWNER/NAME@REVISION); correct it"
             )
+        if name and Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
+            raise UserError(f"{file.at(key)}{key}: there is no {CONFIG_FILE} in {name}; name the folder of a model")
+    if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():
+        raise UserError(f"{file.at('benchmarks', 'tasks')}benchmarks.tasks: there is no file {tasks}; correct the path")
     kept = {name: Language([text]) for name, text in project.languages.kept.items() if text}
     has_corpora = project.corpora is not None
     problems = []
@@ -57,9 +62,11 @@ def _check(file: ProjectFile) -> None:
         ("kept", kept),
     ):
         for name, language in texts.items():
-            if canonical(name) in file.assumed or (group == "kept" and file.assumed):
-                continue
             try:
+                if language.filter:
+                    Filter(language.filter)
+                if canonical(name) in file.assumed or (group == "kept" and file.assumed):
+                    continue
                 _check_text(language, has_corpora=has_corpora and group != "kept")
             except UserError as error:
                 place = "languages", group, name
@@ -124,8 +131,6 @@ def _check_conversations(file: ProjectFile) -> None:
 
 
 def _check_text(language: Language, has_corpora: bool) -> None:
-    if language.filter:
-        Filter(language.filter)
     if not language.text and not has_corpora:
         raise UserError("it has no text; add text: FILE")
     if has_corpora and not language.held_out:

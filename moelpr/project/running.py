@@ -1,15 +1,20 @@
 """Run a project: say what will be done again, then do it here or submit it; or do one step on a node of a cluster."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.base.versions import require_package
+from moelpr.data.text.remote import is_remote
+from moelpr.model.families.hub import download, is_hub_name
 from moelpr.project.budget import check_budget
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import check_flags, workflow_of
+from moelpr.project.steps.text import MODEL_FILES
 from moelpr.project.tables import changes, plan
 from moelpr.project.verdict import verdict
 from moelpr.project.workflow import kubernetes, skypilot, slurm
@@ -45,6 +50,7 @@ SUBMIT: dict[str, Callable[..., None]] = {
     "kubernetes": kubernetes.launch,
     "skypilot": skypilot.launch,
 }
+_CHECKS: dict[str, Callable[..., None]] = {"kubernetes": kubernetes.check, "skypilot": skypilot.check}
 
 
 def submit(project: ResolvedProject, where: str, redo: str | None = None, *, render_only: bool = False) -> None:
@@ -54,15 +60,33 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
         where: A key of `SUBMIT`.
         render_only: Write the files for the cluster, but submit nothing.
     """
+    file = project.file
+    if where in _CHECKS:
+        _CHECKS[where](getattr(file.project, where), render_only=render_only)
     project = _for_jobs(project, redo)
     workflow, outlooks = checked(project, redo)
-    file = project.file
     with _locked_folder(project, workflow):
         if not render_only:
             workflow.set_aside(outlooks)
-            if where == "slurm":  # its nodes often have no network
-                workflow.run(task for task in workflow.tasks.values() if task.name in ("download", "kept"))
+            if where == "slurm":
+                _fetch(project, workflow)
         SUBMIT[where](workflow, getattr(file.project, where), file.path, render_only=render_only)
+
+
+def _fetch(project: ResolvedProject, workflow: Workflow) -> None:
+    """Fetch the models and the text to keep, since nodes often have no network; name other text that they read."""
+    workflow.run(task for task in workflow.tasks.values() if task.name in ("download", "kept"))
+    chat = project.content.chat
+    if chat and not Path(chat).exists() and is_hub_name(chat):
+        download(chat, None, MODEL_FILES, "chat model")
+    languages = project.languages.values()
+    names = (name for one in languages for name in [*one.text, *one.conversations, one.held_out or ""])
+    if uri := next(filter(is_remote, names), None):
+        print(
+            f"note: jobs read {uri} themselves; if nodes have no network, download it, and name the copy under "
+            "languages (docs/slurm.md)",
+            file=sys.stderr,
+        )
 
 
 def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:

@@ -16,7 +16,7 @@ from moelpr.project.workflow.task import Task
 # The aim is so many bytes of held-out text, but at most one document in twenty.
 _HELD_OUT_BYTES, _MOST_HELD_OUT = 2e7, 0.05
 _BYTES_PER_MINUTE, _WORKERS = 6e8, 8
-_DOWNLOADED = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+MODEL_FILES = ("model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _TOKENIZER = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "*_tokens*.json", "chat_template*")
 _RESERVED = (
     "input output-prefix language original-languages expanded-languages tokenizer-type tokenizer-model resume "
@@ -31,7 +31,7 @@ def download(step: Step, project: ResolvedProject) -> Iterator[Task]:
     if not project.is_downloaded:
         return
     command = ["-m", "huggingface_hub.cli.hf", "download", project.model_name, "--local-dir", str(project.base)]
-    command += [word for pattern in _DOWNLOADED for word in ("--include", pattern)]
+    command += [word for pattern in MODEL_FILES for word in ("--include", pattern)]
     command += ["--revision", project.revision] if project.revision else []
     is_complete = (project.base / CONFIG_FILE).is_file
     yield Task(name=step.name, command=command, is_complete=is_complete, shared=_shared(project))

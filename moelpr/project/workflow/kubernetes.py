@@ -60,6 +60,15 @@ class KubernetesSettings:
     """Further fields of each pod's spec, such as nodeSelector, tolerations, securityContext."""
 
 
+def check(settings: KubernetesSettings, *, render_only: bool = False) -> None:
+    """Raise a UserError if a setting or kubectl is missing."""
+    for name in ("image", "claim"):
+        if not getattr(settings, name):
+            raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
+    if not render_only and not shutil.which("kubectl"):
+        raise UserError("kubectl is not installed; install it, or pass --render-only and apply the manifests elsewhere")
+
+
 def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, render_only: bool = False) -> None:
     """Write the manifests of what is not done to `kubernetes/` in the workflow's folder, and apply them.
 
@@ -67,13 +76,8 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
         file: What `moelpr run` takes.
 
     Raises:
-        UserError: A setting or kubectl is missing, or what was applied before still runs.
+        UserError: What was applied before still runs.
     """
-    for name in ("image", "claim"):
-        if not getattr(settings, name):
-            raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
-    if not render_only and not shutil.which("kubectl"):
-        raise UserError("kubectl is not installed; install it, or pass --render-only and apply the manifests elsewhere")
     if not (tasks := workflow.tasks_of_jobs()):
         return
     chain = Chain(tasks, workflow.folder, settings, file)

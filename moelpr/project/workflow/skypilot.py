@@ -49,6 +49,14 @@ class SkyPilotSettings:
     """Environment variables."""
 
 
+def check(settings: SkyPilotSettings, *, render_only: bool = False) -> None:
+    """Raise a UserError if sky or a setting is missing."""
+    if not settings.volumes and not settings.file_mounts:
+        raise UserError("--on skypilot requires volumes or file_mounts that keep the output; add one under skypilot")
+    if not render_only and not shutil.which("sky"):
+        raise UserError("sky is not installed; install skypilot, or pass --render-only and launch the file elsewhere")
+
+
 def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render_only: bool = False) -> None:
     """Write `skypilot.yaml` into the workflow's folder, for what is not done, and launch it as a managed job.
 
@@ -56,12 +64,8 @@ def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render
         file: What `moelpr run` takes.
 
     Raises:
-        UserError: sky or a setting is missing.
+        UserError: The kind of the GPUs is missing.
     """
-    if not settings.volumes and not settings.file_mounts:
-        raise UserError("--on skypilot requires volumes or file_mounts that keep the output; add one under skypilot")
-    if not render_only and not shutil.which("sky"):
-        raise UserError("sky is not installed; install skypilot, or pass --render-only and launch the file elsewhere")
     if not (left := workflow.tasks_of_jobs()):
         return
     path, name = workflow.folder / "skypilot.yaml", workflow.folder.resolve().name

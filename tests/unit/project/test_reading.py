@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
 from moelpr.base.quantities import parse_bytes
+from moelpr.project import commands
 from moelpr.project.budget import estimated_tokens
 from moelpr.project.file import parse_project
 from moelpr.project.reading import read_project
@@ -140,6 +141,34 @@ def languages(**groups: Any) -> dict[str, Any]:
 def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_project(write(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "el.jsonl"}, r"line \d+: model: there is no config.json in el.jsonl; name the folder of a model"),
+        ({"chat": "empty"}, r"line \d+: chat: there is no config.json in empty"),
+        ({"benchmarks": {"tasks": "t.yaml"}}, r"line \d+: benchmarks.tasks: there is no file t.yaml; correct"),
+        (languages(expanded={"el": {"text": "no.jsonl", "filter": "score >"}}), r"line \d+: .*expanded.el: .*filter"),
+        ({"steps": "fast"}, r"line \d+: steps should be keys with values \({KEY: VALUE}\), got 'fast'"),
+    ],
+)
+def test_what_no_plan_needs_yet_is_checked_by_it(write: Write, changes: dict, message: str) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match=rf"languages.yaml, {message}"):
+        read_project(write(**changes), {"el": 10**9})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"expanded": [("el", "a")], "original": [("ell_Grek", "b")]}, "the language el is given twice; pass it once"),
+        ({"model": "/none"}, "there is no folder /none, and .*; correct --model"),
+    ],
+)
+def test_init_writes_no_file_that_cannot_work(flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        commands.init(commands.Init(**flags))
 
 
 def test_text_for_other_programs_may_have_several_lines(write: Write) -> None:

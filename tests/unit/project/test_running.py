@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import locked
 from moelpr.project import running, tables
 from moelpr.project.budget import check_budget
+from moelpr.project.project import Language
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.toy import write_toy
@@ -111,6 +113,24 @@ def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write
     running.submit(ResolvedProject(read_project(path)), "slurm", render_only=True)
     script = Path("out/slurm/stage2.sbatch").read_text()
     assert "--task stage2" in script and script.index("IS_SPARE=yes\n") < script.index("run_training ")
+
+
+@pytest.mark.parametrize(("on", "message"), [("kubernetes", "requires the setting image"), ("skypilot", "volumes")])
+def test_what_a_cluster_needs_is_checked_before_anything_is_planned(write: Write, on: str, message: str) -> None:
+    project = ResolvedProject(read_project(write(hardware={"gpu": "h100-80", "gpus": 8}, budget={"tokens": 1})))
+    with pytest.raises(UserError, match=message):
+        running.submit(project, on, render_only=True)
+
+
+def test_a_login_node_fetches_the_chat_model_and_names_text_that_nodes_read(monkeypatch, capsys) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(running, "download", lambda name, *_: fetched.append(name))
+    monkeypatch.setattr(Workflow, "run", lambda *_: None)
+    project: Any = SimpleNamespace(
+        content=SimpleNamespace(chat="owner/chat"), languages={"el": Language(text=["el.jsonl", "s3://bucket/el"])}
+    )
+    running._fetch(project, Workflow(Path("out"), []))
+    assert fetched == ["owner/chat"] and "s3://bucket/el" in capsys.readouterr().err
 
 
 def test_a_demo_leaves_other_files_alone(tmp_path: Path) -> None:

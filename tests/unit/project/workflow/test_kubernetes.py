@@ -14,7 +14,7 @@ from kubeflow_trainer_api import models
 
 from moelpr.base import records
 from moelpr.base.errors import UserError
-from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, launch
+from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, check, launch
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.programs import put_on_path
@@ -216,13 +216,12 @@ def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
     assert (kubectl / "calls").read_text() == ""
 
 
-def test_what_is_missing_is_one_sentence(tmp_path, file, monkeypatch) -> None:
-    run = tmp_path / "greek"
+def test_what_is_missing_is_one_sentence(monkeypatch) -> None:
     with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):
-        launch(Workflow(run, tasks(run)), KubernetesSettings(image="i"), file)
+        check(KubernetesSettings(image="i"))
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="kubectl is not installed.*--render-only"):
-        launch(Workflow(run, tasks(run)), settings(), file)
+        check(settings())
 
 
 @pytest.mark.parametrize("name", ["a b.yaml", "ä.yaml"])

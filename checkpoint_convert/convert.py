@@ -38,9 +38,13 @@ class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
 
 
 def main(args: Settings) -> None:
+    from checkpoint_convert.hf.hub import find_model
+    from moelpr.model.families.hf_config import read_config
+
+    model = find_model(args.hf_path, args.revision)
+    read_config(model.folder)  # a wrong path is said before torch is imported
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
-    from checkpoint_convert.hf.hub import find_model
     from moelpr.model.families.families import read_base
 
     ffns_of = str(args.ffns_of) if args.ffns_of else None
@@ -50,7 +54,6 @@ def main(args: Settings) -> None:
         raise UserError(
             "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
         )
-    model = find_model(args.hf_path, args.revision)
     number = args.num_new_experts
     experts = None if number is None else args.experts(number, read_base(model.folder)[1])
     settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify

@@ -1,12 +1,15 @@
 """Measure what a model has learned: bits per byte, routing, and scores on benchmarks."""
 
+import os
 from collections.abc import Collection
+from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from moelpr.base.errors import UserError
 from moelpr.base.settings import REPEATED, Count, File, Folder, Natural, metavar, number
+from moelpr.data.text.remote import is_remote
 from moelpr.measure.evaluate.settings import DeviceFlags, Languages, ReadingFlags, named_paths
 
 if TYPE_CHECKING:
@@ -39,6 +42,12 @@ class HeldOutFlags(ReadingFlags, ModelFlags):
     def __post_init__(self) -> None:
         self.models()
         check_languages(self.original_languages, self.texts(), "--data")
+        for name in self.texts().values():
+            try:
+                has_magic(name) or is_remote(name) or os.stat(name)
+            except OSError as error:
+                reason = f"the input {name} can't be read ({error.strerror})"
+                raise UserError(f"{reason}; --data takes LANG=FILE, a folder, pattern or URI") from None
 
     def texts(self) -> dict[str, str]:
         return named_paths(self.data, "--data")

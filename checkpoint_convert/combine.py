@@ -39,6 +39,8 @@ def main(args: Settings) -> None:
         languages = codes(names)
         if not languages or not folder or Path(folder) in experts:
             raise UserError(f"--expert must be LANGUAGES=DIR, each folder once, got {item!r}")
+        if not Path(folder).is_dir():
+            raise UserError(f"--expert {names} must be a folder that is there, got {folder}")
         experts[Path(folder)] = languages
     listed = [language for languages in experts.values() for language in languages]
     texts, kept = named_texts(args.text, "--text"), named_texts(args.keep_text, "--keep-text")

@@ -11,6 +11,7 @@ from checkpoint_convert.card.graft_record import Only
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
 from moelpr.base.settings import Folder, Source, run_script
+from moelpr.model.families.hf_config import read_config
 
 
 class Settings(DtypeFlags):
@@ -22,9 +23,11 @@ class Settings(DtypeFlags):
 
 
 def main(args: Settings) -> None:
+    base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
+    for one in (base, instruct, model):
+        read_config(one.folder)  # before torch is imported
     from checkpoint_convert.conversions.grafted_model import graft
 
-    base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
     settings = args.scale, args.only, args.dtype
     reader = graft(base, instruct, model, args.save, *settings, overwrite=args.overwrite, verify=args.verify)
     added = f"{args.scale:g} * ({args.instruct} - {args.base})"

@@ -109,8 +109,12 @@ def test_training_becomes_the_launcher_with_this_python_and_its_help() -> None:
         "model export --load missing --save x",
         "model gguf missing",
         "model combine missing --expert el=x --text el=x --keep-text y --save z",
+        "model combine tests --expert el=missing --text el=x --keep-text y --save z",
+        "model convert --hf-path missing --num-new-experts 2 --save x",
+        "model graft --base missing --instruct x --model tests --save z",
         "chat missing",
         "evaluate text --model a=missing --data el=x",
+        "evaluate text --model a=tests --data el=missing",
         "plan missing",
     ],
 )

@@ -1,10 +1,9 @@
 """A stand-in for Transformer Engine, written in plain torch, so that Megatron's layers on top of it run on a CPU.
 
-It has the signatures of the version below, its parameters, its empty `_extra_state`, its refusals, and no FP8, no
-tensor parallelism and no speed. `install` makes it importable; it has to run before Megatron is imported.
+It has the parameters of the version below, its empty `_extra_state`, its refusals, and no FP8, no tensor parallelism
+and no speed. Of the arguments, it names those that it uses. `install` makes it importable; call it before Megatron is
+imported.
 """
-# fmt: off
-# Signatures are Transformer Engine's, with several parameters on a line.
 
 import sys
 from collections.abc import Callable, Iterable
@@ -21,12 +20,22 @@ VERSION = "2.20.2"
 
 
 class _Module(torch.nn.Module):
-    """The base of Transformer Engine's modules (TransformerEngineBaseModule)."""
+    """The base of Transformer Engine's modules (TransformerEngineBaseModule); its attributes are its arguments."""
 
-    def __init__(self) -> None:
+    in_features: int
+    out_features: int
+    num_gemms: int
+    eps: float
+    fuse_wgrad_accumulation: bool
+
+    def __init__(self, bias: bool = False, **arguments: Any) -> None:
         super().__init__()
-        self.fp8, self.fp8_calibration = False, False
+        self.use_bias, self.fp8, self.fp8_calibration = bias, False, False
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
+        refused = "return_bias return_layernorm_output zero_centered_gamma single_grouped_weight single_grouped_bias"
+        assert not any(map(arguments.get, refused.split())) and arguments.get("tp_size", 1) == 1, "not needed"
+        for name, value in arguments.items():
+            setattr(self, name, value)
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         pass
@@ -37,13 +46,12 @@ class _Module(torch.nn.Module):
     def set_extra_state(self, state: Tensor | None) -> None:
         assert state is None or state.numel() == 0, "the stub has no FP8"
 
-    def _new_weight(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any, init: Callable | None
-    ) -> None:
-        weight = torch.nn.Parameter(torch.full(shape, torch.nan, dtype=dtype, device=device))
+    def _new_weight(self, name: str, *shape: int, init: Callable | None = None) -> None:
+        options = {"dtype": getattr(self, "params_dtype", None), "device": getattr(self, "device", "cuda")}
+        weight = torch.nn.Parameter(torch.full(shape, torch.nan, **options))
         self.register_parameter(name, weight)
         with torch.no_grad():
-            (init or (lambda tensor: tensor.normal_(std=0.023)))(weight)
+            (init or getattr(self, "init_method", None) or torch.nn.init.normal_)(weight)
 
 
 class _FusedProduct(torch.autograd.Function):
@@ -75,21 +83,11 @@ def get_dummy_wgrad(shape: list, dtype: torch.dtype, zero: bool = False) -> Tens
 
 
 class Linear(_Module):
-    def __init__(
-        self, in_features: int, out_features: int, sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None, rng_tracker_name: str | None = None,
-        init_method: Callable | None = None, bias: bool = True, return_bias: bool = False,
-        params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, device: Any = "cuda",
-        ub_name: str | None = None,
-    ) -> None:
-        super().__init__()
-        assert tp_size == 1 and not return_bias, "not needed"
-        self.in_features, self.out_features, self.parallel_mode = in_features, out_features, parallel_mode
-        self.tp_size, self.use_bias, self.fuse_wgrad_accumulation = tp_size, bias, fuse_wgrad_accumulation
-        self._new_weight("weight", (out_features, in_features), params_dtype, device, init_method)
-        if bias:
-            self._new_weight("bias", (out_features,), params_dtype, device, torch.nn.init.zeros_)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._new_weight("weight", self.out_features, self.in_features)
+        if self.use_bias:
+            self._new_weight("bias", self.out_features, init=torch.nn.init.zeros_)
         else:
             self.bias = torch.Tensor()
 
@@ -99,22 +97,10 @@ class Linear(_Module):
 
 
 class LayerNormLinear(Linear):
-    def __init__(
-        self, in_features: int, out_features: int, eps: float = 1e-5, sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None, init_method: Callable | None = None, bias: bool = True,
-        normalization: str = "LayerNorm", return_bias: bool = False, params_dtype: torch.dtype | None = None,
-        parallel_mode: str | None = None, return_layernorm_output: bool = False, zero_centered_gamma: bool = False,
-        device: Any = "cuda", ub_name: str | None = None,
-    ) -> None:
-        super().__init__(
-            in_features, out_features, sequence_parallel, fuse_wgrad_accumulation, tp_group, tp_size,
-            init_method=init_method, bias=bias, return_bias=return_bias, params_dtype=params_dtype,
-            parallel_mode=parallel_mode, device=device,
-        )
-        assert normalization == "RMSNorm" and not return_layernorm_output and not zero_centered_gamma
-        self.eps = eps
-        self._new_weight("layer_norm_weight", (in_features,), params_dtype, device, torch.nn.init.ones_)
+    def __init__(self, normalization: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        assert normalization == "RMSNorm"
+        self._new_weight("layer_norm_weight", self.in_features, init=torch.nn.init.ones_)
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         return super().forward(_rms_norm(inp, self.layer_norm_weight, self.eps))
@@ -123,42 +109,25 @@ class LayerNormLinear(Linear):
 class GroupedLinear(_Module):
     """One parameter per expert: weight0, weight1, …"""
 
-    def __init__(
-        self, num_gemms: int, in_features: int, out_features: int, sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None, rng_tracker_name: str | None = None,
-        init_method: Callable | None = None, bias: bool = True, return_bias: bool = False,
-        params_dtype: torch.dtype | None = None, parallel_mode: str | None = None, device: Any = "cuda",
-        ub_name: str | None = None, single_grouped_weight: bool = False, single_grouped_bias: bool = False,
-    ) -> None:
-        super().__init__()
-        assert tp_size == 1 and not bias and not return_bias and not single_grouped_weight, "not needed"
-        self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
-        self.use_bias, self.fuse_wgrad_accumulation, self.tp_size = bias, fuse_wgrad_accumulation, tp_size
-        for number in range(num_gemms):
-            self._new_weight(f"weight{number}", (out_features, in_features), params_dtype, device, init_method)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        assert not self.use_bias, "not needed"
+        for number in range(self.num_gemms):
+            self._new_weight(f"weight{number}", self.out_features, self.in_features)
 
     def forward(self, inp: Tensor, m_splits: Any, is_first_microbatch: bool | None = None) -> Tensor:
         splits = m_splits.tolist() if isinstance(m_splits, Tensor) else m_splits
-        weights = [getattr(self, f"weight{number}") for number in range(self.num_gemms)]
-        return torch.cat(
-            [
-                _product(rows, weight, self.fuse_wgrad_accumulation)
-                for rows, weight in zip(inp.split(splits), weights, strict=True)
-            ]
-        )
+        parts = [
+            _product(rows, getattr(self, f"weight{number}"), self.fuse_wgrad_accumulation)
+            for number, rows in enumerate(inp.split(splits))
+        ]
+        return torch.cat(parts)
 
 
 class RMSNorm(_Module):
-    def __init__(
-        self, normalized_shape: int | None = None, eps: float = 1e-5, sequence_parallel: bool | None = None,
-        params_dtype: torch.dtype | None = None, zero_centered_gamma: bool = False, hidden_size: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__()
-        assert normalized_shape is not None and not zero_centered_gamma
-        self.eps = eps
-        self._new_weight("weight", (normalized_shape,), params_dtype, kwargs.get("device"), torch.nn.init.ones_)
+    def __init__(self, normalized_shape: int, sequence_parallel: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._new_weight("weight", normalized_shape, init=torch.nn.init.ones_)
         self.weight.sequence_parallel = sequence_parallel
 
     def forward(self, input_: Tensor) -> Tensor:
@@ -170,16 +139,13 @@ def _rms_norm(rows: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class DotProductAttention(_Module):
+    softmax_scale: float | None = None
+
     def __init__(
-        self, num_attention_heads: int, kv_channels: int | tuple[int, int], num_gqa_groups: int | None = None,
-        attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
-        window_size: tuple[int, int] | None = None, sequence_parallel: bool = False, tp_size: int = 1,
-        get_rng_state_tracker: Callable | None = None, tp_group: Any = None, layer_number: int | None = None,
-        attention_type: str = "self", cp_comm_type: str = "p2p", softmax_scale: float | None = None,
+        self, attention_dropout: float, qkv_format: str = "sbhd", window_size: object = None, **arguments: Any
     ) -> None:
-        super().__init__()
+        super().__init__(**arguments)
         assert qkv_format == "sbhd" and attention_dropout == 0 and window_size is None, "not needed"
-        self.softmax_scale = softmax_scale
         self.register_load_state_dict_post_hook(self._do_not_miss_the_extra_state)
 
     @staticmethod
@@ -189,10 +155,8 @@ class DotProductAttention(_Module):
         missing[:] = [key for key in missing if "core_attention._extra_state" not in key]
 
     def forward(
-        self, query_layer: Tensor | None = None, key_layer: Tensor | None = None, value_layer: Tensor | None = None,
-        attention_mask: Tensor | None = None, qkv_format: str | None = None, attn_mask_type: str | None = None,
+        self, query_layer: Tensor, key_layer: Tensor, value_layer: Tensor, *_: Any, attn_mask_type: str, **__: Any
     ) -> Tensor:
-        assert query_layer is not None and key_layer is not None and value_layer is not None
         assert attn_mask_type == "causal", "not needed"
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_layer, key_layer, value_layer))
         output = torch.nn.functional.scaled_dot_product_attention(
@@ -209,13 +173,10 @@ def moe_permute_with_probs(
     return inp.index_select(0, tokens), probs[tokens, experts], tokens
 
 
-def moe_unpermute(
-    inp: Tensor, row_id_map: Tensor, merging_probs: Tensor | None = None, restore_shape: Any = None,
-    map_type: str = "mask", probs: Tensor | None = None, pad_offsets: Tensor | None = None,
-) -> Tensor:
+def moe_unpermute(inp: Tensor, row_id_map: Tensor, *, restore_shape: Any, **others: Any) -> Tensor:
     if not inp.numel():
         return inp.clone()
-    assert merging_probs is None and probs is None and pad_offsets is None, "not needed"
+    assert others.pop("map_type", "mask") == "mask" and not any(value is not None for value in others.values())
     return torch.zeros(restore_shape, dtype=inp.dtype).index_add(0, row_id_map, inp)
 
 
@@ -238,11 +199,9 @@ def moe_permute(inp: Tensor, routing_map: Tensor, num_out_tokens: int) -> tuple[
 
 
 def fused_topk_with_score_function(
-    logits: Tensor, topk: int, use_pre_softmax: bool, num_groups: int | None, group_topk: int | None,
-    scaling_factor: float | None, score_function: str, expert_bias: Tensor | None,
+    logits: Tensor, topk: int, score_function: str, use_pre_softmax: bool, **others: Any
 ) -> tuple[Tensor, Tensor]:
-    assert not use_pre_softmax and not num_groups and not scaling_factor and expert_bias is None, "not needed"
-    assert score_function == "softmax"
+    assert score_function == "softmax" and not use_pre_softmax and not any(value for value in others.values())
     best = torch.topk(logits, topk, dim=-1)
     probs = torch.zeros_like(logits).scatter(-1, best.indices, torch.softmax(best.values, dim=-1))
     return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best.indices, True)
@@ -275,10 +234,9 @@ class FusedAdam(GroupStepAdam):
     """Like GroupStepAdam, it keeps one step count per group of parameters."""
 
     def __init__(
-        self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, *, adam_w_mode: bool = True, capturable: bool = False,
+        self, params: Iterable, *, adam_w_mode: bool = True, capturable: bool = False, **settings: Any
     ) -> None:
-        super().__init__(params, adam_w_mode, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, adam_w_mode, **settings)
 
 
 def multi_tensor_applier(op: Callable, noop_flag_buffer: Tensor, tensor_lists: list, *args: Any) -> Any:
@@ -294,38 +252,24 @@ def multi_tensor_scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list, s
         target.copy_(source * scale)
 
 
+_CONTENT = (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention, CudaRNGStatesTracker, DelayedScaling)
+_CONTENT += (get_dummy_wgrad, FusedAdam, multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale)
+_CONTENT += (moe_permute, moe_permute_with_probs, moe_unpermute, moe_sort_chunks_by_index)
+_CONTENT += (moe_sort_chunks_by_index_with_probs, fused_topk_with_score_function)
+_CONTENT += (fused_compute_score_for_moe_aux_loss, fused_moe_aux_loss)
+
+
 def install() -> None:
-    """Make `import transformer_engine` find this stub."""
-    empty = type("Empty", (), {})
-    permutations = (
-        moe_permute, moe_permute_with_probs, moe_unpermute, moe_sort_chunks_by_index,
-        moe_sort_chunks_by_index_with_probs,
-    )
-    router = (fused_topk_with_score_function, fused_compute_score_for_moe_aux_loss, fused_moe_aux_loss)
-    layers = (Linear, LayerNormLinear, GroupedLinear, RMSNorm, DotProductAttention)
-    modules: dict[str, dict[str, Any]] = {
-        "": {"__version__": VERSION},
-        ".common": {},
-        ".common.recipe": {"DelayedScaling": DelayedScaling},
-        ".pytorch": {"LayerNorm": empty} | {layer.__name__: layer for layer in layers},
-        ".pytorch.distributed": {
-            "CudaRNGStatesTracker": CudaRNGStatesTracker, "activation_recompute_forward": None,
-        },
-        ".pytorch.fp8": {"FP8GlobalStateManager": empty, "fp8_autocast": None, "fp8_model_init": None},
-        ".pytorch.module": {},
-        ".pytorch.module.base": {"get_dummy_wgrad": get_dummy_wgrad},
-        ".pytorch.optimizers": {
-            "FusedAdam": FusedAdam, "FusedSGD": torch.optim.SGD, "multi_tensor_applier": multi_tensor_applier,
-            "multi_tensor_l2norm": multi_tensor_l2norm, "multi_tensor_scale": multi_tensor_scale,
-        },
-        ".pytorch.permutation": {function.__name__: function for function in permutations},
-        ".pytorch.router": {function.__name__: function for function in router},
-        ".pytorch.tensor": {"QuantizedTensor": empty},
-    }
-    for suffix, names in modules.items():
+    """Make `import transformer_engine` find this stub, whose modules all have the names of all."""
+    names: dict[str, Any] = {one.__name__: one for one in _CONTENT}
+    names |= dict.fromkeys(("LayerNorm", "FP8GlobalStateManager", "QuantizedTensor"), type("Empty", (), {}))
+    names |= dict.fromkeys(("activation_recompute_forward", "fp8_autocast", "fp8_model_init"))
+    names |= {"__version__": VERSION, "FusedSGD": torch.optim.SGD, "__path__": []}
+    pytorch = "distributed fp8 module module.base optimizers permutation router tensor".split()
+    for suffix in ("", ".common", ".common.recipe", ".pytorch", *(f".pytorch.{module}" for module in pytorch)):
         name = f"transformer_engine{suffix}"
         module = ModuleType(name, "A stub.")
-        module.__dict__.update(names, __path__=[], __spec__=ModuleSpec(name, None, is_package=True))
+        module.__dict__.update(names, __spec__=ModuleSpec(name, None, is_package=True))
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent:

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from moelpr.model.model_spec import ModelSpec
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-# Rows of four experts, one of them without any.
-TOKENS_PER_EXPERT = torch.tensor([5, 0, 9, 2])
+# Rows of four experts, one of them without any; more than a block of swiglu.py has.
+TOKENS_PER_EXPERT = torch.tensor([5, 0, 190, 2])
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -28,8 +29,8 @@ def experts(request, moe_spec: ModelSpec):
 
 
 def rows_and_weights(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = torch.randn(16, 32).to(dtype).requires_grad_()
-    return rows, torch.rand(16).requires_grad_()
+    number = int(TOKENS_PER_EXPERT.sum())
+    return torch.randn(number, 32).to(dtype).requires_grad_(), torch.rand(number).requires_grad_()
 
 
 def loop(experts, rows: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -79,6 +80,61 @@ def test_without_a_kernel_for_all_experts_the_host_reads_no_number(experts, monk
         run = lambda: experts(rows, TOKENS_PER_EXPERT, weights)[0]  # noqa: E731
         actual.append(output_and_gradients(run, experts, rows, weights))
     assert all(torch.equal(a, b) for a, b in zip(*actual, strict=True))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
+    """The arguments of grouped_mm, poisoned: NaN where some GPUs write nothing, for an expert's weight without rows."""
+    calls = []
+
+    def grouped_mm(left: torch.Tensor, right: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        calls.append((left, right, offs))
+        sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        if right.dim() == 3:
+            return torch.cat([part @ one for part, one in zip(left.split(sizes), right, strict=True)])
+        actual = left.new_full((len(sizes), left.shape[0], right.shape[1]), torch.nan)
+        for expert, (columns, rows) in enumerate(zip(left.split(sizes, dim=1), right.split(sizes), strict=True)):
+            if len(rows):
+                actual[expert] = columns @ rows
+        return actual
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", grouped_mm)
+    return calls
+
+
+in_bf16 = pytest.mark.parametrize("experts", [torch.bfloat16], indirect=True)
+
+
+@in_bf16
+@pytest.mark.parametrize("rows_of", [[5, 0, 9, 0], [0, 0, 0, 14], [3, 4, 3, 4], [0, 0, 0, 0]])
+def test_idle_experts_have_a_gradient_of_zero(experts, calls, rows_of: list[int]) -> None:
+    """Also if there are no rows at all, which do not reach grouped_mm."""
+    rows = torch.randn(sum(rows_of), 32).bfloat16().requires_grad_()
+    output, _ = experts(rows, torch.tensor(rows_of), torch.rand(sum(rows_of)))
+    output.float().square().sum().backward()
+    assert len(calls) == (6 if any(rows_of) else 0) and rows.grad.isfinite().all()
+    for weight in experts.parameters():
+        assert weight.grad.isfinite().all()
+        assert [bool(gradient.any()) for gradient in weight.grad] == [number > 0 for number in rows_of]
+
+
+@in_bf16
+def test_the_arguments_of_grouped_mm_are_those_of_the_fast_kernels(experts, calls) -> None:
+    """bf16 for both, rows and weights without copies, strides of whole 16 bytes, and ends as int32.
+
+    On Hopper the kernels leave no gradient unwritten for weights that are the transpose of a contiguous tensor.
+    """
+    output, _ = experts(torch.randn(14, 32).bfloat16(), torch.tensor([3, 4, 3, 4]), torch.rand(14))
+    for (rows, weight, ends), linear in zip(calls, (experts.linear_fc1, experts.linear_fc2), strict=True):
+        assert rows.dtype == weight.dtype == torch.bfloat16
+        assert rows.is_contiguous() and rows.shape[1] * rows.element_size() % 16 == 0
+        assert weight.data_ptr() == linear.weight.data_ptr()
+        assert weight.transpose(1, 2).is_contiguous() and weight.shape[1] * weight.element_size() % 16 == 0
+        assert ends.dtype == torch.int32 and ends.tolist() == [3, 7, 10, 14]
+    calls.clear()
+    output.backward(torch.ones_like(output))
+    for left, right, _ in calls:
+        assert right.is_contiguous() and (left.is_contiguous() or left.t().is_contiguous())
 
 
 def micro_batches(experts, number: int) -> list[torch.Tensor]:
@@ -149,11 +205,12 @@ def test_swiglu_is_recomputed_bit_for_bit_and_not_kept(moe_spec: ModelSpec) -> N
     assert kept[0] - kept[1] == len(rows) * ffn * 4
 
 
+@dataclass
 class Stream:
     """A CUDA stream that notes in `log` what is asked of it."""
 
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
+    name: str
+    log: list[str]
 
     def wait_stream(self, other: "Stream") -> None:
         self.log.append(f"{self.name} waits for {other.name}")
@@ -178,19 +235,17 @@ def test_the_side_stream_waits_and_is_waited_for_and_its_tensors_are_kept(monkey
         yield
         streams.pop()
 
-    class Experts:
-        def __init__(self) -> None:
-            self.are_split = are_split
+    def experts(hidden: torch.Tensor, weights: torch.Tensor, num_chosen: list[int]) -> tuple:
+        log.append(f"{streams[-1].name} computes {num_chosen}")
+        return None if are_split else torch.zeros(2).as_subclass(Noted), torch.zeros(1).as_subclass(Noted)
 
-        def __call__(self, hidden: torch.Tensor, weights: torch.Tensor, num_chosen: list[int]) -> tuple:
-            log.append(f"{streams[-1].name} computes {num_chosen}")
-            return None if are_split else torch.zeros(2).as_subclass(Noted), torch.zeros(1).as_subclass(Noted)
+    experts.are_split = are_split  # type: ignore[attr-defined]
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(OverlappedOriginalExperts, "side_stream", Stream("side", log))
     weights = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.5, 1.0]]).as_subclass(Noted)
-    overlapped = OverlappedOriginalExperts(Experts(), weights)  # type: ignore[arg-type]
+    overlapped = OverlappedOriginalExperts(experts, weights)  # type: ignore[arg-type]
     overlapped.pre_forward_comm(torch.zeros(3, 1, 4).as_subclass(Noted))
     overlapped.wait_current_stream()
     overlapped.linear_fc1_forward_and_act(torch.zeros(0))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -11,6 +12,7 @@ from moelpr.model.layers import original_experts
 from moelpr.model.layers.loading import build_model, logits
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec, MoeSpec
+from tests.fake_gpu import transformer_engine_stub
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -66,21 +68,23 @@ def test_output_and_gradients_equal_a_plain_loop_over_experts(layer, monkeypatch
     compare_with_a_plain_loop(layer)
 
 
-def compare_with_a_plain_loop(layer) -> None:
-    hidden = torch.randn(7, 3, 32)
-    target = torch.randn(21, 32)
-    ours_in = hidden.clone().requires_grad_()
-    ours = layer(ours_in)[0].flatten(0, 1)
-    (ours * target).sum().backward()
-    ours_grads = [ours_in.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+def output_and_gradients(layer, run, hidden, target) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output [T, H] of `run`, and the gradients of its input and of the layer's parameters by name."""
     layer.zero_grad()
-    loop_in = hidden.clone().requires_grad_()
-    loop = plain_loop(layer, loop_in.flatten(0, 1))
-    (loop * target).sum().backward()
-    loop_grads = [loop_in.grad, *(parameter.grad for parameter in layer.parameters())]
+    given = hidden.clone().requires_grad_()
+    output = run(given).flatten(0, -2)
+    (output * target).sum().backward()
+    return output, {"hidden": given.grad, **{name: weight.grad for name, weight in layer.named_parameters()}}
+
+
+def compare_with_a_plain_loop(layer, first: int = 0, names: tuple[str, ...] = ()) -> None:
+    """Check the output and gradients, by default all of them."""
+    hidden, target = torch.randn(7, 3, 32), torch.randn(21, 32)
+    loop, expected = output_and_gradients(layer, lambda x: plain_loop(layer, x.flatten(0, 1), first), hidden, target)
+    ours, actual = output_and_gradients(layer, lambda x: layer(x)[0], hidden, target)
     torch.testing.assert_close(ours, loop, rtol=1e-5, atol=1e-6)
-    for ours_grad, loop_grad in zip(ours_grads, loop_grads, strict=True):
-        torch.testing.assert_close(ours_grad, loop_grad, rtol=1e-4, atol=1e-5)
+    for name in names or expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 class RowsOfTokens(TorchDispatchMode):
@@ -118,6 +122,26 @@ def test_frozen_original_experts_take_as_many_launches_whatever_their_number(
     assert numbers[0] == numbers[1], numbers
 
 
+@pytest.mark.parametrize("only_original", [False, True])
+def test_the_permutation_of_transformer_engine_changes_no_result(moe_spec, monkeypatch, only_original: bool) -> None:
+    """A stand-in with its refusals; also if there are no rows to send."""
+    for name in "permute permute_with_probs unpermute sort_chunks_by_index sort_chunks_by_index_with_probs".split():
+        monkeypatch.setattr(moe_utils, f"fused_{name}", getattr(transformer_engine_stub, f"moe_{name}"))
+    monkeypatch.setattr(moe_utils, "HAVE_TE", True)
+    spec = replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=2))
+    hidden, target, results = torch.randn(5, 3, 32), torch.randn(15, 32), []
+    for fuses in (True, False):
+        layer = first_layer(spec, moe_permute_fusion=fuses)
+        if only_original:
+            hidden[..., 0] = 1.0
+            with torch.no_grad():
+                layer.router.weight[:2, 0] = 100.0
+        results.append(output_and_gradients(layer, lambda x, layer=layer: layer(x)[0], hidden, target))
+        assert layer.token_dispatcher.config.moe_permute_fusion == (fuses and not only_original)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert only_original == (not results[0][1]["experts.linear_fc1.weight"].any())
+
+
 @pytest.mark.parametrize("m", [1, 3])
 def test_with_one_choice_the_gate_weight_is_one_and_routers_get_no_gradient(moe_spec, m) -> None:
     layer = first_layer(replace(moe_spec, moe=replace(moe_spec.moe, topk=1, num_original_experts=m)))
@@ -129,21 +153,15 @@ def test_with_one_choice_the_gate_weight_is_one_and_routers_get_no_gradient(moe_
 
 def test_stage_1_may_keep_tokens_from_the_original_experts(spec: ModelSpec) -> None:
     """In training, tokens choose among the new experts as if there were no others; otherwise among all."""
-    layer, hidden, target = first_layer(spec, stage1_experts="new"), torch.randn(7, 3, 32), torch.randn(21, 32)
-    p, weights = layer.config.num_original_places, dict(layer.named_parameters())
-    outputs, gradients = [], []
-    for output in (lambda: layer(hidden)[0].flatten(0, 1), lambda: plain_loop(layer, hidden.flatten(0, 1), first=p)):
-        outputs.append(output())
-        (outputs[-1] * target).sum().backward()
-        gradients.append([weights[name].grad for name in ("router.weight", "experts.linear_fc1.weight")])
-        layer.zero_grad()
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
-    for ours, loop in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, loop, rtol=1e-4, atol=1e-5)
-    assert not gradients[0][0][:p].any() and gradients[0][0][p:].all()
-    in_use = layer.eval()(hidden)[0].flatten(0, 1)
+    layer = first_layer(spec, stage1_experts="new")
+    p = layer.config.num_original_places
+    compare_with_a_plain_loop(layer, p, ("hidden", "router.weight", "experts.linear_fc1.weight"))
+    gradient = layer.router.weight.grad
+    assert not gradient[:p].any() and gradient[p:].all()
+    hidden = torch.randn(7, 3, 32)
+    in_training, in_use = layer(hidden)[0].flatten(0, 1), layer.eval()(hidden)[0].flatten(0, 1)
     torch.testing.assert_close(in_use, plain_loop(layer, hidden.flatten(0, 1)), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(in_use, outputs[0])
+    assert not torch.allclose(in_use, in_training)
 
 
 @pytest.mark.parametrize("favorite", [0, 3])
@@ -163,54 +181,21 @@ def test_all_tokens_may_choose_the_same_two_experts(layer, favorite: int) -> Non
         assert torch.equal(layer.experts.linear_fc1.weight.grad[expert - p], torch.zeros(96, 32))
 
 
-@pytest.mark.parametrize(
-    "moe",
-    [
-        MoeSpec(4, 2, (0, 1, 2)),
-        MoeSpec(2, 3, (1,)),
-        MoeSpec(1, 2, (0, 2)),
-        MoeSpec(1, 1, (0, 1, 2)),
-        MoeSpec(3, 1, (0, 2), num_original_experts=2),
-        MoeSpec(2, 3, (0, 2), num_original_experts=3),
-        MoeSpec(4, 2, (0, 1, 2), original_copies=2),
-        MoeSpec(2, 3, (0, 2), num_original_experts=2, original_copies=3),
-    ],
-)
-def test_an_upcycled_model_equals_the_dense_model_for_any_routing(dense_spec: ModelSpec, moe: MoeSpec) -> None:
-    dense, upcycled = dense_and_upcycled(dense_spec, moe)
-    tokens = torch.randint(0, 128, (2, 48))
-    difference = (logits(upcycled, tokens) - logits(dense, tokens)).abs().max().item()
-    assert difference <= 1e-5
-
-
-def dense_and_upcycled(dense_spec: ModelSpec, moe: MoeSpec) -> tuple:
-    """A random dense model, and a model with copies of its FFNs and random routers."""
-    torch.manual_seed(1)
-    dense = build_model(dense_spec)
-    upcycled = build_model(replace(dense_spec, moe=moe))
-    state = dict(dense.state_dict())
-    for layer in moe.layers:
-        prefix = f"decoder.layers.{layer}.mlp."
-        for name in ("linear_fc1.weight", "linear_fc2.weight"):
-            ffn = state.pop(prefix + name)
-            state |= {f"{prefix}original_experts.{j}.{name}": ffn for j in range(moe.num_original_experts)}
-            state[f"{prefix}experts.{name}"] = ffn.expand(moe.num_new_experts, *ffn.shape).clone()
-        state[f"{prefix}router.weight"] = torch.randn(moe.num_experts, 32)
-    unknown = upcycled.load_state_dict(state, strict=False)
-    assert not [key for key in (*unknown.missing_keys, *unknown.unexpected_keys) if "_extra_state" not in key]
-    return dense, upcycled
-
-
 @pytest.mark.parametrize("topk", [1, 2, 3])
 def test_tokens_that_choose_only_copies_get_the_dense_models_logits_bit_for_bit(dense_spec, topk) -> None:
     """Whatever the new experts compute, and however the token's weight is divided over the copies."""
-    dense, upcycled = dense_and_upcycled(dense_spec, MoeSpec(4, topk, (0, 1, 2), original_copies=topk))
+    dense = build_model(dense_spec)
+    copied = build_model(replace(dense_spec, moe=MoeSpec(4, topk, (0, 1, 2), original_copies=topk)))
+    state = {name.replace(".mlp.", ".mlp.original_experts.0."): part for name, part in dense.state_dict().items()}
+    unknown = copied.load_state_dict(state, strict=False)
+    assert not [key for key in unknown.unexpected_keys if "_extra_state" not in key]
+    assert all(".router." in key or ".experts." in key for key in unknown.missing_keys if "_extra_state" not in key)
     prefers_copies = torch.tensor([100.0] * topk + [0.0] * 4)
-    for layer in upcycled.decoder.layers:
+    for layer in copied.decoder.layers:
         layer.mlp.router.gating = lambda hidden: torch.randn(*hidden.shape[:2], topk + 4) + prefers_copies
         torch.nn.init.normal_(layer.mlp.experts.linear_fc1.weight)
     tokens = torch.randint(0, 128, (2, 48))
-    assert torch.equal(logits(upcycled, tokens), logits(dense, tokens))
+    assert torch.equal(logits(copied, tokens), logits(dense, tokens))
 
 
 def balance_loss(scores_TE: torch.Tensor, is_chosen_TE: torch.Tensor, topk: int) -> torch.Tensor:

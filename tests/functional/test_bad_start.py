@@ -13,9 +13,9 @@ HOST = "127.0.0.1"
 def start(node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
     where = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", HOST, "--master-port", str(port)]
     command = [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **streams)  # type: ignore[call-overload]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    null, pipe = subprocess.DEVNULL, subprocess.PIPE
+    return subprocess.Popen(command, env=environment, text=True, stdout=null, stderr=pipe)
 
 
 def error_of(node: subprocess.Popen) -> str:
@@ -24,8 +24,7 @@ def error_of(node: subprocess.Popen) -> str:
         _, errors = node.communicate(timeout=PROCESS_S)
     finally:
         node.kill()
-    assert node.returncode == 2, errors
-    assert "Traceback" not in errors, errors
+    assert node.returncode == 2 and "Traceback" not in errors, errors
     return errors
 
 

@@ -10,15 +10,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from benchmarks.common import qwen2_config
 from checkpoint_convert.compare.tensors import compare_frozen, largest_difference
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from data_tools import preprocess_data
 from moelpr.base.errors import UserError
 from moelpr.base.settings import call
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.families.new_experts import NewExperts
-from tests.functional.test_training import cut_back, export, metrics, model_tensors, run_to_the_end, tensors
+from tests.functional.test_training import cut_back, metrics, model_tensors, run_to_the_end, tensors
+from tests.slurm.material import differences
 from tests.support.chat import MARKED, conversations_in, save_tokenizer, write_conversations
-from tests.support.hf_models import load_stock, our_logits
+from tests.support.hf_models import edit_json, load_stock, our_logits
 
 LENGTH = "192"
 STEPS = ["--seq-length", LENGTH, "--micro-batch-size", "1", "--train-iters", "6", "--lr-warmup-iters", "0"]
@@ -77,9 +79,7 @@ def longer(material: Path) -> dict[str, Path]:
 def test_a_resumed_run_is_the_unbroken_one_bit_by_bit(material: Path, sft: Path) -> None:
     resumed = cut_back(sft, material / "resumed")
     run_to_the_end(*command(material, resumed))
-    assert [record["lm_loss"] for record in metrics(resumed)] == [record["lm_loss"] for record in metrics(sft)]
-    one, other = tensors(sft, 6), tensors(resumed, 6)
-    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    assert differences(sft, resumed) == []
 
 
 def test_two_expert_parallel_ranks_train_as_one(material: Path, sft: Path) -> None:
@@ -97,14 +97,13 @@ def test_only_new_experts_and_routers_change_and_the_export_has_them(material: P
     for key, value in trained.items():
         moves = ".mlp.router." in key or ".mlp.experts." in key
         assert torch.equal(value, start.read(key)) != moves, key
-    export(sft, material / "sft-hf")
+    mcore_to_hf(sft, material / "sft-hf")
     assert largest_difference(compare_frozen(material / "hf", material / "sft-hf")) == 0.0
     state = load_stock(material / "sft-hf").state_dict()
     router = next(value for key, value in trained.items() if ".layers.0.mlp.router.weight" in key)
     assert torch.equal(state["model.layers.0.mlp.gate.weight"].float(), router.float())
-    assert (material / "sft-hf" / "chat_template.jinja").read_text() == (
-        material / "hf" / "chat_template.jinja"
-    ).read_text()
+    template, base = (material / name / "chat_template.jinja" for name in ("sft-hf", "hf"))
+    assert template.read_text() == base.read_text()
 
 
 def test_tokens_that_choose_only_copies_keep_the_bases_logits_bit_for_bit(material: Path, sft: Path) -> None:
@@ -127,10 +126,8 @@ def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(mate
     tokenizer.save_pretrained(chat)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     (chat / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    (chat / "config.json").write_text(
-        json.dumps(json.loads((chat / "config.json").read_text()) | {"eos_token_id": end})
-    )
-    export(sft, material / "with-template", chat_template_from=chat)
+    edit_json(chat / "config.json", eos_token_id=end)
+    mcore_to_hf(sft, material / "with-template", chat_template_from=chat)
     actual = AutoTokenizer.from_pretrained(material / "with-template")
     assert (actual.chat_template, actual.eos_token) == (MARKED, "<|im_end|>")
     assert actual("Ανάψτε το <|im_start|> light").input_ids == tokenizer("Ανάψτε το <|im_start|> light").input_ids
@@ -138,7 +135,7 @@ def test_an_export_gets_the_template_and_the_end_of_answers_of_a_chat_model(mate
         assert json.loads((material / "with-template" / name).read_text())["eos_token_id"] == end
     other = save_tokenizer(material / "other", "llama2")
     with pytest.raises(UserError, match=r"<\|im_start\|>.* not the same token"):
-        export(sft, material / "refused", chat_template_from=other)
+        mcore_to_hf(sft, material / "refused", chat_template_from=other)
     assert not (material / "refused").exists()
 
 
@@ -155,7 +152,7 @@ def test_the_lpr_loss_keeps_the_distribution_on_original_language_prompts(materi
     base = AutoModelForCausalLM.from_pretrained(material / "hf")
     divergence = dict.fromkeys(longer, 0.0)
     for weight, run in longer.items():
-        export(run, material / f"{run.name}-hf")
+        mcore_to_hf(run, material / f"{run.name}-hf")
         model = load_stock(material / f"{run.name}-hf")
         for messages in conversations_in("en", 40, seed=2):
             prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_tensors="pt")

@@ -51,15 +51,16 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     torch.serialization.add_safe_globals(safe_globals)
 
 
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
 def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_product(train: Train) -> None:
     run = train()  # 200 tokens are 4 steps of 64
     assert [step["iteration"] for step in read_run_metrics(run / "metrics.jsonl").steps] == [1, 2, 3, 4]
     start = LlamaForCausalLM.from_pretrained("base").state_dict()
     merged = LlamaForCausalLM.from_pretrained("hf-run").state_dict()
-    adapter = {
-        name.removeprefix("base_model.model."): tensor
-        for name, tensor in load_file(run / "adapter" / "adapter_model.safetensors").items()
-    }
+    adapter = {name.removeprefix("base_model.model."): tensor for name, tensor in adapter_of(run).items()}
     for name, tensor in start.items():
         if (down := adapter.get(name.replace(".weight", ".lora_A.weight"))) is not None:
             product = adapter[name.replace(".weight", ".lora_B.weight")] @ down
@@ -70,19 +71,16 @@ def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_produc
     assert sum(name.endswith("lora_A.weight") for name in adapter) == 2 * 7  # all linear layers
     (run / "FINISHED").unlink(), shutil.rmtree("hf-run")
     train()
-    assert torch.equal(
-        LlamaForCausalLM.from_pretrained("hf-run").state_dict()["model.norm.weight"], start["model.norm.weight"]
-    )
+    again = LlamaForCausalLM.from_pretrained("hf-run").state_dict()
+    assert torch.equal(again["model.norm.weight"], start["model.norm.weight"])
 
 
 def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train("whole")
-    handler = signal.getsignal(signal.SIGTERM)
-    measured: list[int] = []
+    handler, measured = signal.getsignal(signal.SIGTERM), iter(range(1, 9))
 
     def ask_to_stop_in_step_2(process: int) -> int:
-        measured.append(process)
-        if len(measured) == 2:
+        if next(measured) == 2:
             signal.raise_signal(signal.SIGTERM)
         return 1
 
@@ -92,8 +90,8 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch
     assert not Path("hf-run").exists() and signal.getsignal(signal.SIGTERM) == handler
     (Path("run") / "checkpoint-9").mkdir()  # as a save that was interrupted leaves it
     run = train()
-    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, run)]
-    assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
+    expected, actual = adapter_of(whole), adapter_of(run)
+    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     losses = [[step["lm_loss"] for step in read_run_metrics(one / "metrics.jsonl").steps] for one in (whole, run)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 

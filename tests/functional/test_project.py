@@ -25,8 +25,7 @@ def moelpr(folder: Path, command: str) -> str:
 @pytest.mark.timeout(900)  # on a free machine it takes a tenth of that
 def test_a_project_runs_from_text_to_model_over_a_stop(tmp_path: Path) -> None:
     write_project(tmp_path, is_for_chat=True)
-    plan = moelpr(tmp_path, "plan")
-    assert "stage1" in plan and "Stage 1 reads 6.14K tokens (tokens are estimated)" in plan
+    assert "Stage 1 reads 6.14K tokens (tokens are estimated)" in moelpr(tmp_path, "plan")
     metrics = tmp_path / "out" / "stage1" / "metrics.jsonl"
     with open(tmp_path / "log", "w") as log:
         run = subprocess.Popen([*MOELPR, "run", "languages.yaml"], cwd=tmp_path, stdout=log, stderr=log)

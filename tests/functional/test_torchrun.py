@@ -16,6 +16,7 @@ import pytest
 from moelpr.base.command import STOPPED
 from moelpr.base.machine import available_cpus, peak_memory
 from tests.support.limits import PROCESS_S
+from tests.support.programs import write_program
 
 ROOT = Path(__file__).parents[2]
 RANK = r"""
@@ -42,9 +43,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def run(*options: str) -> tuple[subprocess.Popen, list[int], set[str]]:
         (tmp_path / "rank.py").write_text(RANK)
-        (tmp_path / "wrapper").write_text(f"#!/bin/sh\n{sys.executable} {tmp_path}/rank.py\nexit 1\n")
-        (tmp_path / "wrapper").chmod(0o755)
-        script = tmp_path / ("wrapper" if "--no-python" in options else "rank.py")
+        wrapper = write_program(tmp_path / "wrapper", f"{sys.executable} {tmp_path}/rank.py\nexit 1")
+        script = wrapper if "--no-python" in options else tmp_path / "rank.py"
         environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
         command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", *options]
         environment["PYTHONPATH"] = str(ROOT)

@@ -25,20 +25,18 @@ def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> P
     text = folder / "fineweb-2" / "data"
     for language, name in FINEWEB_2.items():
         documents = documents_in(language, 240)
-        for part, chosen in (
-            (f"{name}/train", documents),
-            (f"{name}/test", [f"{HELD_BACK} {language}"]),
-            (f"{name}_removed/train", [f"{HELD_BACK} {language}"]),
-        ):
+        held_back = dict.fromkeys((f"{name}/test", f"{name}_removed/train"), [f"{HELD_BACK} {language}"])
+        for part, chosen in ({f"{name}/train": documents} | held_back).items():
             _write_fineweb(text / part / "000_00000.parquet", chosen, name)
     batch = {"seq-length": 64, "global-batch-size": 8, "micro-batch-size": 4, "log-interval": 4, "save-interval": 4}
+
+    def folders(*languages: str) -> dict[str, Any]:
+        return {language: f"fineweb-2/data/{FINEWEB_2[language]}" for language in languages}
+
     content: dict[str, Any] = {
         "model": "base",
         "output": "out",
-        "languages": {
-            group: {language: f"fineweb-2/data/{FINEWEB_2[language]}" for language in languages}
-            for group, languages in (("expanded", ("el", "hu")), ("original", ("en", "es")))
-        },
+        "languages": {"expanded": folders("el", "hu"), "original": folders("en", "es")},
         "budget": {"tokens": steps * 64 * 8},
         "replay": {"original_documents": 100, "expanded_documents": 100},
         "held_out": 5,

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -71,6 +72,15 @@ class Layout:
     stages: tuple[str, ...] = STAGES
 
 
+_PER_TOKEN = partial(Layout, reference="1 per-token loss")
+_APART = partial(Layout, reference="1 documents apart")
+_EDGES = partial(Layout, reference="edges 1", model="edges")
+_ROWS = partial(Layout, reference="rows 1", model="rows", stages=ROWS_STAGES)
+_UNTIED = partial(Layout, reference="rows untied 1", model="rows-untied", stages=ROWS_STAGES)
+_FACTORS = partial(Layout, reference="factors 1", model="factors")
+_HYBRID = partial(Layout, reference="hybrid 1", model="hybrid")
+_HYBRID_APART = partial(Layout, reference="hybrid 1 documents apart", model="hybrid")
+
 LAYOUTS: dict[str, Layout] = {
     "1": Layout(1, ""),
     # The balance loss is a mean over micro-batches of a product of means, so accumulation is compared without it.
@@ -78,23 +88,23 @@ LAYOUTS: dict[str, Layout] = {
     "1 accumulation": Layout(1, "--micro-batch-size 1 --balance-loss-coeff 0", reference="1 no balance loss"),
     "1 full recompute": Layout(1, FULL),
     "1 selective recompute": Layout(1, SELECTIVE),
-    "1 per-token loss": Layout(1, PER_TOKEN, reference="1 per-token loss"),
+    "1 per-token loss": _PER_TOKEN(1, PER_TOKEN),
     "DP2": Layout(2, ""),
     "DP2 distributed optimizer": Layout(2, OPTIMIZER),
     "DP2 overlapped": Layout(2, OVERLAP),
-    "DP2 per-token loss": Layout(2, PER_TOKEN, reference="1 per-token loss"),
+    "DP2 per-token loss": _PER_TOKEN(2, PER_TOKEN),
     "EP2": Layout(2, EP2),
     "EP2 distributed optimizer, full recompute": Layout(2, f"{EP2} {OPTIMIZER} {FULL}"),
-    "EP2 per-token loss, overlapped": Layout(2, f"{EP2} {PER_TOKEN} {OVERLAP}", reference="1 per-token loss"),
+    "EP2 per-token loss, overlapped": _PER_TOKEN(2, f"{EP2} {PER_TOKEN} {OVERLAP}"),
     "TP2+SP": Layout(2, TP2_ETP1),
     "TP2+SP ETP2": Layout(2, TP2),
     "TP2+SP ETP2 selective recompute": Layout(2, f"{TP2} {SELECTIVE}"),
     "TP2+SP EP2": Layout(2, f"{TP2_ETP1} {EP2}"),
-    "TP2+SP per-token loss": Layout(2, f"{TP2_ETP1} {PER_TOKEN}", reference="1 per-token loss"),
+    "TP2+SP per-token loss": _PER_TOKEN(2, f"{TP2_ETP1} {PER_TOKEN}"),
     "PP2": Layout(2, PP2),
     "PP2 full recompute": Layout(2, f"{PP2} {FULL}"),
     "PP2 VPP2": Layout(2, f"{PP2} {VPP2}"),
-    "PP2 VPP2 per-token loss": Layout(2, f"{PP2} {VPP2} {PER_TOKEN}", reference="1 per-token loss"),
+    "PP2 VPP2 per-token loss": _PER_TOKEN(2, f"{PP2} {VPP2} {PER_TOKEN}"),
     "PP4": Layout(4, "--pipeline-model-parallel-size 4"),
     "EP4": Layout(4, "--expert-model-parallel-size 4"),
     "EP2 DP2 distributed optimizer": Layout(4, f"{EP2} {OPTIMIZER}"),
@@ -107,60 +117,52 @@ LAYOUTS: dict[str, Layout] = {
     # These four contain every pair of compatible features (tests/distributed/test_layouts.py).
     "TP2+SP ETP2 EP2 distributed optimizer, selective recompute": Layout(4, f"{TP2} {EP2} {OPTIMIZER} {SELECTIVE}"),
     "TP2+SP ETP2 PP2 VPP2 overlapped, full recompute": Layout(4, f"{TP2} {PP2} {VPP2} {OVERLAP} {FULL} {FUSED}"),
-    "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss": Layout(
-        4, f"{TP2_ETP1} {EP2} {PP2} {VPP2} {OVERLAP} {SELECTIVE} {PER_TOKEN} {FUSED}", reference="1 per-token loss"
+    "TP2+SP EP2 PP2 VPP2 overlapped, selective recompute, per-token loss": _PER_TOKEN(
+        4, f"{TP2_ETP1} {EP2} {PP2} {VPP2} {OVERLAP} {SELECTIVE} {PER_TOKEN} {FUSED}"
     ),
-    "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss": Layout(
-        4, f"{TP2} {EP2} {OVERLAP} {FULL} {PER_TOKEN}", reference="1 per-token loss"
+    "TP2+SP ETP2 EP2 overlapped, full recompute, per-token loss": _PER_TOKEN(
+        4, f"{TP2} {EP2} {OVERLAP} {FULL} {PER_TOKEN}"
     ),
-    "1 documents apart": Layout(1, APART, reference="1 documents apart"),
-    "TP2+SP ETP2 documents apart, full recompute": Layout(2, f"{TP2} {APART} {FULL}", reference="1 documents apart"),
-    "TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute": Layout(
-        4, f"{TP2} {PP2} {VPP2} {APART} {SELECTIVE}", reference="1 documents apart"
-    ),
+    "1 documents apart": _APART(1, APART),
+    "TP2+SP ETP2 documents apart, full recompute": _APART(2, f"{TP2} {APART} {FULL}"),
+    "TP2+SP ETP2 PP2 VPP2 documents apart, selective recompute": _APART(4, f"{TP2} {PP2} {VPP2} {APART} {SELECTIVE}"),
     # Tied embeddings; the last two layers dense, so that a pipeline stage has nothing to train; new experts that no
     # token chooses, all on one expert-parallel rank; most micro-batches and some steps without original-language text.
-    "edges 1": Layout(1, "", "edges 1", "edges"),
-    "edges DP2": Layout(2, OPTIMIZER, "edges 1", "edges"),
-    "edges EP2": Layout(2, EP2, "edges 1", "edges"),
-    "edges TP2+SP ETP2": Layout(2, TP2, "edges 1", "edges"),
-    "edges PP2": Layout(2, PP2, "edges 1", "edges"),
-    "edges PP2 overlapped, full recompute": Layout(2, f"{PP2} {OVERLAP} {FULL}", "edges 1", "edges"),
-    "edges TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2} {FUSED}", "edges 1", "edges"),
-    "edges PP2 EP2 distributed optimizer": Layout(4, f"{PP2} {EP2} {OPTIMIZER}", "edges 1", "edges"),
+    "edges 1": _EDGES(1, ""),
+    "edges DP2": _EDGES(2, OPTIMIZER),
+    "edges EP2": _EDGES(2, EP2),
+    "edges TP2+SP ETP2": _EDGES(2, TP2),
+    "edges PP2": _EDGES(2, PP2),
+    "edges PP2 overlapped, full recompute": _EDGES(2, f"{PP2} {OVERLAP} {FULL}"),
+    "edges TP2+SP PP2": _EDGES(4, f"{TP2_ETP1} {PP2} {FUSED}"),
+    "edges PP2 EP2 distributed optimizer": _EDGES(4, f"{PP2} {EP2} {OPTIMIZER}"),
     # Rows of new tokens train: alone in stage 0, with experts in stage 1. Tied embeddings.
-    "rows 1": Layout(1, "", "rows 1", "rows", ROWS_STAGES),
-    "rows 1 full recompute": Layout(1, FULL, "rows 1", "rows", ROWS_STAGES),
-    "rows DP2 overlapped": Layout(2, OVERLAP, "rows 1", "rows", ROWS_STAGES),
-    "rows TP2+SP ETP2": Layout(2, TP2, "rows 1", "rows", ROWS_STAGES),
-    "rows PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "rows 1", "rows", ROWS_STAGES),
-    "rows TP2+SP PP2, full recompute": Layout(4, f"{TP2_ETP1} {PP2} {FULL} {FUSED}", "rows 1", "rows", ("stage0",)),
-    "rows PP2 VPP2 DP2 overlapped": Layout(4, f"{PP2} {VPP2} {OVERLAP} {FUSED}", "rows 1", "rows", ("stage1",)),
-    "rows untied 1": Layout(1, "", "rows untied 1", "rows-untied", ROWS_STAGES),
+    "rows 1": _ROWS(1, ""),
+    "rows 1 full recompute": _ROWS(1, FULL),
+    "rows DP2 overlapped": _ROWS(2, OVERLAP),
+    "rows TP2+SP ETP2": _ROWS(2, TP2),
+    "rows PP2 VPP2": _ROWS(2, f"{PP2} {VPP2}"),
+    "rows TP2+SP PP2, full recompute": _ROWS(4, f"{TP2_ETP1} {PP2} {FULL} {FUSED}", stages=("stage0",)),
+    "rows PP2 VPP2 DP2 overlapped": _ROWS(4, f"{PP2} {VPP2} {OVERLAP} {FUSED}", stages=("stage1",)),
+    "rows untied 1": _UNTIED(1, ""),
     # RoPE of neighbouring channels, and Granite's multipliers.
-    "factors 1": Layout(1, "", "factors 1", "factors"),
-    "factors TP2+SP ETP2 PP2 overlapped, full recompute": Layout(
-        4, f"{TP2} {PP2} {OVERLAP} {FULL}", "factors 1", "factors"
-    ),
+    "factors 1": _FACTORS(1, ""),
+    "factors TP2+SP ETP2 PP2 overlapped, full recompute": _FACTORS(4, f"{TP2} {PP2} {OVERLAP} {FULL}"),
     # A Qwen3.5: layers with linear attention between others with gated attention.
-    "hybrid 1": Layout(1, "", "hybrid 1", "hybrid"),
-    "hybrid DP2 overlapped": Layout(2, OVERLAP, "hybrid 1", "hybrid"),
-    "hybrid EP2 distributed optimizer": Layout(2, f"{EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
-    "hybrid TP2+SP ETP2": Layout(2, TP2, "hybrid 1", "hybrid"),
-    "hybrid PP2 VPP2": Layout(2, f"{PP2} {VPP2}", "hybrid 1", "hybrid"),
-    "hybrid PP2, full recompute": Layout(2, f"{PP2} {FULL}", "hybrid 1", "hybrid"),
-    "hybrid EP4": Layout(4, "--expert-model-parallel-size 4", "hybrid 1", "hybrid"),
-    "hybrid PP2 EP2 overlapped": Layout(4, f"{PP2} {EP2} {OVERLAP}", "hybrid 1", "hybrid"),
-    "hybrid TP2+SP PP2": Layout(4, f"{TP2_ETP1} {PP2}", "hybrid 1", "hybrid"),
-    "hybrid TP2+SP EP2 distributed optimizer": Layout(4, f"{TP2_ETP1} {EP2} {OPTIMIZER}", "hybrid 1", "hybrid"),
-    "hybrid 1 documents apart": Layout(1, APART, "hybrid 1 documents apart", "hybrid"),
-    "hybrid TP2+SP documents apart, selective recompute": Layout(
-        2, f"{TP2_ETP1} {APART} {SELECTIVE}", "hybrid 1 documents apart", "hybrid"
-    ),
-    "hybrid TP2+SP PP2 documents apart, full recompute": Layout(
-        4, f"{TP2_ETP1} {PP2} {APART} {FULL}", "hybrid 1 documents apart", "hybrid"
-    ),
-    "rows untied TP2+SP PP2": Layout(4, f"{TP2} {PP2}", "rows untied 1", "rows-untied", ROWS_STAGES),
+    "hybrid 1": _HYBRID(1, ""),
+    "hybrid DP2 overlapped": _HYBRID(2, OVERLAP),
+    "hybrid EP2 distributed optimizer": _HYBRID(2, f"{EP2} {OPTIMIZER}"),
+    "hybrid TP2+SP ETP2": _HYBRID(2, TP2),
+    "hybrid PP2 VPP2": _HYBRID(2, f"{PP2} {VPP2}"),
+    "hybrid PP2, full recompute": _HYBRID(2, f"{PP2} {FULL}"),
+    "hybrid EP4": _HYBRID(4, "--expert-model-parallel-size 4"),
+    "hybrid PP2 EP2 overlapped": _HYBRID(4, f"{PP2} {EP2} {OVERLAP}"),
+    "hybrid TP2+SP PP2": _HYBRID(4, f"{TP2_ETP1} {PP2}"),
+    "hybrid TP2+SP EP2 distributed optimizer": _HYBRID(4, f"{TP2_ETP1} {EP2} {OPTIMIZER}"),
+    "hybrid 1 documents apart": _HYBRID_APART(1, APART),
+    "hybrid TP2+SP documents apart, selective recompute": _HYBRID_APART(2, f"{TP2_ETP1} {APART} {SELECTIVE}"),
+    "hybrid TP2+SP PP2 documents apart, full recompute": _HYBRID_APART(4, f"{TP2_ETP1} {PP2} {APART} {FULL}"),
+    "rows untied TP2+SP PP2": _UNTIED(4, f"{TP2} {PP2}"),
 }
 
 
@@ -174,7 +176,7 @@ class Difference:
 
     @property
     def worst(self) -> float:
-        return max(self.losses, self.grad_norm, self.weights)
+        return max(vars(self).values())
 
 
 def make_material(folder: Path) -> None:
@@ -229,7 +231,8 @@ def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
 
 def trainer_arguments(folder: Path, layout: Layout, stage: str, save: Path) -> list[str]:
     weight = "40" if layout.model == "edges" else "1"
-    losses = {"stage0": "", "stage1": NEW_ROWS_TOO if layout.model.startswith("rows") else BOTH_LOSSES}
+    losses = dict.fromkeys(("stage0", "dense", "ffn"), "")
+    losses["stage1"] = NEW_ROWS_TOO if layout.model.startswith("rows") else BOTH_LOSSES
     data = ["1", str(folder / "original"), weight, str(folder / "expanded")]
     words = ["--stage", stage, "--pretrained-checkpoint", str(folder / layout.model), "--data-path", *data]
     words += ["--validation-data", f"en={folder / 'held-out-original'}", f"el={folder / 'held-out-expanded'}"]
@@ -254,18 +257,12 @@ def run_layouts(folder: Path, names: list[str], others: Commands | None = None) 
 
 
 def launch_all(folder: Path, commands: Commands, name: str) -> None:
-    """Run the trainings of each number of ranks in one launch."""
+    """Run the trainings of each number of ranks one after another in one launch; exit with its log if one fails."""
     for ranks in sorted(commands):
-        launch(folder, ranks, commands[ranks], f"{name}-{ranks}")
-
-
-def launch(folder: Path, ranks: int, commands: list[list[str]], name: str) -> None:
-    """Run the trainings one after another in the same ranks; exit with the end of the log if one fails."""
-    plan = folder / f"{name}.json"
-    plan.write_text(json.dumps(commands))
-    common.run_ranks(
-        ranks, "tests.distributed.train_many", plan, log=folder / f"{name}.log", timeout_s=60 + 60 * len(commands)
-    )
+        plan, log = (folder / f"{name}-{ranks}.{suffix}" for suffix in ("json", "log"))
+        plan.write_text(json.dumps(commands[ranks]))
+        timeout_s = 60 + 60 * len(commands[ranks])
+        common.run_ranks(ranks, "tests.distributed.train_many", plan, log=log, timeout_s=timeout_s)
 
 
 def compare(folder: Path, name: str, stage: str) -> Difference:
@@ -284,7 +281,7 @@ def difference(ours: Path, theirs: Path) -> Difference:
     return Difference(
         losses=max(losses),
         grad_norm=max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in records),
-        weights=_weights_difference(weights(ours), weights(theirs)),
+        weights=weights_difference(weights(ours), weights(theirs)),
     )
 
 
@@ -310,7 +307,7 @@ def _relative(a: float | None, b: float | None) -> float:
     return abs(a - b) / abs(b) if b else abs(a)
 
 
-def _weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+def weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     differences = []
     for key, b in theirs.items():
@@ -318,6 +315,11 @@ def _weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
         a, b = ours[key][:rows], b[:rows]
         differences.append(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item())
     return float(np.max(differences))  # NaN if one is
+
+
+def is_off(row: dict[str, Any]) -> bool:
+    """Whether a row with the fields of `Difference` is above the tolerance."""
+    return max(row["losses"], row["grad_norm"], row["weights"]) > TOLERANCE
 
 
 def measure_and_report(
@@ -337,7 +339,6 @@ def measure_and_report(
     with common.working_folder(args.folder) as folder:
         make_material(folder)
         rows = measure(folder, args.only)
-    is_off = [max(row["losses"], row["grad_norm"], row["weights"]) > TOLERANCE for row in rows]
-    common.print_table([row | {"is_within_tolerance": not off} for row, off in zip(rows, is_off, strict=True)])
+    common.print_table([row | {"is_within_tolerance": not is_off(row)} for row in rows])
     common.write_json({"tolerance": TOLERANCE, "steps": steps, kind: rows}, args.json)
-    sys.exit(1 if any(is_off) else 0)
+    sys.exit(int(any(map(is_off, rows))))

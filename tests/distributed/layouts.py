@@ -17,13 +17,8 @@ def measure(folder: Path, only: str) -> list[dict]:
     chosen = [name for name in LAYOUTS if re.search(only, name)]
     run_layouts(folder, list(dict.fromkeys([*(LAYOUTS[name].reference for name in chosen), *chosen])))
     return [
-        {
-            "layout": name,
-            "ranks": LAYOUTS[name].ranks,
-            "flags": LAYOUTS[name].flags,
-            "stage": stage,
-            **vars(compare(folder, name, stage)),
-        }
+        {"layout": name, "ranks": LAYOUTS[name].ranks, "flags": LAYOUTS[name].flags, "stage": stage}
+        | vars(compare(folder, name, stage))
         for name in chosen
         for stage in LAYOUTS[name].stages
     ]

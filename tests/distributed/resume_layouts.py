@@ -38,7 +38,7 @@ def measure(folder: Path, only: str) -> list[dict]:
     shutil.rmtree(folder / "resumed", ignore_errors=True)
     for half, commands in enumerate(halves(folder, only)):
         layout_runs.launch_all(folder, commands, f"half-{half}")
-    return differences(folder, only)
+    return rows(folder, only)
 
 
 def halves(folder: Path, only: str) -> tuple[Commands, Commands]:
@@ -56,13 +56,13 @@ def halves(folder: Path, only: str) -> tuple[Commands, Commands]:
     return actual
 
 
-def differences(folder: Path, only: str) -> list[dict]:
+def rows(folder: Path, only: str) -> list[dict]:
     """How far each pair is from the uninterrupted run."""
-    pairs = [(name, stage) for name in _chosen(only) for stage in STAGES]
-    saves = [(_save(folder, name, stage), _save(folder, "whole", stage)) for name, stage in pairs]
     return [
-        {"pair": name, "stage": stage, **vars(layout_runs.difference(*both))}
-        for (name, stage), both in zip(pairs, saves, strict=True)
+        {"pair": name, "stage": stage}
+        | vars(layout_runs.difference(_save(folder, name, stage), _save(folder, "whole", stage)))
+        for name in _chosen(only)
+        for stage in STAGES
     ]
 
 

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,8 @@ from moelpr.base.errors import UserError
 from moelpr.model.families.families import read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
-from moelpr.train.arguments.recipes import read_recipe
 from moelpr.train.check import whole_run
-from tests.distributed.layout_runs import APART, BOTH_LOSSES, EP2, FACTORS, LAYOUTS, NEW_ROWS_TOO, OVERLAP, SETTINGS
+from tests.distributed.layout_runs import APART, EP2, FACTORS, LAYOUTS, OVERLAP, Layout, trainer_arguments
 from tests.support.model_shapes import SHAPES, save_config
 from tests.unit.conftest import SHAPE as TINY_SHAPE
 
@@ -48,13 +47,11 @@ ON_4_NODES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 8 --
 ON_40_NODES = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 5 "
 ON_40_NODES += "--expert-model-parallel-size 8 --expert-tensor-parallel-size 4"
 # The last word of a name is the stage.
+EP8 = "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
+EVERY_2ND = NewExperts(1, moe_every_k_layers=2)
 REAL = {
-    "Qwen3-1.7B stage1": Real(
-        "Qwen3-1.7B-Base", NewExperts(1, moe_every_k_layers=2), 1, "--micro-batch-size 2 --train-tokens 1B"
-    ),
-    "Qwen3-8B stage2": Real(
-        "Qwen3-8B-Base", NewExperts(8), 32, "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
-    ),
+    "Qwen3-1.7B stage1": Real("Qwen3-1.7B-Base", EVERY_2ND, 1, "--micro-batch-size 2 --train-tokens 1B"),
+    "Qwen3-8B stage2": Real("Qwen3-8B-Base", NewExperts(8), 32, EP8),
     "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, f"{ON_40_NODES} --micro-batch-size 1"),
 }
 MORE_REAL = {
@@ -90,9 +87,9 @@ MODELS = {
 # Cases that no layout has: flags and models, with their number of ranks.
 _ACTIVATION = "--recompute-granularity selective --recompute-modules moe_act"
 OTHERS = {
-    "window, documents apart": (1, "window", "stage1", APART),
-    "EP2, SwiGLU again": (2, "all-moe", "stage1", f"{EP2} {OVERLAP} {_ACTIVATION}"),
-    "only new experts in stage 1": (1, "all-moe", "stage1", "--stage1-experts new --lpr-loss-coeff 0"),
+    "window, documents apart": Layout(1, APART, model="window", stages=("stage1",)),
+    "EP2, SwiGLU again": Layout(2, f"{EP2} {OVERLAP} {_ACTIVATION}", stages=("stage1",)),
+    "only new experts in stage 1": Layout(1, "--stage1-experts new --lpr-loss-coeff 0", stages=("stage1",)),
 }
 # Allowed flags that change a step and are in no layout, as many together as there can be: ranks, model, stage.
 _FLAGS = """
@@ -137,7 +134,7 @@ _FLAGS = """
   --pipeline-model-parallel-size 2 --use-distributed-optimizer --ddp-num-buckets 3 --overlap-grad-reduce
 """
 FLAGS = {
-    f"flags: {name}": ((int(ranks), model, stage), flags)
+    f"flags: {name}": Layout(int(ranks), flags, model=model, stages=(stage,))
     for ranks, model, stage, name, flags in re.findall(r"^(\d) (\S+) (\S+) (.+)\n((?:  .+\n)+)", _FLAGS, re.MULTILINE)
 }
 SUITE = [*REAL, *(f"{stage} {name}" for name, stage in LAYOUT_NAMES), *list(OTHERS)[:2], next(iter(FLAGS))]
@@ -152,32 +149,21 @@ class Case:
 
 def cases() -> dict[str, Callable[[], Case]]:
     """All cases, also those that are not in the suite; make one in `folder_of_models`."""
-    layouts = {
-        f"{stage} {name}": (layout.ranks, layout.model, stage, layout.flags)
-        for name, layout in LAYOUTS.items()
-        for stage in layout.stages
-    }
     return {
         # Every fourth layer of Qwen3.5 has full attention.
         **{name: partial(real_case, name, 4 if "3.5" in name else 2) for name in REAL | MORE_REAL},
-        **{name: partial(tiny_case, *one) for name, one in (layouts | OTHERS).items()},
-        **{name: partial(tiny_case, *one, flags) for name, (one, flags) in FLAGS.items()},
+        **{f"{stage} {name}": partial(tiny_case, one, stage) for name, one in LAYOUTS.items() for stage in one.stages},
+        **{name: partial(tiny_case, one, *one.stages) for name, one in (OTHERS | FLAGS).items()},
     }
 
 
-def tiny_case(ranks: int, model: str, stage: str, flags: str) -> Case:
-    losses = {"stage0": "", "dense": "", "ffn": "", "stage1": NEW_ROWS_TOO if model.startswith("rows") else BOTH_LOSSES}
-    words = f"--stage {stage} {SETTINGS} {losses.get(stage, BOTH_LOSSES)} {flags}"
-    return Case(ranks, hybrid() if model == "hybrid" else MODELS[model], [*words.split(), *DATA])
+def tiny_case(layout: Layout, stage: str) -> Case:
+    spec = hybrid() if layout.model == "hybrid" else MODELS[layout.model]
+    return Case(layout.ranks, spec, trainer_arguments(Path(), layout, stage, Path("save")))
 
 
 def hybrid() -> ModelSpec:
-    family, base = read_base(Path("hybrid"))
-    return replace(with_new_experts(family, base, NewExperts(4)), dtype="bfloat16")
-
-
-def recipe_of(name: str) -> dict[str, Any]:
-    return read_recipe(Path(f"paper-{name.split()[-1]}"))
+    return replace(with_new_experts(*read_base(Path("hybrid")), NewExperts(4)), dtype="bfloat16")
 
 
 def real_case(name: str, layers: int | None = None, pipeline_stages: int | None = None) -> Case:
@@ -246,8 +232,9 @@ def folder_of_models() -> Iterator[None]:
         yield
 
 
-def stage1_with_megatrons_layer(case: Case) -> whole_run.Outcome:
-    """A dry run with Megatron's own MoE layer of the same shape, and its rotary embedding; all K choices are routed."""
+@contextmanager
+def megatrons_layer() -> Iterator[None]:
+    """Use Megatron's own MoE layer of the same shape, and its rotary embedding."""
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -261,7 +248,7 @@ def stage1_with_megatrons_layer(case: Case) -> whole_run.Outcome:
         patch.object(layer, "NewExpertsDispatcher", MoEAlltoAllTokenDispatcher),
         patch.object(builder, "layer_spec", partial(plain_layer_spec, experts=GroupedExperts)),
     ):
-        return whole_run.check([*case.argv, "--stage1-experts", "new"], 1, case.ranks, lambda: case.spec)
+        yield
 
 
 def added_by_a_layer(name: str, is_megatrons: bool) -> list[float]:
@@ -269,10 +256,10 @@ def added_by_a_layer(name: str, is_megatrons: bool) -> list[float]:
     sums = []
     for layers in (1, 2):
         case = real_case(name, layers, pipeline_stages=1)
-        if is_megatrons:
-            (run,) = stage1_with_megatrons_layer(case).runs
-        else:
-            (run,) = whole_run.check(case.argv, 1, case.ranks, lambda case=case: case.spec).runs
+        # So Megatron's layer routes all K choices.
+        argv = [*case.argv, *(["--stage1-experts", "new"] if is_megatrons else [])]
+        with megatrons_layer() if is_megatrons else nullcontext():
+            (run,) = whole_run.check(argv, 1, case.ranks, lambda case=case: case.spec).runs
         kernels = {kernel: n for kernel, n in run.counts.kernels.items() if kernel.phase in ("forward", "backward")}
         sums.append((sum(kernels.values()), sum(number * kernel.num_bytes for kernel, number in kernels.items())))
     shape = run.spec.megatron_args

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,20 +31,12 @@ from moelpr.model.families.new_experts import NewExperts
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SHAPE = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"},
-}
+SHAPE: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SHAPE |= {"rope_parameters": {"rope_theta": 50000.0, "rope_type": "default"}}
 # Fields of a Qwen3.5, whose layers have linear and full attention.
-HYBRID = {
-    "head_dim": 16,
-    "rope_parameters": {"rope_theta": 50000.0, "rope_type": "default", "partial_rotary_factor": 0.25},
+HYBRID: dict[str, Any] = {"head_dim": 16, "rope_parameters": SHAPE["rope_parameters"] | {"partial_rotary_factor": 0.25}}
+HYBRID |= {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
@@ -246,9 +238,10 @@ def megatron_tensors_of(folder: Path) -> dict[str, Tensor]:
     return {key: reader.read(key).clone() for key in reader.keys}
 
 
-def edit_json(path: Path, **changes: object) -> None:
-    """Set fields of a JSON object in a file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def edit_json(path: Path, remove: Container[str] = (), **changes: object) -> None:
+    """Remove and set fields of a JSON object in a file."""
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in remove}
+    path.write_text(json.dumps(kept | changes))
 
 
 def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

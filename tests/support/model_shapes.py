@@ -18,6 +18,7 @@ SHAPES = {
 }
 TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "SmolLM2-135M")
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ROPE |= {"original_max_position_embeddings": 8192}
 _FAMILIES = {
     "Qwen3.5": {
         "model_type": "qwen3_5_text",
@@ -28,11 +29,7 @@ _FAMILIES = {
     "Qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128},
     "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
     "SmolLM2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
-    "Llama": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "rope_scaling": _ROPE | {"original_max_position_embeddings": 8192},
-    },
+    "Llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": _ROPE},
 }
 
 

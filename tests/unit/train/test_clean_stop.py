@@ -18,11 +18,9 @@ from moelpr.train import clean_stop
 
 def settings(save: Path, last_step: int = 10, data_path: Sequence[str] = (), **start: object) -> Any:
     values = {"checkpoint": save, "is_resumed": True, "selected_step": None, "pretrained": None}
-    values["saved_step"] = saved_step(save)
-    stage = SimpleNamespace(name="stage1")
-    return SimpleNamespace(
-        stage=stage, save=save, last_step=last_step, data_path=data_path, start=SimpleNamespace(**(values | start))
-    )
+    values |= {"saved_step": saved_step(save)} | start
+    places = {"save": save, "last_step": last_step, "data_path": data_path}
+    return SimpleNamespace(stage=SimpleNamespace(name="stage1"), start=SimpleNamespace(**values), **places)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from moelpr.base.run_folder import BestStep
-from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
+from moelpr.data.manifest import LanguageCount
 from moelpr.train.early_stop import EarlyStop, language_weights
+from tests.support.manifests import write_manifest
 
 
 def corpus(prefix: Path, **tokens: int) -> str:
-    languages = {name: LanguageCount("expanded", 1, number, number) for name, number in tokens.items()}
-    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "there", 300, 0, True, "", "")
-    Manifest(tokenizer, True, [], languages, len(tokens), sum(tokens.values()), 0, {}).write(prefix)
+    counts = {name: LanguageCount("expanded", 1, number, number) for name, number in tokens.items()}
+    write_manifest(prefix, sum(tokens.values()), **counts)
     return str(prefix)
 
 

@@ -31,16 +31,10 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
         router.gating = lambda hidden, gating=router.gating, found=found: found.append(gating(hidden)) or found[-1]
     is_original = torch.rand(MICROBATCHES, 2, 16) < 0.3
     tokens = torch.randint(0, 128, (MICROBATCHES, 2, 17))
+    common = {"loss_mask": torch.ones(2, 16), "position_ids": torch.arange(16).expand(2, 16)}
     batches = [
-        {
-            "tokens": tokens[number, :, :-1],
-            "labels": tokens[number, :, 1:],
-            "loss_mask": torch.ones(2, 16),
-            "position_ids": torch.arange(16).expand(2, 16),
-            "is_original": is_original[number],
-            "is_original_label": ~is_original[number],
-        }
-        for number in range(MICROBATCHES)
+        common | {"tokens": ids[:, :-1], "labels": ids[:, 1:], "is_original": bits, "is_original_label": ~bits}
+        for ids, bits in zip(tokens, is_original, strict=True)
     ]
     reader = BatchReader()
     reader.read(model, iter(batches), MICROBATCHES, tuple(batches[0]["tokens"].shape))

@@ -34,13 +34,9 @@ class Writer:
         self.is_closed = True
 
 
-def make_log(
-    monkeypatch: pytest.MonkeyPatch, save: Path | None, log_interval: int = 1
-) -> tuple[RunLog, Writer, Writer]:
-    board, tracking = Writer(), Writer()
-    settings: Any = SimpleNamespace(
-        save=save, log_interval=log_interval, last_step=3, stage=SimpleNamespace(name="stage1")
-    )
+def make_log(monkeypatch: pytest.MonkeyPatch, save: Path, log_interval: int = 1) -> tuple[RunLog, Writer, Writer]:
+    board, tracking, stage = Writer(), Writer(), SimpleNamespace(name="stage1")
+    settings: Any = SimpleNamespace(save=save, log_interval=log_interval, last_step=3, stage=stage)
     monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: board)
     warnings = EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)
     return RunLog(settings, warnings, lambda is_new: tracking), board, tracking
@@ -119,13 +115,8 @@ def test_values_per_layer_reach_tensorboard_once_per_log_interval(monkeypatch, t
     log.write({"iteration": 1} | record)
     assert board.written == {"lpr loss": (0.25, 1)}
     log.write({"iteration": 2} | record | {"lpr_loss": None})
-    assert board.written == {
-        "lpr loss": (0.25, 1),
-        "original_first_share_original/moe layer 0": (0.5, 2),
-        "token share, moe layer 0/expert 0": (1.0, 2),
-        "token share, moe layer 0/expert 1": (0.75, 2),
-        "token share, moe layer 0/expert 2": (0.25, 2),
-    }
+    shares = {f"token share, moe layer 0/expert {expert}": (share, 2) for expert, share in enumerate((1.0, 0.75, 0.25))}
+    assert board.written == {"lpr loss": (0.25, 1), "original_first_share_original/moe layer 0": (0.5, 2)} | shares
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

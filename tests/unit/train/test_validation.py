@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.data.manifest import LanguageCount, Manifest, TokenizerRecord
+from moelpr.data.manifest import LanguageCount
 from moelpr.train.validation import HeldOut, bytes_per_token, result
+from tests.support.manifests import write_manifest
 
 
 def test_a_loss_becomes_bits_per_byte_or_bits_per_token_if_bytes_are_unknown() -> None:
@@ -19,9 +20,8 @@ def test_a_loss_becomes_bits_per_byte_or_bits_per_token_if_bytes_are_unknown() -
 def test_bytes_per_token_come_from_the_manifest(tmp_path: Path) -> None:
     prefix = str(tmp_path / "corpus")
     assert bytes_per_token(prefix) is None
-    languages = {"el": LanguageCount("expanded", 1, 6, 30), "en": LanguageCount("original", 1, 4, 12)}
-    tokenizer = TokenizerRecord("HuggingFaceTokenizer", "there", 300, 0, True, "", "")
-    Manifest(tokenizer, True, [], languages, documents=2, tokens=10, skipped_lines=0, files={}).write(prefix)
+    el, en = LanguageCount("expanded", 1, 6, 30), LanguageCount("original", 1, 4, 12)
+    write_manifest(Path(prefix), tokens=10, el=el, en=en)
     assert bytes_per_token(prefix) == 4.2
     Path(f"{prefix}.manifest.json").write_text('{"tokens": 10}')
     with pytest.raises(UserError, match="manifest.json"):

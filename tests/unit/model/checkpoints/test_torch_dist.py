@@ -35,8 +35,8 @@ def test_every_chunk_of_any_grid_is_read(tmp_path: Path) -> None:
 
 def test_a_missing_part_of_a_stack_is_reported(tmp_path: Path) -> None:
     with TorchDistWriter(tmp_path) as writer:
-        writer.write("stack", torch.ones(1, 4), (3, 4), (0, 0))
-        writer.write("stack", torch.ones(1, 4), (3, 4), (2, 0))
+        for row in (0, 2):
+            writer.write("stack", torch.ones(1, 4), (3, 4), (row, 0))
         writer.finish({})
     reader = TorchDistReader(tmp_path)
     assert torch.equal(reader.read("stack", 2), torch.ones(4))
@@ -71,8 +71,7 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_a_signal_within_a_tensor_is_not_another_error(tmp_path, monkeypatch, num_writes, number, error) -> None:
     """torch.save raises an error of its own when it closes the archive that it could not write."""
-    calls = itertools.count(1)
-    write = SummedFile.write
+    calls, write = itertools.count(1), SummedFile.write
 
     def interrupted(self: SummedFile, data: bytes) -> int:
         if next(calls) == num_writes:

@@ -14,13 +14,9 @@ pytestmark = pytest.mark.usefixtures("megatron")
 SEQUENCE, BATCH, HEADS, GROUPS, HEAD_DIM = 40, 3, 4, 2, 8
 
 
-@pytest.fixture
-def attentions(dense_spec: ModelSpec):
-    """Ours and Megatron's; 4 query heads, 2 key-value groups."""
-    config = transformer_config(dense_spec, masked_softmax_fusion=False)
-    arguments = {"layer_number": 1, "attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
-    theirs = DotProductAttention(config, **arguments, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-    return SDPACoreAttention(config, **arguments), theirs
+def ours(spec: ModelSpec, window: tuple[int, int] | None = None, **options: float) -> SDPACoreAttention:
+    """With 4 query heads and 2 key-value groups."""
+    return SDPACoreAttention(transformer_config(spec, window_size=window), 1, AttnMaskType.causal, "self", **options)
 
 
 def query_key_value() -> list[torch.Tensor]:
@@ -29,11 +25,13 @@ def query_key_value() -> list[torch.Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-def test_output_and_gradients_equal_megatrons_local_attention(attentions) -> None:
-    ours, theirs = attentions
+def test_output_and_gradients_equal_megatrons_local_attention(dense_spec: ModelSpec) -> None:
+    config = transformer_config(dense_spec, masked_softmax_fusion=False)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    theirs = DotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
     inputs, same = query_key_value(), query_key_value()
     causal = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(diagonal=1).bool()  # True: masked
-    actual, expected = ours(*inputs, None), theirs(*same, causal)
+    actual, expected = ours(dense_spec)(*inputs, None), theirs(*same, causal)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(actual.shape)
     (actual * weight).sum().backward()
@@ -42,18 +40,18 @@ def test_output_and_gradients_equal_megatrons_local_attention(attentions) -> Non
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_tokens_attend_within_their_document_only(attentions) -> None:
-    ours, _ = attentions
+def test_tokens_attend_within_their_document_only(dense_spec: ModelSpec) -> None:
+    attend = ours(dense_spec)
     inputs, same = query_key_value(), query_key_value()
     lengths = [[40], [1, 30, 9], [13, 13, 13, 1]]  # the documents' lengths in each sequence of the batch
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     edges = document_edges(positions)
     assert edges.tolist() == [0, 40, 41, 71, 80, 93, 106, 119, 120]
-    actual = ours(*inputs, edges)
+    actual = attend(*inputs, edges)
     for row, documents in enumerate(lengths):
         start = 0
         for length in documents:
-            alone = ours(*(tensor[start : start + length, row : row + 1] for tensor in same), None)
+            alone = attend(*(tensor[start : start + length, row : row + 1] for tensor in same), None)
             torch.testing.assert_close(actual[start : start + length, row : row + 1], alone, rtol=1e-5, atol=1e-6)
             alone.sum().backward(retain_graph=True)
             start += length
@@ -66,8 +64,6 @@ def test_tokens_attend_within_their_document_only(attentions) -> None:
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: int, apart: bool) -> None:
     """Megatron's window counts the tokens before the token itself."""
-    config = transformer_config(dense_spec, window_size=(window, 0))
-    ours = SDPACoreAttention(config, layer_number=1, attn_mask_type=AttnMaskType.causal, attention_type="self")
     query, key, value = query_key_value()
     positions = torch.arange(SEQUENCE) % 15 if apart else torch.arange(SEQUENCE)
     document = (positions == 0).cumsum(0)
@@ -76,7 +72,9 @@ def test_a_window_is_a_number_of_previous_tokens(dense_spec: ModelSpec, window: 
     scores = torch.einsum("sbhd,tbhd->bhst", query, key.repeat_interleave(2, dim=2)) / HEAD_DIM**0.5
     weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
     expected = torch.einsum("bhst,tbhd->sbhd", weights, value.repeat_interleave(2, dim=2)).flatten(2)
-    actual = ours(query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None)
+    actual = ours(dense_spec, (window, 0))(
+        query, key, value, document_edges(positions.expand(BATCH, -1)) if apart else None
+    )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -104,13 +102,12 @@ def varlen_attention(query, key, value, starts, key_starts, longest, longest_key
 
 @pytest.mark.parametrize("window", [None, (5, 0)])
 def test_torchs_kernel_for_documents_gets_what_gives_the_same_result(dense_spec, monkeypatch, window) -> None:
-    config = transformer_config(dense_spec, window_size=window)
-    ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=0.5)
+    attend = ours(dense_spec, window, softmax_scale=0.5)
     inputs = [tensor.detach().bfloat16() for tensor in query_key_value()]
     positions = torch.cat([torch.arange(length) for length in (1, 14, SEQUENCE - 15)]).expand(BATCH, -1)
-    edges = attention.document_edges(positions)
-    expected = ours(*inputs, edges)
+    edges = document_edges(positions)
+    expected = attend(*inputs, edges)
     monkeypatch.setattr(attention, "_varlen_attention", lambda: varlen_attention)
-    actual = ours(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
+    actual = attend(*(tensor.as_subclass(OnGpu) for tensor in inputs), edges)
     torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected, rtol=0.02, atol=0.02)
-    assert not torch.equal(actual.as_subclass(torch.Tensor), ours(*inputs, None))
+    assert not torch.equal(actual.as_subclass(torch.Tensor), attend(*inputs, None))

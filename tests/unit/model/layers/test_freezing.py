@@ -10,6 +10,10 @@ from moelpr.model.model_spec import ModelSpec
 pytestmark = pytest.mark.usefixtures("megatron")
 
 
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
+
 @pytest.fixture(params=[1, 2], ids="m={}".format)
 def model(request, moe_spec: ModelSpec):
     return build_model(replace(moe_spec, moe=replace(moe_spec.moe, num_original_experts=request.param)))
@@ -26,8 +30,7 @@ def test_a_stage_trains_its_modules_only(model, stage: str, modules: tuple[str, 
 
 def test_a_pipeline_stage_that_trains_nothing_has_no_backward_pass(dense_spec: ModelSpec) -> None:
     """With full recompute too, which would repeat its forward pass first."""
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    model = build_model(dense_spec, **recompute).train()
+    model = build_model(dense_spec, **FULL).train()
     freeze([model], "stage1")
     tokens = torch.randint(0, 128, (2, 16))
     output = model(tokens, torch.arange(16).expand(2, 16), attention_mask=None, labels=tokens)
@@ -35,14 +38,7 @@ def test_a_pipeline_stage_that_trains_nothing_has_no_backward_pass(dense_spec: M
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-@pytest.mark.parametrize(
-    "recompute",
-    [
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-    ],
-    ids=["full", "selective"],
-)
+@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
 def test_a_frozen_embedding_with_recompute_still_trains(moe_spec: ModelSpec, stage: str, recompute: dict) -> None:
     """The gradients are those without recompute: none is lost or counted twice."""
     tokens = torch.randint(0, 128, (2, 16))

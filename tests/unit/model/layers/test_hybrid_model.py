@@ -41,18 +41,10 @@ CASES += [("tied", SOME_MOE, {}), ("tied", ALL_MOE, FULL), ("qwen 3.5", SOME_MOE
 def gpt_model(spec: ModelSpec, **settings: Any) -> GPTModel:
     config, shape = transformer_config(spec, **settings), spec.megatron_args
     layers = [layer_spec(config, layer) for layer in range(config.num_layers)]
-    return GPTModel(
-        config,
-        TransformerBlockSubmodules(layers, RMSNorm),
-        shape["vocab_size"],
-        shape["max_position_embeddings"],
-        share_embeddings_and_output_weights=not shape["untie_embeddings_and_output_weights"],
-        position_embedding_type="rope",
-        rotary_base=shape["rotary_base"],
-        rotary_percent=shape["rotary_percent"],
-        rope_scaling=shape.get("use_rope_scaling", False),
-        rope_scaling_factor=shape.get("rope_scaling_factor", 8.0),
-    )
+    is_tied, scales = not shape["untie_embeddings_and_output_weights"], shape.get("use_rope_scaling", False)
+    rope = {"rotary_base": shape["rotary_base"], "rotary_percent": shape["rotary_percent"], "rope_scaling": scales}
+    sizes = TransformerBlockSubmodules(layers, RMSNorm), shape["vocab_size"], shape["max_position_embeddings"]
+    return GPTModel(config, *sizes, share_embeddings_and_output_weights=is_tied, position_embedding_type="rope", **rope)
 
 
 def trained(model: Any) -> torch.Tensor:
@@ -91,24 +83,23 @@ def test_it_is_gpt_model_bit_for_bit(megatron, dense_spec, shape: str, moe: MoeS
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("ranks", "chunks", "settings"),
     [
-        {"pipeline_model_parallel_size": 1},
-        {"pipeline_model_parallel_size": 4},
-        {"pipeline_model_parallel_size": 3, "virtual_pipeline_model_parallel_size": 2},
-        {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 2},
-        {"pipeline_model_parallel_size": 4, "num_layers_in_last_pipeline_stage": 3},
-        {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 2}
-        | {"num_layers_in_last_pipeline_stage": 6, "virtual_pipeline_model_parallel_size": 2},
-        {"pipeline_model_parallel_size": 7, "account_for_embedding_in_pipeline_split": True}
-        | {"account_for_loss_in_pipeline_split": True, "virtual_pipeline_model_parallel_size": 2},
+        (1, 1, {}),
+        (4, 1, {}),
+        (3, 2, {}),
+        (3, 1, {"num_layers_in_first_pipeline_stage": 2}),
+        (4, 1, {"num_layers_in_last_pipeline_stage": 3}),
+        (3, 2, {"num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 6}),
+        (7, 2, {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}),
     ],
 )
-def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, settings: dict[str, Any]) -> None:
+def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, ranks, chunks, settings) -> None:
     spec = replace(dense_spec, megatron_args=dense_spec.megatron_args | {"num_layers": 12})
-    config = transformer_config(spec, **settings, pipeline_dtype=torch.float32)
+    settings |= {"pipeline_model_parallel_size": ranks, "pipeline_dtype": torch.float32}
+    virtual = {"virtual_pipeline_model_parallel_size": chunks} if chunks > 1 else {}
+    config = transformer_config(spec, **settings, **virtual)
     stages = layer_pattern(config).split("|")
-    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
     assert len(stages) == ranks * chunks and sum(map(len, stages)) == 12
     for stage in range(len(stages)):
         chunk, rank = divmod(stage, ranks)

@@ -39,15 +39,10 @@ def test_a_transformer_engine_that_cannot_be_imported(tmp_path: Path, content: s
     code = "import sys, torch; from moelpr.model.megatron import bootstrap; "
     code += f"torch.cuda.is_available = lambda: {has_gpu}; from moelpr.base.command import run_command; "
     code += "run_command(bootstrap.install_patches); import megatron.core.extensions.transformer_engine as m; "
-    code += (
-        "from moelpr.train.arguments.kernels import is_installed; print(m.HAVE_TE, is_installed('transformer_engine'))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-    )
+    code += "from moelpr.train.arguments import kernels; print(m.HAVE_TE, kernels.is_installed('transformer_engine'))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if has_gpu:
         assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
         assert "Transformer Engine is installed but cannot be imported (" in done.stderr and ".[gpu]" in done.stderr

@@ -1,5 +1,4 @@
 import multiprocessing
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,6 @@ def test_no_file_with_tensors_is_read_back(tmp_path: Path, monkeypatch: pytest.M
     assert checkpoint_sums.taken(step) == {}
 
 
-def write_in_helper(task: bytes, results: Any) -> None:
-    save, arguments = pickle.loads(task)
-    save(*arguments, results)
-
-
 def test_a_helper_process_sends_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It imports nothing of ours but what it is told to call."""
     manager, sent = multiprocessing.get_context("spawn").Manager(), []
@@ -51,8 +45,7 @@ def test_a_helper_process_sends_its_sums(tmp_path: Path, monkeypatch: pytest.Mon
 
     def in_helper(save: Any, rank: int, buckets: list, results: Any) -> None:
         sums = manager.Queue()
-        task = pickle.dumps((save, (rank, buckets)))
-        helper = multiprocessing.get_context("spawn").Process(target=write_in_helper, args=(task, sums))
+        helper = multiprocessing.get_context("spawn").Process(target=save, args=(rank, buckets, sums))
         helper.start()
         helper.join(60)
         sent.append(sums.get_nowait())

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,16 +93,6 @@ def upcycled(checkpoint: Callable[[str], str]) -> str:
 
 
 @pytest.fixture
-def dense(checkpoint: Callable[[str], str]) -> str:
-    return checkpoint("dense")
-
-
-@pytest.fixture
-def grown(checkpoint: Callable[[str], str]) -> str:
-    return checkpoint("grown")
-
-
-@pytest.fixture
 def write_corpus(tmp_path: Path) -> Callable[..., str]:
     """Writes documents of 20 tokens, each original or not; returns their prefix."""
 
@@ -122,39 +113,42 @@ def data(tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def problems(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Problems:
-    """The messages about a command that is valid except for `argv`; `steps` and `with_data` can be False."""
+def command(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A command line that is valid except for `argv`; `steps` and `with_data` can be False."""
 
-    def run(stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, **given: bool) -> list[str]:
+    def make(stage: str | None, start: str | Path | None, *argv: str, ranks: int = 1, **given: bool) -> list[str]:
         monkeypatch.setenv("WORLD_SIZE", str(ranks))
-        command = [*(["--stage", stage] if stage else []), *(STEPS if given.get("steps", True) else [])]
-        command += data if given.get("with_data", True) else []
-        command += ["--pretrained-checkpoint", str(start)] if start else []
+        words = [*(["--stage", stage] if stage else []), *(STEPS if given.get("steps", True) else [])]
+        words += data if given.get("with_data", True) else []
+        return [*words, *(["--pretrained-checkpoint", str(start)] if start else []), *argv]
+
+    return make
+
+
+@pytest.fixture
+def problems(command: Callable[..., list[str]]) -> Problems:
+    """The messages about a `command`."""
+
+    def run(*words: Any, **options: Any) -> list[str]:
         with pytest.raises(UserError) as error:
-            parsed([*command, *argv])
+            parsed(command(*words, **options))
         first, *others = str(error.value).split("\n- ")
-        if not others:
-            return [first]
-        assert re.match(rf"{len(others)} ", first)
-        return others
+        assert not others or re.match(rf"{len(others)} ", first)
+        return others or [first]
 
     return run
 
 
 @pytest.fixture
-def accepted(data: list[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict]:
-    """The final settings of a valid command, by Megatron's names; unregistered afterwards."""
+def accepted(command: Callable[..., list[str]]) -> Callable[..., dict]:
+    """The final settings of a valid `command`, by Megatron's names; unregistered afterwards."""
 
-    def parse(stage: str, start: str | Path, *argv: str, ranks: int = 1, **given: bool) -> dict:
-        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    def parse(*words: Any, **options: Any) -> dict:
         try:
-            command = ["--stage", stage, *(STEPS if given.get("steps", True) else [])]
-            command += [*(data if given.get("with_data", True) else []), "--pretrained-checkpoint", str(start)]
-            args = parsed([*command, *argv])
+            return vars(parsed(command(*words, **options)))
         finally:
             destroy_num_microbatches_calculator()
             global_vars.unset_global_variables()
-        return vars(args)
 
     return parse
 

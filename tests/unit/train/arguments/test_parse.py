@@ -28,15 +28,16 @@ def make_run(upcycled: str) -> Callable:
     return make
 
 
-# Flags whose default is None.
-OPTIONAL = ("expert_tensor_parallel_size", "micro_batch_size", "global_batch_size", "seq_length", "train_iters")
-
+# Flags whose default is None, and others.
+OPTIONAL = "expert_tensor_parallel_size micro_batch_size global_batch_size seq_length train_iters".split()
 NUMBERS = (
-    "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-    "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
-    "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters num_query_groups "
-    "num_layers microbatch_group_size_per_vp_stage"
-).split()
+    OPTIONAL
+    + (
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+        "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage make_vocab_size_divisible_by "
+        "num_query_groups num_layers microbatch_group_size_per_vp_stage"
+    ).split()
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -46,21 +47,16 @@ def test_no_check_fails_on_invalid_settings(make_run, data: st.DataObject) -> No
     values = st.one_of(st.sampled_from([0, -1, 1, 2, 3, 4, 10**9 + 7]), st.none())
     changed = {name: data.draw(values) for name in data.draw(st.sets(st.sampled_from(NUMBERS), max_size=6))}
     changed = {name: value for name, value in changed.items() if value is not None or name in OPTIONAL}
-    run = make_run(
-        stage=stage, has_checkpoint=data.draw(st.booleans()), ranks=data.draw(st.sampled_from([1, 2, 6, 8])), **changed
-    )
+    run = make_run(stage, data.draw(st.booleans()), data.draw(st.sampled_from([1, 2, 6, 8])), **changed)
     for message in [*find_problems(run), *find_notes(run)]:
-        assert message == message.strip()
-        assert "\n" not in message
+        assert message == message.strip() and "\n" not in message
 
 
 def test_a_missing_recipe_hides_no_other_problem_and_causes_none(upcycled: str, problems) -> None:
-    actual = problems(
-        "stage1", upcycled, "--recipe", "nowhere.yaml", "--reset-attention-mask", steps=False, with_data=False
-    )
-    assert len(actual) == 2
-    assert "recipe nowhere.yaml; pass" in actual[0] and "paper-stage1" in actual[0]
-    assert actual[1].startswith("--reset-attention-mask ")
+    flags = ("--recipe", "nowhere.yaml", "--reset-attention-mask")
+    first, second = problems("stage1", upcycled, *flags, steps=False, with_data=False)
+    assert "recipe nowhere.yaml; pass" in first and "paper-stage1" in first
+    assert second.startswith("--reset-attention-mask ")
 
 
 def test_what_the_method_fixes_is_set_and_the_balance_loss_is_a_mean_over_layers(checkpoint, accepted) -> None:
@@ -81,10 +77,8 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_overrides_defaults
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("lr: 0.5\nweight-decay: 0.25\nlog-interval: 3\n")
     final = accepted("stage1", upcycled, "--recipe", str(recipe), "--weight-decay", "0.125")
-    assert final["lr"] == 1e-3  # on the command line of every test
-    assert final["weight_decay"] == 0.125
-    assert final["log_interval"] == 3
-    assert final["save_interval"] == 500
+    assert (final["lr"], final["weight_decay"]) == (1e-3, 0.125)  # the first is on the command line of every test
+    assert (final["log_interval"], final["save_interval"]) == (3, 500)
 
 
 @pytest.mark.parametrize(("rank", "is_logged"), [("0", True), ("1", False)])

@@ -30,13 +30,9 @@ def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path
 def test_all_keys_of_a_recipe_that_are_not_flags_are_named(upcycled: str, problems, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("micro-batchsize: 4\nxyzzy: false\nrecipe: other.yaml\nglobal-batch-size: many\nbf16: 1\n")
-    actual = problems("stage1", upcycled, "--recipe", str(recipe))
-    assert len(actual) == 5
-    assert all(str(recipe) in line for line in actual)
-    assert "micro-batchsize" in actual[0] and "did you mean --micro-batch-size?" in actual[0]
-    assert "xyzzy" in actual[1] and " recipe is not a flag" in actual[2]
-    assert "--global-batch-size: invalid int value: 'many'" in actual[3]
-    assert " 1;" in actual[4]
+    parts = ("did you mean --micro-batch-size?", "xyzzy", " recipe is not a flag", "--global-batch-size: ", " 1;")
+    for line, part in zip(problems("stage1", upcycled, "--recipe", str(recipe)), parts, strict=True):
+        assert str(recipe) in line and part in line
 
 
 def test_the_record_of_a_run_is_not_a_recipe(upcycled: str, problems, tmp_path: Path) -> None:
@@ -61,9 +57,8 @@ def test_a_checkpoint_to_start_from_is_required(tmp_path: Path, problems) -> Non
 
 def test_a_damaged_spec_hides_no_other_problem(upcycled: str, problems) -> None:
     (Path(upcycled) / "model_spec.json").write_text("{}")
-    actual = problems("stage1", upcycled, "--reset-attention-mask")
-    assert len(actual) == 2
-    assert "model_spec.json" in actual[0]
+    first, _ = problems("stage1", upcycled, "--reset-attention-mask")
+    assert "model_spec.json" in first
 
 
 @pytest.mark.parametrize("content", ["- a\n", "a: [1,", ""])
@@ -78,9 +73,7 @@ def test_a_step_is_checked_against_the_settings_it_was_trained_with(make_checkpo
     run = make_checkpoint("run", stage="stage1")
     (Path(run) / "recipe.yaml").write_text("stage: stage0")
     (actual,) = problems("stage2", None, "--save", run)
-    assert actual.startswith(
-        f"{run} is a run of --stage stage1, which --stage stage2 cannot resume; to start a new run"
-    )
+    assert actual.startswith(f"{run} is a run of --stage stage1, which --stage stage2 cannot resume; ")
     (Path(run) / "release" / "recipe.yaml").unlink()
     (actual,) = problems("stage2", None, "--save", run)
     assert actual.startswith(f"{run} is a run of --stage stage0")
@@ -105,9 +98,7 @@ def test_the_step_selected_for_the_first_start_does_not_reset_a_resumed_run(
     (run / "latest_checkpointed_iteration.txt").write_text("900")
     further = ("--train-iters", "1000", "--override-opt-param-scheduler")
     assert accepted("stage1", run, *command, str(run), *further)["ckpt_step"] == 500
-    assert f"has step 900; so does every start of this command: to return once, write 500 into {run}" in (
-        capsys.readouterr().err
-    )
+    assert "has step 900; so does every start of this command: to return once, " in capsys.readouterr().err
 
 
 def test_a_model_with_other_layers_is_reported(upcycled: str, problems) -> None:

@@ -9,7 +9,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moelpr.data.dataset import dataset_config
-from moelpr.data.manifest import FileRecord, LanguageCount, Manifest, TokenizerRecord, manifest_path
+from moelpr.data.manifest import FileRecord, Manifest, TokenizerRecord, manifest_path
 from moelpr.data.tokenizers.loading import load_tokenizer
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
 from moelpr.model.layers.config import MoELPRConfig
@@ -64,16 +64,9 @@ def save_words(folder: Path, vocabulary: list[str]) -> Path:
 
 def write_manifest(prefix: str, folder: Path) -> None:
     tokenizer = load_tokenizer("HuggingFaceTokenizer", str(folder))
-    Manifest(
-        tokenizer=TokenizerRecord.of("HuggingFaceTokenizer", str(folder), tokenizer, None, True),
-        append_eod=False,
-        sources=[],
-        languages={"el": LanguageCount("expanded", 1, 1, 1)},
-        documents=1,
-        tokens=1,
-        skipped_lines=0,
-        files={name: FileRecord.of(Path(f"{prefix}.{name}")) for name in ("bin", "idx", "lang")},
-    ).write(prefix)
+    record = TokenizerRecord.of("HuggingFaceTokenizer", str(folder), tokenizer, None, True)
+    files = {name: FileRecord.of(Path(f"{prefix}.{name}")) for name in ("bin", "idx", "lang")}
+    Manifest(record, False, [], {}, documents=1, tokens=1, skipped_lines=0, files=files).write(prefix)
 
 
 def test_a_corpus_of_another_tokenizer_is_rejected(upcycled, data, problems, accepted, tmp_path, capfd, monkeypatch):
@@ -176,10 +169,9 @@ def test_a_file_of_corpora_is_all_training_data_and_split_is_for_one_blend(
 ) -> None:
     blend = tmp_path / "blend.txt"
     blend.write_text(data[-1])
-    argv = ["--data-args-path", str(blend)]
-    assert accepted("stage1", upcycled, *argv, with_data=False)["split"] == "100,0,0"
-    argv = ["--train-data-path", data[-1], "--split", "100,0,0"]
-    (actual,) = problems("stage1", upcycled, *argv, with_data=False)
+    assert accepted("stage1", upcycled, "--data-args-path", str(blend), with_data=False)["split"] == "100,0,0"
+    split = ["--train-data-path", data[-1], "--split", "100,0,0"]
+    (actual,) = problems("stage1", upcycled, *split, with_data=False)
     assert actual.startswith("--split divides the data of --data-path, and --train-data-path ")
 
 
@@ -197,10 +189,7 @@ def test_corpora_in_a_read_only_folder_need_a_cache_folder(
 
     def assert_rejected() -> None:
         (actual,) = problems("stage1", upcycled, "--data-path", new)
-        assert (
-            actual.startswith(f"the order of samples cannot be saved beside {new}")
-            and "--data-cache-path DIR" in actual
-        )
+        assert actual.startswith(f"the order of samples cannot be saved beside {new}") and "--data-cache-path" in actual
         (actual,) = problems("stage1", upcycled, "--data-path", new, "--data-cache-path", str(other))
         assert f"in --data-cache-path {other}:" in actual
 

@@ -75,17 +75,12 @@ def test_a_disk_that_reports_no_size_is_accepted(upcycled: str, accepted, tmp_pa
 
 def test_a_checkpoint_contains_the_weights_and_the_optimizer_state_of_what_is_trained(moe_spec: ModelSpec) -> None:
     """Three layers: hidden 32, FFN 48, 4 heads and 2 groups of 8, 5 experts, vocabulary 128, tied."""
-    experts = 3 * 5 * 3 * 32 * 48
-    new = experts // 5 * 4
-    routers = 3 * 5 * 32
-    attention = 3 * (64 * 32 + 64 + 32 * 32)
-    norms = 7 * 32
-    full = 128 * 32 + experts + routers + attention + norms
+    experts, routers, attention, norms = 3 * 5 * 3 * 32 * 48, 3 * 5 * 32, 3 * (64 * 32 + 64 + 32 * 32), 7 * 32
+    new, full = experts // 5 * 4, 128 * 32 + experts + routers + attention + norms
 
     def size(stage: str, bf16: bool = True, **others: bool) -> int:
-        names = ("fp16", "train_everything", "train_new_embeddings", "save_trained_only", "no_save_optim")
-        names += ("use_distributed_optimizer",)
-        flags = dict.fromkeys(names, False) | others
+        names = "fp16 train_everything train_new_embeddings save_trained_only no_save_optim use_distributed_optimizer"
+        flags = dict.fromkeys(names.split(), False) | others
         return checkpoint_bytes(Namespace(stage=stage, bf16=bf16, **flags), moe_spec)
 
     assert size("stage1") == full * 2 + (new + routers) * 12

@@ -81,9 +81,9 @@ def test_nothing_is_expected_of_what_the_planner_does_not_support(gathered, stag
     ],
 )
 def test_the_expected_memory_is_the_planners_plus_the_process(
-    gathered, upcycled, dense, stage, flags, ranks, layout
+    gathered, upcycled, checkpoint, stage, flags, ranks, layout
 ) -> None:
-    start = dense if stage == "dense" else upcycled
+    start = checkpoint("dense") if stage == "dense" else upcycled
     spec = ModelSpec.read(Path(start))
     planned = PlannedLayout(**layout, distributed_optimizer="--use-distributed-optimizer" in flags)
     trains = "--train-new-embeddings" in flags, "--train-everything" in flags

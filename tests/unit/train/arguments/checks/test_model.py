@@ -41,9 +41,9 @@ def test_an_untested_flag_is_accepted_on_request_with_a_warning(upcycled, accept
     assert actual.startswith("--empty-unused-memory-level is not tested") and "--allow-untested empty-un" in actual
 
 
-def test_a_dense_model_has_no_losses_of_the_method(dense: str, problems) -> None:
+def test_a_dense_model_has_no_losses_of_the_method(checkpoint, problems) -> None:
     flags = ["--balance-loss-coeff", "--lpr-loss-coeff", "--train-everything", "--save-trained-only"]
-    actual = problems("dense", dense, "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])
+    actual = problems("dense", checkpoint("dense"), "--lpr-loss-coeff", "0.1", "--balance-loss-coeff", "0", *flags[2:])
     assert [line.split()[0] for line in actual] == flags
     assert all("--stage stage1" in line for line in actual)
 

@@ -115,7 +115,13 @@ def compare(args: argparse.Namespace, ep: int) -> dict:
         contenders[stage] = _Contender(model, places, args.hidden)
     plain = plain_megatron.build(common.model_spec(config, peers - 1, args.topk), **settings)
     contenders["peer"] = _Contender(plain, chosen, args.hidden)
-    sent = {name: bytes_sent(contender) for name, contender in contenders.items()}
+    sent = {}
+    for name, contender in contenders.items():
+        with counted_bytes() as counted:
+            contender()
+        total = torch.tensor(sum(counted), dtype=torch.double, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(total)
+        sent[name] = total.item() / ep
 
     def measure(contender: _Contender) -> float:
         """The time of one call, after as many on every rank to warm up."""
@@ -140,15 +146,6 @@ def compare(args: argparse.Namespace, ep: int) -> dict:
         "step_time_s": median_s(times),
         **{f"ratio_step_time_{stage}": time_ratio(times, stage, "peer") for stage in common.STAGES},
     }
-
-
-def bytes_sent(contender: _Contender) -> float:
-    """Bytes of one step, as mean over all ranks."""
-    with counted_bytes() as sent:
-        contender()
-    total = torch.tensor(sum(sent), dtype=torch.double, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(total)
-    return total.item() / torch.distributed.get_world_size()
 
 
 @contextmanager

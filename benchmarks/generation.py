@@ -70,18 +70,14 @@ def _model(settings: Namespace, topk: int = 0, only_original: bool = False) -> n
     experts = {"num_local_experts": topk + NEW_EXPERTS[topk], "num_experts_per_tok": topk}
     model = MixtralForCausalLM(MixtralConfig(**shape, **experts)).to(torch.bfloat16).eval()
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(partial(_choose_first, topk) if only_original else _choose_any)
+        layer.mlp.gate.register_forward_hook(partial(_choose, only_original))
     return model
 
 
-def _choose_first(topk: int, router: nn.Module, inputs: Any, output: Any) -> Any:
+def _choose(first: bool, router: nn.Module, inputs: Any, output: Any) -> Any:
     logits, weights, chosen = output
-    return logits, weights, torch.arange(topk).expand_as(chosen)
-
-
-def _choose_any(router: nn.Module, inputs: Any, output: Any) -> Any:
-    logits, weights, chosen = output
-    return logits, weights, torch.rand(len(chosen), logits.shape[-1]).topk(chosen.shape[-1]).indices
+    order = -torch.arange(logits.shape[-1]).expand_as(logits) if first else torch.rand(logits.shape)
+    return logits, weights, order.topk(chosen.shape[-1]).indices
 
 
 @torch.inference_mode()

@@ -28,6 +28,10 @@ from benchmarks.imposed_routing import impose, uniform_choices
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.base.command import run_command
 from moelpr.model.model_spec import ModelSpec
+from moelpr.model.stages import Stage
+from moelpr.plan.layouts import PlannedLayout
+from moelpr.plan.memory import Routing, Workload, model_parts
+from moelpr.plan.step_time import stage_flops
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 RATIOS = {  # slower, faster
@@ -59,44 +63,13 @@ def main() -> None:
     write_json(result, args.json)
 
 
-def needed_flops(spec: ModelSpec, stage: str, sequences: int, rows: list[tuple[int, int]]) -> float:
-    """Floating-point operations a step cannot avoid; multiply and add count as two.
-
-    Per layer, with T tokens, hidden size H, FFN size F, and `rows` (R_0, R): R_0 rows for the original expert, which a
-    token needs once even if it chose several copies, and R for new ones:
-
-        projections  2 T (H q + 2 H kv + q H)            q, kv: width of all query heads, of all key heads
-        attention    2 T S q                             scores and values, the causal half of the S x S matrix
-        router       2 T H E
-        experts      6 (R_0 + R) H F                     gate, up and down
-
-    Backward, a product costs once more for the gradient of its input if that depends on a trained weight (attention
-    twice, because both inputs of each product do) and once more for its weight if that is trained. Nothing below the
-    first router trains, so the first layer's attention has no backward at all, its experts only what their weights
-    need (stage 1: the down projection's input gradient of the new experts; stage 2: nothing, a gate weight's gradient
-    is the product of the expert's output with the gradient above), and its router its weight. In the layers above,
-    every input gradient is needed. New experts' weights train in stage 1, routers in both. Output layer:
-    2 T H V forward and its input gradient. Embedding lookups, norms, softmax and the optimizer are not matrix products.
-    """
-    args, moe = spec.megatron_args, spec.moe
-    assert moe is not None
-    length, hidden, ffn = args["max_position_embeddings"], args["hidden_size"], args["ffn_hidden_size"]
-    tokens = sequences * length
-    query = args["num_attention_heads"] * args["kv_channels"]
-    key = args["num_query_groups"] * args["kv_channels"]
-    projections = 2 * tokens * (2 * hidden * query + 2 * hidden * key)
-    attention = 2 * tokens * length * query
-    router = 2 * tokens * hidden * moe.num_experts
-    output = 2 * tokens * hidden * args["vocab_size"]
-    row = 6 * hidden * ffn
-    total = 2.0 * output
-    for layer, (original, new) in enumerate(rows):
-        experts = row * (original + new)
-        new = new if stage == "stage1" else 0  # rows of experts that train
-        total += projections + attention + router + experts
-        total += router + row * new  # weight gradients
-        total += 2 * hidden * ffn * new if layer == 0 else projections + 2 * attention + router + experts
-    return total
+def needed_flops(spec: ModelSpec, stage: Stage, sequences: int, rows: list[tuple[int, int]]) -> float:
+    """The operations that a step cannot avoid, by the planner's count; `rows` are those of each layer (`rows_of`)."""
+    length = spec.megatron_args["max_position_embeddings"]
+    tokens = len(rows) * sequences * length
+    routing = Routing(*(sum(of_layers) / tokens for of_layers in zip(*rows, strict=True)))
+    workload = Workload(stage, length, sequences, sequences)
+    return stage_flops(spec, model_parts(spec), PlannedLayout(), workload, 0, routing).once
 
 
 def rows_of(choices_TK: Tensor, original_copies: int) -> tuple[int, int]:

@@ -106,16 +106,13 @@ class MoeSpec:
 
     def check(self, num_layers: int) -> None:
         """Raise a UserError if a model of `num_layers` layers can't have these experts."""
-        if not 1 <= self.num_new_experts <= 1024:  # published MoE models have up to 512
-            raise UserError(f"--num-new-experts must be between 1 and 1024, got {self.num_new_experts}")
-        if not 1 <= self.num_original_experts <= MAX_EXPERTS:
-            raise UserError(
-                f"num_original_experts must be from 1 (the dense FFN) to {MAX_EXPERTS}, got {self.num_original_experts}"
-            )
-        if not 1 <= self.original_copies <= 1024:
-            raise UserError(
-                f"--original-copies must be at least 1 (the dense FFN) and at most 1024, got {self.original_copies}"
-            )
+        for name, number, most in (
+            ("--num-new-experts", self.num_new_experts, 1024),  # published MoE models have up to 512
+            ("num_original_experts", self.num_original_experts, MAX_EXPERTS),  # with the dense FFN
+            ("--original-copies", self.original_copies, 1024),
+        ):
+            if not 1 <= number <= most:
+                raise UserError(f"{name} must be between 1 and {most}, got {number}")
         if not 1 <= self.topk <= self.num_experts:
             raise UserError(
                 f"top-{self.topk} routing is impossible with {self.num_experts} experts ({self.num_new_experts} new + "

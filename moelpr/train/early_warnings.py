@@ -44,10 +44,8 @@ class EarlyWarnings:
 
     def step(self, record: Step) -> list[EarlyWarning]:
         """New warnings after a training step."""
-        warnings = []
-        if self._onsets("not_a_number", {"loss"} if record.get(LM_LOSS) is None else set()):
-            message = "the loss is NaN or Inf; lower --lr, or check the data of this step"
-            warnings.append(EarlyWarning("not_a_number", message))
+        message = "the loss is NaN or Inf; lower --lr, or check the data of this step"
+        warnings = self._onset("not_a_number", record.get(LM_LOSS) is None, message)
         self._block.append(record)
         if len(self._block) == self.thresholds.window:
             warnings += self._idle_experts() + self._lpr_loss_stays() + self._original_training_loss_rises()
@@ -75,29 +73,25 @@ class EarlyWarnings:
 
     def saved(self, step_s: float, save_s: float) -> list[EarlyWarning]:
         """New warnings after a checkpoint is written, from its time and that of the longest step."""
-        grace_s = self.thresholds.grace_s
-        is_late = grace_s is not None and step_s + save_s > grace_s
-        if not self._onsets("grace_too_short", {"save"} if is_late else set()):
+        if (grace_s := self.thresholds.grace_s) is None:
             return []
         message = (
             f"a step takes up to {step_s:.3g} s and a checkpoint {save_s:.3g} s, together more than the {grace_s:g} s "
             "(--grace-seconds) in which a run that is asked to stop must save; give it more time (sbatch --signal "
             "B:USR1@SECONDS, GraceTime, terminationGracePeriodSeconds), or save less (--save-trained-only)"
         )
-        return [EarlyWarning("grace_too_short", message)]
+        return self._onset("grace_too_short", step_s + save_s > grace_s, message)
 
     def timed(self, node: int, times_as_long: float) -> list[EarlyWarning]:
         """New warnings after a step, from its slowest node, if that is the same one for a whole block of steps."""
         self._slow = self._slow[1 - self.thresholds.window :] + [(node, times_as_long)]
         least = min(times for _, times in self._slow)
         is_slow = len(self._slow) == self.thresholds.window and least > SLOW_NODE and len({*dict(self._slow)}) == 1
-        if not self._onsets("slow_node", {node} if is_slow else set()):
-            return []
         message = (
             f"the forward passes of node {node} take at least {least:.2f} times as long as those of others in the same "
             "pipeline stage; check its GPUs (clocks, temperature, links), or run without it"
         )
-        return [EarlyWarning("slow_node", message)]
+        return [EarlyWarning("slow_node", message)] if self._onsets("slow_node", {node} if is_slow else set()) else []
 
     def _original_training_loss_rises(self) -> list[EarlyWarning]:
         """Judge the loss on original-language training text, if there is some and nothing is held out."""
@@ -106,8 +100,8 @@ class EarlyWarnings:
             return []
         if math.isnan(self._first_original_loss):
             self._first_original_loss = loss
-        rises = self._has_risen(loss, self._first_original_loss)
-        if not self._onsets("original_loss_rises", {"training text"} if rises else set()):
+        rises = {"training text"} if self._has_risen(loss, self._first_original_loss) else set()
+        if not self._onsets("original_loss_rises", rises):
             return []
         change = loss / self._first_original_loss - 1
         return self._original_rises(f"the loss on the original languages' training text {change:+.1%}")
@@ -149,18 +143,19 @@ class EarlyWarnings:
             self._first_lpr_loss = loss
             return []
         first = self._first_lpr_loss
-        stays = loss > (1 - self.thresholds.lpr_fall / 100) * first
-        if not self._onsets("lpr_loss_stays", {"loss"} if stays else set()):
-            return []
         message = (
             f"the LPR loss does not fall: {loss:.4g} over the last {len(self._block)} steps, {first:.4g} over the "
             "first; raise --lpr-loss-coeff or --lr, and check the language bits (moelpr data inspect)"
         )
-        return [EarlyWarning("lpr_loss_stays", message)]
+        return self._onset("lpr_loss_stays", loss > (1 - self.thresholds.lpr_fall / 100) * first, message)
 
     def _block_mean(self, name: str) -> float:
         values = [record[name] for record in self._block if record.get(name) is not None]
         return sum(values) / len(values) if values else math.nan
+
+    def _onset(self, kind: str, holds: bool, message: str) -> list[EarlyWarning]:
+        """The warning, if its condition holds now and did not before."""
+        return [EarlyWarning(kind, message)] if self._onsets(kind, {kind} if holds else set()) else []
 
     def _onsets(self, kind: str, active: set[Any]) -> set[Any]:
         """The subset of `active` (for which the condition holds now) for which it did not hold before."""

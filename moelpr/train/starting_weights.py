@@ -55,8 +55,8 @@ def starting_weights(settings: RunSettings, args: argparse.Namespace) -> Callabl
             print_rank_0(f"moelpr: frozen weights from {' and '.join(map(str, links[1:]))}")
             load_weights(chunks, links[1:], only_frozen=True, load=load_step)
         omit_extra_state(chunks)
-        if settings.save_trained_only:
-            save_trained_only(chunks)
+        for chunk in chunks if settings.save_trained_only else ():
+            save_trained_only(chunk)
         if settings.save:
             _record_base(settings.save, links, settings)
 

@@ -46,7 +46,7 @@ class BaseCheckpoint(Record):
     def __post_init__(self) -> None:
         if "\0" in self.folder + self.absolute_folder:
             raise UserError("a path can't contain NUL")
-        if not is_step_name(self.step):
+        if self.step != RELEASE and not re.fullmatch(r"iter_\d+", self.step):
             raise UserError(f"step must be {RELEASE!r} or like 'iter_0000500', got {self.step!r}")
 
     @classmethod
@@ -68,11 +68,6 @@ class BaseCheckpoint(Record):
             f'missing from {searched}; restore it, or write its new folder into "folder" of '
             f"{folder / BASE_CHECKPOINT_FILE}"
         )
-
-
-def is_step_name(name: str) -> bool:
-    """Whether a folder of this name is a step folder."""
-    return name == RELEASE or re.fullmatch(r"iter_\d+", name) is not None
 
 
 def step_name(iteration: int) -> str:

@@ -51,8 +51,12 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         raise UserError(f"hidden_act must be 'silu' (SwiGLU), got {config.hidden_act!r}")
     if getattr(config, "use_sliding_window", False):  # Megatron has one window for all layers
         raise UserError("use_sliding_window: true is unsupported: only some layers have a sliding window")
-    if config.model_type == GRANITE_4.model_type:
-        _check_granite_4_is_dense(config)
+    if config.model_type == GRANITE_4.model_type and config.num_local_experts:
+        raise UserError(
+            f"num_local_experts must be 0, got {config.num_local_experts}: it has an FFN beside its experts"
+        )
+    if config.model_type == GRANITE_4.model_type and config.position_embedding_type != "rope":
+        raise UserError(f"position_embedding_type must be 'rope', got {config.position_embedding_type!r}")
     attention = family.attention
     known = set(_LAYER_TYPES) if attention.is_hybrid else {"full_attention"}
     if others := sorted(set(getattr(config, "layer_types", None) or ()) - known):
@@ -95,15 +99,6 @@ def llama_like_args(config: Any, family: "Family") -> dict[str, Any]:
         "hidden_dropout": 0.0,
         "init_method_std": config.initializer_range,
     }
-
-
-def _check_granite_4_is_dense(config: Any) -> None:
-    if config.num_local_experts:
-        raise UserError(
-            f"num_local_experts must be 0, got {config.num_local_experts}: it has an FFN beside its experts"
-        )
-    if config.position_embedding_type != "rope":
-        raise UserError(f"position_embedding_type must be 'rope', got {config.position_embedding_type!r}")
 
 
 def _multiplier_args(config: Any) -> dict[str, Any]:

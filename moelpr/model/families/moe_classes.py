@@ -121,12 +121,9 @@ def _qwen_moe_config(spec: ModelSpec, moe: MoeSpec, **settings: Any) -> dict[str
     }
 
 
-_QWEN_MOE_ROWS = moe_rows(
-    router="model.layers.{i}.mlp.gate.weight",
-    gate="model.layers.{i}.mlp.experts.{j}.gate_proj.weight",
-    up="model.layers.{i}.mlp.experts.{j}.up_proj.weight",
-    down="model.layers.{i}.mlp.experts.{j}.down_proj.weight",
-)
+_PROJECTIONS = tuple(f"model.layers.{{i}}.mlp.experts.{{j}}.{name}_proj.weight" for name in ("gate", "up", "down"))
+_QWEN_MOE_NAMES = ("model.layers.{i}.mlp.gate.weight", *_PROJECTIONS)
+_QWEN_MOE_ROWS = moe_rows(*_QWEN_MOE_NAMES)
 
 QWEN2_MOE = MoeClass(
     name="qwen2_moe",
@@ -265,13 +262,7 @@ ERNIE_MOE = MoeClass(
 FLEX_OLMO = MoeClass(
     name="flex_olmo",
     architecture="FlexOlmoForCausalLM",
-    ffn=moe_rows(
-        router="model.layers.{i}.mlp.gate.weight",
-        gate="model.layers.{i}.mlp.experts.{j}.gate_proj.weight",
-        up="model.layers.{i}.mlp.experts.{j}.up_proj.weight",
-        down="model.layers.{i}.mlp.experts.{j}.down_proj.weight",
-        norm_after=True,
-    ),
+    ffn=moe_rows(*_QWEN_MOE_NAMES, norm_after=True),
     config=lambda spec, moe: {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.topk,

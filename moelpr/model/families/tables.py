@@ -196,7 +196,7 @@ _NORM_AFTER = Row(
 )
 
 
-def moe_rows(router: str, gate: str, up: str, down: str, norm_after: bool = False) -> tuple[Row, ...]:
+def moe_rows(router: str, gate: str, up: str, down: str, *, norm_after: bool = False) -> tuple[Row, ...]:
     """Rows of an MoE layer's FFN, from the stock class's names of the router's weight and an expert's projections."""
     gate_up = {gate: "ffn hidden", up: "ffn hidden"}
     return (

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -31,7 +32,7 @@ from moelpr.model.layers.attention import SDPACoreAttention
 from moelpr.model.layers.config import MoELPRConfig
 from moelpr.model.layers.experts import GroupedExperts
 from moelpr.model.layers.gated_delta_net import GatedDeltaNet
-from moelpr.model.layers.layer import LPRMoELayer, LPRMoESubmodules
+from moelpr.model.layers.layer import LPRMoELayer
 from moelpr.model.layers.norms import RMSNorm, WholeRMSNorm
 from moelpr.model.layers.residual import NormedAdd, add_changed
 from moelpr.model.layers.router import LPRRouter
@@ -170,30 +171,23 @@ def _full_attention_layer(config: MoELPRConfig, use_te: bool) -> ModuleSpec:
 def _moe_layer(config: MoELPRConfig, use_te: bool, is_linear: bool) -> ModuleSpec:
     spec = _dense_layer(config, use_te, is_linear)
     layer = spec.submodules
+    experts: type = GroupedExperts
+    if config.moe_grouped_gemm:  # moelpr.train.arguments has checked that Transformer Engine is installed
+        from moelpr.model.layers.te_experts import TEGroupedExperts
+
+        experts = TEGroupedExperts
     if not config.norms_after:
         layer.pre_mlp_layernorm = _norm(use_te)
     layer.mlp = partial(
         LPRMoELayer,
-        submodules=LPRMoESubmodules(
-            experts=_new_experts(config),
-            router=LPRRouter,
-            original_experts=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        ),
+        submodules=MoESubmodules(experts=experts, router=LPRRouter),
+        original_experts=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
     )
     # One checkpoint key for the norm before an MoE layer, whichever implementation wrote it.
     layer.sharded_state_dict_keys_map = {
         name: key for name, key in layer.sharded_state_dict_keys_map.items() if name == "input_layernorm."
     }
     return spec
-
-
-def _new_experts(config: MoELPRConfig) -> type:
-    if not config.moe_grouped_gemm:
-        return GroupedExperts
-    # moelpr.train.arguments has checked that Transformer Engine is installed.
-    from moelpr.model.layers.te_experts import TEGroupedExperts
-
-    return TEGroupedExperts
 
 
 def _norm(use_te: bool) -> type:

@@ -88,8 +88,7 @@ class MoELPRConfig(TransformerConfig):
         """For each layer of the model, True if it has experts."""
         if self.num_moe_experts is None:
             return [False] * self.num_layers
-        if isinstance(self.moe_layer_freq, int):
-            return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
+        assert not isinstance(self.moe_layer_freq, int), "model_spec.json names each layer"
         return [bool(flag) for flag in self.moe_layer_freq]
 
     @property

@@ -1,14 +1,13 @@
 """LPRMoELayer: original experts replicated on every expert-parallel rank, new experts dispatched by Megatron."""
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import unpermute
 from megatron.core.transformer.moe.shared_experts import set_tensor_grad_fn_sequence_sr
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -16,13 +15,6 @@ from torch import Tensor
 
 from moelpr.model.layers.config import MoELPRConfig
 from moelpr.model.layers.original_experts import OriginalExperts
-
-
-@dataclass
-class LPRMoESubmodules(MoESubmodules):
-    """Megatron's submodules of an MoE layer plus the layers each original expert is built from."""
-
-    original_experts: MLPSubmodules | None = None
 
 
 class NewExpertsDispatcher(MoEAlltoAllTokenDispatcher):
@@ -166,14 +158,18 @@ class LPRMoELayer(MoELayer):
     config: MoELPRConfig
 
     def __init__(
-        self, config: MoELPRConfig, submodules: LPRMoESubmodules, pg_collection: ProcessGroupCollection, **kwargs: Any
+        self,
+        config: MoELPRConfig,
+        pg_collection: ProcessGroupCollection,
+        original_experts: MLPSubmodules,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(config, submodules, pg_collection=pg_collection, **kwargs)
-        assert submodules.original_experts is not None
+        """`original_experts` are the layers that each original expert is built from."""
+        super().__init__(config, pg_collection=pg_collection, **kwargs)
         self.token_dispatcher = NewExpertsDispatcher(
             self.num_local_experts, self.local_expert_indices, config=config, pg_collection=pg_collection
         )
-        self.original_experts = OriginalExperts(config, submodules.original_experts, pg_collection)
+        self.original_experts = OriginalExperts(config, original_experts, pg_collection)
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None

@@ -49,7 +49,7 @@ def load_weights(
         try:
             keys = set(read_metadata(link).state_dict_metadata)
             here = {
-                model: {name: entry for name, entry in entries.items() if _keys(entry) <= keys}
+                model: {name: entries.pop(name) for name in [*entries] if _keys(entries[name]) <= keys}
                 for model, entries in missing.items()
             }
             loaded = load(here, str(link))
@@ -60,10 +60,6 @@ def load_weights(
         except _LOAD_ERRORS as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise UserError(f"the checkpoint {link} does not match its model_spec.json: {reason}") from error
-        missing = {
-            model: {name: entry for name, entry in entries.items() if not _keys(entry) <= keys}
-            for model, entries in missing.items()
-        }
     # FP8 scales exist only if FP8 was used.
     names = [name for entries in missing.values() for name in entries if "_extra_state" not in name]
     if names:
@@ -91,12 +87,6 @@ def omit_extra_state(chunks: list[HybridModel]) -> None:
             replaces(chunk, "sharded_state_dict")(state_without_extra)
 
 
-def save_trained_only(chunks: list[HybridModel]) -> None:
-    """Reduce the chunks' sharded state to what trains, so that Megatron saves and loads nothing else."""
-    for chunk in chunks:
-        _omit_frozen(chunk)
-
-
 def trained_entries(chunk: HybridModel) -> Callable[[str], bool]:
     """A predicate on names in the chunk's state dict: True if the entry trains or belongs to a module that trains."""
     trains = {name: parameter.requires_grad for name, parameter in chunk.named_parameters()}
@@ -104,7 +94,8 @@ def trained_entries(chunk: HybridModel) -> Callable[[str], bool]:
     return lambda name: trains.get(name, name.rpartition(".")[0] in modules)
 
 
-def _omit_frozen(chunk: HybridModel) -> None:
+def save_trained_only(chunk: HybridModel) -> None:
+    """Reduce the chunk's sharded state to what trains, so that Megatron saves and loads nothing else."""
     trains = trained_entries(chunk)
 
     @replaces(chunk, "sharded_state_dict")

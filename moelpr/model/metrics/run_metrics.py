@@ -134,7 +134,8 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
             if layers_at_ends is not None and len(steps) > layers_at_ends:
                 with_layers.append(iteration)
                 if len(with_layers) > layers_at_ends:
-                    _keep_means(steps[with_layers.pop(0)])
+                    step = steps[with_layers.pop(0)]
+                    step |= {m: mean_of(step[m]) if m.axes == "L" else None for m in METRICS if m.axes and m in step}
     return RunMetrics(_sorted(steps), _sorted(passes), warnings)
 
 
@@ -159,12 +160,6 @@ def read_records(path: Path) -> Iterator[Any]:
                 yield record
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); pass a run that has written metrics") from error
-
-
-def _keep_means(step: Step) -> None:
-    for metric in METRICS:
-        if metric.axes and metric in step:
-            step[metric] = mean_of(step[metric]) if metric.axes == "L" else None
 
 
 def bits_of(loss: HeldOutLoss) -> tuple[str, float | None]:

@@ -47,11 +47,13 @@ def describe_kernels(args: argparse.Namespace) -> str:
     is_slow = has_experts and not is_cpu and not args.moe_grouped_gemm and not _grouped_mm_is_fast(args)
     has_window = args.window_size is not None and args.seq_length > args.window_size[0] + 1
     uses_varlen = (args.dataloader_inter_document_masking or has_window) and args.bf16 and not is_cpu
+    slow = f"torch, slow without fla ({_FLA})"
+    linear = "torch" if is_cpu or not args.linear_attention_freq else "fla" if has_fla() else slow
     te_experts, torch_experts = "Transformer Engine's grouped linear layers", "torch grouped_mm"
     parts = {
         "experts": te_experts if args.moe_grouped_gemm else torch_experts + " in a loop" * is_slow,
         "attention": "Transformer Engine" if uses_te else "torch varlen" if uses_varlen else "torch scaled dot product",
-        "linear attention": _linear_attention() if args.linear_attention_freq else "",
+        "linear attention": linear if args.linear_attention_freq else "",
         "optimizer": _optimizer(args),
         "dispatcher": f"all-to-all with {'Transformer Engine' if args.moe_permute_fusion else 'torch'}'s permutation",
     }
@@ -74,12 +76,6 @@ def _grouped_mm_is_fast(args: argparse.Namespace) -> bool:
 def is_installed(module: str) -> bool:
     """Whether a Python module is there; of Transformer Engine, the start has tried to import it (bootstrap.py)."""
     return importlib.util.find_spec(module) is not None
-
-
-def _linear_attention() -> str:
-    if cpu.is_needed():
-        return "torch"
-    return "fla" if has_fla() else f"torch, slow without fla ({_FLA})"
 
 
 def has_fla() -> bool:

@@ -70,15 +70,10 @@ class RunSettings:
         assert run.checkpoint is not None and run.step_folder is not None and run.spec is not None, "these are problems"
         args = run.args
         pretrained = Path(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
+        trains = args.train_everything, args.train_new_embeddings, args.stage1_experts
+        limits = args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall
         return cls(
-            StageSettings(
-                args.stage,
-                args.train_everything,
-                args.train_new_embeddings,
-                args.stage1_experts,
-                run.balance_loss_coeff,
-                run.lpr_loss_coeff,
-            ),
+            StageSettings(args.stage, *trains, run.balance_loss_coeff, run.lpr_loss_coeff),
             Start(run.checkpoint, run.step_folder, run.step, run.is_resumed, pretrained, run.saved_step),
             run.spec,
             save=Path(args.save) if args.save else None,
@@ -91,11 +86,5 @@ class RunSettings:
             },
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
             log_interval=args.log_interval,
-            thresholds=Thresholds(
-                args.warn_original_rise,
-                args.warn_expert_share,
-                args.warn_lpr_fall,
-                args.warn_window,
-                args.grace_seconds,
-            ),
+            thresholds=Thresholds(*limits, args.warn_window, args.grace_seconds),
         )

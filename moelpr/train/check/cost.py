@@ -7,7 +7,7 @@ from typing import Any
 
 from moelpr.plan.gpus import Gpu
 from moelpr.plan.step_time import LINK_EFFICIENCY, MATMUL_EFFICIENCY, MEMORY_EFFICIENCY, host_update_s
-from moelpr.train.check.meter import Collective, Counts, Kernel
+from moelpr.train.check.meter import Collective, Counts
 from moelpr.train.check.one_rank import DryRun
 
 # The kinds of kernels, by what their operators start with; the first that fits counts.
@@ -21,7 +21,6 @@ _KINDS = {
     "rows": ("index", "gather", "scatter", "embedding", "nonzero", "sort", "masked_select"),
     "optimizer": ("_fused_adam", "_foreach"),
 }
-OTHERS = "others"
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Seconds:
         return self.products + self.memory + self.exchanges + self.gradients + self.bubble
 
 
-def kind_of(kernel: Kernel) -> str:
-    return next((kind for kind, starts in _KINDS.items() if kernel.operator.startswith(starts)), OTHERS)
-
-
 def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
     """Predict a step's time by the data sheet and the planner's fractions of its rates."""
     flops, memory = gpu.flops * MATMUL_EFFICIENCY, gpu.memory_bandwidth * MEMORY_EFFICIENCY
@@ -53,8 +48,9 @@ def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
         else:
             other += number * kernel.num_bytes / memory
     for collective, number in run.counts.collectives.items():
-        time_s = number * _collective_s(collective, run.rank, gpu, per_node)
-        if _is_of_data(collective):
+        time_s, group = number * _collective_s(collective, run.rank, gpu, per_node), collective.group.name
+        # It reduces gradients or gathers weights, which overlaps with a micro-batch's work.
+        if "DATA_PARALLEL" in group and "TENSOR_AND" not in group:
             gradients += time_s
         else:
             exchanges += time_s
@@ -63,11 +59,6 @@ def seconds(run: DryRun, gpu: Gpu, per_node: int) -> Seconds:
     if run.planned is not None:  # the optimizer's state may be on the host
         other += host_update_s(run.planned.memories[run.stage])
     return Seconds(products, other, exchanges, max(0.0, gradients - each), waits)
-
-
-def _is_of_data(collective: Collective) -> bool:
-    """Whether it reduces gradients or gathers weights, which overlaps with a micro-batch's work."""
-    return "DATA_PARALLEL" in collective.group.name and "TENSOR_AND" not in collective.group.name
 
 
 def _collective_s(collective: Collective, rank: int, gpu: Gpu, per_node: int) -> float:
@@ -87,11 +78,12 @@ def _collective_s(collective: Collective, rank: int, gpu: Gpu, per_node: int) ->
 
 def totals(counts: Counts) -> Iterator[tuple[str, int, float, float]]:
     """Each kind of kernel with its launches, FLOPs and bytes."""
-    for kind in (*_KINDS, OTHERS):
-        chosen = {kernel: number for kernel, number in counts.kernels.items() if kind_of(kernel) == kind}
-        if launches := sum(chosen.values()):
-            flops = sum(number * kernel.flops for kernel, number in chosen.items())
-            yield kind, launches, flops, sum(number * kernel.num_bytes for kernel, number in chosen.items())
+    sums = {kind: [0, 0, 0] for kind in (*_KINDS, "others")}
+    for kernel, number in counts.kernels.items():
+        kind = next((kind for kind, starts in _KINDS.items() if kernel.operator.startswith(starts)), "others")
+        parts = number, number * kernel.flops, number * kernel.num_bytes
+        sums[kind] = [before + part for before, part in zip(sums[kind], parts, strict=True)]
+    yield from ((kind, launches, flops, size) for kind, (launches, flops, size) in sums.items() if launches)
 
 
 def moved_by_group(counts: Counts) -> dict[tuple[str, int, str], tuple[int, float]]:

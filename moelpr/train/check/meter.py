@@ -247,11 +247,6 @@ def tensors_of(items: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in tensors_of(item)]
 
 
-def total[T](counts: Counter[T], of: Callable[[T], float], where: Callable[[T], bool] = lambda _: True) -> float:
-    """The sum of a quantity over launches."""
-    return sum(number * of(item) for item, number in counts.items() if where(item))
-
-
 def _flops(func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> int:
     """A product's operations, a multiply and an add counting as two; of causal attention the half that counts."""
     name = func._schema.name.split("::")[1]

@@ -76,7 +76,7 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
 
         def result(rank: int, process: BaseProcess) -> DryRun:
             process.join()
-            file = _result_file(folder, rank)
+            file = folder / f"result-{rank}"
             answer = pickle.loads(file.read_bytes()) if file.exists() else None
             if isinstance(answer, UserError):
                 raise UserError(stand_ins.as_given(str(answer)))
@@ -116,8 +116,4 @@ def _run_rank(folder: Path, argv: list[str], rank: int, *others: Any) -> None:
     except BaseException as error:
         error.add_note(traceback.format_exc())
         answer = error
-    _result_file(folder, rank).write_bytes(pickle.dumps(answer))
-
-
-def _result_file(folder: Path, rank: int) -> Path:
-    return folder / f"result-{rank}"
+    (folder / f"result-{rank}").write_bytes(pickle.dumps(answer))

@@ -128,19 +128,15 @@ def check_validation_data(run: RequestedRun) -> Iterable[str]:
         if prefix and not IndexedDataset.exists(prefix):
             yield _missing(prefix)
         elif prefix and language_bits_path(prefix).exists():  # else the dataset reports it
-            yield from _language_problems(item, prefix)
-
-
-def _language_problems(item: str, prefix: str) -> Iterable[str]:
-    try:
-        bits = LanguageBits(language_bits_path(prefix))
-    except UserError as error:
-        yield str(error)
-        return
-    if bits.num_tokens < 2:
-        yield f"--validation-data {item} must have at least 2 tokens, got {bits.num_tokens}; use a corpus with text"
-    elif 0 < bits.num_original < bits.num_tokens:
-        yield f"--validation-data {item} has text of original and of expanded languages; use one corpus per language"
+            try:
+                bits = LanguageBits(language_bits_path(prefix))
+            except UserError as error:
+                yield str(error)
+                continue
+            if (number := bits.num_tokens) < 2:
+                yield f"--validation-data {item} must have at least 2 tokens, got {number}; use a corpus with text"
+            elif 0 < bits.num_original < number:
+                yield f"--validation-data {item} has text of original and expanded languages; use one corpus of each"
 
 
 def check_split(run: RequestedRun) -> Iterable[str]:

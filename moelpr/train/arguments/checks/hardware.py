@@ -10,7 +10,7 @@ from moelpr.base import machine, ranks
 from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
-from moelpr.plan.layouts import PlannedLayout, Recompute, layout_problems
+from moelpr.plan.layouts import PlannedLayout, layout_problems
 from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, RankMemory, Workload, model_parts, stage_memories
 from moelpr.train.arguments.checks.layout import is_uneven, uneven_ends
 from moelpr.train.arguments.requested import RequestedRun
@@ -99,7 +99,9 @@ def as_planned(run: RequestedRun) -> Planned | None:
         return None
     sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
     is_distributed = bool(args.use_distributed_optimizer)
-    trades: Any = {"recompute": _recompute(run), "distributed_optimizer": is_distributed, "ends": ends}
+    granularity, has_moe = args.recompute_granularity, "moe" in (args.recompute_modules or [])
+    recompute = granularity if granularity == "full" or (granularity == "selective" and has_moe) else "none"
+    trades: Any = {"recompute": recompute, "distributed_optimizer": is_distributed, "ends": ends}
     planned_layout = PlannedLayout(*sizes_of_layout, vpp=layout.vpp, **trades)
     dtype: Dtype = "bf16" if args.bf16 or args.fp16 else "fp32"
     kernels = CPU if cpu.is_needed() else Kernels()
@@ -107,10 +109,3 @@ def as_planned(run: RequestedRun) -> Planned | None:
     gradient_bytes = 2 if args.grad_reduce_in_bf16 else GRADIENT_BYTES
     workload = Workload(args.stage, *sizes, dtype, kernels, *trains, gradient_bytes, args.bf16_moments)
     return Planned(planned_layout, workload, stage_memories(spec, model_parts(spec), planned_layout, workload))
-
-
-def _recompute(run: RequestedRun) -> Recompute:
-    granularity, modules = run.args.recompute_granularity, run.args.recompute_modules or []
-    if granularity == "full":
-        return "full"
-    return "selective" if granularity == "selective" and "moe" in modules else "none"

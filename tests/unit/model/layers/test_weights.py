@@ -34,7 +34,7 @@ def stage(model: torch.nn.Module, name: str) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_()
-    save_trained_only([model])
+    save_trained_only(model)
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,7 @@ def install() -> None:
     _load_fp32_optimizer_shards()
     _save_no_more_padding_than_flat_buffers_have()
     _save_reshardable_state_of_padded_buckets()
-    _load_optimizers_without_parameters()
-    _load_optimizers_with_other_learning_rates()
+    _load_optimizers_without_parameters_and_with_other_learning_rates()
     _continue_the_schedule_of_a_reset_optimizer()
     _reduce_metrics_on_stages_without_routers()
     _say_why_a_step_was_not_saved()
@@ -152,47 +151,22 @@ def _save_reshardable_state_of_padded_buckets() -> None:
             return original(self, *args, **kwargs)
 
 
-def _load_optimizers_without_parameters() -> None:
+def _load_optimizers_without_parameters_and_with_other_learning_rates() -> None:
     """If a pipeline stage trains nothing, its optimizer state is empty, and checkpoints drop empty parts.
 
     Loading then fails with a KeyError. The rest still has to be loaded: it contains the step count, which the first
     stage saves for all.
-    """
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
-    def load_state(load: Callable[[Any, dict[str, Any]], None], self: Any, state: dict[str, Any]) -> None:
-        if isinstance(self, Float16OptimizerWithFloat16Params):
-            state.setdefault("fp32_from_fp16_params", [])
-        state.get("optimizer", state).setdefault("state", {})
-        load(self, state)
-
-    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params):
-        replaces(optimizer, "load_state_dict")(load_state)
-
-
-def _load_optimizers_with_other_learning_rates() -> None:
-    """Megatron finds the saved state of a parameter group by its learning rates too, so none for changed rates.
-
-    The new rates apply, or the saved ones with --use-checkpoint-opt-param-scheduler.
+    And Megatron finds the saved state of a parameter group by its learning rates too, so none for changed rates. The
+    new rates apply, or the saved ones with --use-checkpoint-opt-param-scheduler.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+    from megatron.core.optimizer.optimizer import (
+        Float16OptimizerWithFloat16Params,
+        FP32Optimizer,
+        param_group_identifier_keys,
+    )
     from megatron.training import global_vars
-
-    def load_state(load: Callable[[Any, dict[str, Any]], None], self: Any, state: dict[str, Any]) -> None:
-        keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
-        saved, own = state.get("optimizer", state)["param_groups"], self.optimizer.param_groups
-        source, target = (saved, own) if keeps_saved else (own, saved)
-        _copy_learning_rates(source, target)
-        load(self, state)
-
-    for optimizer in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
-        replaces(optimizer, "load_state_dict")(load_state)
-
-
-def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, Any]]) -> None:
-    """Give each parameter group the highest and lowest rate of the one that is otherwise the same."""
-    from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
     rates = ("max_lr", "min_lr")
     # With --decoupled-lr, groups differ in nothing else; Megatron marks those with the rates of --lr and --min-lr.
@@ -201,10 +175,22 @@ def _copy_learning_rates(source: list[dict[str, Any]], target: list[dict[str, An
     def identity(group: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(group.get(name) for name in names)
 
-    groups = {identity(group): group for group in source}
-    for group in target:
-        same = groups.get(identity(group), {})
-        group |= {name: same[name] for name in rates if name in same}
+    def load_state(load: Callable[[Any, dict[str, Any]], None], self: Any, state: dict[str, Any]) -> None:
+        if isinstance(self, Float16OptimizerWithFloat16Params):
+            state.setdefault("fp32_from_fp16_params", [])
+        optimizer = state.get("optimizer", state)
+        optimizer.setdefault("state", {})
+        keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
+        saved, own = optimizer["param_groups"], self.optimizer.param_groups
+        # Each group gets the rates of the one that is otherwise the same.
+        same = {identity(group): group for group in (saved if keeps_saved else own)}
+        for group in own if keeps_saved else saved:
+            other = same.get(identity(group), {})
+            group |= {name: other[name] for name in rates if name in other}
+        load(self, state)
+
+    for kind in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
+        replaces(kind, "load_state_dict")(load_state)
 
 
 def _continue_the_schedule_of_a_reset_optimizer() -> None:

@@ -2,7 +2,7 @@ import argparse
 import ast
 import inspect
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +10,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import OptimizerConfig, ParamKey, _get_param_groups
-from megatron.training import global_vars
+from megatron.training import global_vars, training
 
 from moelpr.model.megatron import hooks
+
+pytestmark = pytest.mark.usefixtures("megatron")
 
 ROOT = Path(__file__).parents[4]
 
@@ -27,42 +29,35 @@ READ_ARGUMENTS = {
 }
 
 
-@pytest.fixture
-def training(megatron: None) -> ModuleType:
-    from megatron.training import training
-
-    return training
-
-
 def calls_in(code: Any) -> set[str]:
     """The functions that the source of a module or function calls by their names."""
     nodes = ast.walk(ast.parse(inspect.getsource(code)))
     return {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
 
 
-def test_megatron_still_calls_the_functions_with_these_arguments(training: ModuleType) -> None:
+def test_megatron_still_calls_the_functions_with_these_arguments() -> None:
     for name, arguments in READ_ARGUMENTS.items():
         assert arguments <= set(inspect.signature(getattr(training, name)).parameters), name
     assert READ_ARGUMENTS.keys() <= calls_in(training)
 
 
-def test_megatron_still_offers_no_callbacks_of_its_own(training: ModuleType) -> None:
+def test_megatron_still_offers_no_callbacks_of_its_own() -> None:
     names = set(inspect.signature(training.pretrain).parameters)
     assert not {name for name in names if "callback" in name or "hook" in name}, "use these instead of our hooks"
 
 
-def test_megatron_logs_to_no_tracker_by_itself(megatron: None) -> None:
+def test_megatron_logs_to_no_tracker_by_itself() -> None:
     assert "_set_wandb_writer" in calls_in(global_vars.set_global_variables)
     with hooks.without_wandb():
         global_vars._set_wandb_writer(argparse.Namespace(wandb_project="p", rank=0, world_size=1, wandb_exp_name=""))
 
 
-def test_the_throughput_counts_the_given_operations(training: ModuleType) -> None:
+def test_the_throughput_counts_the_given_operations() -> None:
     with hooks.operations_per_sequence(7.0):
         assert training.num_floating_point_operations(argparse.Namespace(), 3, total_real_tokens_in_batch=None) == 21
 
 
-def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters_with_the_attribute_do_not_decay(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else Megatron's configuration says about them."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2, bias=False) for name in ("embedding", "router")})
     model["embedding"].weight.marked = slice(0, 0)  # an empty slice marks too
@@ -76,7 +71,7 @@ def test_parameters_with_the_attribute_do_not_decay(training: ModuleType, monkey
     assert [(group["wd_mult"], group["max_lr"], len(group["params"])) for group in groups] == [(1, 1e-3, 1), (0, 1, 1)]
 
 
-def test_megatron_asks_the_signal_handler_that_was_set(training: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_megatron_asks_the_signal_handler_that_was_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None)
     args = SimpleNamespace(exit_signal_handler=False)
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", args)
@@ -112,7 +107,7 @@ def test_megatron_and_torch_are_patched_only_in_this_package() -> None:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_written_step_is_followed_by_the_callback(megatron: None, tmp_path: Path, is_async: bool) -> None:
+def test_a_written_step_is_followed_by_the_callback(tmp_path: Path, is_async: bool) -> None:
     """Before the caller of an asynchronous save, which writes the tracker file, is called back."""
     seen: list[Any] = []
     state = {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(3))}

@@ -44,6 +44,8 @@ from moelpr.base.errors import MachineError
 from moelpr.model.megatron import megatron_fixes
 from moelpr.model.megatron.megatron_fixes import GroupStepAdam
 
+pytestmark = pytest.mark.usefixtures("megatron")
+
 DATASETS = Path(next(iter(megatron.core.__path__))) / "datasets"
 
 
@@ -128,7 +130,6 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
     return model, optimizer
 
 
-@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("keeps_saved", [False, True])
 @pytest.mark.parametrize("kind", ["fp32", "float16", "distributed", "distributed, flat buffers"])
 def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_path, monkeypatch) -> None:
@@ -166,7 +167,6 @@ def test_megatron_still_finds_parameter_groups_by_their_learning_rates() -> None
         MegatronOptimizer._filter_and_reorder_param_groups([current], [saved])
 
 
-@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
     ("flags", "expected"), [({}, 0), ({"no_load_optim": True}, 30), ({"no_load_optim": True, "finetune": True}, 0)]
 )
@@ -212,7 +212,7 @@ def test_a_checkpoint_is_loaded_into_a_hybrid_model_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("name", "group"), [("load_balancing_loss", "reduce_group"), ("z_loss", "avg_group")])
-def test_a_stage_without_routers_knows_the_group_of_the_others_losses(megatron: None, name: str, group: str) -> None:
+def test_a_stage_without_routers_knows_the_group_of_the_others_losses(name: str, group: str) -> None:
     ours, theirs = MoEMetricsTracker(), MoEMetricsTracker()
     ours.ensure_initialized(name, 2)
     inspect.unwrap(MoEMetricsTracker.ensure_initialized)(theirs, name, 2)
@@ -243,7 +243,6 @@ def test_adam_with_one_step_count_per_group_equals_torchs_adam(decoupled: bool) 
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.usefixtures("megatron")
 def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:  # noqa: ANN001
     """/dev/full rejects every write like a full disk; Megatron's own error is a list of tracebacks."""
     real_open = open
@@ -266,7 +265,6 @@ def test_a_step_that_cannot_be_saved_is_one_sentence(tmp_path: Path, monkeypatch
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.usefixtures("megatron")
 def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: Path) -> None:
     tracker = tmp_path / "latest_checkpointed_iteration.txt"
     for step in ("1", "2"):
@@ -279,7 +277,6 @@ def test_a_tracker_file_that_cannot_be_written_names_the_step_before(tmp_path: P
     assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(tracker, "2")]
 
 
-@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("name", ["gpt_dataset", "blended_dataset"])
 def test_an_order_of_samples_is_saved_whole_or_not_at_all(tmp_path, name, monkeypatch) -> None:
     numpy = importlib.import_module(f"megatron.core.datasets.{name}").numpy
@@ -298,7 +295,7 @@ def test_an_order_of_samples_is_saved_whole_or_not_at_all(tmp_path, name, monkey
     assert np.array_equal(numpy.load(path, allow_pickle=True, mmap_mode="r"), order)
 
 
-def test_a_synchronous_save_starts_no_process_for_its_results(megatron: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_synchronous_save_starts_no_process_for_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
     results = filesystem_async.get_write_results_queue()
     assert type(results) is queue.Queue and results is filesystem_async.get_write_results_queue()
     started = []
@@ -334,7 +331,6 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("value", [1.0, float("nan"), float("inf")])
 def test_gradients_are_checked_without_waiting_in_the_backward_pass(value: float, overlap: bool) -> None:

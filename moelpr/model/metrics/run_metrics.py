@@ -136,11 +136,7 @@ def read_run_metrics(path: Path, layers_at_ends: int | None = None) -> RunMetric
                 if len(with_layers) > layers_at_ends:
                     step = steps[with_layers.pop(0)]
                     step |= {m: mean_of(step[m]) if m.axes == "L" else None for m in METRICS if m.axes and m in step}
-    return RunMetrics(_sorted(steps), _sorted(passes), warnings)
-
-
-def _sorted[R](records: dict[int, R]) -> list[R]:
-    return [records[step] for step in sorted(records)]
+    return RunMetrics([steps[step] for step in sorted(steps)], [passes[step] for step in sorted(passes)], warnings)
 
 
 def read_records(path: Path) -> Iterator[Any]:

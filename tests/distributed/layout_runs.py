@@ -318,8 +318,8 @@ def weights_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 
 
 def is_off(row: dict[str, Any]) -> bool:
-    """Whether a row with the fields of `Difference` is above the tolerance."""
-    return max(row["losses"], row["grad_norm"], row["weights"]) > TOLERANCE
+    """Whether a row with the fields of `Difference` is above the tolerance, or NaN."""
+    return not all(row[kind] <= TOLERANCE for kind in ("losses", "grad_norm", "weights"))
 
 
 def measure_and_report(

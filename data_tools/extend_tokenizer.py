@@ -65,7 +65,7 @@ def main(args: Settings) -> None:
     new = choose_tokens(bpe, counted, args.num_new_tokens, guard)
     with atomic_directory(args.save) as folder:
         notes = write_tokenizer(folder, args.tokenizer, old, bpe, new)
-        extended = load_extended(folder, old, bpe.extended(new))
+        extended = load_extended(folder, bpe.extended(new))
         expanded = compare(new_files, old.tokenizer, extended.tokenizer, True, args.workers)
         original = compare(original_files, old.tokenizer, extended.tokenizer, False, args.workers)
         print_comparison("expanded, held out", new_files.languages, expanded)

@@ -23,7 +23,6 @@ from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
 
-_CHUNK_TOKENS = 1 << 24  # tokens read at once, so that memory stays small
 _BAR = 40  # characters of the histogram's longest bar
 
 
@@ -68,12 +67,11 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
     """Return what --json prints, except the documents."""
     lengths = corpus.document_lengths
     num_tokens, num_original = corpus.bits.num_tokens, corpus.bits.num_original
-    chunks = (corpus.tokens[start : start + _CHUNK_TOKENS] for start in range(0, num_tokens, _CHUNK_TOKENS))
     return {
         "prefix": corpus.prefix,
         "files": {path.suffix[1:]: path.stat().st_size for path in corpus.paths},
         "dtype": corpus.tokens.dtype.name,
-        "largest_id": max((int(chunk.max()) for chunk in chunks), default=-1),
+        "largest_id": int(corpus.tokens.max()) if num_tokens else -1,
         "sequences": len(corpus.sequence_lengths),
         "documents": corpus.num_documents,
         "empty_documents": int((lengths == 0).sum()),

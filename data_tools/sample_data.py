@@ -59,10 +59,9 @@ class Settings(Flags):
     overwrite: bool = False  # replace an existing corpus P
 
     def __post_init__(self) -> None:
-        amounts = [f"{bit}_{unit}" for bit in BITS for unit in ("documents", "tokens")]
-        if not any(getattr(self, amount) for amount in amounts):
-            flags = (f"--{amount.replace('_', '-')}" for amount in amounts)
-            raise UserError(f"pass at least one of {', '.join(flags)}")
+        flags = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
+        if not any(getattr(self, flag.replace("-", "_")) for flag in flags):
+            raise UserError(f"pass at least one of --{', --'.join(flags)}")
         if len({*map(os.path.realpath, self.input)}) < len(self.input):
             raise UserError("--input names a corpus twice; its documents would be sampled twice")
         refuse_input_as_output(self.input, self.output_prefix)
@@ -94,7 +93,9 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
     Raises:
         UserError: A group to sample from contains several languages.
     """
-    lengths, is_original = corpus.document_lengths, corpus.is_original_document
+    lengths = corpus.document_lengths
+    documents_with_tokens = np.flatnonzero(lengths)
+    is_original = corpus.bits.at((np.cumsum(lengths) - lengths)[documents_with_tokens])  # by the first token
     counts = manifest.languages.items() if manifest is not None else ()
     languages = {bit: sorted(name for name, count in counts if count.bit == bit and count.tokens) for bit in BITS}
     # The group's name stands for languages that no manifest names, and for several languages of the other group.
@@ -108,7 +109,7 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
                 f"{corpus.prefix} contains {len(languages[bit])} {bit} languages ({', '.join(languages[bit])}) and "
                 "does not record which document is in which; preprocess each language into a corpus of its own"
             )
-        available = np.flatnonzero((lengths > 0) & (is_original if bit == "original" else ~is_original))
+        available = documents_with_tokens[is_original == (bit == "original")]
         if not len(available):
             continue
         name = zlib.crc32(Path(corpus.prefix).name.encode())

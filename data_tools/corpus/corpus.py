@@ -93,14 +93,6 @@ class Corpus:
         """Tokens of each document: [documents]."""
         return np.diff(self._document_offsets)
 
-    @property
-    def is_original_document(self) -> NDArray[np.bool_]:
-        """Whether each document's first token is of an original language: [documents]; False for empty ones."""
-        starts, lengths = self._document_offsets[:-1], self.document_lengths
-        is_original = np.zeros(len(starts), np.bool_)
-        is_original[lengths > 0] = self.bits.at(starts[lengths > 0])
-        return is_original
-
     def document(self, index: int) -> tuple[NDArray[np.number], NDArray[np.uint8]]:
         """Return the token IDs and language bits of one document: [tokens] each."""
         start, stop = int(self._document_offsets[index]), int(self._document_offsets[index + 1])

@@ -68,11 +68,6 @@ class Inputs:
             None if source.form is Form.STREAM or source.uri else _state_of(source) for source in self.sources
         ]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the job's part; 0 if it is unknown."""
-        return sum(share.stop - share.start for share in self.shares)
-
     def reader(self) -> Reader:
         """Return a reader of the job's part."""
         return Reader(self.shares, self._parser.columns(), self._chosen, self._parser.filter)

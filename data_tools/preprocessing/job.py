@@ -164,7 +164,8 @@ class Job:
                 name: stack.enter_context(CorpusWriter(prefix, *settings, state.positions.get(name), has_conversations))
                 for name, prefix in spec.outputs.corpora.items()
             }
-            progress = stack.enter_context(Progress(spec.inputs.num_bytes, state.file_bytes, args.log_interval))
+            num_bytes = sum(share.stop - share.start for share in spec.inputs.shares)
+            progress = stack.enter_context(Progress(num_bytes, state.file_bytes, args.log_interval))
             saved = time.monotonic()
             for batch, (documents, tally) in encode(reader.batches(state.cursor)):
                 self._write_batch(batch, documents, tally, writers)

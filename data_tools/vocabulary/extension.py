@@ -118,7 +118,7 @@ def write_tokenizer(
     return [f"{name} is left out: the new tokens are only in tokenizer.json" for name in slow]
 
 
-def load_extended(folder: Path, old: JobTokenizer, expected: str) -> JobTokenizer:
+def load_extended(folder: Path, expected: str) -> JobTokenizer:
     """Load the extended tokenizer as training will, and check that it is what was written."""
     loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
     actual, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)

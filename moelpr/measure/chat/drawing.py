@@ -16,12 +16,6 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(*ends, strict=True))
 
 
-def token_map(tokens: Sequence[Token], num_original: int, layers: Sequence[int]) -> str:
-    """The tokens as they are read, each with its column; the page's script shows the numbers of one."""
-    attributes = f'data-original="{num_original}" data-layers="{",".join(map(str, layers))}"'
-    return f'<div class="tokens" {attributes}>{"".join(_column(token, num_original) for token in tokens)}</div>'
-
-
 def _column(token: Token, num_original: int) -> str:
     shares = original_share(token.route, num_original)
     height = 100 / len(shares)
@@ -57,8 +51,10 @@ def panel(title: str, name: str, text: str, is_placeholder: bool = False) -> str
 
 
 def routes_panel(title: str, tokens: Sequence[Token], num_original: int, layers: Sequence[int]) -> str:
-    """The map of the tokens of a prompt or an answer."""
+    """The tokens of a prompt or an answer, each with its column; the page's script shows the numbers of one."""
     if not tokens:
         return ""
     head = f'<div class="title">{escape(title)}{summary(tokens, num_original)}</div>'
-    return f'<div class="panel">{head}{token_map(tokens, num_original, layers)}</div>'
+    attributes = f'data-original="{num_original}" data-layers="{",".join(map(str, layers))}"'
+    columns = "".join(_column(token, num_original) for token in tokens)
+    return f'<div class="panel">{head}<div class="tokens" {attributes}>{columns}</div></div>'

@@ -89,9 +89,9 @@ def drawing(run: Run) -> RenderableType:
                 table.add_row(Text(printable(f"{language} ({loss.get('group')})")), f"{value:.3f} {unit}", change)
         parts.append(table)
     for warning in run.metrics.warnings[-5:]:
+        message = printable(str(warning.get("message", "")))
         # The word "warning" is there because color alone would not do.
-        text = f"warning, step {warning['iteration']:,}: {warning.get('message', '')}"
-        parts.append(Text(printable(text), style="yellow"))
+        parts.append(Text(f"warning, step {warning['iteration']:,}: {message}", style="yellow"))
     return Group(*parts)
 
 
@@ -100,9 +100,9 @@ def _table(name: str, *numbers: str) -> Table:
     return Table(Column(name, no_wrap=True), *columns, box=None, pad_edge=False, header_style="dim")
 
 
-def sparkline(values: list[float], width: int = 40) -> str:
-    """Means of neighbors as bars from the lowest to the highest."""
-    size = math.ceil(len(values) / width)
+def sparkline(values: list[float]) -> str:
+    """Means of neighbors as at most 40 bars from the lowest to the highest."""
+    size = math.ceil(len(values) / 40)
     means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
     low, high = min(means), max(means)
     span = (high - low) or 1.0

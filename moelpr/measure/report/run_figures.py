@@ -49,13 +49,13 @@ def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
         yield title, shown, metrics[0].is_fraction, metrics[0].is_noisy
 
 
-def _curves_table(runs: Sequence[Run], num_rows: int = 8) -> Table:
-    """The curves in a few numbers, each the mean over a part of the run."""
+def _curves_table(runs: Sequence[Run]) -> Table:
+    """The curves in a few numbers, each the mean over an eighth of the run."""
     columns = [metric for metric in METRICS if metric.in_progress]
     rows = []
     for run in runs:
         steps = run.metrics.steps
-        size = max(1, math.ceil(len(steps) / num_rows))
+        size = max(1, math.ceil(len(steps) / 8))
         for part in (steps[start : start + size] for start in range(0, len(steps), size)):
             means = [number_text(finite_mean(curve_of(part, metric).y), "{:.4g}") for metric in columns]
             rows.append([f"{run.name}, steps {part[0]['iteration']:,} to {part[-1]['iteration']:,}", *means])

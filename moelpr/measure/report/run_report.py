@@ -45,7 +45,8 @@ class Report:
     def write(self, folder: Path) -> Path:
         """Write report.html, report.md and report.json into `folder`; returns the path of the HTML file."""
         held_out = held_out_results(self.runs)
-        title = _title(self.runs)
+        states = ["finished" if run.is_finished else f"{run.state} at step {run.progress}" for run in self.runs]
+        title = ", ".join(f"{run.name} {state}" for run, state in zip(self.runs, states, strict=True))
         write_text(folder / "report.json", finite_json(_numbers(self, title, held_out), indent=1) + "\n")
         written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         kicker = f"Training report of {', '.join(str(run.folder) for run in self.runs)}, written {written}"
@@ -67,12 +68,6 @@ def _sections(report: Report, held_out: LanguageResults) -> list[Section]:
         Section("Settings", [*_settings(report)]),
         Section("How to repeat it", [*_commands(runs)]),
     ]
-
-
-def _title(runs: Sequence[Run]) -> str:
-    return ", ".join(
-        f"{run.name} " + ("finished" if run.is_finished else f"{run.state} at step {run.progress}") for run in runs
-    )
 
 
 def _summary(runs: Sequence[Run], evaluation: LanguageResults, held_out: LanguageResults) -> str:

@@ -135,6 +135,9 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{folder} is a folder of runs, without {METRICS_FILE}; use `moelpr report {runs}`")
         raise UserError(f"{folder} contains no {METRICS_FILE}; pass the folder of a run that has made a step")
     command = read_command(folder)
+    moe = None
+    with suppress(UserError):  # older or damaged; the numbers of layers are only labels
+        moe = ModelSpec.read(folder).moe
     return Run(
         folder,
         read_run_metrics(metrics_file, layers_at_ends=ENDS),
@@ -143,17 +146,10 @@ def read_run(folder: Path) -> Run:
         arguments=command.arguments,
         num_ranks=command.num_ranks,
         ranks_per_node=command.ranks_per_node,
-        moe_layers=_moe_layers(folder),
+        moe_layers=moe.layers if moe else None,
         is_finished=(folder / FINISHED_FILE).exists(),
         last_record_age_s=time.time() - metrics_file.stat().st_mtime,
     )
-
-
-def _moe_layers(folder: Path) -> tuple[int, ...] | None:
-    with suppress(UserError):  # older or damaged; the numbers are only labels
-        spec = ModelSpec.read(folder)
-        return spec.moe.layers if spec.moe else None
-    return None
 
 
 def curve_of(records: Iterable[Mapping[str, Any]], key: str, name: str = "") -> Curve:

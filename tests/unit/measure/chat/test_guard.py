@@ -61,11 +61,9 @@ def test_others_are_refused(headers: dict[str, str], kind: str) -> None:
     assert not received and (sent[0].get("status") == 403 or sent[0].get("code") == 1008)
 
 
-@pytest.mark.parametrize(
-    "path", ["/gradio_api/upload", "/upload", "/gradio_api/upload_progress", "/gradio_api//upload/"]
-)
+@pytest.mark.parametrize("path", ["gradio_api/upload", "upload", "gradio_api/upload_progress", "gradio_api//upload/"])
 def test_nothing_can_be_uploaded(path: str) -> None:
-    received, sent = ask(path=path, origin=f"http://{OWN}")
+    received, sent = ask(path=f"/{path}", origin=f"http://{OWN}")
     assert not received and sent[0]["status"] == 403
 
 

@@ -24,17 +24,21 @@ def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(("live", ".", "--interval", "0"), "--interval"), (("nowhere",), "nowhere"), ((), "RUN")]
+    ("arguments", "named"),
+    [
+        (("live", ".", "--interval", "0"), "--interval"),
+        (("nowhere",), "nowhere"),
+        ((), "RUN"),
+        ((".",), "moelpr report stage1 stage2`"),
+        (("live", "."), "moelpr report stage1 stage2`"),
+    ],
 )
-def test_bad_argument_is_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        moelpr("report", *arguments)
-
-
-@pytest.mark.parametrize("command", [(), ("live",)])
-def test_folder_of_runs_is_answered_with_a_command(tmp_path, monkeypatch, command) -> None:
+def test_bad_argument_is_named_and_a_folder_of_runs_answered_with_a_command(
+    tmp_path, monkeypatch, arguments: tuple[str, ...], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("stage1", "stage2"):
         make_run(tmp_path / name, name, 5)
-    with pytest.raises(UserError, match=f"moelpr report {tmp_path}/stage1 {tmp_path}/stage2`") as error:
-        moelpr("report", *command, tmp_path)
+    with pytest.raises(UserError, match=named) as error:
+        moelpr("report", *arguments)
     assert "\n" not in str(error.value)

@@ -49,15 +49,11 @@ def test_no_name_becomes_markup_anywhere() -> None:
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
 
 
-def test_code_stays_code() -> None:
+def test_code_stays_code_and_sections_without_blocks_are_not_written() -> None:
     text = "a\n```\n<b>"
-    assert "&lt;b&gt;" in to_html(page_of(Code(text)))
-    assert to_markdown(page_of(Code(text))).endswith(f"````\n{text}\n````\n")
-
-
-def test_sections_without_blocks_are_not_written() -> None:
-    page = page_of(Text("text"))
-    assert to_markdown(page) == "# Title\n\nkicker\n\n## Part\n\ntext\n"
+    page = page_of(Code(text))
+    assert "&lt;b&gt;" in to_html(page)
+    assert to_markdown(page) == f"# Title\n\nkicker\n\n## Part\n\n````\n{text}\n````\n"
     assert re.findall("<h[12]>(.*?)</h[12]>", to_html(page)) == ["Title", "Part"]
 
 
@@ -72,14 +68,10 @@ def test_table_has_aligned_columns_in_markdown_and_on_the_terminal() -> None:
     assert terminal_table(TABLE).splitlines()[-1].split("  ")[0] == "promise (at most 3)"
 
 
-def test_table_marks_and_tints_cells_in_html() -> None:
-    html = to_html(page_of(TABLE))
+def test_page_marks_and_tints_cells_runs_nothing_and_loads_nothing() -> None:
+    html = to_html(page_of(TABLE, Figure([SVG])))
     assert "✓ shown" in html and "✗ not shown" in html and html.count("background:rgb(38 139 120") == 1
     assert "<span>1.900</span> <span>[1.8, 2.0]</span>" in html
     assert "<small><span>\u22125.0%</span></small>" in html
-
-
-def test_page_runs_nothing_and_loads_nothing() -> None:
-    html = to_html(page_of(TABLE, Figure([SVG])))
     assert not re.search(r"<(script|link|iframe|object|img)\b|@import|url\((?!#)|\b(src|href)\s*=\s*\"(?!#)", html)
     assert SVG in html and "prefers-color-scheme: dark" in html and "@media print" in html

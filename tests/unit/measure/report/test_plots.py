@@ -38,9 +38,13 @@ def charts() -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("name", ["lines", "changes", "maps", "learned"])
-def test_chart_is_self_contained_accessible_and_reproducible(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "label"), [("lines", RISING.name), ("changes", "<b>"), ("maps", "maps <i>"), ("learned", "<c>")]
+)
+def test_chart_is_self_contained_accessible_and_reproducible(name: str, label: str) -> None:
+    """Its labels are neither markup nor mathematics."""
     svg = charts()[name]
+    assert label in texts(svg)
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img" and root.get("viewBox")
     assert root[0].tag == f"{SVG}title" and root[0].text and root[1].tag == f"{SVG}desc" and root[1].text
@@ -61,11 +65,6 @@ def test_what_was_learned_and_lost_is_drawn_with_intervals_but_not_what_has_no_n
     assert [texts(svg).count(name) for name in ("a", "<c>", "base", "diverged")] == [2, 2, 2, 0]
     assert "a: expanded \u221210.0% [\u221220.0%, \u22125.0%], other +10.0% [+5.0%, +15.0%]" in svg
     assert "diverged: expanded unavailable" in svg
-
-
-def test_text_is_neither_markup_nor_mathematics() -> None:
-    assert RISING.name in texts(charts()["lines"])
-    assert "<b>" in texts(charts()["changes"]) and "maps <i>" in texts(charts()["maps"])
 
 
 def test_change_chart_shows_every_change_and_marks_unclear_ones() -> None:

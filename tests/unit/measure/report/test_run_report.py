@@ -51,29 +51,27 @@ def evaluation(tmp_path: Path) -> Path:
             "all_original_share": [0.125, 0.5],
         }
 
-    models: dict = {"base": {"languages": {"en": result(2.0)}}, "ours": {"languages": {"en": result(1.9)}}}
-    models["ours"]["languages"]["en"]["change"] = {"bits_per_byte": {"value": -0.05, "low": -0.06, "high": -0.04}}
-    models["base"]["languages"]["el"] = {"bits_per_byte": {"value": 3.0}}
+    change = {"bits_per_byte": {"value": -0.05, "low": -0.06, "high": -0.04}}
+    score = {"value": 52.5, "low": None, "high": None, "change": {"value": 2.5, "low": 1.0, "high": 4.0}}
+    models = {
+        "base": {
+            "languages": {"en": result(2.0), "el": {"bits_per_byte": {"value": 3.0}}},
+            "scores": {"ARC": {"el": {"value": 50.0, "low": 45.0, "high": 55.0}}},
+        },
+        "ours": {"languages": {"en": result(1.9) | {"change": change}}, "scores": {"ARC": {"el": score}}},
+    }
     sample = {"prompt": "Hello", "reference": "<world>", "by_model": {"base": "&", "ours": ""}}
-    file = tmp_path / "evaluation.json"
-    content = {"original_languages": ["en"], "models": models, "continuations": {"en": sample}}
     rate = {"rate": {"value": 0.25, "low": 0.1, "high": 0.5}, "decided": 16, "undecided": 4}
-    nothing = {"rate": {"value": None}, "decided": 0, "undecided": 20}
-    content["wrong_language"] = {"en": {"base": rate, "the text itself": nothing}}
-    scores = [{"value": 50.0, "low": 45.0, "high": 55.0}, {"value": 52.5, "low": None, "high": None}]
-    scores[1]["change"] = {"value": 2.5, "low": 1.0, "high": 4.0, "is_clear": True}
-    for model, score in zip(("base", "ours"), scores, strict=True):
-        models[model]["scores"] = {"ARC": {"el": score}}
-    file.write_text(json.dumps(content))
-    return file
+    wrong = {"base": rate, "the text itself": {"rate": {"value": None}, "decided": 0, "undecided": 20}}
+    content = {"original_languages": ["en"], "models": models, "continuations": {"en": sample}}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content | {"wrong_language": {"en": wrong}}))
+    return tmp_path / "evaluation.json"
 
 
 def test_both_pages_show_what_was_learned_and_what_it_cost(written: tuple[str, str]) -> None:
     html, markdown = written
-    for text in written:
-        assert all(
-            part in text for part in ("Turkish", "78,643,200", "41.25 GiB", "torch 2.15.0", "--nproc-per-node 8")
-        )
+    for part in ("Turkish", "78,643,200", "41.25 GiB", "torch 2.15.0", "--nproc-per-node 8"):
+        assert part in html and part in markdown
     start, first, second = (float(cell.split()[0]) for cell in row_of(markdown, "English")[1:])
     assert (start, second) == pytest.approx((2.4, 2.434), abs=2e-3)
     assert row_of(markdown, "English")[2].endswith(f"(+{100 * (first / start - 1):.1f}%)")
@@ -102,10 +100,12 @@ def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> N
     assert "step 5" in html and "no results per language" in html and "next-token loss" in html
     assert "No command line was recorded" in markdown
 
-
-def test_a_run_without_steps_or_with_one_is_shown(tmp_path: Path) -> None:
-    for lines, expected in (("", "step 0"), ('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n', "no curves yet")):
-        (tmp_path / "metrics.jsonl").write_text(lines)
+    # And a run without steps, or with one.
+    for content, expected in (
+        ("", "step 0"),
+        ('{"iteration": 1, "lm_loss": null, "step_time_s": 3}\n', "no curves yet"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(content)
         assert expected in pages(tmp_path)[0]
 
 
@@ -138,11 +138,7 @@ def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> Non
     pages(*runs, evaluations=(evaluation,), facts=facts, checks={"c": {"equal": True, "num_tensors": 1}})
     content = json.loads((runs[-1] / "report.json").read_text(encoding="utf-8"))
     assert content["languages"] == {"en": "original", "el": "expanded"} and content["facts"] == facts
-    assert content["bits_per_byte"]["ours"]["en"] == {
-        "value": 1.9,
-        "low": pytest.approx(1.8),
-        "high": pytest.approx(2.1),
-    }
+    assert content["bits_per_byte"]["ours"]["en"] == pytest.approx({"value": 1.9, "low": 1.8, "high": 2.1})
     assert content["change"]["ours"]["en"] == {"value": -0.05, "low": -0.06, "high": -0.04}
     assert content["routing"]["original_expert_share"]["ours"]["en"] == {"overall": 0.25, "per_layer": [0.25, None]}
     assert content["routing"]["all_original_share"]["ours"]["en"] == [0.125, 0.5]
@@ -171,18 +167,13 @@ def test_windows_of_another_length_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_routing_before_and_after_review_comes_from_the_runs_own_steps(tmp_path: Path) -> None:
-    (figure,) = routing_figures([read_run(make_run(tmp_path / "stage2", "stage2", 200))], LanguageResults())
-    assert figure.table.head[1:] == ["original languages", "expanded languages"]
-    rows = [row.cells for row in figure.table.full_rows]
-    assert [cells[0] for cells in rows if len(cells) == 1] == ["stage2, first steps", "stage2, last steps"]
-    first, last = (int(cells[1].removesuffix("%")) for cells in rows if cells[0] == "layer 0")
-    assert first == pytest.approx(30 + 60 * 25 / 200, abs=2)
-    assert last == pytest.approx(90 - 60 * 25 / 200, abs=2)
-
-
-def test_layers_have_the_numbers_of_the_model(tmp_path: Path) -> None:
-    """With --moe-layers they were numbered from 0."""
-    folder = make_run(tmp_path / "stage2", "stage2", 20)
+    """With --moe-layers, layers were numbered from 0."""
+    folder = make_run(tmp_path / "stage2", "stage2", 200)
     ModelSpec("qwen2", "bfloat16", SHAPE | {"num_layers": 12}, MoeSpec(4, 2, (1, 4, 9, 11))).write(folder)
     (figure,) = routing_figures([read_run(folder)], LanguageResults())
-    assert [row.cells[0] for row in figure.table.full_rows][1:5] == ["layer 1", "layer 4", "layer 9", "layer 11"]
+    assert figure.table.head[1:] == ["original languages", "expanded languages"]
+    rows, layers = [row.cells for row in figure.table.full_rows], [f"layer {number}" for number in (1, 4, 9, 11)]
+    assert [cells[0] for cells in rows] == ["stage2, first steps", *layers, "stage2, last steps", *layers]
+    first, last = (int(cells[1].removesuffix("%")) for cells in rows if cells[0] == "layer 1")
+    assert first == pytest.approx(30 + 60 * 25 / 200, abs=2)
+    assert last == pytest.approx(90 - 60 * 25 / 200, abs=2)

@@ -1,7 +1,6 @@
 """The model card of an export (README.md), from the records of the conversion and of the runs that trained it."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -65,7 +64,13 @@ def model_card(facts: CardFacts) -> str:
         readers=facts.readers,
         is_read_by_vllm=obstacle("vllm", facts.config) is None,
         spec=spec,
-        front_matter=_front_matter(facts, base),
+        front_matter=front_matter(
+            **inherited(base, _INHERITED),
+            library_name="transformers",
+            pipeline_tag="text-generation",
+            base_model=facts.base_model if facts.base_model and is_hub_name(facts.base_model) else None,
+            tags=["moe", "moe-lpr"] if spec.moe else ["moe-lpr"],
+        ),
         base_card=BASE_CARD_FILE if (base / CARD_FILE).is_file() else None,
         num_parameters=num_parameters,
         num_active=num_active,
@@ -83,14 +88,4 @@ def _new_tokens(source: MegatronReader) -> str:
         f"extended by {tokens.number:,} tokens (IDs {tokens.first:,} to {tokens.end - 1:,}), each in place of "
         f"{sum(map(len, replaces)) / len(replaces):.1f} of the base's on average; their rows in embedding and output "
         "layer started as the mean of those"
-    )
-
-
-def _front_matter(facts: CardFacts, base: Path) -> str:
-    return front_matter(
-        **inherited(base, _INHERITED),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=facts.base_model if facts.base_model and is_hub_name(facts.base_model) else None,
-        tags=["moe", "moe-lpr"] if facts.source.spec.moe else ["moe-lpr"],
     )

@@ -21,12 +21,7 @@ from moelpr.model.families.moe_classes import (
 from moelpr.model.model_spec import ModelSpec
 
 # Name on the command line → name in sentences.
-READERS = {
-    "transformers": "transformers",
-    "vllm": "vLLM",
-    "llama.cpp": "llama.cpp (Ollama, LM Studio)",
-    "mlx": "MLX",
-}
+READERS = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp (Ollama, LM Studio)", "mlx": "MLX"}
 
 
 def obstacle(reader: str, config: dict[str, Any]) -> str | None:
@@ -35,31 +30,25 @@ def obstacle(reader: str, config: dict[str, Any]) -> str | None:
     is_windowed = window is not None and window < (config.get("max_position_embeddings") or math.inf)
     is_scaled = config.get("rope_scaling") is not None
     has_own_head_dim = head_dim not in (None, config["hidden_size"] // (config["num_attention_heads"] or 1))
-    shared_expert = "it requires a shared expert and does not normalize top-k weights"
     other_head_dim = f"it assumes that heads are not {head_dim} wide"
     irregular = "it requires full attention in every k-th layer"
-    no_window = f"it ignores the sliding window of {window} tokens"
     rules = (
         ("vllm", QWEN2_MOE, has_own_head_dim, other_head_dim),
         ("vllm", GRANITE_MOE, config.get("attention_bias"), "it has no biases in this class"),
-        ("llama.cpp", MIXTRAL, is_windowed, no_window),
-        ("llama.cpp", QWEN2_MOE, True, shared_expert),
-        ("llama.cpp", QWEN3_MOE, config.get("mlp_only_layers"), "it requires experts in every layer"),
-        ("llama.cpp", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
-        ("llama.cpp", GRANITE_MOE, is_scaled, "its converter has no RoPE scaling in this class"),
-        ("mlx", MIXTRAL, is_windowed, no_window),
+        ("llama.cpp mlx", MIXTRAL, is_windowed, f"it ignores the sliding window of {window} tokens"),
         ("mlx", MIXTRAL, is_scaled, "it ignores RoPE scaling"),
         ("mlx", MIXTRAL, has_own_head_dim, other_head_dim),
-        ("mlx", QWEN2_MOE, True, shared_expert),
-        ("mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
-        ("llama.cpp", QWEN3_5_MOE, not config.get("full_attention_interval"), irregular),
-        ("mlx", QWEN3_5_MOE, not config.get("full_attention_interval"), irregular),
+        ("llama.cpp mlx", QWEN2_MOE, True, "it requires a shared expert and does not normalize top-k weights"),
+        ("llama.cpp", QWEN3_MOE, config.get("mlp_only_layers"), "it requires experts in every layer"),
+        ("llama.cpp mlx", QWEN3_MOE, is_scaled, "it ignores RoPE scaling"),
+        ("llama.cpp", GRANITE_MOE, is_scaled, "its converter has no RoPE scaling in this class"),
+        ("llama.cpp mlx", QWEN3_5_MOE, not config.get("full_attention_interval"), irregular),
         ("mlx", QWEN3_5_MOE, "vision_config" not in config, "it knows this class only in a multimodal model"),
         ("llama.cpp", FLEX_OLMO, True, "its converter does not know this class"),
         ("mlx", FLEX_OLMO, True, "it does not know this class"),
     )
-    for name, kind, applies, reason in rules:
-        if name == reader and [kind.architecture] == config["architectures"] and applies:
+    for readers, kind, applies, reason in rules:
+        if reader in readers.split() and [kind.architecture] == config["architectures"] and applies:
             return reason
     return None
 

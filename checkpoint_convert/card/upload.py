@@ -84,14 +84,12 @@ class Upload:
                     f"{repository} has another model ({other}) already; choose another name, or --overwrite"
                 )
             address = api.create_repo(repository, private=private, exist_ok=True)
-            patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in self.files]
-            message = "Upload with moelpr"
             api.upload_folder(
                 repo_id=repository,
                 folder_path=self.folder,
-                allow_patterns=patterns,
+                allow_patterns=[re.sub(r"([*?[])", r"[\1]", name) for name in self.files],
                 delete_patterns=_STALE,  # shards of an earlier upload would be read with these
-                commit_message=message,
+                commit_message="Upload with moelpr",
             )
         return str(address)
 
@@ -99,12 +97,9 @@ class Upload:
         """The class of the model that the repository has, if its configuration is not that of the folder."""
         if not (self.folder / CONFIG_FILE).is_file() or not api.file_exists(repository, CONFIG_FILE):
             return ""
-        path = Path(api.hf_hub_download(repository, CONFIG_FILE))
-        ours, theirs = (
-            records.read(dict[str, Any], file, "download it again") for file in (self.folder / CONFIG_FILE, path)
-        )
-        for config in (ours, theirs):
-            config.pop("transformers_version", None)
+        files = self.folder / CONFIG_FILE, Path(api.hf_hub_download(repository, CONFIG_FILE))
+        same = {"transformers_version": None}  # whatever it is
+        ours, theirs = (records.read(dict[str, Any], file, "download it again") | same for file in files)
         return "" if ours == theirs else ", ".join(theirs.get("architectures") or ["unknown"])
 
 

@@ -21,6 +21,8 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
     Returns:
         None for the file if the chat template cannot be expressed; the sentence then says why.
     """
+    from transformers import GenerationConfig
+
     tokenizer = open_hf_tokenizer(folder)
     if not getattr(tokenizer, "chat_template", None):
         template, note = "{{ .Prompt }}", "the tokenizer has no chat template, so the model continues text"
@@ -33,7 +35,8 @@ def modelfile(folder: Path, gguf: str) -> tuple[str | None, str]:
             return None, f"no Modelfile: Ollama's templates cannot express this chat template ({error})"
         note = "the template renders what the chat template does"
         note += "" if chat.system else "; it has no system messages"
-    settings = _generation_config(folder)
+    has_settings = (folder / "generation_config.json").is_file()
+    settings = GenerationConfig.from_pretrained(folder).to_diff_dict() if has_settings else {}
     end = settings.get("eos_token_id")
     ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
     stops += [tokenizer.convert_ids_to_tokens(id) for id in ids if id is not None]
@@ -51,11 +54,3 @@ def rendered(tokenizer: Any, messages: Messages, answer: bool) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return text.removeprefix(tokenizer.bos_token) if adds_bos else text
-
-
-def _generation_config(folder: Path) -> dict[str, Any]:
-    from transformers import GenerationConfig
-
-    if not (folder / "generation_config.json").is_file():
-        return {}
-    return GenerationConfig.from_pretrained(folder).to_diff_dict()

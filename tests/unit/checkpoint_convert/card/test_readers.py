@@ -96,24 +96,18 @@ def test_a_sentence_says_who_runs_an_export_and_which_class_the_others_need(
 @contextmanager
 def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
     """The model as vLLM's own class and loader make it, on a CPU and before any kernel."""
+    from vllm import distributed
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import (
-        cleanup_dist_env_and_memory,
-        ensure_model_parallel_initialized,
-        init_distributed_environment,
-    )
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    settings = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=64
-    )
-    config = settings.create_engine_config()
+    options = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "max_model_len": 64}
+    config = EngineArgs(model=str(folder), **options).create_engine_config()
     with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
+        distributed.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        distributed.ensure_model_parallel_initialized(1, 1)
         try:
             with set_default_torch_dtype(torch.float32):
                 model = initialize_model(config)
@@ -122,7 +116,7 @@ def vllm_model(folder: Path, rendezvous: Path) -> Iterator[torch.nn.Module]:
             assert set(dict(model.named_parameters())) == set(loaded)
             yield model
         finally:
-            cleanup_dist_env_and_memory()
+            distributed.cleanup_dist_env_and_memory()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -137,13 +131,9 @@ def test_vllm_loads_every_weight_where_it_belongs(export, name, tmp_path, monkey
             (gate_up,) = [value for key, value in of_layer.items() if key.endswith("w13_weight")]
             (down,) = [value for key, value in of_layer.items() if key.endswith("w2_weight")]
             for j in range(EXPERTS):
-                expected_gate_up, expected_down = expert(tensors, name, i, j)
-                assert torch.equal(gate_up[j], expected_gate_up)
-                assert torch.equal(down[j], expected_down)
-        (top_k, renormalises) = {
-            (module.top_k, module.renormalize) for module in model.modules() if hasattr(module, "renormalize")
-        }.pop()
-        assert (top_k, renormalises) == (2, True)
+                assert all(map(torch.equal, (gate_up[j], down[j]), expert(tensors, name, i, j)))
+        routed = [module for module in model.modules() if hasattr(module, "renormalize")]
+        assert {(module.top_k, module.renormalize) for module in routed} == {(2, True)}
         window = getattr(model.config, "sliding_window", None)
         assert window == (4096 if name == "mistral" else None)
         assert model.config.rope_parameters["rope_theta"] == 50000

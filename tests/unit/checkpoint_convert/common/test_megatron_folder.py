@@ -1,8 +1,10 @@
 """PyTorch's and Megatron's loaders read our checkpoints, and we read Megatron's; invalid ones are rejected."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +23,10 @@ from moelpr.model.families.tables import megatron_shape, pieces
 from tests.support.hf_models import assert_nothing_left, edit_json
 
 
-def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
+def test_torchs_loader_reads_every_tensor_and_megatrons_what_it_needs(megatron, qwen2: Path, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.training.checkpointing import checkpoint_exists, find_checkpoint_rank_0, read_metadata
+
     spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     plan = list(pieces(family_named(spec.family).table, spec))
@@ -30,28 +35,14 @@ def test_torchs_loader_reads_every_tensor(qwen2: Path, tmp_path: Path) -> None:
     dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / "megatron" / "release"), no_dist=True)
     for key, tensor in state.items():
         assert torch.equal(tensor, reader.read(key)), key
-
-
-def test_megatron_finds_what_load_checkpoint_needs(megatron: None, qwen2: Path, tmp_path: Path) -> None:
-    from megatron.core import dist_checkpointing
-    from megatron.training.checkpointing import checkpoint_exists, find_checkpoint_rank_0, read_metadata
-
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
     folder = str(tmp_path / "megatron")
     assert checkpoint_exists(folder)
     # read_metadata agrees on the iteration over the ranks on the GPU; a single process does not.
-    dist_is_initialized = dist.is_initialized
-    dist.is_initialized = lambda: False
-    try:
+    with mock.patch.object(dist, "is_initialized", lambda: False):
         iteration, release = read_metadata(f"{folder}/latest_checkpointed_iteration.txt")
-    finally:
-        dist.is_initialized = dist_is_initialized
     assert (iteration, release) == (0, True)
-    step = find_checkpoint_rank_0(folder, iteration, release)
-    assert step is not None
-    common = dist_checkpointing.load_common_state_dict(step)
-    assert common["checkpoint_version"] == 3.0
-    assert "args" not in common
+    common = dist_checkpointing.load_common_state_dict(find_checkpoint_rank_0(folder, iteration, release))
+    assert common["checkpoint_version"] == 3.0 and "args" not in common
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     assert metadata["non_homogeneous_layers"] is True
 
@@ -79,9 +70,9 @@ def test_what_megatron_saves_with_a_padded_vocabulary_comes_back(megatron, make_
     assert largest_difference(compare(source, tmp_path / "hf")) == 0.0
 
 
-def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path, monkeypatch) -> None:
+def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path) -> None:
     """A trainer's checkpoint: experts in shards, and optimizer state and Megatron's arguments next to the weights."""
-    spec = hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4), start=Start("random"))
+    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4), start=Start("random"))
     mcore_to_hf(tmp_path / "megatron", tmp_path / "expected")
     reader = TorchDistReader(tmp_path / "megatron" / "release")
     with TorchDistWriter(tmp_path / "megatron" / "iter_0000012") as writer:
@@ -96,18 +87,13 @@ def test_experts_saved_in_expert_parallel_shards_are_exported(qwen2, tmp_path, m
                     offset = 0 if half.data_ptr() == tensor[expert].data_ptr() else half.shape[1]
                     writer.write(key, half, tensor.shape, (expert, offset, 0))
         writer.finish({"args": None, "iteration": 12})
-    loads: Counter[tuple] = Counter()
-    load_chunk = TorchDistReader._load_chunk
-
-    def count(self: TorchDistReader, key: str, chunk) -> torch.Tensor:
-        loads[key, tuple(chunk.offsets)] += 1
-        return load_chunk(self, key, chunk)
-
-    monkeypatch.setattr(TorchDistReader, "_load_chunk", count)
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", iteration=12)
+    with mock.patch.object(
+        TorchDistReader, "_load_chunk", autospec=True, side_effect=TorchDistReader._load_chunk
+    ) as load:
+        mcore_to_hf(tmp_path / "megatron", tmp_path / "hf", iteration=12)
     assert largest_difference(compare(tmp_path / "expected", tmp_path / "hf")) == 0.0
+    loads = Counter((key, tuple(chunk.offsets)) for _, key, chunk in (call.args for call in load.mock_calls))
     assert set(loads.values()) == {1}  # no chunk is read twice, however many experts it holds
-    assert spec.moe is not None
 
 
 def assert_export_fails(upcycled: Path, tmp_path: Path, message: str, **options) -> None:
@@ -129,16 +115,16 @@ def test_a_diverged_run_is_rejected(upcycled: Path, tmp_path: Path) -> None:
     assert_export_fails(upcycled, tmp_path, message, iteration=12)
 
 
+THREE = {"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"family": "bloom"}, "llama, mistral, qwen2.*'bloom'"),
         ({"moe": {"num_new_experts": 4, "topk": 6, "layers": [0]}}, "top-6"),
         ({"megatron_args": {"num_layers": 4}}, "hidden_size"),
-        (
-            {"moe": {"num_new_experts": 3, "topk": 2, "layers": [0, 1, 2, 3]}},
-            r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]",
-        ),
+        ({"moe": THREE}, r"router.weight .*\[5, 32\].*model_spec.json.*\[4, 32\]"),
         ({"moe": None}, "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
     ],
 )
@@ -149,8 +135,7 @@ def test_a_spec_that_is_invalid_or_does_not_fit_is_rejected(upcycled: Path, tmp_
 
 def test_an_incomplete_checkpoint_is_rejected(upcycled: Path, tmp_path: Path) -> None:
     data = upcycled / "release" / "__0_0.distcp"
-    content = data.read_bytes()
-    data.write_bytes(content[: len(content) // 2])
+    os.truncate(data, data.stat().st_size // 2)
     assert_export_fails(upcycled, tmp_path, "__0_0.distcp .*truncated")
     data.unlink()
     assert_export_fails(upcycled, tmp_path, "__0_0.distcp")

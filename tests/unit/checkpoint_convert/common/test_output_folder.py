@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -87,13 +87,10 @@ def test_a_conversion_resumes_on_a_disk_with_room_for_what_is_missing(conversion
         conversions[direction](tmp_path / "out")
     written = sum(path.stat().st_size for path in tmp_path.glob(".out.partial/**/*.*") if path.suffix in WEIGHTS)
     assert written > whole / 8
-    for free, has_room in ((1000, False), (whole - written, True)):
+    for free, end in ((1000, pytest.raises(OSError, match="No space left")), (whole - written, nullcontext())):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(whole, 0, free))
-        if has_room:
+        with end:
             conversions[direction](tmp_path / "out")
-        else:
-            with pytest.raises(OSError, match="No space left"):
-                conversions[direction](tmp_path / "out")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "unbroken")
 
 
@@ -107,10 +104,10 @@ def test_only_the_same_job_resumes(conversions: dict[str, Convert], qwen2: Path,
 
 def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: Path) -> None:
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(4))
-    before = (tmp_path / "megatron" / "model_spec.json").read_text()
+    before = files_of(tmp_path)
     with pytest.raises(UserError, match="--overwrite"):
         hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
-    assert (tmp_path / "megatron" / "model_spec.json").read_text() == before
+    assert files_of(tmp_path) == before
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), overwrite=True)
     assert ModelSpec.read(tmp_path / "megatron").moe.num_new_experts == 2
 
@@ -118,10 +115,8 @@ def test_existing_output_is_replaced_only_with_overwrite(qwen2: Path, tmp_path: 
 def test_overwrite_never_deletes_a_folder_of_another_kind_or_the_input(source: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="home .*--save"):
-        hf_to_mcore(source, tmp_path / "home", NewExperts(4), overwrite=True)
-    for save in (source, source.parent, source / "inside"):
-        with pytest.raises(UserError, match="source.*--save"):
+    before = files_of(tmp_path)
+    for save in (tmp_path / "home", source, source.parent, source / "inside"):
+        with pytest.raises(UserError, match="(home|source).*--save"):
             hf_to_mcore(source, save, NewExperts(4), overwrite=True)
-    assert (tmp_path / "home" / "letter.txt").is_file()
-    assert (source / "model.safetensors").is_file()
+    assert files_of(tmp_path) == before

@@ -6,7 +6,6 @@ import pytest
 from checkpoint_convert.card.readers import READERS
 from checkpoint_convert.compare.reader_requirements import unmet_requirements
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
-from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
 from tests.support.hf_models import edit_json, edit_tensors, load_stock, write_export
 
@@ -22,21 +21,15 @@ def mixtral(make_model: Callable[..., Path], tmp_path: Path) -> Path:
     return write_export(make_model("LlamaForCausalLM", tokenizer=True), tmp_path, NewExperts(2))
 
 
-def test_every_program_runs_a_mixtral(mixtral: Path) -> None:
-    assert found(mixtral) == {}
-
-
 def test_qwen2_moe_and_granitemoe_run_in_different_programs(qwen2: Path, tmp_path: Path) -> None:
-    hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2))
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "qwen2-moe")
-    mcore_to_hf(tmp_path / "megatron", tmp_path / "granite", as_class="granitemoe")
+    export, granite = write_export(qwen2, tmp_path, NewExperts(2)), tmp_path / "granite"
+    mcore_to_hf(tmp_path / "megatron", granite, as_class="granitemoe")
     shared = "it requires a shared expert and does not normalize top-k weights"
-    readers = {"llama.cpp": "llama.cpp (Ollama, LM Studio)", "mlx": "MLX"}
-    assert found(tmp_path / "qwen2-moe") == {name: f"{title}: {shared}" for name, title in readers.items()}
-    assert found(tmp_path / "granite") == {"vllm": "vLLM: it has no biases in this class"}
+    assert found(export) == {name: f"{READERS[name]}: {shared}" for name in ("llama.cpp", "mlx")}
+    assert found(granite) == {"vllm": "vLLM: it has no biases in this class"}
     zero = "model.layers.0.self_attn.o_proj.bias"
-    edit_tensors(tmp_path / "granite", lambda tensors: tensors.pop(zero))
-    assert unmet_requirements(tmp_path / "granite", "llama.cpp") == [f"there is no {zero}"]
+    edit_tensors(granite, lambda tensors: tensors.pop(zero))
+    assert unmet_requirements(granite, "llama.cpp") == [f"there is no {zero}"]
 
 
 def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Callable[..., Path], tmp_path: Path):
@@ -46,7 +39,8 @@ def test_layers_without_experts_and_a_missing_tokenizer_are_found(make_model: Ca
     assert found(tmp_path / "hf") == {"vllm": tokenizer, "llama.cpp": f"{llama_cpp}; {tokenizer}", "mlx": tokenizer}
 
 
-def test_a_model_that_transformers_saved_again_lacks_the_old_names_that_mlx_reads(mixtral: Path) -> None:
+def test_every_program_runs_a_mixtral_until_transformers_drops_the_old_names_that_mlx_reads(mixtral: Path) -> None:
+    assert found(mixtral) == {}
     load_stock(mixtral).save_pretrained(mixtral)
     assert found(mixtral) == {"mlx": "config.json must have rope_theta: 50000, got None"}
 

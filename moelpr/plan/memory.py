@@ -282,6 +282,7 @@ class Activations:
         self.has_qk_norm = shape["qk_layernorm"]
         self.ffn = shape["ffn_hidden_size"] / layout.tp
         self.expert_ffn = shape["ffn_hidden_size"] / layout.etp
+        self.sums_originals = spec.moe is not None and spec.moe.num_original_experts > 1 and workload.kernels.fused_loss
         self.fuses_loss = workload.kernels.fused_loss and self.trained != frozenset(Part)
         self.vocabulary = padded_vocabulary(shape["vocab_size"], layout.tp) / layout.tp
         # Each rank of an expert-tensor-parallel group processes the rows of all ranks of the group.
@@ -372,7 +373,7 @@ class Activations:
         choices += stage_losses.get(self.workload.stage, 0)
         inputs = self.hidden + self.expert_ffn  # they give the gradients of weights
         original, new = (2 * self.expert_ffn + inputs * (part in self.trained) for part in _EXPERT_PARTS)
-        original += self.hidden
+        original += self.hidden * (not self.sums_originals)  # several are one product, and its rows are not kept
         rows = self.original_rows * original + self.new_rows * new
         numbers = (self.original_rows + self.new_rows) * (_INT64 + _FP32)
         return self.tokens * choices + rows * self.element + numbers
@@ -390,6 +391,13 @@ class Activations:
         # The gradients of the input and of new rows, all of which one rank may have.
         rows = min(self.spec.new_tokens.number, self.vocabulary) if trains and self.spec.new_tokens else 0
         return kept + self.all_tokens * (self.hidden * (1 + trains) + rows) * self.element
+
+    def layer_accesses(self, layer: int) -> float:
+        """Bytes of hidden states that a layer's other kernels than products read and write, and that are not kept."""
+        times = 8.0 if self.spec.megatron_args.get("residual_multiplier", 1) != 1 else 0.0  # of attention's and FFN's
+        if self.sums_originals and self.spec.is_moe_layer(layer):  # a gather, a sum and an addition, twice
+            times += 4 * (1 + self.original_rows / self.tokens) + 6
+        return times * self.tokens * self.hidden * self.element
 
     def loss_accesses(self, pp_rank: int) -> float:
         """Bytes that the loss reads and writes of what it does not keep, in other kernels than products."""

@@ -204,6 +204,7 @@ def step_time(
         # Weights are read forward and backward; each micro-batch adds to the gradients.
         accessed = activations.loss_accesses(pp_rank) + _ACCESSES * activations.loss(pp_rank)
         accessed += 2 * memory.parameter_bytes + 2 * memory.gradient_bytes
+        accessed += sum(map(activations.layer_accesses, layers_of_stage(spec, layout, pp_rank)))
         accessed += sum(_ACCESSES * kept + 1.5 * _ACCESSES * inside for kept, inside in activations.layers(pp_rank))
         # Adam reads and writes its state; gradients are set to 0, read for their norm, and read again.
         update = 2 * memory.optimizer_bytes + 3 * memory.gradient_bytes

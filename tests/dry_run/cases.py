@@ -1,8 +1,9 @@
 """Dry runs of recipes and of layouts of tests/distributed, in forks of one process.
 
-    python -m tests.dry_run.cases [REGEX]
+    python -m tests.dry_run.cases [REGEX] [rows]
 
-prints a line of JSON for each case: what its ranks did. `suite` stands for the cases of the test suite.
+prints a line of JSON for each case: what its ranks did. `suite` stands for the cases of the test suite; `rows` prints
+the rows of docs/design/gpu.md for stages of models of real size.
 """
 
 import inspect
@@ -24,6 +25,11 @@ from moelpr.base.errors import UserError
 from moelpr.model.families.families import read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
+<<<<<<< HEAD
+=======
+from moelpr.plan.gpus import GPUS
+from moelpr.train.arguments.recipes import read_recipe
+>>>>>>> 1ebcf327 (Rotary embeddings without Transformer Engine in one kernel; the planner knows m original experts; rows of gpu.md)
 from moelpr.train.check import whole_run
 from tests.distributed.layout_runs import APART, EP2, FACTORS, LAYOUTS, OVERLAP, Layout, trainer_arguments
 from tests.support.model_shapes import SHAPES, save_config
@@ -44,22 +50,39 @@ class Real:
 
 
 ON_4_NODES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 8 --expert-tensor-parallel-size 1"
-ON_40_NODES = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 5 "
-ON_40_NODES += "--expert-model-parallel-size 8 --expert-tensor-parallel-size 4"
+DENSE_ON_4_NODES = "--pipeline-model-parallel-size 2 --micro-batch-size 2"
+DENSE_ON_40_NODES = "--tensor-model-parallel-size 4 --sequence-parallel --pipeline-model-parallel-size 5 "
+DENSE_ON_40_NODES += "--micro-batch-size 1"
+ON_40_NODES = f"{DENSE_ON_40_NODES} --expert-model-parallel-size 8 --expert-tensor-parallel-size 4"
+ON_4_GPUS = "--expert-model-parallel-size 4 --micro-batch-size 4 --seq-length 4096"
 # The last word of a name is the stage.
 EP8 = "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
 EVERY_2ND = NewExperts(1, moe_every_k_layers=2)
 REAL = {
+<<<<<<< HEAD
     "Qwen3-1.7B stage1": Real("Qwen3-1.7B-Base", EVERY_2ND, 1, "--micro-batch-size 2 --train-tokens 1B"),
     "Qwen3-8B stage2": Real("Qwen3-8B-Base", NewExperts(8), 32, EP8),
     "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, f"{ON_40_NODES} --micro-batch-size 1"),
+=======
+    "Qwen3-1.7B stage1": Real(
+        "Qwen3-1.7B-Base", NewExperts(1, moe_every_k_layers=2), 1, "--micro-batch-size 2 --train-tokens 1B"
+    ),
+    "Qwen3-8B stage2": Real(
+        "Qwen3-8B-Base", NewExperts(8), 32, "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
+    ),
+    "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, ON_40_NODES),
+    "Granite-3.1-3B-A800M stage1": Real("Granite-3.1-3B-A800M", NewExperts(8), 4, ON_4_GPUS),
+>>>>>>> 1ebcf327 (Rotary embeddings without Transformer Engine in one kernel; the planner knows m original experts; rows of gpu.md)
 }
 MORE_REAL = {
     "Qwen1.5-1.8B stage1": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
     "Qwen1.5-1.8B stage2": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
-    "Qwen1.5-1.8B dense": Real("Qwen1.5-1.8B", None, 8),
     "Qwen3-8B stage1": Real("Qwen3-8B-Base", NewExperts(8), 32, f"{ON_4_NODES} --micro-batch-size 2"),
     "Qwen3.5-9B stage1": Real("Qwen3.5-9B-Base", NewExperts(8), 32, f"{ON_4_NODES} --micro-batch-size 1"),
+    # A second FFN, against full fine-tuning with Megatron's dense layers.
+    **{f"Qwen1.5-1.8B {stage}": Real("Qwen1.5-1.8B", None, 8) for stage in ("ffn", "dense")},
+    **{f"Qwen3-8B {stage}": Real("Qwen3-8B-Base", None, 32, DENSE_ON_4_NODES) for stage in ("ffn", "dense")},
+    **{f"Qwen2.5-72B {stage}": Real("Qwen2.5-72B", None, 320, DENSE_ON_40_NODES) for stage in ("ffn", "dense")},
 }
 # Together with these: every kind of parallelism, of recompute and of model, and a pipeline stage that trains
 # nothing. Each is a name in tests/distributed and a stage.
@@ -172,7 +195,7 @@ def real_case(name: str, layers: int | None = None, pipeline_stages: int | None 
     family, spec = read_base(Path(real.model))
     if real.experts:
         spec = with_new_experts(family, spec, real.experts.with_default_copies(spec))
-    argv = ["--stage", stage, "--recipe", f"paper-{stage}", *real.flags.split(), *DATA]
+    argv = ["--stage", stage, "--recipe", f"paper-{stage.replace('ffn', 'dense')}", *real.flags.split(), *DATA]
     words = dict(zip(argv, argv[1:], strict=False))
     stages, ranks = int(words.get("--pipeline-model-parallel-size", 1)), real.ranks
     if pipeline_stages is not None:
@@ -193,7 +216,8 @@ def _shortened(spec: ModelSpec, layers: int) -> ModelSpec:
 def outcome(case: Case) -> dict[str, Any]:
     """Return the launches and the memory of a case's ranks, as JSON."""
     from moelpr.plan.step_time import expert_traffic
-    from moelpr.train.check.cost import disagreements, moved_by_group
+    from moelpr.train.check import tables
+    from moelpr.train.check.cost import disagreements, moved_by_group, seconds
 
     try:
         actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
@@ -217,8 +241,31 @@ def outcome(case: Case) -> dict[str, Any]:
         "moe_layers_of_first": sum(map(first.spec.is_moe_layer, range(layers // first.layout.pp))),
         "micro_batches": first.num_microbatches,
         "stages": first.layout.pp,
+        "step_s": seconds(last, GPUS["h100-80"], PER_NODE).total,
+        "planned_s": tables.planned_seconds(actual.runs, GPUS["h100-80"], PER_NODE),
         "seconds": [run.seconds for run in (*actual.runs, *actual.witnesses)],
     }
+
+
+def row(name: str, is_megatrons: bool) -> dict[str, float]:
+    """The last rank's row in the table of docs/design/gpu.md, from one and two layers per stage: all are alike."""
+    from moelpr.train.check.cost import seconds, totals
+
+    numbers = []
+    for layers in (1, 2):
+        case = real_case(name, layers)
+        run = (
+            stage1_with_megatrons_layer(case)
+            if is_megatrons
+            else whole_run.check(case.argv, 1, case.ranks, lambda case=case: case.spec)
+        ).runs[-1]
+        step_s, num_bytes = seconds(run, GPUS["h100-80"], PER_NODE).total, sum(size for *_, size in totals(run.counts))
+        launches, waits = run.counts.kernels.total(), run.counts.waits.total()
+        numbers.append([launches, waits, num_bytes / 1e9, run.peak_bytes / 2**30, step_s])
+    more = real_case(name).spec.megatron_args["num_layers"] / run.layout.pp - 1
+    all_layers = [one + more * (two - one) for one, two in zip(*numbers, strict=True)]
+    answer = dict(zip("launches waits gigabytes peak_gib step_s".split(), all_layers, strict=True))
+    return answer | {"tokens_per_s": run.tokens_per_step / answer["step_s"] / case.ranks}
 
 
 @contextmanager
@@ -291,6 +338,11 @@ def main() -> None:
     refuse_writes_to_views()
     with folder_of_models():
         pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+        if sys.argv[2:] == ["rows"]:
+            for name in filter(re.compile(pattern).search, REAL | MORE_REAL):
+                for is_megatrons in [False, True][: 1 + name.endswith("stage1")]:
+                    print(json.dumps({f"{name}{', Megatron' * is_megatrons}": row(name, is_megatrons)}), flush=True)
+            return
         for name, case in cases().items():
             if name in SUITE if pattern == "suite" else re.search(pattern, name):
                 print(json.dumps({name: outcome(case())}), flush=True)

@@ -13,10 +13,11 @@ SHAPES = {
     "Qwen3-8B-Base": (4096, 12288, 36, 32, 8, 151936),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128256),
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152),
+    "Granite-3.1-3B-A800M": (1536, 512, 32, 24, 8, 49155),
     # The default of transformers' class.
     "Qwen3.5-9B-Base": (4096, 12288, 32, 16, 4, 248320),
 }
-TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "SmolLM2-135M")
+TIED = ("Qwen3-0.6B-Base", "Qwen3-1.7B-Base", "SmolLM2-135M", "Granite-3.1-3B-A800M")
 _ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _ROPE |= {"original_max_position_embeddings": 8192}
 _FAMILIES = {
@@ -30,6 +31,12 @@ _FAMILIES = {
     "Qwen": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False},
     "SmolLM2": {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "Llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rope_scaling": _ROPE},
+    "Granite": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        **{"num_local_experts": 40, "num_experts_per_tok": 8, "attention_multiplier": 0.015625},
+        **{"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    },
 }
 
 

@@ -408,9 +408,17 @@ def _let_compiled_functions_have_more_variants() -> None:
 def _compute_rotary_angles_once() -> None:
     """Without Transformer Engine, Megatron computes cos and sin in every layer, for queries and for keys.
 
-    It also copies a tensor whose channels all turn, to join it with none.
+    It also copies a tensor whose channels all turn, to join it with none, and turns it in five kernels instead of one.
     """
+    from megatron.core.jit import jit_fuser
     from megatron.core.models.common.embeddings import rope_utils
+
+    def turn(t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, is_backward: bool) -> Tensor:
+        if is_backward:
+            return t * cos - rope_utils._rotate_half(t * sin, interleaved)
+        return t * cos + rope_utils._rotate_half(t, interleaved) * sin
+
+    Rotation.turn = jit_fuser(turn)
 
     @replaces(rope_utils, "_apply_rotary_pos_emb_bshd")
     def rotate(
@@ -429,7 +437,24 @@ def _compute_rotary_angles_once() -> None:
         if key not in kept:
             kept[key] = (torch.cos(freqs) * mscale).to(t.dtype), (torch.sin(freqs) * mscale).to(t.dtype)
         cos, sin = kept[key]
-        return t * cos + rope_utils._rotate_half(t, rotary_interleaved) * sin
+        rotated: Tensor = Rotation.apply(t, cos, sin, rotary_interleaved)
+        return rotated
+
+
+class Rotation(torch.autograd.Function):
+    """Turns queries or keys, and their gradients back, each in one kernel on a GPU."""
+
+    turn: Callable[..., Tensor]  # set above
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return Rotation.turn(t, cos, sin, interleaved, False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return Rotation.turn(gradient, *ctx.saved_tensors, ctx.interleaved, True), None, None, None
 
 
 class GroupStepAdam(torch.optim.Adam):

@@ -30,6 +30,7 @@ def install(meter: Meter) -> None:
 
     from moelpr.model.layers import fused_loss
     from moelpr.model.layers.builder import MoELPRModelBuilder
+    from moelpr.model.megatron.megatron_fixes import Rotation
 
     random._set_cuda_rng_state = lambda *args, **kwargs: None  # it writes the generator's state directly
     training.set_jit_fusion_options = lambda *args, **kwargs: None
@@ -50,6 +51,7 @@ def install(meter: Meter) -> None:
         for name in _COMPILED[module.__name__.rpartition(".")[2]].split():
             setattr(module, name, meter.as_one_kernel(name, getattr(module, name)))
 
+    Rotation.turn = meter.as_one_kernel("turn", Rotation.turn)
     # Its verdict is meaningless without values; only its waits count.
     rerun_state_machine.RerunStateMachine.validate_result = lambda self, result, is_wrong, *_, **__: is_wrong(result)
     has_group = optimizer.MegatronOptimizer.has_grad_norm_group

@@ -54,7 +54,7 @@ def numbers(outcome: Outcome, per_node: int) -> dict[str, Any]:
         "step_seconds": {
             name: {"dry_run": max(seconds(run, gpu, per_node).total for run in outcome.runs), "planner": planned_s}
             for name, gpu in GPUS.items()
-            for planned_s in [_planned_seconds(outcome.runs, gpu, per_node)]
+            for planned_s in [planned_seconds(outcome.runs, gpu, per_node)]
         },
         "tokens_per_step": outcome.runs[0].tokens_per_step,
         "disagreements": [*disagreements([*outcome.runs, *outcome.witnesses])],
@@ -82,7 +82,7 @@ def _numbers_of(run: DryRun) -> dict[str, Any]:
     }
 
 
-def _planned_seconds(runs: list[DryRun], gpu: Gpu, per_node: int) -> float | None:
+def planned_seconds(runs: list[DryRun], gpu: Gpu, per_node: int) -> float | None:
     """The planner's step, if it supports the layout."""
     if (run := next((run for run in runs if run.planned), None)) is None:
         return None
@@ -155,7 +155,7 @@ def _times(runs: list[DryRun], per_node: int) -> str:
     ranks = runs[0].layout.world_size
     for name, gpu in GPUS.items():
         slowest = max((seconds(run, gpu, per_node) for run in runs), key=lambda one: one.total)
-        planned_s = _planned_seconds(runs, gpu, per_node)
+        planned_s = planned_seconds(runs, gpu, per_node)
         planner = "" if planned_s is None else f"{planned_s:.2f}"
         parts = slowest.products, slowest.memory, slowest.exchanges, slowest.gradients, slowest.bubble, slowest.total
         speed = f"{runs[0].tokens_per_step / slowest.total / ranks:,.0f}"

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 import psutil
+import torch
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -29,7 +30,7 @@ from torch.distributed.run import main as torchrun
 from moelpr.base import machine
 from moelpr.base.command import run_command, stopped_code
 from moelpr.base.errors import taken_port
-from moelpr.base.node_preflight import JOIN_TIMEOUT_S, node_preflight
+from moelpr.base.node_preflight import CHECK_S, JOIN_TIMEOUT_S, node_preflight, problem_of_this_node
 from moelpr.base.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
 
 
@@ -93,8 +94,10 @@ def wait_for_nodes(args: argparse.Namespace) -> None:
     endpoint = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port or 29500}"
     settings = dict(pair.split("=", 1) for pair in args.rdzv_conf.split(",") if "=" in pair)
     address, port = parse_rendezvous_endpoint(endpoint, 29500)
-    timeout_s = float(settings.get("timeout", JOIN_TIMEOUT_S))
-    node_preflight(int(args.nnodes.split(":")[-1]), args.node_rank, address, port, timeout_s)
+    timeout_s, nnodes, problem = float(settings.get("timeout", JOIN_TIMEOUT_S)), int(args.nnodes.split(":")[-1]), ""
+    if nnodes > 1 and torch.cuda.device_count():
+        problem, timeout_s = problem_of_this_node(determine_local_world_size(args.nproc_per_node)), timeout_s + CHECK_S
+    node_preflight(nnodes, args.node_rank, address, port, timeout_s, problem)
 
 
 def forward_signal(number: int, frame: FrameType | None) -> None:

@@ -1,43 +1,65 @@
 """Wait for all nodes of a run before torchrun starts, so that a missing node is reported in one message.
 
 torchrun waits ten minutes for a missing node and then prints a page of C++ frames; if another program listens on the
-port, it never returns. In the preflight, each node connects to node 0 and sends its rank and the number of nodes. Node
-0 answers `here` at once, and `go` to all once the last node has arrived. Then it frees the port for torchrun.
+port, it never returns. In the preflight, each node tests its GPUs, connects to node 0 and sends its rank, the number of
+nodes and what failed. Node 0 answers `here` at once, and `go` to all once the last has arrived and the port is free.
 """
 
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, suppress
+from tempfile import TemporaryFile
 
 from moelpr.base.errors import UserError
 
 JOIN_TIMEOUT_S = 45.0  # including Python's start, a missing node is reported within a minute
 _HERE, _GO, _STOP = b"here\n", b"go\n", b"stop\n"
 _REPLY_TIMEOUT_S = 5.0  # a slower peer is not a node
+CHECK_S = 60.0
+_CHECK = (
+    "from moelpr.base import stop; stop.kill_with_parent(); from megatron.training.gpu_sniff_test import main; main()"
+)
 
 
-def node_preflight(nnodes: int, node_rank: int, address: str, port: int, timeout_s: float = JOIN_TIMEOUT_S) -> None:
+def problem_of_this_node(ranks: int, check: str = _CHECK, limit_s: float = CHECK_S) -> str:
+    """How Megatron's test of products, links and an all-reduce fails on this node's GPUs; "" if it passes."""
+    words = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --no-python {sys.executable} -c".split()
+    words, code = [sys.executable, *words, check, "--ep-size", "1"], None
+    with TemporaryFile("w+") as output:  # not a pipe, which a rank that can't be killed would keep open
+        with suppress(subprocess.TimeoutExpired):
+            code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT, timeout=limit_s).returncode
+        output.seek(0)
+        sys.stderr.writelines(line for line in output if code != 0 or "OUTLIER rank" in line)  # a slow GPU
+    why = f"not done in {limit_s:g} s" if code is None else f"exit code {code}, see its log"
+    return "" if code == 0 else f"{socket.gethostname()}, test of products, links and all-reduce: {why}"
+
+
+def node_preflight(
+    nnodes: int, node_rank: int, address: str, port: int, timeout_s: float = JOIN_TIMEOUT_S, problem: str = ""
+) -> None:
     """Return once all `nnodes` nodes have arrived at `address` and `port` of node 0, a free port.
 
     Raises:
-        UserError: a node is missing, the port is taken, or the nodes' arguments differ.
+        UserError: a node is missing or has a `problem`, the port is taken, or the nodes' arguments differ.
     """
     if node_rank == 0:
-        _wait_for_nodes(nnodes, address, port, timeout_s)
+        _wait_for_nodes(nnodes, address, port, timeout_s, problem)
     else:
-        _join_node_0(nnodes, node_rank, address, port, timeout_s)
+        _join_node_0(nnodes, node_rank, address, port, timeout_s, problem)
 
 
-def _wait_for_nodes(nnodes: int, address: str, port: int, timeout_s: float) -> None:
+def _wait_for_nodes(nnodes: int, address: str, port: int, timeout_s: float, problem: str) -> None:
     deadline = time.monotonic() + timeout_s
     arrived: dict[int, socket.socket] = {}
-    complaint = None
+    complaint, bad = None, []
     with ExitStack() as stack:
         server = stack.enter_context(_listen(port))
         try:  # the address that all nodes were given must be node 0's, as torchrun's store on node 0 expects
-            stack.enter_context(_connect(address, port, nnodes, 0))
+            stack.enter_context(_connect(address, port, nnodes, 0, problem))
         except OSError as error:
             raise UserError(
                 f"node 0 can't reach itself at --master-addr {address} ({_reason(error)}); pass a name or address of "
@@ -58,7 +80,7 @@ def _wait_for_nodes(nnodes: int, address: str, port: int, timeout_s: float) -> N
                 break
             if (greeting := _receive_greeting(peer)) is None:
                 continue
-            rank, peer_nnodes = greeting
+            rank, peer_nnodes, peer_problem = greeting
             arrived = {other: waiting for other, waiting in arrived.items() if not _has_left(waiting)}
             if peer_nnodes != nnodes:
                 complaint = (
@@ -68,6 +90,9 @@ def _wait_for_nodes(nnodes: int, address: str, port: int, timeout_s: float) -> N
             elif rank in arrived:
                 complaint = f"two nodes were started with --node-rank {rank}; pass each its own, 0 to {nnodes - 1}"
             arrived.setdefault(rank, peer)
+            bad += [f"node {rank} ({peer_problem})"] * bool(peer_problem)
+        if complaint is None and bad:
+            complaint = f"the check before a run fails on {', '.join(bad)}; take it out of the job"
         server.close()  # before the answer, so that the nodes find torchrun on this port next
         for peer in arrived.values():
             with suppress(OSError):  # torchrun reports a node that leaves now
@@ -88,21 +113,21 @@ def _listen(port: int) -> socket.socket:
         ) from error
 
 
-def _connect(address: str, port: int, nnodes: int, node_rank: int) -> socket.socket:
+def _connect(address: str, port: int, nnodes: int, node_rank: int, problem: str) -> socket.socket:
     connection = socket.create_connection((address, port), timeout=_REPLY_TIMEOUT_S)
-    connection.sendall(f"node {node_rank} of {nnodes}\n".encode())
+    connection.sendall(f"node {node_rank} of {nnodes}{problem and f': {problem}'}\n".encode())
     return connection
 
 
-def _receive_greeting(peer: socket.socket) -> tuple[int, int] | None:
-    """The peer's node rank and number of nodes; None if it is not a node."""
+def _receive_greeting(peer: socket.socket) -> tuple[int, int, str] | None:
+    """The peer's node rank, number of nodes, and problem; None if it is not a node."""
     peer.settimeout(_REPLY_TIMEOUT_S)
     try:
-        greeting = re.fullmatch(rb"node (\d+) of (\d+)\n", peer.recv(64))
+        greeting = re.fullmatch(rb"node (\d+) of (\d+)(?:: (.+))?\n", peer.recv(512))
         peer.sendall(_HERE)
     except OSError:
         return None
-    return (int(greeting[1]), int(greeting[2])) if greeting else None
+    return (int(greeting[1]), int(greeting[2]), (greeting[3] or b"").decode()) if greeting else None
 
 
 def _has_left(waiting: socket.socket) -> bool:
@@ -116,11 +141,11 @@ def _has_left(waiting: socket.socket) -> bool:
         return True
 
 
-def _join_node_0(nnodes: int, node_rank: int, address: str, port: int, timeout_s: float) -> None:
+def _join_node_0(nnodes: int, node_rank: int, address: str, port: int, timeout_s: float, problem: str) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            with _connect(address, port, nnodes, node_rank) as connection, connection.makefile("rb") as lines:
+            with _connect(address, port, nnodes, node_rank, problem) as connection, connection.makefile("rb") as lines:
                 if lines.readline() != _HERE:
                     raise ConnectionError("another program listens there")
                 connection.settimeout(timeout_s + _REPLY_TIMEOUT_S)  # node 0 may have started later than this node

@@ -22,6 +22,7 @@ from moelpr.base.command import STOPPED
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # The environment variable that moelpr.torchrun sets to its process number.
 LAUNCHER_VARIABLE = "MOELPR_LAUNCHER"
+FT_LAUNCHER_VARIABLE = "FT_RANK_MONITOR_IPC_SOCKET"  # the one that NVRx's ft_launcher sets
 # A rank sends this to moelpr.torchrun to say that the training ends before its last step.
 STOPPED_SIGNAL = signal.SIGUSR2
 _LIBC = ctypes.CDLL(None)  # loaded before a fork needs it
@@ -61,10 +62,9 @@ def exit_before_the_last_step() -> NoReturn:
     moelpr.torchrun is told and exits with `STOPPED`, but the rank with 0: for torchrun another code is a failure, after
     which it ends the ranks that still clean up, does not wait for other nodes, and may start all ranks again.
     """
-    if LAUNCHER_VARIABLE not in os.environ:
-        sys.exit(STOPPED)
-    os.kill(int(os.environ[LAUNCHER_VARIABLE]), STOPPED_SIGNAL)
-    sys.exit(0)
+    if LAUNCHER_VARIABLE in os.environ:
+        os.kill(int(os.environ[LAUNCHER_VARIABLE]), STOPPED_SIGNAL)
+    sys.exit(0 if {LAUNCHER_VARIABLE, FT_LAUNCHER_VARIABLE} & os.environ.keys() else STOPPED)
 
 
 def watch_over_helpers() -> None:

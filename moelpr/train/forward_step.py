@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.utils import __straggler__ as stragglers  # does nothing without --log-straggler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
@@ -47,17 +48,19 @@ def forward_step(
     """This pipeline stage's output for the next micro-batch, and the function that makes the last stage's the loss."""
     config = get_model_config(model)
     num_microbatches = get_num_microbatches() if model.training else 1
-    batch = reader.next(model)
+    with stragglers(bdata=True):
+        batch = reader.next(model)
     started = clock.mark()
     config.lpr_token_weight = lpr_token_weight(batch.counts, num_microbatches, config.calculate_per_token_loss)
-    output = model(
-        batch.tokens,
-        batch.position_ids,
-        # Restricts attention to documents; without it, SDPACoreAttention is causal.
-        attention_mask=document_edges(batch.position_ids) if config.dataloader_inter_document_masking else None,
-        labels=batch.labels,
-        padding_mask=_bits_for_this_stage(batch, model),
-    )
+    with stragglers:
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            # Restricts attention to documents; without it, SDPACoreAttention is causal.
+            attention_mask=document_edges(batch.position_ids) if config.dataloader_inter_document_masking else None,
+            labels=batch.labels,
+            padding_mask=_bits_for_this_stage(batch, model),
+        )
     clock.add(started)
     return output, partial(next_token_loss, batch)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TextIO
 
 import numpy as np
@@ -44,6 +45,7 @@ def install() -> None:
     _divide_virtual_stages_unevenly()
     _load_checkpoints_by_the_names_in_them()
     _allow_multipliers()
+    _watch_for_hangs_with_the_runs_settings()
     _save_orders_of_samples_at_once()
     _collect_write_results_in_this_process()
     checkpoint_reading.install()
@@ -297,6 +299,13 @@ def _allow_multipliers() -> None:
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     HybridModel.mup_warning_printed = True  # type: ignore[attr-defined]
+
+
+def _watch_for_hangs_with_the_runs_settings() -> None:
+    """NVRx's hooks read --save and --enable-ft-package from the command line only, not from a recipe."""
+    from megatron.training import ft_integration, get_args
+
+    ft_integration.arguments = SimpleNamespace(parse_args=lambda ignore_unknown_args: get_args())
 
 
 def _save_orders_of_samples_at_once() -> None:

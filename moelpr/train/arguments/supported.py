@@ -48,6 +48,7 @@ _SUPPORTED = {
         no-masked-softmax-fusion no-persist-layer-norm cross-entropy-loss-fusion
     """,
     "model": "attention-dropout hidden-dropout init-method-std",
+    "hangs": "enable-ft-package calc-ft-timeouts ft-num-warmup-iters",
     "checkpoints": """
         save save-interval persistent-save-interval save-retain-interval no-save-optim no-save-rng async-save
         dist-ckpt-optim-fully-reshardable save-dgrads-interval save-activations-interval
@@ -58,6 +59,7 @@ _SUPPORTED = {
         log-max-attention-logit log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-memory-to-tensorboard
         log-world-size-to-tensorboard timing-log-level timing-log-option tensorboard-dir tensorboard-log-interval
         tensorboard-queue-size wandb-project wandb-exp-name wandb-save-dir wandb-entity
+        log-straggler straggler-minmax-count straggler-ctrlr-port disable-straggler-on-startup
     """,
 }
 
@@ -84,13 +86,9 @@ _REFUSED = {
     "its steps have no checksums and replace that of --ckpt-step; use --save-interval": "non-persistent-ckpt-type",
     "other formats can be neither exported nor resumed under another layout; remove it": "ckpt-format",
     "Megatron's HybridModel ignores it; remove it": "cpu-offloading-num-layers fp8-output-proj",
-    "it restarts a function that this trainer does not call; let the job's script run the same command again": """
+    "lock, log and hooks of a run open once per process; use --enable-ft-package with ft_launcher": """
         inprocess-restart
     """,
-    "this trainer does not call Megatron's timers of stragglers; metrics.jsonl has each step's compute times": """
-        log-straggler
-    """,
-    "its launcher starts Megatron's own script; use moelpr train": "enable-ft-package",
     "it does not check the first step for NaN, and saves steps that cannot be loaded; remove it": "rerun-mode",
     "no checkpoint of this trainer has it, and an export would compute without it; remove it": """
         multi-latent-attention mtp-num-layers hybrid-layer-pattern hybrid-override-pattern no-rope-freq

@@ -4,21 +4,23 @@ import socket
 import threading
 import time
 
+import psutil
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.base.node_preflight import node_preflight
+from moelpr.base.node_preflight import node_preflight, problem_of_this_node
+from tests.support.limits import PROCESS_S
 
 HOST = "127.0.0.1"
 
 
 def errors_of(*nodes: tuple, port: int, timeout_s: float = 2, apart_s: float = 0) -> list[str]:
-    """The error of each node (its --nnodes, its rank), in order; "" if it has none."""
+    """The error of each node (its --nnodes, its rank, its problem), in order; "" if it has none."""
     errors = ["still waiting"] * len(nodes)
 
-    def start(place: int, nnodes: int, rank: int) -> None:
+    def start(place: int, nnodes: int, rank: int, problem: str = "") -> None:
         try:
-            node_preflight(nnodes, rank, HOST, port, timeout_s)
+            node_preflight(nnodes, rank, HOST, port, timeout_s, problem)
             errors[place] = ""
         except UserError as error:
             errors[place] = str(error)
@@ -85,6 +87,23 @@ def send(greeting: bytes, port: int) -> None:
             node.recv(5)
 
     threading.Thread(target=come, daemon=True).start()
+
+
+def test_a_node_that_fails_its_check_is_named_by_node_0_also_if_it_is_node_0(port: int) -> None:
+    wrong = "GPU 3 of host7: links wrong"
+    for bad in (0, 1):
+        node_0, node_1 = errors_of((2, 0, wrong * (bad == 0)), (2, 1, wrong * (bad == 1)), port=port)
+        assert f"fails on node {bad} ({wrong})" in node_0
+        assert node_1.startswith("node 1 aborted")
+
+
+def test_a_node_whose_test_fails_or_hangs_has_a_problem_and_slow_ranks_are_printed(capfd) -> None:
+    slow = "import logging; logging.warning('  OUTLIER rank 1 (vm): 3.00 (-50%)')"
+    assert problem_of_this_node(2, slow, PROCESS_S) == "" and "OUTLIER rank 1" in capfd.readouterr().err
+    hanging = "from moelpr.base import stop; stop.kill_with_parent(); import time; time.sleep(99)"
+    assert "not done in 9 s" in problem_of_this_node(1, hanging, 9)
+    assert not any(hanging in process.cmdline() for process in psutil.process_iter())
+    assert problem_of_this_node(1, limit_s=PROCESS_S) and "NCCL" in capfd.readouterr().err  # Megatron's starts
 
 
 def test_node_0_must_be_reachable_at_the_given_address(port: int) -> None:

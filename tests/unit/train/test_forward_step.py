@@ -6,7 +6,7 @@ from moelpr.data.batch import BatchReader
 from moelpr.model.layers.loading import build_model
 from moelpr.model.metrics.routing_sums import RoutingSums
 from moelpr.model.model_spec import ModelSpec
-from moelpr.train.forward_step import ForwardClock, forward_step
+from moelpr.train.forward_step import ForwardClock, forward_step, stragglers
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -20,8 +20,8 @@ def two_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_micro_batches")
-def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec) -> None:
-    """Every token's bit differs from its label's."""
+def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelSpec, monkeypatch) -> None:
+    """Every token's bit differs from its label's. Megatron's timers of stragglers see each micro-batch."""
     torch.manual_seed(0)
     model = build_model(moe_spec, lpr_loss_coeff=0.1).train()
     routers = [layer.mlp.router for layer in model.decoder.layers]
@@ -38,8 +38,11 @@ def test_the_lpr_loss_is_of_the_input_tokens_of_the_whole_batch(moe_spec: ModelS
     ]
     reader = BatchReader()
     reader.read(model, iter(batches), MICROBATCHES, tuple(batches[0]["tokens"].shape))
-    for _ in batches:
+    timed: list[bool] = []
+    monkeypatch.setattr(stragglers, "start", lambda: timed.append(stragglers.bdata) or stragglers(bdata=False))
+    for number, _ in enumerate(batches, 1):
         forward_step(reader, ForwardClock(), None, model)
+        assert timed == [True, False] * number
         assert model.config.lpr_token_weight.item() == pytest.approx(MICROBATCHES / is_original.sum().item())
     for router, of_batches in zip(routers, logits, strict=True):
         sums = RoutingSums.from_vectors(router.routing_sums[None])

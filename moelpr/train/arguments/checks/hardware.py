@@ -1,12 +1,13 @@
 """This machine's GPUs, which PyTorch can use, and its memory, next to what the planner expects of the run."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from moelpr.base import machine, ranks
+from moelpr.base import machine, ranks, stop
 from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
@@ -23,8 +24,11 @@ def check_gpus(run: RequestedRun) -> Iterable[str]:
     """Otherwise a run for GPUs would silently use the CPU."""
     if problem := cpu.unusable_gpus():
         yield problem
-    elif run.args.gpu_sniff_test_interval is not None and cpu.is_needed():
-        yield "--gpu-sniff-test-interval measures GPUs, and this machine has none; remove it"
+    for name in ("gpu_sniff_test_interval", "log_straggler"):
+        if getattr(run.args, name) and cpu.is_needed():
+            yield f"{run.flag(name)} measures GPUs, and this machine has none; remove it"
+    if run.args.enable_ft_package and not (run.args.save and stop.FT_LAUNCHER_VARIABLE in os.environ):
+        yield "--enable-ft-package requires --save and a start by NVRx's ft_launcher (docs/running.md); remove it"
 
 
 def note_memory(run: RequestedRun) -> Iterable[str]:

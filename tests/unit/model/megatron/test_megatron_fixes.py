@@ -34,7 +34,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.utils import local_multi_tensor_l2_norm
-from megatron.training import checkpointing, global_vars, training
+from megatron.training import checkpointing, ft_integration, global_vars, training
 from megatron.training.checkpointing import maybe_msc
 from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +60,7 @@ NEEDED_BECAUSE = [
     (f"{ON_HOST}.__init__", '"cpu_optimizer_cls": cpu_optimizer_cls,'),
     (f"{ON_HOST}._set_sub_optimizer_grads", "gpu_param = self.cpu_copys_map_gpu_param[param]"),
     (f"{ON_HOST}._update_fp32_params_by_new_state", "self.param_to_fp32_param[param]"),
+    ("megatron.training.ft_integration:setup", "args = arguments.parse_args(ignore_unknown_args=True)"),
     ("megatron.training.checkpointing:save_checkpoint", "with maybe_msc.open(tracker_filename, 'w') as f:"),
     ("megatron.training.checkpointing:save_checkpoint", "dist_checkpointing.save("),
     ("megatron.core.datasets.gpt_dataset:GPTDataset._build_document_sample_shuffle_indices", "numpy.save(path_to_"),
@@ -376,6 +377,19 @@ def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypa
     trained.main_param, trained.main_param_sharded = None, True  # type: ignore[attr-defined]
     assert common_utils._get_param_data(trained, False, bf16=True)[0].data_ptr() == trained.data_ptr()
     assert "param.data.float()" in inspect.getsource(inspect.unwrap(common_utils._get_param_data))
+
+
+def test_nvrx_gets_the_settings_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MagicMock()
+    for name in ("nvidia_resiliency_ext", "nvidia_resiliency_ext.fault_tolerance"):
+        monkeypatch.setitem(sys.modules, name, MagicMock(RankMonitorClient=lambda: client))
+    flags = dict(enable_ft_package=True, save=tmp_path / "run", async_save=False, calc_ft_timeouts=False)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(**flags, ft_num_warmup_iters=3))
+    monkeypatch.setattr(ft_integration, "_GLOBAL_RANK_MONITOR_CLIENT", None)
+    megatron_fixes.install()
+    ft_integration.setup()
+    client.init_workload_monitoring.assert_called_once_with(num_warmup_iters=3)
+    client.start_section.assert_called_once_with("setup")
 
 
 def test_torch_compiles_more_variants_with_a_gpu() -> None:

@@ -32,8 +32,9 @@ stage1 upcycled --optimizer-cpu-offload -> --optimizer-cpu-offload … --optimiz
 stage1 upcycled --optimizer-cpu-offload --use-distributed-optimizer --async-save -> --async-save … cpu-offload
 stage1 upcycled --gpu-sniff-test-interval 5 -> --gpu-sniff-test-interval … none; remove it
 stage1 upcycled --manual-gc --manual-gc-interval -1 -> --manual-gc-interval must be at least 0
-stage1 upcycled --inprocess-restart -> --inprocess-restart … the same command again
-stage1 upcycled --log-straggler -> --log-straggler … metrics.jsonl
+stage1 upcycled --inprocess-restart -> --inprocess-restart … --enable-ft-package
+stage1 upcycled --log-straggler -> --log-straggler … none; remove it
+stage1 upcycled --enable-ft-package -> --enable-ft-package requires --save … ft_launcher
 stage1 upcycled --bf16-moments --use-distributed-optimizer -> --bf16-moments requires Transformer Engine
 stage1 upcycled --cross-entropy-loss-fusion --train-everything -> --cross-entropy-loss-fusion … remove it
 stage1 upcycled --optimizer lion -> --optimizer lion … emerging-optimizers

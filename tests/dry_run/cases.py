@@ -25,11 +25,7 @@ from moelpr.base.errors import UserError
 from moelpr.model.families.families import read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.model_spec import ModelSpec, MoeSpec, NewTokens
-<<<<<<< HEAD
-=======
 from moelpr.plan.gpus import GPUS
-from moelpr.train.arguments.recipes import read_recipe
->>>>>>> 1ebcf327 (Rotary embeddings without Transformer Engine in one kernel; the planner knows m original experts; rows of gpu.md)
 from moelpr.train.check import whole_run
 from tests.distributed.layout_runs import APART, EP2, FACTORS, LAYOUTS, OVERLAP, Layout, trainer_arguments
 from tests.support.model_shapes import SHAPES, save_config
@@ -59,20 +55,10 @@ ON_4_GPUS = "--expert-model-parallel-size 4 --micro-batch-size 4 --seq-length 40
 EP8 = "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
 EVERY_2ND = NewExperts(1, moe_every_k_layers=2)
 REAL = {
-<<<<<<< HEAD
     "Qwen3-1.7B stage1": Real("Qwen3-1.7B-Base", EVERY_2ND, 1, "--micro-batch-size 2 --train-tokens 1B"),
     "Qwen3-8B stage2": Real("Qwen3-8B-Base", NewExperts(8), 32, EP8),
-    "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, f"{ON_40_NODES} --micro-batch-size 1"),
-=======
-    "Qwen3-1.7B stage1": Real(
-        "Qwen3-1.7B-Base", NewExperts(1, moe_every_k_layers=2), 1, "--micro-batch-size 2 --train-tokens 1B"
-    ),
-    "Qwen3-8B stage2": Real(
-        "Qwen3-8B-Base", NewExperts(8), 32, "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
-    ),
     "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, ON_40_NODES),
     "Granite-3.1-3B-A800M stage1": Real("Granite-3.1-3B-A800M", NewExperts(8), 4, ON_4_GPUS),
->>>>>>> 1ebcf327 (Rotary embeddings without Transformer Engine in one kernel; the planner knows m original experts; rows of gpu.md)
 }
 MORE_REAL = {
     "Qwen1.5-1.8B stage1": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
@@ -254,11 +240,7 @@ def row(name: str, is_megatrons: bool) -> dict[str, float]:
     numbers = []
     for layers in (1, 2):
         case = real_case(name, layers)
-        run = (
-            stage1_with_megatrons_layer(case)
-            if is_megatrons
-            else whole_run.check(case.argv, 1, case.ranks, lambda case=case: case.spec)
-        ).runs[-1]
+        run = dry_run_of(case, is_megatrons)
         step_s, num_bytes = seconds(run, GPUS["h100-80"], PER_NODE).total, sum(size for *_, size in totals(run.counts))
         launches, waits = run.counts.kernels.total(), run.counts.waits.total()
         numbers.append([launches, waits, num_bytes / 1e9, run.peak_bytes / 2**30, step_s])
@@ -298,15 +280,19 @@ def megatrons_layer() -> Iterator[None]:
         yield
 
 
+def dry_run_of(case: Case, is_megatrons: bool) -> Any:
+    """The last rank; Megatron's layer routes all K choices."""
+    argv = [*case.argv, *(["--stage1-experts", "new"] if is_megatrons else [])]
+    with megatrons_layer() if is_megatrons else nullcontext():
+        return whole_run.check(argv, 1, case.ranks, lambda: case.spec).runs[-1]
+
+
 def added_by_a_layer(name: str, is_megatrons: bool) -> list[float]:
     """Launches of a micro-batch, and bytes without those that read the original expert's weights."""
     sums = []
     for layers in (1, 2):
         case = real_case(name, layers, pipeline_stages=1)
-        # So Megatron's layer routes all K choices.
-        argv = [*case.argv, *(["--stage1-experts", "new"] if is_megatrons else [])]
-        with megatrons_layer() if is_megatrons else nullcontext():
-            (run,) = whole_run.check(argv, 1, case.ranks, lambda case=case: case.spec).runs
+        run = dry_run_of(case, is_megatrons)
         kernels = {kernel: n for kernel, n in run.counts.kernels.items() if kernel.phase in ("forward", "backward")}
         sums.append((sum(kernels.values()), sum(number * kernel.num_bytes for kernel, number in kernels.items())))
     shape = run.spec.megatron_args

@@ -394,7 +394,8 @@ class Activations:
 
     def layer_accesses(self, layer: int) -> float:
         """Bytes of hidden states that a layer's other kernels than products read and write, and that are not kept."""
-        times = 8.0 if self.spec.megatron_args.get("residual_multiplier", 1) != 1 else 0.0  # the outputs of attention and FFN
+        has_multiplier = self.spec.megatron_args.get("residual_multiplier", 1) != 1  # attention and FFN have one
+        times = 8.0 * has_multiplier
         if self.sums_originals and self.spec.is_moe_layer(layer):  # a gather, a sum and an addition, twice
             times += 4 * (1 + self.original_rows / self.tokens) + 6
         return times * self.tokens * self.hidden * self.element

@@ -12,6 +12,7 @@ from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
 from moelpr.base.settings import Folder, Source, run_script
 from moelpr.model.families.hf_config import read_config
+from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 
 
 class Settings(DtypeFlags):
@@ -25,7 +26,8 @@ class Settings(DtypeFlags):
 def main(args: Settings) -> None:
     base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
     for one in (base, instruct, model):
-        read_config(one.folder)  # before torch is imported
+        if not (one.folder / SPEC_FILE).is_file():
+            read_config(one.folder)  # before torch is imported
     from checkpoint_convert.conversions.grafted_model import graft
 
     settings = args.scale, args.only, args.dtype

@@ -149,11 +149,11 @@ def test_names_of_pods_are_names_of_hosts(name: str) -> None:
 
 
 def test_the_tutorials_pod_has_what_its_project_names_and_the_rights_to_submit_it() -> None:
-    users = Path(__file__).parents[4] / "examples" / "users"
-    claim, account, role, binding, pod = manifests(users / "kubernetes-pod.yaml")
+    examples = Path(__file__).parents[4] / "examples"
+    claim, account, role, binding, pod = manifests(examples / "kubernetes-pod.yaml")
     for kind, one in (("PersistentVolumeClaim", claim), ("ServiceAccount", account), ("Pod", pod)):
         assert getattr(models, f"IoK8sApiCoreV1{kind}").from_dict(one).to_dict() == one
-    project = settings(**yaml.safe_load((users / "kubernetes-company.yaml").read_text())["kubernetes"])
+    project = settings(**yaml.safe_load((examples / "users" / "kubernetes-company.yaml").read_text())["kubernetes"])
     rendered = Chain([Task(name="t", command=["c"])], Path("run"), project, Path("file")).job_set()
     spec = rendered["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (own,), (of_task,) = pod["spec"]["containers"], spec["containers"]

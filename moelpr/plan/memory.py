@@ -394,8 +394,8 @@ class Activations:
 
     def layer_accesses(self, layer: int) -> float:
         """Bytes of hidden states that a layer's other kernels than products read and write, and that are not kept."""
-        has_multiplier = self.spec.megatron_args.get("residual_multiplier", 1) != 1  # attention and FFN have one
-        times = 8.0 * has_multiplier
+        scales_attention_and_ffn = self.spec.megatron_args.get("residual_multiplier", 1) != 1
+        times = 8.0 * scales_attention_and_ffn
         if self.sums_originals and self.spec.is_moe_layer(layer):  # a gather, a sum and an addition, twice
             times += 4 * (1 + self.original_rows / self.tokens) + 6
         return times * self.tokens * self.hidden * self.element

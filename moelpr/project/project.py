@@ -352,7 +352,7 @@ class Project:
         if self.languages.kept and copies is not None and copies < self.experts.topk:
             raise UserError(
                 f"languages.kept needs as many copies of the original expert as a token chooses, {self.experts.topk}, "
-                f"not {copies}; remove experts.copies"
+                f"not {copies}; remove languages.kept, or set experts.copies: {self.experts.topk}"
             )
 
         if self.replay is None and not self.languages.kept:

@@ -105,7 +105,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"slurm": {"options": {"a\nb": 1}}}, "control character"),
         (languages(kept="no/*.jsonl"), r"line \d+: .* no/\*.jsonl"),
         (languages(kept=["es.jsonl", "./es.jsonl"]), r"kept has two files named es "),
-        ({"languages": KEPT, "experts": {"copies": 1}}, "remove experts.copies"),
+        ({"languages": KEPT, "experts": {"copies": 1}}, "remove languages.kept, or set experts.copies: 2"),
         ({"languages": KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "b"}}}}, "json_key .* b and text"),
         ({"replay": "none"}, "replay: none .* languages.kept"),
         ({"languages": KEPT | {"expanded": {"el": CHAT}}, "replay": "none"}, "conversations .* replay: none"),

@@ -5,7 +5,6 @@ asked to stop before its last step.
 """
 
 import argparse
-import atexit
 import errno
 import locale
 import os
@@ -93,7 +92,6 @@ def run_command(main: Callable[[], None]) -> None:
     debug = "--debug" in sys.argv
     if signal.getsignal(SIGTERM) is signal.SIG_DFL:
         signal.signal(SIGTERM, _exit_by_signal)
-    atexit.register(_raise_no_signals)
     try:
         try:
             if locale.getpreferredencoding(False).lower() != "utf-8":
@@ -119,6 +117,8 @@ def run_command(main: Callable[[], None]) -> None:
         if debug or (isinstance(error, RuntimeError) and log and Path(log).with_name("stderr.log").exists()):
             traceback.print_exc()
         _fail(message, error)
+    finally:
+        _raise_no_signals()
 
 
 def _exit_by_signal(number: int, _: FrameType | None) -> NoReturn:
@@ -162,8 +162,14 @@ def show_exception(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 def show_unraisable(failure: Any) -> None:
-    """Leave out streams above a file whose writing has failed and been reported: torch's, of checkpoints."""
-    if not (isinstance(failure.exc_value, ValueError) and "closed file" in str(failure.exc_value)):
+    """Leave out streams above a file whose writing has failed and been reported: torch's, of checkpoints.
+
+    A signal that came during `__del__` or a callback of `weakref`, where Python drops its exception, comes again.
+    """
+    if isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
+        number = SIGINT if isinstance(failure.exc_value, KeyboardInterrupt) else SIGTERM
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    elif not (isinstance(failure.exc_value, ValueError) and "closed file" in str(failure.exc_value)):
         sys.__unraisablehook__(failure)
 
 

@@ -171,3 +171,13 @@ def test_ctrl_c_during_imports_shows_no_traceback() -> None:
     heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
     done = run_in_shell("$PROGRAM", f"import moelpr, signal, os\n{heed}\nos.kill(os.getpid(), signal.SIGINT)\n")
     assert done.returncode != 0 and done.stderr == "-c: error: interrupted\n"
+
+
+def test_a_signal_during_a_finalizer_or_the_end_of_python_ends_the_command_without_traceback() -> None:
+    sends = "\nclass Sends:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+    start = f"import os, signal, time, weakref\nfrom moelpr.base.command import run_command\n{sends}"
+    dropped = run_in_shell("$PROGRAM", f"{start}\nrun_command(lambda: [Sends() and None, time.sleep(60)])\n")
+    assert (dropped.returncode, dropped.stderr) == (128 + 15, "")
+    at_exit = "weakref.finalize(Sends, os.kill, os.getpid(), signal.SIGTERM)"
+    ended = run_in_shell("exec $PROGRAM", f"{start}\nrun_command(lambda: {at_exit})\n")
+    assert (ended.returncode, ended.stderr) == (-15, "")

@@ -46,6 +46,7 @@ _STEEP = 4.0  # deviation of δ (u_k + t Σ u_j) · x, in deviations of the best
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is held out
+_MEASURED = 2048  # held-out tokens of text to keep that all searches but the last measure
 
 type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
 type Sums = tuple[Tensor, Tensor]  # a layer's Σ w x xᵀ [H, H] and Σ w x [H], with Σ w = 1
@@ -169,20 +170,25 @@ def calibrate(
 
     base = remembering(subject.base.model)
 
-    def distances(model: LoadedModel) -> dict[str, float]:
-        return {name: distance(base, model, pieces[name]) for name in kept}
+    every = of_kept.pieces
+    step = max(1, sum(len(ids) for its in every.values() for ids in its) // _MEASURED)
+    some = {name: its[number % step :: step] for number, (name, its) in enumerate(every.items())}
+
+    def distances(model: LoadedModel, of: Pieces) -> dict[str, float]:
+        return {name: distance(base, model, its) for name, its in of.items() if its}
 
     by_base, by_expert = losses(subject.base.model), losses(None)
     ends = (
         Point(0.0, _mean(by_base.values())),
         Point(
-            _mean(_mean(distances(reader.model).values()) for reader, _ in subject.experts), _mean(by_expert.values())
+            _mean(_mean(distances(reader.model, every).values()) for reader, _ in subject.experts),
+            _mean(by_expert.values()),
         ),
     )
 
-    def measured(choices: Mapping[int, list[Tensor]], parts: Parts) -> Point:
+    def measured(choices: Mapping[int, list[Tensor]], of: Pieces, parts: Parts) -> Point:
         subject.put(_with_parts(choices, parts))
-        return Point(_mean(distances(subject.routed.model).values()), _mean(losses(subject.routed.model).values()))
+        return Point(_mean(distances(subject.routed.model, of).values()), _mean(losses(subject.routed.model).values()))
 
     score = partial(_score, ends, aim)
     tried: list[tuple[Point, Rows, list[float]]] = []
@@ -194,17 +200,19 @@ def calibrate(
         if number == 1 and is_checked:
             _check_texts(of_kept, of_new)
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
-        if 0 < number < ROUNDS - 1:  # a search takes most of the time
-            point = measured(choices, parts)
+        if number == 0:
+            parts, _ = _search(partial(measured, choices, some), parts, score)
+        if number == ROUNDS - 1:  # a search takes most of the time
+            parts, point = _search(partial(measured, choices, every), parts, score)
         else:
-            parts, point = _search(partial(measured, choices), parts, score)
+            point = measured(choices, every, parts)
         tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
     point, rows, shares = min(tried, key=lambda one: score(one[0]))
     if is_checked:
         _check_result(*ends, point, aim, is_trained=subject.new_rows is not None)
     subject.put(rows)
     results: dict[str, TextResult] = {}
-    of_texts, of_languages = distances(subject.routed.model), losses(subject.routed.model)
+    of_texts, of_languages = distances(subject.routed.model, every), losses(subject.routed.model)
     for name, its in pieces.items():
         triple = None if name in of_texts else (by_base[name], by_expert[name], of_languages[name])
         results[name] = TextResult(*_first_choices(subject, rows, its), distance=of_texts.get(name), losses=triple)

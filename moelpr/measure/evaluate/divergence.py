@@ -13,7 +13,7 @@ from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, mak
 
 _SETTINGS = Settings(context=0).resolve({})
 _MEMORY_BYTES = 2 << 30
-_CHUNK_BYTES = 32 << 20  # a model's log-probabilities in fp64
+_CHUNK_BYTES = 32 << 20  # a model's log-probabilities
 
 
 @torch.inference_mode()
@@ -32,7 +32,7 @@ def document_distances(
             f"KL(base‖model) requires one tokenizer, and that of {loaded.directory} is not that of --base "
             f"{base.directory}; leave out --base, or that model"
         )
-    return _distances(base, loaded, documents, settings)
+    return _distances(base, loaded, documents, settings, torch.double)
 
 
 def remembering(loaded: LoadedModel) -> LoadedModel:
@@ -53,8 +53,8 @@ def remembering(loaded: LoadedModel) -> LoadedModel:
 
 @torch.inference_mode()
 def distance(base: LoadedModel, loaded: LoadedModel, pieces: list[list[int]]) -> float:
-    """KL(base‖model) in nats per token of some pieces, which both models read alike."""
-    return sum(_distances(base, loaded, pieces, _SETTINGS)) / sum(map(len, pieces))
+    """KL(base‖model) in nats per token of some pieces, which both models read alike, in fp32 (to about 1e-6)."""
+    return sum(_distances(base, loaded, pieces, _SETTINGS, torch.float)) / sum(map(len, pieces))
 
 
 @torch.inference_mode()
@@ -68,16 +68,20 @@ def mean_loss(loaded: LoadedModel, pieces: list[list[int]]) -> float:
     return torch.cat(losses).mean().item()
 
 
-def _distances(base: LoadedModel, loaded: LoadedModel, documents: list[list[int]], settings: Settings) -> list[float]:
+def _distances(
+    base: LoadedModel, loaded: LoadedModel, documents: list[list[int]], settings: Settings, dtype: torch.dtype
+) -> list[float]:
     nats = [0.0] * len(documents)
-    chunk = max(1, _CHUNK_BYTES // (8 * loaded.vocab_size))
+    chunk = max(1, _CHUNK_BYTES // (dtype.itemsize * loaded.vocab_size))
     for batch in make_batches(loaded, documents, settings):
         inputs, targets, _ = make_tensors(batch, loaded.device)
         rows = base.logits(inputs.to(base.device)), loaded.logits(inputs), targets != IGNORED
         for window, of_base, of_model, is_predicted in zip(batch, *rows, strict=True):
             pairs = zip(of_base.split(chunk), of_model.split(chunk), is_predicted.split(chunk), strict=True)
             for expected, actual, counted in pairs:
-                old, new = (logits.to(loaded.device).double().log_softmax(-1) for logits in (expected, actual))
-                of_tokens = F.kl_div(new, old, reduction="none", log_target=True).sum(-1)
-                nats[window.document] += of_tokens[counted].clamp(min=0).sum().item()
+                old, new = (logits.to(loaded.device)[counted].to(dtype) for logits in (expected, actual))
+                # Σ p (log p - log q), of which the difference of logits is exact.
+                logs = old.logsumexp(-1), new.logsumexp(-1)
+                of_tokens = ((old - logs[0][:, None]).exp_() * (old - new)).sum(-1) - logs[0] + logs[1]
+                nats[window.document] += of_tokens.double().clamp(min=0).sum().item()
     return nats

@@ -3,7 +3,7 @@
     make results            (python -m examples.experiments [NAME ...])
 
 Everything goes to runs/experiments, and the numbers to its results.md. What is done is left out, so run it again to
-resume.
+resume. With FLORES-101 there (python -m examples.experiments.flores), all 101 languages are measured, too.
 """
 
 import os
@@ -15,12 +15,16 @@ from typing import Any
 
 from examples.demo_tasks import ROOT
 from examples.experiments.text import UNSEEN
+from examples.languages import EXPANDED
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
+from moelpr.measure.report.evaluation_files import EvaluationFile
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.measure.report.page import Table, markdown_table
+from moelpr.project.reading import read_project
+from moelpr.project.resolved import ResolvedProject
 
 FILES, RUNS = Path("examples/experiments"), Path("runs/experiments")
 BASES = {"first": "SmolLM2-135M-Instruct", "second": "The same after training on plain text"}  # folder -> name
@@ -31,6 +35,8 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 }
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
+SENTENCES = 40  # per language of FLORES
+RELATIVES = {"fin": "Finnish", "est": "Estonian", "azj": "Azerbaijani", "uzb": "Uzbek", "kaz": "Kazakh"}
 GROUPS = {"expanded": "learned", "kept": "kept text", "other": "unseen languages and code"}
 
 
@@ -52,6 +58,8 @@ def main() -> None:
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
     tables = [f"## {BASES[base]}\n\n{comparison(base, its)}\n" for base, its in files.items() if its]
+    if (RUNS / "flores").exists():
+        tables += [f"## {BASES[base]}, FLORES-101\n\n{flores(base, its)}\n" for base, its in files.items() if its]
     write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *tables]))
     print(f"\nresults: {RUNS / 'results.md'}")
 
@@ -78,6 +86,33 @@ def comparison(base: str, files: Sequence[Path]) -> str:
     ]
     head = ["change of bits per byte", *GROUPS.values(), *(f"KL, {name}" for name in GROUPS.values())]
     return f"{markdown_table(Table(head, rows))}\n\n![Learned and lost]({base}/comparison/compare.svg)"
+
+
+def flores(base: str, files: Sequence[Path]) -> str:
+    """Measure the projects of a base in all languages of FLORES, and return the table as Markdown."""
+    output, projects = RUNS / base / "flores", {file.stem: ResolvedProject(read_project(file)) for file in files}
+    dense = next(iter(projects.values())).base
+    texts = {file.stem.removeprefix("flores."): file for file in sorted((RUNS / "flores").glob("*.jsonl"))}
+    models = {"base": dense} | {name: project.export for name, project in projects.items()}
+    words = [word for name, path in models.items() for word in ("--model", f"{name}={path}")]
+    words += [word for name, path in texts.items() for word in ("--data", f"{name}={path}")]
+    words += ["--original-languages", ",".join(sorted(texts.keys() - {*EXPANDED})), "--dtype", "bfloat16"]
+    words += ["--max-documents", str(SENTENCES), "--base", str(dense), "--output", str(output)]
+    run("-m", "moelpr", "evaluate", "text", *words)
+    rows = []
+    for name, of in EvaluationFile.read(output / "results.json").models.items():
+        if name in projects:
+            changes = {text: one.change["bits_per_byte"].value for text, one in of.languages.items()}
+            learned, others = (of.means[f"mean {group}"] for group in ("expanded", "original"))
+            worst = sorted(changes.keys() - {*EXPANDED}, key=lambda text: -changes[text])[:3]
+            named = [{text: text for text in worst}, RELATIVES]
+            rows.append(
+                [name, learned.change["bits_per_byte"].text(percent), others.change["bits_per_byte"].text(percent)]
+                + [others.distance.text("{:.3f}".format) if others.distance else "\u2013"]
+                + [", ".join(f"{title} {percent(changes[text])}" for text, title in its.items()) for its in named]
+            )
+    head = ["change of bits per byte", "learned", f"{len(texts) - len(EXPANDED)} other languages", "their KL"]
+    return markdown_table(Table([*head, "worst", "relatives"], rows))
 
 
 if __name__ == "__main__":

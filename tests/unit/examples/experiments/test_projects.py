@@ -11,6 +11,7 @@ import pytest
 
 from examples.demo_tasks import ROOT
 from examples.experiments import __main__ as experiments
+from examples.experiments.flores import write_flores
 from examples.experiments.text import PLAIN, UNSEEN
 from examples.languages import LANGUAGES
 from moelpr.base.errors import UserError
@@ -74,6 +75,11 @@ def test_projects_of_a_base_share_base_and_text(base: str, folder: Path) -> None
 def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[list[str]]:
     """The commands that the experiments start; a comparison writes numbers."""
     started: list[list[str]] = []
+    changes = {"el": -0.125, "jav": 0.0125} | dict.fromkeys(experiments.RELATIVES, 0.03)
+    languages = {
+        text: {"change": {"bits_per_byte": {"value": change}}, "distance": {"value": 0.5}}
+        for text, change in changes.items()
+    }
 
     def execute(words: list[str]) -> Any:
         started.append(words[2:])
@@ -83,6 +89,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[list[str]]:
             interval = {"value": -0.25, "low": -0.3, "high": -0.2}
             means = dict.fromkeys(experiments.GROUPS, {"change": interval, "distance": interval})
             (output / "compare.json").write_text(json.dumps({"projects": {"lora": {"means": means}}}))
+        if "evaluate" in words:
+            output = Path(words[words.index("--output") + 1])
+            output.mkdir(parents=True)
+            models = {
+                "base": {},
+                "lora": {
+                    "languages": languages,
+                    "means": {f"mean {group}": languages["el"] for group in ("original", "expanded")},
+                },
+            }
+            (output / "results.json").write_text(json.dumps({"models": models}))
         return type("Done", (), {"returncode": 0})
 
     monkeypatch.setattr("subprocess.run", execute)
@@ -112,3 +129,22 @@ def test_the_page_has_a_table_of_each_base(folder: Path, monkeypatch: pytest.Mon
     assert page.count("| lora") == page.count("compare.svg)") == 2 and "−25.0% [−30.0%, −20.0%]" in page
     with pytest.raises(UserError, match=r"there is no nothing\.yaml"):
         run(monkeypatch, "nothing")
+
+
+def test_the_page_has_a_table_of_all_languages_if_flores_is_there(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    source = tmp_path / "flores101"
+    (source / "dev").mkdir(parents=True)
+    for code in ("ell", "jav"):
+        (source / "dev" / f"{code}.dev").write_text(f"{code} 0\n{code} 1\n{code} 2\n{code} 3\n")
+    write_flores(source, experiments.RUNS / "flores")
+    greek = (experiments.RUNS / "flores/flores.el.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in greek] == ["ell 1", "ell 3"]
+    evaluated = [words for words in run(monkeypatch, "lora") if "evaluate" in words]
+    assert [words[words.index("--original-languages") + 1] for words in evaluated] == ["jav", "jav"]
+    of_lora = [row for row in (experiments.RUNS / "results.md").read_text().splitlines() if row.startswith("| lora")]
+    assert len([row for row in of_lora if "−12.5%" in row and "0.500" in row and "Finnish +3.0%" in row]) == 2
+    (source / "dev/jav.dev").write_text("one line\n")
+    with pytest.raises(UserError, match="other lengths"):
+        write_flores(source, tmp_path / "out")
+    with pytest.raises(UserError, match="no files"):
+        write_flores(tmp_path, tmp_path / "out")

@@ -4,9 +4,11 @@ Nothing is downloaded, and no code of a tokenizer's folder is run.
 """
 
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,7 +73,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
     if not tokenizer.is_fast:
         return SlowHuggingFaceTokenizer(tokenizer, eod_id)
     try:
-        with reports_panics(), _without_panic_trace():
+        with _without_panic_trace(), reports_panics():
             return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), eod_id, tokenizer.split_special_tokens)
     except UserError:
         raise
@@ -93,7 +95,7 @@ def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
     try:
-        with reports_panics():
+        with _without_panic_trace(), reports_panics():
             return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file may raise any exception
         if not Path(source).exists():
@@ -150,11 +152,15 @@ def _without_panic_trace() -> Iterator[None]:
     if [thread for thread in threading.enumerate() if not thread.daemon] != [threading.current_thread()]:
         yield
         return
-    before, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
-        os.close(nothing)
+    with tempfile.TemporaryFile() as printed, os.fdopen(os.dup(2), "wb") as stderr:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            printed.truncate(0)
+            raise
+        finally:
+            os.dup2(stderr.fileno(), 2)
+            printed.seek(0)
+            with suppress(OSError):
+                shutil.copyfileobj(printed, stderr)

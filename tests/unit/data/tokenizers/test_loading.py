@@ -3,6 +3,7 @@
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from moelpr.base.errors import UserError
-from moelpr.data.tokenizers import loading
 from moelpr.data.tokenizers.loading import load_tokenizer, open_hf_tokenizer
 from tests.support.small_tokenizers import byte_level_bpe
 
@@ -81,13 +81,28 @@ def test_a_tokenizer_that_cannot_express_a_text_is_loaded(tmp_path: Path) -> Non
     assert load_tokenizer("HuggingFaceTokenizer", str(tmp_path)).vocabulary() == {"a": 0, "b": 1}
 
 
-def test_the_trace_of_a_panic_is_hidden_from_stderr_unless_other_threads_write_there(capfd) -> None:  # noqa: ANN001
-    def panic() -> None:
-        with loading._without_panic_trace():
-            os.write(2, b"trace")
+class PanicException(BaseException):
+    """As those of pyo3, which are no `Exception`."""
 
-    panic()
-    assert capfd.readouterr().err == ""
+
+def test_the_trace_of_a_panic_is_hidden_from_stderr_unless_other_threads_write_there(
+    save_hf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_hf(tmp_path / "hf", byte_level_bpe(LIGHT))
+
+    def open_one(error: BaseException | None) -> None:
+        def opened(*_: object, **__: object) -> None:
+            os.write(2, b"printed")
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", opened)
+        with pytest.raises(UserError) if error else nullcontext():
+            open_hf_tokenizer(folder)
+
+    for error, shown in ((None, "printed"), (PanicException("out of bounds"), "")):
+        open_one(error)
+        assert capfd.readouterr().err == shown
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(panic).result()
-    assert capfd.readouterr().err == "trace"
+        pool.submit(open_one, PanicException("out of bounds")).result()
+    assert capfd.readouterr().err == "printed"

@@ -10,7 +10,6 @@ import hashlib
 import subprocess
 import sysconfig
 import tarfile
-import tempfile
 from collections.abc import Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import pydantic_core
 
 from moelpr.base.errors import UserError
-from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.base.files import atomic_directory, refuse_existing, temporary_folder
 from moelpr.base.languages import canonical
 from moelpr.base.settings import Flags, Folder, run_script
 from moelpr.data.text.kept_languages import CODE, DECLARATIONS
@@ -49,7 +48,7 @@ def main(args: Settings) -> None:
 def declarations(without: Iterable[str] = ()) -> dict[str, str]:
     """The declaration in each language of `DECLARATIONS`, a paragraph a line."""
     names = {code: name for code, name in DECLARATIONS.items() if code not in without}
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(_download(Path(folder))) as archive:
+    with temporary_folder("moelpr-kept") as folder, tarfile.open(_download(folder)) as archive:
         pages = {code: archive.extractfile(f"package/declaration/{name}.html") for code, name in names.items()}
         return {code: _paragraphs(page.read().decode()) for code, page in pages.items() if page}
 

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 from contextlib import suppress
 from types import FrameType
@@ -30,6 +29,7 @@ from torch.distributed.run import main as torchrun
 from moelpr.base import machine
 from moelpr.base.command import run_command, stopped_code
 from moelpr.base.errors import taken_port
+from moelpr.base.files import temporary_folder
 from moelpr.base.node_preflight import CHECK_S, JOIN_TIMEOUT_S, node_preflight, problem_of_this_node
 from moelpr.base.stop import LAUNCHER_VARIABLE, STOPPED_SIGNAL
 
@@ -46,17 +46,18 @@ def main() -> None:
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    # torchrun makes a folder for logs even where it writes none, and leaves it.
-    if args.log_dir is None:
-        logs = tempfile.TemporaryDirectory(prefix="torchelastic_")
-        sys.argv[1:1] = ["--log-dir", logs.name]
+    with temporary_folder("torchelastic") as logs:  # torchrun makes one even where it writes no logs, and leaves it
+        launch(args, ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "--log-dir", str(logs), *sys.argv[1:]])
+
+
+def launch(args: argparse.Namespace, words: list[str]) -> None:
     has_stopped = threading.Event()
     signal.signal(STOPPED_SIGNAL, lambda *_: has_stopped.set())
     memory = PeakMemory()
     memory.start()
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
-        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+        torchrun(words)
     except RuntimeError as error:
         if (problem := taken_port(error)) is None:
             raise

@@ -8,9 +8,10 @@ import errno
 import glob
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import filelock
@@ -78,7 +79,16 @@ def remove_leftovers(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{_MACHINE}-*"):
         number = left.name.removesuffix("-old").rpartition("-")[2]
         if number.isdecimal() and len(number) < 10 and not psutil.pid_exists(int(number)):
-            remove(left)
+            with suppress(PermissionError):  # another user's
+                remove(left)
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yield a folder in the system's temporary one, which is removed, as are those that killed processes have left."""
+    remove_leftovers(Path(tempfile.gettempdir(), name))
+    with tempfile.TemporaryDirectory(prefix=f".{name}.tmp-{_MACHINE}-", suffix=f"-{os.getpid()}") as folder:
+        yield Path(folder)
 
 
 def remove(path: Path) -> None:

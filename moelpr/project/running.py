@@ -155,7 +155,7 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
             raise UserError(outlook.refusal)
         if outlook.refusal:
             raise UserError(
-                f"{outlook.refusal.rpartition(';')[0]}; undo the edit of {file.path}, pass --redo {task.name} to train "
+                f"{outlook.refusal.rpartition(';')[0]}; undo that, pass --redo {task.name} to train "
                 "again (what it has trained is kept), or remove "
                 f"{project.folder / 'logs' / task.name}.json to continue it with the new settings"
             )

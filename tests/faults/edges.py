@@ -150,31 +150,39 @@ def gone_results(case: Case) -> Outcome:
 
 
 _HOSTS = ["127.0.0.1", "localhost", "evil.example", "127.0.0.1.evil.example", "0.0.0.0", "[::1]", "", "evil@127.0.0.1"]
-_PATHS = "/ /config /gradio_api/queue/join /gradio_api/upload /gradio_api//upload/ /upload /gradio_api/upload_progress"
+_READ = "/ /config /assets/index.js /gradio_api/heartbeat/a"
+_REFUSED = "/gradio_api/upload /gradio_api//upload/ /upload /gradio_api/run/ask /gradio_api/call/ask /gradio_api/info"
+_EVENTS = "/gradio_api/queue/join"
+_EVENT = {"data": ["Hi", None, 8, 0], "fn_index": 0, "trigger_id": 1, "session_hash": "a"}
 
 
 def pages(case: Case) -> Outcome:
-    """A hundred requests to the chat page: only its own host and origin is answered, no upload, a megabyte at most."""
+    """A hundred requests to the chat page: only its own host and origin is answered, its own events, a megabyte."""
     random, most, port = case.random, 1 << 20, 7860
     for _ in range(100):
         host = random.choice(_HOSTS) + random.choice([f":{port}", f":{port}", "", ":80"])
         origins = [f"{scheme}://{random.choice(_HOSTS)}:{port}" for scheme in ("http", "https")]
         origin = random.choice(["", "null", *origins])
-        path, size = random.choice(_PATHS.split()), random.choice([0, 1, most, most + 1, 3 * most])
-        stated = random.choice([str(size), None, None, "-1", "x", "1e3"])
-        named = {"host": host, "origin": origin or None, "content-length": stated}
+        path = random.choice([_EVENTS, *_READ.split(), *_REFUSED.split()])
+        kind, method = random.choice(["http", "http", "websocket"]), random.choice(["GET", "POST", "HEAD", "PUT"])
+        event = _EVENT | random.choice([{}, {}, {random.choice([*_EVENT]): random.choice([None, 9**9, [], {}])}])
+        size = random.choice([0, 1, most, most + 1, 3 * most])
+        body = json.dumps(event).encode()[: size or None].ljust(size)
+        named = {"host": host, "origin": origin or None}
         headers = {name: value for name, value in named.items() if value is not None}
-        answered, received = asyncio.run(_ask(random.choice(["http", "websocket"]), path, headers, size))
+        answered, received = asyncio.run(_ask({"type": kind, "method": method, "path": path}, headers, body))
         own = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         is_own = host in own and (not origin or (urlsplit(origin).netloc in own and origin.startswith("http:")))
-        expected = is_own and "upload" not in path and (stated is None or (stated.isdigit() and int(stated) <= most))
+        is_read, is_event = method in ("GET", "HEAD") and path in _READ.split(), (method, path) == ("POST", _EVENTS)
+        is_event &= event in (_EVENT, _EVENT | {"trigger_id": 9**9}) and size != 1
+        expected = kind == "http" and is_own and (is_read or is_event) and size <= most
         if answered != expected or received > most:
-            case.notes.append(f"{path} {headers}, {size} bytes")
+            case.notes.append(f"{kind} {method} {path} {headers}, {size} bytes of {event}")
             raise Failure(f"{'answered' if answered else 'refused'} after {received} bytes")
     return Outcome.RIGHT
 
 
-async def _ask(kind: str, path: str, headers: dict[str, str], size: int) -> tuple[bool, int]:
+async def _ask(scope: dict[str, Any], headers: dict[str, str], body: bytes) -> tuple[bool, int]:
     """Whether the page's application saw a request, and how many bytes of it."""
     seen = []
 
@@ -182,17 +190,17 @@ async def _ask(kind: str, path: str, headers: dict[str, str], size: int) -> tupl
         seen.append(0)
         while (message := await receive())["type"] == "http.request":
             seen.append(len(message["body"]))
-            if not message["more_body"]:
+            if not message.get("more_body"):
                 return
 
-    sizes = [1 << 16] * (size >> 16) + [size % (1 << 16)]
+    parts = [body[start : start + (1 << 16)] for start in range(0, len(body), 1 << 16)] or [b""]
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": bytes(sizes.pop()), "more_body": bool(sizes)}
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
 
     async def send(_: Any) -> None:
         pass
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await Guard(application, "127.0.0.1", 7860)({"type": kind, "path": path, "headers": raw}, receive, send)
+    await Guard(application, "127.0.0.1", port=7860)(scope | {"headers": raw}, receive, send)
     return bool(seen), sum(seen)

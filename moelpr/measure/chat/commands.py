@@ -9,10 +9,10 @@ is loaded from elsewhere or sent. Needs the extra `chat`. Ctrl-C ends it.
 
 import os
 from contextlib import ExitStack
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from moelpr.base.errors import UserError
+from moelpr.base.files import temporary_folder
 from moelpr.base.settings import POSITIONAL, Folder, Source, metavar
 from moelpr.measure.evaluate.settings import DeviceFlags
 
@@ -25,8 +25,8 @@ class Settings(DeviceFlags):
 
 def main(args: Settings) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with TemporaryDirectory(prefix="moelpr-chat-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with temporary_folder("moelpr-chat") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         _serve(args)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from moelpr.base.errors import UserError
 from moelpr.base.versions import require_package
 from moelpr.measure.chat.drawing import panel, routes_panel
-from moelpr.measure.chat.guard import Guard
+from moelpr.measure.chat.guard import MOST_TEMPERATURE, MOST_TOKENS, Guard
 from moelpr.measure.chat.routes import Token, answer, prompt_ids
 from moelpr.measure.evaluate.models import LoadedModel
 
@@ -101,8 +101,10 @@ class Chat:
                 with gr.Column(scale=1, min_width=280):
                     gr.HTML(_DETAIL)
             with gr.Accordion("Settings", open=False):
-                max_tokens = gr.Slider(8, 1024, 128, step=8, label="Tokens of an answer, at most")
-                temperature = gr.Slider(0, 1.5, 0, step=0.1, label="Temperature (0: the most likely token)")
+                max_tokens = gr.Slider(8, MOST_TOKENS, 128, step=8, label="Tokens of an answer, at most")
+                temperature = gr.Slider(
+                    0, MOST_TEMPERATURE, 0, step=0.1, label="Temperature (0: the most likely token)"
+                )
             inputs, outputs = [prompt, histories, max_tokens, temperature], [*answers, maps, histories]
             for event in (prompt.submit, send.click):
                 event(self.ask, inputs, outputs, concurrency_id="model", concurrency_limit=1)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from moelpr.base.errors import UserError
+from moelpr.base.files import temporary_folder
 from moelpr.base.machine import available_cpus
 from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.gpus import GPUS
@@ -62,8 +62,7 @@ def check(argv: list[str], nodes: int, per_node: int, spec: Callable[[], ModelSp
     from moelpr.train.check.stand_ins import StandIns
 
     ranks = nodes * per_node
-    with TemporaryDirectory(prefix="moelpr-check-") as name:
-        folder = Path(name)
+    with temporary_folder("moelpr-check") as folder:
         stand_ins = StandIns.of(argv, folder, spec)
         all_arguments()  # kept for the forks
 

@@ -6,14 +6,13 @@ moelpr track runs/stage1 runs/stage2 --results runs/evaluation/results.json --fi
 A training with the same flags sends its metrics by itself. What a tracker has already is not sent again.
 """
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 from moelpr.base import records
 from moelpr.base.errors import UserError, first_line
-from moelpr.base.files import write_text
+from moelpr.base.files import temporary_folder, write_text
 from moelpr.base.settings import POSITIONAL, File, Flags, Folder
 from moelpr.train.track.trackers import TRACKERS, make_trackers, missing_packages, redact
 from moelpr.train.track.tracking import TrackedRun, send_backlog, tracked_folders
@@ -44,8 +43,7 @@ def main(args: Settings) -> None:
         content = records.read(dict[str, Any], path, "pass files that `moelpr evaluate` wrote as --results")
         results |= {f"{path.stem}/{key}": value for key, value in _numbers(content.get("models", {}))}
     run = tracked_folders(args.runs, file)
-    with tempfile.TemporaryDirectory() as temporary:
-        copies = Path(temporary)
+    with temporary_folder("moelpr-track") as copies:
         for path in args.files:
             _copy(path, copies)
         for tracker in make_trackers(args, run.run, file.parent):

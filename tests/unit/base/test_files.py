@@ -14,7 +14,16 @@ from unittest.mock import Mock
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.base.files import LOCK_FILE, atomic_directory, atomic_file, copy_part, locked, temporary_name, write_text
+from moelpr.base.files import (
+    LOCK_FILE,
+    atomic_directory,
+    atomic_file,
+    copy_part,
+    locked,
+    temporary_folder,
+    temporary_name,
+    write_text,
+)
 from moelpr.base.journal import resumable_directory
 
 
@@ -112,6 +121,16 @@ def test_what_a_killed_process_has_left_is_removed_by_the_next_one(write, tmp_pa
     with write(tmp_path / "a") as temporary:
         (temporary / "file" if temporary.is_dir() else temporary).touch()
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", *others])
+
+
+def test_a_folder_of_a_killed_process_among_temporary_files_is_removed_by_the_next_one(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lines = "import os", "from moelpr.base.files import *", "with temporary_folder('a'):", "    os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], env=os.environ | {"TMPDIR": str(tmp_path)})
+    (left,) = tmp_path.iterdir()
+    with temporary_folder("a") as folder:
+        assert [*tmp_path.iterdir()] == [folder] != [left]
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_lock_that_another_user_has_left_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ def print_document(document: dict[str, Any], number: int, num_documents: int) ->
         label = f"  [{run['bit']} {run['from']:,}–{run['to']:,}] "
         text = run["text"] + (" …" if run["is_cut"] else "")
         # Control characters and line breaks would break the layout.
-        text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+        text = printable(text)
         print(textwrap.fill(label + text, width=110, subsequent_indent="    ", break_on_hyphens=False))
 
 

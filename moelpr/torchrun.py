@@ -11,6 +11,7 @@ blocks for ten minutes or indefinitely (moelpr/base/node_preflight.py).
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -53,8 +54,6 @@ def main() -> None:
 def launch(args: argparse.Namespace, words: list[str]) -> None:
     has_stopped = threading.Event()
     signal.signal(STOPPED_SIGNAL, lambda *_: has_stopped.set())
-    memory = PeakMemory()
-    memory.start()
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
         torchrun(words)
@@ -71,7 +70,7 @@ def launch(args: argparse.Namespace, words: list[str]) -> None:
             failure.failures.items(), key=lambda one: (one[1].timestamp, one[1].exitcode != -signal.SIGKILL)
         )
         if first.exitcode == -signal.SIGKILL:
-            fail(killed(rank, memory.of(first.pid), args))
+            fail(killed(rank, args))
         ended_by = -first.exitcode if first.exitcode < 0 else first.exitcode - 128  # as a shell reports it
         if ended_by in signal.valid_signals():
             fail(f"rank {rank} was ended by {signal.Signals(ended_by).name}")
@@ -113,38 +112,15 @@ def forward_signal(number: int, frame: FrameType | None) -> None:
             continue
 
 
-class PeakMemory(threading.Thread):
-    """Notes the peak memory of all ranks of this node every second, because a killed one cannot be asked."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._peaks: dict[int, int] = {}
-        self._is_over = threading.Event()
-
-    def run(self) -> None:
-        ranks: list[int] = []
-        while not self._is_over.wait(1):
-            now = {pid: machine.peak_memory(pid) for pid in ranks}
-            self._peaks |= {pid: peak for pid, peak in now.items() if peak}
-            if not ranks or 0 in now.values():  # none yet, or some have ended: searching takes time on a large machine
-                with suppress(psutil.Error):
-                    ranks = [rank.pid for rank in psutil.Process().children()]
-
-    def of(self, pid: int) -> int:
-        """Bytes; 0 if unknown."""
-        self._is_over.set()
-        return self._peaks.get(pid, 0)
-
-
-def killed(rank: int, peak: int, args: argparse.Namespace) -> str:
+def killed(rank: int, args: argparse.Namespace) -> str:
     """The message about a rank that was killed, most likely for lack of memory."""
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest rank: all have ended
     ranks = determine_local_world_size(args.nproc_per_node)
-    held = f"it held {machine.format_bytes(peak)}, " if peak else ""
     whose = f"{ranks} ranks of this machine share" if ranks > 1 else "this machine has"
     return (
-        f"rank {rank} was killed (signal 9), most likely for lack of memory: {held}{whose} "
-        f"{machine.format_bytes(machine.total_memory())}; run the same command again to resume, and if it is killed "
-        "again, use fewer ranks or a smaller --micro-batch-size"
+        f"rank {rank} was killed (signal 9), most likely for lack of memory: up to {machine.format_bytes(peak)} each, "
+        f"{whose} {machine.format_bytes(machine.total_memory())}; run the same command again to resume, and if it is "
+        "killed again, use fewer ranks or a smaller --micro-batch-size"
     )
 
 

@@ -1,10 +1,8 @@
 """Worker processes that each turn batches of lines into a result, in order."""
 
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
-import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ from typing import Any, cast
 
 from moelpr.base.command import deferred_signals
 from moelpr.base.errors import UserError, reports_panics
+from moelpr.base.stop import kill_with_parent
 from moelpr.data.text.remote import close_connections
 
 _CHECK_EVERY_S = 5.0
@@ -141,15 +140,10 @@ def _start_worker(work: Callable[[Any], Any] | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # --workers sets the number of cores
+    kill_with_parent()  # it can't stop its workers if it is killed, and they would wait indefinitely
     parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+    if parent is None or os.getppid() != parent.pid:  # it has been
         os._exit(1)
-
-    # A parent that is killed can't stop its workers, which would wait indefinitely.
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 @reports_panics()

@@ -15,18 +15,11 @@ _KERNEL_KEYS = ("_implementation", "_implementation_internal")  # ends of names:
 
 
 def without_code(settings: Any) -> Any:
-    """The content of a JSON file without these settings, also of its parts; UserError if it is nested too deeply."""
-    try:
-        return _kept(settings)
-    except RecursionError:
-        raise UserError("the settings of a model are nested too deeply; download its JSON files again") from None
-
-
-def _kept(settings: Any) -> Any:
+    """The content of a JSON file without these settings, also of its parts."""
     if isinstance(settings, dict):
         names_code = {key for key in settings if key in _KEYS or key.endswith(_KERNEL_KEYS)}
-        return {key: _kept(value) for key, value in settings.items() if key not in names_code}
-    return [_kept(item) for item in settings] if isinstance(settings, list) else settings
+        return {key: without_code(value) for key, value in settings.items() if key not in names_code}
+    return [without_code(item) for item in settings] if isinstance(settings, list) else settings
 
 
 def drop_code(folder: Path) -> None:
@@ -47,9 +40,9 @@ def _with_code(folder: Path) -> Iterator[tuple[Path, Any]]:
         if path.name not in ("tokenizer.json", "vocab.json") and path.is_file():
             try:
                 settings = json.loads(path.read_bytes())
+                if (kept := without_code(settings)) != settings:
+                    yield path, kept
             except ValueError:
                 continue
             except RecursionError:
                 raise UserError(f"{path} is nested too deeply; download it again") from None
-            if (kept := without_code(settings)) != settings:
-                yield path, kept

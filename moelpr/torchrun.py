@@ -114,7 +114,7 @@ def forward_signal(number: int, frame: FrameType | None) -> None:
 
 def killed(rank: int, args: argparse.Namespace) -> str:
     """The message about a rank that was killed, most likely for lack of memory."""
-    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest rank: all have ended
+    peak = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # the largest rank: all have ended
     ranks = determine_local_world_size(args.nproc_per_node)
     whose = f"{ranks} ranks of this machine share" if ranks > 1 else "this machine has"
     return (

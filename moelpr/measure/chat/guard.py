@@ -10,7 +10,7 @@ from moelpr.base.records import STRICT
 
 MOST_TOKENS, MOST_TEMPERATURE = 1024, 1.5
 _MOST_BYTES = 1 << 20  # a request: the longest prompt, and its conversation's number
-# What the page reads, files and folders; all that it writes are events.
+# Files and folders that the page reads; all that it writes are events.
 _FILES = "/ /config /theme.css /favicon.ico /manifest.json /gradio_api/startup-events /gradio_api/queue/data".split()
 _FOLDERS, _EVENTS = ("/assets/", "/static/", "/gradio_api/heartbeat/"), "/gradio_api/queue/join"
 

@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+from packaging.version import Version
+
 from benchmarks import common
 from moelpr.base.errors import UserError
 from moelpr.model.families.families import read_base
@@ -51,6 +53,7 @@ DENSE_ON_40_NODES = "--tensor-model-parallel-size 4 --sequence-parallel --pipeli
 DENSE_ON_40_NODES += "--micro-batch-size 1"
 ON_40_NODES = f"{DENSE_ON_40_NODES} --expert-model-parallel-size 8 --expert-tensor-parallel-size 4"
 ON_4_GPUS = "--expert-model-parallel-size 4 --micro-batch-size 4 --seq-length 4096"
+ON_A_NODE = "--expert-model-parallel-size 8 --micro-batch-size 2 --bf16-moments"
 # The last word of a name is the stage.
 EP8 = "--expert-model-parallel-size 8 --micro-batch-size 4 --save-trained-only"
 EVERY_2ND = NewExperts(1, moe_every_k_layers=2)
@@ -59,6 +62,7 @@ REAL = {
     "Qwen3-8B stage2": Real("Qwen3-8B-Base", NewExperts(8), 32, EP8),
     "Qwen2.5-72B stage1": Real("Qwen2.5-72B", NewExperts(8), 320, ON_40_NODES),
     "Granite-3.1-3B-A800M stage1": Real("Granite-3.1-3B-A800M", NewExperts(8), 4, ON_4_GPUS),
+    "Qwen3-8B on a node, moments in bf16, stage1": Real("Qwen3-8B-Base", NewExperts(8), 8, ON_A_NODE),
 }
 MORE_REAL = {
     "Qwen1.5-1.8B stage1": Real("Qwen1.5-1.8B", NewExperts(5, original_copies=1), 8),
@@ -206,7 +210,8 @@ def outcome(case: Case) -> dict[str, Any]:
     from moelpr.train.check.cost import disagreements, moved_by_group, seconds
 
     try:
-        actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
+        with adam_of_transformer_engine() if "--bf16-moments" in case.argv else nullcontext():
+            actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
     except (UserError, RuntimeError):
         return {"error": traceback.format_exc()}
     first, last, planned = actual.runs[0], actual.runs[-1], actual.runs[0].planned
@@ -277,6 +282,32 @@ def megatrons_layer() -> Iterator[None]:
         patch.object(layer, "NewExpertsDispatcher", MoEAlltoAllTokenDispatcher),
         patch.object(builder, "layer_spec", partial(plain_layer_spec, experts=GroupedExperts)),
     ):
+        yield
+
+
+@contextmanager
+def adam_of_transformer_engine() -> Iterator[None]:
+    """Use a stub of Transformer Engine's Adam, the only one with moments in bf16; its step allocates its state only."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import distrib_optimizer
+
+    from moelpr.train.arguments.checks import flags
+    from tests.fake_gpu import transformer_engine_stub as stub
+
+    def step(self: Any) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                self.initialize_state(weight, True)
+
+    with (
+        patch.object(stub.FusedAdam, "step", step),
+        patch.dict(sys.modules),
+        patch.object(utils, "_te_version", Version(stub.VERSION)),
+        patch.object(flags, "is_installed", lambda _: True),
+        patch.object(optimizer, "Adam", stub.FusedAdam),
+        patch.object(distrib_optimizer, "Adam", stub.FusedAdam),
+    ):
+        stub.install()
         yield
 
 

@@ -8,7 +8,7 @@ import yaml
 from benchmarks import common
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from tests.distributed import layout_runs
-from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, STEPS, TOLERANCE
+from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, PP2, STEPS, TOLERANCE
 from tests.support.limits import PROCESS_S
 
 LOCAL = "--transformer-impl local"
@@ -25,6 +25,16 @@ RUNS = {
     "all fused, then local": [f"{FUSED} {HALF}", LOCAL],
     "Transformer Engine, then local": [f"{TE} {HALF}", LOCAL],
 }
+# Run → flags of each start on two ranks, the first of them unbroken.
+_MOMENTS = f"--bf16 --bf16-moments {OPTIMIZER}"
+_RESHARDABLE = f"{_MOMENTS} --dist-ckpt-optim-fully-reshardable"
+MOMENTS = {
+    "moments": [_MOMENTS],
+    "moments from flat buffers": [f"{_MOMENTS} {HALF}", _MOMENTS],
+    "moments by parameter": [f"{_RESHARDABLE} {HALF}", _RESHARDABLE],
+    "moments under another layout": [f"{_RESHARDABLE} {HALF}", f"{_RESHARDABLE} {PP2}"],
+    "fp32 moments": [f"--bf16 {OPTIMIZER}"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +44,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dense = common.save_random_model(config, folder / "dense")
     common.upcycle(dense, folder / LAYOUTS["1"].model, 4, random=True, original_copies=2)
     layout_runs.make_corpora(folder)
-    commands = [
-        [*layout_runs.trainer_arguments(folder, LAYOUTS["1"], "stage1", folder / name), "--num-workers", "0", *words]
-        for name, starts in RUNS.items()
-        for words in map(str.split, starts)
-    ]
-    plan = folder / "commands.json"
-    common.write_json(commands, plan)
-    common.run_ranks(1, "tests.fake_gpu.train_with_stub", plan, log=folder / "log", timeout_s=PROCESS_S)
+    for ranks, runs in ((1, RUNS), (2, MOMENTS)):
+        commands = [
+            [*layout_runs.trainer_arguments(folder, LAYOUTS["1"], "stage1", folder / name), "--num-workers=0", *words]
+            for name, starts in runs.items()
+            for words in map(str.split, starts)
+        ]
+        plan, log = folder / f"commands-{ranks}.json", folder / f"log-{ranks}"
+        common.write_json(commands, plan)
+        common.run_ranks(ranks, "tests.fake_gpu.train_with_stub", plan, log=log, timeout_s=PROCESS_S)
     return folder
 
 
@@ -52,7 +63,7 @@ def test_every_kernel_trains_the_same_model(folder: Path, name: str) -> None:
 
 
 def test_the_runs_used_the_kernels_and_loaded_strictly(folder: Path) -> None:
-    log = (folder / "log").read_text()
+    log = (folder / "log-1").read_text()
     for line, number in {
         "experts: Transformer Engine's grouped linear layers; attention: Transformer Engine; ": 3,
         "experts: torch grouped_mm; attention: Transformer Engine; ": 1,
@@ -70,3 +81,11 @@ def test_all_kernels_save_the_same_tensors(folder: Path) -> None:
         for name in ("local", "all fused, data workers")
     )
     assert fused == plain and not any("_extra_state" in key for key in plain)
+
+
+def test_a_run_with_moments_in_bf16_resumes(folder: Path) -> None:
+    """Bitwise under its layout; under another one the sums of gradients differ. Moments in fp32 are others."""
+    for name in ("moments from flat buffers", "moments by parameter"):
+        assert layout_runs.difference(folder / name, folder / "moments").worst == 0, name
+    assert layout_runs.difference(folder / "moments under another layout", folder / "moments").worst <= TOLERANCE
+    assert 0 < layout_runs.difference(folder / "fp32 moments", folder / "moments").weights < 0.01

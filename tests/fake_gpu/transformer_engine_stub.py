@@ -231,12 +231,90 @@ class DelayedScaling:
 
 
 class FusedAdam(GroupStepAdam):
-    """Like GroupStepAdam, it keeps one step count per group of parameters."""
+    """Like GroupStepAdam, it keeps one step count per group of parameters.
+
+    With `store_param_remainders`, a weight in bf16 and 16 bits in its state are its master in fp32, and the moments are
+    in bf16.
+    """
 
     def __init__(
-        self, params: Iterable, *, adam_w_mode: bool = True, capturable: bool = False, **settings: Any
+        self,
+        params: Iterable,
+        *,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+        master_weights: bool = False,
+        master_weight_dtype: torch.dtype = torch.float32,
+        exp_avg_dtype: torch.dtype = torch.float32,
+        exp_avg_sq_dtype: torch.dtype = torch.float32,
+        use_decoupled_grad: bool = False,
+        store_param_remainders: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(params, adam_w_mode, **settings)
+        assert master_weights == use_decoupled_grad == store_param_remainders, "not needed"
+        self.store_param_remainders = store_param_remainders
+        self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.int16}
+        moments = torch.bfloat16 if store_param_remainders else torch.float32
+        assert (exp_avg_dtype, exp_avg_sq_dtype, master_weight_dtype) == (moments, moments, torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: None = None, grad_scaler: None = None) -> None:
+        if not self.store_param_remainders:
+            return super().step(closure)
+        groups = self.param_groups
+        for group in groups:
+            for weight in group["params"]:
+                master = self._master(weight)
+                self.param_groups = [group | {"params": [master]}]
+                super().step()
+                bits = master.view(torch.int32)
+                rounded = (bits + 2**15) >> 16
+                weight.view(torch.int16).copy_(rounded)
+                self.state[weight]["master_param"].copy_(bits - (rounded << 16))
+                for name, moment in self.state.pop(master).items():
+                    self.state[weight][name].copy_(moment)
+            group["step"] = group.get("step", 0) + 1
+        self.param_groups = groups
+
+    def _master(self, weight: Tensor) -> Tensor:
+        """The master, with the weight's gradient and moments in fp32."""
+        state = self.initialize_state(weight, store_param_remainders=True)
+        bits = (weight.view(torch.int16).int() << 16) + state["master_param"].int()
+        master = bits.view(torch.float32)
+        gradient = getattr(weight, "decoupled_grad", None)
+        master.grad = None if gradient is None else gradient.float()
+        self.state[master] = {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}
+        return master
+
+    def initialize_state(self, param: Tensor, store_param_remainders: bool) -> dict[str, Tensor]:
+        assert param.dtype == torch.bfloat16 and store_param_remainders, "not needed"
+        for name, dtype in self.dtypes.items():
+            self.state[param].setdefault(name, torch.zeros_like(param, dtype=dtype))
+        return self.state[param]
+
+    def get_unscaled_state(self, param: Tensor, state_name: str, skip_unscale: bool = False) -> Tensor:
+        state = self.state[param][state_name]
+        return state.float() if state.dtype == torch.bfloat16 else state
+
+    def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
+        assert unscaled_state.dtype == (torch.int16 if state_name == "master_param" else torch.float32)
+        self.state[param].setdefault(state_name, torch.empty_like(param, dtype=self.dtypes[state_name]))
+        self.state[param][state_name].copy_(unscaled_state)
+
+    def state_dict(self) -> dict[str, Any]:
+        content = super().state_dict()
+        for state in content["state"].values() if self.store_param_remainders else ():
+            state |= {name: state[name].float() for name in ("exp_avg", "exp_avg_sq")}
+        return content
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # in the dtype of the weight
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for number, values in state_dict["state"].items() if self.store_param_remainders else ():
+            self.state[weights[number]] = {}
+            for name, value in values.items():
+                self.set_scaled_state(weights[number], name, value if name == "master_param" else value.float())
 
 
 def multi_tensor_applier(op: Callable, noop_flag_buffer: Tensor, tensor_lists: list, *args: Any) -> Any:

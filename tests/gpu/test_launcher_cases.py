@@ -48,6 +48,7 @@ _NODES = (
     "--ckpt-assume-constant-structure --ckpt-fully-parallel-load --manual-gc --manual-gc-interval 2 --save-interval 1"
 )
 _NODES += " --gpu-sniff-test-interval 999" * (GPUS > 0)
+_BY_PARAMETER = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 FIRST = Case("data parallelism")
 CASES = (
     Case("saved by a helper, and resumed", 1, "--async-save", resumes=True),
@@ -55,6 +56,7 @@ CASES = (
     Case("layers without Transformer Engine", 1, "--transformer-impl local"),
     Case("layers recomputed", 1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     Case("optimizer on the host", 1, "--optimizer-cpu-offload --use-distributed-optimizer", resumes=True),
+    Case("moments in bf16", 1, f"--bf16-moments {_BY_PARAMETER}", resumes=True),
     Case("MoE base, documents apart", 1, "--dataloader-inter-document-masking --async-save", base="moe"),
     Case("TP 2, ETP 2", 2, f"{_TP2} --expert-tensor-parallel-size 2"),
     Case("PP 2, TP 2, EP 2", 4, f"{_PP2} --expert-tensor-parallel-size 1 --async-save {_NODES}", resumes=True),
@@ -112,8 +114,8 @@ def test_the_first_case_learns(losses_of: Callable) -> None:
 def test_losses_are_the_first_cases(losses_of: Callable, case: Case, record_property: Callable) -> None:
     if GPUS and case.ranks > GPUS:
         pytest.skip(f"needs {case.ranks} GPUs")
-    if not GPUS and "--transformer-impl" in case.flags:
-        pytest.skip("Transformer Engine needs a GPU")
+    if case.flags.startswith(("--transformer-impl", "--bf16-moments")):
+        pytest.importorskip("transformer_engine", reason="needs Transformer Engine", exc_type=ImportError)
     expected, losses = losses_of(FIRST), losses_of(case)
     assert losses.keys() == expected.keys() and all(map(math.isfinite, losses.values()))
     record_property("ranks", ranks_of(case))

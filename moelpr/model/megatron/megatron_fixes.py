@@ -34,7 +34,7 @@ def install() -> None:
     """Apply all fixes, once per process. Call it before anything imports the patched names."""
     _use_prebuilt_dataset_helper()
     _count_adam_steps_per_group()
-    _load_fp32_optimizer_shards()
+    _load_optimizer_shards()
     _save_no_more_padding_than_flat_buffers_have()
     _save_reshardable_state_of_padded_buckets()
     _load_optimizers_without_parameters_and_with_other_learning_rates()
@@ -103,15 +103,22 @@ def _count_steps_of_empty_groups(adam: Any) -> None:
         return result
 
 
-def _load_fp32_optimizer_shards() -> None:
+def _load_optimizer_shards() -> None:
     """In fp32 the distributed optimizer's shards are views of the parameters, and loading copies into them in place.
 
     With gradients enabled, this fails with "a view of a leaf Variable that requires grad is being used in-place".
+
+    With --bf16-moments, Transformer Engine's Adam takes the 16 bits that a weight lacks as int16 only, but by parameter
+    (--dist-ckpt-optim-fully-reshardable) Megatron saves everything in fp32.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    load = DistributedOptimizer._set_main_param_and_optimizer_states
-    DistributedOptimizer._set_main_param_and_optimizer_states = torch.no_grad()(load)
+    @replaces(DistributedOptimizer, "_set_main_param_and_optimizer_states")
+    @torch.no_grad()
+    def set_states(original: Callable[..., None], self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        if getattr(self.optimizer, "store_param_remainders", False) and parameter.dtype == torch.bfloat16:
+            tensors = tensors | {"param": tensors["param"].to(torch.int16)}
+        original(self, parameter, tensors)
 
 
 def _save_no_more_padding_than_flat_buffers_have() -> None:

@@ -106,10 +106,8 @@ def forward_signal(number: int, frame: FrameType | None) -> None:
     if not ranks:
         sys.exit(128 + number)
     for rank in ranks:
-        try:
+        with suppress(psutil.NoSuchProcess):
             rank.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
 
 
 def killed(rank: int, args: argparse.Namespace) -> str:

@@ -111,21 +111,17 @@ class CorpusWriter:
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
         name = Path(self.prefix).name
-        self._removes_folder = folder is None
         # A killed process leaves this folder, so the next one uses the same name.
         self._folder = folder or partial_name(Path(self.prefix))
-        self._lock = ExitStack()
-        if not self._removes_folder:
-            make_folder(self._folder)
-        else:
-            self._lock.enter_context(locked_folder(self._folder, self.prefix))
-            try:
+        with ExitStack() as stack:
+            if folder:
+                make_folder(folder)
+            else:
+                stack.enter_context(locked_folder(self._folder, self.prefix))
+                stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
                 refuse_existing(list(CorpusPaths.of(prefix)), overwrite)  # again: another writer may just have ended
-            except UserError:
-                shutil.rmtree(self._folder)
-                self._lock.close()
-                raise
-            empty(self._folder)
+                empty(self._folder)
+            self._stack = stack.pop_all()
         self._unfinished = CorpusPaths.of(self._folder / name)
         parts = ("bin", "lengths", "ends", "runs", *(["loss-runs"] if has_conversations else []))
         self._parts = [self._folder / f"{name}.{part}" for part in parts]
@@ -217,9 +213,7 @@ class CorpusWriter:
         for file in self._files:
             with suppress(OSError):  # closing flushes; on a full disk that fails again, and the first error counts
                 file.close()
-        if self._removes_folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._lock.close()
+        self._stack.close()
 
     def _write_index(self) -> None:
         lengths, ends = self._parts[1:3]

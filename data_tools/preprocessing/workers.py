@@ -111,24 +111,14 @@ def started_pool(workers: int, work: Callable[[Any], Any] | None = None) -> Any:
     # pyarrow's threads, which read, start later.
     # A signal between the forks would leave workers that nobody stops, and a worker that has not begun must not take
     # SIGTERM for a signal to defer: the executor ends it so if another one was killed.
-    with (
-        deferred_signals(),
-        _blocked(signal.SIGTERM),
-        warnings.catch_warnings(action="ignore", category=DeprecationWarning),
-    ):
-        pool.submit(os.getpid)
-    pool._result_queue._writer.close()  # type: ignore[attr-defined]
-    return pool
-
-
-@contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
-    """Let a signal wait: what is forked in the block gets it when it unblocks it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield
+        with deferred_signals(), warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            pool.submit(os.getpid)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    pool._result_queue._writer.close()  # type: ignore[attr-defined]
+    return pool
 
 
 def _start_worker(work: Callable[[Any], Any] | None) -> None:

@@ -188,11 +188,8 @@ def check_is_utf8(path: str, what: str) -> None:
     Raises:
         UserError: The path is not UTF-8.
     """
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        shown = os.fsencode(path).decode(errors="backslashreplace")
-        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file") from error
+    if (shown := os.fsencode(path).decode(errors="backslashreplace")) != path:
+        raise UserError(f"the name of the {what} {shown} is not UTF-8; rename the file")
 
 
 def _message(error: BaseException) -> str | None:

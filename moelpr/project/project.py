@@ -7,7 +7,6 @@ prints is made from these types and their descriptions.
 import re
 from collections.abc import Iterator
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -71,13 +70,9 @@ def _as_count(value: Any) -> Any:
     return parse_count(str(value)) if isinstance(value, str | float) else value
 
 
-def _without_auto(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
 Count = Annotated[int, BeforeValidator(_as_count, json_schema_input_type=int | str), Field(ge=1)]
 Number = Annotated[float, Field(gt=0)]
-OrAuto = BeforeValidator(_without_auto, json_schema_input_type=int | str | None)
+OrAuto = BeforeValidator(lambda value: None if value == "auto" else value, json_schema_input_type=int | str | None)
 Method = Literal["auto", "second-ffn", "review", "paper", "moe-lpr", "full", "ffn", "lora"]
 # Ways to train, by the method and the keys that change it; "moe-lpr" has stages, "auto" has them if they are needed.
 Way = Literal["auto", "second-ffn", "low-rank-ffn", "moe-lpr", "full", "ffn", "lora"]
@@ -380,7 +375,3 @@ class Project:
     @property
     def has_experts(self) -> bool:
         return self.method not in ("full", "ffn", "lora")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.output)

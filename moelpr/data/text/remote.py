@@ -285,13 +285,13 @@ def _info(uri: str) -> Any:
     return _find(uri, lambda system: system.info(uri, **_bounds(system)))
 
 
-def _listing(uri: str) -> Any:
-    return _find(uri, lambda system: system.ls(uri, detail=True, **_bounds(system)))
-
-
 def _bounds(system: Any) -> dict[str, float]:
     """The limit of a listing's time: pages of object storage may follow each other for ever."""
     return {"timeout": _LISTING_S} if system.async_impl else {}
+
+
+def _listing(uri: str) -> Any:
+    return _find(uri, lambda system: system.ls(uri, detail=True, **_bounds(system)))
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field, create_model
 
 from moelpr.base import records
 from moelpr.base.errors import UserError, first_line, reports_panics
@@ -26,25 +25,13 @@ _PROBES = ("two words", "a\nb 12", "φως 光")
 # Libraries count up to the largest ID. Published vocabularies have a million; a billion would take gigabytes.
 _Vocabulary = dict[str, Annotated[int, Field(lt=10_000_000)]]
 _REMEDY = "download the tokenizer again"
-
-
-@dataclass(config=FOREIGN)
-class _Model:
-    vocab: _Vocabulary | list[Any] = Field(default_factory=dict)  # a unigram model has a list
-
-
-@dataclass(config=FOREIGN)
-class _TokenizerJson:
-    model: _Model
-
-
-@dataclass(config=FOREIGN)
-class _TokenizerConfig:
-    model_max_length: int | float | None = None
-
-
+_MODEL = create_model("Model", __config__=FOREIGN, vocab=(_Vocabulary | list[Any], {}))  # a unigram model has a list
 # The files of a tokenizer, as far as they are checked before a library opens them.
-_FILES = {"tokenizer_config.json": _TokenizerConfig, "tokenizer.json": _TokenizerJson, "vocab.json": _Vocabulary}
+_FILES: dict[str, Any] = {
+    "tokenizer_config.json": create_model("Config", __config__=FOREIGN, model_max_length=(int | float | None, None)),
+    "tokenizer.json": create_model("Tokenizer", __config__=FOREIGN, model=(_MODEL, ...)),
+    "vocab.json": _Vocabulary,
+}
 
 
 def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bool = False) -> Tokenizer:

@@ -24,13 +24,6 @@ class Settings(DeviceFlags):
 
 
 def main(args: Settings) -> None:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    with temporary_folder("moelpr-chat") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(folder)
-        _serve(args)
-
-
-def _serve(args: Settings) -> None:
     from moelpr.measure.chat.page import HOST, Chat, check_page
     from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 
@@ -39,6 +32,8 @@ def _serve(args: Settings) -> None:
     models = {"export": args.export, **({"base": args.base} if args.base else {})}
     require_hf(models, "moelpr chat")
     with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder("moelpr-chat"))
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
         export, *base = [
             stack.enter_context(open_model(folder, args.device, args.dtype, args.verify)) for folder in models.values()
         ]

@@ -53,8 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = without_code(records.read(dict[str, Any], path, _REMEDY))
     records.validate(_Config, config, str(path), _REMEDY)
     text = _language_model(config, path)
-    if text is not config:
-        records.validate(_Config, text, str(path), _REMEDY)
+    records.validate(_Config, text, str(path), _REMEDY)
     return text
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base import checksums
+from moelpr.data.manifest import Manifest
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
@@ -32,6 +33,15 @@ def has_model(folder: Path) -> bool:
     there = {path.name: path.stat().st_size for path in folder.glob("*") if path.is_file()}
     sizes = {name: one.num_bytes for name, one in (checksums.read(folder) or {}).items()}
     return bool(sizes) and there.keys() >= {CONFIG_FILE, "README.md"} and sizes.items() <= there.items()
+
+
+def has_corpora(*prefixes: Path) -> bool:
+    """Whether corpora are there, all of their files in their size."""
+    read = [(prefix, Manifest.read(prefix)) for prefix in prefixes]
+    files = {Path(f"{prefix}.{name}"): file for prefix, one in read if one for name, file in one.files.items()}
+    return all(one for _, one in read) and all(
+        path.is_file() and path.stat().st_size == file.bytes for path, file in files.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The steps before the model: the base, its tokenizer, and a corpus of each language."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import local_files, text_bytes, versions
 from moelpr.project.project import Replay
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import AUTO, MOE_LPR, SECOND_FFN, Step, step
+from moelpr.project.steps.step import AUTO, MOE_LPR, SECOND_FFN, Step, has_corpora, step
 from moelpr.project.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -101,7 +102,7 @@ def preprocess(step: Step, project: ResolvedProject) -> Iterator[Task]:
             language.text,
             project.text / "data" / code,
             flags,
-            is_complete=project.manifest(code).is_file,
+            is_complete=partial(has_corpora, *corpora),
             corpora=() if is_sample else tuple(corpora),  # a sample is made by one job
             shared=_shared(project),
             minutes=0.1 + size / _BYTES_PER_MINUTE,
@@ -127,7 +128,7 @@ def conversations(step: Step, project: ResolvedProject) -> Iterator[Task]:
             corpus.with_name(corpus.name.removesuffix("_messages_document")),
             flags,
             _tokenizer_files(Path(project.content.chat_template)) if project.content.chat_template else (),
-            is_complete=Path(f"{corpus}.manifest.json").is_file,
+            is_complete=partial(has_corpora, corpus),
             corpora=(corpus,),
         )
 
@@ -181,7 +182,7 @@ def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "overwrite": True,
     }
     made_from = tuple(f"preprocess-{code}" for code in project.languages)
-    is_complete = Path(f"{project.corpus('replay')}.idx").is_file
+    is_complete = partial(has_corpora, project.corpus("replay"))
     yield step.task(project, flags, made_from=made_from, is_complete=is_complete)
 
 

@@ -16,6 +16,7 @@ from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.toy import write_toy
 from moelpr.project.workflow.workflow import Outlook, Workflow
+from tests.support.manifests import write_manifest
 from tests.unit.project.conftest import Write, write_findings
 
 
@@ -79,8 +80,10 @@ def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
 
     def execute(words: list[str], *_: Any) -> int:
         prefix = words[words.index("--output-prefix") + 1]
-        Path(prefix).parent.mkdir(exist_ok=True)
-        Path(f"{prefix}_text_document.manifest.json").touch()
+        for corpus in (f"{prefix}_text_document", f"{prefix}_validation_text_document"):
+            write_manifest(Path(corpus), 9)
+            for suffix in ("bin", "idx", "lang"):
+                Path(f"{corpus}.{suffix}").write_text("1")
         write(steps=batch, held_out=7)
         return 0
 

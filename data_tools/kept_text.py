@@ -7,11 +7,12 @@ code.jsonl is of Python's standard library. `kept: auto` in languages.yaml runs 
 """
 
 import hashlib
+import re
 import subprocess
 import sysconfig
 import tarfile
 from collections.abc import Iterable
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 
 import pydantic_core
@@ -69,32 +70,9 @@ def _download(folder: Path) -> Path:
     return path
 
 
-class _Page(HTMLParser):
-    """The paragraphs of a page."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.paragraphs: list[str] = []
-        self._is_text = False
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag == "p":
-            self._is_text = True
-            self.paragraphs.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "p":
-            self._is_text = False
-
-    def handle_data(self, data: str) -> None:
-        if self._is_text:
-            self.paragraphs[-1] += data
-
-
 def _paragraphs(page: str) -> str:
-    parser = _Page()
-    parser.feed(page)
-    return "\n".join(" ".join(paragraph.split()) for paragraph in parser.paragraphs)
+    paragraphs = re.findall(r"<p\b[^>]*>(.*?)(?=</p>|<p\b|$)", page, re.DOTALL)
+    return "\n".join(" ".join(unescape(re.sub("<[^>]*>", "", one)).split()) for one in paragraphs)
 
 
 def _library() -> Path:

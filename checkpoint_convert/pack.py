@@ -9,32 +9,34 @@ from typing import Annotated
 from checkpoint_convert.common.settings import OutputFlags, TextSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
-from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar
+from moelpr.base.settings import POSITIONAL, Flags, Source, folder_with, metavar
 
 _TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
+_Pack = Annotated[Path, folder_with("the folder of a pack, which moelpr pack make or keep writes", "pack.json")]
 
 
 class MakeSettings(TextSettings):
-    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
-    expert: Annotated[Path, POSITIONAL]  # model that was trained from it in its FFNs only, as for moelpr model combine
+    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    # model that was trained from it in its FFNs only, as for moelpr model combine
+    expert: Annotated[Source, POSITIONAL, metavar("EXPERT")]
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
     license: str = ""  # license of the pack
     trained: str = ""  # how the FFNs were trained, for readers
 
 
 class KeepSettings(TextSettings):
-    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
+    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
 
 
 class BuildSettings(OutputFlags):
-    base: Annotated[Path, POSITIONAL]  # Hugging Face directory of the dense base
-    packs: Annotated[list[Path], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
-    kept: Folder  # folder of moelpr pack keep
+    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    packs: Annotated[list[_Pack], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
+    kept: _Pack  # folder of moelpr pack keep
 
 
 class ShowSettings(Flags):
-    pack: Annotated[Path, POSITIONAL]  # folder of moelpr pack make or keep
+    pack: Annotated[_Pack, POSITIONAL, metavar("PACK")]  # folder of moelpr pack make or keep
 
 
 def make(args: MakeSettings) -> None:
@@ -75,10 +77,11 @@ def show(args: ShowSettings) -> None:
 
 
 def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:
+    texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
     from checkpoint_convert.conversions.packs import make_pack
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    record = make_pack(args.base, expert, args.read(named_texts(args.text, "--text")), args, license, trained)
+    record = make_pack(args.base, expert, texts, args, license, trained)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {args.base}{of_loss}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 from checkpoint_convert.card.readers import READERS
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number, run_script
+from moelpr.base.settings import POSITIONAL, File, Flags, Source, choices, either, metavar, number, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.measure.report.numbers import finite_json
 
@@ -35,13 +35,13 @@ _Tokens = Annotated[int, number(int, 1, below=1 << 31)]
 
 
 class Settings(Flags):
-    a: Annotated[Path, POSITIONAL]  # Hugging Face directory or Megatron checkpoint folder
-    b: Annotated[Path | None, POSITIONAL] = None  # Hugging Face directory or Megatron checkpoint folder
+    a: Annotated[Source, POSITIONAL, metavar("A")]  # Hugging Face directory or Megatron checkpoint folder
+    b: Annotated[Source | None, POSITIONAL, metavar("B")] = None  # Hugging Face directory or Megatron checkpoint folder
     reader: Annotated[str | None, choices(READERS)] = None  # check whether this program runs the export A
     tolerance: _Tolerance = 0.0  # largest absolute difference of tensors that counts as equal
     frozen: Annotated[bool, either("kind")] = False  # compare base A with the frozen tensors of the upcycled model B
     # compare with B = A + INSTRUCT - BASE
-    graft: Annotated[list[Path], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
+    graft: Annotated[list[Source], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
     text: list[File] = []  # also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text
     logit_tolerance: _Tolerance = 1e-4  # largest absolute difference of logits that counts as equal
     num_tokens: _Tokens = 1024  # tokens to compare per FILE
@@ -59,12 +59,12 @@ class Settings(Flags):
 
 
 def main(args: Settings) -> None:
-    from checkpoint_convert.compare.logits import compare_on_text
-    from checkpoint_convert.compare.tensors import compare, compare_frozen, compare_graft
-
     if args.reader or args.b is None:
         _check_for_reader(args.a, args.reader or "", args.json, args.verify)
         return
+    from checkpoint_convert.compare.logits import compare_on_text
+    from checkpoint_convert.compare.tensors import compare, compare_frozen, compare_graft
+
     if args.graft:
         base, instruct = args.graft
         verdicts = list(compare_graft(base, instruct, args.a, args.b, args.verify))

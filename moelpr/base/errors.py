@@ -35,7 +35,8 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """Ask for the nearest of the known names; if none is near, give the other hint."""
-    nearest = get_close_matches(name, [*known], n=1)
+    known = [*known]
+    nearest = get_close_matches(name, known, n=1) or [one for one in known if len(name) > 2 and name in one]
     return f"did you mean {nearest[0]}?" if nearest else otherwise
 
 

@@ -130,7 +130,7 @@ def reason(error: ValidationError) -> str:
     place = ".".join(map(str, first["loc"])) or "the content"
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
-        reason = str(cause)
+        reason = f"{place}: {cause}" if str(cause).startswith("expected") else str(cause)
     elif first["type"] == "missing":
         reason = f"{place} is missing"
     elif is_unknown_key(first):

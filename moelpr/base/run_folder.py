@@ -130,6 +130,19 @@ def saved_step(folder: Path) -> int | None:
     return as_step(tracker.read_text(errors="replace").strip()) if tracker.is_file() else None
 
 
+def checkpoint_folder(own: str | None, pretrained: str | None) -> Path:
+    """The folder that a run starts or resumes from: its own, if it contains a checkpoint."""
+    for folder in (own, pretrained):
+        if folder and (Path(folder) / TRACKER_FILE).exists():
+            return Path(folder)
+    if pretrained is None:
+        raise UserError("a checkpoint is required; pass --pretrained-checkpoint DIR (moelpr model convert makes one)")
+    raise UserError(
+        f"--pretrained-checkpoint {pretrained} is not a Megatron checkpoint: {TRACKER_FILE} is missing; make one with "
+        "moelpr model convert, or pass the --save folder of an earlier stage"
+    )
+
+
 def as_step(text: str) -> int | None:
     """The number of the step that a tracker file names; None if the text is not a step number."""
     return int(text) if text.isdecimal() and len(text) < 19 else None  # int() refuses more than 4,300 digits

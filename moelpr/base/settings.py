@@ -35,7 +35,7 @@ def number(
 ) -> Any:
     """The note of a number in a range."""
     limits = {"at least": least, "above": above, "at most": most, "below": below}
-    limit = " and ".join(f"{name} {value:,}" for name, value in limits.items() if abs(value) < INF)
+    limit = " and ".join(f"{name} {value:,}" for name, value in limits.items() if abs(value) < INF) or "a number"
 
     def convert(text: str) -> float:
         try:
@@ -67,14 +67,22 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _existing(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"must be a folder that is there, got {text}")
-    return Path(text)
+def folder_with(what: str, *files: str) -> Any:
+    """The note of a folder that has one of these files, which is checked before anything slow is imported."""
+
+    def convert(text: str) -> Path:
+        if not Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"must be a folder that is there, got {text}")
+        if not any(Path(text, file).exists() for file in files):
+            raise argparse.ArgumentTypeError(f"must be {what}, but {text} has no {', no '.join(files)}")
+        return Path(text)
+
+    return {"type": convert, "metavar": "DIR"}
 
 
 Folder = Annotated[Path, metavar("DIR")]
-Source = Annotated[Path, {"type": _existing, "metavar": "DIR"}]  # checked before anything slow is imported
+_MODEL_FILES = "config.json", "model_spec.json", "adapter_config.json"
+Source = Annotated[Path, folder_with("the folder of a model or checkpoint", *_MODEL_FILES)]
 File = Annotated[Path, metavar("FILE")]
 Natural = Annotated[int, number(int, 0)]
 Count = Annotated[int, number(int, 1)]
@@ -121,9 +129,10 @@ def parse[S: Flags](settings: type[S], words: Sequence[str], description: str | 
     return settings(**values)
 
 
-def flags_of(settings: type[Flags]) -> set[str]:
-    """The flags of a command, without dashes."""
-    return {flag[2:] for flag in parser_of(settings)._option_string_actions if flag.startswith("--")}
+def flags_of(settings: type[Flags] | argparse.ArgumentParser) -> set[str]:
+    """The flags of a command or a parser, without dashes."""
+    parser = settings if isinstance(settings, argparse.ArgumentParser) else parser_of(settings)
+    return {flag[2:] for flag in parser._option_string_actions if flag.startswith("--")}
 
 
 def parser_of(settings: type[Flags], description: str | None = None) -> CommandParser:

@@ -44,12 +44,12 @@ def _check(file: ProjectFile) -> None:
     project = file.project
     for key in ("model", "chat"):
         name = getattr(project, key)
-        if name and not Path(name).exists() and not HUB_NAME.fullmatch(name):
+        if name is not None and not Path(name).exists() and not HUB_NAME.fullmatch(name):
             raise UserError(
                 f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
                 "OWNER/NAME@REVISION); correct it"
             )
-        if name and Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
+        if name is not None and Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
             raise UserError(f"{file.at(key)}{key}: there is no {CONFIG_FILE} in {name}; name the folder of a model")
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():
         raise UserError(f"{file.at('benchmarks', 'tasks')}benchmarks.tasks: there is no file {tasks}; correct the path")

@@ -56,7 +56,12 @@ def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
     try:
         if project.content.hardware.gpu == "auto":
             Workflow(project.folder, tasks).check_machine()
-        return "yes"
+        cluster = project.layouts.cluster
+        return (
+            "yes"
+            if not cluster or project.main_stage != "lora"
+            else f"not predicted; lora uses 1 GPU of {cluster.gpus}"
+        )
     except MachineError as error:
         return f"no, {error}"
 

@@ -25,13 +25,10 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from glob import glob
-from itertools import pairwise
-from pathlib import Path
 from typing import NoReturn
 
 from moelpr.base import machine
 from moelpr.base.errors import UserError
-from moelpr.train.arguments.recipes import find_recipe
 
 OPTIONS = ("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port", "--join-timeout")
 
@@ -62,15 +59,9 @@ def launch(stage: str, words: Iterable[str]) -> None:
     if is_dry_run:
         print(*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(command))
         return
-    parts = [part for word in arguments for part in word.split("=", 1)]
-    paths = dict(pairwise(parts))  # the trainer would find one missing some seconds later
-    if (recipe := paths.get("--recipe")) and not find_recipe(Path(recipe)).is_file():
-        raise UserError(f"--recipe must be a file, or one of moelpr's recipes, got {recipe}")
-    if (start := paths.get("--pretrained-checkpoint")) and not Path(start).is_dir():
-        from moelpr.base.run_folder import TRACKER_FILE  # only now, as it takes long
+    from moelpr.train.arguments.early import check_start  # only now, as it takes a moment
 
-        if not any(Path(paths[flag], TRACKER_FILE).is_file() for flag in ("--load", "--save") if flag in paths):
-            raise UserError(f"--pretrained-checkpoint must be a folder that is there, got {start}")
+    check_start(stage, arguments)  # the trainer would report it some seconds later
     os.environ |= variables
     become(command)
 

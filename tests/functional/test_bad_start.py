@@ -4,13 +4,17 @@ import os
 import subprocess
 from pathlib import Path
 
+from moelpr.base.run_folder import TRACKER_FILE
 from tests.support.limits import PROCESS_S
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 
 
-def start(node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
+def start(folder: Path, node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
+    """Start a node with all that a command line needs, and what looks like a checkpoint."""
+    (folder / TRACKER_FILE).write_text("0")
+    arguments = (*f"--recipe paper-stage1 --train-iters 1 --data-path x --load {folder}".split(), *arguments)
     where = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", HOST, "--master-port", str(port)]
     command = [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -28,15 +32,15 @@ def error_of(node: subprocess.Popen) -> str:
     return errors
 
 
-def test_a_missing_node_is_named(port: int) -> None:
-    assert "error: node 1 of 2 did not connect to" in error_of(start(0, port, "--join-timeout", "1"))
+def test_a_missing_node_is_named(port: int, tmp_path: Path) -> None:
+    assert "error: node 1 of 2 did not connect to" in error_of(start(tmp_path, 0, port, "--join-timeout", "1"))
 
 
-def test_an_unavailable_port_is_named_on_a_single_node_too(taken_port: int) -> None:
-    error = error_of(start(0, taken_port, nnodes=1))
+def test_an_unavailable_port_is_named_on_a_single_node_too(taken_port: int, tmp_path: Path) -> None:
+    error = error_of(start(tmp_path, 0, taken_port, nnodes=1))
     assert f"error: port {taken_port} of node 0" in error and "Address already in use" in error
 
 
 def test_a_missing_recipe_ends_both_nodes(port: int, tmp_path: Path) -> None:
-    nodes = [start(rank, port, "--recipe", str(tmp_path / "none.yaml")) for rank in (0, 1)]
-    assert all(f"got {tmp_path}/none.yaml" in error_of(node) for node in nodes)
+    nodes = [start(tmp_path, rank, port, "--recipe", str(tmp_path / "none.yaml")) for rank in (0, 1)]
+    assert all(f"there is no recipe {tmp_path}/none.yaml" in error_of(node) for node in nodes)

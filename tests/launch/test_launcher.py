@@ -14,6 +14,7 @@ import pytest
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.train import launcher
+from moelpr.train.arguments.early import check_start
 from tests.support.programs import write_program
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +34,7 @@ def started(*words: str, **variables: str) -> tuple[dict[str, str], list[str], l
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr("os.environ", environment)
         patch.setattr(launcher, "become", sys.exit)
+        patch.setattr("moelpr.train.arguments.early.check_start", lambda *_: None)
         launcher.launch("stage1", words)
     command = end.value.code
     assert isinstance(command, list) and command[:3] == [sys.executable, "-m", "moelpr.torchrun"]
@@ -109,19 +111,28 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
         started(PET_NNODES="1:4")
 
 
-@pytest.mark.parametrize("flag", ["--recipe", "--pretrained-checkpoint"])
-def test_a_missing_path_is_an_error_before_torchrun_starts(flag: str) -> None:
-    with pytest.raises(UserError, match=f"{flag} must be .* got no/such"):
-        launcher.launch("stage1", [flag, "no/such"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "no/such"], "there is no recipe no/such"),
+        (["--recipe", "paper-stage1", "--train-iters", "1", "--data-path", "x"], "^a checkpoint is required"),
+        (["--pretrained-checkpoint", "no/such"], "--pretrained-checkpoint no/such is not a Megatron checkpoint"),
+        ([], r"(?s)^6 settings are wrong:.*--lr is required.*--data-path is required"),
+    ],
+)
+def test_what_is_missing_is_an_error_before_torchrun_starts(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launcher.launch("stage1", words)
 
 
 @pytest.mark.parametrize("place", ["--save {}", "--save={}", "--load {} --save new"])
 def test_a_run_is_resumed_by_the_same_command_when_its_start_was_deleted(tmp_path: Path, place: str) -> None:
     words = ["--pretrained-checkpoint", "no/such", *place.format(tmp_path).split()]
-    with pytest.raises(UserError, match="--pretrained-checkpoint must be"):
-        started(*words)
+    words += "--recipe paper-stage1 --train-iters 1 --data-path x".split()
+    with pytest.raises(UserError, match="^--pretrained-checkpoint no/such is not a Megatron checkpoint"):
+        check_start("stage1", words)
     (tmp_path / TRACKER_FILE).write_text("2")
-    assert started(*words)[2] == ["--stage", "stage1", *words]
+    check_start("stage1", words)
 
 
 def test_a_dry_run_prints_the_command_at_any_position(tmp_path: Path, capsys, monkeypatch) -> None:

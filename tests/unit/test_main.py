@@ -109,21 +109,27 @@ def test_training_becomes_the_launcher_with_this_python_and_its_help() -> None:
         "model export --load missing --save x",
         "model gguf missing",
         "model combine missing --expert el=x --text el=x --keep-text y --save z",
-        "model combine tests --expert el=missing --text el=x --keep-text y --save z",
+        "model combine MODEL --expert el=missing --text el=x --keep-text y --save z",
         "model convert --hf-path missing --num-new-experts 2 --save x",
-        "model graft --base missing --instruct x --model tests --save z",
+        "model graft --base missing --instruct x --model MODEL --save z",
+        "model verify MODEL missing",
+        "pack show missing",
+        "train ffn --recipe missing",
         "chat missing",
         "evaluate text --model a=missing --data el=x",
         "evaluate text --model a=tests --data el=missing",
         "plan missing",
     ],
 )
-def test_a_missing_path_is_an_error_before_torch_is_imported(words: str) -> None:
+def test_a_missing_path_is_an_error_before_torch_is_imported(words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     code = (
         "import sys; from moelpr.__main__ import run\n"
         "try: run(sys.argv[1:])\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "print('torch' in sys.modules)"
     )
-    output = subprocess.check_output([sys.executable, "-c", code, *words.split()], text=True)
+    output = subprocess.check_output(
+        [sys.executable, "-c", code, *words.replace("MODEL", str(tmp_path)).split()], text=True
+    )
     assert output.startswith("UserError") and "missing" in output and output.endswith("\nFalse\n")

@@ -13,17 +13,19 @@ from typing import Annotated
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import temporary_folder
-from moelpr.base.settings import POSITIONAL, Folder, Source, metavar
+from moelpr.base.settings import POSITIONAL, Source, metavar
+from moelpr.base.versions import require_package
 from moelpr.measure.evaluate.settings import DeviceFlags
 
 
 class Settings(DeviceFlags):
     export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
-    base: Folder | None = None  # Hugging Face directory of the dense base, which answers next to it
+    base: Source | None = None  # Hugging Face directory of the dense base, which answers next to it
     port: int = 7860  # port of the page
 
 
 def main(args: Settings) -> None:
+    require_package("gradio", "chat")
     from moelpr.measure.chat.page import HOST, Chat, check_page
     from moelpr.measure.evaluate.models import check_device, open_model, require_hf
 

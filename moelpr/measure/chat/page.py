@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.base.versions import require_package
 from moelpr.measure.chat.drawing import panel, routes_panel
 from moelpr.measure.chat.guard import MOST_TEMPERATURE, MOST_TOKENS, Guard
 from moelpr.measure.chat.routes import Token, answer, prompt_ids
@@ -28,8 +27,7 @@ Messages = list[dict[str, str]]
 
 
 def check_page(port: int) -> None:
-    """Raise a UserError if the page's library is missing, or another program has the port."""
-    require_package("gradio", "chat")
+    """Raise a UserError if another program has the port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

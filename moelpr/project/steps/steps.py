@@ -1,5 +1,6 @@
 """All steps of a project, and its tasks: from text to an evaluated Hugging Face model."""
 
+from argparse import ArgumentParser
 from collections.abc import Collection
 
 from moelpr.base import settings
@@ -11,8 +12,8 @@ from moelpr.project.steps import results, text, training
 from moelpr.project.steps.step import REVIEW, Step
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
-from moelpr.train.arguments.flags import own_arguments
-from moelpr.train.arguments.supported import SUPPORTED
+from moelpr.train.arguments.early import wrong_value
+from moelpr.train.arguments.flags import supported_arguments
 from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
@@ -61,16 +62,18 @@ def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
     for name, flags in file.project.steps.items():
         if not flags or not any(task == name or task.startswith(f"{name}-") for task in tasks):
             continue
-        known, allowed = flags_of(STEPS[name]), flags.get("allow-untested", "")
-        known |= {*map(str, allowed if isinstance(allowed, list) else [allowed])}
-        for flag in flags:
+        parser, allowed = parser_of(STEPS[name]), flags.get("allow-untested", "")
+        known = settings.flags_of(parser) | {*map(str, allowed if isinstance(allowed, list) else [allowed])}
+        for flag, value in flags.items():
+            place, see = f"{file.at('steps', name, flag)}steps.{name}.{flag}", f"see moelpr {STEPS[name].tool} --help"
             if flag not in known:
-                hint = did_you_mean(flag, known, f"see moelpr {STEPS[name].tool} --help")
-                raise UserError(f"{file.at('steps', name, flag)}steps.{name}.{flag} is no flag of this step; {hint}")
+                raise UserError(f"{place} is no flag of this step; {did_you_mean(flag, known, see)}")
+            if problem := wrong_value(parser, flag, value):
+                raise UserError(f"{place}: {problem}; correct it, {see}")
 
 
-def flags_of(step: Step) -> set[str]:
-    """The flags of a step's command, without dashes: of Megatron, those that the trainer supports."""
+def parser_of(step: Step) -> ArgumentParser:
+    """The parser of a step's command: of Megatron's flags, it has those that the trainer supports."""
     if step in training.STAGES:
-        return {flag[2:] for flag in (*own_arguments().flags(), *OPTIONS)} | SUPPORTED
-    return settings.flags_of(settings.settings_of(COMMANDS[DEFAULTS.get(step.tool, step.tool)].load()))
+        return supported_arguments(*OPTIONS)
+    return settings.parser_of(settings.settings_of(COMMANDS[DEFAULTS.get(step.tool, step.tool)].load()))

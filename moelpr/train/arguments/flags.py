@@ -3,6 +3,7 @@
 import argparse
 import copy
 import functools
+import math
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -10,15 +11,35 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from moelpr.base.errors import UserError, did_you_mean
 from moelpr.base.quantities import Tokens
-from moelpr.base.settings import Flags, add_flags, metavar
+from moelpr.base.settings import Flags, add_flags, metavar, number
 from moelpr.data.mixing import Mix
 from moelpr.model.stages import STAGE_HELP, Stage, Stage1Experts
+from moelpr.train.arguments.supported import SUPPORTED
 
 # The environment variable with the default of --grace-seconds, which job scripts and manifests set.
 GRACE_VARIABLE = "MOELPR_GRACE_SECONDS"
 _SEE_HELP = "see python -m moelpr.pretrain --help-all"
 
 
+# Least value and the bound that it must be below.
+_RANGES: dict[tuple[int, float], str] = {
+    (1, math.inf): (
+        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
+        "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
+        "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters train_samples "
+        "save_interval log_interval eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters "
+        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval train_tokens early_stop_patience "
+        "gpu_sniff_test_interval"
+    ),
+    (1, 2**31): "seed",
+    (0, math.inf): (
+        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad start_weight_decay "
+        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters grace_seconds manual_gc_interval"
+    ),
+    (0, 10**6): "train_epochs",
+    (0, 1): "adam_beta1 adam_beta2 lr_warmup_fraction",
+}
+_BOUNDS = {name: bounds for bounds, names in _RANGES.items() for name in names.split()}
 _STAGES = "; ".join(f"{stage} {text}" for stage, text in STAGE_HELP.items())
 
 
@@ -110,7 +131,8 @@ class Parser(argparse.ArgumentParser):
                 break
             except argparse.ArgumentError as error:
                 names = (error.argument_name or "").split("/")
-                problems.append(f"{where}{names[0]}: {error.message}; {_SEE_HELP}")
+                message = re.sub("^: must", " must", f": {error.message}")
+                problems.append(f"{where}{names[0]}{message}; {_SEE_HELP}")
                 _, rest = split_by_flags(argv, names)
                 if rest == argv:  # no flag to remove
                     raise UserError(problems[-1]) from error
@@ -120,6 +142,27 @@ class Parser(argparse.ArgumentParser):
         if unknown and not flags:  # next to an unrecognized flag they are most likely its values
             problems.append(f"{where}unrecognized value {' '.join(unknown)}; remove it, or add its flag")
         return namespace, problems
+
+
+def supported_arguments(*more: str) -> Parser:
+    """The parser of our flags and the tested ones of Megatron, which checks values, made without torch and Megatron."""
+    parser = own_arguments()
+    for name, value in (SUPPORTED | {flag[2:]: "TEXT" for flag in more}).items():
+        if value:
+            options = {"choices": value.split("|")} if "|" in value else {"type": {"N": int, "X": float}.get(value[0])}
+            parser.add_argument(f"--{name}", nargs=value[-1] if value[-1] in "+*" else None, **options)
+        else:
+            parser.add_argument(f"--{name}", action="store_true")
+    return _with_bounds(parser)
+
+
+def _with_bounds(parser: Parser) -> Parser:
+    """Numbers are finite, and neither too small nor too large."""
+    for action in parser._actions:
+        if action.type is float or (action.type is int and action.dest in _BOUNDS):
+            least, below = _BOUNDS.get(action.dest, (-math.inf, math.inf))
+            action.type = number(action.type, least, below=below)["type"]
+    return parser
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -155,7 +198,7 @@ def all_arguments() -> Parser:
             _ = (action.help or "") % vars(action)
         except (ValueError, TypeError, KeyError):
             action.help = (action.help or "").replace("%", "%%")  # some of Megatron's help texts contain a bare %
-    return parser
+    return _with_bounds(parser)
 
 
 def split_by_flags(argv: list[str], flags: Collection[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,8 @@ from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.mixing import mixed, num_tokens, share_table
 from moelpr.data.packing import windows_of
 from moelpr.train.arguments.checks.data import has_conversations, training_blend, training_share
-from moelpr.train.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.train.arguments.early import LENGTH_FLAGS
+from moelpr.train.arguments.requested import RequestedRun
 
 
 def set_train_iters(run: RequestedRun) -> str:
@@ -28,7 +29,7 @@ def set_train_iters(run: RequestedRun) -> str:
     if flags == ["--train-tokens"] and args.train_tokens:
         budget, tokens = f"{args.train_tokens:,} tokens", args.train_tokens
         steps = -(-tokens // (batch * length)) if tokens >= batch * length else 0
-    elif flags == ["--train-epochs"] and 0 <= (epochs := args.train_epochs or 0) < 10**6:  # else reported by the checks
+    elif flags == ["--train-epochs"] and (epochs := args.train_epochs) is not None:  # else reported by the checks
         prefixes, weights = training_blend(run)
         if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
             return ""

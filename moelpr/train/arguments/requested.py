@@ -12,12 +12,13 @@ from typing import Any
 
 from moelpr.base import ranks
 from moelpr.base.errors import UserError
-from moelpr.base.run_folder import RECIPE_FILE, TRACKER_FILE, recorded_settings, saved_step
+from moelpr.base.run_folder import RECIPE_FILE, checkpoint_folder, recorded_settings, saved_step
 from moelpr.model.checkpoints.chain import step_folder
 from moelpr.model.layers.config import shape_of
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.layouts import Layout
+from moelpr.train.arguments.early import LENGTH_FLAGS
 from moelpr.train.arguments.flags import Parser, split_by_flags, suggestion, values_of
 from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
@@ -27,9 +28,6 @@ _DEFAULTS = (
     "--attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --eval-interval 1000 --save-interval 500 "
     "--log-interval 10 --rerun-mode disabled"
 ).split()
-
-# How long a run is, in one of four units. Those of the command line take the place of the recipe's.
-LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-epochs")
 
 
 @dataclass
@@ -149,7 +147,7 @@ class RequestedRun:
         """Find the checkpoint, its step and its record, before the flags are parsed, as it has the model's shape."""
         save, pretrained = words.get("--save"), words.get("--pretrained-checkpoint")
         self.saved_step = saved_step(Path(save)) if save else None
-        self.checkpoint = self._try(_checkpoint_folder, words.get("--load") or save, pretrained)
+        self.checkpoint = self._try(checkpoint_folder, words.get("--load") or save, pretrained)
         if self.checkpoint is None:
             return
         if pretrained is None or self.checkpoint == Path(pretrained):  # else --ckpt-step refers to the latter
@@ -188,19 +186,6 @@ class RequestedRun:
         except UserError as error:
             self.problems.append(str(error))
             return None
-
-
-def _checkpoint_folder(own: str | None, pretrained: str | None) -> Path:
-    """The folder that a run starts or resumes from: its own, if it contains a checkpoint."""
-    for folder in (own, pretrained):
-        if folder and (Path(folder) / TRACKER_FILE).exists():
-            return Path(folder)
-    if pretrained is None:
-        raise UserError("a checkpoint is required; pass --pretrained-checkpoint DIR (moelpr model convert makes one)")
-    raise UserError(
-        f"--pretrained-checkpoint {pretrained} is not a Megatron checkpoint: {TRACKER_FILE} is missing; make one with "
-        "moelpr model convert, or pass the --save folder of an earlier stage"
-    )
 
 
 def _read_record(folder: Path, step: Path | None) -> dict[str, Any] | None:

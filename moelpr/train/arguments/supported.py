@@ -1,67 +1,54 @@
 """Megatron's flags that this trainer is tested with, and those that it refuses.
 
 Every other flag of Megatron needs --allow-untested. A new version of Megatron adds flags that nobody has tried here, so
-what is not listed is not taken for granted. Names are flags without their dashes.
+what is not listed is not taken for granted. Names are flags without their dashes; behind = is what a flag takes: N is
+an integer, X a number, + one or more of it, and * any number.
 """
 
-_SUPPORTED = {
-    "start and data": """
-        pretrained-checkpoint load finetune ckpt-step no-load-optim no-load-rng
-        data-path data-args-path train-data-path valid-data-path test-data-path per-split-data-args-path split
-        data-cache-path dataloader-type dataloader-inter-document-masking eod-mask-loss mid-level-dataset-surplus
-        num-workers num-dataset-builder-threads no-mmap-bin-files iterations-to-skip result-rejected-tracker-filename
-    """,
-    "length and batches": """
-        seq-length micro-batch-size global-batch-size train-iters train-samples seed calculate-per-token-loss
-        exit-interval exit-duration-in-mins exit-signal-handler manual-gc manual-gc-interval
-    """,
-    "validation": """
-        eval-interval eval-iters eval-global-batch-size eval-micro-batch-size full-validation multiple-validation-sets
-        validation-set-names
-    """,
-    "optimizer": """
-        optimizer adam-beta1 adam-beta2 adam-eps sgd-momentum clip-grad weight-decay start-weight-decay end-weight-decay
-        weight-decay-incr-style lr min-lr decoupled-lr decoupled-min-lr lr-decay-style lr-decay-iters lr-decay-samples
-        lr-warmup-fraction lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
-        lr-wsd-decay-samples override-opt-param-scheduler override-opt_param-scheduler
-        use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
-        use-distributed-optimizer overlap-grad-reduce overlap-param-gather
-        ddp-bucket-size ddp-num-buckets use-precision-aware-optimizer main-grads-dtype defer-embedding-wgrad-compute
-        optimizer-cpu-offload
-    """,
-    "precision": """
-        bf16 fp16 loss-scale initial-loss-scale min-loss-scale loss-scale-window hysteresis grad-reduce-in-bf16
-        accumulate-allreduce-grads-in-fp32 fp32-residual-connection attention-softmax-in-fp32 moe-router-dtype
-    """,
-    "parallel layout": """
-        tensor-model-parallel-size sequence-parallel pipeline-model-parallel-size context-parallel-size
-        expert-model-parallel-size expert-tensor-parallel-size num-layers-per-virtual-pipeline-stage
-        num-virtual-stages-per-pipeline-rank microbatch-group-size-per-virtual-pipeline-stage
-        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers
-        account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split no-overlap-p2p-communication
-        make-vocab-size-divisible-by distributed-timeout-minutes gpu-sniff-test-interval
-    """,
-    "memory and kernels": """
-        recompute-activations recompute-granularity recompute-method recompute-num-layers recompute-modules
-        transformer-impl attention-backend moe-grouped-gemm moe-permute-fusion moe-router-fusion
-        no-gradient-accumulation-fusion no-rope-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
-        no-masked-softmax-fusion no-persist-layer-norm cross-entropy-loss-fusion
-    """,
-    "model": "attention-dropout hidden-dropout init-method-std",
-    "hangs": "enable-ft-package calc-ft-timeouts ft-num-warmup-iters",
-    "checkpoints": """
-        save save-interval persistent-save-interval save-retain-interval no-save-optim no-save-rng async-save
-        dist-ckpt-optim-fully-reshardable save-dgrads-interval save-activations-interval
-        ckpt-fully-parallel-load ckpt-assume-constant-structure
-    """,
-    "log": """
-        log-interval log-throughput log-params-norm log-num-zeros-in-grad log-progress log-memory-interval
-        log-max-attention-logit log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-memory-to-tensorboard
-        log-world-size-to-tensorboard timing-log-level timing-log-option tensorboard-dir tensorboard-log-interval
-        tensorboard-queue-size wandb-project wandb-exp-name wandb-save-dir wandb-entity
-        log-straggler straggler-minmax-count straggler-ctrlr-port disable-straggler-on-startup
-    """,
-}
+# By topic: start and data, length, validation, optimizer, precision, layout, memory and kernels, model, saving, logs.
+_SUPPORTED = """
+    pretrained-checkpoint=TEXT load=TEXT finetune ckpt-step=N no-load-optim no-load-rng data-path=TEXT*
+    data-args-path=TEXT train-data-path=TEXT* valid-data-path=TEXT* test-data-path=TEXT*
+    per-split-data-args-path=TEXT split=TEXT data-cache-path=TEXT dataloader-type=single|cyclic|external
+    dataloader-inter-document-masking eod-mask-loss mid-level-dataset-surplus=X num-workers=N
+    num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+ result-rejected-tracker-filename=TEXT
+    seq-length=N micro-batch-size=N global-batch-size=N train-iters=N train-samples=N seed=N
+    calculate-per-token-loss exit-interval=N exit-duration-in-mins=N exit-signal-handler manual-gc
+    manual-gc-interval=N eval-interval=N eval-iters=N eval-global-batch-size=N eval-micro-batch-size=N
+    full-validation multiple-validation-sets validation-set-names=TEXT+
+    optimizer=adam|sgd|muon|dist_muon|lion|soap|adaptive_muon adam-beta1=X adam-beta2=X adam-eps=X sgd-momentum=X
+    clip-grad=X weight-decay=X start-weight-decay=X end-weight-decay=X
+    weight-decay-incr-style=constant|linear|cosine lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
+    lr-decay-style=constant|linear|cosine|inverse-square-root|WSD lr-decay-iters=N lr-decay-samples=N
+    lr-warmup-fraction=X lr-warmup-iters=N lr-warmup-samples=N lr-warmup-init=X
+    lr-wsd-decay-style=exponential|linear|cosine|minus_sqrt lr-wsd-decay-iters=N lr-wsd-decay-samples=N
+    override-opt-param-scheduler override-opt_param-scheduler use-checkpoint-opt-param-scheduler
+    use-checkpoint-opt_param-scheduler use-distributed-optimizer overlap-grad-reduce overlap-param-gather
+    ddp-bucket-size=N ddp-num-buckets=N use-precision-aware-optimizer main-grads-dtype=fp32|bf16
+    defer-embedding-wgrad-compute optimizer-cpu-offload bf16 fp16 loss-scale=X initial-loss-scale=X min-loss-scale=X
+    loss-scale-window=X hysteresis=N grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 fp32-residual-connection
+    attention-softmax-in-fp32 moe-router-dtype=fp32|fp64 tensor-model-parallel-size=N sequence-parallel
+    pipeline-model-parallel-size=N context-parallel-size=N expert-model-parallel-size=N
+    expert-tensor-parallel-size=N num-layers-per-virtual-pipeline-stage=N num-virtual-stages-per-pipeline-rank=N
+    microbatch-group-size-per-virtual-pipeline-stage=N pipeline-model-parallel-layout=TEXT
+    decoder-first-pipeline-num-layers=N decoder-last-pipeline-num-layers=N account-for-embedding-in-pipeline-split
+    account-for-loss-in-pipeline-split no-overlap-p2p-communication make-vocab-size-divisible-by=N
+    distributed-timeout-minutes=N gpu-sniff-test-interval=N recompute-activations
+    recompute-granularity=full|selective recompute-method=uniform|block recompute-num-layers=N
+    recompute-modules=TEXT+ transformer-impl=local|transformer_engine|inference_optimized
+    attention-backend=flash|fused|unfused|local|auto moe-grouped-gemm moe-permute-fusion moe-router-fusion
+    no-gradient-accumulation-fusion no-rope-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
+    no-masked-softmax-fusion no-persist-layer-norm cross-entropy-loss-fusion attention-dropout=X hidden-dropout=X
+    init-method-std=X enable-ft-package calc-ft-timeouts ft-num-warmup-iters=N save=TEXT save-interval=N
+    persistent-save-interval=N save-retain-interval=N no-save-optim no-save-rng async-save
+    dist-ckpt-optim-fully-reshardable save-dgrads-interval=N save-activations-interval=N ckpt-fully-parallel-load
+    ckpt-assume-constant-structure log-interval=N log-throughput log-params-norm log-num-zeros-in-grad log-progress
+    log-memory-interval=N log-max-attention-logit log-timers-to-tensorboard log-validation-ppl-to-tensorboard
+    log-memory-to-tensorboard log-world-size-to-tensorboard timing-log-level=0|1|2 timing-log-option=max|minmax|all
+    tensorboard-dir=TEXT tensorboard-log-interval=N tensorboard-queue-size=N wandb-project=TEXT wandb-exp-name=TEXT
+    wandb-save-dir=TEXT wandb-entity=TEXT log-straggler straggler-minmax-count=N straggler-ctrlr-port=N
+    disable-straggler-on-startup
+"""
 
 # Flags that the trainer cannot support, tested or not: the reason, and an alternative.
 _REFUSED = {
@@ -98,5 +85,5 @@ _REFUSED = {
     """,
 }
 
-SUPPORTED = frozenset(name for names in _SUPPORTED.values() for name in names.split())
+SUPPORTED = {name: value for name, _, value in (word.partition("=") for word in _SUPPORTED.split())}
 REFUSED = {name: reason for reason, names in _REFUSED.items() for name in names.split()}

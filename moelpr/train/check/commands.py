@@ -21,6 +21,7 @@ from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES, Stage
 from moelpr.plan.gpus import GPUS
 from moelpr.plan.settings import ExpertFlags
+from moelpr.train.arguments.early import check_start
 from moelpr.train.check.whole_run import check, prepare
 
 # Options of the launcher that change nothing here.
@@ -45,8 +46,9 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     own, trainers = _split(sys.argv[1:])
     args = parse(Settings, own, __doc__)
-    prepare(args.gpu, args.nproc_per_node)
+    check_start(args.stage, trainers, needs_checkpoint=False)
     spec = _upcycled(args)
+    prepare(args.gpu, args.nproc_per_node)
     outcome = check(["--stage", args.stage, *trainers], args.nnodes, args.nproc_per_node, lambda: spec)
     from moelpr.train.check import tables  # only now, as it imports torch
 

@@ -11,8 +11,8 @@ from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.data.language_bits import LanguageBitsWriter, language_bits_path, loss_bits_path
 from moelpr.model.checkpoints.chain import RELEASE
 from moelpr.model.model_spec import FILE_NAME, ModelSpec
+from moelpr.train.arguments.early import LENGTH_FLAGS
 from moelpr.train.arguments.flags import split_by_flags, values_of
-from moelpr.train.arguments.requested import LENGTH_FLAGS
 
 # Enough for every length of a run in epochs that a recipe has.
 _STEPS = "1000000"

@@ -101,9 +101,25 @@ def test_a_dry_run_starts_submits_and_writes_nothing(
         assert calls.exists()
 
 
-def test_a_plan_refuses_a_flag_that_a_step_does_not_have(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr"):
-        moelpr("plan", write(steps={"stage1": {"lrr": 1}}))
+@pytest.mark.parametrize(
+    ("step", "flag", "value", "message"),
+    [
+        ("stage1", "lrr", 1, " is no flag of this step; did you mean lr"),
+        ("stage1", "lr", "high", ": must be at least 0, got high"),
+        ("stage1", "lr", True, ": expected one argument"),
+        ("stage1", "seq-length", 0, ": must be at least 1, got 0"),
+        ("stage1", "micro-batch-size", 1.5, ": must be at least 1, got 1.5"),
+        ("stage1", "seed", [1, 2], r": must be one value, got \[1, 2\]"),
+        ("stage1", "bf16", "yes please", ": must be true or false, got yes please"),
+        ("stage1", "optimizer", "adan", ": invalid choice: 'adan'"),
+        ("stage1", "lpr-loss-coeff", -1, ": must be at least 0, got -1"),
+        ("convert", "seed", "x", ": invalid int value: 'x'"),
+        ("preprocess", "workers", 0, ": must be at least 1, got 0"),
+    ],
+)
+def test_a_plan_refuses_what_a_step_does_not_take(write: Write, step: str, flag: str, value, message: str) -> None:
+    with pytest.raises(UserError, match=rf"line \d+: steps.{step}.{flag}{message}"):
+        moelpr("plan", write(steps={step: {flag: value}}))
 
 
 def test_files_of_jobs_are_for_a_cluster(write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:

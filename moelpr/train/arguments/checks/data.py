@@ -20,9 +20,8 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bit
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.train.arguments.early import DATA
 from moelpr.train.arguments.requested import RequestedRun
-
-DATA_FLAGS = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 
 # Flags of Megatron's own validation, which --validation-data replaces.
 _MEGATRON_VALIDATION = "valid_data_path full_validation multiple_validation_sets validation_set_names split".split()
@@ -52,7 +51,7 @@ def check_original_tokens(run: RequestedRun) -> Iterable[str]:
         return
     try:
         if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
-            flag = next(run.flag(name) for name in DATA_FLAGS if name in run.explicit_args)
+            flag = next(run.flag(name) for name in DATA if name in run.explicit_args)
             yield (
                 f"{flag} {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff {coeff:g} "
                 "requires; add original-language text, or pass --lpr-loss-coeff 0"
@@ -227,7 +226,7 @@ def _missing(prefix: str) -> str:
 
 def _blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:
     """Prefixes and weights of training, validation and test data; empty unless one flag gives them."""
-    if sum(name in run.explicit_args for name in DATA_FLAGS) != 1:
+    if sum(name in run.explicit_args for name in DATA) != 1:
         return []
     blend, per_split = get_blend_and_blend_per_split(run.args)
     return [part for part in (blend, *(per_split or ())) if part is not None]

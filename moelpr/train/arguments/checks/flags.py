@@ -1,53 +1,19 @@
-"""Flags that are required or exclude each other, and ranges of numbers."""
+"""Flags that are required or exclude each other."""
 
-import math
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from moelpr.train.arguments.checks.data import DATA_FLAGS
+from moelpr.train.arguments.early import DATA, LENGTHS, missing
 from moelpr.train.arguments.kernels import is_installed
-from moelpr.train.arguments.requested import LENGTH_FLAGS, RequestedRun
+from moelpr.train.arguments.requested import RequestedRun
 from moelpr.train.track.trackers import TRACKERS, missing_packages
 
-_LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
-
-# The flag to pass if none of the arguments is given.
-_REQUIRED = {
-    "--stage stage1 (or stage0, stage2, sft, dense, ffn)": ("stage",),
-    "--micro-batch-size SEQUENCES": ("micro_batch_size",),
-    "--seq-length TOKENS": ("seq_length",),
-    "--lr RATE": ("lr",),
-    "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": _LENGTHS,
-    "--data-path PREFIX (moelpr data preprocess makes a corpus)": (*DATA_FLAGS, "mock_data"),
-}
-
-_EXCLUSIVE = (_LENGTHS, DATA_FLAGS, ("fp16", "bf16", "fp32"))
-
-# Least value and the bound that it must be below.
-_RANGES: dict[tuple[int, float], str] = {
-    (1, math.inf): (
-        "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-        "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage "
-        "make_vocab_size_divisible_by micro_batch_size global_batch_size seq_length train_iters train_samples "
-        "save_interval log_interval eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters "
-        "lr_wsd_decay_samples tensorboard_log_interval log_memory_interval train_tokens early_stop_patience "
-        "gpu_sniff_test_interval"
-    ),
-    (1, 2**31): "seed",
-    (0, math.inf): (
-        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad start_weight_decay "
-        "end_weight_decay balance_loss_coeff lpr_loss_coeff eval_iters grace_seconds manual_gc_interval"
-    ),
-    (0, 10**6): "train_epochs",
-    (0, 1): "adam_beta1 adam_beta2 lr_warmup_fraction",
-}
+_EXCLUSIVE = (LENGTHS, DATA, ("fp16", "bf16", "fp32"))
 
 
 def check_presence(run: RequestedRun) -> Iterable[str]:
     """Flags without a default are given; length of training, data and dtype only once."""
-    for usage, names in _REQUIRED.items():
-        if run.recipe_is_read and not any(name in run.explicit_args for name in names):
-            yield f"{usage.split()[0]} is required; pass {usage}"
+    yield from missing(run.explicit_args) if run.recipe_is_read else ()
     for names in _EXCLUSIVE:
         flags = [run.flag(name) for name in names if name in run.explicit_args]
         if len(flags) > 1:
@@ -79,18 +45,8 @@ def check_loss(run: RequestedRun) -> Iterable[str]:
         yield "--cross-entropy-loss-fusion does not support an output layer that trains; remove it"
 
 
-def check_ranges(run: RequestedRun) -> Iterable[str]:
-    """Numbers are finite, and neither too small nor too large."""
-    known = {name: bounds for bounds, names in _RANGES.items() for name in names.split()}
-    for name, (least, below) in known.items():
-        value = getattr(run.args, name)
-        if value is not None and not least <= value < below:
-            bound = f" and below {below:,}" if below < math.inf else " and finite" if value == math.inf else ""
-            yield f"{run.flag(name)} must be at least {least}{bound}, got {value}"
-    for name in run.explicit_args.keys() - known.keys():
-        value = getattr(run.args, name, None)
-        if isinstance(value, float) and not math.isfinite(value):
-            yield f"{run.flag(name)} must be a finite number, got {value}"
+def check_least_rates(run: RequestedRun) -> Iterable[str]:
+    """The learning rate is above those that it starts and ends with."""
     lr, least_lr = run.args.lr, run.args.min_lr
     if "min_lr" in run.explicit_args and lr is not None and least_lr is not None and least_lr > lr:
         yield f"--min-lr must be at most --lr {lr}, got {least_lr}"

@@ -7,11 +7,12 @@ import pytest
 
 from moelpr.base import checksums
 from moelpr.base.errors import UserError
+from moelpr.base.settings import flags_of
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import run_here
 from moelpr.project.steps.step import has_corpora, has_model
-from moelpr.project.steps.steps import STEPS, flags_of, tasks_of, workflow_of
+from moelpr.project.steps.steps import STEPS, parser_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
 from moelpr.project.workflow.task import Task
@@ -168,7 +169,7 @@ def test_a_step_is_made_from_what_it_reads(write: Write, changes: dict, step: st
 
 @pytest.mark.parametrize("name", [name for name, step in STEPS.items() if step.tool and step not in STAGES[1:]])
 def test_the_flags_of_a_step_are_flags_of_its_command(name: str) -> None:
-    assert STEPS[name].reserved | STEPS[name].speed <= flags_of(STEPS[name])
+    assert STEPS[name].reserved | STEPS[name].speed <= flags_of(parser_of(STEPS[name]))
 
 
 def test_conversations_in_new_languages_only_are_an_error_unless_nothing_is_to_be_kept(write: Write) -> None:

@@ -17,8 +17,9 @@ def test_valid_arguments_are_parsed_next_to_wrong_ones() -> None:
     settings, problems = parse(*argv.split())
     assert (settings["seq_length"], settings["stage"]) == (32, "stage1")
     actual = [line.split(":")[0].split(";")[0] for line in problems]
-    assert actual == ["--lr", "--lpr-loss", "--seed", "unrecognized argument --no-such-thing"]
-    assert "'fast'" in problems[0] and "paper, reference" in problems[1]
+    last = "unrecognized argument --no-such-thing"
+    assert actual == ["--lr must be at least 0, got fast", "--lpr-loss", "--seed", last]
+    assert "fast" in problems[0] and "paper, reference" in problems[1]
 
 
 @pytest.mark.parametrize(

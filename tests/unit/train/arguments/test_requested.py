@@ -30,7 +30,13 @@ def test_a_recipe_that_comes_with_the_program_is_read_by_its_name(tmp_path: Path
 def test_all_keys_of_a_recipe_that_are_not_flags_are_named(upcycled: str, problems, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("micro-batchsize: 4\nxyzzy: false\nrecipe: other.yaml\nglobal-batch-size: many\nbf16: 1\n")
-    parts = ("did you mean --micro-batch-size?", "xyzzy", " recipe is not a flag", "--global-batch-size: ", " 1;")
+    parts = (
+        "did you mean --micro-batch-size?",
+        "xyzzy",
+        " recipe is not a flag",
+        "--global-batch-size must be at least 1, got many",
+        " 1;",
+    )
     for line, part in zip(problems("stage1", upcycled, "--recipe", str(recipe)), parts, strict=True):
         assert str(recipe) in line and part in line
 

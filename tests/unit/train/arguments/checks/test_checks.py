@@ -40,13 +40,13 @@ stage1 upcycled --cross-entropy-loss-fusion --train-everything -> --cross-entrop
 stage1 upcycled --optimizer lion -> --optimizer lion … emerging-optimizers
 stage1 upcycled --seq-length 65 -> --seq-length must be at most 64
 stage1 upcycled --min-lr 1 -> --min-lr must be at most --lr 0.001, got 1.0
-stage1 upcycled --lr -1 -> --lr must be at least 0, got -1.0
-stage1 upcycled --lr inf -> --lr must be at least 0 and finite, got inf
+stage1 upcycled --lr -1 -> --lr must be at least 0, got -1
+stage1 upcycled --lr inf -> --lr must be at least 0, got inf
 stage1 upcycled --lpr-loss-coeff -0.1 -> --lpr-loss-coeff must be at least 0, got -0.1
 stage1 upcycled --seed 0 -> --seed must be at least 1 and below 2,147,483,648, got 0
 stage1 upcycled --weight-decay nan -> --weight-decay must be at least 0, got nan
-stage1 upcycled --adam-beta1 1 -> --adam-beta1 must be at least 0 and below 1, got 1.0
-stage1 upcycled --adam-eps nan -> --adam-eps must be a finite number, got nan
+stage1 upcycled --adam-beta1 1 -> --adam-beta1 must be at least 0 and below 1, got 1
+stage1 upcycled --adam-eps nan -> --adam-eps must be a number, got nan
 stage1 upcycled --lr-warmup-iters 2 -> --lr-warmup-iters must be below --train-iters 2, got 2
 stage1 upcycled --lr-warmup-iters 9 --lr-decay-iters 9 -> --lr-warmup-iters must be below --lr-decay-iters 9
 stage1 upcycled --lr-warmup-init 0.1 -> --lr-warmup-init must be at most --lr 0.001, got 0.1
@@ -218,7 +218,7 @@ def test_all_problems_are_reported_at_once(upcycled: str, problems) -> None:
     argv += "--seq-length 65 --moe-token-dispatcher-type allgather --attention-dropout 0.1 --overlap-param-gather"
     actual = problems("stage1", upcycled, *argv.split(), ranks=3)
     expected = (
-        "--lr: invalid float value: 'fast'",
+        "--lr must be at least 0, got fast",
         "unrecognized argument --micro-batchsize; did you mean --micro-batch-size?",
         "--num-layers 8 ",
         "--expert-model-parallel-size 3 ",

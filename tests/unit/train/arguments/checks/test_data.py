@@ -212,5 +212,5 @@ def test_early_stopping_validates_each_saved_step(upcycled, problems, accepted, 
     assert accepted(*command)["eval_interval"] == 20
     assert accepted(*command, "--eval-interval", "40")["eval_interval"] == 40
     assert "--eval-interval must be a multiple of --save-interval 20" in problems(*command, "--eval-interval", "30")[0]
-    (actual,) = problems(*command, "--eval-interval", "30", "--save-interval", "0")
-    assert actual == "--save-interval must be at least 1, got 0"
+    (actual,) = problems(*command, "--save-interval", "0")
+    assert actual.startswith("--save-interval must be at least 1, got 0")

@@ -1,0 +1,71 @@
+"""The checks of a run's flags that need neither torch nor Megatron: what is missing, and wrong values."""
+
+from argparse import ArgumentError, ArgumentParser, _AppendAction
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from moelpr.base.errors import UserError
+from moelpr.base.run_folder import checkpoint_folder
+from moelpr.train.arguments.flags import values_of
+from moelpr.train.arguments.recipes import read_recipe, recipe_argv
+
+# How long a run is, in one of four units. Those of the command line take the place of the recipe's.
+LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-epochs")
+LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
+DATA = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
+# The flag to pass if none of the arguments is given.
+_REQUIRED = {
+    "--stage stage1 (or stage0, stage2, sft, dense, ffn)": ("stage",),
+    "--micro-batch-size SEQUENCES": ("micro_batch_size",),
+    "--seq-length TOKENS": ("seq_length",),
+    "--lr RATE": ("lr",),
+    "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": LENGTHS,
+    "--data-path PREFIX (moelpr data preprocess makes a corpus)": (*DATA, "mock_data"),
+}
+
+
+def missing(given: Collection[str]) -> Iterator[str]:
+    """A message for each flag without a default that is not given; `given` are Megatron's names."""
+    for usage, names in _REQUIRED.items():
+        if not any(name in given for name in names):
+            yield f"{usage.split()[0]} is required; pass {usage}"
+
+
+def check_start(stage: str, argv: list[str], *, needs_checkpoint: bool = True) -> None:
+    """Check that a stage's command line has what the trainer requires, and a checkpoint to start from.
+
+    Raises:
+        UserError: A flag, the recipe or the checkpoint is missing.
+    """
+    if "--help-all" in argv:
+        return
+    recipe = values_of(argv).get("--recipe")
+    values = values_of([*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), "--stage", stage, *argv])
+    problems = [*missing({flag[2:].replace("-", "_") for flag in values})]
+    if needs_checkpoint:
+        try:
+            checkpoint_folder(values.get("--load") or values.get("--save"), values.get("--pretrained-checkpoint"))
+        except UserError as error:
+            problems.insert(0, str(error))
+    if problems:
+        several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
+        raise UserError("\n- ".join([*several, *problems]))
+
+
+def wrong_value(parser: ArgumentParser, flag: str, value: Any) -> str:
+    """Why a recipe's value is none of a flag, without dashes; empty if it is one, or the parser lacks the flag."""
+    action = parser._option_string_actions.get(f"--{flag}")
+    words = recipe_argv({f"--{flag}": value})[1:]
+    if action is None or value is None or value is False:
+        return ""
+    try:
+        if action.nargs == 0 and words:
+            raise ArgumentError(action, f"must be true or false, got {value}")
+        for part in [[word] for word in words] if isinstance(action, _AppendAction) and words else [words]:
+            if parser._match_argument(action, "A" * len(part)) < len(part):
+                raise ArgumentError(action, f"must be one value, got {value}")
+            parser._get_values(action, part)
+    except ArgumentError as error:
+        return error.message
+    return ""

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 import zlib
-from collections.abc import Buffer, Iterable
+from collections.abc import Buffer, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from functools import cache
@@ -27,6 +27,9 @@ from moelpr.base.records import STRICT, Record
 FILE_NAME = "checksums.json"
 # Files without checksums are hashed in pieces of this size, on which the checksum of a base depends.
 PIECE_BYTES = 256 << 20
+
+# Pieces of files that have been read, by the names of the files: where one starts, its number of bytes and its CRC-32.
+type Pieces = Mapping[str, set[tuple[int, int, int]]]
 
 
 class Verify(StrEnum):
@@ -54,16 +57,19 @@ class FileSum:
     crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
 
     @classmethod
-    def of(cls, path: Path, bar: "tqdm[None] | None" = None) -> "FileSum":
-        """Read the file. Does not keep Python's lock, so several threads read several files."""
+    def of(cls, path: Path, bar: "tqdm[None] | None" = None, pieces: Iterable[tuple[int, int, int]] = ()) -> "FileSum":
+        """Read the file but for `pieces` of it. Does not keep Python's lock, so several threads read several files."""
         crc32, num_bytes = 0, 0
         buffer = memoryview(bytearray(1 << 20))
         with open(path, "rb", buffering=0) as file:
-            while num_read := file.readinto(buffer):
-                crc32 = zlib.crc32(buffer[:num_read], crc32)
-                num_bytes += num_read
-                if bar is not None:
-                    bar.update(num_read)
+            for start, length, crc32_of_piece in (*sorted(pieces), (sys.maxsize, 0, 0)):
+                while num_read := file.readinto(buffer[: max(0, start - num_bytes)]):
+                    crc32 = zlib.crc32(buffer[:num_read], crc32)
+                    num_bytes += num_read
+                    if bar is not None:
+                        bar.update(num_read)
+                crc32 = _crc32_of_both(crc32, crc32_of_piece, length)
+                num_bytes = file.seek(num_bytes + length)
         return cls(num_bytes, f"{crc32:08x}")
 
 
@@ -154,37 +160,64 @@ class Verifier:
             _compare(self._folder / name, _try_file(self._folder / name), expected, self._fix)
 
 
-def verify_folder(folder: Path, fix: str, is_expected: bool = False) -> None:
+def verify_folder(folder: Path, fix: str, is_expected: bool = False, pieces: Pieces | None = None) -> None:
     """Compare all files with their checksums, if the folder has some.
 
-    If torch.distributed is initialized, every rank must call this; they share the work.
+    If torch.distributed is initialized, every rank must call this, with the `pieces` of files that it has read; they
+    share the work, and read what none has.
     """
     if not (sums := read(folder, is_expected)):
         return
-    own = sums_of(folder, ranks.own_share(sorted(sums)))
+    of_ranks = ranks.gather(pieces or {})
+    share = {name: set().union(*(part.get(name, ()) for part in of_ranks)) for name in ranks.own_share(sorted(sums))}
+    own = sums_of(folder, share)
     actual = {name: sum_ for part in ranks.gather(own) for name, sum_ in part.items()}
     for name, expected in sums.items():
         _compare(folder / name, actual[name], expected, fix)
 
 
-def sums_of(folder: Path, names: Iterable[str]) -> dict[str, FileSum | None]:
-    """The sums of files; None for one that can't be read: a single rank must not fail while the others wait for it."""
-    names = list(names)
-    total = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+def sums_of(folder: Path, pieces: Pieces) -> dict[str, FileSum | None]:
+    """The sums of files, from pieces of them that have been read and the rest.
+
+    None for a file that can't be read: a single rank must not fail while the others wait for it.
+    """
+    total = sum((folder / name).stat().st_size for name in pieces if (folder / name).is_file())
+    total -= sum(length for of_file in pieces.values() for _, length, _ in of_file)
     is_hidden = not ranks.is_first_rank() or None
     title = f"checksums of {folder}"
     with (
         tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=2, disable=is_hidden) as bar,
         ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
     ):
-        return dict(zip(names, pool.map(lambda name: _try_file(folder / name, bar), names), strict=True))
+        sums = pool.map(lambda name: _try_file(folder / name, bar, pieces[name]), pieces)
+        return dict(zip(pieces, sums, strict=True))
 
 
-def _try_file(path: Path, bar: "tqdm[None] | None" = None) -> FileSum | None:
+def _try_file(
+    path: Path, bar: "tqdm[None] | None" = None, pieces: Iterable[tuple[int, int, int]] = ()
+) -> FileSum | None:
     try:
-        return FileSum.of(path, bar)
+        return FileSum.of(path, bar, pieces)
     except (OSError, ValueError):  # a name with NUL
         return None
+
+
+def _crc32_of_both(first: int, second: int, num_bytes: int) -> int:
+    """The CRC-32 of two pieces, the second of this length, from theirs; zlib's `crc32_combine`, as of Python 3.15."""
+
+    def product(one: int, other: int) -> int:
+        """The product of polynomials, the lowest power in the highest bit, modulo that of CRC-32."""
+        total = 0
+        for bit in range(31, -1, -1):
+            total ^= other * (one >> bit & 1)
+            other = other >> 1 ^ 0xEDB88320 * (other & 1)
+        return total
+
+    power = 1 << 23  # a byte moves by x to the 8
+    while num_bytes:
+        first = product(first, power) if num_bytes & 1 else first
+        power, num_bytes = product(power, power), num_bytes >> 1
+    return first ^ second
 
 
 def pieces_of(folder: Path) -> str:

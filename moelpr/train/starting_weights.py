@@ -19,7 +19,7 @@ from megatron.training.checkpointing import _load_global_dist_base_checkpoint
 from moelpr.base.errors import UserError
 from moelpr.base.ranks import is_first_rank
 from moelpr.base.run_folder import BASE_CHECKPOINT_FILE
-from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_files
+from moelpr.model.checkpoints.chain import RELEASE, BaseCheckpoint, checkpoint_chain, checksum, verify_chain
 from moelpr.model.checkpoints.torch_dist import read_metadata
 from moelpr.model.layers.weights import load_weights, omit_extra_state, save_trained_only
 from moelpr.train.arguments.settings import RunSettings
@@ -42,7 +42,7 @@ def starting_weights(settings: RunSettings, args: argparse.Namespace) -> Callabl
         read_metadata(link)  # Megatron ends with exit code 0, or with a traceback, if it can't read this
 
     def load(chunks: list[HybridModel]) -> None:
-        verify_files(links, settings.verify)
+        verify_chain(links, settings.verify)
         load_step = partial(_load_step, args)
         if not args.use_cpu_initialization:
             for chunk in chunks:

@@ -18,14 +18,14 @@ from moelpr.base.ranks import is_first_rank
 from moelpr.data.batch import BatchReader
 from moelpr.data.dataset import build_datasets, dataset_config
 from moelpr.data.epoch_table import epoch_table
-from moelpr.model.checkpoints.chain import write_checksums
+from moelpr.model.checkpoints.chain import verify_step, write_checksums
 from moelpr.model.layers.builder import MoELPRModelConfig
 from moelpr.model.layers.config import MoELPRConfig
 from moelpr.model.layers.freezing import freeze, parameter_report
 from moelpr.model.layers.fused_loss import fuse_loss
 from moelpr.model.layers.new_rows import ROWS
 from moelpr.model.layers.vocabulary import mask_padding
-from moelpr.model.megatron import bootstrap, checkpoint_sums, hooks
+from moelpr.model.megatron import bootstrap, checkpoint_reading, checkpoint_sums, hooks
 from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import Workload, model_parts
 from moelpr.plan.step_time import stage_flops
@@ -85,6 +85,7 @@ def train_stage(
     load_weights, stage, batches = weights(settings, args), settings.stage, BatchReader()
     with (
         run_records(settings, args, argv),
+        hooks.after_step_is_read(lambda step: verify_step(step, checkpoint_reading.taken(step), settings.verify)),
         hooks.after_step_is_written(lambda step, _: write_checksums(step, checkpoint_sums.taken(step))),
         hooks.without_weight_decay(ROWS),
         hooks.before_schedule(batches.read),

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -341,11 +342,11 @@ def test_a_changed_base_stops_a_resumed_run_and_the_exporter(material: Path, sta
     file.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
     resumed = cut_back(stage2, material / "changed" / "stage2")
     error = error_of(*stage2_command(material, changed, resumed), "--save-trained-only")
-    assert "stage1/iter_0000006" in error and "checksum" in error
+    assert "stage1/iter_0000006" in error and "damaged" in error
     trained = cut_back(stage1, material / "changed" / "resumed-stage1") / "iter_0000003"
     file = trained / "__1_0.distcp"
     file.write_bytes(file.read_bytes()[:9000] + b"?" + file.read_bytes()[9001:])
-    assert f"{file} is damaged: its checksum" in error_of(*stage1_command(material, trained.parent), ranks=2)
+    assert re.search(f"{file} is .*damaged", error_of(*stage1_command(material, trained.parent), ranks=2))
     with pytest.raises(UserError, match="stage1/iter_0000006.*checksum"):
         mcore_to_hf(resumed, material / "changed" / "hf")
 

@@ -15,7 +15,7 @@ from typing import ClassVar, Self
 from pydantic.dataclasses import dataclass
 
 from moelpr.base import checksums, ranks
-from moelpr.base.checksums import FileSum, Verify
+from moelpr.base.checksums import FileSum, Pieces, Verify
 from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
 from moelpr.base.run_folder import BASE_CHECKPOINT_FILE, TABLE_FILES, TRACKER_FILE, as_step
@@ -144,15 +144,14 @@ def verify_chain(links: list[Path], verify: Verify = Verify.FULL) -> None:
             )
 
 
-def verify_files(links: list[Path], verify: Verify = Verify.FULL) -> None:
-    """Verify a chain, and compare all files of its step folders with their checksums.json, unless files are trusted.
+def verify_step(step_folder: Path, pieces: Pieces, verify: Verify = Verify.FULL) -> None:
+    """Compare all files of a step folder with its checksums.json, unless they are trusted.
 
-    If torch.distributed is initialized, every rank must call this; they share the work.
+    If torch.distributed is initialized, every rank must call this, with the pieces of files that it has read.
     """
-    verify_chain(links, verify)
-    for link in links if verify is not Verify.NONE else []:
+    if verify is not Verify.NONE:
         fix = "copy the checkpoint again, or use another step (trainer: --ckpt-step)"
-        checksums.verify_folder(link, fix, is_expected=True)
+        checksums.verify_folder(step_folder, fix, is_expected=True, pieces=pieces)
 
 
 def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = None) -> None:
@@ -166,7 +165,7 @@ def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = Non
     names = [path.name for path in step_folder.iterdir() if path.suffix == ".distcp" or path.name in TABLE_FILES]
     writers = {name: int(rank_of[1]) for name in names if (rank_of := re.match(r"__(\d+)_", name))}
     own = [name for name in names if (writers[name] if writers.get(name, world) < world else 0) == rank]
-    own_sums = checksums.sums_of(step_folder, [name for name in own if name not in known])
+    own_sums = checksums.sums_of(step_folder, {name: set() for name in own if name not in known})
     for name in known.keys() & set(own):
         own_sums[name] = known[name] if (step_folder / name).stat().st_size == known[name].num_bytes else None
     parts = ranks.gather(own_sums)

@@ -8,10 +8,11 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from moelpr.base.checksums import Verify
-from moelpr.model.checkpoints.chain import checkpoint_chain, verify_files
+from moelpr.model.checkpoints.chain import checkpoint_chain, verify_chain, verify_step
 from moelpr.model.layers.builder import MoELPRModelBuilder, MoELPRModelConfig
 from moelpr.model.layers.config import FIXED_FOR_MOE, MoELPRConfig, shape_of
 from moelpr.model.layers.weights import load_weights
+from moelpr.model.megatron import checkpoint_reading
 from moelpr.model.model_spec import ModelSpec
 
 
@@ -60,9 +61,11 @@ def load_model(folder: Path, verify: Verify = Verify.FULL, **settings: object) -
     """The fp32 model of converter or trainer, inside `bootstrap.single_process`; UserError if it is not as recorded."""
     spec = ModelSpec.read(folder)
     links = checkpoint_chain(folder)
-    verify_files(links, verify)
+    verify_chain(links, verify)
     model = build_model(spec, **settings)
     load_weights([model], links)
+    for link in links:
+        verify_step(link, checkpoint_reading.taken(link), verify)
     return model
 
 

@@ -7,6 +7,8 @@ patched name is gone or a patch is no longer needed.
 
 import io
 import os
+import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,12 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from moelpr.base.checksums import Pieces
 from moelpr.base.errors import UserError, first_line
 from moelpr.model.checkpoints.torch_dist import FIX, damage_named, read_metadata
 from moelpr.model.megatron.replacing import replaces
+
+_pieces: dict[Path, set[tuple[int, int, int]]] = defaultdict(set)  # read by this rank, of each file
 
 
 @cache
@@ -33,7 +38,7 @@ def install() -> None:
     from megatron.core.dist_checkpointing import serialization
 
     replaces(FileSystemReader, "read_metadata")(_read_restricted)
-    replaces(FileSystemReader, "_slice_file")(_slice_and_remember)
+    replaces(FileSystemReader, "_slice_file")(_read_chunk)
     replaces(FileSystemReader, "read_data")(_read_and_name_damaged_file)
     replaces(DefaultLoadPlanner, "load_bytes")(_load_and_check_module_state)
     replaces(checkpoint, "load")(_load_with_one_error)
@@ -49,10 +54,17 @@ def _read_restricted(_: Callable[..., Metadata], self: Any, *args: Any, **kwargs
     return metadata
 
 
-def _slice_and_remember(slice_file: Callable[..., Any], self: Any, file: Any, info: Any) -> Any:
-    """torch's errors do not say which file they are about."""
+def taken(step_folder: Path) -> Pieces:
+    """Return the pieces that this rank has read of the files of this folder, by their names; once."""
+    return {path.name: _pieces.pop(path) for path in [*_pieces] if path.parent == step_folder}
+
+
+def _read_chunk(slice_file: Callable[..., Any], self: Any, file: Any, info: Any) -> Any:
+    """Read each byte once, for the checksum too; torch.load reads some again, and its errors do not name the file."""
     self.file_being_read = file.name
-    return slice_file(self, file, info)
+    content = slice_file(self, file, info).read()
+    _pieces[Path(file.name)].add((info.offset, len(content), zlib.crc32(content)))
+    return io.BytesIO(content)
 
 
 def _read_and_name_damaged_file(read_data: Callable[..., Any], self: Any, *args: Any) -> Any:

@@ -80,6 +80,17 @@ def after_step_is_written(callback: Callable[[Path, float], None]) -> AbstractCo
     return _replaced("save", save, dist_checkpointing)
 
 
+def after_step_is_read(callback: Callable[[Path], None]) -> AbstractContextManager[None]:
+    """Call `callback(step_folder)` on every rank when it has read its part of a step folder."""
+
+    def load(call: Callable[[], Any], named: dict[str, Any]) -> Any:
+        state = call()
+        callback(Path(named["checkpoint_dir"]))
+        return state
+
+    return _replaced("load", load, dist_checkpointing)
+
+
 @contextmanager
 def validation_by(validate: Validate) -> Iterator[None]:
     """Call `validate` before the first step (iteration 0) and wherever Megatron would evaluate and print results.

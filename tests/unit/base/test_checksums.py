@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from moelpr.base import checksums
 from moelpr.base.checksums import FILE_NAME, FileSum, Verifier, Verify, VerifyFlag, verify_folder
 from moelpr.base.errors import UserError
 from moelpr.base.settings import Flags, parse
-from moelpr.model.checkpoints.chain import verify_files, write_checksums
+from moelpr.model.checkpoints.chain import verify_step, write_checksums
 from tests.support.ranks import as_ranks
 
 FILES = {".metadata": b"table", "metadata.json": b"{}", "__0_0.distcp": b"0123456789", "__1_0.distcp": b"experts"}
@@ -80,11 +81,33 @@ def test_a_step_of_an_older_version_is_noted_once_and_loaded(step: Path, capsys:
     (step / FILE_NAME).unlink()
     (step / "__0_0.distcp").write_bytes(b"?")
     for _ in range(2):
-        verify_files([step])
+        verify_step(step, {})
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(step) in said and FILE_NAME in said
     verify_folder(step, "copy it again")  # a Hugging Face directory from elsewhere is not worth a note
     assert capsys.readouterr().err == ""
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@given(cuts=st.sets(st.integers(0, 10)), is_read=st.lists(st.booleans(), min_size=11, max_size=11))
+def test_what_has_been_read_is_not_read_again(step: Path, cuts: set[int], is_read: list[bool]) -> None:
+    """Bytes that were read are changed afterwards, which nobody notices; others are, and so is a damaged piece."""
+    data = FILES["__0_0.distcp"]
+    parts = [*pairwise([0, *sorted(cuts - {0, 10}), 10])]
+    pieces = {(a, b - a, zlib.crc32(data[a:b])) for a, b in parts if is_read[a]}
+    now = bytearray(data)
+    for start, length, _ in pieces:
+        now[start : start + length] = bytes(length)
+    (step / "__0_0.distcp").write_bytes(now)
+    verify_step(step, {"__0_0.distcp": pieces})
+    for start, length, crc32 in pieces:
+        for other in (
+            {(start, length, crc32 ^ 0x5A5A5A5A)},
+            {(start, length, crc32), (start, length, crc32 ^ 0x5A5A5A5A)},
+        ):
+            with pytest.raises(UserError, match="__0_0.distcp is damaged"):
+                verify_step(step, {"__0_0.distcp": pieces - {(start, length, crc32)} | other})
+    (step / "__0_0.distcp").write_bytes(data)
 
 
 class Reads(Flags):
@@ -94,7 +117,7 @@ class Reads(Flags):
 def test_no_verify_trusts_every_file(step: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [parse(Reads, words).verify for words in ([], ["--no-verify"])] == [Verify.FULL, Verify.NONE]
     (step / "__0_0.distcp").write_bytes(b"?")
-    verify_files([step], Verify.NONE)
+    verify_step(step, {}, Verify.NONE)
     verify_lazily(step, Verify.NONE)
     assert capsys.readouterr().err == ""
 
@@ -106,7 +129,7 @@ def test_ranks_share_the_work(step: Path, monkeypatch: pytest.MonkeyPatch, world
     (step / FILE_NAME).unlink()
     read: list[str] = []
     of = FileSum.of
-    monkeypatch.setattr(FileSum, "of", lambda path, *bar: read.append(path.name) or of(path, *bar))
+    monkeypatch.setattr(FileSum, "of", lambda path, *others: read.append(path.name) or of(path, *others))
     as_ranks(monkeypatch, world, lambda: write_checksums(step))
     assert (step / FILE_NAME).read_bytes() == alone
     as_ranks(monkeypatch, world, lambda: verify_folder(step, "copy it again"))

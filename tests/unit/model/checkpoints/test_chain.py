@@ -16,7 +16,7 @@ from moelpr.model.checkpoints.chain import (
     checksum,
     step_folder,
     verify_chain,
-    verify_files,
+    verify_step,
     write_checksums,
 )
 from moelpr.model.model_spec import ModelSpec
@@ -84,10 +84,10 @@ def test_a_base_with_checksums_is_identified_by_them(tmp_path: Path, moe_spec: M
     links = [write_checkpoint(tmp_path / "stage1", moe_spec, {"__0_0.distcp": b"experts"}, base), base]
     (base / "recipe.yaml").touch()  # not part of it
     verify_chain(links)
-    verify_files(links)
+    verify_step(base, {})
     (base / "__0_0.distcp").write_bytes(b"0123456780")
     with pytest.raises(UserError, match="upcycled/release/__0_0.distcp is damaged"):
-        verify_files(links)
+        verify_step(base, {})
     write_checksums(base)  # another model, consistent in itself
     with pytest.raises(UserError, match="upcycled/release is not what .*stage1 were trained on"):
         verify_chain(links)

@@ -4,7 +4,7 @@ import copy
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from checkpoint_convert.card.front_matter import front_matter, inherited, plain
 from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
+from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.common.settings import OutputFlags, RoutingSettings
-from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, check_settings, open_tensors, pieces_since
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
 from checkpoint_convert.hf.companions import write_companions
@@ -39,6 +40,7 @@ from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.families.tables import pieces, stacked_part, zeros
 from moelpr.model.stages import Part
 
+_REMEDY = "pass what was trained from the base"
 _HALF = torch.bfloat16, torch.float16
 _ADAPTER_FILE, _ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -104,9 +106,6 @@ class AdapterReader:
         """The names of the tensors that it changes."""
         return {name for name in self.names if stacked_part(name)[0] in self._factors}
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._base.shape(name)
-
     def copy(self, folder: Path) -> None:
         """Write the adapter, for any base of this shape."""
         self._config.write(folder)
@@ -152,22 +151,12 @@ class Expert:
 
     folder: Path
     languages: list[str]
-    tensors: "HfReader | MegatronReader | AdapterReader | _Renamed"
-    others: list[str]  # the tensors in which it differs as well, which are not taken over
-
-
-@dataclass(frozen=True)
-class _Renamed:
-    """Tensors of a model under other names."""
-
-    tensors: HfReader | MegatronReader
-    names: Mapping[str, str]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors.shape(self.names[name])
+    tensors: HfReader | MegatronReader | AdapterReader
+    others: list[str] = field(default_factory=list)  # the tensors in which it differs as well, which are left out
+    names: Mapping[str, str] = field(default_factory=dict)  # name in the base → name here, if it is another
 
     def read(self, name: str) -> Tensor:
-        return self.tensors.read(self.names[name])
+        return check_finite(self.tensors.read(self.names.get(name, name)), f"{self.folder}: {name}", _REMEDY)
 
 
 class TopOne:
@@ -188,7 +177,7 @@ class TopOne:
             prefix = f"{names[module]}."
             others = [copy.deepcopy(module) for _ in experts]
             for expert, other in zip(experts, others, strict=True):
-                _put(other, prefix, expert.tensors, (name for name in base.ffn if name.startswith(prefix)))
+                _put(other, prefix, expert, (name for name in base.ffn if name.startswith(prefix)))
             module.forward = partial(self._forward, layer, [module.forward, *others])
 
     def put(self, rows: Rows) -> None:
@@ -259,19 +248,27 @@ def combine(
         routed = model.reader(None, settings.save)
         subject = Subject(start, routed, readers, model.put, places=places, old_rows=old_rows)
         rows, findings, held_out = calibrate(subject, kept, expanded, settings, is_checked)
-        ignored = {}
-        for expert, (reader, languages) in zip(opened, readers, strict=True):
+        ignored, languages_of = {}, languages_by_name(opened, known)
+        for name, expert, (reader, languages) in zip(languages_of, opened, readers, strict=True):
             if expert.others:
                 texts = [ids for language in languages for ids in held_out[language]]
-                _put(loaded.model, "", expert.tensors, expert.others)
+                _put(loaded.model, "", expert, expert.others)
                 whole = mean_loss(reader.model, texts)
                 _put(loaded.model, "", opened_base.tensors, expert.others)
-                ignored[expert.folder.name] = whole, mean_loss(reader.model, texts)
-    languages_of = {expert.folder.resolve().name: expert.languages for expert in opened}
+                ignored[name] = whole, mean_loss(reader.model, texts)
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
     card = combined_card(base, known | languages_of, record.card_text(), base_model)
     write_combined(opened_base, [*before, *opened], rows, card, record, settings)
     return record
+
+
+def languages_by_name(experts: Sequence[Expert], others: Iterable[str] = ()) -> dict[str, list[str]]:
+    """The languages of experts by the name of their folder, with which those of one name have their languages, too."""
+    names = [*others, *(one.folder.resolve().name for one in experts)]
+    return {
+        f"{name} ({', '.join(one.languages)})" if names.count(name) > 1 else name: one.languages
+        for name, one in zip(names[-len(experts) :], experts, strict=True)
+    }
 
 
 def write_combined(
@@ -288,7 +285,7 @@ def write_combined(
                 reads[name] = partial(rows.__getitem__, int(name.split(".")[2]))
             else:
                 is_new = piece.part is Part.NEW_EXPERTS
-                reads[name] = partial((experts[(piece.expert or 0) - 1] if is_new else base).tensors.read, origin)
+                reads[name] = partial((experts[(piece.expert or 0) - 1] if is_new else base.tensors).read, origin)
     extra = dict(zeros(family.table, spec))
     reads |= {name: partial(torch.zeros, shape) for name, shape in extra.items()}
     written = Tensors(shapes | extra, lambda name: reads[name]())
@@ -323,7 +320,7 @@ def open_combined(base: Base, folder: Path, verify: Verify) -> tuple[list[Expert
                 raise UserError(f"--onto {folder} has another {name} than {base.described.folder}; pass its own base")
     known = record.onto | record.experts
     experts = [
-        Expert(folder, languages, _Renamed(tensors, names[number]), [])
+        Expert(folder, languages, tensors, names=names[number])
         for number, languages in enumerate(known.values(), start=1)
     ]
     return experts, rows, known
@@ -342,29 +339,17 @@ def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: b
     if is_adapter:
         tensors = AdapterReader(source, folder)
     else:
-        spec = Described.read(folder).spec
-        theirs, args = dict(spec.megatron_args), dict(ours.spec.megatron_args)
-        different = ["it is an MoE"] if spec.moe is not None else []
-        different += [
-            f"{name} is {theirs.get(name)} instead of {args.get(name)}"
-            for name in sorted(theirs.keys() | args.keys())
-            if theirs.get(name) != args.get(name)
-        ]
-        if different:
-            raise UserError(
-                f"{folder} is not {ours.folder} with other FFNs: {different[0]}; pass what was trained from the base"
-            )
+        if (spec := Described.read(folder).spec).moe is not None:
+            raise UserError(f"{folder} is not {ours.folder} with other FFNs: it is an MoE; {_REMEDY}")
+        check_settings(ours.folder, ours.spec, folder, spec, _REMEDY)
         tensors = open_tensors(folder, verify=verify)
     if has_tokenizer(tokenizer := tokenizer_folder(folder)) or not is_adapter:
         check_same_tokenizer(ours.folder, tokenizer, tokenizer, ours.spec.megatron_args["vocab_size"], range(0))
     changed: dict[str, float] = {}
     for name in base.others:
-        its = tensors.read(name)
-        before = source.read(name)
+        its, before = tensors.read(name), source.read(name)
         if before.shape != its.shape:
-            raise UserError(
-                f"{folder}: {name} has another shape than in {ours.folder}; pass what was trained from the base"
-            )
+            raise UserError(f"{folder}: {name} has another shape than in {ours.folder}; {_REMEDY}")
         # Training may have rounded it, whatever the dtype in which it was written again.
         if not any(torch.equal(before.to(dtype).to(its.dtype), its) for dtype in (its.dtype, *_HALF)):
             changed[name] = ((its.float() - before.float()).norm() / before.float().norm()).item()

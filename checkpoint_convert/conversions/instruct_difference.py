@@ -17,7 +17,7 @@ from torch import Tensor
 
 from checkpoint_convert.card.graft_record import PARTS, Only
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
-from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, check_settings, open_tensors, pieces_since
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
@@ -25,9 +25,9 @@ from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.models import is_megatron
 from moelpr.model.families.tables import Piece, pieces
-from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import VOCABULARY_PARTS
 
+_REMEDY = "pass a base with the instruct model and the upcycled model that were made of it"
 # Settings of a model that do not change what its weights compute.
 _FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")
 
@@ -73,10 +73,11 @@ class GraftReader:
             for names in piece.places if piece.origin else ():
                 self._sources.update(zip(names, ((origin, piece) for origin in piece.origin), strict=True))
         self._check_shapes()
-        _check_settings(self._base.folder, base_spec, instruct, instruct_spec)
+        check_settings(self._base.folder, base_spec, instruct, instruct_spec, _REMEDY, _FREE_ARGS)
         # The shapes show whether the vocabulary has grown by the new tokens.
         shape = spec.megatron_args | {"vocab_size": base_spec.megatron_args["vocab_size"]}
-        _check_settings(self._base.folder, base_spec, model, replace(spec, megatron_args=shape))
+        same_rows = replace(spec, megatron_args=shape)
+        check_settings(self._base.folder, base_spec, model, same_rows, _REMEDY, _FREE_ARGS)
         self._scale, self._parts = scale, PARTS[only]
         self.dtype = dtype or common_dtype((self._model, name) for name in self.names)
 
@@ -174,13 +175,3 @@ def _norm(a: Tensor, b: Tensor | None = None) -> float:
     parts = [tensor.reshape(-1).split(CHUNK_ELEMENTS) for tensor in (a, b) if tensor is not None]
     chunks = (x.double() if not rest else x.double() - rest[0].double() for x, *rest in zip(*parts, strict=True))
     return sum(chunk.square().sum().item() for chunk in chunks) ** 0.5
-
-
-def _check_settings(a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec) -> None:
-    for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):
-        ours, theirs = (spec.megatron_args.get(key) for spec in (a_spec, b_spec))
-        if key not in _FREE_ARGS and ours != theirs:
-            raise UserError(
-                f"{a} and {b} are different models: {key} is {ours} and {theirs}; pass a base with the instruct "
-                "model and the upcycled model that were made of it"
-            )

@@ -1,5 +1,6 @@
 """Open two models of which one was made from the other, and pairs their tensors."""
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,6 +56,16 @@ class Described:
             return cls(folder, *read_base(folder))
         spec = ModelSpec.read(folder)
         return cls(folder, family_named(spec.family), spec)
+
+
+def check_settings(
+    a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec, remedy: str, free: Container[str] = ()
+) -> None:
+    """Check that two models have the same settings but `free` ones, experts left aside; UserError names the first."""
+    for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):
+        ours, theirs = (spec.megatron_args.get(key) for spec in (a_spec, b_spec))
+        if key not in free and ours != theirs:
+            raise UserError(f"{a} and {b} are different models: {key} is {ours} and {theirs}; {remedy}")
 
 
 def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[Piece]]:

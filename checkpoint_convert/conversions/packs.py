@@ -27,6 +27,7 @@ from checkpoint_convert.conversions.combined_model import (
     Expert,
     TopOne,
     combined_card,
+    languages_by_name,
     open_expert,
     write_combined,
 )
@@ -42,6 +43,7 @@ from moelpr.base.records import STRICT, Record
 from moelpr.measure.evaluate.calibration import Inputs, Rows, Sums, read_inputs, rows_of_sums
 from moelpr.measure.evaluate.divergence import mean_loss
 from moelpr.measure.evaluate.models import open_model
+from moelpr.model.families.tables import stacked_part
 
 # Shares of text to keep for each third of the layers: the first tell languages apart least, and harm least.
 _SHARES = (0.9, 0.99, 0.99)
@@ -168,18 +170,17 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
             raise UserError(f"{folder} is of another base than {base}: its own is {record.base}, with other weights")
         if bool(record.languages) == (folder is kept):
             raise UserError(f"{folder} must have {'kept sums' if folder is kept else 'FFNs'}, and has the other")
-    sums = {folder: hashlib.sha256((folder / _SUMS_FILE).read_bytes()).hexdigest() for folder in packs}
-    ordered = sorted(packs, key=lambda folder: (records[folder].languages, sums[folder]))
+    ordered = sorted(packs, key=lambda folder: records[folder].languages)
     languages = [language for folder in ordered for language in records[folder].languages]
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise UserError(f"packs have {twice[0]} twice; pass one of them")
-    experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, output.verify), []) for folder in ordered]
+    experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, output.verify)) for folder in ordered]
     num_layers, hidden = (dense.described.spec.megatron_args[name] for name in ("num_layers", "hidden_size"))
     rows: Rows = {}
     for layer in range(num_layers):  # one layer's sums are in memory at a time
         own, *others = (_sums(folder, layer, hidden) for folder in (kept, *ordered))
         rows[layer] = rows_of_sums(own, others, _SHARES[layer * len(_SHARES) // num_layers])
-    of_packs = {folder.resolve().name: records[folder].languages for folder in ordered}
+    of_packs = languages_by_name(experts)
     model = PackedModel((records[kept].base, checksum), [*records[kept].texts], of_packs)
     routers = f"### Routers\n\nFound in closed form, by sums of {', '.join(model.kept)}. Nothing was measured.\n\n"
     write_combined(dense, experts, rows, combined_card(base, of_packs, routers), model, output)
@@ -202,12 +203,10 @@ def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader | AdapterReader:
             raise UserError(f"{folder} changes more than FFNs ({min(outside)}); {_DAMAGED}")
         return adapter
     reader = HfReader(folder, verify=verify)
-    missing = [n for n in base.ffn if n not in reader or reader.shape(n) != base.tensors.shape(n)]
-    sizes = [
-        sum(math.prod(reader.shape(name)) for name in names) for names in (reader.names, () if missing else base.ffn)
-    ]
-    if missing or sizes[0] != sizes[1]:
-        raise UserError(f"{folder} does not have exactly the FFNs of the base ({(missing or ['more'])[0]}); {_DAMAGED}")
+    ours = {stacked_part(name)[0] for name in base.ffn}
+    wrong = sorted(ours ^ {*reader.names}) or [n for n in ours if reader.shape(n) != base.tensors.shape(n)]
+    if wrong:
+        raise UserError(f"{folder} does not have exactly the FFNs of the base ({wrong[0]}); {_DAMAGED}")
     return reader
 
 
@@ -230,6 +229,8 @@ def _sums(folder: Path, layer: int, hidden: int) -> Sums:
             lower, diagonal_H, mean_H = (file.get_tensor(f"{layer}.{name}").float() for name in names)
         if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
             raise ValueError(f"layer {layer} has sums of another hidden size")
+        if not (lower.abs().max() <= 1.01 and (mean_H**2 <= 2 * diagonal_H).all() and diagonal_H.isfinite().all()):
+            raise ValueError(f"layer {layer} has sums of no text")
     except Exception as error:  # safetensors raises errors of its own
         raise UserError(f"{path} cannot be read ({first_line(error)}); {_DAMAGED}") from error
     scaled_HH = torch.eye(hidden)

@@ -27,33 +27,34 @@ def check_budget(project: ResolvedProject) -> None:
         UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
     """
     project.config_folder()  # the Hub has it, and can be reached
-    tokens: dict[str, int] = {}
-    if not project.content.corpora:
-        expected_shares(project)
-        tokens = _most_tokens(project)
-    elif project.content.budget.epochs:  # the trainer counts the tokens
+    if project.content.corpora and project.content.budget.epochs:  # the trainer counts the tokens
         return
-    total, step = total_tokens(project, tokens), _step_tokens(project)
-    if total < step:
-        raise UserError(
-            f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {project.main_stage}, "
-            f"{step:,} tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
-        )
+    for part in project.parts:
+        tokens: dict[str, int] = {}
+        if not project.content.corpora:
+            expected_shares(project, part)
+            tokens = _most_tokens(project, part)
+        total, step = total_tokens(project, tokens), _step_tokens(project)
+        if total < step:
+            raise UserError(
+                f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {part}, {step:,} "
+                f"tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
+            )
 
 
-def _most_tokens(project: ResolvedProject) -> dict[str, int]:
-    """The tokens of the languages that the main stage reads, or as many as estimates may mean."""
-    tokens, is_estimate = tokens_or_estimates(project)
+def _most_tokens(project: ResolvedProject, stage: str) -> dict[str, int]:
+    """The tokens of the languages that a training reads, or as many as estimates may mean."""
+    tokens, is_estimate = tokens_or_estimates(project, stage)
     return {code: round(_MARGIN * number) if is_estimate else number for code, number in tokens.items()}
 
 
-def expected_shares(project: ResolvedProject) -> dict[str, Share]:
-    """How languages share the main stage, by corpora or estimates; an error names the estimate, not the most."""
+def expected_shares(project: ResolvedProject, stage: str) -> dict[str, Share]:
+    """How languages share a training, by corpora or estimates; an error names the estimate, not the most."""
     try:
-        return shares(project, tokens_or_estimates(project)[0])
+        return shares(project, tokens_or_estimates(project, stage)[0])
     except UserError:
         with suppress(UserError):
-            return shares(project, _most_tokens(project))
+            return shares(project, _most_tokens(project, stage))
         raise
 
 
@@ -68,45 +69,42 @@ def _step_tokens(project: ResolvedProject) -> int:
         return 0
 
 
-def tokens_of(project: ResolvedProject) -> dict[str, int]:
-    """The tokens of the corpora that the main stage reads.
+def tokens_of(project: ResolvedProject, stage: str) -> dict[str, int]:
+    """The tokens of the corpora that a training reads.
 
     Raises:
         UserError: One is not there.
     """
-    return {code: project.tokens(code) for code in project.blended}
+    return {code: project.tokens(code) for code in project.read_by(stage)}
 
 
 @cache
-def estimated_tokens(project: ResolvedProject) -> dict[str, int]:
-    """The tokens of the languages that the main stage reads, estimated from samples of their text.
-
-    Without the text or a tokenizer, as before the base is downloaded, a token counts as four bytes of the files.
-    """
+def _estimate(project: ResolvedProject, code: str) -> int:
+    """The tokens of a language by samples; without text or tokenizer, as before a download, one is four bytes."""
     has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    coarse = [code for code in project.blended if code in project.file.assumed or not has_tokenizer]
-    tokens = {code: text_bytes(project.file, code) // 4 for code in coarse}
-    for code, language in ((code, project.languages[code]) for code in project.blended if code not in tokens):
-        kept = Filter(language.filter) if language.filter else None
-        tokens[code] = estimate(found_text(*language.text), language.json_key, project.base, kept).tokens
-    return tokens
+    if code in project.file.assumed or not has_tokenizer:
+        return text_bytes(project.file, code) // 4
+    language = project.languages[code]
+    kept = Filter(language.filter) if language.filter else None
+    return estimate(found_text(*language.text), language.json_key, project.base, kept).tokens
 
 
-def tokens_or_estimates(project: ResolvedProject) -> tuple[dict[str, int], bool]:
-    """The tokens of the languages that the main stage reads, and whether they are estimated."""
+def tokens_or_estimates(project: ResolvedProject, stage: str) -> tuple[dict[str, int], bool]:
+    """The tokens of the languages that a training reads, and whether they are estimated."""
     try:
-        return tokens_of(project), False
+        return tokens_of(project, stage), False
     except UserError:  # a corpus is still to be made
-        return estimated_tokens(project), True
+        return {code: _estimate(project, code) for code in project.read_by(stage)}, True
 
 
 def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:
-    """The tokens of the main stage, given those of the languages."""
+    """The tokens of a training, given those of the languages that it reads."""
     budget = project.content.budget
     if budget.tokens:
         return budget.tokens
     if budget.epochs:
-        return round(budget.epochs * sum(tokens[code] for code in project.expanded) / (1 - project.content.mix.replay))
+        expanded = sum(number for code, number in tokens.items() if code in project.expanded)
+        return round(budget.epochs * expanded / (1 - project.content.mix.replay))
     assert budget.hours is not None
     speed = project.layouts.of(project.main_stage).tokens_per_s
     if speed is None:
@@ -118,21 +116,21 @@ def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:
 
 
 def shares(project: ResolvedProject, tokens: Mapping[str, int]) -> dict[str, Share]:
-    """How languages share the main stage, given the tokens of each: the expanded ones, and with replay all."""
+    """How languages share a training, given the tokens of each: its expanded ones, and with replay the originals."""
     replay, total = project.content.mix.replay, total_tokens(project, tokens)
     shares: dict[str, Share] = {}
     try:
         for group, codes, part in (("expanded", project.expanded, 1 - replay), ("original", project.original, replay)):
-            languages = {code: project.languages[code] for code in codes if part}
+            languages = {code: project.languages[code] for code in codes if part and code in tokens}
             available = {code: tokens[code] for code in languages}
             shared = mix(languages, available, part * total, project.content.mix.temperature, group)
             shares |= {code: replace(share, weight=part * share.weight) for code, share in shared.items()}
         return shares
     except UserError as error:
         key = str(error).split(":")[0].split(".")
-        raise UserError(
-            f"{project.file.at(*key)}{error}" if key[0] in ("languages", "budget", "mix") else str(error)
-        ) from None
+        place = project.file.at(*key) if key[0] in ("languages", "budget", "mix") else ""
+        language = f" (stage of {next(iter(tokens))})" if project.content.experts.per_language else ""
+        raise UserError(f"{place}{error}{language}") from None
 
 
 def mix(

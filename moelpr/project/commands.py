@@ -18,7 +18,7 @@ from moelpr.project.file import HUB_NAME, schema
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import SUBMIT, run_here, run_task, show, submit
-from moelpr.project.steps.steps import STEPS, check_flags, workflow_of
+from moelpr.project.steps.steps import check_flags, workflow_of
 from moelpr.project.steps.training import check_words
 from moelpr.project.template import template
 from moelpr.project.toy import write_toy
@@ -62,7 +62,7 @@ class Plan(Project):
 
 class Run(Project):
     # training to start again after an edit, with those after it; the old is kept in STAGE.before-1
-    redo: Annotated[str | None, choices(name for name, step in STEPS.items() if step.tool.startswith("train"))] = None
+    redo: Annotated[str | None, metavar("STAGE")] = None
     on: Annotated[str, choices(["local", *SUBMIT])] = "local"  # this machine, or a cluster, which all steps go to
     render_only: bool = False  # write the files for the cluster of --on, but submit nothing
     dry_run: bool = False  # print the steps and their commands; start, submit and write nothing
@@ -94,7 +94,7 @@ def plan(args: Plan) -> None:
     check_flags(project.file, project.content.steps)
     check_budget(project)
     print(tables.plan(project))
-    for stage in project.stages if args.check else ():
+    for stage in {stage.partition("-")[0]: stage for stage in project.stages}.values() if args.check else ():
         _check(project, stage)
 
 
@@ -114,6 +114,8 @@ def run(args: Run) -> None:
             "commands for this machine"
         )
     project = args.project()
+    if args.redo and args.redo not in project.stages:
+        raise UserError(f"--redo {args.redo} is no training of {args.file}; it has {', '.join(project.stages)}")
     if args.task:
         run_task(workflow_of(project), args.task, args.made_as)
     elif args.dry_run:

@@ -15,7 +15,7 @@ from moelpr.base.errors import CONTROL, UserError, did_you_mean
 from moelpr.base.yaml_files import key_lines, parse_mapping
 from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
-from moelpr.project.project import PRESETS, Project
+from moelpr.project.project import PRESETS, Project, as_experts
 
 # OWNER/NAME, and a revision.
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -54,9 +54,9 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     content = parse_mapping(text, f"file {path}")
     lines = key_lines(text)
     _check_words(path, content)
-    experts = content.get("experts")
-    if (preset := PRESETS.get(str(content.get("method")))) and (experts in (None, "auto") or isinstance(experts, dict)):
-        content["experts"] = preset | (experts if isinstance(experts, dict) else {})
+    experts = as_experts(content.get("experts"))
+    if (preset := PRESETS.get(str(content.get("method")))) and isinstance(experts, dict):
+        content["experts"] = preset | experts
     try:
         project = _adapter().validate_json(json.dumps(content, default=str))
     except ValidationError as error:

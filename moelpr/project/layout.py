@@ -95,7 +95,8 @@ class Layouts:
     def num_new_experts(self) -> int:
         """N: what the project says, or the most that fit."""
         if self._project.experts.new or self._project.experts.topk == 1:
-            return self._project.experts.new or 1
+            of_languages = self._project.experts.per_language and len(self._project.languages.expanded)
+            return of_languages or self._project.experts.new or 1
         if self.cluster is None:
             return _CPU_EXPERTS
         workload = self._workload("stage1")

@@ -58,8 +58,10 @@ def _as_tokens(value: Any) -> Any:
     return {"tokens": value} if isinstance(value, str | int) else value
 
 
-def _or_auto(value: Any) -> Any:
-    return {} if value == "auto" or value is None else value
+def as_experts(value: Any) -> Any:
+    """A word may stand for the experts."""
+    words: dict[Any, Any] = {None: {}, "auto": {}, "per-language": {"per_language": True}}
+    return words.get(value, value) if value is None or isinstance(value, str) else value
 
 
 def _or_none(value: Any) -> Any:
@@ -204,6 +206,8 @@ class Experts:
     """With topk: 1, train the new FFN as low-rank factors, by peft on one GPU (default: all its weights)."""
     copies: Count | None = None
     """Places of the original expert among them (default: as many as a token chooses)."""
+    per_language: bool = False
+    """With topk: 1, train an FFN for each expanded language, with the budget each (default: one for all)."""
     every_k_layers: Count | None = None
     """Upcycle every k-th layer only (default: every layer)."""
 
@@ -215,8 +219,13 @@ class Experts:
                 f"experts.new must be 1 with topk: 1, got {self.new}: choosing among several new experts is learned, "
                 "and K = 1 gives routers no gradient; remove it, or set topk: 2"
             )
-        if self.rank and self.topk > 1:
-            raise UserError(f"experts.rank requires topk: 1, got {self.topk}; set it, or remove the rank")
+        for key in ("rank", "per_language") if self.topk > 1 else ():
+            if getattr(self, key):
+                raise UserError(
+                    f"experts.{key} requires topk: 1, got {self.topk}; set method: second-ffn, or remove it"
+                )
+        if self.per_language and self.new:
+            raise UserError(f"experts.new is a number for all languages, got {self.new} beside per_language; remove it")
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -303,10 +312,10 @@ class Project:
     """The text of stage 2, or none: stage 1 trains new experts only, and calibrated routers replace stage 2."""
     held_out: Count = 500
     """Documents of each language to evaluate on, which nothing is trained on."""
-    experts: Annotated[Experts, BeforeValidator(_or_auto, json_schema_input_type=Experts | Literal["auto"])] = field(
-        default_factory=Experts
-    )
-    """How the model grows, or auto."""
+    experts: Annotated[
+        Experts, BeforeValidator(as_experts, json_schema_input_type=Experts | Literal["auto", "per-language"])
+    ] = field(default_factory=Experts)
+    """How the model grows, or auto, or per-language: a second FFN for each expanded language."""
     lora: Lora = field(default_factory=Lora)
     """Rank and place of the adapters."""
     hardware: Annotated[Hardware, BeforeValidator(_as_gpu, json_schema_input_type=Hardware | str)] = field(
@@ -342,8 +351,9 @@ class Project:
             raise UserError(f"method: {self.method} has no experts.topk: 1; remove it, or set method: second-ffn")
         if self.method in ("auto", "review", "paper") and self.replay is None:
             raise UserError(f"method: {self.method} has a review, which replay: none leaves out; remove one of them")
-        if self.method == "auto" and self.experts.rank:
-            raise UserError("experts.rank requires method: second-ffn, as review has no low-rank factors; set it")
+        if self.method == "auto" and (self.experts.rank or self.experts.per_language):
+            key, what = ("rank", "no low-rank factors") if self.experts.rank else ("per_language", "one FFN for all")
+            raise UserError(f"experts.{key} requires method: second-ffn, as review has {what}; set it")
         if self.languages.kept and copies is not None and copies < self.experts.topk:
             raise UserError(
                 f"languages.kept needs as many copies of the original expert as a token chooses, {self.experts.topk}, "
@@ -355,7 +365,8 @@ class Project:
                 "replay: none leaves out stage 2, so routers need languages.kept: add text in other languages, code or "
                 "dialogues, or remove replay"
             )
-        held_out_here = any(not language.held_out for language in self.languages.expanded.values())
+        needed = all if self.experts.per_language else any
+        held_out_here = needed(not language.held_out for language in self.languages.expanded.values())
         if self.budget.patience and (self.corpora or self.way in ("lora", "low-rank-ffn") or not held_out_here):
             raise UserError(
                 "budget.patience needs a stage on Megatron and a new language whose held-out text moelpr makes, so "

@@ -104,6 +104,8 @@ def _check_method(file: ProjectFile) -> None:
             name = ".".join(map(str, key))
             other = ", or set method: review" if project.has_experts and not has_stages else ""
             raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it{other}")
+        if project.experts.per_language and (key[0] == "corpora" or key[-1] in ("weight", "temperature")):
+            raise UserError(f"{file.at(*map(str, key))}{key[-1]} does not apply to experts: per-language; remove it")
     if project.corpora and project.mix.replay:
         raise UserError(f"{file.at('mix', 'replay')}mix.replay has no effect with corpora; give them weights instead")
     if project.corpora and has_review and project.replay and not project.corpora.stage2:

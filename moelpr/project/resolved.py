@@ -39,10 +39,10 @@ class ResolvedProject:
         is_downloaded: Whether the base is a model of the Hub, which is downloaded to `base`.
         base_task: The task that makes the base, if there is one; `tokenizer_task` likewise.
         languages: All languages by code, expanded ones first; `expanded` and `original` are codes.
-        blended: Codes of the languages that the main stage reads.
         kept: Name → file of more text to keep; `kept_task` is the task that fetches it, if there is one.
         conversations: Codes of the languages that have some.
-        main_stage: The training that has the budget.
+        main_stage: The step whose training has the budget.
+        parts: Its trainings, each with its new languages: one for all, or with an FFN per language one for each.
         replay: The text of stage 2; None without a stage 2.
         stages: All trainings in order.
         trained: The model that the trainings make: the finished one, or what its routers are found for.
@@ -77,7 +77,6 @@ class ResolvedProject:
         self.tokenizer_task = ("vocabulary",) if self.content.vocabulary else self.base_task
         self.expanded, self.original = (self.content.languages.codes(group) for group in ("expanded", "original"))
         self.languages: dict[str, Language] = dict(self.content.languages)
-        self.blended = [*self.expanded, *(self.original if self.content.mix.replay else [])]
         self.kept = {
             name: path or str(self.text / "kept" / f"{name}.jsonl")
             for name, path in self.content.languages.kept.items()
@@ -86,7 +85,10 @@ class ResolvedProject:
         self.conversations = [code for code, language in self.languages.items() if language.conversations]
         self.main_stage = MAIN_STAGE[self.method]
         self.replay = self.content.replay if self.method in ("moe-lpr", "auto") else None
-        self.stages = [*(["stage0"] if self.content.vocabulary else []), self.main_stage]
+        self.parts = {self.main_stage: self.expanded}
+        if self.content.experts.per_language:
+            self.parts = {f"{self.main_stage}-{code}": [code] for code in self.expanded}
+        self.stages = [*(["stage0"] if self.content.vocabulary else []), *self.parts]
         self.stages += ["stage2"] if self.replay else []
         self.stages += ["sft"] if self.conversations else []
 
@@ -94,6 +96,14 @@ class ResolvedProject:
     def export(self) -> Path:
         """The finished model."""
         return [*self.models.values()][-1]
+
+    def trained_by(self, stage: str) -> Path:
+        """The model that a training makes: with an FFN per language, in a folder of its code."""
+        return self.trained / stage.partition("-")[2]
+
+    def read_by(self, stage: str) -> list[str]:
+        """Codes of the languages that a training on the main stage's text reads, expanded ones first."""
+        return [*self.parts.get(stage, self.expanded), *(self.original if self.content.mix.replay else [])]
 
     def config_folder(self) -> Path:
         """The folder with config.json of the base: before a model of the Hub is downloaded, in the Hub's cache.
@@ -116,12 +126,12 @@ class ResolvedProject:
         return flags | {"tracker-run": self.folder / TrackedRun.FILE_NAME} if flags else {}
 
     def own(self, step: str) -> dict[str, Any]:
-        """The user's flags for a step."""
-        return self.content.steps.get(step, {})
+        """The user's flags for a step, also by the name of one of its tasks."""
+        return self.content.steps.get(step.partition("-")[0], {})
 
     def recipe(self, stage: str) -> Path | None:
         """The recipe of a stage, which the user's flags may name; with `recipe: false` it has none."""
-        name = self.own(stage).get("recipe", _RECIPES.get(stage))
+        name = self.own(stage).get("recipe", _RECIPES.get(stage.partition("-")[0]))
         return Path(str(name)) if name else None
 
     def decided(self, stage: str) -> dict[str, Any]:

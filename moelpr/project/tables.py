@@ -39,7 +39,7 @@ def plan(project: ResolvedProject) -> str:
     ]
     parts += [_experts(project)] if project.content.has_experts else []
     if not project.content.corpora:
-        parts.append(_languages(project))
+        parts += [_languages(project, stage) for stage in project.parts]
     if any(outlook.task.is_spare for outlook in outlooks):
         parts.append(
             f"Steps with ? follow only if the second FFN is more than {MOST_DISTANCE} nats per token from the base, "
@@ -117,7 +117,7 @@ def _sum_of(minutes: list[float | None]) -> str:
 
 def _needs(project: ResolvedProject, task: Task) -> list[str]:
     gpus = task.nodes * task.gpus_per_node
-    plan = project.layouts.of(task.name).plan if task.name in project.stages else None
+    plan = project.layouts.of(task.name.partition("-")[0]).plan if task.name in project.stages else None
     return [
         duration(task.minutes),
         f"{_gpu_hours(task):,.0f}" if gpus and task.minutes is not None else "",
@@ -163,12 +163,12 @@ def _experts(project: ResolvedProject) -> str:
     return ".\n".join(lines) + "."
 
 
-def _languages(project: ResolvedProject) -> str:
-    tokens, is_estimate = tokens_or_estimates(project)
+def _languages(project: ResolvedProject, stage: str) -> str:
+    tokens, is_estimate = tokens_or_estimates(project, stage)
     note = " (tokens are estimated)" if is_estimate else ""
-    total, table = total_tokens(project, tokens), share_table(expected_shares(project), "language")
-    stage = "Stage 1" if project.main_stage == "stage1" else f"Stage {project.main_stage}"
-    return f"{stage} reads {format_count(total)} tokens{note}:\n{table}"
+    total, table = total_tokens(project, tokens), share_table(expected_shares(project, stage), "language")
+    name = "1" if stage == "stage1" else stage
+    return f"Stage {name} reads {format_count(total)} tokens{note}:\n{table}"
 
 
 def _progress(task: Task) -> tuple[str, float] | None:

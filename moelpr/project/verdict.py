@@ -27,12 +27,12 @@ def verdict(project: ResolvedProject) -> str:
             named = ", ".join(f"{language_name(code)} {_text(changes[code])}" for code in codes)
             lines.append(f"  {word + ':':<9}{named}")
     lines += _routers(project)
-    end = BestStep.read_if_there(project.folder / project.main_stage)
-    if end and end.made < end.planned:
-        lines.append(
-            f"Held-out text no longer improved: training stopped after step {end.made:,} of {end.planned:,}, so "
-            f"{1 - end.made / end.planned:.0%} of the steps were saved; step {end.step:,} is the result."
-        )
+    for stage in project.parts:
+        if (end := BestStep.read_if_there(project.folder / stage)) and end.made < end.planned:
+            lines.append(
+                f"Held-out text no longer improved: {stage} stopped after step {end.made:,} of {end.planned:,}, so "
+                f"{1 - end.made / end.planned:.0%} of the steps were saved; step {end.step:,} is the result."
+            )
     best = min(by_model, key=lambda name: sum(change.value for change in by_model[name].values()))
     lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []
     model = project.models.get(best, project.export)

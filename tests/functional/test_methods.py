@@ -1,4 +1,4 @@
-"""`moelpr run` with one choice of experts: two projects that share their text, and what each trains and combines."""
+"""`moelpr run` with one choice of experts: projects that share their text, and what each trains and combines."""
 
 import json
 import subprocess
@@ -14,12 +14,16 @@ from tests.support.hf_models import load_stock
 from tests.support.tiny_project import write_project
 
 # Way → the training and its experts.
-WAYS = {"second-ffn": ("ffn", {"topk": 1}), "low-rank-ffn": ("lora", {"topk": 1, "rank": 4})}
+WAYS = {
+    "second-ffn": ("ffn", {"topk": 1}),
+    "low-rank-ffn": ("lora", {"topk": 1, "rank": 4}),
+    "per-language": ("ffn", {"topk": 1, "per_language": True}),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of both ways, in folders named like them."""
+    """The results of all ways, in folders named like them."""
     folder = tmp_path_factory.mktemp("ways")
     content = read_mapping(write_project(folder, steps=4), "project")
     del content["replay"]
@@ -50,18 +54,21 @@ def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base
     assert before in ({}, after) and done.stdout.count("already done") == len(before)
 
     start = load_stock(folder / "base", "Qwen2ForCausalLM").state_dict()
-    trained = load_stock(folder / way / "ffn-hf", "Qwen2ForCausalLM").state_dict()
-    assert trained.keys() == start.keys()
-    for name, tensor in start.items():
-        assert torch.equal(trained[name], tensor) != (".mlp." in name), name
+    parts = ["-el", "-hu"] if way == "per-language" else [""]
+    experts = [load_stock(folder / way / "ffn-hf" / part[1:], "Qwen2ForCausalLM").state_dict() for part in parts]
+    for trained in experts:
+        assert trained.keys() == start.keys()
+        for name, tensor in start.items():
+            assert torch.equal(trained[name], tensor) != (".mlp." in name), name
 
     model = load_stock(folder / way / "hf", "Qwen2MoeForCausalLM")
-    assert (model.config.num_experts, model.config.num_experts_per_tok, model.config.norm_topk_prob) == (2, 1, True)
+    numbers = model.config.num_experts, model.config.num_experts_per_tok, model.config.norm_topk_prob
+    assert numbers == (1 + len(parts), 1, True)
     for name, tensor in model.state_dict().items():
         if ".experts." in name:
             layer, _, kind = name.partition(".experts.")
             parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
-            for expert, dense in enumerate((start, trained)):
+            for expert, dense in enumerate((start, *experts)):
                 assert torch.equal(tensor[expert], torch.cat([dense[f"{layer}.{part}.weight"] for part in parts])), name
         elif name in start:
             assert torch.equal(tensor, start[name]), name
@@ -69,8 +76,14 @@ def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base
             assert ".mlp.gate." in name or "shared_expert" in name
 
     results = json.loads((folder / way / "evaluation" / "results.json").read_text())
-    assert {*json.dumps(results).split('"')} >= {"base", way, "el", "en"}
-    steps = [json.loads(line) for line in (folder / way / training / "metrics.jsonl").read_text().splitlines()]
-    assert [step["iteration"] for step in steps if "lm_loss" in step] == [1, 2, 3, 4]
+    method = "low-rank-ffn" if training == "lora" else "second-ffn"
+    assert {*json.dumps(results).split('"')} >= {"base", method, "el", "en"}
+    for part in parts:
+        metrics = (folder / way / f"{training}{part}" / "metrics.jsonl").read_text()
+        steps = [json.loads(line) for line in metrics.splitlines()]
+        assert [step["iteration"] for step in steps if "lm_loss" in step] == [1, 2, 3, 4]
+    assert [*json.loads((folder / way / "hf" / "calibration.json").read_text())["experts"].values()] == (
+        [["el"], ["hu"]] if len(parts) == 2 else [["el", "hu"]]
+    )
     assert "model-index" in (folder / way / "hf" / "README.md").read_text()
     assert (folder / way / "report.html").is_file() and not (folder / way / "data").exists()

@@ -18,8 +18,8 @@ _CONTINUATION_TOKENS = 40
 @step("export", "model export", reserved="load save chat-template-from overwrite", methods=METHODS - LORA)
 def export(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Write the result of the trainings as a Hugging Face model."""
-    before = project.main_stage if project.method == "auto" else project.stages[-1]
-    yield _exported(step, project, before, project.trained)
+    for before in project.parts if project.method in SECOND_FFN else project.stages[-1:]:
+        yield _exported(step, project, before, project.trained_by(before))
 
 
 @step("review", "model export", reserved="load save chat-template-from overwrite", methods=AUTO)
@@ -41,7 +41,8 @@ def _exported(step: Step, project: ResolvedProject, before: str, save: Path) -> 
         "is_result": save in project.models.values(),
         "disk_gib": project.layouts.export_gib,
     }
-    return step.task(project, flags, made_from=(before,), **fields)
+    name = "-".join([step.name, *before.split("-", 1)[1:]])
+    return step.task(project, flags, name=name, made_from=(before,), **fields)
 
 
 @step(
@@ -63,7 +64,7 @@ def calibrate(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "expanded-languages": ",".join(project.expanded),
         "save": project.export,
     }
-    yield _with_routers(step, project, flags, texts, "export")
+    yield _with_routers(step, project, flags, texts)
 
 
 @step(
@@ -78,14 +79,14 @@ def combine(step: Step, project: ResolvedProject) -> Iterator[Task]:
     texts = _texts(project)
     named = {name: f"{name}={text}" for name, text in texts.items()}
     flags: dict[str, Any] = {
-        "expert": f"{','.join(project.expanded)}={project.trained}",
+        "expert": [f"{','.join(codes)}={project.trained_by(part)}" for part, codes in project.parts.items()],
         "text": [text for name, text in named.items() if name in project.expanded],
         "keep-text": [text for name, text in named.items() if name not in project.expanded],
         "base-model": project.model_name if project.is_downloaded else None,
         "save": project.folder / "hf",
         "unchecked": project.method == "auto" or None,
     }
-    yield _with_routers(step, project, flags, texts, "lora" if project.method in LORA else "export", str(project.base))
+    yield _with_routers(step, project, flags, texts, str(project.base))
 
 
 def _texts(project: ResolvedProject) -> dict[str, str]:
@@ -95,17 +96,19 @@ def _texts(project: ResolvedProject) -> dict[str, str]:
 
 
 def _with_routers(
-    step: Step, project: ResolvedProject, flags: dict[str, Any], texts: dict[str, str], made_from: str, *positional: str
+    step: Step, project: ResolvedProject, flags: dict[str, Any], texts: dict[str, str], *positional: str
 ) -> Task:
     """The task that finds routers by these texts, without documents that are evaluated on, and writes the model."""
     held_out = [project.held_out(code) for code, one in project.languages.items() if one.text and not one.held_out]
+    made = "lora" if project.method in LORA else "export"
+    made_from = [part.replace(project.main_stage, made, 1) for part in project.parts]
     given = [text for name, text in texts.items() if not (project.kept_task and name in project.kept)]
     return step.task(
         project,
         flags | {"exclude": held_out, "json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
         *positional,
-        repeated=("data", "text", "keep-text", "exclude"),
-        made_from=(made_from, *project.held_out_tasks, *project.base_task, *project.kept_task),
+        repeated=("data", "expert", "text", "keep-text", "exclude"),
+        made_from=(*made_from, *project.held_out_tasks, *project.base_task, *project.kept_task),
         files=tuple(path for text in given for path in local_files([text])),
         versions=versions(*given),
         model=flags["save"],

@@ -19,17 +19,8 @@ from moelpr.train.launcher import OPTIONS
 # In the order in which they run.
 _STEPS = [text.download, text.kept, text.vocabulary, text.preprocess, text.replay, text.conversations, training.convert]
 _STEPS += [*training.STAGES, training.lora, results.export, results.calibrate, results.combine]
-_STEPS += [
-    training.twins,
-    results.review,
-    results.graft,
-    results.evaluate,
-    results.routing,
-    results.benchmarks,
-    results.card,
-    results.report,
-    results.track,
-]
+_STEPS += [training.twins, results.review, results.graft, results.evaluate, results.routing, results.benchmarks]
+_STEPS += [results.card, results.report, results.track]
 STEPS: dict[str, Step] = {step.name: step for step in _STEPS}
 
 
@@ -49,7 +40,8 @@ def workflow_of(project: ResolvedProject, redo: str | None = None) -> Workflow:
     Args:
         redo: Stage to train again if it has changed, with those after it.
     """
-    again = project.stages[project.stages.index(redo) :] if redo in project.stages else []
+    after = project.stages[project.stages.index(redo) :] if redo else []
+    again = [stage for stage in after if stage == redo or stage not in project.parts]
     return Workflow(project.folder, tasks_of(project), redo=again, check=project.file.check_unchanged)
 
 

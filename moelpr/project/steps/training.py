@@ -1,6 +1,6 @@
 """The training steps: upcycling and the stages, with as many tokens as the budget and the text allow."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from moelpr.base.errors import UserError
 from moelpr.base.run_folder import FINISHED_FILE
 from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
 from moelpr.plan.gpus import GPUS, Cluster
-from moelpr.project.budget import LENGTH_FLAGS, estimated_tokens, shares, tokens_of, total_tokens
+from moelpr.project.budget import LENGTH_FLAGS, shares, tokens_of, tokens_or_estimates, total_tokens
 from moelpr.project.layout import TWINS
 from moelpr.project.project import Way
 from moelpr.project.resolved import ResolvedProject
@@ -93,22 +93,30 @@ def _experts(project: ResolvedProject) -> dict[str, Any]:
     }
 
 
+def _each(train: Callable[[Step, ResolvedProject, str], Task]) -> Callable[[Step, ResolvedProject], Iterator[Task]]:
+    """The trainings of a step: one, or with an FFN per language one of each language."""
+    return lambda step, project: (
+        train(step, project, stage) for stage in project.stages if stage.partition("-")[0] == step.name
+    )
+
+
 def _stage(name: str, *methods: Way) -> Step:
     """A stage on Megatron, which starts from the output of the one before; its text decides its command."""
     reserved = "pretrained-checkpoint data-path save load"
     return step(name, f"train {name}", reserved=reserved, speed=_STAGE_SPEED, methods=frozenset(methods))(_train)
 
 
-def _train(step: Step, project: ResolvedProject) -> Iterator[Task]:
-    name = step.name
-    if name not in project.stages:
-        return
-    save, layout, recipe = project.folder / name, project.layouts.of(name), project.recipe(name)
-    tokens = expected_tokens(project, name)
-    yield step.task(
+@_each
+def _train(step: Step, project: ResolvedProject, name: str) -> Task:
+    save, layout, recipe = project.folder / name, project.layouts.of(step.name), project.recipe(name)
+    tokens, trackers = expected_tokens(project, name), project.trackers
+    if name != step.name:  # trainings at one time have a run each
+        trackers.pop("tracker-run", None)
+    return step.task(
         project,
         lambda: _flags(project, name, data(project, name), length(project, name)),
-        settings=[*layout.flags, *recipe_argv({f"--{flag}": value for flag, value in project.trackers.items()})],
+        name=name,
+        settings=[*layout.flags, *recipe_argv({f"--{flag}": value for flag, value in trackers.items()})],
         made_from=(_before(project, name), *_sources(project, name)),
         # It only measures on held-out text.
         decided_by=project.held_out_tasks if validation(project, name) else (),
@@ -134,30 +142,33 @@ STAGES += [_stage("sft", "moe-lpr"), _stage("dense", "full"), _stage("ffn", "ffn
     speed="micro-batch-size save-interval",
     methods=LORA,
 )
-def lora(step: Step, project: ResolvedProject) -> Iterator[Task]:
+@_each
+def lora(step: Step, project: ResolvedProject, name: str) -> Task:
     """Train adapters on the base, and merge them into it."""
-    save, layout, rank = project.folder / step.name, project.layouts.of(step.name), project.content.experts.rank
+    save, layout, rank = project.folder / name, project.layouts.of(step.name), project.content.experts.rank
+    export = project.trained_by(name)
 
     def flags() -> dict[str, Any]:
         return {
             "hf-path": project.base,
-            "data-path": data(project, step.name),
+            "data-path": data(project, name),
             "save": save,
-            "export": project.trained,
+            "export": export,
             "base-model": project.model_name if project.is_downloaded else None,
             **asdict(project.content.lora),
             **({"rank": rank, "modules": project.layouts.ffn_modules} if rank else {}),
-            **length(project, step.name),
+            **length(project, name),
         }
 
-    yield step.task(
+    return step.task(
         project,
         flags,
-        made_from=(*project.base_task, *_sources(project, step.name)),
-        files=(*(() if project.is_downloaded else (project.base,)), *corpus_files(project, step.name)),
-        is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(project.trained),
-        model=project.trained,
-        is_result=project.trained == project.export,
+        name=name,
+        made_from=(*project.base_task, *_sources(project, name)),
+        files=(*(() if project.is_downloaded else (project.base,)), *corpus_files(project, name)),
+        is_complete=lambda: (save / FINISHED_FILE).is_file() and has_model(export),
+        model=export,
+        is_result=export == project.export,
         continues=save,
         memory_gib=layout.memory_gib,
         disk_gib=project.layouts.export_gib,
@@ -171,7 +182,7 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
     Raises:
         UserError: The project has no GPUs, or some that are unknown.
     """
-    if name == "lora":
+    if project.main_stage == "lora":
         raise UserError(f"{project.file.at('method')}--check runs stages on Megatron, which method: lora has none of")
     layout, cluster = project.layouts.of(name), _gpus(project)
     try:
@@ -187,7 +198,7 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
         **(_flags_of(TWINS) if name == "stage2" and project.method == "auto" else _experts(project)),
         "num-new-tokens": project.content.vocabulary and project.content.vocabulary.new_tokens,
     }
-    stage = next(stage for stage in STAGES if stage.name == name)
+    stage = next(stage for stage in STAGES if stage.name == name.partition("-")[0])
     _, _, *words = stage.words(project, model | _flags(project, name, *text))
     return ["moelpr", "check", *words, *layout.flags, *stage.speed_words(project)]
 
@@ -196,7 +207,8 @@ def _before(project: ResolvedProject, stage: str) -> str:
     """The task from whose output a stage starts."""
     if project.method == "auto" and stage == "stage2":
         return "twins"
-    return ["convert", *project.stages][project.stages.index(stage)]
+    first = [*project.parts][0] if stage in project.parts else stage
+    return ["convert", *project.stages][project.stages.index(first)]
 
 
 def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +221,7 @@ def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Ma
         "save": project.folder / stage,
         **project.decided(stage),
         "validation-data": validation(project, stage),
-        "early-stop-patience": project.content.budget.patience if stage == project.main_stage else None,
+        "early-stop-patience": project.content.budget.patience if stage in project.parts else None,
         **(_STAGE0_FLAGS if stage == "stage0" else {}),
         "mix": "temperature=1" if stage == "sft" and len(project.conversations) > 1 else None,
         **length,
@@ -236,7 +248,7 @@ def _sources(project: ResolvedProject, stage: str) -> list[str]:
 
 def _codes(project: ResolvedProject, stage: str) -> Collection[str]:
     """The languages whose corpora a stage reads; stage 2 has one of its own."""
-    return {"stage0": project.languages, "stage2": ()}.get(stage, project.blended)
+    return {"stage0": project.languages, "stage2": ()}.get(stage, project.read_by(stage))
 
 
 def data(project: ResolvedProject, stage: str) -> list[str]:
@@ -251,7 +263,7 @@ def data(project: ResolvedProject, stage: str) -> list[str]:
         return [*map(str, words)]
     if stage == "stage2":
         return [str(project.corpus("replay"))]
-    weights = {code: share.weight for code, share in shares(project, tokens_of(project)).items()}
+    weights = {code: share.weight for code, share in shares(project, tokens_of(project, stage)).items()}
     if stage == "stage0":
         share = _STAGE0_ORIGINAL * (1 - project.content.mix.replay)
         weights |= {code: share / len(project.original) for code in project.original}
@@ -282,7 +294,7 @@ def length(project: ResolvedProject, stage: str) -> dict[str, Any]:
         return {"train-epochs": project.replay.epochs}
     if content.corpora and content.budget.epochs:
         return {"train-epochs": content.budget.epochs}
-    total = total_tokens(project, {} if content.corpora else tokens_of(project))
+    total = total_tokens(project, {} if content.corpora else tokens_of(project, stage))
     if stage == "stage0":
         assert content.vocabulary is not None
         return {"train-tokens": content.vocabulary.stage0_tokens or round(_STAGE0_SHARE * total)}
@@ -294,12 +306,13 @@ def expected_tokens(project: ResolvedProject, stage: str) -> float | None:
     try:
         return length(project, stage).get("train-tokens")
     except UserError:  # the text decides it, which is not tokenized yet
-        return total_tokens(project, estimated_tokens(project)) if stage == project.main_stage else None
+        return total_tokens(project, tokens_or_estimates(project, stage)[0]) if stage in project.parts else None
 
 
 def validation(project: ResolvedProject, stage: str) -> list[str] | None:
     """The value of a stage's --validation-data."""
     if project.content.corpora or stage in ("stage0", "sft"):
         return None
-    codes = [code for code, language in project.languages.items() if not language.held_out]
+    read = [*project.parts.get(stage, project.expanded), *project.original]
+    codes = [code for code in read if not project.languages[code].held_out]
     return [f"{code}={project.corpus(f'{code}_validation')}" for code in codes] or None

@@ -11,7 +11,7 @@ from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
 from moelpr.base.quantities import parse_bytes
 from moelpr.project import commands
-from moelpr.project.budget import estimated_tokens
+from moelpr.project.budget import tokens_or_estimates
 from moelpr.project.file import parse_project
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -67,6 +67,7 @@ CORPORA = {"corpora": {"stage1": "a", "stage2": "b"}} | {
 CHAT = {"text": "el.jsonl", "conversations": "el.jsonl"}
 DENSE = {"method": "full", "experts": None}
 ONE_CHOICE = {"experts": {"topk": 1}}
+APART = {"experts": {"topk": 1, "per_language": True}}
 
 
 def languages(**groups: Any) -> dict[str, Any]:
@@ -131,6 +132,12 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"method": "auto", "experts": {"topk": 2}}, "method: auto has experts.topk: 1, got 2; .* method: review"),
         ({"method": "auto", "experts": None, "replay": "none", "languages": KEPT}, "method: auto has a review"),
         ({"method": "auto", "experts": {"rank": 8}}, "experts.rank requires method: second-ffn"),
+        ({"method": "auto", "experts": "per-language"}, "experts.per_language requires method: second-ffn"),
+        ({"experts": "per-language"}, r"line \d+: experts.per_language requires topk: 1, got 2"),
+        ({"method": "full", "experts": "per-language"}, r"line \d+: experts.per_language requires topk: 1"),
+        ({"experts": APART["experts"] | {"new": 1}}, r"line \d+: experts.new is a number for all languages, got 1"),
+        (APART | {"mix": {"temperature": 1}}, r"line \d+: temperature does not apply to experts: per-language"),
+        (APART | CORPORA, r"line \d+: corpora does not apply to experts: per-language"),
         ({"method": "auto", "experts": "auto", "vocabulary": {"new_tokens": 9}}, "vocabulary .* set method: review"),
         ({"method": "second-ffn", "experts": None, "replay": {"epochs": 2}}, "replay .* method: second-ffn"),
         ({"method": "review", "experts": {"topk": 1}}, "method: review has no experts.topk: 1"),
@@ -241,7 +248,7 @@ def test_assumed_text_need_not_be_there_and_decides_the_tokens(write: Write) -> 
     with pytest.raises(UserError, match="no/el.jsonl.*--assume"):
         read_project(path)
     project = ResolvedProject(read_project(path, {"ell": 8_000_000, "en": 1_000_000}))
-    assert estimated_tokens(project) == {"el": 2_000_000, "hu": Path("hu.jsonl").stat().st_size // 4}
+    assert tokens_or_estimates(project, "stage1")[0] == {"el": 2_000_000, "hu": Path("hu.jsonl").stat().st_size // 4}
     (preprocess,) = [task for task in tasks_of(project) if task.name == "preprocess-el"]
     assert preprocess.disk_gib == 2 * 8e6 / 2**30
     with pytest.raises(UserError, match="--assume fi: .* no such language"):

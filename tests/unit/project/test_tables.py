@@ -82,6 +82,13 @@ def test_a_second_ffn_trains_as_a_dense_model_and_leaves_a_token_the_parameters_
     assert numbers == {"all": dense + routers + second, "active": dense + routers}
     text = tables.plan(places)
     assert "N = 1 (auto) in each of 24 layers, K = 1" in text and "Stage ffn reads 6K tokens" in text
+    path = write(
+        hardware={"gpu": "h100-80", "gpus": 8}, method="second-ffn", experts="per-language", budget={"tokens": "6K"}
+    )
+    two = ResolvedProject(read_project(path))
+    assert parameters(two.layouts.result)[0] == dense + 24 * 3 * 2048 + 2 * second
+    text = tables.plan(two)
+    assert "N = 2 (auto)" in text and "Stage ffn-el reads 6K" in text and "Stage ffn-hu reads 6K" in text
 
 
 def test_all_steps_share_one_run_in_trackers(write: Write) -> None:

@@ -26,6 +26,8 @@ EXPECTED = (
 FULL, FFN, LORA = ({"method": method, "experts": None} for method in ("full", "ffn", "lora"))
 AUTO = {"method": "auto", "experts": None}
 SECOND_FFN, LOW_RANK = {"experts": {"topk": 1}}, {"experts": {"new": 1, "topk": 1, "rank": 8}}
+APART = {"method": "second-ffn", "experts": "per-language"}
+APART_LOW_RANK = {"experts": {"topk": 1, "rank": 8, "per_language": True}}
 GPUS = {"gpu": "h100-80", "gpus": 16}
 KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "en.jsonl"}}
 CORPORA = {
@@ -75,6 +77,7 @@ def write_manifests(**tokens: int) -> None:
         (SECOND_FFN | {"languages": KEPT}, "ffn combine", "preprocess-hu replay stage1 stage2"),
         (LOW_RANK, "lora combine", "replay convert stage1 stage2 export"),
         (AUTO, "ffn combine twins review", "stage1"),
+        (APART, "ffn-el ffn-hu export-el export-hu combine", "replay stage1 stage2 export"),
         ({"method": "paper"}, "", ""),
     ],
 )
@@ -130,6 +133,18 @@ WITH_REPLAY = f"--train-tokens 5000000; --data-path 0.6 {EL} 0.2 {HU} 0.2 {EN}"
         (SECOND_FFN, "report", "out/ffn; out/evaluation/routing.json"),
         (LOW_RANK, "lora", "--export out/ffn-hf; --rank 8; --modules down_proj gate_proj up_proj"),
         (LOW_RANK, "combine", "--expert el,hu=out/ffn-hf"),
+        (APART, "ffn-hu", f"--data-path 1 {HU}; --train-tokens 1000000; --pretrained-checkpoint out/converted"),
+        (APART | {"steps": {"ffn": {"lr": 1e-3}}}, "ffn-el", "--lr 0.001; --save out/ffn-el; --recipe paper-dense"),
+        (
+            APART | {"budget": {"tokens": "2M", "patience": 9}},
+            "ffn-hu",
+            "--train-tokens 2000000; --early-stop-patience 9",
+        ),
+        (APART | {"mix": {"replay": 0.2}}, "ffn-el", f"--data-path 0.8 {EL} 0.2 {EN}; --train-tokens 3750000"),
+        (APART, "export-hu", "--load out/ffn-hu; --save out/ffn-hf/hu"),
+        (APART, "combine", "--expert el=out/ffn-hf/el --expert hu=out/ffn-hf/hu"),
+        (APART, "report", "out/ffn-el out/ffn-hu"),
+        (APART_LOW_RANK, "lora-hu", f"--data-path 1 {HU}; --rank 8; --export out/ffn-hf/hu; --save out/lora-hu"),
         ({}, "preprocess-en", "--max-samples 100000"),
         (BLEND, "preprocess-en", "no --max-samples"),
         (BLEND, "stage1", WITH_REPLAY),
@@ -160,6 +175,9 @@ def test_a_step_has_the_flags_that_its_file_asks_for(write: Write, changes: dict
         (LOW_RANK, "combine", "lora"),
         (SECOND_FFN, "evaluate", "combine"),
         (BLEND, "stage1", "convert preprocess-el preprocess-hu preprocess-en"),
+        (APART, "ffn-hu", "convert preprocess-hu"),
+        (APART, "combine", "export-el export-hu"),
+        (APART_LOW_RANK, "combine", "lora-el lora-hu"),
     ],
 )
 def test_a_step_is_made_from_what_it_reads(write: Write, changes: dict, step: str, made_from: str) -> None:
@@ -170,6 +188,19 @@ def test_a_step_is_made_from_what_it_reads(write: Write, changes: dict, step: st
 @pytest.mark.parametrize("name", [name for name, step in STEPS.items() if step.tool and step not in STAGES[1:]])
 def test_the_flags_of_a_step_are_flags_of_its_command(name: str) -> None:
     assert STEPS[name].reserved | STEPS[name].speed <= flags_of(parser_of(STEPS[name]))
+
+
+def test_another_language_leaves_the_ffns_that_there_are(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moelpr.project.workflow.workflow.execute", lambda *_, **__: 0)
+    write_manifests()
+    path = write(**APART, languages={"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}})
+    complete_workflow(path).run()
+    states = {one.task.name: one.state for one in workflow_of(ResolvedProject(read_project(write(**APART)))).outlook()}
+    assert {name for name, state in states.items() if state == "to do"} == {"preprocess-hu", "ffn-hu", "export-hu"}
+    assert states["ffn-el"] == states["export-el"] == "done" and states["combine"] == "again"
+    project = ResolvedProject(read_project(write(**APART, trackers={"wandb_project": "p"})))
+    assert workflow_of(project, "ffn-el")._redo == {"ffn-el"}
+    assert "--tracker-run" not in [*workflow_of(project).tasks["ffn-el"].settings]
 
 
 def test_conversations_in_new_languages_only_are_an_error_unless_nothing_is_to_be_kept(write: Write) -> None:

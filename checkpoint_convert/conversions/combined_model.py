@@ -343,21 +343,22 @@ def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: b
             raise UserError(f"{folder} is not {ours.folder} with other FFNs: it is an MoE; {_REMEDY}")
         check_settings(ours.folder, ours.spec, folder, spec, _REMEDY)
         tensors = open_tensors(folder, verify=verify)
+        if isinstance(tensors, HfReader):
+            check_weights(tensors, ours.family, ours.spec, list(pieces(ours.family.table, ours.spec)))
     if has_tokenizer(tokenizer := tokenizer_folder(folder)) or not is_adapter:
         check_same_tokenizer(ours.folder, tokenizer, tokenizer, ours.spec.megatron_args["vocab_size"], range(0))
     changed: dict[str, float] = {}
     for name in base.others:
         its, before = tensors.read(name), source.read(name)
-        if before.shape != its.shape:
-            raise UserError(f"{folder}: {name} has another shape than in {ours.folder}; {_REMEDY}")
         # Training may have rounded it, whatever the dtype in which it was written again.
         if not any(torch.equal(before.to(dtype).to(its.dtype), its) for dtype in (its.dtype, *_HALF)):
-            changed[name] = ((its.float() - before.float()).norm() / before.float().norm()).item()
+            size = before.float().norm() or its.float().norm()
+            changed[name] = ((its.float() - before.float()).norm() / size).item()
     if changed and not ignore_others:
         worst = max(changed, key=lambda name: changed[name])
         raise UserError(
             f"{folder} differs from {ours.folder} in {len(changed)} of {len(base.others)} tensors outside its FFNs, "
-            f"most in {worst} (by {changed[worst]:.2%}); train the FFNs only, or drop the others with --ignore-others"
+            f"most in {worst} (by {changed[worst]:.2%}); train the FFNs only, or combine with --ignore-others"
         )
     return Expert(folder, languages, tensors, [*changed])
 

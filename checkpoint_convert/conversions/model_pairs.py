@@ -1,6 +1,5 @@
 """Open two models of which one was made from the other, and pairs their tensors."""
 
-from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +58,7 @@ class Described:
 
 
 def check_settings(
-    a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec, remedy: str, free: Container[str] = ()
+    a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec, remedy: str, free: tuple[str, ...] = ()
 ) -> None:
     """Check that two models have the same settings but `free` ones, experts left aside; UserError names the first."""
     for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):

@@ -67,9 +67,11 @@ def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base
     for name, tensor in model.state_dict().items():
         if ".experts." in name:
             layer, _, kind = name.partition(".experts.")
-            parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            matrices = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
             for expert, dense in enumerate((start, *experts)):
-                assert torch.equal(tensor[expert], torch.cat([dense[f"{layer}.{part}.weight"] for part in parts])), name
+                assert torch.equal(tensor[expert], torch.cat([dense[f"{layer}.{one}.weight"] for one in matrices])), (
+                    name
+                )
         elif name in start:
             assert torch.equal(tensor, start[name]), name
         else:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_convert import combine as combiner
 from checkpoint_convert.common.settings import RoutingSettings
-from checkpoint_convert.conversions.combined_model import combine
+from checkpoint_convert.conversions.combined_model import AdapterReader, Expert, combine, languages_by_name
 from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
@@ -129,6 +129,8 @@ def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, gre
     expanded, kept = {"hu": EXPANDED["hu"]}, KEPT | {"el": EXPANDED["el"]}
     record = combine(base, {hungarian: ["hu"]}, kept, expanded, settings, onto=first)
     assert (record.onto, record.experts) == ({"greek": ["el"]}, {"hungarian": ["hu"]}) and record.findings.kept > 0.7
+    expert = Expert(hungarian, ["hu", "tr"], AdapterReader.__new__(AdapterReader))
+    assert languages_by_name([expert], ["hungarian"]) == {"hungarian (hu, tr)": ["hu", "tr"]}
     before, after = tensors_of(first), tensors_of(settings.save)
     for name in before:
         same = after[name][:2] if name.endswith("mlp.gate.weight") else after[name]
@@ -226,9 +228,12 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
     edit_json(quantized / "config.json", quantization_config={"bits": 4})
     attention = Path(shutil.copytree(greek, tmp_path / "attention"))
     edit_tensors(attention, lambda tensors: tensors["model.layers.1.self_attn.q_proj.weight"].mul_(1.5))
+    foreign = Path(shutil.copytree(greek, tmp_path / "foreign"))
+    edit_tensors(foreign, lambda tensors: tensors.update(foreign=torch.ones(3)))
     for expert, message in (
-        (other("wider", intermediate_size=40), "ffn_hidden_size is 40"),
-        (other("vocabulary", vocab_size=105), "vocab_size is 105"),
+        (foreign, "contains the tensor foreign"),
+        (other("wider", intermediate_size=40), r"ffn_hidden_size is \d+ and 40"),
+        (other("vocabulary", vocab_size=105), r"vocab_size is \d+ and 105"),
         (tokenizer, "tokenizers of"),
         (quantized, "is quantized"),
         (attention, r"1 of \d+ tensors .* model.layers.1.self_attn.q_proj.weight \(by 50.00%\)"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert import pack as packer
@@ -48,9 +48,11 @@ def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Pa
     assert files_of(both) == files_of(other) != files_of(one)
     assert files_of(built(folder, ["el"], tmp_path / "again")) == files_of(one)
     assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]}
-    copy = Path(shutil.copytree(folder / "el", tmp_path / "renamed"))
-    build_model(folder / "base", folder / "kept", [copy], settings(tmp_path / "of-copy"))
-    assert tensors_of(tmp_path / "of-copy").keys() == tensors_of(one).keys()
+    copy = Path(shutil.copytree(folder / "el", tmp_path / "another" / "hu"))
+    build_model(folder / "base", folder / "kept", [copy, folder / "hu"], settings(tmp_path / "of-copy"))
+    assert PackedModel.read(tmp_path / "of-copy").packs == {"hu (el)": ["el"], "hu (hu)": ["hu"]}
+    actual, expected = tensors_of(tmp_path / "of-copy"), tensors_of(both)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_a_built_model_learned_and_keeps(folder: Path, tmp_path: Path) -> None:
@@ -73,18 +75,26 @@ def test_a_built_model_learned_and_keeps(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Path, exit_code, refused, capsys) -> None:
-    copies = {name: Path(shutil.copytree(folder / "el", tmp_path / name)) for name in ("ffns", "short", "cut", "base")}
+    names = "ffns", "short", "cut", "base", "nan", "lost", "sums"
+    copies = {name: Path(shutil.copytree(folder / "el", tmp_path / name)) for name in names}
     edit_tensors(copies["ffns"], lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}))
     for name in ("short", "cut"):
         os.truncate(copies[name] / "sums.safetensors", 2000)
     edit_json(copies["base"] / "pack.json", base_sha256="0" * 64)
-    for name in ("short", "base"):
-        (copies[name] / "checksums.json").unlink()
+    edit_tensors(copies["nan"], lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].fill_(float("nan")))
+    (copies["lost"] / "sums.safetensors").unlink()
+    sums = load_file(copies["sums"] / "sums.safetensors")
+    save_file(sums | {"1.correlations": sums["1.correlations"] * float("nan")}, copies["sums"] / "sums.safetensors")
+    for name in ("short", "base", "nan", "lost", "sums"):
+        (copies[name] / "checksums.json").unlink(missing_ok=True)
     for pack, message in (
         (copies["ffns"], "exactly the FFNs"),
         (copies["short"], "sums.safetensors"),
         (copies["cut"], "sums.safetensors"),
         (copies["base"], "of another base"),
+        (copies["nan"], "mlp.up_proj.weight contains NaN"),
+        (copies["lost"], "sums.safetensors"),
+        (copies["sums"], "layer 1 has sums of no text"),
         (folder / "kept", "must have FFNs"),
         (folder / "base", "no pack.json"),
         (folder / "hu", "hu twice"),

@@ -20,6 +20,7 @@ from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
+from moelpr.base.languages import language_name
 from moelpr.measure.report.evaluation_files import EvaluationFile
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.measure.report.page import Table, markdown_table
@@ -36,7 +37,7 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
 SENTENCES = 40  # per language of FLORES
-RELATIVES = {"fin": "Finnish", "est": "Estonian", "azj": "Azerbaijani", "uzb": "Uzbek", "kaz": "Kazakh"}
+RELATIVES = ("fi", "et", "az", "uz", "kk")
 GROUPS = {"expanded": "learned", "kept": "kept text", "other": "unseen languages and code"}
 
 
@@ -105,11 +106,13 @@ def flores(base: str, files: Sequence[Path]) -> str:
             changes = {text: one.change["bits_per_byte"].value for text, one in of.languages.items()}
             learned, others = (of.means[f"mean {group}"] for group in ("expanded", "original"))
             worst = sorted(changes.keys() - {*EXPANDED}, key=lambda text: -changes[text])[:3]
-            named = [{text: text for text in worst}, RELATIVES]
             rows.append(
                 [name, learned.change["bits_per_byte"].text(percent), others.change["bits_per_byte"].text(percent)]
                 + [others.distance.text("{:.3f}".format) if others.distance else "\u2013"]
-                + [", ".join(f"{title} {percent(changes[text])}" for text, title in its.items()) for its in named]
+                + [
+                    ", ".join(f"{language_name(text)} {percent(changes[text])}" for text in its)
+                    for its in (worst, RELATIVES)
+                ]
             )
     head = ["change of bits per byte", "learned", f"{len(texts) - len(EXPANDED)} other languages", "their KL"]
     return markdown_table(Table([*head, "worst", "relatives"], rows))

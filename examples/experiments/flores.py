@@ -12,9 +12,10 @@ from examples.demo_corpus import write_lines
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, refuse_existing
+from moelpr.base.languages import canonical
 
-# Languages of the experiments' projects, by their codes there; all others keep theirs.
-CODES = {"ell": "el", "hun": "hu", "tur": "tr", "eng": "en", "spa": "es", "zho_simpl": "zh"}
+# Its names that are no codes of languages.
+CODES = {"zho_simpl": "zh", "zho_trad": "zh-Hant"}
 
 
 def write_flores(flores: Path, output: Path) -> None:
@@ -31,7 +32,9 @@ def write_flores(flores: Path, output: Path) -> None:
         raise UserError(f"{flores}/dev has {what} *.dev; pass the folder of FLORES-101, which has dev/eng.dev")
     with atomic_directory(output) as folder:
         for code, lines in sentences.items():
-            write_lines(folder / f"flores.{CODES.get(code, code)}.jsonl", ({"text": line} for line in lines[1::2]))
+            write_lines(
+                folder / f"flores.{canonical(CODES.get(code, code))}.jsonl", ({"text": line} for line in lines[1::2])
+            )
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def test_projects_of_a_base_share_base_and_text(base: str, folder: Path) -> None
 def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[list[str]]:
     """The commands that the experiments start; a comparison writes numbers."""
     started: list[list[str]] = []
-    changes = {"el": -0.125, "jav": 0.0125} | dict.fromkeys(experiments.RELATIVES, 0.03)
+    changes = {"el": -0.125, "jv": 0.0125} | dict.fromkeys(experiments.RELATIVES, 0.03)
     languages = {
         text: {"change": {"bits_per_byte": {"value": change}}, "distance": {"value": 0.5}}
         for text, change in changes.items()
@@ -140,7 +140,7 @@ def test_the_page_has_a_table_of_all_languages_if_flores_is_there(folder: Path, 
     greek = (experiments.RUNS / "flores/flores.el.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in greek] == ["ell 1", "ell 3"]
     evaluated = [words for words in run(monkeypatch, "lora") if "evaluate" in words]
-    assert [words[words.index("--original-languages") + 1] for words in evaluated] == ["jav", "jav"]
+    assert [words[words.index("--original-languages") + 1] for words in evaluated] == ["jv", "jv"]
     of_lora = [row for row in (experiments.RUNS / "results.md").read_text().splitlines() if row.startswith("| lora")]
     assert len([row for row in of_lora if "−12.5%" in row and "0.500" in row and "Finnish +3.0%" in row]) == 2
     (source / "dev/jav.dev").write_text("one line\n")

@@ -29,7 +29,7 @@ def save(folder: Path) -> None:
 def test_no_file_with_tensors_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, read, of = tmp_path / "iter_0000001", [], FileSum.of
     save(step)
-    monkeypatch.setattr(FileSum, "of", lambda path, bar=None: (read.append(path.name), of(path, bar))[1])
+    monkeypatch.setattr(FileSum, "of", lambda path, *more: (read.append(path.name), of(path, *more))[1])
     write_checksums(step, checkpoint_sums.taken(step))
     assert {*read} <= {*TABLE_FILES}
     actual = checksums.read(step)

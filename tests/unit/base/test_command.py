@@ -181,3 +181,9 @@ def test_a_signal_during_a_finalizer_or_the_end_of_python_ends_the_command_witho
     at_exit = "weakref.finalize(Sends, os.kill, os.getpid(), signal.SIGTERM)"
     ended = run_in_shell("exec $PROGRAM", f"{start}\nrun_command(lambda: {at_exit})\n")
     assert (ended.returncode, ended.stderr) == (-15, "")
+
+
+def test_a_progress_bar_that_a_signal_left_half_made_is_not_reported() -> None:
+    make = "import moelpr\nfrom tqdm import tqdm\nbar = tqdm.__new__(tqdm)\nbar.disable = False\ndel bar\n"
+    assert run_in_shell("$PROGRAM", make).stderr == ""
+    assert "ignored" in run_in_shell("$PROGRAM", make.replace("import moelpr\n", "")).stderr

@@ -3,7 +3,7 @@
     make results            (python -m examples.experiments [NAME ...])
 
 Everything goes to runs/experiments, and the numbers to its results.md. What is done is left out, so run it again to
-resume. With FLORES-101 there (python -m examples.experiments.flores), all 101 languages are measured, too.
+resume. With --flores, all languages of FLORES-101 are measured, too.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.demo_tasks import ROOT
+from examples.experiments.flores import write_flores
 from examples.experiments.text import UNSEEN
 from examples.languages import EXPANDED
 from moelpr.base import records
@@ -44,7 +45,9 @@ GROUPS = {"expanded": "learned", "kept": "kept text", "other": "unseen languages
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="files to train, such as lora (default: all)")
-    names = parser.parse_args().names
+    parser.add_argument("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
+    args = parser.parse_args()
+    names, source = args.names, args.flores and args.flores.resolve()
     os.chdir(ROOT)
     files = {
         base: [file for file in sorted((FILES / base).glob("*.yaml")) if file.stem in names or not names]
@@ -52,6 +55,8 @@ def main() -> None:
     }
     if unknown := {*names} - {file.stem for its in files.values() for file in its}:
         raise UserError(f"there is no {min(unknown)}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
+    if source and not (RUNS / "flores").exists():
+        write_flores(source, RUNS / "flores")
     for name, words in MADE.items():
         if not (RUNS / name).exists():
             run(*words, "--output", RUNS / name)
@@ -59,7 +64,7 @@ def main() -> None:
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
     tables = [f"## {BASES[base]}\n\n{comparison(base, its)}\n" for base, its in files.items() if its]
-    if (RUNS / "flores").exists():
+    if source:
         tables += [f"## {BASES[base]}, FLORES-101\n\n{flores(base, its)}\n" for base, its in files.items() if its]
     write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *tables]))
     print(f"\nresults: {RUNS / 'results.md'}")

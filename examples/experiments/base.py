@@ -12,9 +12,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from examples.demo_corpus import DEFAULT_CACHE
+from examples.demo_corpus import output_arguments
 from examples.downloads import fetch_all, read_sources, require_space
-from moelpr.base.command import CommandParser, run_command
+from moelpr.base.command import run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import atomic_directory, refuse_existing
 
@@ -58,12 +58,7 @@ def write_base(output: Path, cache: Path) -> None:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="Hugging Face directory to make")
-    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of downloads (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an existing directory")
-    args = parser.parse_args()
+    args = output_arguments(__doc__, "Hugging Face directory to make")
     refuse_existing([args.output], args.overwrite)
     write_base(args.output, args.cache.expanduser())
 

@@ -21,11 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.demo_corpus import DEFAULT_CACHE, WHEEL, Documents, hash_of, read_documents, write_lines
+from examples.demo_corpus import WHEEL, Documents, hash_of, output_arguments, read_documents, write_lines
 from examples.downloads import fetch_all, read_sources
 from examples.experiments.package_text import read_help, read_stories
 from examples.languages import LANGUAGES, ORIGINAL
-from moelpr.base.command import CommandParser, run_command
+from moelpr.base.command import run_command
 from moelpr.base.files import atomic_directory, refuse_existing
 
 UNSEEN = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")  # languages that no training and no kept text has
@@ -120,12 +120,7 @@ def sums() -> Iterator[str]:
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="DIR", help="folder to make")
-    add("--cache", type=Path, default=DEFAULT_CACHE, metavar="DIR", help="folder of downloads (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace an existing folder")
-    args = parser.parse_args()
+    args = output_arguments(__doc__, "folder to make")
     refuse_existing([args.output], args.overwrite)
     sources = [source for source in read_sources().values() if source.kind in ("help", "stories", "interface")]
     packages = fetch_all(sources, args.cache.expanduser())

@@ -166,14 +166,13 @@ def show_unraisable(failure: Any) -> None:
 
     A signal that came during `__del__` or a callback of `weakref`, where Python drops its exception, comes again.
     """
-    if isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
-        number = SIGINT if isinstance(failure.exc_value, KeyboardInterrupt) else SIGTERM
-        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
-        return
     is_of_closed_file = isinstance(failure.exc_value, ValueError) and "closed file" in str(failure.exc_value)
     # A signal while a progress bar is made leaves one without attributes, which its `__del__` reads.
     is_half_made = isinstance(failure.exc_value, AttributeError) and "tqdm.__del__" in repr(failure.object)
-    if not (is_of_closed_file or is_half_made):
+    if isinstance(failure.exc_value, KeyboardInterrupt | SystemExit):
+        number = SIGINT if isinstance(failure.exc_value, KeyboardInterrupt) else SIGTERM
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+    elif not (is_of_closed_file or is_half_made):
         sys.__unraisablehook__(failure)
 
 

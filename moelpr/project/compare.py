@@ -3,9 +3,9 @@
     moelpr compare moe-lpr.yaml full.yaml lora.yaml --data fr=fr.jsonl --output runs/comparison
 
 Learned is the mean change of bits per byte over the expanded languages' held-out text, lost that over text to keep: the
-original languages' held-out text, and languages.kept. --data adds text that no project was shown. All changes are
-against the base, paired by document. The table also has KL(base‖model), and the changes against the first project.
-Nothing is measured twice in the output folder.
+held-out text of original languages, and languages.kept, of all projects. --data adds text that no project was shown.
+All changes are against the base, paired by document. The table also has KL(base‖model), and the changes against the
+first project. Nothing is measured twice in the output folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def check(projects: Mapping[str, ResolvedProject]) -> None:
     """Check that projects can be compared.
 
     Raises:
-        UserError: One is unfinished, or they differ in base or languages.
+        UserError: One is unfinished, or they differ in base or expanded languages.
     """
     first, *_ = projects.values()
     for project in projects.values():
@@ -95,13 +95,12 @@ def check(projects: Mapping[str, ResolvedProject]) -> None:
                 f"the base of {path} is {project.content.model}, that of {first.file.path} is {first.content.model}; "
                 "compare projects of one base"
             )
-        for group in ("expanded", "original"):
-            ours, theirs = ({*getattr(one, group)} for one in (project, first))
-            if ours != theirs:
-                raise UserError(
-                    f"the {group} languages of {path} are {', '.join(sorted(ours))}, those of {first.file.path} are "
-                    f"{', '.join(sorted(theirs))}; compare projects of the same languages"
-                )
+        if {*project.expanded} != {*first.expanded}:
+            ours, theirs = (", ".join(sorted(one.expanded)) for one in (project, first))
+            raise UserError(
+                f"the expanded languages of {path} are {ours}, those of {first.file.path} are {theirs}; compare "
+                "projects of the same ones"
+            )
 
 
 def _base(project: ResolvedProject) -> str:
@@ -122,7 +121,8 @@ def read_texts(
     """
     first = next(iter(projects.values()))
     limit = max_documents or first.content.held_out
-    groups = {"expanded": first.expanded, "kept": [*first.original], "other": [*more]}
+    kept = [name for project in projects.values() for name in (*project.original, *project.kept)]
+    groups = {"expanded": first.expanded, "kept": [*dict.fromkeys(kept)], "other": [*more]}
     texts: dict[str, tuple[str, list[str]]] = {}
 
     def add(name: str, path: str, key: str) -> None:
@@ -138,7 +138,6 @@ def read_texts(
             add(code, project.held_out(code), str(project.own("evaluate").get("json-key", "text")))
         for name, path in project.kept.items():
             add(name, path, next(iter(project.languages.values())).json_key)
-            groups["kept"] += [] if name in groups["kept"] else [name]
     for name, path in more.items():
         if name in texts:
             raise UserError(f"--data {name} names a text of the projects; give it another name")

@@ -96,15 +96,16 @@ def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
 
 
 def test_kept_text_counts_as_lost_and_a_new_tokenizer_has_no_distance(finish, monkeypatch, tmp_path, capsys) -> None:
-    text = {code: {"text": f"{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("el", "en")}
+    text = {code: {"text": f"{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("el", "en", "code", "fr")}
     languages = {"expanded": {"el": text["el"]}, "original": {"en": text["en"]}}
     kept = finish("kept", 0.05, languages=languages | {"kept": {"code": "code.jsonl"}})
+    languages["original"] |= {"code": text["code"], "fr": text["fr"]}  # another's kept text, and a language of its own
     longer = finish("longer", 0.05, languages=languages, vocabulary={"new_tokens": 9})
     moelpr("compare", kept, longer, "--device", "cpu")
     actual = json.loads((tmp_path / "comparison/compare.json").read_text())
-    assert actual["groups"] == {"expanded": ["el"], "kept": ["en", "code"]}
+    assert actual["groups"] == {"expanded": ["el"], "kept": ["en", "code", "fr"]}
     assert actual["settings"]["sequence_length"] == 64
-    assert actual["projects"]["longer"]["texts"].keys() == {"el", "en", "code"}
+    assert actual["projects"]["longer"]["texts"].keys() == {"el", "en", "code", "fr"}
     assert "distance" in actual["projects"]["kept"]["texts"]["code"]
     assert not any("distance" in numbers for numbers in actual["projects"]["longer"]["means"].values())
     assert "longer against kept, lost: text to keep" in capsys.readouterr().out

@@ -1,30 +1,30 @@
-"""The experiments of docs/results.md: train the projects of this folder, and compare those of each base.
+"""The experiments of docs/results.md: train the projects of this folder, and make tables of those of each base.
 
     make results            (python -m examples.experiments [NAME ...])
+    make results RESULTS="first/second-ffn first/full --flores DIR --table mixed"
 
-Everything goes to runs/experiments, and the numbers to its results.md. What is done is left out, so run it again to
-resume. With --flores, all languages of FLORES-101 are measured, too.
+Everything goes to runs/experiments, and all tables to its results.md. What is done is left out, so run it again to
+resume, also with more names.
 """
 
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from examples.demo_tasks import ROOT
-from examples.experiments.flores import write_flores
+from examples.experiments.flores import TABLES, Sentences, read_flores
+from examples.experiments.parts import add_switches, measure, write_mean
 from examples.experiments.text import UNSEEN
-from examples.languages import EXPANDED
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
-from moelpr.base.languages import language_name
-from moelpr.measure.report.evaluation_files import EvaluationFile
-from moelpr.measure.report.numbers import Interval, percent
-from moelpr.measure.report.page import Table, markdown_table
+from moelpr.data.text.reading import read_documents
+from moelpr.measure.report.numbers import finite_json
+from moelpr.measure.report.page import markdown_table
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 
@@ -37,90 +37,87 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 }
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
-SENTENCES = 40  # per language of FLORES
-RELATIVES = ("fi", "et", "az", "uz", "kk")
-GROUPS = {"expanded": "learned", "kept": "kept text", "other": "unseen languages and code"}
+COMPARE = "compare"
+AVERAGED = "full-pack"  # the project of which the mean with the base is measured, too
 
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="files to train, such as lora (default: all)")
-    parser.add_argument("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="files to train, such as lora or first/lora (default: all)")
+    add("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
+    add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
+    add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
     args = parser.parse_args()
-    names, source = args.names, args.flores and args.flores.resolve()
+    tables = args.table or [COMPARE, *(TABLES if args.flores else [])]
+    if tables != [COMPARE] and not args.flores:
+        raise UserError("a table of FLORES-101 needs its folder; pass --flores DIR")
+    sentences = read_flores(args.flores, args.languages.split(",")) if args.flores else {}
     os.chdir(ROOT)
-    files = {
-        base: [file for file in sorted((FILES / base).glob("*.yaml")) if file.stem in names or not names]
-        for base in BASES
-    }
-    if unknown := {*names} - {file.stem for its in files.values() for file in its}:
-        raise UserError(f"there is no {min(unknown)}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
-    if source and not (RUNS / "flores").exists():
-        write_flores(source, RUNS / "flores")
+    files = [x for x in sorted(FILES.glob("*/*.yaml")) if any(x.match(f"{one}.yaml") for one in args.names or "*")]
+    if unknown := [name for name in args.names if not any(file.match(f"{name}.yaml") for file in files)]:
+        raise UserError(f"there is no {unknown[0]}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
     for name, words in MADE.items():
         if not (RUNS / name).exists():
             run(*words, "--output", RUNS / name)
-    for base, its in files.items():
+    for base, label in BASES.items():
+        its = [file for file in files if file.parent.name == base]
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
-    tables = [f"## {BASES[base]}\n\n{comparison(base, its)}\n" for base, its in files.items() if its]
-    if source:
-        tables += [f"## {BASES[base]}, FLORES-101\n\n{flores(base, its)}\n" for base, its in files.items() if its]
-    write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *tables]))
+        for name in tables if its else ():
+            table = comparison(base, its) if name == COMPARE else of_flores(name, base, its, sentences)
+            training = spent("training", {file.stem: costs()[str(file)] / 60 for file in its})
+            write_text(RUNS / base / f"{name}.md", f"## {label}: {table}\n\n{training}\n")
+    pages = [file.read_text() for base in BASES for file in sorted((RUNS / base).glob("*.md"))]
+    write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *pages]))
     print(f"\nresults: {RUNS / 'results.md'}")
 
 
 def run(*words: str | Path) -> None:
-    """Run a command with this Python; end with its code if it fails."""
+    """Run a command with this Python, and count its CPU time for its last argument; end with its code if it fails."""
     print(f"python {' '.join(map(str, words))}", flush=True)
-    if code := subprocess.run([sys.executable, *map(str, words)]).returncode:
+    before = sum(os.times()[2:4])
+    code = subprocess.run([sys.executable, *map(str, words)]).returncode
+    seconds, row = costs(), str(words[-1])
+    seconds[row] = seconds.get(row, 0) + sum(os.times()[2:4]) - before
+    write_text(RUNS / "costs.json", finite_json(seconds))
+    if code:
         sys.exit(code)
 
 
+def costs() -> dict[str, float]:
+    """The last argument of a command -> the CPU seconds that it has taken."""
+    path = RUNS / "costs.json"
+    return records.read(dict[str, float], path, "remove it") if path.exists() else {}
+
+
 def comparison(base: str, files: Sequence[Path]) -> str:
-    """Compare the projects of a base, and return the table and the picture as Markdown."""
+    """Compare the projects of a base, and return the page, whose headings are of the third level."""
     output, texts = RUNS / base / "comparison", {f"interface.{one}": f"interface.{one}" for one in UNSEEN}
-    texts |= {"python": "code", "sums": "sums"}  # code is a name of the kept text
+    texts |= {"python": "code"}  # code is a name of the kept text
     data = [word for name, file in texts.items() for word in ("--data", f"{name}={RUNS / 'text' / file}.jsonl")]
     run("-m", "moelpr", "compare", *files, *data, *COMPARED, "--output", output)
-    results = records.read(dict[str, Any], output / "compare.json", "remove it, and run make results again")
-    rows = [
-        [name]
-        + [Interval(**project["means"][group]["change"]).text(percent) for group in GROUPS]
-        + [Interval(**project["means"][group]["distance"]).text("{:.3f}".format) for group in GROUPS]
-        for name, project in results["projects"].items()
-    ]
-    head = ["change of bits per byte", *GROUPS.values(), *(f"KL, {name}" for name in GROUPS.values())]
-    return f"{markdown_table(Table(head, rows))}\n\n![Learned and lost]({base}/comparison/compare.svg)"
+    page = (output / "compare.md").read_text().replace("](", f"]({base}/comparison/")
+    return "interface texts\n\n" + re.sub("^#", "###", page, flags=re.MULTILINE)
 
 
-def flores(base: str, files: Sequence[Path]) -> str:
-    """Measure the projects of a base in all languages of FLORES, and return the table as Markdown."""
-    output, projects = RUNS / base / "flores", {file.stem: ResolvedProject(read_project(file)) for file in files}
-    dense = next(iter(projects.values())).base
-    texts = {file.stem.removeprefix("flores."): file for file in sorted((RUNS / "flores").glob("*.jsonl"))}
-    models = {"base": dense} | {name: project.export for name, project in projects.items()}
-    words = [word for name, path in models.items() for word in ("--model", f"{name}={path}")]
-    words += [word for name, path in texts.items() for word in ("--data", f"{name}={path}")]
-    words += ["--original-languages", ",".join(sorted(texts.keys() - {*EXPANDED})), "--dtype", "bfloat16"]
-    words += ["--max-documents", str(SENTENCES), "--base", str(dense), "--output", str(output)]
-    run("-m", "moelpr", "evaluate", "text", *words)
-    rows = []
-    for name, of in EvaluationFile.read(output / "results.json").models.items():
-        if name in projects:
-            changes = {text: one.change["bits_per_byte"].value for text, one in of.languages.items()}
-            learned, others = (of.means[f"mean {group}"] for group in ("expanded", "original"))
-            worst = sorted(changes.keys() - {*EXPANDED}, key=lambda text: -changes[text])[:3]
-            rows.append(
-                [name, learned.change["bits_per_byte"].text(percent), others.change["bits_per_byte"].text(percent)]
-                + [others.distance.text("{:.3f}".format) if others.distance else "\u2013"]
-                + [
-                    ", ".join(f"{language_name(text)} {percent(changes[text])}" for text in its)
-                    for its in (worst, RELATIVES)
-                ]
-            )
-    head = ["change of bits per byte", "learned", f"{len(texts) - len(EXPANDED)} other languages", "their KL"]
-    return markdown_table(Table([*head, "worst", "relatives"], rows))
+def of_flores(name: str, base: str, files: Sequence[Path], sentences: Sentences) -> str:
+    """Measure the projects of a base, the mean of one with the base, and switches; return the table as Markdown."""
+    projects = {file.stem: ResolvedProject(read_project(file)) for file in files}
+    models = {"base": next(iter(projects.values())).base} | {file: one.export for file, one in projects.items()}
+    mean = RUNS / base / f"{AVERAGED}-mean"
+    if AVERAGED in projects and not mean.exists():
+        write_mean(models["base"], models[AVERAGED], mean)
+    models |= {f"mean of base and {AVERAGED}": mean} if AVERAGED in projects else {}
+    title, texts_of, table_of = TABLES[name]
+    texts = texts_of(sentences, read_documents(RUNS / "text" / "code.jsonl"))
+    scores, minutes = measure(models, texts, RUNS / base / name)
+    add_switches(scores, texts, models["base"])
+    return f"{title}\n\n{markdown_table(table_of(scores))}\n\n{spent('measuring', minutes)}"
+
+
+def spent(on: str, minutes: Mapping[str, float]) -> str:
+    return f"CPU minutes of {on}: {', '.join(f'{name} {number:.0f}' for name, number in minutes.items())}."
 
 
 if __name__ == "__main__":

@@ -1,18 +1,34 @@
-"""FLORES-101 as text to measure on: sentences in 101 languages, translated by people, on which nothing here trains."""
+"""Tables on FLORES-101, sentences in 101 languages that people translated, on which nothing here trains.
 
+All languages; mixed text, whose two sides count apart; and translation without generation.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import batched
 from pathlib import Path
 
-from examples.demo_corpus import write_lines
+import numpy as np
+
+from examples.experiments.parts import KEPT, NEW, UNCOUNTED, Scores, Texts, against_base, score_of
+from examples.languages import EXPANDED, LANGUAGES
 from moelpr.base.errors import UserError
-from moelpr.base.files import atomic_directory
-from moelpr.base.languages import canonical
+from moelpr.base.languages import canonical, language_name
+from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
+from moelpr.measure.evaluate.wrong_language import wilson
+from moelpr.measure.report.numbers import percent
+from moelpr.measure.report.page import Table
 
 # Its names that are no codes of languages.
 CODES = {"zho_simpl": "zh", "zho_trad": "zh-Hant"}
+SENTENCES = 40  # per language, a multiple of FOUR
+RELATIVES = ("fi", "et", "az", "uz", "kk")
+MIXED, BLOCK_LINES = 60, 8  # documents of each kind of mixed text; lines of code between comments
+FOUR = 4  # sources of which one is right
+Sentences = Mapping[str, Sequence[str]]  # language → sentences, the same in each
 
 
-def write_flores(flores: Path, output: Path) -> None:
-    """Write the lines with odd numbers as `flores.CODE.jsonl`; those with even ones are for choosing.
+def read_flores(flores: Path, languages: Sequence[str] = ("",)) -> dict[str, list[str]]:
+    """Language → the lines with odd numbers, as those with even ones are for choosing: of all languages, or of some.
 
     Raises:
         UserError: There is no data set, or its files are not parallel.
@@ -21,8 +37,105 @@ def write_flores(flores: Path, output: Path) -> None:
     if len({len(lines) for lines in sentences.values()}) != 1:
         what = "files of other lengths" if sentences else "no files"
         raise UserError(f"{flores}/dev has {what} *.dev; pass the folder of FLORES-101, which has dev/eng.dev")
-    with atomic_directory(output) as folder:
-        for code, lines in sentences.items():
-            write_lines(
-                folder / f"flores.{canonical(CODES.get(code, code))}.jsonl", ({"text": line} for line in lines[1::2])
-            )
+    found = {canonical(CODES.get(code, code)): lines[1::2] for code, lines in sentences.items()}
+    return {code: found[code] for code in (*LANGUAGES, *languages) if code in found} if any(languages) else found
+
+
+def in_all_languages(sentences: Sentences, code: Iterable[str]) -> Texts:
+    return {
+        language: [[(NEW if language in EXPANDED else KEPT, line)] for line in lines[:SENTENCES]]
+        for language, lines in sentences.items()
+    }
+
+
+def all_languages_table(scores: Scores) -> Table:
+    texts = [*next(iter(scores.values()))]
+    of = {text: against_base(scores, text, NEW if text in EXPANDED else KEPT) for text in texts}
+    others, rows = [text for text in texts if text not in EXPANDED], []
+    for model in [*scores][1:]:
+        changes = {text: of[text][model]["change"] for text in texts}
+        worst = sorted(others, key=lambda text: -changes[text][0])[:3]
+        named = [
+            ", ".join(f"{language_name(text)} {percent(changes[text][0])}" for text in its if text in changes)
+            for its in (worst, RELATIVES)
+        ]
+        learned, kept = (_mean((changes[text] for text in its), percent) for its in (EXPANDED, others))
+        rows.append([model, learned, kept, _mean(of[text][model]["distance"] for text in others), *named])
+    head = ["change of bits per byte", "learned", f"{len(others)} other languages", "their KL", "worst", "relatives"]
+    return Table(head, rows)
+
+
+def mixed(sentences: Sentences, code: Iterable[str]) -> Texts:
+    """Kind → documents with a side to keep, English or Python, and one in a new language."""
+    en, el, hu, tr = (sentences[language] for language in ("en", "el", "hu", "tr"))
+    alternating = []
+    for n in range(MIXED):
+        sides = [(NEW, sentences[EXPANDED[n % 3]]), (KEPT, en)][:: (-1) ** n]
+        first = 4 * (MIXED + n)
+        alternating.append([(what, f"{its[first + k]}\n") for k, (what, its) in enumerate(2 * sides)])
+    files = [document.splitlines(keepends=True) for document in code]
+    blocks = ["".join(x[k : k + BLOCK_LINES]) for x in files for k in range(0, len(x) - BLOCK_LINES, BLOCK_LINES)]
+    commented = [[(NEW, f"# {comment}\n"), (KEPT, block)] for comment, block in zip(hu, blocks, strict=False)]
+    return {
+        "English request, Greek answer": [
+            [(KEPT, f"Translate this sentence into Greek: {en[n]}\n"), (NEW, el[n])] for n in range(MIXED)
+        ],
+        "English document, then Turkish": [
+            [(KEPT, " ".join(en[n : n + 3]) + "\n"), (NEW, tr[n + 1])] for n in range(MIXED, 4 * MIXED, 3)
+        ],
+        "sentences that alternate": alternating,
+        "code, Hungarian comments": [one + other for one, other in batched(commented[: 2 * MIXED], 2)],
+    }
+
+
+def mixed_table(scores: Scores) -> Table:
+    kinds, rows = [*next(iter(scores.values()))], []
+    of = {(kind, what): against_base(scores, kind, what) for kind in kinds for what in (KEPT, NEW)}
+    for model in [*scores][1:]:
+        nats = [of[kind, KEPT][model]["distance"] for kind in kinds]
+        changes = [of[kind, NEW][model]["change"] for kind in kinds]
+        pairs = zip(nats, changes, strict=True)
+        rows.append([model, _mean(nats), _mean(changes, percent), *(f"{a[0]:.3f} / {percent(b[0])}" for a, b in pairs)])
+    return Table(["mixed text", "KL, kept side", "bits per byte, new side", *kinds], rows)
+
+
+def with_sources(sentences: Sentences, code: Iterable[str]) -> Texts:
+    """Language → each sentence after each of four English ones, of which it translates one."""
+    en = sentences["en"]
+    return {
+        language: [
+            [(UNCOUNTED, f"{en[n - n % FOUR + k]}\n"), (NEW, sentences[language][n])]
+            for n in range(SENTENCES)
+            for k in range(FOUR)
+        ]
+        for language in EXPANDED
+    }
+
+
+def translation_table(scores: Scores) -> Table:
+    table = []
+    for model, of in scores.items():
+        saved, right = [], 0
+        for language in EXPANDED:
+            rows = of[language][NEW].reshape(SENTENCES, FOUR, -1)
+            numbers, own = np.arange(SENTENCES), np.arange(SENTENCES) % FOUR
+            after = {"own": rows[numbers, own], "other": (rows.sum(1) - rows[numbers, own]) / (FOUR - 1)}
+            found = estimates({name: score_of(one) for name, one in after.items()}, seed=1)
+            saved.append(found["other"]["bits_per_byte"] - found["own"]["bits_per_byte"])
+            right += int((rows[:, :, 0].argmin(1) == own).sum())
+        of_four = wilson(right, len(EXPANDED) * SENTENCES).text("{:.0%}".format)
+        table.append([model, _mean(saved), *(_mean([one]) for one in saved), of_four])
+    names = map(language_name, EXPANDED)
+    return Table(["bits per byte that the source saves", "mean", *names, f"right source of {FOUR}"], table)
+
+
+def _mean(numbers: Iterable[Estimate], write: Callable[[float], str] = "{:.3f}".format) -> str:
+    return interval_of(mean([*numbers])).text(write)
+
+
+# Name of a table → its title, its documents from sentences and code, and the table.
+TABLES: dict[str, tuple[str, Callable[[Sentences, Iterable[str]], Texts], Callable[[Scores], Table]]] = {
+    "flores": ("languages of FLORES-101", in_all_languages, all_languages_table),
+    "mixed": ("mixed text, sides apart", mixed, mixed_table),
+    "translation": ("translation without generation", with_sources, translation_table),
+}

@@ -5,8 +5,8 @@
 Writes JSON lines with the key text:
 
 - `train.LANG.jsonl`: LibreOffice's help and stories of a game, in the six languages;
-- `interface.LANG.jsonl`, `code.jsonl` and `sums.jsonl`, to evaluate on: interface texts of Home Assistant in these and
-  eight unseen languages, the same documents in each; Python code; sums of two numbers;
+- `interface.LANG.jsonl` and `code.jsonl`, to evaluate on: interface texts of Home Assistant in these and eight unseen
+  languages, the same documents in each; Python code;
 - `plain.NAME.jsonl`, which the second base reads: other interface texts, in the original languages and half of the
   unseen ones, and other code.
 
@@ -33,7 +33,7 @@ PLAIN = (*ORIGINAL, "de", "fr", "pl", "fi")  # languages that the second base re
 HELP_BYTES, STORY_BYTES, PLAIN_BYTES = 700_000, 400_000, 200_000  # per language, at most
 HELD_OUT_ONE_IN, HELD_OUT_DOCUMENTS = 6, 32
 HELD_OUT_CHARACTERS = (200, 1200)  # length in English
-CODE_CHARACTERS, NUMBER_OF_SUMS = 2_000, 24
+CODE_CHARACTERS = 2_000
 NGRAM = 13
 
 
@@ -63,7 +63,6 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
     code = [*read_code(wheel)]
     write(folder, "code", code[:HELD_OUT_DOCUMENTS])
     write(folder, "plain.code", code[HELD_OUT_DOCUMENTS : HELD_OUT_DOCUMENTS + PLAIN_BYTES // CODE_CHARACTERS])
-    write(folder, "sums", sums())
 
 
 def write(folder: Path, name: str, texts: Iterable[str]) -> None:
@@ -109,14 +108,6 @@ def read_code(wheel: Path) -> Iterator[str]:
         for name in sorted(names, key=hash_of):
             if text := archive.read(name).decode()[:CODE_CHARACTERS].strip():
                 yield text
-
-
-def sums() -> Iterator[str]:
-    """Yield lists of sums of two numbers."""
-    for number in range(HELD_OUT_DOCUMENTS):
-        draw = random.Random(number)
-        pairs = [(draw.randrange(10, 99), draw.randrange(10, 99)) for _ in range(NUMBER_OF_SUMS)]
-        yield "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
 
 
 def main() -> None:

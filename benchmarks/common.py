@@ -1,10 +1,8 @@
-"""Parts that the benchmarks share: arguments, tables, tiny models, corpora, and programs on several CPU ranks."""
+"""Parts that the benchmarks share: arguments, tables, tiny models, and corpora."""
 
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,23 +104,9 @@ def qwen2_config(
     """transformers' Qwen2Config; `others` are fields of it."""
     from transformers import Qwen2Config
 
-    return Qwen2Config(**_shape(layers, hidden, ffn, vocabulary, length, heads, groups) | others)
-
-
-def qwen3_5_config(layers: int, hidden: int, ffn: int, vocabulary: int, length: int, **others: Any) -> Any:
-    """transformers' Qwen3_5TextConfig, whose layers have linear and full attention in turn."""
-    from transformers import Qwen3_5TextConfig
-
-    fields = _shape(layers, hidden, ffn, vocabulary, length, heads=4, groups=2)
-    fields |= {"head_dim": 16, "layer_types": [("linear_attention", "full_attention")[i % 2] for i in range(layers)]}
-    fields |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
-    return Qwen3_5TextConfig(**fields | {"linear_value_head_dim": 12} | others)
-
-
-def _shape(layers: int, hidden: int, ffn: int, vocabulary: int, length: int, heads: int, groups: int) -> dict[str, Any]:
     fields = dict(num_hidden_layers=layers, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary)
     fields |= dict(max_position_embeddings=length, num_attention_heads=heads, num_key_value_heads=groups)
-    return fields | {"tie_word_embeddings": False, "eos_token_id": 0}
+    return Qwen2Config(**fields | {"tie_word_embeddings": False, "eos_token_id": 0} | others)
 
 
 def model_spec(
@@ -158,14 +142,6 @@ def upcycle(hf: Path, folder: Path, new_experts: int, random: bool = False, **ch
     return folder
 
 
-def export(checkpoint: Path, folder: Path) -> Path:
-    """Convert a Megatron checkpoint into a Hugging Face directory."""
-    from checkpoint_convert.conversions.exported_model import mcore_to_hf
-
-    mcore_to_hf(checkpoint, folder)
-    return folder
-
-
 def write_corpus(prefix: Path, vocab_size: int, documents: Iterable[tuple[Any, bool]]) -> Path:
     """Write a corpus of (token IDs, is original-language text); returns its prefix."""
     import numpy as np
@@ -185,16 +161,3 @@ def environment(**variables: str) -> dict[str, str]:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     quiet = {"OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"}
     return os.environ | quiet | {"PYTHONPATH": paths} | variables
-
-
-def run_ranks(ranks: int, module: str, *arguments: object, log: Path, timeout_s: float) -> None:
-    """Run a module on CPU ranks of one thread each; if it fails, exit with the end of its log."""
-    torchrun = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", ranks, "-m", module]
-    command = [str(word) for word in (*torchrun, *arguments)]
-    variables = environment(OMP_NUM_THREADS="1")
-    with open(log, "w") as output:
-        done = subprocess.run(
-            command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, timeout=timeout_s
-        )
-    if done.returncode:
-        sys.exit(f"{log.stem} failed:\n{log.read_text()[-6000:]}")

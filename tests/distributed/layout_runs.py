@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -17,11 +18,13 @@ import torch
 
 from benchmarks import common
 from benchmarks.common import STAGES
+from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from moelpr.base.run_folder import METRICS_FILE
 from moelpr.model.checkpoints.chain import step_folder
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from moelpr.model.metrics.run_metrics import Step, read_run_metrics
 from moelpr.model.model_spec import ModelSpec, NewTokens
+from moelpr.project.workflow.execution import execute
 
 # Number of ranks → arguments of the trainer, of each training.
 type Commands = dict[int, list[list[str]]]
@@ -187,7 +190,8 @@ def make_material(folder: Path) -> None:
     """
     # Random experts differ, so every choice of a router matters.
     first = common.upcycle(_dense_model(folder, tied=False), folder / "first-round", 1, random=True, original_copies=2)
-    common.upcycle(common.export(first, folder / "first-round-hf"), folder / "all-moe", 4, random=True)
+    mcore_to_hf(first, folder / "first-round-hf")
+    common.upcycle(folder / "first-round-hf", folder / "all-moe", 4, random=True)
     with patch("torch.nn.init.xavier_normal_", _half_of_the_experts_win):  # initializes the routers
         common.upcycle(_dense_model(folder, tied=True), folder / "edges", 8, random=True, moe_layers=[0, 1])
     for name, tied in {"rows": True, "rows-untied": False}.items():
@@ -196,7 +200,7 @@ def make_material(folder: Path) -> None:
     factors = common.upcycle(_dense_model(folder, tied=True), folder / "factors", 4, random=True)
     spec = ModelSpec.read(factors)
     replace(spec, megatron_args=spec.megatron_args | FACTORS).write(factors)
-    hybrid = common.save_random_model(common.qwen3_5_config(4, 32, 48, VOCAB_SIZE, length=64), folder / "hf-hybrid")
+    hybrid = common.save_random_model(qwen3_5(32, 48, VOCAB_SIZE), folder / "hf-hybrid")
     common.upcycle(hybrid, folder / "hybrid", 4, random=True)
     make_corpora(folder)
 
@@ -217,6 +221,17 @@ def make_corpora(folder: Path) -> None:
 def _dense_model(folder: Path, tied: bool) -> Path:
     config = common.qwen2_config(4, 32, 48, VOCAB_SIZE, length=64, tie_word_embeddings=tied)
     return common.save_random_model(config, folder / f"hf-tied-{tied}")
+
+
+def qwen3_5(hidden: int, ffn: int, vocabulary: int, **others: Any) -> Any:
+    """A Qwen3.5 of four layers with linear and full attention in turn."""
+    from transformers import Qwen3_5TextConfig
+
+    shape = dict(num_hidden_layers=4, hidden_size=hidden, intermediate_size=ffn, vocab_size=vocabulary, head_dim=16)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=4)
+    shape |= dict(linear_key_head_dim=8, linear_value_head_dim=12, max_position_embeddings=64, eos_token_id=0)
+    kinds = ["linear_attention", "full_attention"] * 2
+    return Qwen3_5TextConfig(**shape | {"layer_types": kinds, "tie_word_embeddings": False} | others)
 
 
 def _half_of_the_experts_win(router: torch.Tensor, **_: object) -> torch.Tensor:
@@ -256,13 +271,15 @@ def run_layouts(folder: Path, names: list[str], others: Commands | None = None) 
     launch_all(folder, commands, "layouts")
 
 
-def launch_all(folder: Path, commands: Commands, name: str) -> None:
+def launch_all(folder: Path, commands: Commands, name: str, module: str = "tests.distributed.train_many") -> None:
     """Run the trainings of each number of ranks one after another in one launch; exit with its log if one fails."""
     for ranks in sorted(commands):
         plan, log = (folder / f"{name}-{ranks}.{suffix}" for suffix in ("json", "log"))
         plan.write_text(json.dumps(commands[ranks]))
-        timeout_s = 60 + 60 * len(commands[ranks])
-        common.run_ranks(ranks, "tests.distributed.train_many", plan, log=log, timeout_s=timeout_s)
+        words = f"-m moelpr.torchrun --standalone --nproc-per-node {ranks} -m {module}".split()
+        variables, limit_s = common.environment(OMP_NUM_THREADS="1"), 60 + 60 * len(commands[ranks])
+        if execute([*words, str(plan)], log, variables, limit_s=limit_s, stderr=subprocess.STDOUT) != 0:
+            sys.exit(f"{log.stem} failed:\n{log.read_text()[-6000:]}")
 
 
 def compare(folder: Path, name: str, stage: str) -> Difference:

@@ -10,7 +10,6 @@ from benchmarks import common
 from moelpr.model.checkpoints.chain import step_folder
 from tests.distributed import layout_runs
 from tests.distributed.layout_runs import EP2, LAYOUTS, OPTIMIZER
-from tests.support.limits import PROCESS_S
 
 HALF = "--train-iters 2 --exit-interval 1"
 RUNS = {
@@ -36,11 +35,9 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]
             words = layout_runs.trainer_arguments(folder, LAYOUTS["1"], "stage1", folder / name / "save")
             words[words.index("--pretrained-checkpoint") + 1] = str(folder / name / LAYOUTS["1"].model)
             commands.append([*words, *flags.split(), *half.split(), "--ckpt-fully-parallel-load"])
-    plan = folder / "commands.json"
-    common.write_json(commands, plan)
-    common.run_ranks(2, "tests.distributed.count_reads", plan, log=folder / "log", timeout_s=PROCESS_S)
+    layout_runs.launch_all(folder, {2: commands}, "commands", "tests.distributed.count_reads")
     counts: Counter[str] = Counter()
-    for file in folder.glob("commands.json.*.reads"):
+    for file in folder.glob("*.reads"):
         counts.update(json.loads(file.read_text()))
     return folder, counts
 

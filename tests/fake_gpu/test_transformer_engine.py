@@ -9,7 +9,6 @@ from benchmarks import common
 from moelpr.model.checkpoints.torch_dist import TorchDistReader
 from tests.distributed import layout_runs
 from tests.distributed.layout_runs import LAYOUTS, OPTIMIZER, PP2, STEPS, TOLERANCE
-from tests.support.limits import PROCESS_S
 
 LOCAL = "--transformer-impl local"
 TE = "--transformer-impl transformer_engine"
@@ -50,9 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, starts in runs.items()
             for words in map(str.split, starts)
         ]
-        plan, log = folder / f"commands-{ranks}.json", folder / f"log-{ranks}"
-        common.write_json(commands, plan)
-        common.run_ranks(ranks, "tests.fake_gpu.train_with_stub", plan, log=log, timeout_s=PROCESS_S)
+        layout_runs.launch_all(folder, {ranks: commands}, "commands", "tests.fake_gpu.train_with_stub")
     return folder
 
 
@@ -63,7 +60,7 @@ def test_every_kernel_trains_the_same_model(folder: Path, name: str) -> None:
 
 
 def test_the_runs_used_the_kernels_and_loaded_strictly(folder: Path) -> None:
-    log = (folder / "log-1").read_text()
+    log = (folder / "commands-1.log").read_text()
     for line, number in {
         "experts: Transformer Engine's grouped linear layers; attention: Transformer Engine; ": 3,
         "experts: torch grouped_mm; attention: Transformer Engine; ": 1,

@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -46,7 +45,6 @@ class DryRun:
     # The collectives of the start and of the first two steps, of one micro-batch each, as they are launched.
     order: list[Collective]
     planned: Planned | None  # None for what the planner does not support
-    seconds: float
 
     @property
     def peak_bytes(self) -> int:
@@ -66,7 +64,6 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     Counts grow by as much with each further micro-batch, so the last two steps tell those of the whole step. A witness
     makes only the first two, to be compared with other ranks. UserError if the trainer refuses the command line.
     """
-    started = time.monotonic()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
     os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     kernels.is_installed, kernels.has_fla = lambda module: False, lambda: True  # the others can't run without values
@@ -95,7 +92,6 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
         steps.of(_num_microbatches(run)),
         steps.order or meter.order,
         planned,
-        time.monotonic() - started,
     )
 
 

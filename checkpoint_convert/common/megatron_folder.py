@@ -18,7 +18,7 @@ from moelpr.model.checkpoints.chain import RELEASE, checkpoint_chain, verify_cha
 from moelpr.model.checkpoints.torch_dist import TorchDistReader, TorchDistWriter
 from moelpr.model.families.families import family_named
 from moelpr.model.families.moe_classes import MoeClass
-from moelpr.model.families.tables import Piece, megatron_shape, pieces, sizes_of, zeros
+from moelpr.model.families.tables import GateUp, Piece, megatron_shape, pieces, sizes_of, zeros
 from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
 # Files of which a checkpoint folder that may be overwritten has at least one.
@@ -123,15 +123,17 @@ def write_checkpoint(
         read: Returns the Megatron tensors of the given pieces, in their order.
     """
     with TorchDistWriter(journal.folder / RELEASE, journal) as writer:
-        missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece, spec))]
+        missing = [piece for piece in plan if not writer.is_written(piece.key, _offsets(piece)[-1])]
         bar.update(round(bar.total * (1 - num_elements(missing) / num_elements(plan))))
         tensors = iter(read(missing))
         for piece in missing:
             tensor = next(tensors)
-            chunk = tensor if piece.stack_index is None else tensor.unsqueeze(0)
-            writer.write(piece.key, chunk, megatron_shape(piece, spec), _offsets(piece, spec))
+            for offsets, chunk in zip(_offsets(piece), tensor.chunk(len(_offsets(piece))), strict=True):
+                if not writer.is_written(piece.key, offsets):
+                    part = chunk if piece.stack_index is None else chunk.unsqueeze(0)
+                    writer.write(piece.key, part, megatron_shape(piece, spec), offsets)
             bar.update(tensor.nbytes)
-            del tensor, chunk  # one in memory
+            del tensor, chunk, part  # one in memory
         for key in _extra_state_keys(plan):
             writer.write_object(key, None)
         writer.finish(_COMMON_STATE)
@@ -153,9 +155,11 @@ def num_elements(plan: list[Piece]) -> int:
     return sum(math.prod(shape) for piece in plan for shape in piece.hf_shapes)
 
 
-def _offsets(piece: Piece, spec: ModelSpec) -> tuple[int, ...]:
-    """Offsets of the piece in its Megatron tensor."""
-    return (piece.stack_index or 0,) + (0,) * (len(megatron_shape(piece, spec)) - 1)
+def _offsets(piece: Piece) -> list[tuple[int, ...]]:
+    """Offsets of the piece's chunks in its Megatron tensor: gate and up apart, as Megatron loads each on its own."""
+    rows = [0, piece.hf_shapes[0][0]] if isinstance(piece.transform, GateUp) else [0]
+    stack = [] if piece.stack_index is None else [piece.stack_index]
+    return [(*stack, row, *[0] * (len(piece.hf_shapes[0]) - 1)) for row in rows]
 
 
 def _extra_state_keys(plan: list[Piece]) -> list[str]:

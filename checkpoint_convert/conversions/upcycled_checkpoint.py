@@ -85,7 +85,7 @@ def hf_to_mcore(
 
     plan = list(pieces(family.table, spec))
     num_bytes = getattr(torch, spec.dtype).itemsize * num_elements(plan)
-    settings = {"spec": asdict(spec), "start": asdict(start)}
+    settings = {"spec": asdict(spec), "start": asdict(start), "chunks": "gate and up apart"}
     with output_folder(save, overwrite, num_bytes, sources, **settings) as (folder, journal, bar):
         copy_companions(hf_path, folder / HF_FOLDER, skip=TOKENIZER_FILES if extended_tokenizer else ())
         if extended_tokenizer is not None:

@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 import torch
-from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -154,11 +154,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         return _Ignored
 
 
-# Equal keys stay separate objects, as in a run that was not interrupted: pickle writes an object once.
-_ENTRY = ConfigDict(**STRICT, cache_strings="none")
-
-
-@dataclass(frozen=True, config=_ENTRY)
+@dataclass(frozen=True, config=STRICT)
 class _Chunk:
     """A chunk of a tensor in a `.distcp` file."""
 
@@ -171,7 +167,7 @@ class _Chunk:
     length: int
 
 
-@dataclass(frozen=True, config=_ENTRY)
+@dataclass(frozen=True, config=STRICT)
 class _DistcpFile(WrittenFile):
     """A complete `.distcp` file in a journal."""
 
@@ -251,7 +247,8 @@ class TorchDistWriter:
         checksums.write(self._folder, self._sums | tables)
 
     def _register(self, chunk: _Chunk, place: _StorageInfo) -> None:
-        key, dtype, offsets = chunk.key, getattr(torch, chunk.dtype), torch.Size(chunk.offsets)
+        key = sys.intern(chunk.key)  # one object, also of a resumed writer: pickle writes an object once
+        dtype, offsets = getattr(torch, chunk.dtype), torch.Size(chunk.offsets)
         size = torch.Size(chunk.global_shape)
         entry = self._contents.setdefault(key, TensorStorageMetadata(TensorProperties(dtype=dtype), size, []))
         assert isinstance(entry, TensorStorageMetadata) and entry.size == size and entry.properties.dtype == dtype, key

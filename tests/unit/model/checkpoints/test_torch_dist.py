@@ -62,7 +62,7 @@ def test_an_interrupted_writer_resumes_to_the_same_bytes(tmp_path: Path) -> None
     assert write(tmp_path / "unbroken") == 8
     write(tmp_path / "broken", stop_after=5)
     assert write(tmp_path / "broken") == 4  # four of the five files were complete
-    for path in (tmp_path / "unbroken/step").glob("*.distcp"):
+    for path in (tmp_path / "unbroken/step").iterdir():
         assert path.read_bytes() == (tmp_path / "broken/step" / path.name).read_bytes(), path
     assert torch.equal(TorchDistReader(tmp_path / "broken/step").read("stack")[:, 0], torch.arange(8.0))
 

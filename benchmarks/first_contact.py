@@ -28,11 +28,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -48,14 +47,14 @@ from moelpr.base.versions import installed_versions
 from moelpr.measure.report.page import Table, markdown_table
 from moelpr.model.checkpoints.chain import RELEASE
 from moelpr.model.model_spec import ModelSpec
-from moelpr.plan.gpus import GIB, GPUS, Cluster, gpu_named
+from moelpr.plan.gpus import GIB, GPUS, Cluster, gpu_named, gpus_of_torch
 from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import CPU, Kernels, Workload, model_parts, stage_memories
 from moelpr.plan.step_time import stage_flops, step_time
 from moelpr.project.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
-LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 100, "cases": 600, "train_step": 110, "expert_traffic": 110}
+LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 200, "cases": 600, "train_step": 110, "expert_traffic": 110}
 CASES = "tests/gpu/test_launcher_cases.py"
 USABLE = 0.9  # the share of a GPU's memory that a run may take
 
@@ -105,7 +104,7 @@ class Machine:
 
 @dataclass
 class Part:
-    """The outcome of a part; a failed one has the end of its `output`, and no results but those of cases."""
+    """The outcome of a part; a failed one has the end of its `output`, and no results but those of tests."""
 
     name: str
     outcome: str
@@ -133,10 +132,10 @@ def main() -> None:
     os.chdir(common.ROOT)
     spec, runs = trainer_runs(machine)
     run: dict[str, Callable[[], Part]] = {
-        "tests/gpu": lambda: run_tests(folder),
+        "tests/gpu": lambda: run_tests("tests/gpu", ["tests/gpu", "--ignore", CASES], folder),
         "trainer": lambda: run_trainer(machine, runs, folder),
         "dry_steps": lambda: run_dry_steps(machine, folder),
-        "cases": lambda: run_cases(folder),
+        "cases": lambda: run_tests("cases", [CASES], folder),
         "train_step": lambda: run_benchmark("train_step", machine.sizes.train_step, folder),
         "expert_traffic": lambda: run_expert_traffic(machine, folder),
     }
@@ -144,11 +143,7 @@ def main() -> None:
     parts = [run[name]() if name in args.parts else Part(name, "not chosen", 0, {}) for name in run]
     text = as_markdown(machine, spec, runs, parts)
     write_text(folder / "log.md", text)
-    everything = {
-        "machine": vars(machine),
-        "runs": [asdict(run) for run in runs],
-        "parts": [vars(part) for part in parts],
-    }
+    everything = {"machine": vars(machine), "runs": [*map(asdict, runs)], "parts": [*map(vars, parts)]}
     write_text(folder / "results.json", json.dumps(everything, indent=2) + "\n")
     print(f"\n{text}\nwritten to {folder / 'log.md'}")
     sys.exit(int(any(part.results is None or part.output for part in parts)))
@@ -160,29 +155,13 @@ def find_machine(args: argparse.Namespace) -> Machine:
     if args.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the parts inherit it
         return Machine("CPU", args.ranks or 2, 0, is_dry_run=True)
-    if not (gpus := visible_gpus()):
-        raise UserError("torch sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or try it with --dry-run")
+    if not (gpus := gpus_of_torch()):
+        from moelpr.model.megatron import cpu  # only now, as it imports torch
+
+        why = "torch sees no GPU; check nvidia-smi and CUDA_VISIBLE_DEVICES, or try it with --dry-run"
+        raise UserError(cpu.unusable_gpus() or why)
     names, sizes = zip(*gpus, strict=True)
     return Machine(" and ".join(sorted(set(names))), len(gpus), min(sizes))
-
-
-def visible_gpus() -> list[tuple[str, float]]:
-    """(name, GiB) of each GPU, from a process of its own, as CUDA occupies memory of a GPU until its process ends."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_torch_gpus).result()
-
-
-def _torch_gpus() -> list[tuple[str, float]]:
-    import torch
-
-    from moelpr.model.megatron import cpu
-
-    if message := cpu.unusable_gpus():
-        raise UserError(message)
-    if not torch.cuda.is_available():
-        return []
-    properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [(gpu.name, gpu.total_memory / GIB) for gpu in properties]
 
 
 def trainer_runs(machine: Machine) -> tuple[ModelSpec, list[TrainerRun]]:
@@ -231,15 +210,18 @@ def _planned(machine: Machine, spec: ModelSpec, name: str, stage: Any, layout: P
     return TrainerRun(name, layout, workload, memories[0].total_bytes, tokens_per_s, flops)
 
 
-def run_tests(folder: Path) -> Part:
-    report = folder / "tests-gpu.xml"
-    words = ["pytest", "tests/gpu", "--ignore", CASES, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-
-    def read() -> dict[str, int]:
-        suite = ElementTree.parse(report).getroot()[0].attrib
-        return {"passed": int(suite["tests"]) - int(suite["skipped"]), "skipped": int(suite["skipped"])}
-
-    return run_part("tests/gpu", words, folder, read)
+def run_tests(name: str, files: list[str], folder: Path) -> Part:
+    """`results`: a row for each test, also if one fails: its name, ranks, seconds, difference of losses, outcome."""
+    report = folder / f"{name.replace('/', '-')}.xml"
+    report.unlink(missing_ok=True)
+    words = ["pytest", *files, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+    part = run_part(name, words, folder, list)
+    for test in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        noted = {one.attrib["name"]: one.attrib["value"] for one in test.iter("property")}
+        outcome = next((one.tag for one in test if one.tag in ("failure", "error", "skipped")), "passed")
+        row = [test.attrib["name"], noted.get("ranks", "–"), test.attrib["time"], noted.get("difference", "–"), outcome]
+        part.results = [*(part.results or []), row]
+    return part
 
 
 def write_runs(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], work: Path) -> None:
@@ -302,19 +284,6 @@ def run_dry_steps(machine: Machine, folder: Path) -> Part:
     return run_part("dry_steps", words, folder, lambda: json.loads((work / "dry.json").read_text()))
 
 
-def run_cases(folder: Path) -> Part:
-    """`results`: a row of the table for each case: its name, ranks, seconds, difference of losses, and outcome."""
-    report = folder / "cases.xml"
-    report.unlink(missing_ok=True)
-    part = run_part("cases", ["pytest", CASES, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"], folder, list)
-    for case in ElementTree.parse(report).iter("testcase") if report.exists() else ():
-        noted = {one.attrib["name"]: one.attrib["value"] for one in case.iter("property")}
-        outcome = next((one.tag for one in case if one.tag in ("failure", "error", "skipped")), "passed")
-        row = [case.attrib["name"], noted.get("ranks", "–"), case.attrib["time"], noted.get("difference", "–"), outcome]
-        part.results = [*(part.results or []), row]
-    return part
-
-
 def run_benchmark(name: str, options: str, folder: Path) -> Part:
     report = folder / f"{name}.json"
     words = [f"benchmarks.{name}", *options.split(), "--json", str(report)]
@@ -336,15 +305,11 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
     variables = common.environment(CUDA_DEVICE_MAX_CONNECTIONS="1")  # as moelpr/train/launcher.py
     code = execute(["-m", *words], log, variables, limit_s=limit_s, stderr=subprocess.STDOUT)
     seconds = time.monotonic() - started
-    if code is None:
-        return Part(name, f"stopped after {limit_s} s (see {log.name})", seconds, output=_end(log))
-    if code:
-        return Part(name, f"failed with exit code {code} (see {log.name})", seconds, output=_end(log))
-    return Part(name, "ran", seconds, read())
-
-
-def _end(log: Path) -> str:
-    return f"{log.name}:\n{log.read_text(errors='replace')[-5000:]}"
+    if code == 0:
+        return Part(name, "ran", seconds, read())
+    outcome = f"stopped after {limit_s} s" if code is None else f"failed with exit code {code}"
+    end = log.read_text(errors="replace")[-5000:]
+    return Part(name, f"{outcome} (see {log.name})", seconds, output=f"{log.name}:\n{end}")
 
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
@@ -389,9 +354,10 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
             f"{one['ratio_step_time_stage1']:.2f} in stage 1, {one['ratio_step_time_stage2']:.2f} in stage 2."
         )
     if tests.results:
-        lines.append(f"- tests/gpu: {tests.results['passed']} passed, {tests.results['skipped']} skipped.")
-    outcomes = (f"{part.name} {part.outcome} ({part.seconds:.0f} s)" for part in parts)
-    return "\n".join([*lines, f"- {'; '.join(outcomes)}."]) + "\n"
+        outcomes = Counter(outcome for *_, outcome in tests.results)
+        lines.append(f"- tests/gpu: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items())}.")
+    ends = (f"{part.name} {part.outcome} ({part.seconds:.0f} s)" for part in parts)
+    return "\n".join([*lines, f"- {'; '.join(ends)}."]) + "\n"
 
 
 def _cell(numbers: dict[str, Any], key: str, form: str) -> str:

@@ -103,16 +103,22 @@ for index in range(torch.cuda.device_count()):
 
 def gpus_here() -> list[tuple[str, float]]:
     """Name and GiB of memory of each GPU of this machine, as torch sees them, or nvidia-smi if torch sees none."""
-    answers = _answer(sys.executable, "-c", _ASK_TORCH)
-    if not answers and "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
-        answers = _answer(program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
-    return [(name, int(mib) / 1024) for name, mib in answers]
+    gpus = gpus_of_torch()
+    if not gpus and "CUDA_VISIBLE_DEVICES" not in os.environ and (program := shutil.which("nvidia-smi")):
+        gpus = _answer(program, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
+    return gpus
 
 
-def _answer(*command: str) -> list[list[str]]:
-    """The two fields of each line of a command's output; none if it fails, as without torch or without a driver."""
+def gpus_of_torch() -> list[tuple[str, float]]:
+    """Name and GiB of memory of each GPU that torch sees."""
+    return _answer(sys.executable, "-c", _ASK_TORCH)
+
+
+def _answer(*command: str) -> list[tuple[str, float]]:
+    """The names and GiB that a command prints; none if it fails, as without torch or without a driver."""
     answer = subprocess.run(command, capture_output=True, text=True)
-    return [line.rsplit(",", 1) for line in answer.stdout.splitlines()] if answer.returncode == 0 else []
+    lines = (line.rsplit(",", 1) for line in answer.stdout.splitlines() if answer.returncode == 0)
+    return [(name, int(mib) / 1024) for name, mib in lines]
 
 
 def cluster_here(gpus: int | None = None) -> Cluster:

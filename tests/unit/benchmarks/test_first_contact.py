@@ -40,13 +40,14 @@ def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided()
         assert run.layout.world_size == 8
         assert run.predicted_tokens_per_s and 1e3 < run.predicted_tokens_per_s < 1e6
     assert {run.predicted_tokens_per_s for run in trainer_runs(Machine("NVIDIA L40", 8, 44.4))[1]} == {None}
+    assert first_contact.run_expert_traffic(Machine(H100, 1, 79.2), Path()).outcome.startswith("not run")
 
 
 @pytest.mark.parametrize(
     ("dry_run", "ranks", "named"), [(False, None, "--dry-run"), (False, 2, "--ranks"), (True, 0, "--ranks")]
 )
 def test_a_dry_run_is_offered_without_a_gpu_and_has_the_ranks(monkeypatch, dry_run: bool, ranks, named: str) -> None:
-    monkeypatch.setattr(first_contact, "visible_gpus", list)
+    monkeypatch.setattr(first_contact, "gpus_of_torch", list)
     with pytest.raises(UserError, match=named):
         find_machine(argparse.Namespace(dry_run=dry_run, ranks=ranks))
 
@@ -105,7 +106,7 @@ def test_a_part_that_fails_or_hangs_is_reported_and_leaves_no_process(monkeypatc
             time.sleep(0.1)
 
 
-def test_cases_of_the_launcher_are_rows_of_the_table_also_if_one_failed(tmp_path: Path, monkeypatch) -> None:
+def test_tests_are_counted_and_cases_of_the_launcher_are_rows_also_if_one_failed(tmp_path: Path, monkeypatch) -> None:
     passed = '<testcase name="a" time="1.5"><properties><property name="ranks" value="2"/></properties></testcase>'
     failed = '<testcase name="b" time="2"><failure message="x"/></testcase>'
 
@@ -114,10 +115,12 @@ def test_cases_of_the_launcher_are_rows_of_the_table_also_if_one_failed(tmp_path
         return Part(name, "failed with exit code 1", 3, output="the end of its log")
 
     monkeypatch.setattr(first_contact, "run_part", run_part)
-    part = first_contact.run_cases(tmp_path)
+    part = first_contact.run_tests("cases", [], tmp_path)
     assert part.results == [["a", "2", "1.5", "–", "passed"], ["b", "–", "2", "–", "failure"]]
     machine = Machine(H100, 8, 79.2)
     others = [Part(name, "not chosen", 0) for name in first_contact.LIMITS_S if name != "cases"]
-    text = as_markdown(machine, *trainer_runs(machine), [*others[:3], part, *others[3:]])
+    parts = [replace(part, name="tests/gpu"), *others[1:3], part, *others[3:]]
+    text = as_markdown(machine, *trainer_runs(machine), parts)
+    assert "- tests/gpu: 1 passed, 1 failure." in text
     rows = [line.split() for line in text.splitlines()]
     assert ["a", "passed"] == [row[index] for row in rows if row[1:2] == ["a"] for index in (1, -2)]

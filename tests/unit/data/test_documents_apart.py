@@ -1,6 +1,7 @@
 """--dataloader-inter-document-masking: a document in a packed sample is what it is alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,11 +42,14 @@ def losses(model: torch.nn.Module, samples: list[dict[str, torch.Tensor]]) -> to
 
 @pytest.fixture
 def build(moe_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.nn.Module]:
+    """Builds a model with one original expert, or with those of an MoE base."""
     monkeypatch.setattr(trainers, "get_num_microbatches", lambda: 1)
 
-    def build(**settings: object) -> torch.nn.Module:
+    def build(original_experts: int = 1, **settings: object) -> torch.nn.Module:
         torch.manual_seed(1)
-        return build_model(moe_spec, **settings).train()
+        assert moe_spec.moe is not None
+        moe = replace(moe_spec.moe, num_original_experts=original_experts)
+        return build_model(replace(moe_spec, moe=moe), **settings).train()
 
     return build
 
@@ -54,10 +58,10 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
 
 
-@pytest.mark.parametrize("recompute", [{}, RECOMPUTE, SELECTIVE])
-def test_the_loss_of_a_packed_document_is_that_of_the_document_alone(samples, build, recompute: dict) -> None:
+@pytest.mark.parametrize("settings", [{}, RECOMPUTE, SELECTIVE, {"original_experts": 3}])
+def test_the_loss_of_a_packed_document_is_that_of_the_document_alone(samples, build, settings: dict) -> None:
     packed = samples(True)
-    model = build(dataloader_inter_document_masking=True, **recompute)
+    model = build(dataloader_inter_document_masking=True, **settings)
     actual = losses(model, packed)
     actual.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

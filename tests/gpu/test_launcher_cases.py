@@ -47,6 +47,7 @@ _NODES = (
     "--ckpt-assume-constant-structure --ckpt-fully-parallel-load --manual-gc --manual-gc-interval 2 --save-interval 1"
 )
 _NODES += " --gpu-sniff-test-interval 999" * (GPUS > 0)
+_APART = "--dataloader-inter-document-masking --transformer-impl local"  # Transformer Engine does not support it
 _BY_PARAMETER = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 FIRST = Case("data parallelism")
 # Its text is copies of one document, whose order does not matter: two in a sample, and here one.
@@ -58,7 +59,7 @@ CASES = (
     Case("layers recomputed", 1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     Case("optimizer on the host", 1, "--optimizer-cpu-offload --use-distributed-optimizer", resumes=True),
     Case("moments in bf16", 1, f"--bf16-moments {_BY_PARAMETER}", resumes=True),
-    Case("MoE base, documents apart", 1, "--dataloader-inter-document-masking --async-save", base="moe"),
+    Case("MoE base, documents apart", 1, f"{_APART} --async-save", base="moe"),
     Case("TP 2, ETP 2", 2, f"{_TP2} --expert-tensor-parallel-size 2"),
     Case("PP 2, TP 2, EP 2", 4, f"{_PP2} --expert-tensor-parallel-size 1 --async-save {_NODES}", resumes=True),
 )

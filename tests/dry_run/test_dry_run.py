@@ -119,8 +119,11 @@ def test_a_project_runs_its_stages_without_gpus_and_programs_read_the_numbers(tm
     assert actual["step_seconds"]["h100-80"]["dry_run"] > 0
 
 
-def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path) -> None:
-    """On the checkpoint that the command names, not on what takes its place."""
+def test_a_wrong_command_line_is_refused_as_the_trainer_does(tmp_path: Path, monkeypatch) -> None:
+    """On the checkpoint that the command names, not on what takes its place; other kernels may be installed."""
+    for name in ("transformer_engine", "apex", "fla"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     MODELS["all-moe"].write(tmp_path)
     flags = f"--lr 1e-4 --train-iters 9 --micro-batch-size 1 --global-batch-size 8 --pretrained-checkpoint {tmp_path}"
     flags += " --seq-length 64 --data-path nowhere/el --expert-model-parallel-size 3"

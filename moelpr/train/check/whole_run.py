@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,9 +45,11 @@ def prepare(gpu: str, per_node: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     warnings.simplefilter("ignore")  # imports warn about optional packages
     fake_cuda.install(GPUS[gpu], _CAPABILITIES.get(gpu.partition("-")[0], (9, 0)), per_node)
-    from moelpr.model.megatron import bootstrap
+    # Megatron takes their kernels if they are installed, and these can't run without values.
+    sys.modules.update(dict.fromkeys(("transformer_engine", "apex", "fla")))  # type: ignore[arg-type]
+    from moelpr.model.megatron import megatron_fixes
 
-    bootstrap.install_patches()
+    megatron_fixes.install()
     logging.getLogger("megatron").setLevel(logging.ERROR)
     import moelpr.train.check.one_rank
     import moelpr.train.train  # noqa: F401  # here, so that forks need not

@@ -20,8 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from packaging.version import Version
-
 from moelpr.base.errors import UserError
 from moelpr.model.families.families import read_base
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
@@ -209,8 +207,7 @@ def outcome(case: Case) -> dict[str, Any]:
     from moelpr.train.check.cost import disagreements, moved_by_group, seconds
 
     try:
-        with adam_of_transformer_engine() if "--bf16-moments" in case.argv else nullcontext():
-            actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
+        actual = whole_run.check(case.argv, 1, case.ranks, lambda: case.spec)
     except (UserError, RuntimeError):
         return {"error": traceback.format_exc()}
     first, last, planned = actual.runs[0], actual.runs[-1], actual.runs[0].planned
@@ -280,32 +277,6 @@ def megatrons_layer() -> Iterator[None]:
         patch.object(layer, "NewExpertsDispatcher", MoEAlltoAllTokenDispatcher),
         patch.object(builder, "layer_spec", partial(plain_layer_spec, experts=GroupedExperts)),
     ):
-        yield
-
-
-@contextmanager
-def adam_of_transformer_engine() -> Iterator[None]:
-    """Use a stub of Transformer Engine's Adam, the only one with moments in bf16; its step allocates its state only."""
-    from megatron.core import optimizer, utils
-    from megatron.core.optimizer import distrib_optimizer
-
-    from moelpr.train.arguments.checks import flags
-    from tests.fake_gpu import transformer_engine_stub as stub
-
-    def step(self: Any) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                self.initialize_state(weight, True)
-
-    with (
-        patch.object(stub.FusedAdam, "step", step),
-        patch.dict(sys.modules),
-        patch.object(utils, "_te_version", Version(stub.VERSION)),
-        patch.object(flags, "is_installed", lambda _: True),
-        patch.object(optimizer, "Adam", stub.FusedAdam),
-        patch.object(distrib_optimizer, "Adam", stub.FusedAdam),
-    ):
-        stub.install()
         yield
 
 

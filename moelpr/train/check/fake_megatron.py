@@ -1,6 +1,7 @@
 """Megatron's functions that would ask a GPU, and the numbers of rows that a router would choose."""
 
 import functools
+import sys
 import types
 from typing import Any
 
@@ -66,6 +67,37 @@ def install(meter: Meter) -> None:
         setattr(schedules, name, meter.as_phase(phase, getattr(schedules, name)))
     for kind in (optimizer.ChainedOptimizer, optimizer.MixedPrecisionOptimizer, optimizer.FP32Optimizer):
         kind.step = meter.as_phase("optimizer", kind.step)
+
+
+def keep_moments_in_bf16(meter: Meter) -> None:
+    """Use the state of Transformer Engine's Adam with --bf16-moments, and one kernel that updates it."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import distrib_optimizer
+
+    class FusedAdam(torch.optim.Optimizer):
+        def __init__(
+            self,
+            params: Any,
+            exp_avg_dtype: torch.dtype,
+            exp_avg_sq_dtype: torch.dtype,
+            master_weight_dtype: torch.dtype,
+            use_decoupled_grad: bool,
+            **defaults: Any,
+        ) -> None:
+            super().__init__(params, defaults)
+            self.dtypes = {"exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype, "master_param": torch.int16}
+
+        def step(self, *_: Any) -> None:  # type: ignore[override]
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            for weight in weights:
+                for name in self.dtypes.keys() - self.state[weight]:
+                    self.state[weight][name] = torch.empty_like(weight, dtype=self.dtypes[name])
+            state = [one for weight in weights for one in (weight.decoupled_grad, *self.state[weight].values())]
+            meter.note_kernel("_fused_adam", [*weights, *state], 0)
+
+    utils._te_version = utils.PkgVersion("2.1.0")
+    sys.modules["transformer_engine.pytorch.optimizers"] = types.SimpleNamespace(FusedAdam=FusedAdam)  # type: ignore
+    optimizer.Adam = distrib_optimizer.Adam = FusedAdam
 
 
 def route_uniformly(rows: int) -> None:

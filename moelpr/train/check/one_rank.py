@@ -20,7 +20,7 @@ from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.layouts import Layout
 from moelpr.plan.memory import Routing
 from moelpr.train.arguments import kernels
-from moelpr.train.arguments.checks import folders
+from moelpr.train.arguments.checks import flags, folders
 from moelpr.train.arguments.checks.hardware import Planned, as_planned
 from moelpr.train.arguments.parse import check_arguments, register_arguments
 from moelpr.train.arguments.requested import RequestedRun
@@ -67,6 +67,7 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(min(ranks, per_node))}
     os.environ |= {"LOCAL_RANK": str(rank % per_node), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     kernels.is_installed, kernels.has_fla = lambda module: False, lambda: True  # the others can't run without values
+    setattr(flags, "is_installed", lambda module: True)  # noqa: B010  # on the cluster
     # This machine's memory and disk are not the cluster's; a size of 0 is unknown.
     setattr(machine, "free_memory", lambda: math.inf)  # noqa: B010
     setattr(folders, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0, total=0)))  # noqa: B010
@@ -78,6 +79,8 @@ def dry_run(argv: list[str], rank: int, ranks: int, per_node: int, is_witness: b
     meter = Meter(number=_route(run))
     fake_megatron.install(meter)
     fake_fla.install(meter)
+    if args.bf16_moments:
+        fake_megatron.keep_moments_in_bf16(meter)
     steps = _CountedSteps(meter, _micro_batches(run, rank)[: 2 if is_witness else None])
     _train(settings, args, argv, steps)
     return DryRun(

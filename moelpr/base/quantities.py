@@ -56,3 +56,15 @@ def format_count(number: float) -> str:
     """The number in three digits and a unit: "24B", "1.5M"."""
     unit = next((unit for unit, size in reversed(_UNITS.items()) if number >= size), "")
     return f"{number / _UNITS[unit]:.3g}{unit}"
+
+
+def format_minutes(minutes: float | None) -> str:
+    """A time in its largest unit; a dash if it is unknown."""
+    if minutes is None:
+        return "–"
+    for unit, size in (("days", 1440), ("hours", 60)):
+        if minutes >= 2 * size:
+            return f"{minutes / size:.3g} {unit}"
+    if minutes >= 1.5:
+        return f"{minutes:.0f} minutes"
+    return "1 minute" if minutes >= 0.9 else f"{60 * minutes:.0f} s"

@@ -2,18 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from moelpr.base.errors import UserError
-from moelpr.model.families.families import family_named
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import GIB, RESERVED_FRACTION, Cluster
-from moelpr.plan.layouts import RECOMPUTES, Layout, PlannedLayout, divisors, layout_problems
-from moelpr.plan.memory import RankMemory, Workload, model_parts, stage_memories
-from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, relative_time, step_time
+from moelpr.plan.layouts import RECOMPUTES, SIZES, Layout, PlannedLayout, divisors, layout_problems, one_of
+from moelpr.plan.memory import Parts, RankMemory, Workload, model_parts, stage_memories
+from moelpr.plan.step_time import StepTime, Traffic, expert_traffic, step_time
 
 # Several nodes: ranks agree once on what a checkpoint is, read each weight once, and collect garbage in the same steps.
 # Before the first step, products and links of all GPUs are measured, and outliers named.
@@ -22,52 +21,53 @@ _SEVERAL_NODES += "--gpu-sniff-test-interval=1000000000"
 MOST_EXPERTS = 8  # the largest N that is chosen automatically
 _SLOWER = 1.1  # times the fastest micro-batch: larger ones are then not tried
 MOST_VIRTUAL_STAGES = 4  # per rank
-MOST_SPACING = 4  # the largest k of --moe-every-k-layers that is suggested
+
+Settings = Mapping[str, float | None]  # flags of the planner; the value of one without is None
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its costs; `step_time` is None for GPUs that the planner does not know."""
+    """A layout with its costs."""
 
     layout: PlannedLayout
     stages: list[RankMemory]  # one rank of each pipeline stage
     traffic: Traffic
-    relative_time: float
-    step_time: StepTime | None
+    step_time: StepTime
 
     @property
     def peak(self) -> RankMemory:
         """The rank that needs the most memory."""
         return max(self.stages, key=lambda rank: rank.total_bytes)
 
-    def flags(self, workload: Workload) -> list[str]:
-        """Command-line arguments for the stage's launcher: the layout, and the batch it was planned for."""
+    def speed_flags(self, workload: Workload) -> list[str]:
+        """Arguments of the stage's launcher that decide how fast it is, not what it learns."""
         argv = self.layout.flags(has_experts=workload.stage not in DENSE_STAGES)
         ways = {"--optimizer-cpu-offload": workload.optimizer_cpu_offload, "--bf16-moments": workload.bf16_moments}
         if chosen := [flag for flag, is_set in ways.items() if is_set]:
             argv += [*chosen, *(["--use-distributed-optimizer"] * (not self.layout.divides_optimizer))]
         if self.layout.world_size > 8:
             argv += [*_SEVERAL_NODES.split(), *(["--async-save"] * (not workload.optimizer_cpu_offload))]
-        argv += ["--micro-batch-size", str(workload.micro_batch_size)]
-        argv += ["--global-batch-size", str(workload.global_batch_size), "--seq-length", str(workload.seq_length)]
+        return [*argv, "--micro-batch-size", str(workload.micro_batch_size)]
+
+    def flags(self, workload: Workload) -> list[str]:
+        """Arguments of the stage's launcher: the layout, and the batch it was planned for."""
+        argv = [*self.speed_flags(workload), "--global-batch-size", str(workload.global_batch_size)]
+        argv += ["--seq-length", str(workload.seq_length)]
         argv += ["--train-new-embeddings"] if workload.new_embeddings else []
         argv += ["--train-everything"] if workload.train_everything else []
         argv += ["--stage1-experts", "new"] if workload.stage1_experts == "new" else []
-        return [*argv, "--fp32"] if workload.dtype == "fp32" else argv
+        return argv
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings with which a model fits, as flags of the planner; `gib` is what a rank then needs, if known.
+    """Settings with which a model fits; `gib` is what a rank then needs, if known."""
 
-    The value of a flag without one is None.
-    """
-
-    settings: Mapping[str, float | None]
+    settings: Settings
     gib: float | None = None
 
     def __str__(self) -> str:
-        flags = " ".join(flag if value is None else f"{flag} {value:g}" for flag, value in self.settings.items())
+        flags = " with ".join(flag if value is None else f"{flag} {value:g}" for flag, value in self.settings.items())
         if "--gpu-memory-gib" in self.settings:
             return f"{flags} or more"
         return flags + (f" (fits in {self.gib:.1f} GiB)" if self.gib else "")
@@ -101,45 +101,47 @@ def fitting(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candi
 
 def _fits(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Candidate]:
     """The layouts that fit, in order of preference."""
-    parts, fits = model_parts(spec), []
-    for layout in legal_layouts(spec, workload, cluster):
-        memories = stage_memories(spec, parts, layout, workload)
-        if _peak_bytes(memories) <= cluster.usable_bytes:
-            traffic, relative = expert_traffic(spec, layout, workload), relative_time(spec, parts, layout, workload)
-            time = step_time(spec, parts, layout, workload, cluster, memories) if cluster.gpu else None
-            fits.append(Candidate(layout, memories, traffic, relative, time))
-    fastest_s = min((one.step_time.total_s if one.step_time else 1 for one in fits), default=1)
+    parts = model_parts(spec)
+    fits = []
+    for layout, memories in _with_room(spec, parts, workload, cluster):
+        time = step_time(spec, parts, layout, workload, cluster, memories)
+        fits.append(Candidate(layout, memories, expert_traffic(spec, layout, workload), time))
+    fastest_s = min((one.step_time.total_s for one in fits), default=1)
 
     def key(one: Candidate) -> tuple[float, ...]:
-        time = one.step_time.total_s / fastest_s if one.step_time else one.relative_time
-        return preference(one.layout, time, cluster, sum(one.traffic))
+        return preference(one.layout, one.step_time.total_s / fastest_s, cluster, sum(one.traffic))
 
     return sorted(fits, key=key)
+
+
+def _with_room(
+    spec: ModelSpec, parts: Parts, workload: Workload, cluster: Cluster
+) -> Iterator[tuple[PlannedLayout, list[RankMemory]]]:
+    """The layouts whose ranks all fit, with their memory."""
+    for layout in legal_layouts(spec, workload, cluster):
+        if memories := stage_memories(spec, parts, layout, workload, most_bytes=cluster.usable_bytes):
+            yield layout, memories
 
 
 def fitting_any_micro_batch(spec: ModelSpec, workload: Workload, cluster: Cluster) -> tuple[list[Candidate], Workload]:
     """The layouts, best first, and the workload with the micro-batch whose best layout is predicted to be the fastest.
 
-    Of GPUs without predictions, it is the workload's, or the largest below it that fits, if possible without
-    recomputing all layers.
-
     Raises:
         DoesNotFitError: not even micro-batches of one sequence fit.
     """
-    size, most = workload.micro_batch_size, workload.global_batch_size if cluster.gpu else workload.micro_batch_size
+    size, most = workload.micro_batch_size, workload.global_batch_size
     sizes = {size >> power for power in range(size.bit_length())}
     sizes |= {size << power for power in range(most.bit_length()) if size << power <= most}
     tried: list[tuple[float, list[Candidate], Workload]] = []
     for work in (replace(workload, micro_batch_size=each) for each in sorted(sizes)):
         if fits := _fits(spec, work, cluster):
-            time = fits[0].step_time
-            tried.append((time.total_s if time else float(fits[0].layout.recompute == "full"), fits, work))
+            tried.append((fits[0].step_time.total_s, fits, work))
         if tried and (not fits or tried[-1][0] > _SLOWER * min(one[0] for one in tried)):
             break  # a larger one needs more memory
     if not tried:
         smallest = replace(workload, micro_batch_size=1)
         return fitting(spec, smallest, cluster), smallest
-    _, fits, work = min(tried if cluster.gpu else reversed(tried), key=lambda one: one[0])
+    _, fits, work = min(tried, key=lambda one: one[0])
     return fits, work
 
 
@@ -183,7 +185,8 @@ def legal_layouts(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iter
                 plain = PlannedLayout(tp, pp, ep, etp, dp=cluster.gpus // (tp * pp))
                 for layout in _divided(plain, spec.megatron_args["num_layers"], workload):
                     options = {"sequence_parallel": True, "even_pipeline": layout.ends is None}
-                    if not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths, **options)):
+                    has_sizes = all(getattr(layout, name) == size for name, size in workload.sizes)
+                    if has_sizes and not any(layout_problems(layout, cluster.gpus, spec, *workload.lengths, **options)):
                         yield from (replace(layout, recompute=each) for each in recomputes)
 
 
@@ -203,21 +206,24 @@ def _divided(layout: PlannedLayout, layers: int, workload: Workload) -> Iterator
 def preference(layout: PlannedLayout, time: float, cluster: Cluster, traffic_bytes: float) -> tuple[float, ...]:
     """Sort key among layouts that fit; the smallest is recommended. A rule of thumb, not a measurement.
 
-    In this order: the smallest `time`, predicted or of compute alone, in steps of 1/20 (smaller differences are below
-    the error of predictions, or decided by communication); experts exchanged inside a node; the model divided over as
-    few ranks as possible; pipeline before tensor parallelism, because a pipeline stage sends one tensor where tensor
-    parallelism exchanges one per layer; the fewest bytes of expert traffic; the least time.
+    In this order: the smallest `time`, in steps of 1/20 (smaller differences are below the error of predictions);
+    experts exchanged inside a node; the model divided over as few ranks as possible; pipeline before tensor
+    parallelism, because a pipeline stage sends one tensor where tensor parallelism exchanges one per layer; the fewest
+    bytes of expert traffic; the least time.
     """
     expert_ranks = layout.ep * layout.etp
     leaves = cluster.leaves_node(expert_ranks)
     return round(20 * time), leaves, layout.tp * layout.pp, layout.tp, traffic_bytes, expert_ranks, time
 
 
-def _peak_bytes(stages: Iterable[RankMemory]) -> int:
-    return max(rank.total_bytes for rank in stages)
-
-
 def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
+    workload, sizes = replace(workload, sizes=()), workload.sizes
+    legal = [*legal_layouts(spec, workload, cluster)]
+    for name, size in sizes:
+        before, legal = legal, [one for one in legal if getattr(one, name) == size]
+        if before and not legal:
+            works = one_of(sorted({getattr(one, name) for one in before}))
+            return f"no layout of {cluster.gpus} GPUs has {SIZES[name]} {size}; use {works}, or remove it"
     smaller, larger = (
         (str(one.gpus) for one in clusters if any(legal_layouts(spec, workload, one)))
         for clusters in _other_sizes(cluster)
@@ -232,60 +238,50 @@ def _no_layout(spec: ModelSpec, workload: Workload, cluster: Cluster) -> str:
 
 
 def _raise_does_not_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -> NoReturn:
-    parts, layouts = model_parts(spec), legal_layouts(spec, workload, cluster)
-    least = min(_peak_bytes(stage_memories(spec, parts, layout, workload)) for layout in layouts) / GIB
+    parts = model_parts(spec)
+    ranks = (stage_memories(spec, parts, layout, workload) for layout in legal_layouts(spec, workload, cluster))
+    least = min(max(rank.total_bytes for rank in stages) for stages in ranks) / GIB
     enough_gib = math.ceil(max(least + cluster.reserve_gib, least / (1 - RESERVED_FRACTION)) * 10) / 10
-    on_host = replace(workload, optimizer_cpu_offload=True, bf16_moments=False)
-    offload: dict[str, float | None] = {"--optimizer-cpu-offload": None}
-    smallest = replace(on_host, micro_batch_size=1), {**offload, "--micro-batch-size": 1}
-    by_setting = (
-        [replace(one, settings={**first, **one.settings}) for one in _smaller_models(spec, work, cluster)]
-        for work, first in ((workload, {}), (on_host, offload), smallest)
-    )
-    remedies = [*next(filter(None, by_setting), []), Remedy({"--gpu-memory-gib": enough_gib})]
-    larger = (one.gpus for one in _other_sizes(cluster)[1] if _fits(spec, workload, one))
+    remedies = [*_changes_that_fit(spec, workload, cluster), Remedy({"--gpu-memory-gib": enough_gib})]
+    larger = (one.gpus for one in _other_sizes(cluster)[1] if any(_with_room(spec, parts, workload, one)))
     remedies += [Remedy({"--gpus": gpus}) for gpus in itertools.islice(larger, 1)]
     raise DoesNotFitError(cluster.gpus, least, cluster.usable_bytes / GIB, remedies)
 
 
-def _smaller_models(spec: ModelSpec, workload: Workload, cluster: Cluster) -> Iterator[Remedy]:
-    """The smallest change of each kind after which the model fits.
+def _changes_that_fit(spec: ModelSpec, workload: Workload, cluster: Cluster) -> list[Remedy]:
+    """The smallest change of each kind after which the model fits: of the micro-batch, the optimizer or the experts.
 
-    A micro-batch, the optimizer in 16 bits or on the host, experts, layers with experts, or these two.
+    If none is enough, those that are with the optimizer on the host, and then also with a micro-batch of 1.
     """
-
-    def first_that_fits(changes: Iterable[tuple[Mapping[str, float | None], ModelSpec, Workload]]) -> Iterator[Remedy]:
-        for settings, model, work in changes:
-            if fits := _fits(model, work, cluster):
-                yield Remedy(settings, fits[0].peak.total_bytes / GIB)
-                return
-
     *smaller, _ = divisors(workload.micro_batch_size)
-    works = {size: replace(workload, micro_batch_size=size) for size in reversed(smaller)}
-    yield from first_that_fits(({"--micro-batch-size": size}, spec, work) for size, work in works.items())
-    if not workload.optimizer_cpu_offload and not workload.bf16_moments:
-        in_bf16, on_host = replace(workload, bf16_moments=True), replace(workload, optimizer_cpu_offload=True)
-        if workload.dtype == "bf16":
-            yield from first_that_fits([({"--bf16-moments": None}, spec, in_bf16)])
-        yield from first_that_fits([({"--optimizer-cpu-offload": None}, spec, on_host)])
-    if (moe := spec.moe) is None:
-        return
-    fewer = [number for number in numbers_of_experts(spec, cluster) if number < moe.num_new_experts]
-    models = [*first_that_fits(({"--num-new-experts": n}, with_num_experts(spec, n), workload) for n in fewer)]
-    num_layers, may_mix = spec.megatron_args["num_layers"], family_named(spec.family).moe_class.may_mix_layers
-    if may_mix and moe.num_original_experts == 1 and len(moe.layers) == num_layers:
-        spaced = {
-            k: replace(spec, moe=replace(moe, layers=tuple(range(k - 1, num_layers, k))))
-            for k in range(2, min(num_layers, MOST_SPACING) + 1)
-        }
-        models += first_that_fits(({"--moe-every-k-layers": k}, model, workload) for k, model in spaced.items())
-        both = (
-            ({"--moe-every-k-layers": k, "--num-new-experts": n}, with_num_experts(model, n), workload)
-            for k, model in spaced.items()
-            for n in fewer
-        )
-        models = models or [*first_that_fits(both)]
-    yield from models
+    sizes: list[Settings] = [{"--micro-batch-size": size} for size in reversed(smaller)]
+    numbers = numbers_of_experts(spec, cluster) if spec.moe else []
+    fewer: list[Settings] = [{"--num-new-experts": n} for n in numbers if spec.moe and n < spec.moe.num_new_experts]
+    on_host: Settings = {"--optimizer-cpu-offload": None}
+    has_one = workload.optimizer_cpu_offload or workload.bf16_moments
+    optimizers: list[Settings] = [] if has_one else [{"--bf16-moments": None}, on_host]
+    for changes in (
+        [*sizes, *optimizers, *fewer],
+        [{**on_host, **change} for change in (*sizes, *fewer)],
+        [{**on_host, "--micro-batch-size": 1, **change} for change in fewer],
+    ):
+        enough: dict[frozenset[str], Remedy] = {}
+        for settings in changes:
+            kind = frozenset(settings)
+            if kind not in enough and (fits := _fits(*_changed(spec, workload, settings), cluster)):
+                enough[kind] = Remedy(settings, fits[0].peak.total_bytes / GIB)
+        if enough:
+            return [*enough.values()]
+    return []
+
+
+def _changed(spec: ModelSpec, workload: Workload, settings: Settings) -> tuple[ModelSpec, Workload]:
+    fields: dict[str, Any] = {flag[2:].replace("-", "_"): value or True for flag, value in settings.items()}
+    if number := fields.pop("num_new_experts", None):
+        spec = with_num_experts(spec, number)
+    if "optimizer_cpu_offload" in fields:
+        fields["bf16_moments"] = False
+    return spec, replace(workload, **fields)
 
 
 def _other_sizes(cluster: Cluster) -> tuple[list[Cluster], list[Cluster]]:

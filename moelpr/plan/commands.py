@@ -8,21 +8,20 @@ It reads only config.json. docs/design/planner.md explains how memory and time a
 import json
 import shlex
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
 from moelpr.base.quantities import Tokens
 from moelpr.base.settings import Folder, choices, either, metavar, number
 from moelpr.base.text_tables import table_text
-from moelpr.data.mixing import Mix, Share, mixed, num_tokens, share_table
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.model.families.families import read_base
 from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import with_new_experts
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import DENSE_STAGES, MOE_STAGES, UNTRAINED_ROUTERS, Part, Stage, Stage1Experts
-from moelpr.plan.candidates import MOST_EXPERTS, Candidate, most_experts
+from moelpr.plan.candidates import MOST_EXPERTS, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.settings import ExpertFlags
@@ -49,9 +48,8 @@ class Settings(ExpertFlags):
     num_new_experts: Annotated[int | str | None, {"type": _number_or_auto}, metavar("N")] = None
     gpus: _Count | None = None  # total number of GPUs (default with --gpu auto: this machine's)
     gpu: Annotated[str | None, choices([*GPUS, "auto"])] = None  # their kind; auto: this machine's
-    gpu_memory_gib: _Gib | None = None  # memory per GPU, in GiB (default: that of --gpu)
+    gpu_memory_gib: _Gib | None = None  # memory per GPU, in GiB, of which a tenth stays free (default: that of --gpu)
     gpus_per_node: _Count | None = None  # GPUs per node (default: 8, or this machine's)
-    reserve_gib: Annotated[float | None, number(float, 0, 1e12)] = None  # GiB per GPU left free (default: 10%)
     extended_tokenizer: Annotated[Folder | None, _TOKENS] = None  # tokenizer with new tokens, as for model convert
     num_new_tokens: Annotated[_Count | None, _TOKENS] = None  # for a tokenizer that does not exist yet
     stage: Stage = "stage1"  # training stage
@@ -64,12 +62,7 @@ class Settings(ExpertFlags):
     micro_batch_size: _Count = 1  # sequences per micro-batch
     global_batch_size: _Count = PAPER_GLOBAL_BATCH_SIZE  # sequences per step, by default the paper's
     train_tokens: Tokens | None = None  # print what training on them costs
-    data_path: Annotated[list[str], metavar("PREFIX")] = []  # corpora, whose shares of --train-tokens are printed
-    # how corpora share the tokens, as in training
-    mix: Annotated[Mix | None, {"type": Mix.argument}, metavar("temperature=T,max-epochs=E")] = None
-    dtype: Literal["bf16", "fp32"] = "bf16"  # dtype of the weights
     rows: _Count = 20  # number of layouts to list
-    all: bool = False  # list all layouts that fit
     json: bool = False  # print JSON with all layouts that fit, in bytes and per pipeline stage
 
 
@@ -78,32 +71,16 @@ def main(args: Settings) -> None:
     sizes = seq_length, args.micro_batch_size, args.global_batch_size
     if args.stage1_experts == "new" and args.stage != "stage1":
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
-    if args.bf16_moments and (args.optimizer_cpu_offload or args.dtype == "fp32"):
-        raise UserError("--bf16-moments supports neither --optimizer-cpu-offload nor --dtype fp32; remove it")
+    if args.bf16_moments and args.optimizer_cpu_offload:
+        raise UserError("--bf16-moments does not support --optimizer-cpu-offload; remove one of them")
     names = ("train_everything", "stage1_experts", "optimizer_cpu_offload", "bf16_moments")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    workload = Workload(args.stage, *sizes, args.dtype, new_embeddings=args.train_new_embeddings, **options)
+    workload = Workload(args.stage, *sizes, new_embeddings=args.train_new_embeddings, **options)
     cluster = _cluster(args)
     spec = _model(args, workload, cluster)
-    shares = _shares(args)
     plan = plan_stage(spec, workload, cluster, any_micro_batch=False)
     cost = plan.cost(args.train_tokens) if args.train_tokens else None
-    if args.json:
-        mix = {"mix": {prefix: asdict(one) for prefix, one in shares.items()}} if shares else {}
-        print(json.dumps(_as_json(plan, cost) | mix, indent=2))
-        return
-    print(_table(plan, cost, len(plan.candidates) if args.all else args.rows))
-    if shares:
-        print(f"\nThe corpora share {args.train_tokens:,} tokens:\n{share_table(shares, 'corpus')}")
-
-
-def _shares(args: Settings) -> dict[str, Share]:
-    """How the corpora share the tokens, if --mix is passed."""
-    if bool(args.mix) != bool(args.data_path) or (args.mix and not args.train_tokens):
-        raise UserError("--mix, --data-path and --train-tokens need each other; pass all three, or the last one alone")
-    if args.mix is None or args.train_tokens is None:
-        return {}
-    return mixed({prefix: num_tokens(prefix) for prefix in args.data_path}, args.train_tokens, args.mix)
+    print(json.dumps(_as_json(plan, cost), indent=2) if args.json else _table(plan, cost, args.rows))
 
 
 def _model(args: Settings, workload: Workload, cluster: Cluster) -> ModelSpec:
@@ -159,18 +136,10 @@ def _cluster(args: Settings) -> Cluster:
     if gpus is None:
         raise UserError("the number of GPUs is unknown; pass --gpus, or --gpu auto for those of this machine")
     gpu = here.gpu if here else GPUS.get(args.gpu or "")
-    if gpu is not None and args.dtype != "bf16":
-        raise UserError(f"--gpu predicts the time of bf16, got --dtype {args.dtype}; use --gpu-memory-gib instead")
     memory_gib = args.gpu_memory_gib or (here.gpu_memory_gib if here else gpu.memory_gib if gpu else None)
     if memory_gib is None:
         raise UserError(f"the GPUs are unknown; pass --gpu {'|'.join(GPUS)}, or --gpu-memory-gib for others")
-    reserve_gib = memory_gib * RESERVED_FRACTION if args.reserve_gib is None else args.reserve_gib
-    if reserve_gib >= memory_gib:
-        raise UserError(
-            f"--reserve-gib must be less than the memory per GPU, {memory_gib:g} GiB, got {reserve_gib:g}; use "
-            f"--reserve-gib {memory_gib * RESERVED_FRACTION:g}"
-        )
-    return Cluster(gpus, per_node, memory_gib, reserve_gib, gpu)
+    return Cluster(gpus, per_node, memory_gib, memory_gib * RESERVED_FRACTION, gpu)
 
 
 def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
@@ -178,7 +147,7 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
     time = (
         "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
         if cluster.gpu
-        else "time: compute time of a step with recompute and bubble, relative to one without; excludes communication."
+        else "The fastest is first, as on A100s; --gpu predicts times."
     )
     tokens, moe, s = spec.new_tokens, spec.moe, "s" if cluster.gpus > 1 else ""
     lines = [
@@ -192,7 +161,7 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         time,
         "",
     ]
-    head = [*_HEAD, *(["step", "tokens/s"] if cluster.gpu else ["time"])]
+    head = [*_HEAD, *(["step", "tokens/s"] if cluster.gpu else [])]
     table = []
     for one in candidates[:rows]:
         layout, rank = one.layout, one.peak
@@ -200,15 +169,13 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
         sizes = *parts, rank.working_bytes, rank.total_bytes, one.traffic.all_to_all, one.traffic.expert_tensor
         row = [*map(str, (layout.tp, layout.pp, layout.vpp, layout.ep, layout.etp, layout.dp, layout.recompute))]
         row += [*(f"{size / GIB:.2f}" for size in sizes), f"{bubble(layout, workload.num_microbatches(layout)):.1%}"]
-        if one.step_time:
-            row += [f"{one.step_time.total_s:.2f}", f"{one.step_time.tokens_per_s(workload, cluster):,.0f}"]
-        else:
-            row.append(f"{one.relative_time:.2f}")
-        table.append(row)
+        row += [f"{one.step_time.total_s:.2f}", f"{one.step_time.tokens_per_s(workload, cluster):,.0f}"]
+        table.append(row[: len(head)])
     lines.append(table_text(head, table, [_HEAD.index("recompute")]))
     if rows < len(candidates):
-        lines.append(f"… and {len(candidates) - rows} more (--all)")
-    if step := candidates[0].step_time:
+        lines.append(f"… and {len(candidates) - rows} more (--rows)")
+    step = candidates[0].step_time
+    if cluster.gpu:
         shares = (f"{name.removesuffix('_s')} {seconds / step.total_s:.0%}" for name, seconds in asdict(step).items())
         lines += [
             "",
@@ -245,8 +212,12 @@ def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
             "all_to_all_bytes_per_step": one.traffic.all_to_all,
             "expert_tensor_bytes_per_step": one.traffic.expert_tensor,
             "bubble": bubble(one.layout, workload.num_microbatches(one.layout)),
-            "relative_time": one.relative_time,
-            "predicted": _time_as_json(one, workload, cluster),
+            "predicted": cluster.gpu
+            and {
+                "step_time_s": one.step_time.total_s,
+                "tokens_per_s_and_gpu": one.step_time.tokens_per_s(workload, cluster),
+                **asdict(one.step_time),
+            },
             "flags": one.flags(workload),
         }
         for one in plan.candidates
@@ -261,13 +232,6 @@ def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
         "recommended": described[0],
         "layouts": described,
     }
-
-
-def _time_as_json(one: Candidate, workload: Workload, cluster: Cluster) -> dict[str, float] | None:
-    if one.step_time is None:
-        return None
-    tokens_per_s = one.step_time.tokens_per_s(workload, cluster)
-    return {"step_time_s": one.step_time.total_s, "tokens_per_s_and_gpu": tokens_per_s, **asdict(one.step_time)}
 
 
 def _rank_as_json(rank: RankMemory) -> dict[str, int]:

@@ -51,7 +51,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs to plan for; `reserve_gib` of the memory per GPU stay free. Without `gpu` no time is predicted."""
+    """The GPUs to plan for; `reserve_gib` of the memory per GPU stay free. Without `gpu` no time is shown."""
 
     gpus: int
     gpus_per_node: int

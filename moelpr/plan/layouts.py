@@ -19,6 +19,7 @@ GROUPED_GEMM_ALIGNMENT = 8
 
 _TP, _PP, _CP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--context-parallel-size"
 _EP, _ETP = "--expert-model-parallel-size", "--expert-tensor-parallel-size"
+SIZES = {"tp": _TP, "pp": _PP, "ep": _EP, "etp": _ETP}  # the planned ones
 
 
 @dataclass(frozen=True)

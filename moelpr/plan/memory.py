@@ -91,6 +91,7 @@ class Workload:
     optimizer_cpu_offload: bool = False
     gradient_bytes: int = GRADIENT_BYTES  # per parameter
     bf16_moments: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()  # of the layout (tp, pp, ep, etp), if the user has chosen some
 
     @property
     def trained(self) -> frozenset[Part]:
@@ -172,14 +173,19 @@ def padded_vocabulary(vocab_size: int, tp: int) -> int:
 
 
 def stage_memories(
-    spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
+    spec: ModelSpec,
+    parts: Parts,
+    layout: PlannedLayout,
+    workload: Workload,
+    routing: Routing | None = None,
+    most_bytes: float = math.inf,
 ) -> list[RankMemory]:
-    """The memory of one rank per pipeline stage, as all ranks of a stage need the same.
+    """The memory of one rank per pipeline stage, as all ranks of a stage need the same; empty if it is too much.
 
     `parts` are the model's `model_parts`; `routing` is `Routing.uniform` by default.
     """
     activations = Activations(spec, layout, workload, routing)
-    memories = []
+    memories: list[RankMemory] = []
     for pp_rank in range(layout.pp):
         held = held_on_stage(spec, parts, layout, pp_rank)
         trained = {part: numel for part, numel in held.items() if part in workload.trained}
@@ -202,6 +208,8 @@ def stage_memories(
                 host_bytes=HOST_BYTES * state if is_on_host else 0,
             )
         )
+        if memories[-1].total_bytes > most_bytes:
+            return []
     return memories
 
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from moelpr.base.machine import format_bytes
-from moelpr.base.quantities import format_count
+from moelpr.base.quantities import format_count, format_minutes
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import Candidate, fitting, fitting_any_micro_batch
@@ -52,7 +52,7 @@ class RunCost:
     checkpoints_bytes: int
 
     def __str__(self) -> str:
-        time = "" if self.seconds is None else f"{_duration(self.seconds)}, {self.gpu_hours:,.0f} GPU hours, "
+        time = "" if self.seconds is None else f"{format_minutes(self.seconds / 60)}, {self.gpu_hours:,.0f} GPU hours, "
         return (
             f"{format_count(self.tokens)} tokens = {self.steps:,} steps = {time}{format_bytes(self.checkpoints_bytes)} "
             f"of checkpoints ({self.checkpoints} of them)"
@@ -84,12 +84,12 @@ class StagePlan:
 
     @property
     def step_time_s(self) -> float | None:
-        return self.best.step_time.total_s if self.best.step_time else None
+        return self.best.step_time.total_s if self.cluster.gpu else None
 
     @property
     def tokens_per_s(self) -> float | None:
         """Per GPU."""
-        return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.best.step_time else None
+        return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.cluster.gpu else None
 
     @property
     def disk(self) -> DiskBytes:
@@ -134,10 +134,3 @@ def plan_stage(spec: ModelSpec, workload: Workload, cluster: Cluster, any_micro_
     else:
         candidates = fitting(spec, workload, cluster)
     return StagePlan(spec, workload, cluster, tuple(candidates))
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400), ("hours", 3600)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 60:.3g} minutes"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part
-from moelpr.plan.gpus import Cluster
+from moelpr.plan.gpus import GPUS, Cluster
 from moelpr.plan.layouts import PlannedLayout
 from moelpr.plan.memory import (
     HOST_BYTES,
@@ -142,13 +142,6 @@ def bubble(layout: PlannedLayout, num_microbatches: int) -> float:
     return (layout.pp - 1) / (layout.vpp * num_microbatches + layout.pp - 1)
 
 
-def relative_time(spec: ModelSpec, parts: Parts, layout: PlannedLayout, workload: Workload) -> float:
-    """Operations of a step, relative to the same step without recompute and bubble; exchanges are not counted."""
-    flops = [stage_flops(spec, parts, layout, workload, stage) for stage in range(layout.pp)]
-    once = sum(stage.once for stage in flops)
-    return sum(map(sum, flops)) / once / (1 - bubble(layout, workload.num_microbatches(layout)))
-
-
 def expert_traffic(
     spec: ModelSpec, layout: PlannedLayout, workload: Workload, routing: Routing | None = None
 ) -> Traffic:
@@ -185,7 +178,7 @@ def step_time(
     memories: list[RankMemory],
     routing: Routing | None = None,
 ) -> StepTime:
-    """The predicted time of a step on GPUs that the planner knows.
+    """The predicted time of a step; on GPUs that the planner does not know, as if they were A100s.
 
     `memories` are the layout's `stage_memories`; the other arguments are those of `stage_flops`.
     """
@@ -244,8 +237,7 @@ class _Links:
     """Seconds for bytes of a rank, by who exchanges them. Ranks are numbered TP or ETP, EP, DP, PP, innermost first."""
 
     def __init__(self, layout: PlannedLayout, cluster: Cluster) -> None:
-        assert cluster.gpu is not None
-        self.layout, self.cluster, self.gpu = layout, cluster, cluster.gpu
+        self.layout, self.cluster, self.gpu = layout, cluster, cluster.gpu or GPUS["a100-80"]
 
     def memory_s(self, num_bytes: float) -> float:
         return num_bytes / (self.gpu.memory_bandwidth * MEMORY_EFFICIENCY)

@@ -65,7 +65,7 @@ def test_virtual_stages_are_preferred_where_they_are_faster() -> None:
     shape = SHAPE | dict(num_layers=48, hidden_size=8192, ffn_hidden_size=29568, max_position_embeddings=4096)
     spec = ModelSpec("qwen2", "bfloat16", shape, MoeSpec(1, 2, tuple(range(48)), original_copies=2))
     best, *others = fitting(spec, workload, cluster)
-    assert best.layout.pp > 1 and best.layout.vpp > 1 and best.step_time is not None
+    assert best.layout.pp > 1 and best.layout.vpp > 1
     (plain,) = (one for one in others if one.layout == replace(best.layout, vpp=1))
     assert best.step_time.total_s < plain.step_time.total_s and best.peak.total_bytes > plain.peak.total_bytes
 
@@ -125,7 +125,7 @@ def test_on_known_gpus_the_fastest_layout_is_recommended_up_to_a_twentieth() -> 
     for network_bandwidth in (1e3, 1e12):
         gpu = replace(GPUS["h100-80"], network_bandwidth=network_bandwidth)
         actual = fitting(SIX_LAYERS, workload, Cluster(8, 2, 80, 8, gpu))
-        times = [one.step_time.total_s for one in actual if one.step_time]
-        assert len(times) == len(actual)
+        times = [one.step_time.total_s for one in actual]
         assert times[0] <= 1.05 * min(times)
-    assert all(one.step_time is None for one in fitting(SIX_LAYERS, workload, Cluster(8, 8, 80, 8)))
+    as_an_a100 = [one.layout for one in fitting(SIX_LAYERS, workload, Cluster(8, 8, 80, 8, GPUS["a100-80"]))]
+    assert [one.layout for one in fitting(SIX_LAYERS, workload, Cluster(8, 8, 80, 8))] == as_an_a100

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from moelpr.base.command import run_command
-from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
 from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.plan import gpus
@@ -43,23 +42,6 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
     names = "tp pp vpp ep etp dp recompute".split()
     assert first_row(shown)[: len(names)] == [str(first[name]) for name in names]
     assert shown.splitlines()[-1].split() == first["flags"] and "--use-distributed-optimizer" in first["flags"]
-
-
-def test_a_mix_is_shown_as_training_will_divide_the_corpora(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moelpr.plan.commands.num_tokens", {"large": 64_000, "small": 1_000}.get)
-    mix = ("--data-path", "large", "small", "--mix", "temperature=0,max-epochs=2")
-    *_, head, large, small, note = plan(*mix, "--train-tokens", "32000").splitlines()
-    assert head.split() == ["corpus", "tokens", "share", "epochs", "limited", "by"]
-    assert (large.split(), small.split()) == (
-        ["large", "64K", "93.8%", "0.47"],
-        ["small", "1K", "6.2%", "2.00", "max_epochs"],
-    )
-    assert note == "max_epochs lowers the share of small; the others are read more often instead."
-    assert json.loads(plan(*mix, "--train-tokens", "32000", "--json"))["mix"]["small"]["epochs"] == 2
-    with pytest.raises(UserError, match="need each other"):
-        plan(*mix)
-    with pytest.raises(UserError, match="900K tokens would read the text more often than max_epochs allows"):
-        plan(*mix, "--train-tokens", "900K")
 
 
 def test_a_larger_micro_batch_that_is_faster_is_named(plan: Plan) -> None:
@@ -156,8 +138,6 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
-        (["--reserve-gib", "1"], "--reserve-gib must be less than the memory per GPU, 1 GiB, got 1"),
-        (["--gpu", "h100-80", "--dtype", "fp32"], "--dtype fp32; use --gpu-memory-gib"),
         (["--stage", "stage0"], "--stage stage0 .* got none; pass --extended-tokenizer or --num-new-tokens"),
         (["--train-new-embeddings"], "--train-new-embeddings .* got none; pass --extended-tokenizer"),
         (["--stage", "stage2", "--train-new-embeddings", "--num-new-tokens", "9"], "applies to --stage stage1, got"),
@@ -190,9 +170,8 @@ def test_the_gpus_of_this_machine_are_planned_for(plan: Plan, capsys, monkeypatc
     assert "has no NVIDIA GPU; name the GPUs that will train" in failure(plan, capsys, "--gpu", "auto")
 
 
-@pytest.mark.parametrize("reserve", [["--reserve-gib", "0"], []])
-def test_both_suggestions_for_a_model_that_does_not_fit_work(plan, capsys, reserve) -> None:
-    argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005", *reserve]
+def test_both_suggestions_for_a_model_that_does_not_fit_work(plan, capsys) -> None:
+    argv = ["--gpus", "2", "--gpus-per-node", "4", "--gpu-memory-gib", "0.005"]
     error = failure(plan, capsys, *argv)
     fixes = re.search(r" 2 GPUs.*--gpu-memory-gib (\S+) or more, or --gpus (\d+)", error)
     assert fixes is not None, error

@@ -66,7 +66,7 @@ def test_the_most_experts_that_fit_are_chosen() -> None:
 
 @pytest.mark.parametrize(("gib", "kinds"), [(0.9, 2), (0.2, 1), (0.1, 1), (0.05, 0)])
 def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> None:
-    """In one GPU; without room for a single change, fewer experts in fewer layers, then also the host's memory."""
+    """In one GPU; without room for a single change, also with the host's memory."""
     workload = replace(WORKLOAD, micro_batch_size=2)
     with pytest.raises(DoesNotFitError) as error:
         fitting(SPEC, workload, cluster(1, gib))
@@ -79,17 +79,8 @@ def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> N
             name = flag.removeprefix("--").replace("-", "_")
             if name == "num_new_experts":
                 moe = replace(moe, num_new_experts=value)
-            elif name == "moe_every_k_layers":
-                moe = replace(moe, layers=tuple(range(value - 1, 6, value)))
             else:  # a number, or None for a switch
                 work = replace(work, **{name: value or True})
         best = fitting(replace(SPEC, moe=moe), work, cluster(1, gib))[0]
         assert best.peak.total_bytes == remedy.gib * GIB
         assert str(remedy) in str(error.value) and str(remedy).endswith(f"(fits in {remedy.gib:.1f} GiB)")
-
-
-def test_layers_without_experts_are_suggested_only_if_an_export_can_have_them() -> None:
-    llama = replace(SPEC, family="llama")
-    with pytest.raises(DoesNotFitError) as error:
-        fitting(llama, WORKLOAD, cluster(1, 0.9))
-    assert "--num-new-experts" in str(error.value) and "--moe-every-k-layers" not in str(error.value)

@@ -3,6 +3,8 @@
 import re
 from functools import cache, lru_cache
 
+from moelpr.base.errors import UserError
+
 # Names that the registry gives otherwise, or second.
 _NAMES = {"el": "Greek", "ky": "Kyrgyz", "ny": "Chichewa", "pa": "Punjabi"}
 # Codes that CLDR replaces by those of other languages: Tagalog by Filipino, Serbo-Croatian by Serbian.
@@ -16,6 +18,24 @@ def is_code(name: str) -> bool:
     from langcodes import tag_is_valid
 
     return tag_is_valid(name)
+
+
+def check_name(name: str) -> None:
+    """Check that a name is a code, or does not mean a language, as mathematics does not.
+
+    Raises:
+        UserError: It is the English name of a language, or of two letters, such as a country's.
+    """
+    from langcodes import Language, tag_is_valid
+
+    if is_code(name):
+        return
+    meant = {english.lower(): code for code, english in _registered_names().items()}.get(name.lower())
+    if len(name) == 2 and tag_is_valid(f"und-{name}"):
+        meant = Language.get(f"und-{name}").maximize().language
+    if meant or len(name) == 2:
+        hint = f"did you mean {canonical(meant)}?" if meant else "use one such as el or ell_Grek"
+        raise UserError(f"{name} is not the code of a language; {hint}")
 
 
 @lru_cache(1 << 12)
@@ -47,7 +67,7 @@ def canonical(name: str) -> str:
 def language_name(language: str) -> str:
     """The English name of a code, such as Greek for "el"; what is no code is returned unchanged."""
     base, _, rest = canonical(language).partition("-")
-    name = _NAMES.get(base) or _registered_names().get(base)
+    name = _registered_names().get(base)
     if name is None or not is_code(language):
         return language
     return f"{name} ({rest})" if rest else name
@@ -59,4 +79,5 @@ def _registered_names() -> dict[str, str]:
     from langcodes.registry_parser import parse_registry
 
     entries = (entry for entry in parse_registry() if entry["Type"] == "language")
-    return {entry["Subtag"]: re.sub(r" \(.*\)$", "", entry["Description"][0]) for entry in entries}
+    names = {entry["Subtag"]: re.sub(r" \(.*\)$", "", entry["Description"][0]) for entry in entries}
+    return names | _NAMES

@@ -63,10 +63,7 @@ def _step_tokens(project: ResolvedProject) -> int:
     if LENGTH_FLAGS & project.own(project.main_stage).keys():
         return 0
     flags = project.stage_flags(project.main_stage)
-    try:
-        return int(flags["global-batch-size"]) * int(flags["seq-length"])
-    except (KeyError, ValueError):  # the trainer says what is wrong
-        return 0
+    return int(flags.get("global-batch-size", 0)) * int(flags.get("seq-length", 0))
 
 
 def tokens_of(project: ResolvedProject, stage: str) -> dict[str, int]:

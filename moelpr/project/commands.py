@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from moelpr.base.errors import UserError
-from moelpr.base.languages import canonical, is_code
+from moelpr.base.languages import canonical, check_name, is_code
 from moelpr.base.quantities import as_argument, parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
 from moelpr.project import tables
@@ -18,7 +18,7 @@ from moelpr.project.file import HUB_NAME, schema
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import SUBMIT, run_here, run_task, show, submit
-from moelpr.project.steps.steps import check_flags, workflow_of
+from moelpr.project.steps.steps import workflow_of
 from moelpr.project.steps.training import check_words
 from moelpr.project.template import template
 from moelpr.project.toy import write_toy
@@ -75,8 +75,9 @@ def init(args: Init) -> None:
 
     moelpr init --model Qwen/Qwen3-8B-Base --expanded el=el.jsonl --original en=en.jsonl >languages.yaml
     """
-    for code, path in args.expanded:
-        if not is_code(code):
+    for code, path in args.expanded + args.original:
+        check_name(code)
+        if (code, path) in args.expanded and not is_code(code):
             raise UserError(f"{code}={path}: a language is a code such as el or ell_Grek; correct {code}")
     codes = [canonical(code) for code, _ in args.expanded + args.original]
     if twice := next((code for code in codes if codes.count(code) > 1), None):
@@ -91,7 +92,6 @@ def init(args: Init) -> None:
 def plan(args: Plan) -> None:
     """Show whether it fits, and the steps with time, GPU hours, memory and disk; start nothing."""
     project = ResolvedProject(read_project(args.file, dict(args.assume)))
-    check_flags(project.file, project.content.steps)
     check_budget(project)
     print(tables.plan(project))
     for stage in {stage.partition("-")[0]: stage for stage in project.stages}.values() if args.check else ():

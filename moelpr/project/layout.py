@@ -18,6 +18,7 @@ from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
+from moelpr.plan.layouts import SIZES
 from moelpr.plan.memory import Workload, export_parameters, model_parts
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
@@ -25,20 +26,14 @@ from moelpr.project.file import ProjectFile
 _CPU_EXPERTS = 4
 # The model of a review that follows a second FFN: as many places of the new FFN as a token chooses.
 TWINS: dict[str, Any] = {"num_new_experts": 2, "topk": 2, "original_copies": 2}
-# These are in the step already; → words of their value.
-_STEP_FLAGS = {"--global-batch-size": 1, "--seq-length": 1, "--stage1-experts": 1}
-_STEP_FLAGS |= {"--train-new-embeddings": 0, "--train-everything": 0}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
-    r"(?<=offload) --|(?<=moments) --|(?<=\d) --": " with --",
     "--num-new-experts": "experts.new",
-    "--moe-every-k-layers": "experts.every_k_layers",
-    "--optimizer-cpu-offload": "steps.STAGE.optimizer-cpu-offload: true",
-    "--bf16-moments": "steps.STAGE.bf16-moments: true",
-    "--(micro|global)-batch-size": r"steps.STAGE.\1-batch-size",
     "--gpus-per-node": "hardware.gpus_per_node",
     "--gpus": "hardware.gpus",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
+    "--(optimizer-cpu-offload|bf16-moments)": r"steps.STAGE.\1: true",
+    "--(?=[a-z])": "steps.STAGE.",
     r"((?:experts|steps|hardware)\.[\w.-]+) (?=\d)": r"\1: ",
 }
 
@@ -81,15 +76,13 @@ class Layouts:
         hardware = self._project.hardware
         if hardware.gpu == "none" or (hardware.gpu == "auto" and not machine.has_gpus()):
             return None
-        if hardware.gpu == "auto":
-            with self._named_keys():
-                return cluster_here(hardware.gpus)
-        if hardware.gpu not in GPUS:
-            place = self._file.at("hardware", "gpu")
-            hint = did_you_mean(hardware.gpu, GPUS, f"use {', '.join(GPUS)}, auto, or none")
-            raise UserError(f"{place}hardware.gpu {hardware.gpu} is unknown; {hint}")
         with self._named_keys():
-            return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
+            if hardware.gpu == "auto":
+                return cluster_here(hardware.gpus)
+            if hardware.gpu in GPUS:
+                return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
+            hint = did_you_mean(hardware.gpu, GPUS, f"use {', '.join(GPUS)}, auto, or none")
+            raise UserError(f"hardware.gpu {hardware.gpu} is unknown; {hint}")
 
     @cached_property
     def num_new_experts(self) -> int:
@@ -146,12 +139,8 @@ class Layouts:
         with self._named_keys(stage):
             plan = self._plan(stage, spec)
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
-        flags = plan.flags
-        for flag in [flag for flag in _STEP_FLAGS if flag in flags]:
-            place = flags.index(flag)
-            del flags[place : place + 1 + _STEP_FLAGS[flag]]
         refused = {f"--{flag}" for flag, value in self._project.steps.get(stage, {}).items() if value is False}
-        flags = [flag for flag in flags if flag.partition("=")[0] not in refused]
+        flags = [flag for flag in plan.best.speed_flags(plan.workload) if flag.partition("=")[0] not in refused]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
         memory = (2 * plan.memory_bytes + plan.best.peak.host_bytes) / GIB * cluster.gpus / nodes
         return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)
@@ -180,7 +169,11 @@ class Layouts:
 
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
+        if missing := {"seq-length", "global-batch-size"} - settings.keys():
+            name = f"steps.{stage}.{min(missing)}"
+            raise UserError(f"{self._file.at('steps', stage)}{name} is missing, since its recipe has none; add it")
         length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
+        own: dict[str, Any] = {**self._project.steps.get(stage, {})}
         return Workload(
             cast(Stage, stage),
             length,
@@ -191,6 +184,7 @@ class Layouts:
             stage1_experts=settings.get("stage1-experts", "all"),
             optimizer_cpu_offload=settings.get("optimizer-cpu-offload", False),
             bf16_moments=settings.get("bf16-moments", False),
+            sizes=tuple((name, int(own[flag[2:]])) for name, flag in SIZES.items() if own.get(flag[2:])),
         )
 
     @cached_property

@@ -251,6 +251,13 @@ class Hardware:
     gpus_per_node: Count = 8
     """GPUs of each node."""
 
+    def __post_init__(self) -> None:
+        if self.gpu == "none" and self.gpus:
+            raise UserError(
+                f"hardware.gpus must be left out with gpu: none, which is CPUs, got {self.gpus}; remove it, or name "
+                "the kind, such as gpu: h100-80"
+            )
+
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Vocabulary:

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moelpr.base.errors import UserError, did_you_mean
-from moelpr.base.languages import canonical
+from moelpr.base.languages import canonical, check_name
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.file import HUB_NAME, ProjectFile, found_text, local_files, parse_project, text_of
 from moelpr.project.project import Language
-from moelpr.project.steps.steps import STEPS
+from moelpr.project.steps.steps import STEPS, check_flags
 
 # Keys that other methods than moe-lpr would ignore, and those of them that it ignores too if a token uses one expert.
 _FOR_EXPERTS = {"experts", "chat", ("languages", "kept")}
@@ -63,6 +63,8 @@ def _check(file: ProjectFile) -> None:
     ):
         for name, language in texts.items():
             try:
+                if group != "kept":
+                    check_name(name)
                 if language.filter:
                     Filter(language.filter)
                 if canonical(name) in file.assumed or (group == "kept" and file.assumed):
@@ -81,8 +83,8 @@ def _check(file: ProjectFile) -> None:
         if name not in names:
             hint = did_you_mean(name, names, f"the steps are {', '.join(names)}")
             raise UserError(f"{file.at('steps', name)}steps.{name} is unknown; {hint}")
-        for flag in STEPS[name].reserved & flags.keys():
-            raise UserError(f"{file.at('steps', name, flag)}steps.{name}.{flag} is set by moelpr run; remove it")
+        if flags:
+            check_flags(file, name)
 
 
 def _check_method(file: ProjectFile) -> None:
@@ -114,18 +116,17 @@ def _check_method(file: ProjectFile) -> None:
 
 def _check_conversations(file: ProjectFile) -> None:
     languages, template = file.project.languages, file.project.chat_template
-    has_some = {
-        group: any(language.conversations for language in getattr(languages, group).values())
-        for group in ("expanded", "original")
-    }
-    if template and not any(has_some.values()):
+    in_expanded, in_original = (
+        any(one.conversations for one in group.values()) for group in (languages.expanded, languages.original)
+    )
+    if template and not (in_expanded or in_original):
         raise UserError(f"{file.at('chat_template')}chat_template requires conversations in a language; add them")
     if template and not Path(template).is_dir():
         raise UserError(
             f"{file.at('chat_template')}chat_template: there is no folder {template}; download the chat model"
         )
     is_kept = "lpr-loss-coeff" in file.project.steps.get("sft", {})
-    if has_some["expanded"] and not has_some["original"] and not is_kept:
+    if in_expanded and not in_original and not is_kept:
         raise UserError(
             f"{file.at('languages', 'original')}no original language has conversations, which keep what the model "
             "answers in it; add some, or set steps.sft.lpr-loss-coeff to 0"

@@ -13,7 +13,7 @@ from moelpr.data.text.remote import is_remote
 from moelpr.model.families.hub import download, is_hub_name
 from moelpr.project.budget import check_budget
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.steps import check_flags, workflow_of
+from moelpr.project.steps.steps import workflow_of
 from moelpr.project.steps.text import MODEL_FILES
 from moelpr.project.tables import changes, plan
 from moelpr.project.verdict import verdict
@@ -46,7 +46,7 @@ def run_here(project: ResolvedProject, redo: str | None = None) -> None:
 
 
 SUBMIT: dict[str, Callable[..., None]] = {
-    "slurm": slurm.launch,
+    "slurm": lambda *project, render_only: slurm.Chain(*project).submit(render_only=render_only),
     "kubernetes": kubernetes.launch,
     "skypilot": skypilot.launch,
 }
@@ -97,7 +97,11 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
     """
     workflow, outlooks = checked(project if where == "local" else _for_jobs(project, redo), redo)
     for outlook in outlooks:
-        print(f"{outlook.task.name}: {outlook.state}\n    {command(workflow, outlook)}")
+        try:
+            command = workflow.command_line(outlook.task)
+        except UserError as error:
+            command = f"decided when its turn comes ({error})"
+        print(f"{outlook.task.name}: {outlook.state}\n    {command}")
     if where != "local":
         print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {where}.")
 
@@ -142,12 +146,11 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
     """Say what will be done again, and check what can be known before anything runs.
 
     Raises:
-        UserError: A training would be done again, a flag of a step is unknown, or the budget does not fit the text.
+        UserError: A training would be done again, or the budget does not fit the text.
     """
-    file, workflow = project.file, workflow_of(project, redo)
+    workflow = workflow_of(project, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
-    check_flags(file, {outlook.task.name for outlook in outlooks if outlook.state != "done"})
     check_budget(project)
     for outlook in outlooks:
         task = outlook.task
@@ -160,10 +163,3 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
                 f"{project.folder / 'logs' / task.name}.json to continue it with the new settings"
             )
     return workflow, outlooks
-
-
-def command(workflow: Workflow, outlook: Outlook) -> str:
-    try:
-        return workflow.command_line(outlook.task)
-    except UserError as error:
-        return f"decided when its turn comes ({error})"

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from moelpr.base.errors import MachineError, UserError
 from moelpr.base.machine import format_bytes
-from moelpr.base.quantities import format_count
+from moelpr.base.quantities import format_count, format_minutes
 from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import share_table
 from moelpr.measure.report.runs import read_run
@@ -77,11 +77,11 @@ def status(project: ResolvedProject) -> str:
     rows, left = [], []
     for outlook in outlooks:
         if outlook.state == "done":
-            rows.append([outlook.task.name, outlook.state, "", duration(took[outlook.task.name] / 60)])
+            rows.append([outlook.task.name, outlook.state, "", format_minutes(took[outlook.task.name] / 60)])
             continue
         progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
         left += [] if outlook.task.is_spare else [minutes]
-        rows.append([outlook.task.name, _state(outlook), progress, duration(minutes)])
+        rows.append([outlook.task.name, _state(outlook), progress, format_minutes(minutes)])
     done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
     end = verdict(project) if not left else f"\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
@@ -98,28 +98,16 @@ def changes(outlooks: Iterable[Outlook]) -> str:
     return "\n".join(["Done again:", *again, ""]) if again else ""
 
 
-def duration(minutes: float | None) -> str:
-    """A time in its largest unit; a dash if it is unknown."""
-    if minutes is None:
-        return "–"
-    for unit, size in (("days", 1440), ("hours", 60)):
-        if minutes >= 2 * size:
-            return f"{minutes / size:.3g} {unit}"
-    if minutes >= 1.5:
-        return f"{minutes:.0f} minutes"
-    return "1 minute" if minutes >= 0.9 else f"{60 * minutes:.0f} s"
-
-
 def _sum_of(minutes: list[float | None]) -> str:
     known = [number for number in minutes if number is not None]
-    return duration(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
+    return format_minutes(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
 
 
 def _needs(project: ResolvedProject, task: Task) -> list[str]:
     gpus = task.nodes * task.gpus_per_node
     plan = project.layouts.of(task.name.partition("-")[0]).plan if task.name in project.stages else None
     return [
-        duration(task.minutes),
+        format_minutes(task.minutes),
         f"{_gpu_hours(task):,.0f}" if gpus and task.minutes is not None else "",
         f"{plan.memory_bytes / GIB:.1f} of {plan.cluster.gpu_memory_gib:g} GiB" if plan else "",
         format_bytes(task.memory_gib * GIB),
@@ -156,7 +144,7 @@ def _experts(project: ResolvedProject) -> str:
             others.append((f"With method: auto, {format_count(parameters(spec)[0])} parameters, stage ffn", its))
         for what, its in others:
             cost = its.cost(int(expected_tokens(project, "stage1") or 1))
-            time = f"{duration(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
+            time = f"{format_minutes(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
             lines.append(f"{what}: {time}{its.memory_bytes / GIB:.1f} GiB")
     if is_routed and number < languages:
         lines.append(f"warning: N = {number} is less than the number of expanded languages, {languages}")

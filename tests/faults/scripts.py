@@ -8,7 +8,7 @@ from moelpr.base.command import run_command
 
 def main() -> None:
     from moelpr.project.file import parse_project, text_of
-    from moelpr.project.workflow.slurm import launch
+    from moelpr.project.workflow.slurm import Chain
     from moelpr.project.workflow.task import Task
     from moelpr.project.workflow.workflow import Workflow
 
@@ -21,7 +21,7 @@ def main() -> None:
     tasks = [Task(name=f"preprocess-{name}", command=["moelpr", "data", "preprocess", name]) for name in names]
     train = ["moelpr", "train", "stage1", "--save", str(folder / "stage1")]
     tasks += [Task(name="stage1", command=train, continues=folder / "stage1", made_from=(tasks[0].name,), nodes=2)]
-    launch(Workflow(folder, tasks), project.slurm, path, render_only=True)
+    Chain(Workflow(folder, tasks), project.slurm, path).submit(render_only=True)
 
 
 if __name__ == "__main__":

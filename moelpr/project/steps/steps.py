@@ -1,7 +1,7 @@
 """All steps of a project, and its tasks: from text to an evaluated Hugging Face model."""
 
 from argparse import ArgumentParser
-from collections.abc import Collection
+from pathlib import Path
 
 from moelpr.base import settings
 from moelpr.base.errors import UserError, did_you_mean
@@ -14,6 +14,7 @@ from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from moelpr.train.arguments.early import wrong_value
 from moelpr.train.arguments.flags import supported_arguments
+from moelpr.train.arguments.recipes import read_recipe
 from moelpr.train.launcher import OPTIONS
 
 # In the order in which they run.
@@ -45,23 +46,26 @@ def workflow_of(project: ResolvedProject, redo: str | None = None) -> Workflow:
     return Workflow(project.folder, tasks_of(project), redo=again, check=project.file.check_unchanged)
 
 
-def check_flags(file: ProjectFile, tasks: Collection[str]) -> None:
-    """Check the flags of the steps that these tasks belong to.
+def check_flags(file: ProjectFile, name: str) -> None:
+    """Check the flags of a step, and those of its recipe.
 
     Raises:
-        UserError: A step's command does not have a flag.
+        UserError: Its command does not have one, or not with this value, or it is not the user's to set.
     """
-    for name, flags in file.project.steps.items():
-        if not flags or not any(task == name or task.startswith(f"{name}-") for task in tasks):
-            continue
-        parser, allowed = parser_of(STEPS[name]), flags.get("allow-untested", "")
-        known = settings.flags_of(parser) | {*map(str, allowed if isinstance(allowed, list) else [allowed])}
-        for flag, value in flags.items():
-            place, see = f"{file.at('steps', name, flag)}steps.{name}.{flag}", f"see moelpr {STEPS[name].tool} --help"
-            if flag not in known:
-                raise UserError(f"{place} is no flag of this step; {did_you_mean(flag, known, see)}")
-            if problem := wrong_value(parser, flag, value):
-                raise UserError(f"{place}: {problem}; correct it, {see}")
+    step, flags = STEPS[name], file.project.steps[name]
+    recipe = read_recipe(Path(str(flags["recipe"]))) if flags.get("recipe") else {}
+    given = {flag[2:]: value for flag, value in recipe.items()} | flags
+    parser, allowed = parser_of(step), given.get("allow-untested", "")
+    known = settings.flags_of(parser) | {*map(str, allowed if isinstance(allowed, list) else [allowed])}
+    for flag, value in given.items():
+        key = f"steps.{name}.{flag if flag in flags else f'recipe: {flag}'}"
+        place, see = f"{file.at(*key.split(': ')[0].split('.'))}{key}", f"see moelpr {step.tool} --help"
+        if flag in step.reserved & flags.keys():
+            raise UserError(f"{place} is set by moelpr run; remove it")
+        if flag not in known:
+            raise UserError(f"{place} is no flag of this step; {did_you_mean(flag, known, see)}")
+        if problem := wrong_value(parser, flag, value):
+            raise UserError(f"{place}: {problem}; correct it, {see}")
 
 
 def parser_of(step: Step) -> ArgumentParser:

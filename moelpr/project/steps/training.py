@@ -8,7 +8,7 @@ from typing import Any
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import FINISHED_FILE
 from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
-from moelpr.plan.gpus import GPUS, Cluster
+from moelpr.plan.gpus import GPUS
 from moelpr.project.budget import LENGTH_FLAGS, shares, tokens_of, tokens_or_estimates, total_tokens
 from moelpr.project.layout import TWINS
 from moelpr.project.project import Way
@@ -184,7 +184,11 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
     """
     if project.main_stage == "lora":
         raise UserError(f"{project.file.at('method')}--check runs stages on Megatron, which method: lora has none of")
-    layout, cluster = project.layouts.of(name), _gpus(project)
+    layout, cluster = project.layouts.of(name), project.layouts.cluster
+    gpu = next((kind for kind, gpu in GPUS.items() if cluster and gpu == cluster.gpu), None)
+    if gpu is None:
+        place = project.file.at("hardware", "gpu")
+        raise UserError(f"{place}--check runs stages as on GPUs; set hardware.gpu to one of {', '.join(GPUS)}")
     try:
         text = data(project, name), length(project, name)
     except UserError:
@@ -193,7 +197,7 @@ def check_words(project: ResolvedProject, name: str) -> list[str]:
     model = {
         "nnodes": layout.nodes,
         "nproc-per-node": layout.gpus_per_node,
-        "gpu": next(name for name, gpu in GPUS.items() if gpu == cluster.gpu),
+        "gpu": gpu,
         "hf-path": project.config_folder(),
         **(_flags_of(TWINS) if name == "stage2" and project.method == "auto" else _experts(project)),
         "num-new-tokens": project.content.vocabulary and project.content.vocabulary.new_tokens,
@@ -226,15 +230,6 @@ def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Ma
         "mix": "temperature=1" if stage == "sft" and len(project.conversations) > 1 else None,
         **length,
     }
-
-
-def _gpus(project: ResolvedProject) -> Cluster:
-    if (cluster := project.layouts.cluster) is None or cluster.gpu not in GPUS.values():
-        place, gpu = project.file.at("hardware", "gpu"), "an unknown one" if cluster else "none"
-        raise UserError(
-            f"{place}--check runs stages as on GPUs, got {gpu}; set hardware.gpu to one of {', '.join(GPUS)}"
-        )
-    return cluster
 
 
 def _sources(project: ResolvedProject, stage: str) -> list[str]:

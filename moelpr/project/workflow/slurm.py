@@ -101,11 +101,6 @@ class SlurmJobs(Record):
     jobs: dict[str, SlurmJob] = field(default_factory=dict)
 
 
-def launch(workflow: Workflow, settings: SlurmSettings, file: Path, *, render_only: bool = False) -> None:
-    """Submit what is not done, or only write the scripts; `file` is what `moelpr run` takes."""
-    Chain(workflow, settings, file).submit(render_only=render_only)
-
-
 class Chain:
     """The jobs of a workflow on a cluster."""
 

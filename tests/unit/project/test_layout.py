@@ -106,3 +106,25 @@ def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:
     kept = {"expanded": EPOCHS, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
     plan = places(write, languages=kept, replay="none", vocabulary={"new_tokens": 9}).layouts.of("stage1").plan
     assert plan is not None and plan.workload.stage1_experts == "new" and plan.workload.new_embeddings
+
+
+def test_sizes_that_a_user_chooses_are_planned_or_refused_with_those_that_work(write: Write) -> None:
+    def one(**sizes: int) -> ResolvedProject:
+        steps = {"stage1": {f"{name}-model-parallel-size": size for name, size in sizes.items()}}
+        return places(write, experts={"new": 2}, steps=steps)
+
+    flags = one(tensor=4).layouts.of("stage1").flags
+    assert flags[flags.index("--tensor-model-parallel-size") + 1] == "4"
+    assert places(write, experts={"new": 2}).layouts.of("stage1").flags[1] != "4"
+    for sizes, wrong, works in (
+        ({"tensor": 3}, "tensor-model-parallel-size: 3", "1, 2, 4"),
+        ({"tensor": 4, "pipeline": 8}, "pipeline-model-parallel-size: 8", "1, 2"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"stage1: .* 8 GPUs has steps.stage1.{wrong}; use one of {works}, or remove"
+        ):
+            one(**sizes).layouts.of("stage1")
+    recipe = Path("mine.yaml")
+    recipe.write_text("lr: 1e-3\n")
+    with pytest.raises(UserError, match=r"line \d+: steps.stage1.global-batch-size is missing"):
+        places(write, steps={"stage1": {"recipe": str(recipe)}}).layouts.of("stage1")

@@ -80,6 +80,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
+        (languages(expanded={"Greek": "el.jsonl"}), r"line 5: .* Greek is not the code .*did you mean el\?"),
+        (languages(original={"jp": "en.jsonl"}), r"line 7: .* jp is not the code .*did you mean ja\?"),
+        (languages(original={"qq": "en.jsonl"}), r"line 7: .* qq is not the code .*such as el"),
+        ({"hardware": {"gpu": "none", "gpus": 8}}, r"line \d+: hardware.gpus must be left out .*, got 8; remove it"),
         ({"experts": {"copies": 3}}, r"line \d+: experts.copies .* experts.topk, 2, got 3"),
         ({"experts": {"new": "four"}}, r"line \d+: .*expected a whole number such as 24B"),
         (
@@ -170,6 +174,8 @@ def test_what_no_plan_needs_yet_is_checked_by_it(write: Write, changes: dict, me
     ("flags", "message"),
     [
         ({"expanded": [("el", "a")], "original": [("ell_Grek", "b")]}, "the language el is given twice; pass it once"),
+        ({"expanded": [("greek", "a")]}, r"greek is not the code of a language; did you mean el\?"),
+        ({"expanded": [("mathematics", "a")]}, "a language is a code such as el or ell_Grek; correct mathematics"),
         ({"model": "/none"}, "there is no folder /none, and .*; correct --model"),
     ],
 )
@@ -216,10 +222,10 @@ def test_an_edit_is_noticed(write: Write) -> None:
 def test_the_template_is_a_file_that_works(write: Write) -> None:
     assert "# chat: Qwen/Qwen3-8B " in template("Qwen/Qwen3-8B-Base")  # as the publisher names it
     path = write()
-    expanded = [("el", "el.jsonl"), ("el", "hu.jsonl"), ("no", "hu.jsonl")]
+    expanded = [("el", "el.jsonl"), ("no", "hu.jsonl")]
     path.write_text(template("base", expanded, [("en", "en.jsonl")]))
     languages = read_project(path).project.languages
-    assert languages.expanded["el"].text == ["el.jsonl", "hu.jsonl"] and "no" in languages.expanded
+    assert languages.expanded["el"].text == ["el.jsonl"] and "no" in languages.expanded
     text = path.read_text().replace("base-Instruct", "owner/name")
     path.write_text(
         re.sub(r"^# (?=(chat:|benchmarks|trackers|steps|  preprocess|  ffn))", "", text, flags=re.MULTILINE)
@@ -227,7 +233,10 @@ def test_the_template_is_a_file_that_works(write: Write) -> None:
     project = read_project(path).project
     assert project.chat and project.benchmarks and project.trackers.wandb_project
     assert project.steps["ffn"]["save-interval"] == 500
-    text = re.sub("^# (?=(vocabulary|experts):)", "", text, flags=re.MULTILINE)
+    apart = text.replace("# experts: per-language", "experts: per-language")
+    path.write_text(apart.replace("method: auto", "method: second-ffn"))
+    assert read_project(path).project.experts.per_language
+    text = re.sub("^# (?=(vocabulary|experts: {|mix|replay))", "", text, flags=re.MULTILINE)
     path.write_text(text.replace("method: auto", "method: review"))
     assert read_project(path).project.vocabulary
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
+from moelpr.base.quantities import format_minutes
 from moelpr.model.model_spec import MoeSpec
 from moelpr.plan.stage_plan import parameters
 from moelpr.project import tables
@@ -42,7 +43,7 @@ def test_a_plan_adds_up_the_copies_of_remote_text_that_steps_will_make(write: Wr
     [(None, "–"), (0, "0 s"), (0.2, "12 s"), (1, "1 minute"), (90, "90 minutes"), (150, "2.5 hours"), (2880, "2 days")],
 )
 def test_a_time_is_in_its_largest_unit(minutes: float | None, text: str) -> None:
-    assert tables.duration(minutes) == text
+    assert format_minutes(minutes) == text
 
 
 def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:

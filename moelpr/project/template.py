@@ -1,6 +1,7 @@
 """A commented languages.yaml to start from."""
 
 from collections.abc import Sequence
+from textwrap import indent
 
 from moelpr.base.yaml_files import dump
 
@@ -35,13 +36,15 @@ method: auto
 # The budget of the training: tokens, hours (on GPUs whose speed is predicted) or epochs.
 budget: {{epochs: 1}}
 # How the new languages share it: by their size to this power (0: equally), or by a weight for each.
-mix: {{temperature: 0.3}}
+# mix: {{temperature: 0.3}}
 # A review trains only routers, on so many documents of each language.
-replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
+# replay: {{original_documents: 50000, expanded_documents: 100000, epochs: 1}}
 
 # auto: this machine; or for example {{gpu: h100-80, gpus: 32, gpus_per_node: 8}}
 hardware: auto
 
+# With method: second-ffn:
+# experts: per-language                     # an FFN for each new language, which trains on its text alone
 # With method: review:
 # experts: {{new: auto, topk: 2}}            # per layer (auto: the most that fit, up to 8); how many a token chooses
 # vocabulary: {{new_tokens: 8000}}           # if the tokenizer splits the new languages into small pieces
@@ -50,6 +53,7 @@ hardware: auto
 # chat: {chat}   # its difference from the base makes the result chat
 # benchmarks: {{limit: 200}}
 # trackers: {{wandb_project: moelpr}}         # or mlflow_experiment, or both
+# slurm: {{options: {{partition: gpu, time: "24:00:00"}}}}   # of moelpr run --on slurm
 
 # Any flag of a step, as its command takes it (moelpr train stage1 --help):
 # steps:
@@ -64,11 +68,7 @@ def template(
     """The file for a model and languages: pairs of code and text."""
 
     def lines(pairs: Sequence[tuple[str, str]]) -> str:
-        texts: dict[str, list[str]] = {}
-        for code, text in pairs:
-            texts.setdefault(code, []).append(text)
-        block = dump({code: text if len(text) > 1 else text[0] for code, text in texts.items()})
-        return "".join(f"    {line}\n" for line in block.splitlines()).rstrip("\n")
+        return indent(dump(dict(pairs)).rstrip("\n"), "    ")
 
     chat = model.removesuffix("-Base") if model.endswith("-Base") else f"{model}-Instruct"
     values = {"model": model, "chat": chat, "output": f"runs/{model.rstrip('/').rpartition('/')[2]}-languages"}

@@ -5,7 +5,7 @@ prints is made from these types and their descriptions.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
@@ -26,9 +26,9 @@ from moelpr.project.workflow.slurm import SlurmSettings
 _OTHER_NAMES = "original", "expanded", "kept", "replay"
 
 
-def _as_text(value: Any) -> Any:
-    """A language's text may stand for all of its settings."""
-    return {"text": value} if isinstance(value, str | list) else value
+def _short(key: str, *kinds: type) -> Callable[[Any], Any]:
+    """Lets a value of these types stand for the settings of which it is the one with this key, and nothing for none."""
+    return lambda value: {key: value} if isinstance(value, kinds) else {} if value is None else value
 
 
 def _as_list(value: Any) -> Any:
@@ -46,16 +46,6 @@ def _as_named(value: Any) -> Any:
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value
     return named_files(paths, "languages.kept")
-
-
-def _as_gpu(value: Any) -> Any:
-    """A kind of GPU may stand for all of the hardware."""
-    return {} if value == "auto" or value is None else {"gpu": value} if isinstance(value, str) else value
-
-
-def _as_tokens(value: Any) -> Any:
-    """A number of tokens may stand for the budget."""
-    return {"tokens": value} if isinstance(value, str | int) else value
 
 
 def as_experts(value: Any) -> Any:
@@ -80,14 +70,13 @@ Method = Literal["auto", "second-ffn", "review", "paper", "moe-lpr", "full", "ff
 Way = Literal["auto", "second-ffn", "low-rank-ffn", "moe-lpr", "full", "ffn", "lora"]
 # Method → the keys of `experts` that it sets, unless the file does.
 PRESETS: dict[str, dict[str, int]] = {"auto": {"topk": 1}, "second-ffn": {"topk": 1}, "paper": {"new": 5, "copies": 1}}
+Strings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)]
 Flags = dict[str, bool | int | float | str | list[str | int | float]]
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Language:
-    text: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
-        default_factory=list
-    )
+    text: Strings = field(default_factory=list)
     """Files, folders, glob patterns or URIs (hf://, s3://, gs://, https://) of text: JSON lines or Parquet."""
     held_out: str | None = None
     """A file of text to evaluate on (default: held_out documents are taken out of the text)."""
@@ -99,13 +88,13 @@ class Language:
     """Key of the text in a document."""
     filter: str | None = None
     """Condition on the documents' keys or columns, such as language_score >= 0.9 (default: all)."""
-    conversations: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
-        default_factory=list
-    )
+    conversations: Strings = field(default_factory=list)
     """Files of conversations, lists of messages, on which the stage sft trains after stage 2 (default: none)."""
 
 
-LanguageText = Annotated[Language, BeforeValidator(_as_text, json_schema_input_type=Language | list[str] | str)]
+LanguageText = Annotated[
+    Language, BeforeValidator(_short("text", str, list), json_schema_input_type=Language | list[str] | str)
+]
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -236,9 +225,7 @@ class Lora:
     """Rank."""
     alpha: Count | None = None
     """Numerator of their scale, alpha / rank (default: twice the rank)."""
-    modules: Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=list[str] | str)] = field(
-        default_factory=lambda: ["all-linear"]
-    )
+    modules: Strings = field(default_factory=lambda: ["all-linear"])
     """Modules that get one, such as [q_proj, v_proj] (default: all linear layers but the output layer)."""
 
 
@@ -305,7 +292,7 @@ class Project:
     """Folder for everything that is made."""
     languages: Languages
     """The languages to add and those to keep, with their text."""
-    budget: Annotated[Budget, BeforeValidator(_as_tokens, json_schema_input_type=Budget | int | str)]
+    budget: Annotated[Budget, BeforeValidator(_short("tokens", str, int), json_schema_input_type=Budget | int | str)]
     """The length of stage 1, or of another method's training."""
     method: Method = "moe-lpr"
     """The method (default: new experts and routers, as experts, replay and languages.kept say)."""
@@ -325,7 +312,7 @@ class Project:
     """How the model grows, or auto, or per-language: a second FFN for each expanded language."""
     lora: Lora = field(default_factory=Lora)
     """Rank and place of the adapters."""
-    hardware: Annotated[Hardware, BeforeValidator(_as_gpu, json_schema_input_type=Hardware | str)] = field(
+    hardware: Annotated[Hardware, BeforeValidator(_short("gpu", str), json_schema_input_type=Hardware | str)] = field(
         default_factory=Hardware
     )
     """The GPUs to train on, or auto: this machine's."""

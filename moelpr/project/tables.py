@@ -56,14 +56,10 @@ def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
     try:
         if project.content.hardware.gpu == "auto":
             Workflow(project.folder, tasks).check_machine()
-        cluster = project.layouts.cluster
-        return (
-            "yes"
-            if not cluster or project.main_stage != "lora"
-            else f"not predicted; lora uses 1 GPU of {cluster.gpus}"
-        )
     except MachineError as error:
         return f"no, {error}"
+    cluster = project.layouts.cluster
+    return f"not predicted; lora uses 1 GPU of {cluster.gpus}" if cluster and project.main_stage == "lora" else "yes"
 
 
 def _gpu_hours(task: Task) -> float:

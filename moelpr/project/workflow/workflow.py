@@ -196,13 +196,9 @@ class Workflow:
         return mark is not None and mark.wall_s is not None
 
     def wall_times_s(self) -> dict[str, float]:
-        """Seconds of each task that is done, in the order in which they ended."""
-        folders = {self.logs, *(self._logs(name) for name in self.tasks)}
-        marks = sorted(
-            (path for logs in folders for path in logs.glob("*.json")), key=lambda path: path.stat().st_mtime
-        )
-        read = {path.stem: self._mark(path.stem) for path in marks}
-        return {name: mark.wall_s for name, mark in read.items() if mark and mark.wall_s is not None}
+        """Seconds of each task that is done."""
+        marks = {name: self._mark(name) for name in self.tasks}
+        return {name: mark.wall_s for name, mark in marks.items() if mark and mark.wall_s is not None}
 
     def _perform(self, task: Task, *, needs_output: bool, on_cluster: bool = False) -> None:
         """Run a task unless it is done.
@@ -329,8 +325,8 @@ class Workflow:
     def _mark_of(self, task: Task, words: list[str], made: dict[str, str | None]) -> Mark:
         """The mark of a task that would run now; `made` has the IDs of outputs that will be made before."""
         marks = {name: self._mark(name) for name in task.made_from}
-        ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in marks.items()}
-        return mark_of(words, ids | {name: made[name] for name in ids if name in made}, task.files, task.versions)
+        ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in marks.items()} | made
+        return mark_of(words, {name: ids[name] for name in marks}, task.files, task.versions)
 
     def _mark(self, name: str) -> Mark | None:
         """The mark of a task; None if it has none, or a damaged one."""

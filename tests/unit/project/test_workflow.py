@@ -36,7 +36,7 @@ def test_a_task_runs_until_it_has_succeeded_and_again_if_its_command_changes(tmp
         run(1)
     run(0)  # the failed command may have removed what the command before has written
     assert runs.read_text() == "xxxx"
-    assert [*Workflow(tmp_path, []).wall_times_s()] == ["s"]
+    assert [*Workflow(tmp_path, [Task(name="s", command=[])]).wall_times_s()] == ["s"]
 
 
 def test_a_task_has_its_environment_settings_and_a_log(tmp_path: Path) -> None:

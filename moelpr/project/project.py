@@ -112,25 +112,20 @@ class Languages:
     def __post_init__(self) -> None:
         names: dict[str, str] = {}
         for group in ("expanded", "original", "kept"):
-            for name in getattr(self, group):
+            for name, text in [*getattr(self, group).items()]:
                 # It becomes part of file names, lists and commands.
                 if not re.fullmatch(r"\w[\w.+ -]*", name) or name in _OTHER_NAMES:
                     raise UserError(f"languages.{group} has the name {name!r}; use letters, digits, and . + - _ within")
-        for group in ("expanded", "original"):
-            for name in getattr(self, group):
-                code = canonical(name)
-                if code in names:
-                    raise UserError(
-                        f"the language {code} is given twice ({names[code]} and {group}.{name}); remove one"
-                    )
-                names[code] = f"{group}.{name}"
+                place = names.get(code := canonical(name))
+                if place and text:
+                    raise UserError(f"the language {code} is given twice ({place} and {group}.{name}); remove one")
+                if place:  # of kept: auto
+                    del self.kept[name]
+                elif group != "kept":
+                    names[code] = f"{group}.{name}"
         if not self.expanded or not self.original:
             missing = "original" if self.expanded else "expanded"
             raise UserError(f"no {missing} language is given; add one under languages.{missing}, with its text")
-        for name in [name for name, path in self.kept.items() if canonical(name) in names and not path]:
-            del self.kept[name]
-        if given := [name for name in self.kept if canonical(name) in names]:
-            raise UserError(f"languages.kept.{given[0]} is {names[canonical(given[0])]} too; remove one")
         keys = {language.json_key for _, language in self}
         if self.kept and len(keys) > 1:
             raise UserError(

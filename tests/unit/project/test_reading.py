@@ -99,7 +99,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(original={}), "languages.original"),
         (languages(expanded={False: "el.jsonl"}), "a key is read as False; put it in quotes"),
         (languages(kept={"code": "no.jsonl"}), "languages.kept.code: there is no file no.jsonl"),
-        (languages(kept={"ell": "en.jsonl"}), "languages.kept.ell is expanded.el too"),
+        (languages(kept={"ell": "en.jsonl"}), r"el is given twice \(expanded.el and kept.ell\)"),
         *(
             (languages(original={name: "en.jsonl"}), "original has the name")
             for name in ("a/b", "a,b", "a=b", "-x", "", ".", "..", "../../evil", "a*", "replay", "kept")
@@ -168,6 +168,18 @@ def test_what_no_plan_needs_yet_is_checked_by_it(write: Write, changes: dict, me
     Path("empty").mkdir()
     with pytest.raises(UserError, match=rf"languages.yaml, {message}"):
         read_project(write(**changes), {"el": 10**9})
+
+
+def test_flags_of_a_recipe_are_checked_unless_the_file_replaces_them(write: Write) -> None:
+    steps: dict[str, Any] = {"stage1": {"recipe": "mine.yaml"}}
+    Path("mine.yaml").write_text("lr: high\nseq-length: 64\n")
+    with pytest.raises(UserError, match=r"line \d+: steps.stage1.recipe: lr: .*high"):
+        read_project(write(steps=steps))
+    steps["stage1"]["lr"] = 1e-4
+    assert read_project(write(steps=steps)).project.steps == steps
+    Path("mine.yaml").write_text("seq-lenght: 64\n")
+    with pytest.raises(UserError, match=r"recipe: seq-lenght is no flag of this step; did you mean seq-length\?"):
+        read_project(write(steps=steps))
 
 
 @pytest.mark.parametrize(

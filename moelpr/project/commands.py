@@ -95,7 +95,10 @@ def plan(args: Plan) -> None:
     check_budget(project)
     print(tables.plan(project))
     for stage in {stage.partition("-")[0]: stage for stage in project.stages}.values() if args.check else ():
-        _check(project, stage)
+        words = check_words(project, stage)
+        print(f"\n{stage}: {shlex.join(words)}\n", flush=True)
+        if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+            sys.exit(code)
 
 
 def status(args: Project) -> None:
@@ -138,15 +141,3 @@ def demo(args: Demo) -> None:
     path = write_toy(args.output)
     run_here(ResolvedProject(read_project(path)))
     print(f"This is a toy: its words are drawn at random. The file is {path}; moelpr init writes one for your base.")
-
-
-def _check(project: ResolvedProject, stage: str) -> None:
-    """Run `moelpr check` of a stage.
-
-    Raises:
-        SystemExit: It failed; the code is its own.
-    """
-    words = check_words(project, stage)
-    print(f"\n{stage}: {shlex.join(words)}\n", flush=True)
-    if code := subprocess.run([sys.executable, "-m", *words]).returncode:
-        sys.exit(code)

@@ -35,7 +35,9 @@ class ResolvedProject:
         content: What the file says.
         method: What trains, the result's name in tables.
         folder: The folder of all that is made.
-        text: The folder of corpora and held-out text, which several projects may share.
+        text: The folder of corpora and held-out text; `shared` if several projects may share it, otherwise None.
+        converted: The checkpoint that the trainings start from.
+        evaluation: The folder of all evaluations.
         is_downloaded: Whether the base is a model of the Hub, which is downloaded to `base`.
         base_task: The task that makes the base, if there is one; `tokenizer_task` likewise.
         languages: All languages by code, expanded ones first; `expanded` and `original` are codes.
@@ -56,6 +58,9 @@ class ResolvedProject:
         self.method = self.content.way
         self.folder = Path(self.content.output)
         self.text = Path(self.content.text_output or self.folder)
+        self.shared = self.text if self.content.text_output else None
+        self.converted = self.folder / ("upcycled" if self.method == "moe-lpr" else "converted")
+        self.evaluation = self.folder / "evaluation"
         path = self.folder / "hf" / "calibration.json"
         self.routed = Calibration.read(path).findings if is_judged and path.is_file() else None
         self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)

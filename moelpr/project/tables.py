@@ -107,7 +107,7 @@ def _needs(project: ResolvedProject, task: Task) -> list[str]:
         f"{_gpu_hours(task):,.0f}" if gpus and task.minutes is not None else "",
         f"{plan.memory_bytes / GIB:.1f} of {plan.cluster.gpu_memory_gib:g} GiB" if plan else "",
         format_bytes(task.memory_gib * GIB),
-        _disk(task),
+        format_bytes(task.disk_gib * GIB) if task.disk_gib >= 0.01 else "",
         _layout(gpus, plan.best, plan.spec.moe is not None) if plan else "",
     ]
 
@@ -119,10 +119,6 @@ def _layout(gpus: int, best: Candidate, has_experts: bool) -> str:
     parts = [f"{name} {size}" for name, size in sizes.items() if size > 1]
     parts += [f"recompute {layout.recompute}"] if layout.recompute != "none" else []
     return f"{gpus} GPU{'s' if gpus > 1 else ''}: {' '.join(parts) or 'all on one'}"
-
-
-def _disk(task: Task) -> str:
-    return format_bytes(task.disk_gib * GIB) if task.disk_gib >= 0.01 else ""
 
 
 def _experts(project: ResolvedProject) -> str:

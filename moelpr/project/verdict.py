@@ -7,7 +7,6 @@ from moelpr.base.run_folder import BestStep
 from moelpr.measure.report.evaluation_files import EvaluationFile
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.results import evaluation_folder
 
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
@@ -15,7 +14,7 @@ MOST_LOST = 0.03
 
 def verdict(project: ResolvedProject) -> str:
     """The changes of bits per byte on held-out text against the base, a sentence on them, and the next command."""
-    _, *results = EvaluationFile.read(evaluation_folder(project) / "results.json").models.items()
+    _, *results = EvaluationFile.read(project.evaluation / "results.json").models.items()
     by_model = {
         name: {code: result.languages[code].change["bits_per_byte"] for code in project.languages}
         for name, result in results

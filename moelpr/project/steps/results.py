@@ -162,7 +162,7 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         "data": [f"{code}={path}" for code, path in data.items()],
         "original-languages": ",".join(project.original),
         "max-documents": project.content.held_out,
-        "output": evaluation_folder(project),
+        "output": project.evaluation,
     }
     given = [path for code, path in data.items() if project.languages[code].held_out]
     return step.task(
@@ -188,7 +188,7 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "original-languages": ",".join(project.original),
         "tasks": chosen.tasks,
         "limit": chosen.limit,
-        "output": evaluation_folder(project),
+        "output": project.evaluation,
     }
     yield step.task(
         project,
@@ -233,7 +233,7 @@ def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
     flags: dict[str, Any] = {
         "results": [*_results(project).values()],
         "files": [
-            evaluation_folder(project),
+            project.evaluation,
             project.folder / "report.html",
             project.folder / PLAN_FILE,
             project.file.path,
@@ -254,16 +254,11 @@ def _model_steps(project: ResolvedProject) -> list[str]:
     return ["calibrate" if project.content.languages.kept else "lora" if project.method == "lora" else "export"]
 
 
-def evaluation_folder(project: ResolvedProject) -> Path:
-    """The folder of all evaluations."""
-    return project.folder / "evaluation"
-
-
 def _results(project: ResolvedProject) -> dict[str, Path]:
     """The results of each step that measures some."""
     files = {"evaluate": "results.json"} | ({"routing": "routing.json"} if project.method in routing.methods else {})
     files |= {"benchmarks": "harness.json"} if project.content.benchmarks else {}
-    return {step: evaluation_folder(project) / name for step, name in files.items()}
+    return {step: project.evaluation / name for step, name in files.items()}
 
 
 def _models(project: ResolvedProject) -> list[str]:

@@ -35,7 +35,7 @@ def download(step: Step, project: ResolvedProject) -> Iterator[Task]:
     command += [word for pattern in MODEL_FILES for word in ("--include", pattern)]
     command += ["--revision", project.revision] if project.revision else []
     is_complete = (project.base / CONFIG_FILE).is_file
-    yield Task(name=step.name, command=command, is_complete=is_complete, shared=_shared(project))
+    yield Task(name=step.name, command=command, is_complete=is_complete, shared=project.shared)
 
 
 @step(
@@ -64,7 +64,7 @@ def vocabulary(step: Step, project: ResolvedProject) -> Iterator[Task]:
         ),
         versions=versions(*texts),
         is_complete=(project.tokenizer / "vocabulary_extension.json").is_file,
-        shared=_shared(project),
+        shared=project.shared,
     )
 
 
@@ -77,7 +77,7 @@ def kept(step: Step, project: ResolvedProject) -> Iterator[Task]:
     json_key = next(iter(project.languages.values())).json_key
     flags = {"save": folder, "without": ",".join(project.languages), "json-key": json_key, "overwrite": True}
     is_complete = (folder / f"{CODE}.jsonl").is_file
-    yield step.task(project, flags, is_complete=is_complete, shared=_shared(project))
+    yield step.task(project, flags, is_complete=is_complete, shared=project.shared)
 
 
 @step("preprocess", "data preprocess", reserved=_RESERVED, speed=_SPEED)
@@ -104,7 +104,7 @@ def preprocess(step: Step, project: ResolvedProject) -> Iterator[Task]:
             flags,
             is_complete=partial(has_corpora, *corpora),
             corpora=() if is_sample else tuple(corpora),  # a sample is made by one job
-            shared=_shared(project),
+            shared=project.shared,
             minutes=0.1 + size / _BYTES_PER_MINUTE,
             disk_gib=2 * size / 2**30,
         )
@@ -189,11 +189,6 @@ def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
 def _tokenizer_files(folder: Path) -> list[Path]:
     """The files of the tokenizer in a folder that no task makes."""
     return sorted(path for pattern in _TOKENIZER for path in folder.glob(pattern))
-
-
-def _shared(project: ResolvedProject) -> Path | None:
-    """The folder in which other projects may have done a task."""
-    return project.text if project.content.text_output else None
 
 
 def held_out_share(size: int) -> float:

@@ -39,10 +39,9 @@ _STAGE_SPEED = (
 )
 def convert(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Upcycle the base; for a method without experts, convert it as it is."""
-    save = _converted(project)
     flags: dict[str, Any] = {
         "hf-path": project.base,
-        "save": save,
+        "save": project.converted,
         "extended-tokenizer": project.tokenizer if project.content.vocabulary else None,
         **(_experts(project) or {"dense": True}),
         "overwrite": True,
@@ -52,7 +51,7 @@ def convert(step: Step, project: ResolvedProject) -> Iterator[Task]:
         flags,
         made_from=project.tokenizer_task,
         files=() if project.is_downloaded else (project.base,),
-        is_complete=(save / SPEC_FILE).is_file,
+        is_complete=(project.converted / SPEC_FILE).is_file,
         disk_gib=project.layouts.export_gib,
     )
 
@@ -74,10 +73,6 @@ def twins(step: Step, project: ResolvedProject) -> Iterator[Task]:
 
 def _flags_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace("_", "-"): value for name, value in settings.items()}
-
-
-def _converted(project: ResolvedProject) -> Path:
-    return project.folder / ("upcycled" if project.method == "moe-lpr" else "converted")
 
 
 def _experts(project: ResolvedProject) -> dict[str, Any]:
@@ -220,7 +215,7 @@ def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Ma
     before = _before(project, stage)
     return {
         "recipe": project.recipe(stage),
-        "pretrained-checkpoint": _converted(project) if before == "convert" else project.folder / before,
+        "pretrained-checkpoint": project.converted if before == "convert" else project.folder / before,
         "data-path": data,
         "save": project.folder / stage,
         **project.decided(stage),

@@ -69,15 +69,11 @@ def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render
     if not (left := [one.task for one in workflow.outlook_of_jobs()]):
         return
     path, name = workflow.folder / "skypilot.yaml", workflow.folder.resolve().name
-    write_text(path, pipeline(name, left, settings, file))
+    documents = [{"name": name}, *(_document(task, settings, file) for task in left)]
+    write_text(path, "---\n".join(map(yaml_files.dump, documents)))
     print(path)
     if not render_only and subprocess.run(["sky", "jobs", "launch", "--name", name, str(path)], check=False).returncode:
         raise MachineError(f"sky could not launch {path}; its message is above")
-
-
-def pipeline(name: str, tasks: list[Task], settings: SkyPilotSettings, file: Path) -> str:
-    """The YAML of a managed job with several tasks: a name, then a document for each."""
-    return "---\n".join(map(yaml_files.dump, [{"name": name}, *(_document(task, settings, file) for task in tasks)]))
 
 
 def _document(task: Task, settings: SkyPilotSettings, file: Path) -> dict[str, Any]:

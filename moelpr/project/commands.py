@@ -11,7 +11,7 @@ from typing import Annotated
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical, check_name, is_code
 from moelpr.base.quantities import as_argument, parse_bytes
-from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, metavar
+from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, either, metavar
 from moelpr.project import tables
 from moelpr.project.budget import check_budget
 from moelpr.project.file import HUB_NAME, schema
@@ -64,9 +64,11 @@ class Run(Project):
     # training to start again after an edit, with those after it; the old is kept in STAGE.before-1
     redo: Annotated[str | None, metavar("STAGE")] = None
     on: Annotated[str, choices(["local", *SUBMIT])] = "local"  # this machine, or a cluster, which all steps go to
-    render_only: bool = False  # write the files for the cluster of --on, but submit nothing
-    dry_run: bool = False  # print the steps and their commands; start, submit and write nothing
-    task: str | None = None  # do only this step, on this node of a cluster
+    # write the files for the cluster of --on, but submit nothing
+    render_only: Annotated[bool, either("what is done")] = False
+    # print the steps and their commands; start, submit and write nothing
+    dry_run: Annotated[bool, either("what is done")] = False
+    task: Annotated[str | None, either("what is done")] = None  # do only this step, on this node of a cluster
     made_as: str | None = None  # the ID that --task was submitted with
 
 

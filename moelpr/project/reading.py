@@ -51,6 +51,8 @@ def _check(file: ProjectFile) -> None:
             )
         if name is not None and Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
             raise UserError(f"{file.at(key)}{key}: there is no {CONFIG_FILE} in {name}; name the folder of a model")
+    if Path(project.model).resolve() in (output := Path(project.output).resolve(), *output.parents):
+        raise UserError(f"{file.at('output')}output: {project.output} is in the model's folder; name one outside")
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():
         raise UserError(f"{file.at('benchmarks', 'tasks')}benchmarks.tasks: there is no file {tasks}; correct the path")
     kept = {name: Language([text]) for name, text in project.languages.kept.items() if text}

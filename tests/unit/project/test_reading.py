@@ -118,6 +118,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"steps": {"stage1": {"save": "x"}}}, r"line \d+: steps.stage1.save is set by moelpr run; remove it"),
         ({"steps": {"dense": {"lr": 1}}}, r"line \d+: steps.dense does not apply to method: moe-lpr"),
         ({"corpora": {"stage1": "a", "stage2": "b"}}, "languages.expanded.el: .* held_out: FILE"),
+        ({"output": "base/out"}, r"line 2: output: base/out is in the model's folder; name one outside"),
         ({"model": "no/such/folder"}, r"line 1: model: .* no/such/folder"),
         ({"chat_template": "base"}, r"line \d+: chat_template requires conversations"),
         (CORPORA | {"mix": {"replay": 0.1}}, r"line \d+: mix.replay has no effect with corpora"),

@@ -9,8 +9,10 @@ import pytest
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import locked
+from moelpr.base.settings import parse
 from moelpr.project import running, tables
 from moelpr.project.budget import check_budget
+from moelpr.project.commands import Run
 from moelpr.project.project import Language
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -145,3 +147,9 @@ def test_a_demo_leaves_other_files_alone(tmp_path: Path) -> None:
         write_toy(folder)
     file.write_text(edited := f"model: {folder}/base\nbudget: {{tokens: 1}}\n")
     assert write_toy(folder).read_text() == edited and [*folder.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("words", ["--dry-run --render-only --on slurm", "--task ffn --dry-run"])
+def test_a_run_does_one_of_what_its_flags_ask_for(words: str) -> None:
+    with pytest.raises(UserError, match="not allowed with"):
+        parse(Run, words.split())

@@ -62,8 +62,12 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     except ValidationError as error:
         first = records.first_problem(error)
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
-        message = f"{_at(path, lines, place)}{records.reason(error)}{_suggestion(first)}"
-        raise UserError(message) from None
+        hint = ""
+        if records.is_unknown_key(first):
+            kinds = [schema(), *schema()["$defs"].values()]
+            keys = [key for kind in kinds for key in kind.get("properties", {})]
+            hint = f"; {did_you_mean(str(first['loc'][-1]), keys, 'moelpr init --schema lists the keys')}"
+        raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
     return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -142,12 +146,3 @@ def schema() -> dict[str, Any]:
 @cache
 def _adapter() -> TypeAdapter[Project]:
     return TypeAdapter(Project)
-
-
-def _suggestion(problem: dict[str, Any] | Any) -> str:
-    """The key that may be meant by an unknown one."""
-    if not records.is_unknown_key(problem):
-        return ""
-    kinds = [schema(), *schema()["$defs"].values()]
-    keys = [key for kind in kinds for key in kind.get("properties", {})]
-    return f"; {did_you_mean(str(problem['loc'][-1]), keys, 'moelpr init --schema lists the keys')}"

@@ -1,7 +1,6 @@
 """The steps after training: export, chat model, evaluation against the base, model card and report."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +209,13 @@ def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "evaluated": [*project.models][-1],
         "languages": ",".join(filter(is_code, project.languages)),
     }
-    is_complete = partial(_has_results, project.export / "README.md")
+    path = project.export / "README.md"
+
+    def has_results() -> bool:  # a model that is exported again has a card without
+        return path.is_file() and "\nmodel-index:" in path.read_text(encoding="utf-8", errors="replace")
+
     made_from = (*_model_steps(project), *results)
-    yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=is_complete)
+    yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=has_results)
 
 
 @step("report", "report", reserved="evaluation routers output")
@@ -240,11 +243,6 @@ def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
         ],
     }
     yield step.task(project, flags | project.trackers, *_runs(project), made_from=("report",))
-
-
-def _has_results(card: Path) -> bool:
-    """Whether a model card has results: a model that is exported again has a card without."""
-    return card.is_file() and "\nmodel-index:" in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _model_steps(project: ResolvedProject) -> list[str]:

@@ -24,9 +24,10 @@ def check_budget(project: ResolvedProject) -> None:
     """Check the budget against a step, and against the text as far as its tokens are known.
 
     Raises:
-        UserError: It is less than one step, text would be read more often than its cap, or the base is missing.
+        UserError: It is less than one step, text would be read more often than its cap, or the base is missing or
+            cannot have such experts.
     """
-    project.config_folder()  # the Hub has it, and can be reached
+    _ = project.layouts.result
     if project.content.corpora and project.content.budget.epochs:  # the trainer counts the tokens
         return
     for part in project.parts:

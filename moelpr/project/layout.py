@@ -29,6 +29,9 @@ TWINS: dict[str, Any] = {"num_new_experts": 2, "topk": 2, "original_copies": 2}
 # The planner's flags, and the keys that a user would change instead.
 _KEYS = {
     "--num-new-experts": "experts.new",
+    "--original-copies": "experts.copies",
+    "--topk": "experts.topk",
+    "--moe-every-k-layers": "experts.every_k_layers",
     "--gpus-per-node": "hardware.gpus_per_node",
     "--gpus": "hardware.gpus",
     r"--gpu-memory-gib (\S+)": r"GPUs with \1 GiB",
@@ -153,7 +156,7 @@ class Layouts:
         return "micro-batch-size" not in self._project.steps.get(stage, {})
 
     @contextlib.contextmanager
-    def _named_keys(self, stage: str = "") -> Iterator[None]:
+    def _named_keys(self, stage: str = "", key: str = "hardware") -> Iterator[None]:
         """Name the file and its keys in errors of the planner, which name its flags."""
         try:
             yield
@@ -163,9 +166,9 @@ class Layouts:
                 for _, its in self.of_one_choice():
                     other = f"method: second-ffn (fits in {its.memory_bytes / GIB:.1f} GiB)"
                     message = message.replace("; use ", f"; use {other}, ")
-            for flag, key in _KEYS.items():
-                message = re.sub(flag, key.replace("STAGE", stage), message)
-            raise UserError(f"{self._file.at('hardware')}{message}") from None
+            for flag, named in _KEYS.items():
+                message = re.sub(flag, named.replace("STAGE", stage), message)
+            raise UserError(f"{self._file.at(key)}{message}") from None
 
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
@@ -218,7 +221,8 @@ class Layouts:
         experts = self._project.experts
         family, base = self._base
         new = NewExperts(num_new_experts, experts.topk, experts.copies, moe_every_k_layers=experts.every_k_layers)
-        spec = with_new_experts(family, base, new.with_default_copies(base))
+        with self._named_keys(key="experts"):
+            spec = with_new_experts(family, base, new.with_default_copies(base))
         if vocabulary := self._project.vocabulary:
             spec = spec.with_new_tokens(spec.megatron_args["vocab_size"], vocabulary.new_tokens)
         return spec

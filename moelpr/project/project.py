@@ -196,8 +196,6 @@ class Experts:
     """Upcycle every k-th layer only (default: every layer)."""
 
     def __post_init__(self) -> None:
-        if self.copies and self.copies > self.topk:
-            raise UserError(f"experts.copies must be at most experts.topk, {self.topk}, got {self.copies}; lower it")
         if self.topk == 1 and (self.new or 1) > 1:
             raise UserError(
                 f"experts.new must be 1 with topk: 1, got {self.new}: choosing among several new experts is learned, "

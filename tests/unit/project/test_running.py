@@ -153,3 +153,20 @@ def test_a_demo_leaves_other_files_alone(tmp_path: Path) -> None:
 def test_a_run_does_one_of_what_its_flags_ask_for(words: str) -> None:
     with pytest.raises(UserError, match="not allowed with"):
         parse(Run, words.split())
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        ({"copies": 3}, "experts.copies must be at most experts.topk, got 3 and 2"),
+        (
+            {"topk": 4, "copies": 1, "new": 2},
+            "top-4 routing is impossible with 3 experts .* experts.topk between 1 and 3",
+        ),
+        ({"every_k_layers": 99}, "experts.every_k_layers must be 1 to 24 .*, got 99"),
+    ],
+)
+def test_experts_that_the_base_cannot_have_are_refused_on_a_cpu_too(write: Write, experts: Any, message: str) -> None:
+    path = write(experts=experts, hardware={"gpu": "none"})
+    with pytest.raises(UserError, match=rf"languages.yaml, line \d+: {message}"):
+        check_budget(ResolvedProject(read_project(path)))

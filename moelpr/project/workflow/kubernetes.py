@@ -78,7 +78,7 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
     Raises:
         UserError: What was applied before still runs.
     """
-    if not (tasks := [one.task for one in workflow.outlook_of_jobs()]):
+    if not (tasks := workflow.tasks_of_jobs()):
         return
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"

@@ -66,7 +66,7 @@ def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render
     Raises:
         UserError: The kind of the GPUs is missing.
     """
-    if not (left := [one.task for one in workflow.outlook_of_jobs()]):
+    if not (left := workflow.tasks_of_jobs()):
         return
     path, name = workflow.folder / "skypilot.yaml", workflow.folder.resolve().name
     documents = [{"name": name}, *(_document(task, settings, file) for task in left)]

@@ -132,11 +132,16 @@ class Chain:
             raise UserError("sbatch is not installed; run this on a login node of the cluster, or pass --render-only")
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
-            self._check(outlooks, queued_jobs())
+            self._check([one for one in outlooks if one.state != "done"], queued_jobs())
         for outlook in outlooks:
-            if job := self._active.get(outlook.task.name):
-                print(f"{outlook.task.name}: job {job} is pending or running")
+            name = outlook.task.name
+            if outlook.state == "done":
+                print(f"{name}: done")
+            elif name in self._active:
+                print(f"{name}: job {self._active[name]} is pending or running")
             else:
+                if outlook.reason:
+                    print(f"{name}: again, because {outlook.reason}")
                 self._submit_task(outlook, render_only)
 
     def _submit_task(self, outlook: Outlook, render_only: bool) -> None:

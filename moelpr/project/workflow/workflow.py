@@ -145,9 +145,7 @@ class Workflow:
         return outlooks
 
     def outlook_of_jobs(self) -> list[Outlook]:
-        """Tell what jobs of a cluster must do, and print the state of each task.
-
-        As `outlook`, but removed outputs that they read are made again.
+        """Tell what jobs of a cluster must do: as `outlook`, but removed outputs that they read are made again.
 
         Raises:
             UserError: A task cannot be done.
@@ -159,9 +157,14 @@ class Workflow:
             for name in outlook.task.inputs if outlooks[outlook.task.name].state != "done" else ():
                 if outlooks[name].state == "done" and not self._has_output(outlooks[name].task):
                     outlooks[name] = replace(outlooks[name], state="again", reason="its output was removed")
-        for name, outlook in outlooks.items():
-            print(f"{name}: {outlook.state}" + (f", because {outlook.reason}" if outlook.reason else ""))
-        return [outlook for outlook in outlooks.values() if outlook.state != "done"]
+        return list(outlooks.values())
+
+    def tasks_of_jobs(self) -> list[Task]:
+        """The tasks that jobs of a cluster must do; print the state of each task."""
+        outlooks = self.outlook_of_jobs()
+        for outlook in outlooks:
+            print(f"{outlook.task.name}: {outlook.state}" + (f", because {outlook.reason}" if outlook.reason else ""))
+        return [outlook.task for outlook in outlooks if outlook.state != "done"]
 
     def check_machine(self) -> None:
         """Check that disk and memory can hold what the tasks that are not done need.

@@ -64,11 +64,10 @@ class Run(Project):
     # training to start again after an edit, with those after it; the old is kept in STAGE.before-1
     redo: Annotated[str | None, metavar("STAGE")] = None
     on: Annotated[str, choices(["local", *SUBMIT])] = "local"  # this machine, or a cluster, which all steps go to
-    # write the files for the cluster of --on, but submit nothing
-    render_only: Annotated[bool, either("what is done")] = False
+    render_only: bool = False  # write the files for the cluster of --on, but submit nothing
     # print the steps and their commands; start, submit and write nothing
-    dry_run: Annotated[bool, either("what is done")] = False
-    task: Annotated[str | None, either("what is done")] = None  # do only this step, on this node of a cluster
+    dry_run: Annotated[bool, either("steps")] = False
+    task: Annotated[str | None, either("steps")] = None  # do only this step, on this node of a cluster
     made_as: str | None = None  # the ID that --task was submitted with
 
 

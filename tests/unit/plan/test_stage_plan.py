@@ -64,7 +64,7 @@ def test_the_most_experts_that_fit_are_chosen() -> None:
         most_experts(SPEC, WORKLOAD, cluster(1, 0.1))
 
 
-@pytest.mark.parametrize(("gib", "kinds"), [(0.9, 2), (0.2, 1), (0.1, 1), (0.05, 0)])
+@pytest.mark.parametrize(("gib", "kinds"), [(0.9, 1), (0.2, 1), (0.1, 0)])
 def test_every_smaller_model_that_is_suggested_fits(gib: float, kinds: int) -> None:
     """In one GPU; without room for a single change, also with the host's memory."""
     workload = replace(WORKLOAD, micro_batch_size=2)

@@ -333,7 +333,7 @@ def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch
     states = {one.task.name: one.state for one in other.outlook()}
     assert [name for name, state in states.items() if state == "done"] == [task.name for task in text]
     assert not Path("other/logs").exists() and not Path("out/logs").exists()
-    changed = workflow(method="ffn", experts=None, output="third", steps={"preprocess": {"min-chars": 9}})
+    changed = workflow(method="ffn", experts=None, output="third", steps={"preprocess": {"seed": 9}})
     assert "preprocess-el is shared with other projects, but its command has changed" in changed.outlook()[0].refusal
     with pytest.raises(UserError, match="give all of them the same text.* or another folder than text"):
         changed.run()

@@ -91,7 +91,7 @@ class Workload:
     optimizer_cpu_offload: bool = False
     gradient_bytes: int = GRADIENT_BYTES  # per parameter
     bf16_moments: bool = False
-    sizes: tuple[tuple[str, int], ...] = ()  # of the layout (tp, pp, ep, etp), if the user has chosen some
+    sizes: tuple[tuple[str, int], ...] = ()  # sizes of the layout (tp, pp, ep, etp) that the user chose
 
     @property
     def trained(self) -> frozenset[Part]:

@@ -119,7 +119,7 @@ class Languages:
                 place = names.get(code := canonical(name))
                 if place and text:
                     raise UserError(f"the language {code} is given twice ({place} and {group}.{name}); remove one")
-                if place:  # of kept: auto
+                if place:  # kept: auto lists it
                     del self.kept[name]
                 elif group != "kept":
                     names[code] = f"{group}.{name}"

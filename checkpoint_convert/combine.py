@@ -10,13 +10,13 @@ form, of a few thousand tokens of each text (docs/combine.md). Where they choose
 from pathlib import Path
 from typing import Annotated
 
-from checkpoint_convert.common.settings import RoutingSettings, named_texts
+from checkpoint_convert.common.settings import CombineSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.settings import POSITIONAL, REPEATED, Source, metavar, run_script
 from moelpr.measure.evaluate.settings import languages as codes
 
 
-class Settings(RoutingSettings):
+class Settings(CombineSettings):
     base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
     # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
@@ -25,11 +25,6 @@ class Settings(RoutingSettings):
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]
     # text that should stay as the base has it, in many languages and kinds; each file is a text, named like it
     keep_text: Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
-    # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too
-    onto: Source | None = None
-    base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
-    unchecked: bool = False  # write the model also if it is no better than the base, or texts cannot be told apart
-    ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs
 
 
 def main(args: Settings) -> None:
@@ -52,17 +47,7 @@ def main(args: Settings) -> None:
     from moelpr.measure.evaluate.models import check_device
 
     check_device(args.device)
-    record = combine(
-        args.base,
-        experts,
-        args.read(kept),
-        args.read(texts),
-        args,
-        base_model=args.base_model,
-        ignore_others=args.ignore_others,
-        is_checked=not args.unchecked,
-        onto=args.onto,
-    )
+    record = combine(args.base, experts, args.read(kept), args.read(texts), args)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
 

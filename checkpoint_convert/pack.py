@@ -69,11 +69,12 @@ def build(args: BuildSettings) -> None:
 
 
 def show(args: ShowSettings) -> None:
-    """Print what a pack is."""
-    from checkpoint_convert.conversions.packs import Pack
+    """Check a pack, and print what it is."""
+    from checkpoint_convert.conversions.packs import read_pack, read_sums
 
-    for name, value in Pack.read(args.pack).as_json().items():
+    for name, value in read_pack(args.pack).as_json().items():
         print(f"{name}: {value}")
+    print(f"layers with sums: {sum(1 for _ in read_sums(args.pack))}")
 
 
 def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:

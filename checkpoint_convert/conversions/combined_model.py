@@ -19,7 +19,7 @@ from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.common.settings import OutputFlags, RoutingSettings
+from checkpoint_convert.common.settings import CombineSettings, OutputFlags
 from checkpoint_convert.conversions.model_pairs import Described, check_settings, open_tensors, pieces_since
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
@@ -211,11 +211,7 @@ def combine(
     experts: Mapping[Path, list[str]],
     kept: Mapping[str, Sequence[str]],
     expanded: Mapping[str, Sequence[str]],
-    settings: RoutingSettings,
-    base_model: str | None = None,
-    ignore_others: bool = False,
-    is_checked: bool = True,
-    onto: Path | None = None,
+    settings: CombineSettings,
 ) -> RoutedModel:
     """Write the stock MoE of the base's FFN and those of experts, with routers in closed form.
 
@@ -223,15 +219,12 @@ def combine(
         experts: Folder of a model (Hugging Face directory, checkpoint or peft adapter) → its languages.
         kept: Name → documents whose tokens should stay with the base.
         expanded: Language → documents whose tokens should go to its expert.
-        base_model: Name of the base for the model card; None for that of its folder.
-        ignore_others: Whether to leave out what else an expert changed.
-        is_checked: As `calibrate` takes it.
-        onto: A model of this base and other experts, which stay with their routes.
 
     Raises:
         UserError: An expert does not fit the base, or a text the method; `settings.save` is then unchanged.
     """
     require_hf({"": base}, "moelpr model combine")
+    onto = settings.onto
     sources = [base, *experts, *([onto] if onto else [])]
     check_output(settings.save, sources, settings.overwrite, (RoutedModel.FILE_NAME,))
     opened_base = Base.open(base, settings.verify)
@@ -240,14 +233,15 @@ def combine(
         raise UserError(
             f"{onto} knows {min(unshown)}, of which there is no text to keep; pass --keep-text {min(unshown)}=FILE"
         )
-    opened = [open_expert(opened_base, folder, its, ignore_others, settings.verify) for folder, its in experts.items()]
+    dropped, verify = settings.ignore_others, settings.verify
+    opened = [open_expert(opened_base, folder, its, dropped, verify) for folder, its in experts.items()]
     with open_model(base, settings.device, settings.dtype, settings.verify) as loaded:
         model, places = TopOne(loaded, opened_base, [*before, *opened]), 1 + len(before)
         readers = [(model.reader(number, one.folder), one.languages) for number, one in enumerate(opened, start=places)]
         start = model.reader(0 if old_rows is None else old_rows, onto or base)
         routed = model.reader(None, settings.save)
         subject = Subject(start, routed, readers, model.put, places=places, old_rows=old_rows)
-        rows, findings, held_out = calibrate(subject, kept, expanded, settings, is_checked)
+        rows, findings, held_out = calibrate(subject, kept, expanded, settings, is_checked=not settings.unchecked)
         ignored, languages_of = {}, languages_by_name(opened, known)
         for name, expert, (reader, languages) in zip(languages_of, opened, readers, strict=True):
             if expert.others:
@@ -257,7 +251,7 @@ def combine(
                 _put(loaded.model, "", opened_base.tensors, expert.others)
                 ignored[name] = whole, mean_loss(reader.model, texts)
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
-    card = combined_card(base, known | languages_of, record.card_text(), base_model)
+    card = combined_card(base, known | languages_of, record.card_text(), settings.base_model)
     write_combined(opened_base, [*before, *opened], rows, card, record, settings)
     return record
 
@@ -330,8 +324,8 @@ def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: b
     """Open an expert.
 
     Raises:
-        UserError: It is no model of the base's shape and tokenizer, or differs in more than the FFNs and
-            `ignore_others` is not set.
+        UserError: It is no model of the base's shape and tokenizer, its FFNs are the base's, or it differs in more
+            than the FFNs and `ignore_others` is not set.
     """
     ours, source = base.described, base.tensors
     tensors: HfReader | MegatronReader | AdapterReader
@@ -347,11 +341,17 @@ def open_expert(base: Base, folder: Path, languages: list[str], ignore_others: b
             check_weights(tensors, ours.family, ours.spec, list(pieces(ours.family.table, ours.spec)))
     if has_tokenizer(tokenizer := tokenizer_folder(folder)) or not is_adapter:
         check_same_tokenizer(ours.folder, tokenizer, tokenizer, ours.spec.megatron_args["vocab_size"], range(0))
+
+    # Training may have rounded it, whatever the dtype in which it was written again.
+    def is_base(before: Tensor, its: Tensor) -> bool:
+        return any(torch.equal(before.to(dtype).to(its.dtype), its) for dtype in (its.dtype, *_HALF))
+
+    if all(is_base(source.read(name), tensors.read(name)) for name in base.ffn):
+        raise UserError(f"{folder} has the FFNs of {ours.folder}, so nothing was learned; {_REMEDY}")
     changed: dict[str, float] = {}
     for name in base.others:
         its, before = tensors.read(name), source.read(name)
-        # Training may have rounded it, whatever the dtype in which it was written again.
-        if not any(torch.equal(before.to(dtype).to(its.dtype), its) for dtype in (its.dtype, *_HALF)):
+        if not is_base(before, its):
             size = before.float().norm() or its.float().norm()
             changed[name] = ((its.float() - before.float()).norm() / size).item()
     if changed and not ignore_others:

@@ -6,7 +6,7 @@ without one of them it is what it was before, bit for bit.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -163,9 +163,7 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
     dense = Base.open(base, output.verify)
     checksum, records = _checksum(dense), {}
     for folder in (kept, *packs):
-        if output.verify is not Verify.NONE:
-            checksums.verify_folder(folder, _DAMAGED)
-        record = records[folder] = Pack.read(folder)
+        record = records[folder] = read_pack(folder, output.verify)
         if record.base_sha256 != checksum:
             raise UserError(f"{folder} is of another base than {base}: its own is {record.base}, with other weights")
         if bool(record.languages) == (folder is kept):
@@ -174,17 +172,26 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
     languages = [language for folder in ordered for language in records[folder].languages]
     if twice := [language for language in languages if languages.count(language) > 1]:
         raise UserError(f"packs have {twice[0]} twice; pass one of them")
+    if both := {*languages} & {*records[kept].texts}:
+        raise UserError(f"{kept} has text to keep of {min(both)}, an expanded language; make it again without")
     experts = [Expert(folder, records[folder].languages, _ffns(dense, folder, output.verify)) for folder in ordered]
     num_layers, hidden = (dense.described.spec.megatron_args[name] for name in ("num_layers", "hidden_size"))
     rows: Rows = {}
-    for layer in range(num_layers):  # one layer's sums are in memory at a time
-        own, *others = (_sums(folder, layer, hidden) for folder in (kept, *ordered))
+    each = zip(*(read_sums(folder, num_layers, hidden) for folder in (kept, *ordered)), strict=True)
+    for layer, (own, *others) in enumerate(each):  # one layer's sums are in memory at a time
         rows[layer] = rows_of_sums(own, others, _SHARES[layer * len(_SHARES) // num_layers])
     of_packs = languages_by_name(experts)
     model = PackedModel((records[kept].base, checksum), [*records[kept].texts], of_packs)
     routers = f"### Routers\n\nFound in closed form, by sums of {', '.join(model.kept)}. Nothing was measured.\n\n"
     write_combined(dense, experts, rows, combined_card(base, of_packs, routers), model, output)
     return model
+
+
+def read_pack(folder: Path, verify: Verify = Verify.FULL) -> Pack:
+    """Read the record of a pack, or of kept sums; UserError if a file differs from its checksum."""
+    if verify is not Verify.NONE:
+        checksums.verify_folder(folder, _DAMAGED)
+    return Pack.read(folder)
 
 
 def _checksum(base: Base) -> str:
@@ -222,18 +229,24 @@ def _stored(inputs: Inputs) -> dict[str, Tensor]:
     return tensors
 
 
-def _sums(folder: Path, layer: int, hidden: int) -> Sums:
+def read_sums(folder: Path, num_layers: int | None = None, hidden: int | None = None) -> Iterator[Sums]:
+    """The sums of each layer, which must be those of a model of this size."""
     names, path = ("correlations", "diagonal", "mean"), folder / _SUMS_FILE
     try:
         with safe_open(path, framework="pt") as file:
-            lower, diagonal_H, mean_H = (file.get_tensor(f"{layer}.{name}").float() for name in names)
-        if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
-            raise ValueError(f"layer {layer} has sums of another hidden size")
-        if not (lower.abs().max() <= 1.01 and (mean_H**2 <= 2 * diagonal_H).all() and diagonal_H.isfinite().all()):
-            raise ValueError(f"layer {layer} has sums of no text")
+            if len(file.keys()) != len(names) * (num_layers := num_layers or len(file.keys()) // len(names)):
+                raise ValueError(f"it does not have the sums of {num_layers} layers")
+            for layer in range(num_layers):
+                lower, diagonal_H, mean_H = (file.get_tensor(f"{layer}.{name}").float() for name in names)
+                hidden = hidden or len(mean_H)
+                if (len(lower), len(diagonal_H), len(mean_H)) != (hidden * (hidden - 1) // 2, hidden, hidden):
+                    raise ValueError(f"layer {layer} has sums of another hidden size")
+                is_possible = lower.abs().max() <= 1.01 and (mean_H**2 <= 2 * diagonal_H).all()
+                if not (is_possible and diagonal_H.isfinite().all()):
+                    raise ValueError(f"layer {layer} has sums of no text")
+                scaled_HH = torch.eye(hidden)
+                scaled_HH[*torch.tril_indices(hidden, hidden, offset=-1)] = lower
+                scaled_HH = scaled_HH + scaled_HH.tril(-1).T
+                yield scaled_HH * (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt()), mean_H
     except Exception as error:  # safetensors raises errors of its own
         raise UserError(f"{path} cannot be read ({first_line(error)}); {_DAMAGED}") from error
-    scaled_HH = torch.eye(hidden)
-    scaled_HH[*torch.tril_indices(hidden, hidden, offset=-1)] = lower
-    scaled_HH = scaled_HH + scaled_HH.tril(-1).T
-    return scaled_HH * (diagonal_H.sqrt()[:, None] * diagonal_H.sqrt()), mean_H

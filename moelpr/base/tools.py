@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "pack make": Tool("checkpoint_convert.pack:make", "pack the FFNs of a model, for others with the same base"),
         "pack keep": Tool("checkpoint_convert.pack:keep", "sum up text to keep, once for a base"),
         "pack build": Tool("checkpoint_convert.pack:build", "make the model of a base and packs, without text"),
-        "pack show": Tool("checkpoint_convert.pack:show", "print what a pack is"),
+        "pack show": Tool("checkpoint_convert.pack:show", "check a pack, and print what it is"),
     },
     "Training": {
         "layouts": Tool("moelpr.plan.commands", "list the layouts that fit a cluster, with memory and speed"),

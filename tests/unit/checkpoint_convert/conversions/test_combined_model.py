@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from checkpoint_convert import combine as combiner
-from checkpoint_convert.common.settings import RoutingSettings
+from checkpoint_convert.common.settings import CombineSettings
 from checkpoint_convert.conversions.combined_model import AdapterReader, Expert, combine, languages_by_name
 from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
@@ -46,9 +46,11 @@ def greek(base: Path, tmp_path: Path) -> Path:
 
 def combined(base: Path, experts: dict[Path, list[str]], save: Path, **options) -> RoutedModel:
     expanded = {name: EXPANDED[name] for names in experts.values() for name in names}
-    ignore_others = options.pop("ignore_others", False)
-    settings = RoutingSettings(save=save, max_tokens=1000, device="cpu", **options)
-    return combine(base, experts, KEPT, expanded, settings, ignore_others=ignore_others)
+    return combine(base, experts, KEPT, expanded, settings(save, **options))
+
+
+def settings(save: Path, **options) -> CombineSettings:
+    return CombineSettings(save=save, max_tokens=1000, device="cpu", **options)
 
 
 def held_out(base: Path, texts: list[str]) -> torch.Tensor:
@@ -97,14 +99,18 @@ def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
     assert record.findings.texts["first"].all_original > 0.6 and record.findings.texts["el"].shares[1] > 0.8
 
 
-def test_the_base_combined_with_itself_is_the_base(base: Path, tmp_path: Path) -> None:
+def test_the_base_combined_with_itself_is_the_base_or_refused_if_it_learned_nothing(base: Path, tmp_path) -> None:
     """Also if training in bf16 rounded what it did not train, and wrote it in fp32 again."""
     itself = Path(shutil.copytree(base, tmp_path / "itself"))
     rounded = {name: one if ".mlp." in name else one.bfloat16().to(one) for name, one in tensors_of(base).items()}
     save_file(rounded, itself / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="has the FFNs of"):
+        combined(base, {itself: ["el"]}, tmp_path / "save")
+    assert not (tmp_path / "save").exists()
+    edit_tensors(itself, lambda tensors: tensors["model.layers.3.mlp.up_proj.weight"][0, 0].add_(1e-6))
     record = combined(base, {itself: ["el"]}, tmp_path / "save")
     assert_logits(stock_logits(tmp_path / "save"), base)
-    assert (record.findings.result.distance, record.findings.kept) == (pytest.approx(0, abs=1e-6), 1.0)
+    assert record.findings.result.distance == pytest.approx(0, abs=1e-6)
 
 
 def test_experts_of_two_languages_are_told_apart_and_one_expert_may_have_both(base, greek, tmp_path) -> None:
@@ -125,17 +131,17 @@ def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, gre
     """As many tokens as the dial says go where they went, so the model is the one before, bit for bit."""
     combined(base, {greek: ["el"]}, first := tmp_path / "first")
     hungarian = trained(base, tmp_path / "hungarian", EXPANDED["hu"])
-    settings = RoutingSettings(save=tmp_path / "both", max_tokens=1000, device="cpu")
+    both = settings(tmp_path / "both", onto=first)
     expanded, kept = {"hu": EXPANDED["hu"]}, KEPT | {"el": EXPANDED["el"]}
-    record = combine(base, {hungarian: ["hu"]}, kept, expanded, settings, onto=first)
+    record = combine(base, {hungarian: ["hu"]}, kept, expanded, both)
     assert (record.onto, record.experts) == ({"greek": ["el"]}, {"hungarian": ["hu"]}) and record.findings.kept > 0.7
     expert = Expert(hungarian, ["hu", "tr"], AdapterReader.__new__(AdapterReader))
     assert languages_by_name([expert], ["hungarian"]) == {"hungarian (hu, tr)": ["hu", "tr"]}
-    before, after = tensors_of(first), tensors_of(settings.save)
+    before, after = tensors_of(first), tensors_of(both.save)
     for name in before:
         same = after[name][:2] if name.endswith("mlp.gate.weight") else after[name]
         assert torch.equal(same, before[name]), name
-    models = load_stock(first), load_stock(settings.save)
+    models = load_stock(first), load_stock(both.save)
     choices: list[torch.Tensor] = []
     num_same = 0
     for layer in models[1].model.layers:
@@ -160,9 +166,7 @@ def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, gre
         {hungarian: ["fr"]},
         kept | {"hu": EXPANDED["hu"]},
         {"fr": documents("Z")},
-        third := RoutingSettings(save=tmp_path / "third", max_tokens=1000, device="cpu", max_distance=9.0),
-        onto=settings.save,
-        is_checked=False,
+        third := settings(tmp_path / "third", max_distance=9.0, onto=both.save, unchecked=True),
     )
     assert RoutedModel.read(third.save).onto == {"greek": ["el"], "hungarian": ["hu"]}
     edit_tensors(
@@ -174,7 +178,7 @@ def test_routes_of_a_combined_model_stay_when_an_expert_is_added(base: Path, gre
         (changed, kept, "another model.norm.weight"),
     ):
         with pytest.raises(UserError, match=message):
-            combine(base, {hungarian: ["hu"]}, texts, expanded, RoutingSettings(save=tmp_path / "x"), onto=model)
+            combine(base, {hungarian: ["hu"]}, texts, expanded, settings(tmp_path / "x", onto=model))
 
 
 def test_checkpoints_and_adapters_are_experts_too(base: Path, greek: Path, tmp_path: Path) -> None:
@@ -241,11 +245,11 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
         with pytest.raises(UserError, match=message) as caught:
             combined(base, {expert: ["el"]}, tmp_path / "save")
         assert "\n" not in str(caught.value) and not (tmp_path / "save").exists()
-    mixed, settings = KEPT | {"greek": documents("A", seed=1)}, RoutingSettings(save=tmp_path / "save", device="cpu")
+    mixed = KEPT | {"greek": documents("A", seed=1)}
     with pytest.raises(UserError, match="text to keep greek cannot be told"):
-        combine(base, {greek: ["el"]}, mixed, GREEK, settings)
+        combine(base, {greek: ["el"]}, mixed, GREEK, settings(tmp_path / "save"))
     assert not (tmp_path / "save").exists()
-    record = combine(base, {greek: ["el"]}, mixed, GREEK, settings, is_checked=False)
+    record = combine(base, {greek: ["el"]}, mixed, GREEK, settings(tmp_path / "save", unchecked=True))
     assert record.findings.texts["greek"].distance > record.findings.texts["first"].distance
 
 
@@ -280,7 +284,7 @@ def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None
         return calibration.Point(sum(costs), 2.1 + sum(parts) / 30)
 
     def score(point: calibration.Point) -> tuple[float, float]:
-        return calibration._score(ends, RoutingSettings(save=Path("save"), **dial), point)
+        return calibration._score(ends, settings(Path("save"), **dial), point)
 
     parts, point = calibration._search(measured, (2, 2, 2), score)
     assert point == measured(parts)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from checkpoint_convert import pack as packer
 from checkpoint_convert.card.upload import Upload
 from checkpoint_convert.common.settings import TextSettings
-from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, _sums, build_model, make_pack
+from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, build_model, make_pack, read_sums
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.calibration import Inputs
 from tests.support.experts import EXPANDED, KEPT, trained, with_tokenizer
@@ -101,8 +101,17 @@ def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Pa
     ):
         words = folder / "base", folder / "hu", pack, "--kept", folder / "kept", "--save", tmp_path / "out"
         assert message in refused(packer.build, *words) and not (tmp_path / "out").exists()
+    kept = Path(shutil.copytree(folder / "kept", tmp_path / "with-el"))
+    edit_json(kept / "pack.json", texts={"first": 9, "el": 9})
+    (kept / "checksums.json").unlink()
+    words = folder / "base", folder / "el", "--kept", kept, "--save", tmp_path / "out"
+    assert "text to keep of el" in refused(packer.build, *words) and not (tmp_path / "out").exists()
+    for pack, message in ((copies["cut"], "is truncated"), (copies["sums"], "layer 1 has sums of no text")):
+        assert message in refused(packer.show, pack)
+    capsys.readouterr()
     assert exit_code(packer.show, folder / "el") == 0
-    assert "license: mit" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "license: mit" in printed and "layers with sums: 4" in printed
 
 
 def test_a_pack_of_an_adapter_has_its_factors_and_builds_the_merged_model(folder: Path, tmp_path: Path) -> None:
@@ -135,9 +144,10 @@ def test_sums_survive_storage(tmp_path: Path) -> None:
     rows = torch.randn(500, 24) * torch.logspace(-3, 3, 24) + 0.1
     inputs.add(0, rows, 1 / 500)
     save_file(_stored(inputs), tmp_path / "sums.safetensors")
-    gram_HH, mean_H = _sums(tmp_path, 0, 24)
+    [(gram_HH, mean_H)] = read_sums(tmp_path, 1, 24)
     scale_H = inputs.gram[0].diagonal().sqrt()
     assert ((gram_HH - inputs.gram[0]).abs() <= 1e-3 * scale_H[:, None] * scale_H).all()
     assert torch.equal(mean_H, inputs.mean[0]) and torch.equal(gram_HH, gram_HH.T)
-    with pytest.raises(UserError, match="hidden size"):
-        _sums(tmp_path, 0, 25)
+    for num_layers, hidden, message in ((1, 25, "hidden size"), (2, 24, "sums of 2 layers")):
+        with pytest.raises(UserError, match=message):
+            [*read_sums(tmp_path, num_layers, hidden)]

@@ -106,9 +106,8 @@ class MegatronStep:
 
 def our_step(spec: ModelSpec, stage: Stage, batch: dict[str, Tensor]) -> MegatronStep:
     """The trainer's model in `stage` with the stage's default losses."""
-    balance, lpr = {"moe_aux_loss_coeff": _balance_coeff(spec)}, {"lpr_loss_coeff": LPR_COEFF}
-    settings = _SETTINGS | {"fuse_expert_gradients": True}
-    model = build_model(spec, **{"stage1": balance, "stage2": lpr}.get(stage, {}), **settings)
+    losses = {"stage1": {"moe_aux_loss_coeff": _balance_coeff(spec)}, "stage2": {"lpr_loss_coeff": LPR_COEFF}}
+    model = build_model(spec, **losses.get(stage, {}), **_SETTINGS, fuse_expert_gradients=True)
     freeze([model], stage)
     return MegatronStep(model, batch)
 
@@ -119,5 +118,4 @@ def plain_step(spec: ModelSpec, batch: dict[str, Tensor]) -> MegatronStep:
 
 
 def _balance_coeff(spec: ModelSpec) -> float:
-    assert spec.moe is not None
-    return megatron_balance_coeff(BALANCE_COEFF, spec.moe.topk, len(spec.moe.layers))
+    return megatron_balance_coeff(BALANCE_COEFF, spec.moe.topk, len(spec.moe.layers)) if spec.moe else 0.0

@@ -58,7 +58,7 @@ class RoutingSettings(RoutingFlags, TextSettings):
 
 
 class CombineSettings(RoutingSettings):
-    """what is combined"""
+    """combined model"""
 
     # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too
     onto: Source | None = None

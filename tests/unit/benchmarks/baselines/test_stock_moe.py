@@ -3,6 +3,7 @@ import torch
 
 from benchmarks.baselines import stock_moe
 from benchmarks.optimizer_steps import our_step, random_batch
+from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.model.families.new_experts import NewExperts
 from moelpr.model.layers.weights import load_weights
 from moelpr.model.model_spec import ModelSpec
@@ -36,3 +37,19 @@ def test_the_mask_keeps_the_original_expert(spec: ModelSpec) -> None:
     assert step() > step()
     moved = (experts.down_proj != before).flatten(1).any(dim=1)
     assert moved.tolist() == [False, True, True, True]
+
+
+def test_the_dense_stock_model_has_our_loss_and_trains_its_ffns_only(spec: ModelSpec, make_model, tmp_path) -> None:
+    dense = make_model("Qwen2ForCausalLM")
+    hf_to_mcore(dense, tmp_path / "megatron", None)
+    spec = ModelSpec.read(tmp_path / "megatron")
+    torch.manual_seed(3)
+    batch = random_batch(spec, 4)
+    ours, stock = our_step(spec, "ffn", batch), stock_moe.StockStep(spec, "ffn", batch)
+    load_weights([ours.model], [tmp_path / "megatron" / "release"])
+    stock.model.load_state_dict(load_stock(dense).state_dict())
+    before = [{name: its.clone() for name, its in model.named_parameters()} for model in (ours.model, stock.model)]
+    assert ours() == pytest.approx(stock(), rel=1e-5)
+    for model, old in zip((ours.model, stock.model), before, strict=True):
+        moved = {name for name, its in model.named_parameters() if not torch.equal(its, old[name])}
+        assert moved == {name for name in old if ".mlp." in name}

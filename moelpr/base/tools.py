@@ -69,12 +69,11 @@ GROUPS: dict[str, dict[str, Tool]] = {
         "evaluate harness": Tool("moelpr.measure.evaluate.commands:harness", "run benchmarks by lm-evaluation-harness"),
         "compare": Tool("moelpr.project.compare", "compare finished projects: what they have learned and lost"),
         "chat": Tool("moelpr.measure.chat.commands", "talk to an export on a local page, and see where tokens go"),
-        "report runs": Tool("moelpr.measure.report.commands:runs", "make the report of runs"),
-        "report live": Tool("moelpr.measure.report.commands:live", "follow a run"),
+        "report": Tool("moelpr.measure.report.commands", "make the report of runs"),
         "track": Tool("moelpr.train.track.commands", "send runs and results to W&B or MLflow"),
     },
 }
-DEFAULTS = {"evaluate": "evaluate text", "report": "report runs"}  # the second word may be left out
+DEFAULTS = {"evaluate": "evaluate text"}  # the second word may be left out
 TOOLS = {name: tool for group in GROUPS.values() for name, tool in group.items()}
 STAGES = {
     "stage0": "train only the rows of new tokens",

@@ -121,7 +121,7 @@ class RunLog:
             self._steps_before, self._first_time = iteration - 1, time.monotonic() - record[STEP_TIME_S]
             settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
             self._bar = tqdm(total=total, initial=self._steps_before, **settings)
-        shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.in_progress and record.get(m) is not None}
+        shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.label and record.get(m) is not None}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)

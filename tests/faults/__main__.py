@@ -101,7 +101,7 @@ def import_everything() -> None:
 _IMPORTED_LATER = """
 moelpr.train.train moelpr.model.layers.loading moelpr.measure.evaluate.compare moelpr.measure.evaluate.text_results
 moelpr.measure.evaluate.routing_results moelpr.project.comparison moelpr.measure.report.run_report
-moelpr.measure.report.live tests.faults.kinds pyarrow.parquet sentencepiece torch.utils.tensorboard
+tests.faults.kinds pyarrow.parquet sentencepiece torch.utils.tensorboard
 transformers.models.auto.modeling_auto transformers.models.qwen2.modeling_qwen2
 transformers.models.qwen2_moe.modeling_qwen2_moe transformers.models.qwen2.tokenization_qwen2
 """.split()

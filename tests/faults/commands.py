@@ -153,11 +153,10 @@ COMMANDS = {
         "project.yaml --data more=text/text.jsonl --output out/comparison",
         "project.yaml hf text export:project/hf",
     ),
-    "report": Command("report runs", "stage1 --output out/report", "stage1"),
+    "report": Command("report", "stage1 --output out/report", "stage1"),
     "scripts": Command("tests.faults.scripts", "project.yaml", "project.yaml"),
     "finished": Command("run", "finished.yaml --dry-run", "finished.yaml hf text finished:project"),
     "push": Command("model push", "export owner/name --dry-run", "export"),
-    "live": Command("report live", "stage1 --once", "stage1"),
     "plan": Command(
         "layouts",
         "--hf-path hf --num-new-experts 3 --gpus 8 --gpu-memory-gib 80 --seq-length 64",

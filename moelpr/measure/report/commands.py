@@ -1,12 +1,15 @@
-"""Reports of runs, while they train or afterwards."""
+"""Write report.html, report.md and report.json of one or several runs, running or finished.
+
+moelpr report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
+"""
 
 from pathlib import Path
 from typing import Annotated
 
-from moelpr.base.settings import POSITIONAL, File, Flags, Folder, metavar, number
+from moelpr.base.settings import POSITIONAL, File, Flags, Folder
 
 
-class Runs(Flags):
+class Settings(Flags):
     runs: Annotated[list[Path], POSITIONAL]  # run folder (--save of the trainer), in training's order
     evaluation: list[File] = []  # JSON files of `moelpr evaluate`: results, routing and benchmarks per language
     routers: File | None = None  # calibration.json of a model whose routers were found in closed form
@@ -15,19 +18,7 @@ class Runs(Flags):
     output: Folder | None = None  # folder to write to (default: the last RUN)
 
 
-class Live(Flags):
-    run: Annotated[Path, POSITIONAL]  # run folder (--save of the trainer)
-    interval: Annotated[float, number(float, above=0), metavar("SECONDS")] = 2.0  # refresh interval in seconds
-    once: bool = False  # show the current state and exit
-
-
-def runs(args: Runs) -> None:
-    """Write report.html, report.md and report.json of one or several runs, running or finished.
-
-        moelpr report runs/stage1 runs/stage2 --evaluation runs/evaluation/results.json
-
-    To follow a run: `moelpr report live RUN`.
-    """
+def main(args: Settings) -> None:
     # After the arguments: matplotlib is slow to import.
     from moelpr.measure.report.checks import read_facts, read_verifications
     from moelpr.measure.report.findings import Calibration
@@ -43,10 +34,3 @@ def runs(args: Runs) -> None:
         facts=read_facts(args.facts) if args.facts else {},
     )
     print(report.write(args.output or args.runs[-1]))
-
-
-def live(args: Live) -> None:
-    """Follow a run until it is finished. Ctrl-C leaves; the run continues."""
-    from moelpr.measure.report.live import show
-
-    show(args.run, args.interval, args.once)

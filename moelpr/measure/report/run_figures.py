@@ -51,7 +51,7 @@ def _charts_of(run: Run) -> Iterator[tuple[str, list[plots.Curve], bool, bool]]:
 
 def _curves_table(runs: Sequence[Run]) -> Table:
     """The curves in a few numbers, each the mean over an eighth of the run."""
-    columns = [metric for metric in METRICS if metric.in_progress]
+    columns = [metric for metric in METRICS if metric.label]
     rows = []
     for run in runs:
         steps = run.metrics.steps

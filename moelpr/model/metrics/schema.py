@@ -1,6 +1,6 @@
 """The table of metrics: all that is known of the numbers that each training step logs, one entry per metric.
 
-The trainer's log, TensorBoard, the live view, the report and the examples take keys, titles and places from here. To
+The trainer's log, TensorBoard, the report and the examples take keys, titles and places from here. To
 add a metric, add an entry, compute it in `moelpr/train/step_log.py`, and explain it in docs/method.md.
 """
 
@@ -23,12 +23,12 @@ class Metric(str):
     key: str  # equal to the metric
     name: str  # metrics of the same name share a chart
     unit: str = ""  # unless the name has it
-    label: str = ""  # a short name for the live view; "" if it does not show the metric
+    # a short name for the trainer's progress line and the report's table of curves; "" if they do not show the metric
+    label: str = ""
     group: str = ""  # group of languages whose tokens are measured; "" for all tokens
     axes: str = ""  # "" for one number per step, "L" for one per MoE layer, "LE" for one per MoE layer and expert
     tag: str = ""  # the TensorBoard tag, with a place for each axis; "" if it is Megatron's, or there is none
     in_chart: bool = True  # whether the report draws it
-    in_progress: bool = False  # whether the trainer's progress line and the report's table of curves show it
     tracked: str = ""  # its name in trackers, Megatron's if there is one; they get means over MoE layers; "": not there
     is_fraction: bool = False  # whether charts show it as a percentage
     is_noisy: bool = True  # whether charts show its running mean
@@ -44,15 +44,13 @@ class Metric(str):
 
 # Readers show metrics in this order.
 METRICS = (
-    LM_LOSS := Metric("lm_loss", "next-token loss", "nats per token", "loss", tracked="lm loss", in_progress=True),
+    LM_LOSS := Metric("lm_loss", "next-token loss", "nats per token", "loss", tracked="lm loss"),
     *(
-        Metric(f"lm_loss_{g}", "next-token loss", "nats per token", f"loss, {g}", group=g, tracked=f"lm loss {g}")
+        Metric(f"lm_loss_{g}", "next-token loss", "nats per token", group=g, tracked=f"lm loss {g}")
         for g in GROUP_NAMES
     ),
-    BALANCE_LOSS := Metric(
-        "balance_loss", "balance loss", label="balance", tracked="load_balancing_loss", in_progress=True
-    ),
-    LPR_LOSS := Metric("lpr_loss", "LPR loss", "nats", "LPR", tag="lpr loss", tracked="lpr loss", in_progress=True),
+    BALANCE_LOSS := Metric("balance_loss", "balance loss", label="balance", tracked="load_balancing_loss"),
+    LPR_LOSS := Metric("lpr_loss", "LPR loss", "nats", "LPR", tag="lpr loss", tracked="lpr loss"),
     *(
         Metric(
             f"{share}_{group}",
@@ -66,14 +64,10 @@ METRICS = (
         for share, title in ROUTING_SHARES.items()
         for group in GROUP_NAMES
     ),
-    GRAD_NORM := Metric("grad_norm", "gradient norm", label="grad norm", tracked="grad-norm"),
+    GRAD_NORM := Metric("grad_norm", "gradient norm", tracked="grad-norm"),
     LEARNING_RATE := Metric("learning_rate", "learning rate", tracked="learning-rate", is_noisy=False),
-    TOKENS_PER_S := Metric(
-        "tokens_per_s", "tokens per second", label="tokens/s", tracked="tokens_per_s", in_progress=True
-    ),
-    PEAK_MEMORY_GIB := Metric(
-        "peak_memory_gib", "memory", "GiB", "memory, GiB", tracked="peak_memory_gib", in_chart=False
-    ),
+    TOKENS_PER_S := Metric("tokens_per_s", "tokens per second", label="tokens/s", tracked="tokens_per_s"),
+    PEAK_MEMORY_GIB := Metric("peak_memory_gib", "memory", "GiB", tracked="peak_memory_gib", in_chart=False),
     STEP_TIME_S := Metric("step_time_s", "time of a step", "s", in_chart=False),
     *(
         Metric(f"forward_time_s_{of}", "ranks' forward passes", "s", tracked=f"forward_time_s_{of}", in_chart=False)

@@ -10,27 +10,19 @@ def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatc
     facts = tmp_path / "facts.yaml"
     facts.write_text("Demo: {experts: 4}")
     moelpr("report", *runs)
-    moelpr("report", "runs", *runs, "--facts", facts, "--output", tmp_path / "new")
+    moelpr("report", *runs, "--facts", facts, "--output", tmp_path / "new")
     assert capsys.readouterr().out.split() == [str(runs[1] / "report.html"), str(tmp_path / "new/report.html")]
     for folder in (runs[1], tmp_path / "new"):
         assert {path.name for path in folder.glob("report.*")} == {"report.html", "report.md", "report.json"}
     assert "experts" in (tmp_path / "new/report.md").read_text()
 
 
-def test_live_shows_the_current_state_once(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("COLUMNS", "200")  # the folder's name has any length
-    moelpr("report", "live", make_run(tmp_path / "run", "stage1", 5), "--once")
-    assert "5 of 5 (100%)" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("live", ".", "--interval", "0"), "--interval"),
         (("nowhere",), "nowhere"),
         ((), "RUN"),
         ((".",), "moelpr report stage1 stage2`"),
-        (("live", "."), "moelpr report stage1 stage2`"),
     ],
 )
 def test_bad_argument_is_named_and_a_folder_of_runs_answered_with_a_command(

@@ -22,8 +22,6 @@ class _InitializationFlags(Flags):
 
     new_experts: Literal["copied", "random"] = "copied"  # copies of the FFN (in an MoE: of expert 0), or an ablation
     expert_noise: float = 0.0  # add noise to each copy, as a fraction of the standard deviation of its weights
-    # reinitialize this fraction of each copy's FFN dimensions, 0 to 1: Drop-Upcycling
-    reinitialise: Annotated[float, {"names": ["--reinitialise", "--reinitialize"]}] = 0.0
     seed: int = 1234  # random seed
     ffns_of: Folder | None = None  # Hugging Face directory of a dense model, whose FFNs are copied instead
 
@@ -48,7 +46,7 @@ def main(args: Settings) -> None:
     from moelpr.model.families.families import read_base
 
     ffns_of = str(args.ffns_of) if args.ffns_of else None
-    start = Start(args.new_experts, args.expert_noise, args.reinitialise, args.seed, ffns_of)
+    start = Start(args.new_experts, args.expert_noise, args.seed, ffns_of)
     layers = args.moe_layers, args.moe_every_k_layers
     if args.dense and (layers != (None, None) or args.topk or args.original_copies or start != Start(seed=args.seed)):
         raise UserError(

@@ -26,10 +26,6 @@ class Start:
     # `initializer_range` of the model, an ablation of the paper
     new_experts: Literal["copied", "random"] = "copied"
     noise: float = 0.0  # standard deviation of the noise added to a copy, as a fraction of the copied tensor's own
-    # fraction of a copy's FFN dimensions to reinitialize (Drop-Upcycling, arXiv 2502.19261): gate and up rows and down
-    # columns of the same random dimensions are sampled from a normal distribution with the mean and standard deviation
-    # of the entries they replace
-    reinitialise: float = 0.0
     seed: int = 1234  # random seed. Each tensor has its own random stream, which depends on no other tensor
     # folder of a dense model whose FFNs new experts copy; None for those of the model itself
     ffns_of: str | None = None
@@ -37,10 +33,8 @@ class Start:
     def check(self) -> None:
         if not 0 <= self.noise < float("inf"):
             raise UserError(f"--expert-noise must be at least 0 and finite, got {self.noise}")
-        if not 0 <= self.reinitialise <= 1:
-            raise UserError(f"--reinitialise must be between 0 and 1, got {self.reinitialise}")
-        if self.new_experts == "random" and (self.noise or self.reinitialise):
-            raise UserError("--new-experts random makes no copies; remove --expert-noise and --reinitialise")
+        if self.new_experts == "random" and self.noise:
+            raise UserError("--new-experts random makes no copies; remove --expert-noise")
 
 
 def starting_tensors(
@@ -72,7 +66,7 @@ def starting_tensors(
                 tensor = cast(piece.transform.to_megatron(parts, sizes_of(spec)), dtype, piece.key)
                 del parts
                 was_read = reader, piece.origin
-            yield _changed(tensor, piece, spec, start) if is_new else tensor
+            yield _with_noise(tensor, piece, start) if is_new and start.noise else tensor
 
 
 def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tensor:
@@ -90,33 +84,14 @@ def _router(source: HfReader, piece: Piece, spec: ModelSpec, seed: int) -> Tenso
     return torch.cat([rows, rows[:1] + 0.01 * fresh[spec.moe.num_original_places :]])
 
 
-def _changed(tensor: Tensor, piece: Piece, spec: ModelSpec, start: Start) -> Tensor:
-    if start.noise == 0 and start.reinitialise == 0:
-        return tensor
-    changed = tensor.to(torch.float32, copy=True)
-    stream = _stream(start.seed, piece)
-    if start.noise:
-        deviation = start.noise * changed.std().item()
-        for rows in changed.split(1024):  # bounds the memory of the noise
-            rows.add_(torch.randn(rows.shape, generator=stream), alpha=deviation)
-    if start.reinitialise:
-        # Gate, up and down of one layer and expert share their dropped dimensions.
-        layer, ffn = piece.key.partition(".mlp.")[0], spec.megatron_args["ffn_hidden_size"]
-        order = torch.randperm(ffn, generator=_generator(f"{start.seed} {layer} {piece.expert} dropped"))
-        dropped = order[: round(start.reinitialise * ffn)]
-        parts = piece.transform.to_hf(changed, sizes_of(spec))
-        # Gate and up, or down: views with one row per dimension.
-        for matrix in parts if len(parts) == 2 else [parts[0].T]:
-            entries = matrix[dropped]
-            fresh = torch.randn(entries.shape, generator=stream)
-            matrix[dropped] = entries.mean() + entries.std() * fresh
+def _with_noise(tensor: Tensor, piece: Piece, start: Start) -> Tensor:
+    changed, stream = tensor.to(torch.float32, copy=True), _stream(start.seed, piece)
+    deviation = start.noise * changed.std().item()
+    for rows in changed.split(1024):  # bounds the memory of the noise
+        rows.add_(torch.randn(rows.shape, generator=stream), alpha=deviation)
     return changed.to(tensor.dtype)
 
 
 def _stream(seed: int, piece: Piece) -> torch.Generator:
-    return _generator(f"{seed} {piece.key} {piece.expert or 0}")
-
-
-def _generator(name: str) -> torch.Generator:
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(f"{seed} {piece.key} {piece.expert or 0}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -119,7 +119,6 @@ def test_unrecorded_details_are_omitted(runs: Path) -> None:
         (Start(seed=7), "New experts started as copies (seed 7)."),
         (Start("random"), "New experts started at random (seed 1234)."),
         (Start(noise=0.1), "with noise of 0.1 times the weights' standard deviation (seed"),
-        (Start(reinitialise=0.5), "started as copies, 50% of their FFN dimensions reinitialized (seed"),
     ],
 )
 def test_the_card_describes_how_new_experts_started(runs: Path, start: Start, sentence: str) -> None:

@@ -1,4 +1,4 @@
-"""How a model is upcycled: copies, noise, reinitialization, random experts, and another round on an MoE."""
+"""How a model is upcycled: copies, noise, random experts, and another round on an MoE."""
 
 import json
 import shutil
@@ -45,13 +45,9 @@ def expert(model: MegatronReader, number: int) -> dict[str, Tensor]:
     return {"gate": gate, "up": up, "down": down.T}
 
 
-def changed_rows(before: Tensor, after: Tensor) -> set[int]:
-    return set((before != after).any(dim=1).nonzero().flatten().tolist())
-
-
 def test_nothing_but_new_experts_is_changed(qwen2: Path, tmp_path: Path) -> None:
     copied = upcycled(qwen2, tmp_path / "copied", Start())
-    starts = {"noise": Start(noise=0.1), "drop": Start(reinitialise=0.5), "random": Start("random")}
+    starts = {"noise": Start(noise=0.1), "random": Start("random")}
     for name, start in (starts | {"seed": Start(seed=7)}).items():
         other = upcycled(qwen2, tmp_path / name, start)
         for piece in copied.pieces:
@@ -87,31 +83,11 @@ def test_noise_is_a_fraction_of_the_weights_standard_deviation(qwen2: Path, tmp_
     assert not torch.equal(noises[0]["up"], noises[1]["up"])
 
 
-def test_gate_up_and_down_reinitialize_the_same_fraction_of_dimensions(qwen2: Path, tmp_path: Path) -> None:
-    model = upcycled(qwen2, tmp_path / "out", Start(reinitialise=0.5))
-    original = expert(model, 0)
-    dropped = []
-    for j in (1, 2, 3):
-        new = expert(model, j)
-        rows = {name: changed_rows(original[name], new[name]) for name in original}
-        assert rows["gate"] == rows["up"] == rows["down"]
-        assert len(rows["gate"]) == 24  # half of 48
-        dropped.append(rows["gate"])
-        for name in original:
-            index = sorted(rows[name])
-            before, after = original[name][index], new[name][index]
-            deviation = before.std().item()
-            assert after.std().item() == pytest.approx(deviation, rel=0.15)
-            assert after.mean().item() == pytest.approx(before.mean().item(), abs=4 * deviation / before.numel() ** 0.5)
-    assert dropped[0] != dropped[1] != dropped[2]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"start": Start(noise=-0.1)}, "--expert-noise .*-0.1"),
         ({"start": Start(noise=float("nan"))}, "--expert-noise .*nan"),
-        ({"start": Start(reinitialise=1.5)}, "--reinitialise .*0 and 1.* 1.5"),
         ({"start": Start("random", noise=0.1)}, "--new-experts random.*--expert-noise"),
         ({"experts": NewExperts(4, topk=6)}, "top-6 .* 5"),
         ({"experts": NewExperts(4, moe_layers=[1, 4])}, "layer 4.* 0 to 3"),

@@ -11,7 +11,6 @@ import textwrap
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
@@ -22,8 +21,6 @@ from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Manifest
 from moelpr.data.tokenizers.base import Tokenizer
 from moelpr.data.tokenizers.loading import load_tokenizer
-
-_BAR = 40  # characters of the histogram's longest bar
 
 
 class Settings(Flags):
@@ -88,23 +85,10 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
         }
         if len(lengths)
         else {},
-        "length_histogram": length_histogram(lengths),
         "manifest": manifest and manifest.as_json(),
         "verified": ["sizes", "offsets", "token count", "checksum of the .lang"]
         + (["checksums of all files", "counts per language"] if manifest else []),
     }
-
-
-def length_histogram(lengths: NDArray[np.int64]) -> list[dict[str, int]]:
-    """Return the number of documents and their tokens by length, in powers of two; empty documents are omitted."""
-    lengths = lengths[lengths > 0]
-    exponents = np.frexp(lengths.astype(np.float64))[1] - 1  # exact, unlike a logarithm
-    documents = np.bincount(exponents)
-    tokens = np.bincount(exponents, weights=lengths).astype(np.int64)
-    return [
-        {"from": 1 << power, "to": (2 << power) - 1, "documents": int(documents[power]), "tokens": int(tokens[power])}
-        for power in range(exponents.min(initial=len(documents)), len(documents))
-    ]
 
 
 def show_document(corpus: Corpus, index: int, tokenizer: Tokenizer | None, characters: int) -> dict[str, Any]:
@@ -161,14 +145,6 @@ def print_summary(summary: dict[str, Any]) -> None:
         print("\n  tokens per document")
         for name, value in summary["tokens_per_document"].items():
             print(f"    {'95th percentile' if name == 'percentile_95' else name:<18}{value:>15,.0f}")
-    if summary["length_histogram"]:
-        most = max(part["documents"] for part in summary["length_histogram"])
-        rows = []
-        for part in summary["length_histogram"]:
-            bar = "█" * -(-_BAR * part["documents"] // most)  # rounded up, so that nothing is invisible
-            span = f"  {part['from']:,} to {part['to']:,}"
-            rows.append([span, f"{part['documents']:,}", f"{part['tokens']:,}", bar])
-        print(f"\n{table_text(['tokens', 'documents', 'tokens', ''], rows, (0, 3), indent='  ')}")
 
 
 def print_document(document: dict[str, Any], number: int, num_documents: int) -> None:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
 
@@ -41,16 +40,6 @@ def test_summary_shows_counts_text_and_bits(prefix: Path, flags: list[str], caps
     assert "3 1 empty" in " ".join(out.split()) and "  no manifest: " in out
 
 
-def test_documents_are_counted_by_powers_of_two() -> None:
-    histogram = inspect_data.length_histogram(np.array([0, 2, 3, 4, 16, 31, 31, 2**40 - 1, 2**40]))
-    assert [(part["from"], part["to"]) for part in histogram[:3]] == [(2, 3), (4, 7), (8, 15)]
-    assert [part["documents"] for part in histogram[:4]] == [2, 1, 0, 3]
-    assert [part["tokens"] for part in histogram[:4]] == [5, 4, 0, 78]
-    assert [part["documents"] for part in histogram[-2:]] == [1, 1]
-    assert histogram[-1] == {"from": 2**40, "to": 2**41 - 1, "documents": 1, "tokens": 2**40}
-    assert inspect_data.length_histogram(np.array([0, 0])) == []
-
-
 def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixture) -> None:
     prefix = make_corpus("c", [("en", [1, 2, 3]), ("el", [4, 5]), ("hu", []), ("el", [6] * 9), ("en", [7])])
     call(inspect_data.main, [str(prefix), "--json", "--documents", "2"])
@@ -58,9 +47,6 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
     manifest = actual.pop("manifest")
     assert manifest["languages"]["el"] == {"bit": "expanded", "documents": 2, "tokens": 11, "bytes": 44}
     assert actual.pop("files") == {"bin": 30, "idx": 34 + 4 * 12 + 6 * 8, "lang": 66}
-    columns = ("from", "to", "documents", "tokens")
-    rows = ((1, 1, 1, 1), (2, 3, 2, 5), (4, 7, 0, 0), (8, 15, 1, 9))
-    assert actual.pop("length_histogram") == [dict(zip(columns, row, strict=True)) for row in rows]
     assert [*actual.pop("tokens_per_document").values()] == [0, 2.0, 3.0, pytest.approx(7.8), 9]
     assert actual.pop("verified")[-2:] == ["checksums of all files", "counts per language"]
     assert actual.pop("shown") == [
@@ -75,7 +61,6 @@ def test_json_and_text_agree(make_corpus: Callable, capsys: pytest.CaptureFixtur
     assert ["made", "with", "HuggingFaceTokenizer", "hf,", "ended", "by", "token", "0,", "from", "1", "source"] in lines
     assert ["en", "original", "2", "4", "26.7%", "4.00"] in lines
     assert ["hu", "expanded", "1", "0", "0.0%", "–"] in lines
-    assert ["2", "to", "3", "2", "5", 40 * "█"] in lines
 
 
 def test_runs_inside_a_document_are_shown_apart(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

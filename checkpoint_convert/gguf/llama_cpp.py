@@ -1,15 +1,11 @@
-"""llama.cpp's converter, quantizer and importance matrix: from the extra `gguf`, or programs on PATH."""
+"""llama.cpp's converter and quantizer, of the extra `gguf`."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from itertools import takewhile, zip_longest
+from itertools import takewhile
 from pathlib import Path
-
-import torch
 
 from moelpr.base.errors import UserError
 from moelpr.base.versions import install_command
@@ -17,7 +13,6 @@ from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.measure.evaluate.llama_cpp import Gguf, library
 from moelpr.model.families.hf_config import read_config
 
-IMATRIX_BYTES = 200_000  # all languages together: about 100 windows of 512 tokens
 # Runs the converter; a name as the first word is that of the pre-tokenizer, which it then does not look up.
 _CONVERTER = """
 import sys, convert_hf_to_gguf, conversion.base
@@ -94,47 +89,10 @@ def _pre_tokenizer(folder: Path) -> str:
     return " + ".join(str(step.get("type")) for step in steps)
 
 
-def write_imatrix(gguf: Path, texts: Mapping[str, list[str]], output: Path) -> None:
-    """Write the importance of weights as llama-imatrix measures it on text with equal shares of the languages.
-
-    Args:
-        texts: Language -> documents.
-    """
-    program = shutil.which("llama-imatrix")
-    if program is None or shutil.which("llama-quantize") is None:
-        raise UserError(
-            "--imatrix needs the programs llama-imatrix and llama-quantize on PATH; install llama.cpp (conda-forge and "
-            "Homebrew have it), or remove --imatrix"
-        )
-    text = output.with_suffix(".txt")
-    left = [IMATRIX_BYTES // len(texts)] * len(texts)  # bytes of each language
-    with open(text, "w", encoding="utf-8") as file:
-        for documents in zip_longest(*texts.values()):
-            for number, document in enumerate(documents):
-                if document is not None and left[number] > 0:
-                    part = document.encode()[: left[number]].decode(errors="ignore")
-                    left[number] -= max(1, len(part.encode()))
-                    file.write(part + "\n\n")
-    threads = str(torch.get_num_threads())
-    _run([program, "-m", str(gguf), "-f", str(text), "-o", str(output), "-t", threads, "--no-ppl"])
-    text.unlink()
-
-
-def quantize(gguf: Path, output: Path, kind: str, imatrix: Path | None = None) -> None:
-    """Write a GGUF file in fewer bits, by llama-quantize on PATH or else by the library that it is made of."""
-    if program := shutil.which("llama-quantize"):
-        weights = ["--imatrix", str(imatrix)] if imatrix else []
-        _run([program, *weights, str(gguf), str(output), kind])
-        return
+def quantize(gguf: Path, output: Path, kind: str) -> None:
+    """Write a GGUF file in fewer bits."""
     c = library()
     params = c.ffi.new("llama_model_quantize_params *", c.lib.llama_model_quantize_default_params())
     params.ftype = getattr(c.lib, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if c.lib.llama_model_quantize(str(gguf).encode(), str(output).encode(), params) != 0:
         raise UserError(f"llama.cpp cannot write {gguf} as {kind}; choose another --quantize")
-
-
-def _run(words: list[str]) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{Path(words[0]).name} failed ({last})")

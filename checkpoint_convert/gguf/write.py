@@ -1,6 +1,6 @@
 """Write an export as GGUF files, with Ollama's Modelfile."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_convert.card.readers import READERS
@@ -25,7 +25,6 @@ def write_gguf(
     save: Path,
     quantized: Sequence[str] = (),
     with_modelfile: bool = False,
-    imatrix: Mapping[str, list[str]] | None = None,
     pre_tokenizer: str | None = None,
     overwrite: bool = False,
     verify: Verify = Verify.FULL,
@@ -34,7 +33,6 @@ def write_gguf(
 
     Args:
         quantized: Types of llama.cpp, of `llama_cpp.TYPES`.
-        imatrix: Language -> documents on which the importance of weights is measured; None to round all alike.
 
     Returns:
         A line for each file, and one about Ollama's template.
@@ -53,13 +51,10 @@ def write_gguf(
     with atomic_directory(save) as partial:
         whole = partial / f"{name}.gguf"
         note = llama_cpp.convert(folder, whole, pre_tokenizer)
-        weights = partial / "imatrix.gguf" if imatrix else None
-        if imatrix and weights:
-            llama_cpp.write_imatrix(whole, imatrix, weights)
         files = [whole]
         for kind in quantized:
             files.append(partial / f"{name}-{kind}.gguf")
-            llama_cpp.quantize(whole, files[-1], kind, weights)
+            llama_cpp.quantize(whole, files[-1], kind)
         lines = [f"{save / file.name}: {format_bytes(file.stat().st_size)}" for file in files]
         lines += [note] if note else []
         copy_card(folder, CARD_FILE, partial / CARD_FILE)

@@ -4,22 +4,19 @@
 
 A dense model is exported as its own class, an upcycled one as the stock MoE class of its family or as another that can
 hold it (--as): docs/serving.md lists which programs run which class.
-Weights stream from the checkpoint to safetensors, one tensor at a time. With --gguf, DIR-gguf gets the same model for
-llama.cpp, Ollama and LM Studio; moelpr model gguf does that for an export that exists.
+Weights stream from the checkpoint to safetensors, one tensor at a time.
 """
 
 from typing import Annotated
 
 from checkpoint_convert.common.settings import DtypeFlags
-from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
-from moelpr.base.errors import UserError
 from moelpr.base.quantities import Bytes
 from moelpr.base.settings import Folder, Source, choices, run_script
 from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
-class Settings(DtypeFlags, GgufFlags):
+class Settings(DtypeFlags):
     load: Source  # checkpoint folder of a converter or the trainer
     iteration: int | None = None  # saved step to read (default: the latest)
     # size, e.g. 500MB (default: 5GB)
@@ -29,12 +26,9 @@ class Settings(DtypeFlags, GgufFlags):
     as_class: Annotated[str | None, choices(MOE_CLASSES), {"names": ["--as"]}] = None
     chat_template_from: Folder | None = None  # chat model whose template and settings the export gets (docs/chat.md)
     multimodal_base: Folder | None = None  # multimodal base (Qwen3.5), whose vision tower the export gets
-    gguf: bool = False  # also write a GGUF file, to the folder DIR-gguf
 
 
 def main(args: Settings) -> None:
-    if (args.quantize or args.ollama) and not args.gguf:
-        raise UserError("--quantize and --ollama are about the GGUF file; add --gguf")
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.as_class
@@ -44,11 +38,6 @@ def main(args: Settings) -> None:
     experts = "dense" if moe is None else f"{moe.num_experts} experts, top-{moe.topk}"
     print(f"{args.save}: {facts.architecture}, {experts}, {facts.dtype}")
     print(facts.readers)
-    if args.gguf:
-        from checkpoint_convert.gguf.write import write_gguf
-
-        files = args.quantize, args.ollama
-        print(*write_gguf(args.save, gguf_folder(args.save), *files, overwrite=args.overwrite), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ llama.cpp's own converter and quantizer write it (extra `gguf`). Before, the exp
 computes, and after, its tokenizer against the export's.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from checkpoint_convert.gguf import GgufFlags, gguf_folder
 from moelpr.base.checksums import Verify, VerifyFlag
-from moelpr.base.settings import POSITIONAL, Folder, Source, metavar, run_script
+from moelpr.base.settings import POSITIONAL, Flags, Folder, Source, metavar, run_script
+
+Type = Literal["Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"]
 
 
-class Settings(GgufFlags):
+class Settings(Flags):
     export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
+    quantize: list[Type] = []  # also write the file in fewer bits
+    ollama: bool = False  # also write Ollama's Modelfile, with the chat template and its stops
     save: Folder | None = None  # folder to write (default: EXPORT-gguf)
     pre_tokenizer: str | None = None  # llama.cpp's pre-tokenizer, if its converter knows none, e.g. qwen2
     overwrite: bool = False  # replace existing GGUF files at --save
@@ -24,8 +27,9 @@ class Settings(GgufFlags):
 def main(args: Settings) -> None:
     from checkpoint_convert.gguf.write import write_gguf
 
+    save = args.save or args.export.with_name(f"{args.export.name}-gguf")
     settings = args.quantize, args.ollama, args.pre_tokenizer, args.overwrite, args.verify
-    print(*write_gguf(args.export, args.save or gguf_folder(args.export), *settings), sep="\n")
+    print(*write_gguf(args.export, save, *settings), sep="\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def write_gguf(
     """Write SAVE/NAME.gguf, and SAVE/NAME-TYPE.gguf for each of `quantized`; NAME is that of the export's folder.
 
     Args:
-        quantized: Types of llama.cpp, of `llama_cpp.TYPES`.
+        quantized: Types of llama.cpp, such as Q4_K_M.
 
     Returns:
         A line for each file, and one about Ollama's template.

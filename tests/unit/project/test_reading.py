@@ -145,7 +145,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"method": "second-ffn", "experts": None, "replay": {"epochs": 2}}, "replay .* method: second-ffn"),
         ({"method": "review", "experts": {"topk": 1}}, "method: review has no experts.topk: 1"),
         (CORPORA | {"method": "auto", "experts": None, "corpora": {"stage1": "a"}}, "corpora.stage2 is missing"),
-        (DENSE | {"method": "lora", "steps": {"export": {"gguf": True}}}, r"line \d+: steps.export .* method: lora"),
+        (DENSE | {"method": "lora", "steps": {"export": {"iteration": 1}}}, r"line \d+: steps.export .* method: lora"),
     ],
 )
 def test_wrong_content_is_named_with_its_line(write: Write, changes: dict, message: str) -> None:

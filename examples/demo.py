@@ -30,8 +30,6 @@ from examples.demo_tasks import (
 from examples.languages import GROUPS, LANGUAGES, held_out_files
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
-from moelpr.base.files import write_text
-from moelpr.base.yaml_files import dump
 from moelpr.measure.report.page import Table, terminal_table
 from moelpr.project.file import ProjectFile, parse_project
 from moelpr.project.resolved import ResolvedProject
@@ -62,7 +60,7 @@ def main() -> None:
     if args.overwrite:
         shutil.rmtree(args.run, ignore_errors=True)
     run = args.run
-    *measured, report = [
+    tasks = [
         *data(run, args.cache),
         *base(run),
         *two_stages(run, args.seed),
@@ -70,10 +68,7 @@ def main() -> None:
         evaluate(run, "routing", {model: MODELS[model] for model in ("stage1", "stage2")}),
         report_task(run),
     ]
-    demo = Workflow(run, [*measured, report])
-    demo.run(measured)
-    write_facts(demo)
-    demo.run([report])
+    Workflow(run, tasks).run()
     print_report(run)
 
 
@@ -148,31 +143,13 @@ def project_file(run: Path, seed: int) -> ProjectFile:
 
 def report_task(run: Path) -> Task:
     """The report of everything."""
-    facts = run / "facts.yaml"
     words: Words = ["moelpr", "report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
     words += ["--verification", *(run / "logs" / f"{check}.log" for check in CHECKS)]
-    words += ["--facts", facts, "--output", run]
+    words += ["--output", run]
     made_from = (*MODELS.values(), "evaluate", "evaluate-routing", *CHECKS)
     is_complete = (run / "report.html").is_file
-    return Task(name="report", command=words, made_from=made_from, files=(facts,), is_complete=is_complete)
-
-
-def write_facts(demo: Workflow) -> None:
-    """Write what the report says about this run beyond its measurements."""
-    facts = {
-        "Demo": {
-            "base model": f"Qwen2 {BASE_SHAPE}",
-            "vocabulary": VOCABULARY,
-            "data of the base": ", ".join(f"{parts} parts {group}" for group, parts in BASE_BLEND.items()),
-            "data of stage 2": "2 parts original, 5 parts expanded",
-            "experts": f"{NUM_NEW_EXPERTS} new and {COPIES} copies of the original, top-{TOPK}",
-            "evaluation": "windows of 128 tokens, 32 of them context, all held-out documents",
-        },
-        # The report must not depend on itself.
-        "Wall time in seconds": {name: wall_s for name, wall_s in demo.wall_times_s().items() if name != "report"},
-    }
-    write_text(demo.folder / "facts.yaml", dump(facts))
+    return Task(name="report", command=words, made_from=made_from, is_complete=is_complete)
 
 
 def print_report(run: Path) -> None:

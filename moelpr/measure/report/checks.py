@@ -1,4 +1,4 @@
-"""Results of moelpr model verify and facts, which a report adds to runs."""
+"""Results of moelpr model verify, which a report adds to runs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -7,7 +7,6 @@ from typing import Any, Required, TypedDict
 from moelpr.base import records
 from moelpr.base.errors import UserError
 from moelpr.base.records import FOREIGN
-from moelpr.base.yaml_files import read_mapping
 
 
 class Verification(TypedDict, total=False):
@@ -36,14 +35,6 @@ def read_verifications(paths: Iterable[Path]) -> dict[str, Verification]:
         lines = [line for line in records.content(path, remedy).splitlines() if line.startswith(b"{")]
         checks[path.stem] = records.parse(Verification, lines[-1] if lines else b"", str(path), remedy)
     return checks
-
-
-def read_facts(path: Path) -> dict[str, dict[str, str]]:
-    """Title -> name -> value as text; a UserError if the file is not such a mapping."""
-    content = read_mapping(path, "facts")
-    if not all(isinstance(facts, dict) for facts in content.values()):
-        raise UserError(f"--facts {path} must be a mapping of title to {{name: value}}; see docs/report.md")
-    return {str(title): {str(name): str(value) for name, value in facts.items()} for title, facts in content.items()}
 
 
 def check_result(check: Mapping[str, Any]) -> str:

@@ -14,13 +14,12 @@ class Settings(Flags):
     evaluation: list[File] = []  # JSON files of `moelpr evaluate`: results, routing and benchmarks per language
     routers: File | None = None  # calibration.json of a model whose routers were found in closed form
     verification: list[File] = []  # outputs of `moelpr model verify --json`
-    facts: File | None = None  # facts to add: YAML or JSON mapping of title to {name: value}
     output: Folder | None = None  # folder to write to (default: the last RUN)
 
 
 def main(args: Settings) -> None:
     # After the arguments: matplotlib is slow to import.
-    from moelpr.measure.report.checks import read_facts, read_verifications
+    from moelpr.measure.report.checks import read_verifications
     from moelpr.measure.report.findings import Calibration
     from moelpr.measure.report.language_results import read_evaluations
     from moelpr.measure.report.run_report import Report
@@ -31,6 +30,5 @@ def main(args: Settings) -> None:
         evaluation=read_evaluations(args.evaluation),
         checks=read_verifications(args.verification),
         routers=Calibration.read(args.routers) if args.routers else None,
-        facts=read_facts(args.facts) if args.facts else {},
     )
     print(report.write(args.output or args.runs[-1]))

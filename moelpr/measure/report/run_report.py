@@ -39,7 +39,6 @@ class Report:
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
     checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr model verify
-    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # title -> name -> value, after the settings
     routers: Calibration | None = None  # routers in closed form
 
     def write(self, folder: Path) -> Path:
@@ -65,7 +64,7 @@ def _sections(report: Report, held_out: LanguageResults) -> list[Section]:
         Section("Curves", curve_figures(runs)),
         Section("Continuations", continuation_samples(evaluation.continuations, evaluation.wrong_language, _SAMPLE)),
         Section("Cost", [_cost_table(runs)]),
-        Section("Settings", [*_settings(report)]),
+        Section("Settings", [*_settings(runs)]),
         Section("How to repeat it", [*_commands(runs)]),
     ]
 
@@ -216,9 +215,9 @@ def _cost_table(runs: Sequence[Run]) -> Table:
     return Table(["run", "tokens", "training time", "tokens/s", "memory per rank", "ranks"], rows, note)
 
 
-def _settings(report: Report) -> Iterator[Block]:
-    facts = {title: {name: str(value) for name, value in values.items()} for title, values in report.facts.items()}
-    for run in report.runs:
+def _settings(runs: Sequence[Run]) -> Iterator[Block]:
+    facts: dict[str, dict[str, str]] = {}
+    for run in runs:
         values = {name: run.settings.get(name) for name in _SETTINGS}
         values["versions"] = [f"{name} {version}" for name, version in run.versions.items()]
         facts[run.name] = {
@@ -227,7 +226,7 @@ def _settings(report: Report) -> Iterator[Block]:
             if value is not None and value != []
         }
     yield page.Facts(facts)
-    for run in report.runs:
+    for run in runs:
         if run.settings:
             text = "\n".join(f"{name}: {value}" for name, value in run.settings.items() if value is not None)
             yield page.Code(text, f"Every setting of {run.name} with its final value", folded=True)
@@ -265,7 +264,6 @@ def _numbers(report: Report, title: str, held_out: LanguageResults) -> dict[str,
         "checks": report.checks,
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},
-        "facts": report.facts,
         "routers": report.routers,
         "continuations": evaluation.continuations,
         "benchmarks": evaluation.benchmarks,

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from moelpr.base.errors import UserError
-from moelpr.measure.report.checks import read_facts, read_verifications
+from moelpr.measure.report.checks import read_verifications
 
 
 def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
@@ -17,13 +17,3 @@ def test_verification_is_the_last_json_line_of_a_log(tmp_path: Path) -> None:
     path.write_text('{"equal": true, "num_tensors": 7}')
     with pytest.raises(UserError, match="another one"):
         read_verifications([path, path])
-
-
-def test_numbers_and_dates_of_facts_as_yaml_reads_them(tmp_path: Path) -> None:
-    """YAML reads 2026-11-27 as a date."""
-    facts = tmp_path / "facts.yaml"
-    facts.write_text("Run: {date: 2026-11-27, 0: H100}\n")
-    assert read_facts(facts) == {"Run": {"date": "2026-11-27", "0": "H100"}}
-    facts.write_text("GPU: H100\n")
-    with pytest.raises(UserError, match="--facts .*facts.yaml must be a mapping of title to"):
-        read_facts(facts)

@@ -7,14 +7,11 @@ from tests.support.run_folders import make_run
 
 def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatch, capsys) -> None:
     runs = [make_run(tmp_path / name, name, 5) for name in ("stage1", "stage2")]
-    facts = tmp_path / "facts.yaml"
-    facts.write_text("Demo: {experts: 4}")
     moelpr("report", *runs)
-    moelpr("report", *runs, "--facts", facts, "--output", tmp_path / "new")
+    moelpr("report", *runs, "--output", tmp_path / "new")
     assert capsys.readouterr().out.split() == [str(runs[1] / "report.html"), str(tmp_path / "new/report.html")]
     for folder in (runs[1], tmp_path / "new"):
         assert {path.name for path in folder.glob("report.*")} == {"report.html", "report.md", "report.json"}
-    assert "experts" in (tmp_path / "new/report.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_tools.corpus.corpus import Corpus
 from data_tools.corpus.tokenized import run_edges
-from moelpr.base.errors import UserError, printable
+from moelpr.base.errors import UserError, printable, reports_panics
 from moelpr.base.machine import format_bytes
 from moelpr.base.settings import POSITIONAL, Flags, Natural, run_script
 from moelpr.base.text_tables import table_text
@@ -91,6 +91,7 @@ def summarize(corpus: Corpus, manifest: Manifest | None) -> dict[str, Any]:
     }
 
 
+@reports_panics()
 def show_document(corpus: Corpus, index: int, tokenizer: Tokenizer | None, characters: int) -> dict[str, Any]:
     """Return a document's runs of one language bit, each with its first characters."""
     ids, bits = corpus.document(index)

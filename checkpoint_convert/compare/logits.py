@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoint_convert.hf.model_files import has_tokenizer
 from checkpoint_convert.hf.vocabulary_rows import new_rows, tokenizer_folder
 from moelpr.base.checksums import Verify
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.text.reading import read_documents
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.measure.evaluate.models import is_megatron, open_model
@@ -98,6 +98,7 @@ def _shape(model: Path) -> dict[str, Any]:
     return config
 
 
+@reports_panics()
 def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended: bool) -> list[list[int]]:
     """The first `num_tokens` of each file with the models' tokenizers, which must agree."""
     texts = [_read_text(file, num_tokens) for file in files]

@@ -96,7 +96,7 @@ def run_command(main: Callable[[], None]) -> None:
         try:
             if locale.getpreferredencoding(False).lower() != "utf-8":
                 raise UserError("the locale's encoding is not UTF-8; set PYTHONUTF8=1")
-            with reports_panics():
+            with reports_panics(hides_trace=False):
                 main()
         except SystemError as error:
             # C code during which a signal's handler raised.

@@ -1,9 +1,12 @@
 """Errors that a user can cause: each is one sentence with what was expected, what was found, and the fix."""
 
 import errno
+import os
 import re
+import shutil
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 
 # Characters that end a line, or that a terminal, a scheduler or a system call takes for something else than text.
@@ -57,13 +60,37 @@ def taken_port(error: BaseException) -> str | None:
 
 
 @contextmanager
-def reports_panics() -> Iterator[None]:
-    """Turn a panic of the tokenizers library, which is no `Exception` and cannot be pickled, into a `UserError`."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
+def reports_panics(hides_trace: bool = True) -> Iterator[None]:
+    """Turn a panic of the tokenizers library, which is no `Exception` and cannot be pickled, into a `UserError`.
+
+    Args:
+        hides_trace: Whether to hide the stack trace that Rust prints before it raises one. All threads share stderr, so
+            it stays if others may write there meanwhile. Daemon threads print nothing.
+    """
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    with _kept_stderr() if hides_trace and threads == [threading.current_thread()] else nullcontext():
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"the tokenizers library fails with this tokenizer ({first_line(error)}); download the tokenizer again"
+            ) from None
+
+
+@contextmanager
+def _kept_stderr() -> Iterator[None]:
+    """Show what is printed to stderr only in the end, and nothing of it if there is an exception."""
+    with os.fdopen(os.memfd_create("stderr"), "r+b") as printed, os.fdopen(os.dup(2), "wb") as stderr:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            printed.truncate(0)
             raise
-        raise UserError(
-            f"the tokenizers library fails with this tokenizer ({first_line(error)}); download the tokenizer again"
-        ) from None
+        finally:
+            os.dup2(stderr.fileno(), 2)
+            printed.seek(0)
+            with suppress(OSError):
+                shutil.copyfileobj(printed, stderr)

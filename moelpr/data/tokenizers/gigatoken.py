@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moelpr.base.command import deferred_signals
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, reports_panics
 from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.libraries import SentencePieceTokenizer
 
@@ -92,6 +92,7 @@ class Gigatoken:
         raise ValueError("it has no tokenizer.json")
 
 
+@reports_panics()
 def load_gigatoken(reference: Tokenizer, sample: list[str], is_required: bool) -> tuple[Gigatoken | None, str]:
     """Return gigatoken if it gives the reference's IDs, or the reason why it is not used.
 

@@ -4,11 +4,6 @@ Nothing is downloaded, and no code of a tokenizer's folder is run.
 """
 
 import os
-import shutil
-import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +55,7 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
     if not tokenizer.is_fast:
         return SlowHuggingFaceTokenizer(tokenizer, eod_id)
     try:
-        with _without_panic_trace(), reports_panics():
+        with reports_panics():
             return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), eod_id, tokenizer.split_special_tokens)
     except UserError:
         raise
@@ -82,7 +77,7 @@ def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
     from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
     try:
-        with _without_panic_trace(), reports_panics():
+        with reports_panics():
             return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file may raise any exception
         if not Path(source).exists():
@@ -128,26 +123,3 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
                 "tokenizer_config.json to PreTrainedTokenizerFast, or, if this is a Qwen2, for which transformers "
                 "ignores it, use another model"
             )
-
-
-@contextmanager
-def _without_panic_trace() -> Iterator[None]:
-    """Hide the stack trace that Rust prints of a panic before it raises it.
-
-    All threads share stderr, so the trace stays if others may write there meanwhile. Daemon threads print nothing.
-    """
-    if [thread for thread in threading.enumerate() if not thread.daemon] != [threading.current_thread()]:
-        yield
-        return
-    with tempfile.TemporaryFile() as printed, os.fdopen(os.dup(2), "wb") as stderr:
-        os.dup2(printed.fileno(), 2)
-        try:
-            yield
-        except Exception:
-            printed.truncate(0)
-            raise
-        finally:
-            os.dup2(stderr.fileno(), 2)
-            printed.seek(0)
-            with suppress(OSError):
-                shutil.copyfileobj(printed, stderr)

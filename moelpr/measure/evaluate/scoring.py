@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, reports_panics
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.routing import Routing, RoutingObserver
 
@@ -185,6 +185,7 @@ def score_each(
             yield language, result
 
 
+@reports_panics()
 def tokenize(loaded: LoadedModel, language: str, texts: Sequence[str]) -> list[list[int]]:
     """The token IDs of each text; UserError if the model or its tokenizer does not support them."""
     encoded = loaded.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)

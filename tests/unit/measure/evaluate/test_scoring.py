@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import unicodedata
 
@@ -119,6 +120,20 @@ class PickyTokenizer:
 
     def decode(self, ids: list[int], **_: object) -> str:
         return "".join("The door?"[i] for i in ids)
+
+
+class PanicException(BaseException):
+    """As those of pyo3, which are no `Exception`."""
+
+
+def test_a_panic_of_the_tokenizer_is_one_sentence_without_its_trace(score, dense, capfd) -> None:
+    def panic(*_: object, **__: object) -> None:
+        os.write(2, b"thread '<unnamed>' panicked")
+        raise PanicException("out of bounds")
+
+    with pytest.raises(UserError, match=r"\(out of bounds\); download the tokenizer again"):
+        score(dataclasses.replace(dense, tokenizer=panic), {"en": ["a"]})
+    assert capfd.readouterr().err == ""
 
 
 def test_a_tokenizer_may_compose_letters(score, dense):

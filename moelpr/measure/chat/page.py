@@ -44,12 +44,17 @@ class Chat:
 
     def ask(self, prompt: str, histories: list[Messages], max_tokens: int, temperature: float) -> Iterator[list[Any]]:
         """Yield, as the answers grow, their panels, the map of tokens, and the histories with them."""
-        histories = [[*history, {"role": "user", "content": prompt}] for history in histories]
+        asked = [[*history, {"role": "user", "content": prompt}] for history in histories]
         # Model → the prompt's tokens, then the answer's one by one.
         answer_steps: list[list[list[Token]]] = [[] for _ in self._models]
+        try:
+            prompts = [*map(prompt_ids, self._models, asked)]
+        except UserError as error:
+            yield [*self._shown(answer_steps, f"({error})"), histories]
+            return
+        histories = asked
         streams = [
-            answer(model, prompt_ids(model, history), int(max_tokens), temperature)
-            for model, history in zip(self._models, histories, strict=True)
+            answer(model, ids, int(max_tokens), temperature) for model, ids in zip(self._models, prompts, strict=True)
         ]
         last = 0.0
         for steps in zip_longest(*streams):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moelpr.base.chat_templates import rendered_apart
+from moelpr.base.errors import reports_panics
 from moelpr.measure.evaluate.models import LoadedModel
 
 Route = list[list[tuple[int, float]]]  # MoE layer → its K experts, the heaviest first, with their gate weights
@@ -100,9 +102,13 @@ class TokenTexts:
 
 
 def prompt_ids(loaded: LoadedModel, messages: list[dict[str, str]]) -> list[int]:
-    """A conversation as the chat template writes it; without a template, the last message after the start token."""
-    tokenizer = loaded.tokenizer
+    """A conversation as the chat template writes it; without a template, the last message after the start token.
+
+    Raises:
+        UserError: The template refuses the conversation, or takes too much time or memory.
+    """
+    tokenizer, start, text = loaded.tokenizer, [loaded.start_id], messages[-1]["content"]
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [loaded.start_id, *tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]]
+        start, text = [], rendered_apart(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map)
+    with reports_panics():
+        return [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -1,11 +1,14 @@
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
+from moelpr.base import chat_templates
 from moelpr.measure.chat.drawing import colour, panel, routes_panel
+from moelpr.measure.chat.page import Chat
 from moelpr.measure.chat.routes import Token, TokenTexts, answer, original_share, prompt_ids
 from moelpr.measure.evaluate.models import LoadedModel, load_model
 from moelpr.model.families.new_experts import NewExperts
@@ -68,6 +71,18 @@ def test_a_prompt_is_a_conversation_only_with_a_template(loaded: LoadedModel) ->
     loaded.tokenizer.chat_template = CHATML
     text = loaded.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt_ids(loaded, messages) == loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ raise_exception('no') }}"],
+)
+def test_a_template_that_loops_or_refuses_is_said_on_the_page(loaded: LoadedModel, template: str, monkeypatch) -> None:
+    monkeypatch.setattr(chat_templates, "_MOST_CPU_S", 0.3)
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    with ThreadPoolExecutor(1) as pool:  # as the page's server asks
+        ((answer_panel, routes, histories),) = pool.submit(lambda: [*Chat(loaded, None).ask("a", [[]], 8, 0)]).result()
+    assert "the chat template" in answer_panel and routes == "" and histories == [[]]
 
 
 def test_the_page_shows_shares_as_colours_and_escapes_text() -> None:

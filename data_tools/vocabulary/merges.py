@@ -8,7 +8,7 @@ old merges come first, and a new one applies only where old merges leave its pai
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -115,57 +115,44 @@ def continue_merges(
     replaces = {id: [id] for id in texts}
     # A character has no ID until it becomes a token: it keeps its negative symbol, and pairs with it wait for it.
     waiting: dict[int, list[Candidate]] = defaultdict(list)
+    heap: list[tuple[int, Candidate]] = []
+    merge: tuple[str, str] | None
     next_id = first_new_id
 
-    def gain(candidate: Candidate) -> int:
+    def saved(candidate: Candidate) -> int:
         """How many tokens a candidate saves."""
         count = words.counts.get(candidate, 0)
         if count < min_count:
             return 0
         return count if len(candidate) == 2 else count * (len(characters[candidate[0]].replaces) - 1)
 
-    heap = []
-    for candidate in list(words.counts):
-        if gain(candidate):
-            heap.append((-gain(candidate), candidate))
-        elif len(candidate) == 2:
-            words.drop(candidate)
-    heapify(heap)
+    def consider(candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            if saved(candidate):
+                heappush(heap, (-saved(candidate), candidate))
+            elif len(candidate) == 2 and candidate in words.counts:
+                words.drop(candidate)
+
+    consider(list(words.counts))
     while heap:
-        saved, candidate = heappop(heap)
-        if -saved != (now := gain(candidate)):
-            if now:
-                heappush(heap, (-now, candidate))
+        before, candidate = heappop(heap)
+        if -before != saved(candidate):
+            consider([candidate])
             continue
         if len(candidate) == 1:
-            [symbol] = candidate
-            text, old = characters[symbol]
-            if text in taken or not is_allowed(candidate, text):
-                continue
-            texts[symbol], replaces[symbol] = text, old
-            for pair in waiting.pop(symbol, []):
-                if gain(pair):
-                    heappush(heap, (-gain(pair), pair))
-            taken.add(text)
-            yield NewToken(text, None, old)
-            next_id += 1
-            continue
-        missing = next((symbol for symbol in candidate if symbol not in texts), None)
-        if missing is not None:
+            (text, old), merge, symbol = characters[candidate[0]], None, candidate[0]
+        elif (missing := next((symbol for symbol in candidate if symbol not in texts), None)) is not None:
             waiting[missing].append(candidate)
             continue
-        left, right = texts[candidate[0]], texts[candidate[1]]
-        text = left + right
+        else:
+            left, right = candidate
+            merge, symbol = (texts[left], texts[right]), next_id
+            text, old = "".join(merge), replaces[left] + replaces[right]
         if text in taken or not is_allowed(candidate, text):
             words.drop(candidate)
             continue
-        texts[next_id] = text
-        replaces[next_id] = replaces[candidate[0]] + replaces[candidate[1]]
+        texts[symbol], replaces[symbol] = text, old
         taken.add(text)
-        for pair in words.join(candidate, next_id):
-            if gain(pair):
-                heappush(heap, (-gain(pair), pair))
-            elif pair in words.counts:
-                words.drop(pair)
-        yield NewToken(text, (left, right), replaces[next_id])
+        consider(words.join(candidate, symbol) if merge else waiting.pop(symbol, []))
+        yield NewToken(text, merge, old)
         next_id += 1

@@ -48,7 +48,8 @@ def made_up_evaluation() -> dict:
         return {
             "bits_per_byte": {"value": bits, "low": bits - 0.04, "high": bits + 0.05},
             "change": {"bits_per_byte": {"value": change, "low": change - 0.01, "high": change + 0.01}},
-            "original_expert_share": {"per_layer": [0.1 * layer for layer in range(8)], "layers": [*range(8)]},
+            "layers": [*range(8)],
+            "original_first_share": [0.1 * layer for layer in range(8)],
         }
 
     changes = {"base": 0.0, "full_finetune": 0.5, "stage1": 0.2, "stage2": -0.005}

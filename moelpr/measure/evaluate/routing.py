@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moelpr.measure.evaluate.models import LoadedModel
-from moelpr.measure.report.evaluation_files import BrokenPrior, ExpertShare
+from moelpr.measure.report.evaluation_files import BrokenPrior
 from moelpr.model.metrics.routing_sums import text_vector
 
 
@@ -35,12 +35,6 @@ class Routing:
     def original_first_share(self) -> list[float]:
         """Fraction of first choices that are an original expert, per layer."""
         return [sum(shares[: self.num_original_places]) for shares in self.first_choice_share]
-
-    @property
-    def original_expert_share(self) -> ExpertShare:
-        """`original_first_share` with its mean."""
-        per_layer = self.original_first_share
-        return ExpertShare(per_layer, self.layers, sum(per_layer) / len(per_layer))
 
     @property
     def load_imbalance(self) -> list[float]:

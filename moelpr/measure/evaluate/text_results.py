@@ -24,6 +24,7 @@ from moelpr.measure.report.plots import change_chart
 METRICS = ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token")
 # Metrics that are comparable between models with different tokenizers.
 ANY_TOKENIZER = ("bits_per_byte", "bytes_per_token")
+_ROUTING = ("layers", "original_first_share", "all_original_share", "new_gate_weight")
 MEANS = {"mean original": "Original languages", "mean expanded": "Expanded languages"}
 
 
@@ -193,9 +194,7 @@ class TextResults(Results):
             tokens=sum(score.document_tokens),
             bytes=sum(score.document_bytes),
             unknown_tokens=score.unknown_tokens,
-            original_expert_share=routing.original_expert_share if routing else None,
-            all_original_share=routing.all_original_share if routing else None,
-            new_gate_weight=routing.new_gate_weight if routing else None,
+            **({name: getattr(routing, name) for name in _ROUTING} if routing else {}),
         )
 
     def _row(self, model: str, row: str) -> dict[str, Any]:

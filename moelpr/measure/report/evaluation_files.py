@@ -14,23 +14,9 @@ from moelpr.base.languages import language_name
 from moelpr.base.records import FOREIGN
 from moelpr.measure.report import page
 from moelpr.measure.report.numbers import Interval, Measured
+from moelpr.model.metrics.schema import ROUTING_SHARES
 
 TEXT_ITSELF = "the text itself"  # the writer of a document's own continuation
-
-
-@dataclass(frozen=True, config=FOREIGN)
-class ExpertShare:
-    """The fraction of first choices that are an original expert, in results.json.
-
-    Attributes:
-        per_layer: The fraction per MoE layer; null if it is NaN.
-        layers: The numbers of the MoE layers.
-        overall: The mean of `per_layer`.
-    """
-
-    per_layer: list[Measured]
-    layers: list[int]
-    overall: Measured = math.nan
 
 
 @dataclass(frozen=True, config=FOREIGN)
@@ -38,7 +24,7 @@ class LanguageResult:
     """The measurements of a model in a language, or their means over languages.
 
     Attributes:
-        bits_per_byte: Bits per byte, in results.json, as all until `original_expert_share`.
+        bits_per_byte: Bits per byte, in results.json, as all until `change`.
         perplexity: Perplexity per token.
         accuracy: The fraction of tokens that were the most likely next token.
         bytes_per_token: Bytes per token of the model's tokenizer.
@@ -47,13 +33,12 @@ class LanguageResult:
         bytes: The bytes of the text.
         unknown_tokens: The number of tokens that stand for text which the tokenizer does not know.
         change: Metric -> its change against the first model.
-        original_expert_share: The fraction of first choices that are an original expert.
-        original_first_share: The same per MoE layer, in routing.json, as all lists without another file's name.
-        tokens: The number of tokens, in results.json and routing.json.
-        all_original_share: The fraction of tokens whose choices are all original experts, in results.json, too.
-        new_gate_weight: The mean gate weight of new experts, from 0 to 1, in results.json, too.
+        tokens: The number of tokens, in both files, as all until `layers`.
+        original_first_share: The fraction of first choices that are an original expert, per MoE layer.
+        all_original_share: The fraction of tokens whose choices are all original experts.
+        new_gate_weight: The mean gate weight of new experts, from 0 to 1.
         layers: The numbers of the MoE layers, from 0.
-        first_choice_share: The fraction of tokens whose highest router score is an expert's, per layer and expert.
+        first_choice_share: The fraction of tokens whose first choice is an expert, in routing.json, as all below.
         chosen_share: The fraction of tokens that choose an expert; the sum is K per layer.
         mean_score: The mean router score of an expert.
         entropy: The mean entropy of a token's router scores, in nats.
@@ -71,9 +56,8 @@ class LanguageResult:
     bytes: int | None = None
     unknown_tokens: int | None = None
     change: dict[str, Interval] = field(default_factory=dict)
-    original_expert_share: ExpertShare | None = None
-    original_first_share: list[Measured] | None = None
     tokens: int | None = None
+    original_first_share: list[Measured] | None = None
     all_original_share: list[Measured] | None = None
     new_gate_weight: list[Measured] | None = None
     layers: list[int] | None = None
@@ -86,22 +70,14 @@ class LanguageResult:
     num_original_places: int | None = None
 
     def __post_init__(self) -> None:
-        lists = [self.moe_layers, self.new_gate_weight, *self.shares.values()]
+        lists = [self.layers, self.new_gate_weight, *self.shares.values()]
         if len({len(values) for values in lists if values is not None}) > 1:
             raise UserError("its lists per layer have different lengths")
 
     @property
     def shares(self) -> dict[str, list[float]]:
         """Name in `ROUTING_SHARES` -> fraction per MoE layer, of those that were measured."""
-        share = self.original_expert_share
-        first = share.per_layer if share else self.original_first_share
-        shares = {"original_first_share": first, "all_original_share": self.all_original_share}
-        return {name: values for name, values in shares.items() if values}
-
-    @property
-    def moe_layers(self) -> list[int] | None:
-        """The numbers of the MoE layers; None if unknown."""
-        return self.layers or (self.original_expert_share.layers if self.original_expert_share else None)
+        return {name: values for name in ROUTING_SHARES if (values := getattr(self, name))}
 
 
 @dataclass(frozen=True, config=FOREIGN)

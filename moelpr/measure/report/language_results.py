@@ -138,7 +138,7 @@ def _add(results: LanguageResults, content: EvaluationFile, path: Path) -> None:
                 results.changes.setdefault(model, {})[row] = values.change["bits_per_byte"]
             for share, per_layer in values.shares.items():
                 results.routing[share].setdefault(model, {})[row] = per_layer
-                layers = values.moe_layers or list(range(len(per_layer)))
+                layers = values.layers or list(range(len(per_layer)))
                 if len(results.layers.setdefault(model, layers)) != len(per_layer):
                     raise UserError(
                         f"--evaluation {path}: the layers of {model} on {row} are not those of its other results; pass "

@@ -30,9 +30,9 @@ def test_text_prints_tables_and_writes_json_markdown_and_html(
         for metric in ("bits_per_byte", "perplexity", "accuracy", "bytes_per_token"):
             assert actual[metric]["value"] == pytest.approx(expected[language].metrics[metric])
             assert actual[metric]["low"] <= actual[metric]["value"] <= actual[metric]["high"]
-        assert (actual["documents"], actual["change"]) == (2, {}) and "original_expert_share" not in actual
+        assert (actual["documents"], actual["change"]) == (2, {}) and "original_first_share" not in actual
         ours = moe["languages"][language]
-        assert len(ours["original_expert_share"]["per_layer"]) == 2
+        assert len(ours["original_first_share"]) == len(ours["layers"]) == 2
         change = ours["bits_per_byte"]["value"] / actual["bits_per_byte"]["value"] - 1
         assert ours["change"]["bits_per_byte"]["value"] == pytest.approx(change)
     bits = {language: result.metrics["bits_per_byte"] for language, result in expected.items()}

@@ -44,10 +44,8 @@ def test_shares_equal_a_plain_computation_from_hidden_states(score, moe_dir, tex
             }
             for name, value in expected.items():
                 assert getattr(routing, name)[index] == pytest.approx(value, abs=1e-5), name
-        share = routing.original_expert_share
-        assert share.per_layer == [shares[0] for shares in routing.first_choice_share]
-        assert share.overall == pytest.approx(sum(share.per_layer) / 2)
-    assert len({score.routing.original_expert_share.overall for score in result.values()}) > 1
+        assert routing.original_first_share == [shares[0] for shares in routing.first_choice_share]
+    assert len({tuple(score.routing.original_first_share) for score in result.values()}) > 1
 
 
 def test_first_choices_of_all_original_experts_count_together(score, moe_dir, texts):
@@ -56,9 +54,9 @@ def test_first_choices_of_all_original_experts_count_together(score, moe_dir, te
     second_round = dataclasses.replace(loaded, num_original_places=3)
     routing = score(second_round, {"en": texts["en"]}, Settings(64, 0))["en"].routing
     assert routing.first_choice_share == before.first_choice_share
-    share = routing.original_expert_share.per_layer
+    share = routing.original_first_share
     assert share == pytest.approx([sum(shares[:3]) for shares in routing.first_choice_share])
-    assert share != before.original_expert_share.per_layer
+    assert share != before.original_first_share
     assert routing.original_chosen_share == pytest.approx([1.0, 1.0])  # 1 expert of 4 is new, and each token has 2
     assert before.original_chosen_share != routing.original_chosen_share
     new_chosen = [shares[3] for shares in routing.chosen_share]

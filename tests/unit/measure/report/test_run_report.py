@@ -47,7 +47,8 @@ def evaluation(tmp_path: Path) -> Path:
     def result(bits: float) -> dict:
         return {
             "bits_per_byte": {"value": bits, "low": bits - 0.1, "high": bits + 0.2},
-            "original_expert_share": {"overall": 0.4, "per_layer": [0.25, None], "layers": [0, 3]},
+            "layers": [0, 3],
+            "original_first_share": [0.25, None],
             "all_original_share": [0.125, 0.5],
         }
 

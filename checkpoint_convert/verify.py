@@ -42,7 +42,7 @@ class Settings(Flags):
     frozen: Annotated[bool, either("kind")] = False  # compare base A with the frozen tensors of the upcycled model B
     # compare with B = A + INSTRUCT - BASE
     graft: Annotated[list[Source], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
-    text: list[File] = []  # also compare fp32 logits on these texts: JSON lines with "text" (.jsonl) or plain text
+    text: list[File] = []  # also compare fp32 logits on these texts: JSON lines or Parquet with "text"
     logit_tolerance: _Tolerance = 1e-4  # largest absolute difference of logits that counts as equal
     num_tokens: _Tokens = 1024  # tokens to compare per FILE
     sequence_length: _Tokens = 128  # tokens per sequence, at most a model's context

@@ -24,9 +24,6 @@ from moelpr.measure.evaluate.models import is_megatron, open_model
 from moelpr.model.families.hf_config import read_config
 from moelpr.model.model_spec import ModelSpec
 
-# Upper bound, to limit how much of a plain text is read.
-CHARACTERS_PER_TOKEN = 32
-
 
 @dataclass(frozen=True)
 class TextVerdict:
@@ -50,7 +47,7 @@ def compare_on_text(
 
     Args:
         a: Hugging Face model or Megatron checkpoint; so is `b`.
-        files: JSON lines with "text" (.jsonl, .json), or plain text.
+        files: JSON lines or Parquet with "text".
         num_tokens: Tokens of each file, from its start.
         sequence_length: Length of a sequence in tokens; a model with a shorter context shortens it.
 
@@ -101,7 +98,8 @@ def _shape(model: Path) -> dict[str, Any]:
 @reports_panics()
 def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended: bool) -> list[list[int]]:
     """The first `num_tokens` of each file with the models' tokenizers, which must agree."""
-    texts = [_read_text(file, num_tokens) for file in files]
+    # A document has at least one token.
+    texts = ["\n".join(read_documents(file, max_documents=num_tokens)) for file in files]
     ids = []
     for model in (a, b):
         folder = tokenizer_folder(model)
@@ -116,20 +114,6 @@ def _token_ids(a: Path, b: Path, files: list[Path], num_tokens: int, is_extended
             f"differently; {fix if is_extended else 'remove --text'}"
         )
     return ids[0]
-
-
-def _read_text(file: Path, num_tokens: int) -> str:
-    if file.suffix in (".jsonl", ".json"):
-        return "\n".join(read_documents(file, max_documents=num_tokens))  # a document has at least one token
-    try:
-        with open(file, encoding="utf-8") as opened:
-            text = opened.read(CHARACTERS_PER_TOKEN * num_tokens)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise UserError(f"cannot read {file} ({reason}); pass JSON lines or plain text as --text") from error
-    if not text.strip():
-        raise UserError(f"{file} contains no text; pass JSON lines or plain text as --text")
-    return text
 
 
 def _logits(model: Path, sequences: list[Tensor], vocab_size: int, verify: Verify) -> Iterator[Tensor]:

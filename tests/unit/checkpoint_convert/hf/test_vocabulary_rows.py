@@ -80,8 +80,8 @@ def test_old_and_unused_rows_are_compared_and_new_ones_ignored(qwen2: Path, tmp_
 def test_text_without_new_tokens_gets_the_base_logits_and_other_text_a_sentence(
     qwen2: Path, tmp_path: Path, text: Path, exit_code, capsys, megatron: None
 ) -> None:
-    extended, old_text = extend(qwen2, tmp_path / "extended"), tmp_path / "old.txt"
-    old_text.write_text("abaaab" * 40)  # without bb, the shortest new token
+    extended, old_text = extend(qwen2, tmp_path / "extended"), tmp_path / "old.jsonl"
+    old_text.write_text(json.dumps({"text": "abaaab" * 40}))  # without bb, the shortest new token
     # Untrained, so it computes what qwen2 does.
     hf_to_mcore(qwen2, tmp_path / "megatron", NewExperts(2), extended_tokenizer=extended)
     mcore_to_hf(tmp_path / "megatron", tmp_path / "model")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from examples.demo_claims import CHECKS, judge
+from examples.demo_claims import judge, read_checks
 from examples.demo_tasks import (
     COPIES,
     NUM_NEW_EXPERTS,
@@ -145,9 +145,8 @@ def report_task(run: Path) -> Task:
     """The report of everything."""
     words: Words = ["moelpr", "report", *(run / folder for folder in MODELS.values())]
     words += ["--evaluation", run / "evaluation" / "results.json"]
-    words += ["--verification", *(run / "logs" / f"{check}.log" for check in CHECKS)]
     words += ["--output", run]
-    made_from = (*MODELS.values(), "evaluate", "evaluate-routing", *CHECKS)
+    made_from = (*MODELS.values(), "evaluate", "evaluate-routing")
     is_complete = (run / "report.html").is_file
     return Task(name="report", command=words, made_from=made_from, is_complete=is_complete)
 
@@ -160,7 +159,7 @@ def print_report(run: Path) -> None:
         for language in numbers["languages"]
     ]
     print(f"\n{terminal_table(Table(['bits per byte (lower is better)', *MODELS], rows))}\n")
-    judgments = [*judge(numbers)]
+    judgments = [*judge(numbers, read_checks(run))]
     print(f"{sum(judgment.ok for judgment in judgments)} of {len(judgments)} claims are shown")
     for name, language, claim, measured, is_shown in judgments:
         if not is_shown:

@@ -1,11 +1,12 @@
 """Claims of the demo about its models, fixed in advance, and whether the numbers of its report show them."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from inspect import signature
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelpr.measure.report.checks import check_result
 from moelpr.measure.report.numbers import percent
 
 
@@ -67,8 +68,15 @@ CHECKS = {
 }
 
 
-def judge(report: dict[str, Any]) -> Iterator[Judgment]:
-    """Judge every claim for every language of its group, then every check, by report.json.
+def read_checks(run: Path) -> dict[str, Any]:
+    """The last JSON line in the log of each check, which is that of `moelpr model verify --json`."""
+    logs = {name: path.read_text("utf-8") for name in CHECKS if (path := run / "logs" / f"{name}.log").is_file()}
+    lines = {name: [line for line in log.splitlines() if line.startswith("{")] for name, log in logs.items()}
+    return {name: json.loads(found[-1]) for name, found in lines.items() if found}
+
+
+def judge(report: dict[str, Any], checks: dict[str, Any]) -> Iterator[Judgment]:
+    """Judge every claim for every language of its group by report.json, then every check.
 
     What was not measured is not shown.
     """
@@ -80,5 +88,9 @@ def judge(report: dict[str, Any]) -> Iterator[Judgment]:
             figures = ", ".join(f"{model} {percent(change)}" for model, change in zip(models, changes, strict=True))
             yield Judgment(claim.name, language, claim.text, f"{figures} against base", claim.is_shown(*changes))
     for name, meaning in CHECKS.items():
-        check = report["checks"].get(name, {})
-        yield Judgment(name, "", meaning, check_result(check), check.get("equal", False))
+        check = checks.get(name, {})
+        keys = {"max_abs_diff": "tensor", "max_abs_logit_diff": "logit"}
+        values = {what: check[key] for key, what in keys.items() if key in check}
+        parts = [f"{what} {'Inf or NaN' if value is None else f'{value:.2g}'}" for what, value in values.items()]
+        found = f"largest difference of a {' and of a '.join(parts)}" if parts else "not measured"
+        yield Judgment(name, "", meaning, found, check.get("equal", False))

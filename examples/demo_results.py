@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from examples.demo_claims import judge
+from examples.demo_claims import judge, read_checks
 from examples.demo_tasks import ROOT
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     report = records.read(dict[str, Any], args.run / "report.json", "run `make demo` first")
     page = ROOT / "docs" / "results.md"
-    replace_between(page, TABLE, results(report))
+    replace_between(page, TABLE, results(report, read_checks(args.run)))
     replace_between(page, PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():
         shutil.copyfile(args.run / "evaluation" / f"{source}.svg", ROOT / "docs" / "images" / f"{target}.svg")
@@ -61,7 +61,7 @@ def replace_between(path: Path, name: str, text: str) -> None:
     write_text(path, f"{before}{start}\n{text}\n{end}{after}")
 
 
-def results(report: dict[str, Any]) -> str:
+def results(report: dict[str, Any], checks: dict[str, Any]) -> str:
     """Markdown: bits per byte of each model and language with the change against base, then what was not shown."""
     bits = {
         model: {name: f"{b['value']:.3f}" for name, b in by.items()} for model, by in report["bits_per_byte"].items()
@@ -70,13 +70,13 @@ def results(report: dict[str, Any]) -> str:
     for language, group in report["languages"].items():
         cells = [f"{bits[m][language]} ({percent(report['change'][m][language]['value'])})" for m in MODELS]
         rows.append([f"{language_name(language)}, {group}", bits["base"][language], *cells])
-    judgments = [*judge(report)]
-    checks = [f"{judgment.claim}: {judgment.found}." for judgment in judgments if not judgment.language]
+    judgments = [*judge(report, checks)]
+    verdicts = [f"{judgment.claim}: {judgment.found}." for judgment in judgments if not judgment.language]
     missed = [judgment for judgment in judgments if not judgment.ok]
     shown = f"{len(judgments) - len(missed)} of {len(judgments)} claims"
     lines = [
         markdown_table(Table(["bits per byte, held-out text", "base", *MODELS.values()], rows)),
-        " ".join([*checks, f"This run shows {shown}.{' Not shown:' if missed else ''}"]),
+        " ".join([*verdicts, f"This run shows {shown}.{' Not shown:' if missed else ''}"]),
     ]
     items = [f"- {language_name(c.language) or c.name}: {c.found}; claim: {c.claim}" for c in missed]
     return "\n\n".join(lines + (["\n".join(items)] if items else []))

@@ -13,13 +13,11 @@ class Settings(Flags):
     runs: Annotated[list[Path], POSITIONAL]  # run folder (--save of the trainer), in training's order
     evaluation: list[File] = []  # JSON files of `moelpr evaluate`: results, routing and benchmarks per language
     routers: File | None = None  # calibration.json of a model whose routers were found in closed form
-    verification: list[File] = []  # outputs of `moelpr model verify --json`
     output: Folder | None = None  # folder to write to (default: the last RUN)
 
 
 def main(args: Settings) -> None:
     # After the arguments: matplotlib is slow to import.
-    from moelpr.measure.report.checks import read_verifications
     from moelpr.measure.report.findings import Calibration
     from moelpr.measure.report.language_results import read_evaluations
     from moelpr.measure.report.run_report import Report
@@ -28,7 +26,6 @@ def main(args: Settings) -> None:
     report = Report(
         runs=read_runs(args.runs),
         evaluation=read_evaluations(args.evaluation),
-        checks=read_verifications(args.verification),
         routers=Calibration.read(args.routers) if args.routers else None,
     )
     print(report.write(args.output or args.runs[-1]))

@@ -36,7 +36,6 @@ class Cell:
     text: str
     below: str = ""  # small text under `text`
     change: float | None = None  # relative change that tints the cell; negative is better
-    ok: bool | None = None  # marks the cell as shown or not shown
 
 
 @dataclass(frozen=True)
@@ -185,8 +184,7 @@ def _templates(**options: Any) -> Environment:
 
 
 def _line(cell: Cell, escape: Callable[[str], str] = str) -> str:
-    mark = {None: "", True: "✓ ", False: "✗ "}[cell.ok]
-    return mark + escape(cell.text) + (f" ({escape(cell.below)})" if cell.below else "")
+    return escape(cell.text) + (f" ({escape(cell.below)})" if cell.below else "")
 
 
 def _escape(text: str) -> str:

@@ -3,7 +3,7 @@
 import math
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 from moelpr.base.files import write_text
 from moelpr.base.languages import language_name
 from moelpr.measure.report import page, plots
-from moelpr.measure.report.checks import Verification, check_result
 from moelpr.measure.report.evaluation_files import BenchmarkScore, continuation_samples
 from moelpr.measure.report.findings import Calibration
 from moelpr.measure.report.language_results import LanguageResults, held_out_results
@@ -38,7 +37,6 @@ class Report:
 
     runs: Sequence[Run]  # in the order in which they were made, such as stage 1 and stage 2
     evaluation: LanguageResults = field(default_factory=LanguageResults)  # files of `moelpr evaluate`
-    checks: Mapping[str, Verification] = field(default_factory=dict)  # name -> result of moelpr model verify
     routers: Calibration | None = None  # routers in closed form
 
     def write(self, folder: Path) -> Path:
@@ -59,7 +57,6 @@ def _sections(report: Report, held_out: LanguageResults) -> list[Section]:
         Section("Learned and forgotten, per language", [*_language_tables(evaluation, held_out)]),
         Section("Benchmarks", [*_benchmark_tables(evaluation)]),
         Section("Routers in closed form", [*_router_tables(report.routers)]),
-        Section("Checks", _checks_table(report)),
         Section("Routing: original or new experts", routing_figures(runs, evaluation)),
         Section("Curves", curve_figures(runs)),
         Section("Continuations", continuation_samples(evaluation.continuations, evaluation.wrong_language, _SAMPLE)),
@@ -190,17 +187,6 @@ def _results_table(title: str, results: LanguageResults, note: str) -> Table:
     return Table([title, *results.models], rows, note)
 
 
-def _checks_table(report: Report) -> list[Block]:
-    rows = []
-    for name, check in report.checks.items():
-        cell = Cell(check_result(check), ok=check["equal"])
-        same = number_text(check.get("same_next_token"), "{:.2%}")
-        rows.append(Row([name, cell, f"{check['num_tensors']:,}", same]))
-    note = "Measured by moelpr model verify. Equal: within its tolerances, "
-    note += "by default 0 for a tensor and 1e-4 for a logit."
-    return [Table(["check", "found", "tensors", "same next token"], rows, note, text_columns=[1])] if rows else []
-
-
 def _cost_table(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
@@ -261,7 +247,6 @@ def _numbers(report: Report, title: str, held_out: LanguageResults) -> dict[str,
         "change": _by_model(evaluation, evaluation.change),
         "routing": {"layers": evaluation.layers, "original_expert_share": shares}
         | {"all_original_share": evaluation.routing["all_original_share"]},
-        "checks": report.checks,
         "held_out": _by_model(held_out, held_out.value),
         "runs": {run.name: _run_numbers(run) for run in report.runs},
         "routers": report.routers,

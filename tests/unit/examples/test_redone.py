@@ -13,7 +13,7 @@ from examples.demo_tasks import ROOT
 from moelpr.base.errors import UserError
 
 OUTPUTS = "FINISHED config.json model_spec.json results.json routing.json report.json report.html".split()
-REPORT = {"bits_per_byte": {}, "languages": {}, "checks": {}}
+REPORT: dict[str, Any] = {"bits_per_byte": {}, "languages": {}}
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_routers_in_closed_form_are_shown_with_their_ends_and_texts(runs: list[P
 
 
 def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> None:
-    pages(*runs, evaluations=(evaluation,), checks={"c": {"equal": True, "num_tensors": 1}})
+    pages(*runs, evaluations=(evaluation,))
     content = json.loads((runs[-1] / "report.json").read_text(encoding="utf-8"))
     assert content["languages"] == {"en": "original", "el": "expanded"}
     assert content["bits_per_byte"]["ours"]["en"] == pytest.approx({"value": 1.9, "low": 1.8, "high": 2.1})
@@ -145,7 +145,7 @@ def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> Non
     assert "choices are all original experts" in (runs[-1] / "report.md").read_text(encoding="utf-8")
     assert content["runs"]["stage1"]["tokens"] == 78_643_200 and content["runs"]["stage2"]["state"] == "running"
     assert content["held_out"]["before stage1"]["en"]["value"] == pytest.approx(2.4)
-    assert content["checks"] == {"c": {"equal": True, "num_tensors": 1}} and content["continuations"]["en"]
+    assert content["continuations"]["en"]
 
 
 def test_run_of_50000_steps_is_reported_within_10_s_and_3_mb(tmp_path: Path) -> None:

@@ -112,13 +112,13 @@ COMMANDS = {
     "combine": Command(
         "model combine",
         "hf --expert el=expert --text el=text/el.jsonl --keep-text en=text/en.jsonl --max-tokens 200 --save out/hf "
-        "--device cpu",
-        "hf hf:expert text",
+        "--device cpu --unchecked",
+        "hf expert text",
     ),
     "pack": Command(
         "pack make",
         "hf expert --text el=text/el.jsonl --max-tokens 200 --device cpu --save out/pack",
-        "hf hf:expert text",
+        "hf expert text",
     ),
     "kept sums": Command(
         "pack keep", "hf --text en=text/en.jsonl --max-tokens 200 --device cpu --save out/kept", "hf text"

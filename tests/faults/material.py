@@ -116,6 +116,8 @@ def seconds(name: str, folder: Path) -> float:
 
 def write_sources(folder: Path) -> None:
     """The model and the text."""
+    from safetensors.torch import load_file, save_file
+
     from benchmarks.common import qwen2_config, save_random_model
     from tests.support.hf_models import save_extended_tokenizer
 
@@ -124,6 +126,10 @@ def write_sources(folder: Path) -> None:
     config = qwen2_config(2, 32, 48, len(tokenizer), 64, tie_word_embeddings=True)
     tokenizer.save_pretrained(save_random_model(config, folder / "hf"))
     (folder / "hf" / "README.md").write_text("---\nlicense: mit\n---\n\n# A base\n")
+    shutil.copytree(folder / "hf", folder / "expert")
+    weights = load_file(folder / "hf/model.safetensors")
+    learned = {name: 1.5 * one if ".mlp." in name else one for name, one in weights.items()}
+    save_file(learned, folder / "expert/model.safetensors", {"format": "pt"})
     save_extended_tokenizer(folder / "hf", folder / "extended", [("q", "q"), ("qq", "q")])
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "project.yaml").write_text(PROJECT)

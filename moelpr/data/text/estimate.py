@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moelpr.base.errors import UserError
+from moelpr.base.errors import UserError, first_line
 from moelpr.data.text.documents import BadLine, is_blank, parse, text_of
 from moelpr.data.text.filters import Filter
 from moelpr.data.text.sources import Form, Source, find_files, open_source
@@ -158,7 +158,11 @@ def _token_counter(folder: Path) -> Callable[[str], int]:
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library has no class of its own
+            path = folder / "tokenizer.json"
+            raise UserError(f"{path} is no tokenizer ({first_line(error)}); download it again") from error
         tokenizer.no_truncation()
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     if (folder / "tokenizer.model").is_file():

@@ -1,6 +1,8 @@
 """A mistake that can be known before anything runs is an error then, with its key; nothing is computed."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +171,16 @@ def test_experts_that_the_base_cannot_have_are_refused_on_a_cpu_too(write: Write
     path = write(experts=experts, hardware={"gpu": "none"})
     with pytest.raises(UserError, match=rf"languages.yaml, line \d+: {message}"):
         check_budget(ResolvedProject(read_project(path)))
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_the_time_of_importing_torch_is_not_in_a_plan(write: Write, command: str) -> None:
+    path = write(
+        hardware={"gpu": "h100-80", "gpus": 8},
+        budget={"tokens": "6K"},
+        steps={"stage1": {"global-batch-size": 8, "seq-length": 64}},
+    )
+    Path("base/tokenizer.json").unlink()
+    words = [sys.executable, "-X", "importtime", "-m", "moelpr", command, str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "stage1" in done.stdout and " transformers\n" in done.stderr and " torch._C" not in done.stderr

@@ -85,6 +85,9 @@ def test_text_that_is_missing_empty_or_unreadable_is_one_sentence(tokenizer: Pat
             estimate([tmp_path / name], "text", tokenizer)
     with pytest.raises(UserError, match="folder has neither tokenizer.json nor tokenizer.model"):
         estimate([tmp_path / "blank.jsonl"], "text", tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer.json").write_text("")
+    with pytest.raises(UserError, match="tokenizer.json is no tokenizer .*; download it again"):
+        estimate([tmp_path / "blank.jsonl"], "text", tmp_path / "folder")
 
 
 def test_the_first_places_are_spread_over_all_files(tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ MORE_REAL = {
     # A second FFN, against full fine-tuning with Megatron's dense layers.
     **{f"Qwen1.5-1.8B {stage}": Real("Qwen1.5-1.8B", None, 8) for stage in ("ffn", "dense")},
     **{f"Qwen3-8B {stage}": Real("Qwen3-8B-Base", None, 32, DENSE_ON_4_NODES) for stage in ("ffn", "dense")},
+    "Qwen3-8B on a node, ffn": Real("Qwen3-8B-Base", None, 8, "--micro-batch-size 4"),
+    "Qwen3-8B on a node, dense": Real("Qwen3-8B-Base", None, 8, "--micro-batch-size 2"),
     **{f"Qwen2.5-72B {stage}": Real("Qwen2.5-72B", None, 320, DENSE_ON_40_NODES) for stage in ("ffn", "dense")},
 }
 # Together with these: every kind of parallelism, of recompute and of model, and a pipeline stage that trains

@@ -84,7 +84,7 @@ class Layouts:
                 return cluster_here(hardware.gpus)
             if hardware.gpu in GPUS:
                 return Cluster.of(GPUS[hardware.gpu], hardware.gpus or 1, hardware.gpus_per_node)
-            hint = did_you_mean(hardware.gpu, GPUS, f"use {', '.join(GPUS)}, auto, or none")
+            hint = did_you_mean(hardware.gpu.lower(), GPUS, f"use {', '.join(GPUS)}, auto, or none")
             raise UserError(f"hardware.gpu {hardware.gpu} is unknown; {hint}")
 
     @cached_property
@@ -95,10 +95,10 @@ class Layouts:
             return of_languages or self._project.experts.new or 1
         if self.cluster is None:
             return _CPU_EXPERTS
-        workload = self._workload("stage1")
-        if self._is_micro_batch_free("stage1"):
-            workload = replace(workload, micro_batch_size=1)
         with self._named_keys("stage1"):
+            workload = self._workload("stage1")
+            if self._is_micro_batch_free("stage1"):
+                workload = replace(workload, micro_batch_size=1)
             spec = most_experts(self._spec_of(MOST_EXPERTS), workload, self.cluster)
         assert spec.moe is not None
         return spec.moe.num_new_experts
@@ -173,8 +173,7 @@ class Layouts:
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)
         if missing := {"seq-length", "global-batch-size"} - settings.keys():
-            name = f"steps.{stage}.{min(missing)}"
-            raise UserError(f"{self._file.at('steps', stage)}{name} is missing, since its recipe has none; add it")
+            raise UserError(f"steps.{stage}.{min(missing)} is missing, since its recipe has none; add it")
         length, batch = (int(settings[name]) for name in ("seq-length", "global-batch-size"))
         own: dict[str, Any] = {**self._project.steps.get(stage, {})}
         return Workload(

@@ -126,5 +126,5 @@ def test_sizes_that_a_user_chooses_are_planned_or_refused_with_those_that_work(w
             one(**sizes).layouts.of("stage1")
     recipe = Path("mine.yaml")
     recipe.write_text("lr: 1e-3\n")
-    with pytest.raises(UserError, match=r"line \d+: steps.stage1.global-batch-size is missing"):
+    with pytest.raises(UserError, match=r"line \d+: stage1: steps.stage1.global-batch-size is missing"):
         places(write, steps={"stage1": {"recipe": str(recipe)}}).layouts.of("stage1")

@@ -17,6 +17,7 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from numpy.typing import NDArray
 from torch import Tensor
@@ -198,23 +199,16 @@ def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:
     Raises:
         UserError: `--eod-mask-loss` has no end-of-document token, or several.
     """
-    from megatron.training.utils import get_blend_and_blend_per_split  # takes seconds, which reading samples need not
-
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(blend_per_split or ())]
-    corpora = sorted({prefix for prefixes, _ in filter(None, blends) for prefix in prefixes})
+    blend = get_blend_from_list(args.data_path)
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
-        blend_per_split=blend_per_split,
         split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=token_ids(args, corpora),
+        tokenizer=token_ids(args, sorted(set(blend[0])) if blend else []),
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         reset_position_ids=False,
         reset_attention_mask=False,

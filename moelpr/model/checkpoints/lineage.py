@@ -92,12 +92,9 @@ class TrainedStage:
 
     @property
     def data(self) -> str:
-        """Megatron's blend: prefixes, or alternating weights and prefixes; or the file that lists it."""
-        blend = self.settings.get("data_path") or self.settings.get("train_data_path")
-        if not isinstance(blend, list):
-            listed = self.settings.get("data_args_path") or self.settings.get("per_split_data_args_path")
-            return f"the list `{listed}`" if listed else ""
-        blend = [str(item) for item in blend]
+        """Megatron's blend: prefixes, or alternating weights and prefixes."""
+        blend = self.settings.get("data_path")
+        blend = [str(item) for item in blend] if isinstance(blend, list) else []
         if len(blend) % 2 == 0 and all(re.fullmatch(r"[\d.]+(e-?\d+)?", item) for item in blend[::2]):
             pairs = zip(blend[::2], blend[1::2], strict=True)
             return ", ".join(f"`{path}` (weight {weight})" for weight, path in pairs)

@@ -13,7 +13,6 @@ from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 # How long a run is, in one of four units. Those of the command line take the place of the recipe's.
 LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-epochs")
 LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
-DATA = ("data_path", "data_args_path", "train_data_path", "per_split_data_args_path")
 # The flag to pass if none of the arguments is given.
 _REQUIRED = {
     "--stage stage1 (or stage0, stage2, sft, dense, ffn)": ("stage",),
@@ -21,7 +20,7 @@ _REQUIRED = {
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),
     "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": LENGTHS,
-    "--data-path PREFIX (moelpr data preprocess makes a corpus)": (*DATA, "mock_data"),
+    "--data-path PREFIX (moelpr data preprocess makes a corpus)": ("data_path", "mock_data"),
 }
 
 

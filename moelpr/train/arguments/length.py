@@ -6,7 +6,7 @@ from moelpr.base.errors import UserError
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.mixing import mixed, num_tokens, share_table
 from moelpr.data.packing import windows_of
-from moelpr.train.arguments.checks.data import has_conversations, training_blend, training_share
+from moelpr.train.arguments.checks.data import has_conversations, training_blend
 from moelpr.train.arguments.early import LENGTH_FLAGS
 from moelpr.train.arguments.requested import RequestedRun
 
@@ -34,9 +34,8 @@ def set_train_iters(run: RequestedRun) -> str:
         if not prefixes or not all(map(IndexedDataset.exists, prefixes)):
             return ""
         try:
-            share, shares_windows = training_share(args.split), args.dataloader_inter_document_masking
-            corpora = [int(num_tokens(prefix) * share) for prefix in prefixes]
-            windows = [_num_windows(prefix, length, shares_windows) for prefix in prefixes]
+            corpora = [*map(num_tokens, prefixes)]
+            windows = [_num_windows(prefix, length, args.dataloader_inter_document_masking) for prefix in prefixes]
         except UserError as error:
             run.problems.append(str(error))
             return ""
@@ -48,7 +47,7 @@ def set_train_iters(run: RequestedRun) -> str:
         budget = f"{epochs:g} epoch{'s' * (epochs != 1)} of {sum(corpora):,} tokens"
         # A sample has one more token than it predicts, the first of the next sample, and lies in one corpus.
         sequences = [
-            max(0, int(epochs * tokens) - 1) // length if number is None else int(epochs * share * number)
+            max(0, int(epochs * tokens) - 1) // length if number is None else int(epochs * number)
             for tokens, number in zip(corpora, windows, strict=True)
         ]
         steps = sum(sequences) // batch
@@ -76,7 +75,7 @@ def set_weights(run: RequestedRun) -> str:
     if not total or not all(map(IndexedDataset.exists, prefixes)):
         return ""
     try:
-        tokens = {prefix: int(num_tokens(prefix) * training_share(args.split)) for prefix in prefixes}
+        tokens = {prefix: num_tokens(prefix) for prefix in prefixes}
         parts = mixed(tokens, total, args.mix)
     except UserError as error:
         run.problems.append(f"--mix: {error}")

@@ -51,8 +51,7 @@ def apply_method(run: RequestedRun, settings: RunSettings) -> None:
     if args.early_stop_patience:
         args.save_retain_interval = None  # moelpr.train.early_stop removes all but the best step
         args.eval_interval = args.eval_interval if "eval_interval" in run.explicit_args else args.save_interval
-    if (args.data_path or args.data_args_path) and args.split is None:
-        args.split = "100,0,0"
+    args.split = "100,0,0"
     args.create_attention_mask_in_dataloader = False  # or tensor ranks would wait for one in --iterations-to-skip
     args.lpr_loss_coeff = settings.stage.lpr_loss_coeff
     args.balance_loss_coeff = settings.stage.balance_loss_coeff

@@ -8,14 +8,12 @@ an integer, X a number, + one or more of it, and * any number.
 # By topic: start and data, length, validation, optimizer, precision, layout, memory and kernels, model, saving, logs.
 _SUPPORTED = """
     pretrained-checkpoint=TEXT load=TEXT finetune ckpt-step=N no-load-optim no-load-rng data-path=TEXT*
-    data-args-path=TEXT train-data-path=TEXT* valid-data-path=TEXT* test-data-path=TEXT*
-    per-split-data-args-path=TEXT split=TEXT data-cache-path=TEXT dataloader-type=single|cyclic|external
+    data-cache-path=TEXT dataloader-type=single|cyclic|external
     dataloader-inter-document-masking eod-mask-loss mid-level-dataset-surplus=X num-workers=N
-    num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+ result-rejected-tracker-filename=TEXT
+    num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+
     seq-length=N micro-batch-size=N global-batch-size=N train-iters=N train-samples=N seed=N
     calculate-per-token-loss exit-interval=N exit-duration-in-mins=N exit-signal-handler manual-gc
     manual-gc-interval=N eval-interval=N eval-iters=N eval-global-batch-size=N eval-micro-batch-size=N
-    full-validation multiple-validation-sets validation-set-names=TEXT+
     optimizer=adam|sgd|muon|dist_muon|lion|soap|adaptive_muon adam-beta1=X adam-beta2=X adam-eps=X sgd-momentum=X
     clip-grad=X weight-decay=X start-weight-decay=X end-weight-decay=X
     weight-decay-incr-style=constant|linear|cosine lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
@@ -62,6 +60,11 @@ _REFUSED = {
     "experts are saved from DDP's layout; use --use-distributed-optimizer": "use-torch-fsdp2 use-megatron-fsdp",
     "corpora contain token IDs; remove it": "tokenizer-type tokenizer-model vocab-file merge-file",
     "it has no language bits; use --data-path PREFIX": "mock-data",
+    "list corpora in --data-path, also of a recipe": "data-args-path train-data-path per-split-data-args-path",
+    "hold text out with moelpr data preprocess --validation-share, and pass --validation-data LANG=PREFIX": """
+        split valid-data-path test-data-path full-validation multiple-validation-sets validation-set-names
+    """,
+    "it reads the data of skipped steps by itself; use --iterations-to-skip": "result-rejected-tracker-filename",
     "use --dataloader-inter-document-masking instead": "reset-attention-mask reset-position-ids",
     "a resumed run would read the text from its start; remove it": "phase-transition-iterations",
     "a step would be saved twice where the size changes; use --global-batch-size": """

@@ -154,12 +154,11 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_p
         for path, eod in zip(corpora, manifests, strict=False)
     }
     monkeypatch.setattr("moelpr.data.dataset.Manifest.read", lambda path: records.get(str(path)))
-    off = "dataloader_inter_document_masking full_validation multiple_validation_sets".split()
-    unset = "data_cache_path data_args_path per_split_data_args_path train_data_path valid_data_path test_data_path"
     settings = {"seed": 3, "seq_length": 16, "data_path": corpora, "split": "100,0,0", "model_source": tmp_path}
     settings |= {"vocab_size": 10, "mid_level_dataset_surplus": 0.005, "num_dataset_builder_threads": 1}
+    settings |= {"data_cache_path": None, "dataloader_inter_document_masking": False}
     on = {"eod_mask_loss": True, "mmap_bin_files": True}
-    args = argparse.Namespace(**dict.fromkeys(off, False), **dict.fromkeys(unset.split()), **settings, **on)
+    args = argparse.Namespace(**settings, **on)
     if manifests in ((7, 8), (-7,)) or (eos is None and not manifests):
         with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
             datasets.dataset_config(args)

@@ -2,12 +2,11 @@
 
 import functools
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.core.datasets.utils import get_blend_from_list
 
 from moelpr.base import ranks
 from moelpr.base.checksums import Verify
@@ -20,41 +19,30 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bit
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
-from moelpr.train.arguments.early import DATA
 from moelpr.train.arguments.requested import RequestedRun
-
-# Flags of Megatron's own validation, which --validation-data replaces.
-_MEGATRON_VALIDATION = "valid_data_path full_validation multiple_validation_sets validation_set_names split".split()
-
-_BLEND_ERRORS = (AssertionError, OSError, ValueError, KeyError, TypeError)
 
 
 def check_corpora(run: RequestedRun) -> Iterable[str]:
     """Training corpora exist, and their weights are valid."""
-    try:
-        blends = _blends(run)
-    except _BLEND_ERRORS as error:
-        yield f"cannot read the training data from the flags ({error}); pass --data-path [WEIGHT] PREFIX …"
-        return
-    for prefixes, weights in blends:
-        yield from (_missing(prefix) for prefix in prefixes if not IndexedDataset.exists(prefix))
-        for prefix, weight in zip(prefixes, weights or (), strict=False):
-            if not 0 < weight < float("inf"):
-                yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
+    prefixes, weights = training_blend(run)
+    if run.args.data_path is not None and not prefixes:
+        yield "--data-path must be prefixes of corpora, or a weight before each; pass --data-path [WEIGHT] PREFIX …"
+    yield from (_missing(prefix) for prefix in prefixes if not IndexedDataset.exists(prefix))
+    for prefix, weight in zip(prefixes, weights or (), strict=False):
+        if not 0 < weight < float("inf"):
+            yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
 
 
 def check_original_tokens(run: RequestedRun) -> Iterable[str]:
     """The LPR loss has original-language tokens in at least one training corpus."""
-    prefixes = [prefix for prefixes, _ in _valid_blends(run)[:1] for prefix in prefixes]
-    coeff = run.lpr_loss_coeff
+    prefixes, coeff = training_blend(run)[0], run.lpr_loss_coeff
     if not run.is_moe or not coeff > 0 or not prefixes or not all(map(IndexedDataset.exists, prefixes)):
         return
     try:
         if not any(LanguageBits(language_bits_path(prefix)).num_original for prefix in prefixes):
-            flag = next(run.flag(name) for name in DATA if name in run.explicit_args)
             yield (
-                f"{flag} {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff {coeff:g} "
-                "requires; add original-language text, or pass --lpr-loss-coeff 0"
+                f"--data-path {' '.join(prefixes)} contains no original-language tokens, which --lpr-loss-coeff "
+                f"{coeff:g} requires; add original-language text, or pass --lpr-loss-coeff 0"
             )
     except UserError as error:
         yield str(error)
@@ -138,62 +126,29 @@ def check_validation_data(run: RequestedRun) -> Iterable[str]:
                 yield f"--validation-data {item} has text of original and expanded languages; use one corpus of each"
 
 
-def check_split(run: RequestedRun) -> Iterable[str]:
-    """--split divides the data of --data-path; Megatron reads any digits that it finds, so that -1 is 1."""
-    if run.args.split is None:
-        return
-    parts = [part.strip() for part in run.args.split.split(",")]
-    is_number = all(re.fullmatch(r"\d+\.?\d*|\.\d+", part) for part in parts)
-    if not is_number or len(parts) > 3 or float(parts[0]) == 0:
-        yield (
-            f"--split must be up to three comma-separated numbers for training, validation and test data, the first "
-            f"above 0, got {run.args.split}; for example 100,0,0"
-        )
-    for name in ("train_data_path", "per_split_data_args_path"):
-        if getattr(run.args, name):
-            yield f"--split divides the data of --data-path, and {run.flag(name)} has that of each; remove --split"
-
-
 def check_validation_flags(run: RequestedRun) -> Iterable[str]:
-    """Validation has data, from one source; otherwise Megatron fails at the first pass, after --eval-interval steps."""
-    args, share = run.args, re.match(r"[^,]*,[^,]*[1-9]", run.args.split or "")
-    if args.validation_data:
-        for name in _MEGATRON_VALIDATION:
-            is_training_only = name == "split" and not re.search(",.*[1-9]", args.split or "")
-            if name in run.explicit_args and not is_training_only:
-                yield f"{run.flag(name)} and --validation-data are mutually exclusive; keep --validation-data"
-    elif not (args.valid_data_path or args.per_split_data_args_path or share):
-        for name in ("eval_iters", "full_validation"):
-            if name in run.explicit_args and getattr(args, name):
-                yield (
-                    f"{run.flag(name)} requires validation data, which is missing; pass --validation-data LANG=PREFIX, "
-                    f"or remove {run.flag(name)}"
-                )
-    elif args.full_validation and args.data_path and any(weights for _, weights in _valid_blends(run)):
-        yield (
-            "--full-validation does not work with weights in --data-path; pass --validation-data LANG=PREFIX instead, "
-            "or remove the weights"
-        )
+    """Validation has data; otherwise Megatron fails at the first pass, after --eval-interval steps."""
+    if run.args.eval_iters and not run.args.validation_data:
+        yield "--eval-iters requires --validation-data LANG=PREFIX; add it, or remove --eval-iters"
 
 
 def check_skipped_steps(run: RequestedRun) -> Iterable[str]:
     """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
-    for name in ("iterations_to_skip", "result_rejected_tracker_filename"):
-        if not getattr(run.args, name):
-            continue
-        last = run.args.train_iters or (run.args.train_samples or 0) // max(run.args.global_batch_size or 1, 1)
-        if name == "iterations_to_skip" and last in run.args.iterations_to_skip:
-            yield (
-                f"--iterations-to-skip can't contain the last step, {last}, because Megatron would not save it; skip "
-                "others, or train fewer steps"
-            )
-        if run.layout.vpp > 1:
-            yield f"{run.flag(name)} does not work with virtual pipeline stages; remove one of them"
-        if run.args.dataloader_inter_document_masking and run.layout.tp > 1:
-            yield (
-                f"{run.flag(name)} does not work with --dataloader-inter-document-masking and tensor parallelism; "
-                "remove one of them"
-            )
+    if not run.args.iterations_to_skip:
+        return
+    last = run.args.train_iters or (run.args.train_samples or 0) // max(run.args.global_batch_size or 1, 1)
+    if last in run.args.iterations_to_skip:
+        yield (
+            f"--iterations-to-skip can't contain the last step, {last}, because Megatron would not save it; skip "
+            "others, or train fewer steps"
+        )
+    if run.layout.vpp > 1:
+        yield "--iterations-to-skip does not work with virtual pipeline stages; remove one of them"
+    if run.args.dataloader_inter_document_masking and run.layout.tp > 1:
+        yield (
+            "--iterations-to-skip does not work with --dataloader-inter-document-masking and tensor parallelism; "
+            "remove one of them"
+        )
 
 
 def check_cache_folders(run: RequestedRun) -> Iterable[str]:
@@ -208,12 +163,6 @@ def check_cache_folders(run: RequestedRun) -> Iterable[str]:
             yield f"the order of samples cannot be saved beside {prefix}, in a folder without write permission; {fix}"
 
 
-def training_share(split: str | None) -> float:
-    """The share of each corpus that --split leaves for training."""
-    shares = [float(share) for share in (split or "1").split(",")]
-    return shares[0] / sum(shares)
-
-
 def _can_be_cached(folder: Path) -> bool:
     """Whether files can be written there; a read-only folder with some may have those of this run."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -224,29 +173,17 @@ def _missing(prefix: str) -> str:
     return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr data preprocess"
 
 
-def _blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:
-    """Prefixes and weights of training, validation and test data; empty unless one flag gives them."""
-    if sum(name in run.explicit_args for name in DATA) != 1:
-        return []
-    blend, per_split = get_blend_and_blend_per_split(run.args)
-    return [part for part in (blend, *(per_split or ())) if part is not None]
-
-
-def _valid_blends(run: RequestedRun) -> list[tuple[list[str], list[float] | None]]:
-    try:
-        return _blends(run)
-    except _BLEND_ERRORS:
-        return []  # reported by `check_corpora`
-
-
 def training_blend(run: RequestedRun) -> tuple[list[str], list[float] | None]:
     """Prefixes and weights of the training data; without prefixes if the flags are invalid."""
-    return next(iter(_valid_blends(run)), ([], None))
+    try:
+        return get_blend_from_list(run.args.data_path) or ([], None)
+    except (AssertionError, ValueError):  # reported by `check_corpora`
+        return [], None
 
 
 def _existing_corpora(run: RequestedRun) -> list[str]:
     """Prefixes of all corpora, each once."""
-    prefixes = dict.fromkeys(prefix for prefixes, _ in _valid_blends(run) for prefix in prefixes)
+    prefixes = dict.fromkeys(training_blend(run)[0])
     prefixes |= dict.fromkeys(item.partition("=")[2] for item in run.args.validation_data or [])
     return [prefix for prefix in prefixes if prefix and IndexedDataset.exists(prefix)]
 

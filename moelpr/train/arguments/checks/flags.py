@@ -3,16 +3,16 @@
 from collections.abc import Iterable
 from importlib.util import find_spec
 
-from moelpr.train.arguments.early import DATA, LENGTHS, missing
+from moelpr.train.arguments.early import LENGTHS, missing
 from moelpr.train.arguments.kernels import is_installed
 from moelpr.train.arguments.requested import RequestedRun
 from moelpr.train.track.trackers import TRACKERS, missing_packages
 
-_EXCLUSIVE = (LENGTHS, DATA, ("fp16", "bf16", "fp32"))
+_EXCLUSIVE = (LENGTHS, ("fp16", "bf16", "fp32"))
 
 
 def check_presence(run: RequestedRun) -> Iterable[str]:
-    """Flags without a default are given; length of training, data and dtype only once."""
+    """Flags without a default are given; length of training and dtype only once."""
     yield from missing(run.explicit_args) if run.recipe_is_read else ()
     for names in _EXCLUSIVE:
         flags = [run.flag(name) for name in names if name in run.explicit_args]

@@ -54,12 +54,6 @@ stage1 upcycled --lr-decay-style WSD -> --lr-decay-style WSD … --lr-wsd-decay-
 stage1 upcycled DECAY linear -> DECAY linear requires --start-weight-decay … --end-weight-decay
 stage1 upcycled DECAY linear --start-weight-decay 0.2 --end-weight-decay 0.1 -> --end-weight-decay … 0.2, got 0.1
 stage1 upcycled --start-weight-decay 0.1 -> --start-weight-decay requires DECAY
-stage1 upcycled --split nan -> --split must be … got nan
-stage1 upcycled --split 0,0,0 -> --split must be … got 0,0,0
-stage1 upcycled --split=-1,2 -> --split must be … got -1,2
-stage1 upcycled --split 1e3,1 -> --split must be … got 1e3,1
-stage1 upcycled --split 1,1,1,1 -> --split must be … got 1,1,1,1
-stage1 upcycled --split '' -> --split must be
 stage1 upcycled --overlap-param-gather -> Megatron … only supported with distributed optimizer
 stage1 upcycled --recompute-granularity full -> Megatron … "block" or "uniform"
 
@@ -90,6 +84,8 @@ stage1 upcycled --residual-multiplier 0.5 -> --residual-multiplier 0.5 contradic
 stage1 second-round --num-original-experts 1 -> --num-original-experts 1 contradicts … has 3;
 stage1 upcycled --save-trained-only --train-everything -> --save-trained-only … --train-everything
 stage1 upcycled --yaml-cfg a.yaml -> --yaml-cfg is not supported … --recipe
+stage1 upcycled --split 99,1,0 -> --split is not supported … --validation-data LANG=PREFIX
+stage1 upcycled --data-args-path corpora.txt -> --data-args-path is not supported … --data-path
 stage1 upcycled --moe-router-pre-softmax -> --moe-router-pre-softmax is not supported … remove
 stage1 upcycled --qk-clip --allow-untested qk-clip -> --qk-clip is not supported
 stage1 upcycled --fim-data -> --fim-data is not tested with this trainer … --allow-untested fim-data
@@ -113,7 +109,7 @@ stage1 upcycled --attention-dropout 0.1 -> --attention-dropout requires Transfor
 stage1 upcycled --use-precision-aware-optimizer --use-distributed-optimizer -> --use-precision … Transformer Engine
 stage1 upcycled --recompute-granularity selective --recompute-modules layernorm -> --recompute-modules … Engine
 
-stage1 upcycled --train-data-path CORPUS -> --data-path and --train-data-path
+stage1 upcycled --data-path 1 CORPUS CORPUS CORPUS -> --data-path must be
 stage1 upcycled --data-path 1 CORPUS -1 CORPUS -> the weight of CORPUS … got -1;
 stage1 upcycled --data-path 1 CORPUS nan CORPUS -> the weight of CORPUS … got nan;
 stage1 upcycled --validation-data HELD -> --validation-data … LANG=PREFIX … HELD
@@ -121,15 +117,9 @@ stage1 upcycled --validation-data en=HELD en=HELD -> --validation-data … en
 stage1 upcycled --validation-data el=nowhere -> nowhere.bin … moelpr data preprocess
 stage1 upcycled --validation-data xx=MIXED -> --validation-data xx=MIXED … original … expanded
 stage1 upcycled --validation-data xx=CORPUS -> --validation-data xx=CORPUS … got 1
-stage1 upcycled --validation-data en=HELD --split 90,10,0 -> --split and --validation-data
-stage1 upcycled --validation-data en=HELD --full-validation -> --full-validation and --validation-data
-stage1 upcycled --eval-iters 10 -> --eval-iters requires validation data … --validation-data LANG=PREFIX
-stage1 upcycled --eval-iters 10 --split 95,0,5 -> --eval-iters requires validation data
-stage1 upcycled --full-validation -> --full-validation requires validation data
-stage1 upcycled --full-validation --split 8,2,0 --data-path 1 CORPUS 2 CORPUS -> --full-validation … weights
+stage1 upcycled --eval-iters 10 -> --eval-iters requires --validation-data LANG=PREFIX
 stage1 upcycled --iterations-to-skip 1 2 -> --iterations-to-skip can't contain the last step, 2
 2 stage1 six --iterations-to-skip 1 PP 2 VIRTUAL 3 BATCH 4 -> --iterations-to-skip … virtual
-2 stage1 six --result-rejected-tracker-filename HELD.idx TP 2 ETP 1 APART -> --result-rejected … APART
 """
 
 # [ranks] stage checkpoint flags -> final settings.
@@ -144,7 +134,6 @@ stage1 upcycled --num-experts 4 --moe-layer-freq [1,1,1] -> num_experts=4
 stage1 upcycled --moe-token-dispatcher-type alltoall --ckpt-format torch_dist -> moe_token_dispatcher_type=alltoall
 stage1 upcycled --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-warmup-init 1e-3 -> lr_wsd_decay_iters=1
 stage1 upcycled DECAY linear --start-weight-decay 0.1 --end-weight-decay 0.1 -> end_weight_decay=0.1
-stage1 upcycled --eval-iters 10 --split 95,5,0 -> eval_iters=10
 stage1 upcycled --save-retain-interval 10000 --save-interval 300 -> save_retain_interval=10200
 stage1 upcycled --save-retain-interval 10000 --save-interval 500 -> save_retain_interval=10000
 stage1 odd -> vocab_size=131 padded_vocab_size=256

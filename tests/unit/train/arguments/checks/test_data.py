@@ -28,11 +28,6 @@ def test_every_missing_corpus_is_named(upcycled: str, problems, tmp_path: Path) 
     assert all("moelpr data preprocess" in line for line in actual)
 
 
-def test_a_file_of_corpora_that_is_not_there_is_rejected(upcycled: str, problems) -> None:
-    (actual,) = problems("stage1", upcycled, "--data-args-path", "nowhere.txt", with_data=False)
-    assert "nowhere.txt" in actual and "--data-path" in actual
-
-
 def test_weights_may_be_numbers_of_tokens(upcycled: str, accepted, data: list[str], tmp_path: Path) -> None:
     args = accepted("stage1", upcycled, "--data-path", "8e9", data[1], "4e9", data[1])
     assert dataset_config(argparse.Namespace(**args)).blend == ([data[1], data[1]], [8e9, 4e9])
@@ -145,7 +140,7 @@ def test_a_damaged_corpus_does_not_start(upcycled, problems, accepted, write_cor
 
 def test_validation_corpora_of_two_languages_are_accepted(upcycled: str, accepted, write_corpus) -> None:
     items = [f"en={write_corpus('en', True, True)}", f"el={write_corpus('el', False)}"]
-    final = accepted("stage1", upcycled, "--validation-data", *items, "--split", "100,0,0", "--eval-interval", "5")
+    final = accepted("stage1", upcycled, "--validation-data", *items, "--eval-iters", "10", "--eval-interval", "5")
     assert final["validation_data"] == items
 
 
@@ -162,17 +157,6 @@ def test_the_lpr_loss_requires_original_language_tokens_in_one_corpus(
     accepted("stage1", upcycled, "--data-path", new)
     Path(f"{old}.lang").write_bytes(b"")
     assert problems("stage2", upcycled, "--data-path", old)[0].startswith(f"{old}.lang ")
-
-
-def test_a_file_of_corpora_is_all_training_data_and_split_is_for_one_blend(
-    upcycled: str, accepted, problems, data: list[str], tmp_path: Path
-) -> None:
-    blend = tmp_path / "blend.txt"
-    blend.write_text(data[-1])
-    assert accepted("stage1", upcycled, "--data-args-path", str(blend), with_data=False)["split"] == "100,0,0"
-    split = ["--train-data-path", data[-1], "--split", "100,0,0"]
-    (actual,) = problems("stage1", upcycled, *split, with_data=False)
-    assert actual.startswith("--split divides the data of --data-path, and --train-data-path ")
 
 
 def test_corpora_in_a_read_only_folder_need_a_cache_folder(

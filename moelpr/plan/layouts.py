@@ -136,7 +136,7 @@ def layout_problems(
         if even_pipeline and layers % layout.pp:
             yield (
                 f"{_PP} {layout.pp} does not divide the model's {layers} layers; use {one_of(divisors(layers))}, or "
-                "split the layers unevenly with --decoder-first-pipeline-num-layers or --pipeline-model-parallel-layout"
+                "split the layers unevenly with --decoder-first-pipeline-num-layers"
             )
         if seq_length is not None and seq_length > positions:
             yield f"--seq-length must be at most {positions}, the model's number of positions, got {seq_length}"

@@ -117,7 +117,6 @@ _FLAGS = """
   --init-method-std 0.01 --make-vocab-size-divisible-by 64 --recompute-activations
 2 all-moe stage1 fp16
   --fp16 --initial-loss-scale 4096 --min-loss-scale 1 --loss-scale-window 100 --hysteresis 2
-  --weight-decay-incr-style linear --start-weight-decay 0.01 --end-weight-decay 0.1
   --accumulate-allreduce-grads-in-fp32 --expert-model-parallel-size 2 --optimizer sgd --sgd-momentum 0.5
   --lr-warmup-iters 1 --lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 1 --lr-warmup-init 1e-5
   --lr-decay-iters 3
@@ -126,20 +125,17 @@ _FLAGS = """
 1 all-moe stage2 fp32
   --fp32 --train-everything --decoupled-lr 1e-4 --decoupled-min-lr 1e-5
 2 all-moe stage1 norms and times
-  --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --log-params-norm --log-num-zeros-in-grad
+  --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --log-num-zeros-in-grad
   --timing-log-level 2
 2 all-moe stage1 optimizer on the host
   --optimizer-cpu-offload --use-distributed-optimizer --overlap-grad-reduce --ddp-bucket-size 1000000
   --main-grads-dtype bf16 --use-precision-aware-optimizer --seed 7
 4 rows stage1 gradients in bf16
   --grad-reduce-in-bf16 --use-distributed-optimizer --pipeline-model-parallel-size 2
-  --num-layers-per-virtual-pipeline-stage 1 --microbatch-group-size-per-virtual-pipeline-stage 2
-2 all-moe stage1 layers by a list
-  --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t*3L --recompute-granularity full
-  --recompute-method block --recompute-num-layers 1
-3 all-moe stage1 embedding and loss count as layers
-  --pipeline-model-parallel-size 3 --account-for-embedding-in-pipeline-split --account-for-loss-in-pipeline-split
-  --global-batch-size 6 --no-overlap-p2p-communication
+  --num-virtual-stages-per-pipeline-rank 2 --microbatch-group-size-per-virtual-pipeline-stage 2
+2 all-moe stage1 a short first stage
+  --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1 --recompute-granularity full
+  --recompute-method block --recompute-num-layers 1 --no-overlap-p2p-communication
 2 dense ffn ffn
   --recompute-granularity full --recompute-method uniform --recompute-num-layers 1
 2 dense dense dense

@@ -18,7 +18,6 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNetSubmodules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
@@ -67,11 +66,6 @@ class MoELPRModelBuilder(HybridModelBuilder):
             model.rotary_pos_emb.inv_freq = model.rotary_pos_emb._apply_scaling(
                 unscaled, model_config.rope_scaling_factor
             )
-        if model.post_process and config.defer_embedding_wgrad_compute:
-            for buffer in ("embedding_activation_buffer", "grad_output_buffer"):
-                kept: list[Tensor] = []
-                setattr(model, buffer, kept)
-                setattr(model.output_layer, buffer, kept)
 
         @replaces(model, "sharded_state_dict")
         def saved(full_state: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -99,9 +93,7 @@ class DecoderStack(HybridStack):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The hidden states after these layers; with dropout that differs between parts of a sequence."""
         with get_cuda_rng_tracker().fork() if self.config.sequence_parallel else nullcontext():
-            output = super().forward(*args, **kwargs)
-        # A stage that does nothing would return its input, which the schedule frees.
-        return output if self.layers or self.pre_process or self.post_process else output.clone()
+            return super().forward(*args, **kwargs)
 
 
 class DecoderLayer(TransformerLayer):
@@ -114,13 +106,9 @@ class DecoderLayer(TransformerLayer):
 
 def layer_pattern(config: MoELPRConfig) -> str:
     """HybridModel's pattern: a `*` for each layer, and `|` between stages, in the order of their layers."""
-    layout = config.pipeline_model_parallel_layout
-    # Without pp_rank, Megatron's function counts this rank's layers in a layout.
-    of_layout = layout and partial(layout.get_num_layers_to_build, LayerType.decoder)
-    count = of_layout or partial(get_num_layers_to_build, config)
     chunks = range(config.virtual_pipeline_model_parallel_size or 0) or [None]
     ranks = range(config.pipeline_model_parallel_size)
-    return "|".join("*" * count(vp_stage=chunk, pp_rank=rank) for chunk in chunks for rank in ranks)
+    return "|".join("*" * get_num_layers_to_build(config, chunk, rank) for chunk in chunks for rank in ranks)
 
 
 def layer_spec(config: MoELPRConfig, layer: int) -> ModuleSpec:

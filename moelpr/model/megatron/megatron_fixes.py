@@ -55,7 +55,6 @@ def install() -> None:
     async_save.install()
     _check_gradients_after_the_backward_pass()
     _compute_the_gradient_norm_on_its_device()
-    _compute_the_parameter_norm_without_copies()
     _let_compiled_functions_have_more_variants()
     _compute_rotary_angles_once()
     host_optimizer.install()
@@ -167,7 +166,7 @@ def _load_optimizers_without_parameters_and_with_other_learning_rates() -> None:
     stage saves for all.
 
     And Megatron finds the saved state of a parameter group by its learning rates too, so none for changed rates. The
-    new rates apply, or the saved ones with --use-checkpoint-opt-param-scheduler.
+    new rates apply.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import (
@@ -175,7 +174,6 @@ def _load_optimizers_without_parameters_and_with_other_learning_rates() -> None:
         FP32Optimizer,
         param_group_identifier_keys,
     )
-    from megatron.training import global_vars
 
     rates = ("max_lr", "min_lr")
     # With --decoupled-lr, groups differ in nothing else; Megatron marks those with the rates of --lr and --min-lr.
@@ -189,13 +187,10 @@ def _load_optimizers_without_parameters_and_with_other_learning_rates() -> None:
             state.setdefault("fp32_from_fp16_params", [])
         optimizer = state.get("optimizer", state)
         optimizer.setdefault("state", {})
-        keeps_saved = getattr(global_vars._GLOBAL_ARGS, "use_checkpoint_opt_param_scheduler", False)
-        saved, own = optimizer["param_groups"], self.optimizer.param_groups
-        # Each group gets the rates of the one that is otherwise the same.
-        same = {identity(group): group for group in (saved if keeps_saved else own)}
-        for group in own if keeps_saved else saved:
-            other = same.get(identity(group), {})
-            group |= {name: other[name] for name in rates if name in other}
+        own = {identity(group): group for group in self.optimizer.param_groups}
+        for group in optimizer["param_groups"]:
+            same = own.get(identity(group), {})
+            group |= {name: same[name] for name in rates if name in same}
         load(self, state)
 
     for kind in (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer):
@@ -386,27 +381,6 @@ def _compute_the_gradient_norm_on_its_device() -> None:
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = l2_norm
-
-
-def _compute_the_parameter_norm_without_copies() -> None:
-    """For --log-params-norm, Megatron copies all frozen parameters in fp32 at once, and all norms to the host.
-
-    With --use-precision-aware-optimizer it leaves out all that train, whose masters are elsewhere.
-    """
-    from megatron.training import global_vars
-    from megatron.training.utils import common_utils
-
-    @replaces(common_utils, "_get_param_data")
-    def data_of(original: Callable[..., Any], parameter: Any, makes_copy: bool, bf16: bool) -> Any:
-        has_no_master = getattr(global_vars._GLOBAL_ARGS, "use_precision_aware_optimizer", False)
-        if has_no_master or makes_copy or not hasattr(parameter, "main_param"):
-            return parameter.data, False
-        return original(parameter, makes_copy, bf16)
-
-    @replaces(common_utils, "_compute_norm_2")
-    def norm_2(original: Callable[..., Any], tensors: list[Tensor]) -> Any:
-        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
-        return torch.stack(norms).square().sum().reshape(1) if norms else original(tensors)
 
 
 def _let_compiled_functions_have_more_variants() -> None:

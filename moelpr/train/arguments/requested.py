@@ -121,23 +121,8 @@ class RequestedRun:
     @property
     def layout(self) -> Layout:
         """The parallel layout; sizes that are invalid count as 1."""
-        return Layout.from_settings(vars(self.args), self.world_size, self._virtual_stages() or 1)
-
-    def _virtual_stages(self) -> int | None:
-        """The number per pipeline rank, as Megatron's validate_args derives it."""
-        args, stages = self.args, max(1, self.args.pipeline_model_parallel_size)
-        if (text := args.pipeline_model_parallel_layout) is not None:
-            from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-            with suppress(Exception):  # Megatron reports what it cannot read
-                return PipelineParallelLayerLayout.get_num_stages_from_str(text) // stages
-        if args.num_virtual_stages_per_pipeline_rank is not None:
-            return args.num_virtual_stages_per_pipeline_rank
-        if (per_stage := args.num_layers_per_virtual_pipeline_stage) is None or per_stage < 1:
-            return None
-        layers = self.shape.get("num_layers", 1)
-        layers += args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
-        return layers // stages // per_stage
+        virtual_stages = self.args.num_virtual_stages_per_pipeline_rank or 1
+        return Layout.from_settings(vars(self.args), self.world_size, virtual_stages)
 
     def flag(self, name: str) -> str:
         """The flag of an argument, as recipe or command line spell it."""

@@ -8,29 +8,25 @@ an integer, X a number, + one or more of it, and * any number.
 # By topic: start and data, length, validation, optimizer, precision, layout, memory and kernels, model, saving, logs.
 _SUPPORTED = """
     pretrained-checkpoint=TEXT load=TEXT finetune ckpt-step=N no-load-optim no-load-rng data-path=TEXT*
-    data-cache-path=TEXT dataloader-type=single|cyclic|external
-    dataloader-inter-document-masking eod-mask-loss mid-level-dataset-surplus=X num-workers=N
-    num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+
+    data-cache-path=TEXT dataloader-type=single|cyclic|external dataloader-inter-document-masking eod-mask-loss
+    mid-level-dataset-surplus=X num-workers=N num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+
     seq-length=N micro-batch-size=N global-batch-size=N train-iters=N train-samples=N seed=N
     calculate-per-token-loss exit-interval=N exit-duration-in-mins=N exit-signal-handler manual-gc
     manual-gc-interval=N eval-interval=N eval-iters=N eval-global-batch-size=N eval-micro-batch-size=N
     optimizer=adam|sgd|muon|dist_muon|lion|soap|adaptive_muon adam-beta1=X adam-beta2=X adam-eps=X sgd-momentum=X
-    clip-grad=X weight-decay=X start-weight-decay=X end-weight-decay=X
-    weight-decay-incr-style=constant|linear|cosine lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
+    clip-grad=X weight-decay=X lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
     lr-decay-style=constant|linear|cosine|inverse-square-root|WSD lr-decay-iters=N lr-decay-samples=N
     lr-warmup-fraction=X lr-warmup-iters=N lr-warmup-samples=N lr-warmup-init=X
     lr-wsd-decay-style=exponential|linear|cosine|minus_sqrt lr-wsd-decay-iters=N lr-wsd-decay-samples=N
-    override-opt-param-scheduler override-opt_param-scheduler use-checkpoint-opt-param-scheduler
-    use-checkpoint-opt_param-scheduler use-distributed-optimizer overlap-grad-reduce overlap-param-gather
-    ddp-bucket-size=N ddp-num-buckets=N use-precision-aware-optimizer main-grads-dtype=fp32|bf16
-    defer-embedding-wgrad-compute optimizer-cpu-offload bf16 fp16 loss-scale=X initial-loss-scale=X min-loss-scale=X
+    override-opt-param-scheduler override-opt_param-scheduler use-distributed-optimizer overlap-grad-reduce
+    overlap-param-gather ddp-bucket-size=N ddp-num-buckets=N use-precision-aware-optimizer
+    main-grads-dtype=fp32|bf16 optimizer-cpu-offload bf16 fp16 loss-scale=X initial-loss-scale=X min-loss-scale=X
     loss-scale-window=X hysteresis=N grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 fp32-residual-connection
     attention-softmax-in-fp32 moe-router-dtype=fp32|fp64 tensor-model-parallel-size=N sequence-parallel
     pipeline-model-parallel-size=N context-parallel-size=N expert-model-parallel-size=N
-    expert-tensor-parallel-size=N num-layers-per-virtual-pipeline-stage=N num-virtual-stages-per-pipeline-rank=N
-    microbatch-group-size-per-virtual-pipeline-stage=N pipeline-model-parallel-layout=TEXT
-    decoder-first-pipeline-num-layers=N decoder-last-pipeline-num-layers=N account-for-embedding-in-pipeline-split
-    account-for-loss-in-pipeline-split no-overlap-p2p-communication make-vocab-size-divisible-by=N
+    expert-tensor-parallel-size=N num-virtual-stages-per-pipeline-rank=N
+    microbatch-group-size-per-virtual-pipeline-stage=N decoder-first-pipeline-num-layers=N
+    decoder-last-pipeline-num-layers=N no-overlap-p2p-communication make-vocab-size-divisible-by=N
     distributed-timeout-minutes=N gpu-sniff-test-interval=N recompute-activations
     recompute-granularity=full|selective recompute-method=uniform|block recompute-num-layers=N
     recompute-modules=TEXT+ transformer-impl=local|transformer_engine|inference_optimized
@@ -39,13 +35,12 @@ _SUPPORTED = """
     no-masked-softmax-fusion no-persist-layer-norm cross-entropy-loss-fusion attention-dropout=X hidden-dropout=X
     init-method-std=X enable-ft-package calc-ft-timeouts ft-num-warmup-iters=N save=TEXT save-interval=N
     persistent-save-interval=N save-retain-interval=N no-save-optim no-save-rng async-save
-    dist-ckpt-optim-fully-reshardable save-dgrads-interval=N save-activations-interval=N ckpt-fully-parallel-load
-    ckpt-assume-constant-structure log-interval=N log-throughput log-params-norm log-num-zeros-in-grad log-progress
-    log-memory-interval=N log-max-attention-logit log-timers-to-tensorboard log-validation-ppl-to-tensorboard
-    log-memory-to-tensorboard log-world-size-to-tensorboard timing-log-level=0|1|2 timing-log-option=max|minmax|all
-    tensorboard-dir=TEXT tensorboard-log-interval=N tensorboard-queue-size=N wandb-project=TEXT wandb-exp-name=TEXT
-    wandb-save-dir=TEXT wandb-entity=TEXT log-straggler straggler-minmax-count=N straggler-ctrlr-port=N
-    disable-straggler-on-startup
+    dist-ckpt-optim-fully-reshardable ckpt-fully-parallel-load ckpt-assume-constant-structure log-interval=N
+    log-throughput log-num-zeros-in-grad log-progress log-memory-interval=N log-max-attention-logit
+    log-timers-to-tensorboard log-validation-ppl-to-tensorboard log-memory-to-tensorboard
+    log-world-size-to-tensorboard timing-log-level=0|1|2 timing-log-option=max|minmax|all tensorboard-dir=TEXT
+    tensorboard-log-interval=N tensorboard-queue-size=N wandb-project=TEXT wandb-exp-name=TEXT wandb-save-dir=TEXT
+    wandb-entity=TEXT log-straggler straggler-minmax-count=N straggler-ctrlr-port=N disable-straggler-on-startup
 """
 
 # Flags that the trainer cannot support, tested or not: the reason, and an alternative.
@@ -57,6 +52,10 @@ _REFUSED = {
     "it is computed from --balance-loss-coeff; use that": "moe-aux-loss-coeff",
     "it follows from the vocabulary and --tensor-model-parallel-size; remove it": "padded-vocab-size",
     "frozen weights would stay on the CPU; remove it": "use-cpu-initialization",
+    "use --num-virtual-stages-per-pipeline-rank": "num-layers-per-virtual-pipeline-stage",
+    "use --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers": """
+        pipeline-model-parallel-layout account-for-embedding-in-pipeline-split account-for-loss-in-pipeline-split
+    """,
     "experts are saved from DDP's layout; use --use-distributed-optimizer": "use-torch-fsdp2 use-megatron-fsdp",
     "corpora contain token IDs; remove it": "tokenizer-type tokenizer-model vocab-file merge-file",
     "it has no language bits; use --data-path PREFIX": "mock-data",
@@ -75,7 +74,14 @@ _REFUSED = {
     "a resumed run would go on with a wrong step count on the GPU; remove it": "optimizer-offload-fraction",
     "its steps have no checksums and replace that of --ckpt-step; use --save-interval": "non-persistent-ckpt-type",
     "other formats can be neither exported nor resumed under another layout; remove it": "ckpt-format",
-    "Megatron's HybridModel ignores it; remove it": "cpu-offloading-num-layers fp8-output-proj",
+    "Megatron's HybridModel ignores it; remove it": """
+        cpu-offloading-num-layers fp8-output-proj defer-embedding-wgrad-compute
+    """,
+    "it copies all frozen weights in each step; remove it": "log-params-norm",
+    "pass the settings of the old schedule, or --override-opt-param-scheduler": """
+        use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
+    """,
+    "use --weight-decay": "weight-decay-incr-style start-weight-decay end-weight-decay",
     "lock, log and hooks of a run open once per process; use --enable-ft-package with ft_launcher": """
         inprocess-restart
     """,

@@ -55,7 +55,7 @@ def check_least_rates(run: RequestedRun) -> Iterable[str]:
 
 
 def check_schedule(run: RequestedRun) -> Iterable[str]:
-    """The learning rate rises within the run, and its decay, and a weight decay that grows, have all their settings."""
+    """The learning rate rises within the run, and its decay has all its settings."""
     args = run.args
     for unit in ("iters", "samples"):
         warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"lr_decay_{unit}")
@@ -69,15 +69,6 @@ def check_schedule(run: RequestedRun) -> Iterable[str]:
     unit = "samples" if args.train_iters is None and args.train_samples is not None else "iters"
     if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
         yield f"--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-{unit} N"
-    style, start, end = args.weight_decay_incr_style, args.start_weight_decay, args.end_weight_decay
-    if style == "constant":
-        for name in ("start_weight_decay", "end_weight_decay"):
-            if getattr(args, name) is not None:
-                yield f"{run.flag(name)} requires --weight-decay-incr-style linear; add it, or use --weight-decay"
-    elif start is None or end is None:
-        yield f"--weight-decay-incr-style {style} requires --start-weight-decay and --end-weight-decay; add them"
-    elif end < start:
-        yield f"--end-weight-decay must be at least --start-weight-decay {start}, got {end}"
 
 
 def check_trackers(run: RequestedRun) -> Iterable[str]:

@@ -6,12 +6,6 @@ from moelpr.model.megatron import cpu
 from moelpr.plan.layouts import divisors, layout_problems, neighbors, one_of
 from moelpr.train.arguments.requested import RequestedRun
 
-# Flags that split the layers unevenly over the pipeline; Megatron checks their values.
-_UNEVEN = (
-    "pipeline_model_parallel_layout decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers "
-    "account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split"
-).split()
-
 
 def check_layout(run: RequestedRun) -> Iterable[str]:
     """The rules of moelpr.plan.layouts."""
@@ -60,15 +54,14 @@ def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
 
 
 def is_uneven(run: RequestedRun) -> bool:
-    """Whether pipeline stages may have different numbers of layers."""
-    return any(getattr(run.args, name) for name in _UNEVEN)
+    """Whether pipeline stages may have different numbers of layers; Megatron checks them."""
+    return bool(run.args.decoder_first_pipeline_num_layers or run.args.decoder_last_pipeline_num_layers)
 
 
 def uneven_ends(run: RequestedRun) -> tuple[int, int] | None:
-    """Layers of the first and the last pipeline stage, if these two flags alone divide the layers unevenly."""
+    """Layers of the first and the last pipeline stage, if both are given."""
     first, last = run.args.decoder_first_pipeline_num_layers, run.args.decoder_last_pipeline_num_layers
-    is_planned = first and last and not any(getattr(run.args, name) for name in _UNEVEN if "num_layers" not in name)
-    return (first, last) if is_planned and run.layout.pp > 1 else None
+    return (first, last) if first and last and run.layout.pp > 1 else None
 
 
 def note_sequence_parallelism(run: RequestedRun) -> Iterable[str]:

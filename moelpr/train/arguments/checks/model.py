@@ -111,8 +111,6 @@ def check_method(run: RequestedRun) -> Iterable[str]:
                 yield f"{run.flag(name)} does not apply to --stage {args.stage}; remove it, or use --stage stage1"
     if run.is_moe and args.save_trained_only and args.train_everything:
         yield "--save-trained-only has no effect with --train-everything, which freezes nothing; remove one of them"
-    if args.stage != "dense" and args.defer_embedding_wgrad_compute:  # frozen and partly trained layers cannot
-        yield f"--defer-embedding-wgrad-compute does not support --stage {args.stage}; remove it"
 
 
 def check_stage1_experts(run: RequestedRun) -> Iterable[str]:
@@ -174,8 +172,6 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
         "--recompute-modules layernorm": is_local and "layernorm" in (args.recompute_modules or ()),
         "--log-max-attention-logit": is_local and args.log_max_attention_logit,
         "--fp32-residual-connection": is_local and args.fp32_residual_connection,
-        "--save-dgrads-interval": is_local and args.save_dgrads_interval,
-        "--save-activations-interval": is_local and args.save_activations_interval,
         "--use-precision-aware-optimizer": args.use_precision_aware_optimizer
         and not (args.optimizer_cpu_offload or args.bf16_moments)
         and not kernels.is_installed("transformer_engine"),

@@ -18,18 +18,14 @@ from moelpr.train.arguments.requested import RequestedRun
 # Saved with the optimizer state, and then used instead of other values.
 _ADAM = ("adam_beta1", "adam_beta2", "adam_eps")
 
-_UNEVEN_PIPELINE = (
-    "decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers pipeline_model_parallel_layout".split()
-)
+_UNEVEN_PIPELINE = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
 
-# Settings of Megatron's learning-rate schedule, which it does not load with other values.
+# Settings of the learning-rate schedule, most of which Megatron does not load with other values.
 _SCHEDULE = (
     "lr min_lr decoupled_lr decoupled_min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction "
-    "lr_warmup_iters lr_warmup_samples weight_decay start_weight_decay end_weight_decay weight_decay_incr_style "
-    "global_batch_size train_iters train_samples"
+    "lr_warmup_iters lr_warmup_samples lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples "
+    "weight_decay global_batch_size train_iters train_samples"
 ).split()
-# Also of the schedule, but neither saved nor compared by Megatron: the values of the command line apply.
-_NOT_SAVED = ("lr_warmup_init", "lr_wsd_decay_style", "lr_wsd_decay_iters", "lr_wsd_decay_samples")
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
 
@@ -153,30 +149,21 @@ def check_schedule(run: RequestedRun) -> Iterable[str]:
     is_missing = args.train_iters is None and args.train_samples is None
     required = ("lr", "global_batch_size", *(("train_iters", "train_samples") if is_missing else ()))
     changed = [name for name in now if before[name] != now[name] and not (name in required and now[name] is None)]
-    if args.use_checkpoint_opt_param_scheduler:
-        if changed := [name for name in changed if name in _NOT_SAVED]:
-            yield (
-                f"{run.checkpoint} was trained with {_as_flags(changed, before)}, not {_as_flags(changed, now)}, and "
-                "the saved schedule lacks this; pass the old values with --use-checkpoint-opt-param-scheduler"
-            )
-    elif changed:
+    if changed:
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, before)}, on which its learning-rate schedule "
-            f"depends, not {_as_flags(changed, now)}; keep the old values, use the new schedule from here with "
-            "--override-opt-param-scheduler, or the old one with --use-checkpoint-opt-param-scheduler"
+            f"depends, not {_as_flags(changed, now)}; keep the old values, or use the new schedule from here with "
+            "--override-opt-param-scheduler"
         )
 
 
 def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that Megatron derives the schedule from; None for those that it does not use."""
-    schedule = {name: settings.get(name) for name in (*_SCHEDULE, *_NOT_SAVED)}
+    schedule = {name: settings.get(name) for name in _SCHEDULE}
     for unit in ("iters", "samples"):
         if schedule[f"lr_decay_{unit}"] is None:
             schedule[f"lr_decay_{unit}"] = schedule[f"train_{unit}"]
-    is_constant = schedule["weight_decay_incr_style"] == "constant"
-    unused = ["start_weight_decay", "end_weight_decay"] if is_constant else ["weight_decay"]
-    if schedule["lr_decay_style"] != "WSD":
-        unused += [name for name in _NOT_SAVED if "wsd" in name]
+    unused = [name for name in _SCHEDULE if "wsd" in name and schedule["lr_decay_style"] != "WSD"]
     if schedule["train_iters"] is None:
         unused.append("global_batch_size")  # the schedule counts in samples
     return schedule | dict.fromkeys(unused)

@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_model import HybridModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-from moelpr.model.layers.builder import DecoderStack, layer_pattern, layer_spec
+from moelpr.model.layers.builder import layer_pattern, layer_spec
 from moelpr.model.layers.loading import build_model, transformer_config
 from moelpr.model.layers.norms import RMSNorm
 from moelpr.model.model_spec import ModelSpec, MoeSpec
@@ -91,7 +88,6 @@ def test_it_is_gpt_model_bit_for_bit(megatron, dense_spec, shape: str, moe: MoeS
         (3, 1, {"num_layers_in_first_pipeline_stage": 2}),
         (4, 1, {"num_layers_in_last_pipeline_stage": 3}),
         (3, 2, {"num_layers_in_first_pipeline_stage": 2, "num_layers_in_last_pipeline_stage": 6}),
-        (7, 2, {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}),
     ],
 )
 def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, ranks, chunks, settings) -> None:
@@ -105,25 +101,3 @@ def test_stages_have_the_layers_of_gpt_models(megatron, dense_spec: ModelSpec, r
         chunk, rank = divmod(stage, ranks)
         offset = get_transformer_layer_offset(config, chunk if chunks > 1 else None, rank)
         assert sum(map(len, stages[:stage])) == offset or not stages[stage]
-
-
-def test_a_stage_without_layers_copies_its_input(megatron, dense_spec: ModelSpec) -> None:
-    """The schedule frees the outputs of stages."""
-    ends: Any = {"pre_process": False, "post_process": False, "submodules": HybridStackSubmodules()}
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    stack = DecoderStack(transformer_config(dense_spec), layer_type_list=[], pg_collection=groups, **ends)
-    given = torch.randn(4, 2, 32)
-    stack.set_input_tensor(given)
-    actual = stack(None, None)
-    assert torch.equal(actual, given) and actual.data_ptr() != given.data_ptr()
-
-
-def test_the_output_layers_gradient_can_wait(megatron, dense_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron's schedule takes what --defer-embedding-wgrad-compute keeps from the model."""
-    monkeypatch.setattr(tensor_parallel_layers, "_grad_accum_fusion_available", True)
-    settings: dict[str, Any] = {"pipeline_model_parallel_size": 3, "pipeline_dtype": torch.float32}
-    settings |= {"defer_embedding_wgrad_compute": True, "gradient_accumulation_fusion": True}
-    for build in (gpt_model, build_model):
-        model: Any = build(dense_spec, **settings)
-        for name in ("embedding_activation_buffer", "grad_output_buffer"):
-            assert getattr(model, name) is getattr(model.output_layer, name) == []

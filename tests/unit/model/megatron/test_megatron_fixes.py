@@ -36,7 +36,6 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 from megatron.core.utils import local_multi_tensor_l2_norm
 from megatron.training import checkpointing, ft_integration, global_vars, training
 from megatron.training.checkpointing import maybe_msc
-from megatron.training.utils import common_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelpr.base import command
@@ -131,9 +130,8 @@ def make_optimizer(kind: str, lr: float, min_lr: float, decoupled_lr: float) -> 
     return model, optimizer
 
 
-@pytest.mark.parametrize("keeps_saved", [False, True])
 @pytest.mark.parametrize("kind", ["fp32", "float16", "distributed", "distributed, flat buffers"])
-def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_path, monkeypatch) -> None:
+def test_optimizer_state_loads_with_other_learning_rates(kind: str, tmp_path: Path) -> None:
     """Through a checkpoint; --decoupled-lr too."""
 
     def sharded(model: Any, optimizer: Any, is_loading: bool = False) -> dict:
@@ -153,9 +151,7 @@ def test_optimizer_state_loads_with_other_learning_rates(kind, keeps_saved, tmp_
     model, optimizer = make_optimizer(kind, 1e-2, 1e-3, 0.5)
     dist_checkpointing.save(sharded(model, optimizer), str(tmp_path), async_strategy="mcore")
     model, loaded = make_optimizer(kind, 2e-2, 0.0, 0.25)
-    expected = groups(optimizer if keeps_saved else loaded)
-    arguments = argparse.Namespace(use_checkpoint_opt_param_scheduler=keeps_saved)
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", arguments)
+    expected = groups(loaded)
     loaded.load_state_dict(dist_checkpointing.load(sharded(model, loaded, is_loading=True), str(tmp_path)))
     assert groups(loaded) == expected and len(expected) == 3
     for one, other in zip(moments(loaded), moments(optimizer), strict=True):
@@ -362,21 +358,6 @@ def test_the_gradient_norm_is_megatrons_and_is_read_once() -> None:
         actual, _ = clip_grads.l2_norm_impl(2048, None, [tensors], False)
     assert reads.number == 0
     assert torch.equal(actual, local_multi_tensor_l2_norm(2048, None, [tensors], False)[0])
-
-
-def test_the_parameter_norm_is_read_once_and_copies_no_frozen_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen, trained = (torch.nn.Parameter(torch.randn(300).bfloat16()) for _ in range(2))
-    trained.main_param = torch.randn(300)  # type: ignore[attr-defined]
-    with Reads() as reads:
-        data = [common_utils._get_param_data(one, False, bf16=True)[0] for one in (frozen, trained)]
-        actual = common_utils._compute_norm_2(data)
-    assert reads.number == 0
-    assert data[0].data_ptr() == frozen.data_ptr() and data[1] is trained.main_param  # type: ignore[attr-defined]
-    assert actual == pytest.approx(sum(one.float().square().sum().item() for one in data))
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", argparse.Namespace(use_precision_aware_optimizer=True))
-    trained.main_param, trained.main_param_sharded = None, True  # type: ignore[attr-defined]
-    assert common_utils._get_param_data(trained, False, bf16=True)[0].data_ptr() == trained.data_ptr()
-    assert "param.data.float()" in inspect.getsource(inspect.unwrap(common_utils._get_param_data))
 
 
 def test_nvrx_gets_the_settings_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ NUMBERS = (
     OPTIONAL
     + (
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
-        "num_virtual_stages_per_pipeline_rank num_layers_per_virtual_pipeline_stage make_vocab_size_divisible_by "
+        "num_virtual_stages_per_pipeline_rank make_vocab_size_divisible_by "
         "num_query_groups num_layers microbatch_group_size_per_vp_stage"
     ).split()
 )

@@ -14,10 +14,8 @@ SHORT = {
     "ETP": "--expert-tensor-parallel-size",
     "CP": "--context-parallel-size",
     "VIRTUAL": "--num-virtual-stages-per-pipeline-rank",
-    "PER": "--num-layers-per-virtual-pipeline-stage",
     "GROUP": "--microbatch-group-size-per-virtual-pipeline-stage",
     "BATCH": "--global-batch-size",
-    "DECAY": "--weight-decay-incr-style",
     "APART": "--dataloader-inter-document-masking",
 }
 
@@ -51,9 +49,6 @@ stage1 upcycled --lr-warmup-iters 2 -> --lr-warmup-iters must be below --train-i
 stage1 upcycled --lr-warmup-iters 9 --lr-decay-iters 9 -> --lr-warmup-iters must be below --lr-decay-iters 9
 stage1 upcycled --lr-warmup-init 0.1 -> --lr-warmup-init must be at most --lr 0.001, got 0.1
 stage1 upcycled --lr-decay-style WSD -> --lr-decay-style WSD … --lr-wsd-decay-iters N
-stage1 upcycled DECAY linear -> DECAY linear requires --start-weight-decay … --end-weight-decay
-stage1 upcycled DECAY linear --start-weight-decay 0.2 --end-weight-decay 0.1 -> --end-weight-decay … 0.2, got 0.1
-stage1 upcycled --start-weight-decay 0.1 -> --start-weight-decay requires DECAY
 stage1 upcycled --overlap-param-gather -> Megatron … only supported with distributed optimizer
 stage1 upcycled --recompute-granularity full -> Megatron … "block" or "uniform"
 
@@ -62,8 +57,6 @@ stage1 upcycled BATCH 3 -> BATCH 3 … use 2 or 4
 2 dense dense EP 2 -> EP … dense
 2 stage1 upcycled PP 2 --decoder-first-pipeline-num-layers 3 -> Megatron … Mismatch
 2 stage1 six PP 2 BATCH 4 VIRTUAL 2 -> VIRTUAL 2 does not divide the 3 layers … one of 1, 3
-2 stage1 six PP 2 BATCH 4 PER 2 -> Megatron … number of layers per pipeline stage must be divisible
-2 stage1 six PP 2 BATCH 4 PER 1 VIRTUAL 3 -> Megatron … PER, VIRTUAL
 2 stage1 six PP 2 BATCH 4 VIRTUAL 3 --no-overlap-p2p-communication -> Megatron … size should be greater than 2
 2 stage1 six PP 2 BATCH 6 VIRTUAL 3 -> BATCH 6 makes 3 micro-batches … multiple of 4, such as 4 or 8
 2 stage1 six PP 2 BATCH 4 VIRTUAL 3 GROUP 4 -> BATCH 4 makes 2 micro-batches … multiple of 8
@@ -86,6 +79,9 @@ stage1 upcycled --save-trained-only --train-everything -> --save-trained-only �
 stage1 upcycled --yaml-cfg a.yaml -> --yaml-cfg is not supported … --recipe
 stage1 upcycled --split 99,1,0 -> --split is not supported … --validation-data LANG=PREFIX
 stage1 upcycled --data-args-path corpora.txt -> --data-args-path is not supported … --data-path
+stage1 upcycled --log-params-norm -> --log-params-norm is not supported
+2 stage1 six PP 2 BATCH 4 --num-layers-per-virtual-pipeline-stage 1 -> --num-layers-per … use VIRTUAL
+2 stage1 six PP 2 --pipeline-model-parallel-layout Et*3|t*3L -> --pipeline-model-parallel-layout … --decoder-first
 stage1 upcycled --moe-router-pre-softmax -> --moe-router-pre-softmax is not supported … remove
 stage1 upcycled --qk-clip --allow-untested qk-clip -> --qk-clip is not supported
 stage1 upcycled --fim-data -> --fim-data is not tested with this trainer … --allow-untested fim-data
@@ -100,9 +96,7 @@ stage0 grown --train-new-embeddings -> --train-new-embeddings applies to --stage
 stage2 grown --train-new-embeddings -> --train-new-embeddings applies to --stage stage1 … stage2
 stage0 grown --weight-decay 0.1 -> --weight-decay … stage0 … remove
 stage0 grown --train-everything -> --train-everything … stage0 … remove
-stage0 grown --defer-embedding-wgrad-compute -> --defer-embedding-wgrad-compute … stage0; remove
 stage1 grown --train-everything --train-new-embeddings -> --train-new-embeddings … --train-everything … remove
-stage1 upcycled --save-dgrads-interval 1 -> --save-dgrads-interval requires Transformer Engine; … pip install
 stage1 upcycled --moe-grouped-gemm -> --moe-grouped-gemm requires Transformer Engine
 stage1 upcycled --attention-dropout 0.1 -> --attention-dropout requires Transformer Engine
 2 stage1 upcycled CP 2 -> CP requires Transformer Engine
@@ -133,7 +127,6 @@ stage1 second-round --stage1-experts new -> num_original_experts=3 stage1_expert
 stage1 upcycled --num-experts 4 --moe-layer-freq [1,1,1] -> num_experts=4
 stage1 upcycled --moe-token-dispatcher-type alltoall --ckpt-format torch_dist -> moe_token_dispatcher_type=alltoall
 stage1 upcycled --lr-decay-style WSD --lr-wsd-decay-iters 1 --lr-warmup-init 1e-3 -> lr_wsd_decay_iters=1
-stage1 upcycled DECAY linear --start-weight-decay 0.1 --end-weight-decay 0.1 -> end_weight_decay=0.1
 stage1 upcycled --save-retain-interval 10000 --save-interval 300 -> save_retain_interval=10200
 stage1 upcycled --save-retain-interval 10000 --save-interval 500 -> save_retain_interval=10000
 stage1 odd -> vocab_size=131 padded_vocab_size=256
@@ -145,8 +138,7 @@ stage1 odd --make-vocab-size-divisible-by 1 -> padded_vocab_size=131
 2 stage1 one-group TP 2 ETP 1 -> num_query_groups=1
 4 stage1 upcycled TP 4 -> tensor_model_parallel_size=4
 2 stage1 upcycled PP 2 --decoder-first-pipeline-num-layers 1 -> pipeline_model_parallel_size=2
-2 stage1 upcycled PP 2 --pipeline-model-parallel-layout Et|ttL -> pipeline_model_parallel_size=2
-2 stage2 six PP 2 PER 1 BATCH 4 -> virtual_pipeline_model_parallel_size=3
+2 stage2 six PP 2 VIRTUAL 3 BATCH 4 -> virtual_pipeline_model_parallel_size=3
 2 stage1 six --iterations-to-skip 1 TP 2 ETP 1 -> create_attention_mask_in_dataloader=False
 stage1 upcycled --iterations-to-skip 1 APART -> dataloader_inter_document_masking=True
 """

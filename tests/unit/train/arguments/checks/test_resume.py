@@ -45,9 +45,6 @@ OF_THE_SCHEDULE = yaml.safe_load("""
     lr: [7.0, {}], min_lr: [7.0, {}], decoupled_lr: [7.0, {}], decoupled_min_lr: [7.0, {}],
     lr_decay_style: [cosine, {}], lr_decay_iters: [7, {}], lr_decay_samples: [7, {}], lr_warmup_fraction: [0.5, {}],
     lr_warmup_iters: [7, {}], lr_warmup_samples: [7, {}], weight_decay: [7.0, {}],
-    start_weight_decay:
-      [0.25, &linear {weight_decay_incr_style: linear, start_weight_decay: 0.5, end_weight_decay: 0.5}],
-    end_weight_decay: [7.0, *linear], weight_decay_incr_style: [cosine, {}],
     global_batch_size: [7, {}], train_iters: [7, {}], train_samples: [7, {}], lr_warmup_init: [7.0, {}],
     lr_wsd_decay_style: [linear, {lr_decay_style: WSD, lr_wsd_decay_iters: 1}],
     lr_wsd_decay_iters: [2, {lr_decay_style: WSD}], lr_wsd_decay_samples: [7, {lr_decay_style: WSD}]
@@ -66,7 +63,7 @@ OF_FLAT_BUFFERS = yaml.safe_load("""
     num_virtual_stages_per_pipeline_rank: [3, {virtual_pipeline_model_parallel_size: 3}],
     expert_model_parallel_size: [2, {}], expert_tensor_parallel_size: [2, {}],
     decoder_first_pipeline_num_layers: [1, {}], decoder_last_pipeline_num_layers: [1, {}],
-    pipeline_model_parallel_layout: [Et|ttL, {}], overlap_grad_reduce: [true, {}], ddp_num_buckets: [7, {}],
+    overlap_grad_reduce: [true, {}], ddp_num_buckets: [7, {}],
     ddp_bucket_size: [7, {overlap_grad_reduce: true}], moe_grouped_gemm: [true, {}],
     transformer_impl: [transformer_engine, {train_everything: true}], grad_reduce_in_bf16: [true, {bf16: true}],
     accumulate_allreduce_grads_in_fp32: [true, {fp16: true}]
@@ -98,17 +95,10 @@ TABLE = yaml.safe_load("""
 the same command: [{min_lr: 0.0}, "", 1, null]
 a longer training with another end:
   [{min_lr: 0.0}, "--train-iters 4 --min-lr 1e-4", 1, ["with --min-lr 0.0, --train-iters 2,",
-   "not --min-lr 0.0001, --train-iters 4;", --override-opt-param-scheduler, --use-checkpoint-opt-param-scheduler]]
+   "not --min-lr 0.0001, --train-iters 4;", --override-opt-param-scheduler]]
 a longer training with the new schedule:
   [{min_lr: 0.0}, "--train-iters 4 --override-opt-param-scheduler", 1, null]
-a longer training with the saved schedule:
-  [{min_lr: 0.0}, "--train-iters 4 --use-checkpoint-opt-param-scheduler", 1, null]
 a longer training without optimizer state: [{min_lr: 0.0}, "--train-iters 4 --no-load-optim", 1, null]
-what a saved schedule lacks:
-  [{min_lr: 0.0, lr_warmup_init: 0.0001}, "--use-checkpoint-opt-param-scheduler", 1,
-   ["with --lr-warmup-init 0.0001, not --lr-warmup-init 0.0,"]]
-what a saved schedule lacks, kept:
-  [{min_lr: 0.0, lr_warmup_init: 0.0001}, "--use-checkpoint-opt-param-scheduler --lr-warmup-init 0.0001", 1, null]
 "a decay of its own length, a longer training (Megatron compares the weight decay's, too)":
   [{min_lr: 0.0, lr_decay_iters: 2}, "--lr-decay-iters 2 --train-iters 4", 1,
    ["with --train-iters 2, ", "not --train-iters 4;"]]
@@ -126,11 +116,6 @@ experts no longer split with the model:
   [{}, "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1", 2, null]
 a pipeline: [{}, "--pipeline-model-parallel-size 3", 3, null]
 "flat buffers, more processes": [{use_distributed_optimizer: true}, "--use-distributed-optimizer", 2, null]
-"flat buffers, virtual stages of a layout":
-  [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2, pipeline_model_parallel_layout: Et|t|t|L,
-   virtual_pipeline_model_parallel_size: 2, global_batch_size: 4},
-   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|L
-   --global-batch-size 4", 2, null]
 "flat buffers, other buckets with more processes":
   [{use_distributed_optimizer: true, overlap_grad_reduce: true, ddp_bucket_size: 1000},
    "--use-distributed-optimizer --overlap-grad-reduce", 2,
@@ -141,10 +126,10 @@ a pipeline: [{}, "--pipeline-model-parallel-size 3", 3, null]
 "flat buffers, buckets kept with more processes":
   [{use_distributed_optimizer: true, overlap_grad_reduce: true, world_size: 48, global_batch_size: 128},
    "--use-distributed-optimizer --overlap-grad-reduce --global-batch-size 128 --ddp-bucket-size 48000000", 64, null]
-"flat buffers, no layout before":
+"flat buffers, stages of one size before":
   [{use_distributed_optimizer: true, pipeline_model_parallel_size: 2},
-   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttL", 2,
-   [" no --pipeline-model-parallel-layout;"]]
+   "--use-distributed-optimizer --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1", 2,
+   [" no --decoder-first-pipeline-num-layers;"]]
 "flat buffers without experts, another layout of the experts":
   [{stage: stage2, use_distributed_optimizer: true},
    "--use-distributed-optimizer --expert-model-parallel-size 2", 2, null]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
@@ -27,10 +28,10 @@ from moelpr.base.run_folder import HF_FOLDER
 from moelpr.data.corpus_index import CorpusIndex
 from moelpr.data.language_bits import loss_bits_path, open_bits
 from moelpr.data.manifest import FileRecord, Manifest
+from moelpr.data.mixing import Share, share_table
 from moelpr.data.packing import windows_of
 from moelpr.model.families.hf_config import read_config
 
-_SEQUENCES_AT_ONCE = 1 << 20
 _SHORTER = "raise --seq-length, or preprocess them again with --max-tokens"
 
 
@@ -76,21 +77,6 @@ class TaggedIndexedDataset(IndexedDataset):
         stop = sequence + self._lengths.item(idx) if length is None else start + int(length)
         self.edges += (start, stop)
         return super().get(idx, offset, length) if self._tokens is None else self._tokens[start:stop]
-
-    def count_original(self, first: int, last: int) -> tuple[int, int]:
-        """Count the original-language part of sequences `first` to `last`, inclusive.
-
-        Returns:
-            The number of sequences that begin with an original-language token, and of original-language tokens.
-        """
-        sequences = 0
-        for start in range(first, last + 1, _SEQUENCES_AT_ONCE):
-            piece = slice(start, min(start + _SEQUENCES_AT_ONCE, last + 1))
-            pointers = self._pointers[piece][self._lengths[piece] > 0]
-            sequences += int(self.bits.at(pointers // self._token_bytes).sum())
-        start = self._pointers.item(first) // self._token_bytes
-        stop = self._pointers.item(last) // self._token_bytes + self._lengths.item(last)
-        return sequences, self.bits.count(start, stop)
 
 
 class TaggedGPTDataset(GPTDataset):
@@ -191,6 +177,31 @@ def build_datasets(num_samples: Sequence[int | None], config: GPTDatasetConfig) 
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:
             raise cause from None
         raise
+
+
+def corpus_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int) -> str:
+    """What a run of so many samples reads: each corpus's share, how often, and the original languages' share.
+
+    Raises:
+        UserError: The corpora have no weights, so they are read once, but the run takes more samples.
+    """
+    if len(train) < num_samples:
+        raise UserError(
+            f"corpora without weights are read once, which gives {len(train):,} samples, but the run takes "
+            f"{num_samples:,}; give each corpus a weight (--data-path 1 A 1 B), or train fewer steps"
+        )
+    datasets, weights = (train.datasets, train.weights) if isinstance(train, BlendedDataset) else ([train], [1.0])
+    parts, original, length = [], 0.0, train.config.sequence_length
+    for dataset, weight in zip(datasets, weights, strict=True):
+        bits, share = dataset.dataset.bits, weight / sum(weights)
+        is_whole = dataset.dataset.loss_bits is not None  # conversations, which share samples
+        samples = len(dataset.sample_index) - 1 if is_whole else bits.num_tokens / length
+        parts.append((dataset.dataset.path_prefix, Share(bits.num_tokens, share, num_samples * share / samples)))
+        original += share * bits.num_original / bits.num_tokens
+    return (
+        f"moelpr: the run takes {num_samples:,} samples of {length:,} tokens, of which {original:.1%} are "
+        f"original-language:\n{share_table(parts, 'corpus')}"
+    )
 
 
 def dataset_config(args: argparse.Namespace) -> GPTDatasetConfig:

@@ -1,7 +1,7 @@
 """How texts share a number of tokens: in proportion to sizes, with a cap on how often each is read."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,13 +88,13 @@ def mixed(tokens: Mapping[str, int], total: float, asked: Mix) -> dict[str, Shar
     return divide(tokens, total, sizes, dict.fromkeys(tokens, asked.max_epochs))
 
 
-def share_table(parts: Mapping[str, Share], head: str) -> str:
+def share_table(parts: Collection[tuple[str, Share]], head: str) -> str:
     """A row per text, with what limits it."""
     rows = [
         [name, format_count(one.tokens), f"{one.weight:.1%}", f"{one.epochs:.2f}", "max_epochs" * one.is_capped]
-        for name, one in parts.items()
+        for name, one in parts
     ]
     table = table_text([head, "tokens", "share", "epochs", "limited by"], rows, text_columns=(0, 4))
-    capped = ", ".join(name for name, one in parts.items() if one.is_capped)
+    capped = ", ".join(name for name, one in parts if one.is_capped)
     note = f"\nmax_epochs lowers the share of {capped}; the others are read more often instead."
     return table + note * bool(capped)

@@ -146,7 +146,7 @@ def _experts(project: ResolvedProject) -> str:
 def _languages(project: ResolvedProject, stage: str) -> str:
     tokens, is_estimate = tokens_or_estimates(project, stage)
     note = " (tokens are estimated)" if is_estimate else ""
-    total, table = total_tokens(project, tokens), share_table(expected_shares(project, stage), "language")
+    total, table = total_tokens(project, tokens), share_table(expected_shares(project, stage).items(), "language")
     name = "1" if stage == "stage1" else stage
     return f"Stage {name} reads {format_count(total)} tokens{note}:\n{table}"
 

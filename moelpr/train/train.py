@@ -16,8 +16,7 @@ from megatron.training.argument_utils import (
 
 from moelpr.base.ranks import is_first_rank
 from moelpr.data.batch import BatchReader
-from moelpr.data.dataset import build_datasets, dataset_config
-from moelpr.data.epoch_table import epoch_table
+from moelpr.data.dataset import build_datasets, corpus_table, dataset_config
 from moelpr.model.checkpoints.chain import verify_step, write_checksums
 from moelpr.model.layers.builder import MoELPRModelConfig
 from moelpr.model.layers.config import MoELPRConfig
@@ -151,5 +150,5 @@ def datasets_provider(args: argparse.Namespace, num_samples: list[int], vp_stage
         num_samples = [num_samples[0], 0, 0]
     train, *others = build_datasets(num_samples, dataset_config(args))
     if is_first_rank() and train is not None:
-        print_rank_0(epoch_table(train, num_samples[0], args.seq_length))
+        print_rank_0(corpus_table(train, num_samples[0]))
     return train, *others

@@ -82,7 +82,7 @@ def set_weights(run: RequestedRun) -> str:
         return ""
     args.data_path = [word for prefix, part in parts.items() for word in (f"{part.weight:.6g}", prefix)]
     args.mix = None  # the weights are what is recorded
-    return f"the corpora share {total:,} tokens:\n{share_table(parts, 'corpus')}"
+    return f"the corpora share {total:,} tokens:\n{share_table(parts.items(), 'corpus')}"
 
 
 def _num_windows(prefix: str, length: int, shares_windows: bool) -> int | None:

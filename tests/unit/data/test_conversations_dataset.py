@@ -11,7 +11,7 @@ import torch
 from data_tools.corpus.corpus_writer import CorpusWriter
 from data_tools.corpus.tokenized import Documents, joined_runs, runs_of
 from moelpr.base.errors import UserError
-from moelpr.data.epoch_table import epoch_table
+from moelpr.data.dataset import corpus_table
 from tests.support.gpt_data import gpt_config, training_set
 
 LENGTH = 24
@@ -43,8 +43,8 @@ def test_an_epoch_has_every_conversation_once_and_whole_and_its_loss_where_it_co
     assert windows < 50 if is_packed else windows == 50
     dataset = training_set(windows + 1, config)
     assert len(dataset) == 2 * windows
-    table = epoch_table(dataset, windows, LENGTH)
-    assert f"{windows:,}" in table and " 1.00 " in table
+    table = corpus_table(dataset, windows)
+    assert f"{windows:,}" in table and table.endswith(" 1.00")
     for epoch in (0, 1):
         seen = []
         for index in range(epoch * windows, (epoch + 1) * windows):

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import common
 from moelpr.base.errors import UserError
+from moelpr.base.quantities import format_count
 from moelpr.model.megatron import bootstrap
 
 bootstrap.install_patches()
@@ -117,14 +118,21 @@ def test_a_corpus_made_again_is_not_read_in_the_order_of_the_old_one(write_corpu
     assert without != nowhere == {}
 
 
-def test_a_sequence_without_tokens_begins_with_no_language(write_corpus: Callable) -> None:
-    """Megatron's own tools write such sequences; at the end of the corpus, there is no bit to look up."""
-    prefix, tokens, is_original = write_corpus("corpus", documents=3)
-    dataset = TaggedIndexedDataset(str(prefix))
-    expected = dataset.count_original(0, 2)
-    dataset._lengths = np.append(dataset._lengths, np.int32(0))
-    dataset._pointers = np.append(dataset._pointers, np.int64(2 * len(tokens)))
-    assert dataset.count_original(0, 3) == expected == (expected[0], is_original.sum())
+def test_the_table_of_corpora_has_shares_epochs_and_the_part_of_original_languages(write_corpus: Callable) -> None:
+    original, ids, _ = write_corpus("original", documents=30, bits="original", seed=1)
+    mixed, mixed_ids, bits = write_corpus("mixed", documents=50, seed=2)
+    train = training_set(200, gpt_config([str(original), str(mixed)], [3.0, 1.0]))
+    first, _, *rows = datasets.corpus_table(train, 200).splitlines()
+    assert f"{0.75 + 0.25 * bits.mean():.1%} are original-language" in first and "200 samples of 16" in first
+    assert rows[0].split() == [str(original), format_count(len(ids)), "75.0%", f"{150 * 16 / len(ids):.2f}"]
+    assert rows[1].split() == [str(mixed), format_count(len(mixed_ids)), "25.0%", f"{50 * 16 / len(mixed_ids):.2f}"]
+
+
+def test_a_run_longer_than_corpora_without_weights_is_refused(write_corpus: Callable) -> None:
+    prefixes = [str(write_corpus(name, seed=seed)[0]) for seed, name in enumerate("ab")]
+    with pytest.raises(UserError, match=r"\d+ samples, .* 5,000; .*--data-path"):
+        datasets.corpus_table(training_set(5000, gpt_config(prefixes)), 5000)
+    assert datasets.corpus_table(training_set(5000, gpt_config(prefixes, [1.0, 1.0])), 5000)
 
 
 def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_corpus: Callable, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Warnings about a run that is still training, derived from its metrics records and, about stops, measured times.
 
-Steps are judged in blocks of `window` steps, by their means, because single steps are too noisy. A warning is logged
+Steps are judged in blocks of `BLOCK` steps, by their means, because single steps are too noisy. A warning is logged
 when its condition starts to hold, and again only after a block in which it did not hold.
 """
 
@@ -11,8 +11,11 @@ import numpy as np
 
 from moelpr.model.metrics.run_metrics import Step, ValidationEvent
 from moelpr.model.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
-from moelpr.train.arguments.settings import Thresholds
 
+BLOCK = 50  # steps
+ORIGINAL_RISE = 0.10  # of the loss on original languages
+EXPERT_SHARE = 0.01  # of the tokens
+LPR_FALL = 0.01  # of the LPR loss since the first block
 SLOW_NODE = 1.15  # times the median of its pipeline stage
 
 
@@ -26,10 +29,10 @@ class EarlyWarning(NamedTuple):
 class EarlyWarnings:
     """Sees every record in order; in a resumed run those of the interrupted run first."""
 
-    def __init__(self, stage: str, thresholds: Thresholds, lpr_loss_is_on: bool, first_expert: int = 0) -> None:
-        """`first_expert` is the first place of the routers that tokens can choose."""
-        self.stage, self.thresholds, self.lpr_loss_is_on = stage, thresholds, lpr_loss_is_on
-        self.first_expert = first_expert
+    def __init__(self, stage: str, lpr_loss_is_on: bool, first_expert: int = 0, grace_s: float | None = None) -> None:
+        """`first_expert` is the first place of the routers that tokens can choose; `grace_s` None: unknown."""
+        self.stage, self.lpr_loss_is_on = stage, lpr_loss_is_on
+        self.first_expert, self.grace_s = first_expert, grace_s
         self._block: list[Step] = []  # records since the last judgment
         self._first_lpr_loss = self._first_original_loss = math.nan  # means of the first block that has them
         self._first_validation: dict[str, float] = {}  # language -> loss in nats per token
@@ -47,7 +50,7 @@ class EarlyWarnings:
         message = "the loss is NaN or Inf; lower --lr, or check the data of this step"
         warnings = self._onset("not_a_number", record.get(LM_LOSS) is None, message)
         self._block.append(record)
-        if len(self._block) == self.thresholds.window:
+        if len(self._block) == BLOCK:
             warnings += self._idle_experts() + self._lpr_loss_stays() + self._original_training_loss_rises()
             self._block = []
         return warnings
@@ -73,20 +76,21 @@ class EarlyWarnings:
 
     def saved(self, step_s: float, save_s: float) -> list[EarlyWarning]:
         """New warnings after a checkpoint is written, from its time and that of the longest step."""
-        if (grace_s := self.thresholds.grace_s) is None:
+        if self.grace_s is None:
             return []
         message = (
-            f"a step takes up to {step_s:.3g} s and a checkpoint {save_s:.3g} s, together more than the {grace_s:g} s "
-            "(--grace-seconds) in which a run that is asked to stop must save; give it more time (sbatch --signal "
-            "B:USR1@SECONDS, GraceTime, terminationGracePeriodSeconds), or save less (--save-trained-only)"
+            f"a step takes up to {step_s:.3g} s and a checkpoint {save_s:.3g} s, together more than the "
+            f"{self.grace_s:g} s (--grace-seconds) in which a run that is asked to stop must save; give it more time "
+            "(sbatch --signal B:USR1@SECONDS, GraceTime, terminationGracePeriodSeconds), or save less "
+            "(--save-trained-only)"
         )
-        return self._onset("grace_too_short", step_s + save_s > grace_s, message)
+        return self._onset("grace_too_short", step_s + save_s > self.grace_s, message)
 
     def timed(self, node: int, times_as_long: float) -> list[EarlyWarning]:
         """New warnings after a step, from its slowest node, if that is the same one for a whole block of steps."""
-        self._slow = self._slow[1 - self.thresholds.window :] + [(node, times_as_long)]
+        self._slow = self._slow[1 - BLOCK :] + [(node, times_as_long)]
         least = min(times for _, times in self._slow)
-        is_slow = len(self._slow) == self.thresholds.window and least > SLOW_NODE and len({*dict(self._slow)}) == 1
+        is_slow = len(self._slow) == BLOCK and least > SLOW_NODE and len({*dict(self._slow)}) == 1
         message = (
             f"the forward passes of node {node} take at least {least:.2f} times as long as those of others in the same "
             "pipeline stage; check its GPUs (clocks, temperature, links), or run without it"
@@ -107,22 +111,21 @@ class EarlyWarnings:
         return self._original_rises(f"the loss on the original languages' training text {change:+.1%}")
 
     def _has_risen(self, loss: float, first: float) -> bool:
-        percent = self.thresholds.original_rise
-        return self.stage == "stage1" and percent > 0 and first > 0 and loss > (1 + percent / 100) * first
+        return self.stage == "stage1" and first > 0 and loss > (1 + ORIGINAL_RISE) * first
 
     def _original_rises(self, what: str) -> list[EarlyWarning]:
         message = (
-            f"{what} since the start (threshold +{self.thresholds.original_rise:g}%); stage 2 repairs part of it, "
+            f"{what} since the start (threshold +{ORIGINAL_RISE:.0%}); stage 2 repairs part of it, "
             "a lower --lr or fewer steps reduce it"
         )
         return [EarlyWarning("original_loss_rises", message)]
 
     def _idle_experts(self) -> list[EarlyWarning]:
         shares = [record[TOKEN_SHARE] for record in self._block if record.get(TOKEN_SHARE)]
-        if not shares or self.thresholds.expert_share <= 0 or self.stage == "stage0":  # its routers are untrained
+        if not shares or self.stage == "stage0":  # its routers are untrained
             return []
         share_LE = np.array(shares, dtype=float).mean(axis=0)
-        idle = np.argwhere(share_LE < self.thresholds.expert_share / 100).tolist()
+        idle = np.argwhere(share_LE < EXPERT_SHARE).tolist()
         can_be_chosen = {(layer, expert) for layer, expert in idle if expert >= self.first_expert}
         new = sorted(self._onsets("idle_expert", can_be_chosen))
         if not new:
@@ -130,14 +133,14 @@ class EarlyWarnings:
         shown = [f"expert {expert} of MoE layer {layer} ({share_LE[layer, expert]:.2%})" for layer, expert in new[:4]]
         more = f" and {len(new) - 4} more" if len(new) > 4 else ""
         message = (
-            f"fewer than {self.thresholds.expert_share:g}% of the last {len(self._block)} steps' tokens chose "
+            f"fewer than {EXPERT_SHARE:.0%} of the last {len(self._block)} steps' tokens chose "
             f"{', '.join(shown)}{more}; a larger --balance-loss-coeff spreads the tokens"
         )
         return [EarlyWarning("idle_expert", message)]
 
     def _lpr_loss_stays(self) -> list[EarlyWarning]:
         loss = self._block_mean(LPR_LOSS)
-        if not self.lpr_loss_is_on or self.thresholds.lpr_fall <= 0 or math.isnan(loss):
+        if not self.lpr_loss_is_on or math.isnan(loss):
             return []
         if math.isnan(self._first_lpr_loss):
             self._first_lpr_loss = loss
@@ -147,7 +150,7 @@ class EarlyWarnings:
             f"the LPR loss does not fall: {loss:.4g} over the last {len(self._block)} steps, {first:.4g} over the "
             "first; raise --lpr-loss-coeff or --lr, and check the language bits (moelpr data inspect)"
         )
-        return self._onset("lpr_loss_stays", loss > (1 - self.thresholds.lpr_fall / 100) * first, message)
+        return self._onset("lpr_loss_stays", loss > (1 - LPR_FALL) * first, message)
 
     def _block_mean(self, name: str) -> float:
         values = [record[name] for record in self._block if record.get(name) is not None]

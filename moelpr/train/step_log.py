@@ -40,7 +40,7 @@ def logs_steps(settings: RunSettings, args: argparse.Namespace) -> Iterator["Ste
     set_moe_metrics_tracker(tracker)
     stage = settings.stage
     masked = settings.spec.moe.num_original_places if settings.spec.moe and stage.stage1_experts == "new" else 0
-    warnings = EarlyWarnings(stage.name, settings.thresholds, stage.lpr_loss_coeff > 0, first_expert=masked)
+    warnings = EarlyWarnings(stage.name, stage.lpr_loss_coeff > 0, masked, settings.grace_s)
     run_log = RunLog(settings, warnings, lambda is_new: _tracking(settings, args, is_new))
     log = StepLog(run_log, tracker, args)
     with (

@@ -27,7 +27,7 @@ _RANGES: dict[tuple[int, float], str] = {
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
         "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank make_vocab_size_divisible_by "
         "micro_batch_size global_batch_size seq_length train_iters train_samples save_interval log_interval "
-        "eval_interval warn_window lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "eval_interval lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
         "tensorboard_log_interval log_memory_interval train_tokens early_stop_patience gpu_sniff_test_interval"
     ),
     (1, 2**31): "seed",
@@ -70,10 +70,6 @@ class TrainerFlags(Flags):
     # end if their mean loss has not fallen for so long; the best saved step is the result (default: train to the end)
     early_stop_patience: Annotated[Tokens | None, metavar("TOKENS")] = None
     verify_corpus: Literal["sampled", "full", "none"] = "sampled"  # how much of corpora to compare with checksums
-    warn_original_rise: float = 10.0  # warn if stage1's loss on original text rises by more percent; 0: never
-    warn_expert_share: float = 1.0  # warn if an expert gets a smaller share of tokens, in percent; 0: never
-    warn_lpr_fall: float = 1.0  # warn if the LPR loss has fallen by less percent since the start; 0: never
-    warn_window: int = 50  # number of steps averaged per warning check
     # time from a request to stop to the kill; warn if a save takes longer (default: MOELPR_GRACE_SECONDS)
     grace_seconds: Annotated[float | None, {"default": os.environ.get(GRACE_VARIABLE)}] = None
     mlflow_experiment: str | None = None  # log to it, at MLFLOW_TRACKING_URI (default: none)

@@ -37,18 +37,6 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
-class Thresholds:
-    """The limits beyond which to warn. A percentage of 0 disables its warning."""
-
-    original_rise: float = 10.0  # the highest rise of the loss on the original languages, in percent
-    expert_share: float = 1.0  # the smallest share of the tokens per expert, in percent
-    lpr_fall: float = 1.0  # the smallest fall of the LPR loss since the first block, in percent
-    window: int = 50  # the number of steps per block
-    # The time in which a run that is asked to stop must make a step and save it; None if unknown.
-    grace_s: float | None = None
-
-
-@dataclass(frozen=True)
 class RunSettings:
     """A run's final settings."""
 
@@ -62,7 +50,7 @@ class RunSettings:
     validation_data: dict[str, str]  # language → prefix of its held-out corpus
     last_step: int
     log_interval: int  # the steps from one line of the log to the next
-    thresholds: Thresholds
+    grace_s: float | None  # the time in which a run that is asked to stop must make a step and save it
 
     @classmethod
     def of(cls, run: RequestedRun) -> "RunSettings":
@@ -71,7 +59,6 @@ class RunSettings:
         args = run.args
         pretrained = Path(args.pretrained_checkpoint) if args.pretrained_checkpoint else None
         trains = args.train_everything, args.train_new_embeddings, args.stage1_experts
-        limits = args.warn_original_rise, args.warn_expert_share, args.warn_lpr_fall
         return cls(
             StageSettings(args.stage, *trains, run.balance_loss_coeff, run.lpr_loss_coeff),
             Start(run.checkpoint, run.step_folder, run.step, run.is_resumed, pretrained, run.saved_step),
@@ -86,5 +73,5 @@ class RunSettings:
             },
             last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
             log_interval=args.log_interval,
-            thresholds=Thresholds(*limits, args.warn_window, args.grace_seconds),
+            grace_s=args.grace_seconds,
         )

@@ -1,13 +1,12 @@
 import pytest
 
-from moelpr.train.arguments.settings import Thresholds
-from moelpr.train.early_warnings import EarlyWarnings
-
-WINDOW = 4
+from moelpr.train.early_warnings import BLOCK, EarlyWarnings
 
 
-def warnings_of(stage: str = "stage1", lpr: bool = False, first: int = 0, **thresholds: float) -> EarlyWarnings:
-    return EarlyWarnings(stage, Thresholds(**{"window": WINDOW} | thresholds), lpr_loss_is_on=lpr, first_expert=first)
+def warnings_of(
+    stage: str = "stage1", lpr: bool = False, first: int = 0, grace_s: float | None = None
+) -> EarlyWarnings:
+    return EarlyWarnings(stage, lpr, first, grace_s)
 
 
 def validation(**losses: float | None) -> dict:
@@ -24,7 +23,6 @@ RISES, STAYS = ["original_loss_rises"], ["lpr_loss_stays"]
     ("settings", "name", "blocks"),
     [
         ({}, "token_share", [(IDLE, ["idle_expert"]), (IDLE, []), (BUSY, []), (IDLE, ["idle_expert"])]),
-        ({"expert_share": 0}, "token_share", [(IDLE, [])]),
         ({"stage": "stage0"}, "token_share", [(IDLE, [])]),
         # An expert that tokens cannot choose is not idle.
         ({"first": 1}, "token_share", [([[0.0, 1.0, 1.0]], []), ([[0.0, 2.0, 0.0]], ["idle_expert"])]),
@@ -41,7 +39,7 @@ RISES, STAYS = ["original_loss_rises"], ["lpr_loss_stays"]
 def test_a_block_of_equal_steps_is_warned_of_at_its_onset(settings: dict, name: str, blocks: list[tuple]) -> None:
     watch = warnings_of(**settings)
     for value, expected in blocks:
-        actual = [warning for _ in range(WINDOW) for warning in watch.step({"lm_loss": 2.0, name: value})]
+        actual = [warning for _ in range(BLOCK) for warning in watch.step({"lm_loss": 2.0, name: value})]
         assert [warning.kind for warning in actual] == expected
         if value is IDLE and actual:
             assert "expert 2 of MoE layer 0 (0.80%)" in actual[0].message and "layer 1" not in actual[0].message
@@ -50,7 +48,7 @@ def test_a_block_of_equal_steps_is_warned_of_at_its_onset(settings: dict, name: 
 def test_with_held_out_text_the_training_text_is_not_judged() -> None:
     watch = warnings_of()
     watch.validation(validation(en=2.0))
-    for loss in [2.0] * WINDOW + [2.3] * WINDOW:
+    for loss in [2.0] * BLOCK + [2.3] * BLOCK:
         assert watch.step({"lm_loss": 2.0, "lm_loss_original": loss}) == []
 
 
@@ -65,7 +63,7 @@ def test_a_checkpoint_that_a_stop_has_no_time_for_is_warned_of_once() -> None:
 
 def test_one_idle_step_does_not_make_an_expert_idle() -> None:
     watch = warnings_of()
-    records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(WINDOW)]
+    records = [{"lm_loss": 2.0, "token_share": [[0.96, 0.0 if step == 2 else 0.04]]} for step in range(BLOCK)]
     assert [warning for record in records for warning in watch.step(record)] == []
 
 
@@ -91,11 +89,11 @@ def test_a_nan_loss_is_warned_of_at_once() -> None:
     assert actual == [[], ["not_a_number"], [], [], ["not_a_number"]]
 
 
-@pytest.mark.parametrize("cut", [0, 1, WINDOW, WINDOW + 3])
+@pytest.mark.parametrize("cut", [0, 1, BLOCK, BLOCK + 3])
 def test_a_resumed_run_warns_like_the_uninterrupted_one(cut: int) -> None:
     """It sees the records that the interrupted run has judged."""
     share = [[1.0, 0.999, 0.001]]
-    records = [validation(en=2.0)] + [{"lm_loss": 2.0, "token_share": share} for _ in range(2 * WINDOW)]
+    records = [validation(en=2.0)] + [{"lm_loss": 2.0, "token_share": share} for _ in range(2 * BLOCK)]
     records += [validation(en=3.0), validation(en=3.0)]
 
     def messages(watch: EarlyWarnings, record: dict) -> list[str]:
@@ -111,7 +109,7 @@ def test_a_resumed_run_warns_like_the_uninterrupted_one(cut: int) -> None:
 
 def test_a_node_is_slow_if_it_is_the_slowest_for_a_whole_block() -> None:
     warnings = warnings_of()
-    steps = [(3, 1.3), (1, 1.3), *[(3, 1.2)] * WINDOW, (3, 1.2), (3, 1.1), *[(3, 1.4)] * WINDOW]
+    steps = [(3, 1.3), (1, 1.3), *[(3, 1.2)] * BLOCK, (3, 1.2), (3, 1.1), *[(3, 1.4)] * BLOCK]
     actual = [[one.kind for one in warnings.timed(*step)] for step in steps]
     named = ["slow_node"]
-    assert actual == [[]] * (WINDOW + 1) + [named] + [[]] * (WINDOW + 1) + [named]
+    assert actual == [[]] * (BLOCK + 1) + [named] + [[]] * (BLOCK + 1) + [named]

@@ -10,7 +10,6 @@ from moelpr.base import ranks
 from moelpr.base.errors import UserError
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import run_log
-from moelpr.train.arguments.settings import Thresholds
 from moelpr.train.early_warnings import EarlyWarning, EarlyWarnings
 from moelpr.train.run_log import RunLog, open_metrics, report_nonfinite_exit
 
@@ -38,7 +37,7 @@ def make_log(monkeypatch: pytest.MonkeyPatch, save: Path, log_interval: int = 1)
     board, tracking, stage = Writer(), Writer(), SimpleNamespace(name="stage1")
     settings: Any = SimpleNamespace(save=save, log_interval=log_interval, last_step=3, stage=stage)
     monkeypatch.setattr(run_log, "get_tensorboard_writer", lambda: board)
-    warnings = EarlyWarnings("stage1", Thresholds(window=2), lpr_loss_is_on=False)
+    warnings = EarlyWarnings("stage1", lpr_loss_is_on=False)
     return RunLog(settings, warnings, lambda is_new: tracking), board, tracking
 
 

@@ -16,7 +16,7 @@ _TEXT = """\
 model: {model}
 output: {output}
 
-# Text: files, folders or patterns of JSON lines ({{"text": …}}, also .gz, .zst, .bz2, .xz) or Parquet.
+# Text: files, folders or patterns of JSON lines ({{"text": …}}, also .gz, .zst, .bz2) or Parquet.
 languages:
   expanded:  # to add
 {expanded}

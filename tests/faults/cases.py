@@ -133,7 +133,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("preprocess", "text/text.jsonl", right_text("text/text.jsonl"), 4),
         *(
             Reading(form, f"text/text.{form}", right_text(f"text/text.{form}"))
-            for form in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
+            for form in ("jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet")
         ),
         Reading("sentencepiece", "text/text.jsonl", anything),
         Reading("extend", "text/el.jsonl text/en.jsonl", anything),

@@ -63,7 +63,7 @@ COMMANDS = {
     ),
     **{
         suffix: Command("data preprocess", _PREPROCESS.format(f"text/text.{suffix}"), "text hf")
-        for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.xz", "jsonl.zst", "parquet")
+        for suffix in ("jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet")
     },
     **{
         f"corpus of {language}": Command(

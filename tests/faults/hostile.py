@@ -15,7 +15,7 @@ from tests.support.hf_models import RunsCode, replace_object
 
 # Others read the same files with the same code, or more of them.
 _LEFT_OUT = "preprocess a large file,merge large corpora,sample a large corpus,train on two ranks".split(",")
-_LEFT_OUT += ["jsonl.gz", "jsonl.bz2", "jsonl.xz", "corpus of en", "new tokens"]
+_LEFT_OUT += ["jsonl.gz", "jsonl.bz2", "corpus of en", "new tokens"]
 
 
 @cache

@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import json
-import lzma
 import os
 import random
 import shutil
@@ -147,7 +146,6 @@ def write_text(folder: Path) -> None:
     (text / "text.jsonl").write_bytes(lines)
     (text / "text.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
     (text / "text.jsonl.bz2").write_bytes(bz2.compress(lines))
-    (text / "text.jsonl.xz").write_bytes(lzma.compress(lines))
     (text / "text.jsonl.zst").write_bytes(compress(lines, "zstd", asbytes=True))
     parquet.write_table(Table.from_pylist(rows), text / "text.parquet", row_group_size=9, write_page_checksum=True)
     for language in WORDS:

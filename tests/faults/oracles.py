@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import json
-import lzma
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def documents(path: Path) -> list[tuple[str, Any]] | None:
         rows = [json.loads(line.decode("utf-8-sig")) for line in content.split(b"\n") if line.strip()]
         pairs = [(row["text"], row.get("lang")) for row in rows]
         "".join(text for text, _ in pairs).encode()
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, lzma.LZMAError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return pairs
 
@@ -81,8 +80,7 @@ def _unpacked(path: Path) -> bytes:
         return pyarrow.CompressedInputStream(pyarrow.BufferReader(content), "zstd").read()
 
     content = path.read_bytes()
-    forms = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ": lzma.decompress}
-    forms[b"\x28\xb5\x2f\xfd"] = unpack_zstd
+    forms = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\x28\xb5\x2f\xfd": unpack_zstd}
     return next((unpack for start, unpack in forms.items() if content.startswith(start)), bytes)(content)
 
 

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import json
-import lzma
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "jsonl": bytes,
     "jsonl.gz": gzip.compress,
     "jsonl.bz2": bz2.compress,
-    "jsonl.xz": lambda data: lzma.compress(data, preset=0),
     "jsonl.zst": zstd,
     "parquet": lambda data: parquet_table([json.loads(line) for line in data.splitlines()], 100),
 }

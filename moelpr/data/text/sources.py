@@ -20,7 +20,7 @@ from moelpr.data.text.held_out_text import is_held_out_text
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2", ".xz")), ".parquet")
+_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2")), ".parquet")
 # A folder or file of a split, such as train, test-00000-of-00002-8c1f.parquet or el-test.jsonl.
 _SPLIT = re.compile(
     r"(?P<of>(?:.*[-_.])?)(?P<split>train|test|validation|valid|val|dev|eval)"
@@ -37,7 +37,6 @@ class Form(StrEnum):
     GZIP = "gzip"
     ZSTD = "zstd"
     BZIP2 = "bzip2"
-    XZ = "xz"
     PARQUET = "Parquet"
     STREAM = "standard input"
 
@@ -46,7 +45,6 @@ _MAGIC = {
     b"\x1f\x8b": Form.GZIP,
     b"\x28\xb5\x2f\xfd": Form.ZSTD,
     b"BZh": Form.BZIP2,
-    b"\xfd7zXZ\x00": Form.XZ,
     b"PAR1": Form.PARQUET,
 }
 
@@ -101,7 +99,7 @@ def find_files(names: list[str]) -> list[str]:
             if not (files := sorted(_files_below(name, left_out))):
                 types = ", ".join(_TEXT_SUFFIXES)
                 where = remote.shown(name)
-                raise UserError(f"the folder {where} contains no {types} (.gz, .zst, .bz2, .xz) or .parquet file")
+                raise UserError(f"the folder {where} contains no {types} (.gz, .zst, .bz2) or .parquet file")
             uris += files
         elif is_pattern:
             if not (files := remote.matches(name) if is_remote else _matches(name)):
@@ -255,6 +253,8 @@ def download(sources: Sequence[Source]) -> list[Source]:
 
 def _form(path: str, start: bytes) -> Form:
     """The form of a file by its first bytes."""
+    if start.startswith(b"\xfd7zXZ\0"):
+        raise UserError(f"the input {path} is packed with xz; unpack it, or pass the output of xz -dc to --input -")
     form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
     encoding = json.detect_encoding(start) if form is Form.LINES and start.strip(b"\0") else "utf-8"
     if not encoding.startswith("utf-8"):

@@ -53,8 +53,8 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_names_folders_and_patterns_expand_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    touch(tmp_path, "b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.xz", "a[1].jsonl", "c.txt")
-    expected = "c.txt b/1.jsonl b/2.jsonl b/x/3.jsonl.xz a[1].jsonl".split()
+    touch(tmp_path, "b/2.jsonl", "b/1.jsonl", "b/x/3.jsonl.bz2", "a[1].jsonl", "c.txt")
+    expected = "c.txt b/1.jsonl b/2.jsonl b/x/3.jsonl.bz2 a[1].jsonl".split()
     assert find_files(["c.txt", "b", "a[1].jsonl"]) == expected
     assert find_files(["**/*.jsonl"]) == ["a[1].jsonl", "b/1.jsonl", "b/2.jsonl"]
     with pytest.raises(UserError, match=r"no file matches nothing-\*; check the pattern"):

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import json
-import lzma
 import sys
 
 import pytest
@@ -21,7 +20,6 @@ from tests.unit.data_tools.preprocessing.conftest import FLAGS
         ("two-members.gz", lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:])),
         ("two-frames.zst", lambda data: zstd(data[:1000]) + zstd(data[1000:])),
         ("streams.bz2", lambda data: bz2.compress(data[:1000]) + bz2.compress(data[1000:])),
-        ("streams.xz", lambda data: lzma.compress(data[:1000]) + bytes(8) + lzma.compress(data[1000:]) + bytes(4)),
         ("no-suffix", gzip.compress),
         ("a.parquet", lambda data: parquet_table(list(map(json.loads, data.splitlines())))),
         ("windows.jsonl", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),

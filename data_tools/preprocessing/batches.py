@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moelpr.data.text.documents import is_blank
-from moelpr.data.text.filters import Filter
 from moelpr.data.text.sources import Form, Source
 from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
-from moelpr.data.text.tables import bounds_of, num_bytes, open_table, rows_of
+from moelpr.data.text.tables import num_bytes, open_table, rows_of
 
 # Large enough to be worth sending to a worker, small compared with the memory that encoding it takes.
 BATCH_BYTES = 1 << 19
@@ -96,7 +95,6 @@ class Batch(NamedTuple):
     after: ReadCursor  # where reading resumes after this batch
     num_bytes: int  # decompressed size
     file_bytes: int  # size in the file, for the progress bar
-    num_passed: int = 0  # number of documents before it that were passed over unread, because no filter would keep them
 
     def pieces(self) -> Iterator["Batch"]:
         """Yield the rows of row groups in batches of the usual size, and any other batch as it is."""
@@ -145,7 +143,6 @@ class Reader:
     Args:
         columns: Columns to read from the Parquet files of each dataset.
         chosen: Documents to read from each share, counted from 0, ascending; None: all.
-        filter: Which documents will be kept: row groups without any are passed over.
     """
 
     def __init__(
@@ -153,12 +150,10 @@ class Reader:
         shares: list[Share],
         columns: list[list[str]],
         chosen: list[NDArray[np.int64]] | None,
-        filter: Filter | None = None,
     ) -> None:
         self._shares = shares
         self._columns = columns
         self._chosen = None if chosen is None else [set(documents.tolist()) for documents in chosen]
-        self._filter = filter
 
     def batches(self, cursor: ReadCursor) -> Iterator[Batch]:
         """Yield batches from `cursor` on."""
@@ -239,30 +234,24 @@ class Reader:
             ]
             bytes_per_row = source.bytes / max(starts[-1], 1)
 
-            def whole(first_group: int, last_group: int, content: Any, size: int, num_passed: int = 0) -> Batch:
-                first, stop = starts[first_group], starts[last_group + 1]
-                after = ReadCursor(cursor.share, stop, stop, stop)
-                file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
-                return Batch(share, content, None, after, size, file_bytes, num_passed)
-
             named: list[int] = []
             size = 0
             for group in groups:
                 here = cursor._replace(offset=max(cursor.offset, starts[group]))
                 group_bytes = num_bytes(file, group, columns)
                 is_all = self._chosen is None and here.offset == starts[group]
-                is_passed = is_all and self._filter is not None and not self._filter.may_keep(bounds_of(file, group))
-                is_named = is_all and not is_passed and group_bytes <= ROW_GROUP_BYTES
+                is_named = is_all and group_bytes <= ROW_GROUP_BYTES
                 if is_named:
                     named.append(group)
                     size += group_bytes
                 if named and (not is_named or size >= BATCH_BYTES or group == groups[-1]):
-                    content = RowGroups(range(named[0], named[-1] + 1), columns, starts[named[0]])
-                    yield whole(named[0], named[-1], content, size)
+                    first, stop = starts[named[0]], starts[named[-1] + 1]
+                    content = RowGroups(range(named[0], named[-1] + 1), columns, first)
+                    after = ReadCursor(cursor.share, stop, stop, stop)
+                    file_bytes = int(stop * bytes_per_row) - int(first * bytes_per_row)
+                    yield Batch(share, content, None, after, size, file_bytes)
                     named, size = [], 0
-                if is_passed:
-                    yield whole(group, group, [], 0, num_passed=starts[group + 1] - starts[group])
-                elif not is_named:
+                if not is_named:
                     rows = self._rows(file, group, columns, here, starts[group])
                     yield from _batches(share, here, rows, lambda place: int(place.offset * bytes_per_row))
 

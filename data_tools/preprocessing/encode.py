@@ -142,7 +142,6 @@ class Encoder:
                 detected = self.auditor.language(texts[0].tagged.text)
                 tally.audit.setdefault(stated, Counter())[detected] += 1
         tally.num_skipped = len(tally.problems) - tally.num_long
-        tally.num_filtered += batch.num_passed
         tally.num_read = num_encoded + tally.num_undetected + tally.num_filtered + len(tally.problems)
         documents = {}
         for name, group in groups.items():

@@ -70,7 +70,7 @@ class Inputs:
 
     def reader(self) -> Reader:
         """Return a reader of the job's part."""
-        return Reader(self.shares, self._parser.columns(), self._chosen, self._parser.filter)
+        return Reader(self.shares, self._parser.columns(), self._chosen)
 
     def described(self) -> list[Any]:
         """Return values of JSON that change if a file is changed or replaced."""

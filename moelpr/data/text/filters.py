@@ -8,7 +8,7 @@ pyarrow; a document is kept if its condition is true. Rows and JSON lines are ju
 import ast
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from moelpr.base.errors import UserError
@@ -25,66 +25,8 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 _SWAPPED: dict[type[ast.cmpop], type[ast.cmpop]] = {ast.Lt: ast.Gt, ast.LtE: ast.GtE, ast.Gt: ast.Lt, ast.GtE: ast.LtE}
 _GRAMMAR = "write conditions such as language_score >= 0.9 and language in ['el', 'eu'] and not is_null(url)"
 _LONGEST = 10_000
-# Column -> its least and its greatest value; None if they are unknown.
-Bounds = Callable[[str], tuple[Any, Any] | None]
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """A column compared with a constant, or with several; without a comparison: whether it is null."""
-
-    column: str
-    operator: type[ast.cmpop] | None = None
-    values: tuple[Any, ...] = ()
-
-    def of(self, document: dict[str, Any]) -> bool | None:
-        content = document.get(self.column)
-        if self.operator is None:
-            return content is None
-        if content is None:
-            return None
-        for value in self.values:
-            if _kind(content) is not _kind(value):
-                raise BadLine(
-                    f'the key "{self.column}" contains {json_type(content)}, which the filter compares with {value!r}'
-                )
-        if self.operator in (ast.In, ast.NotIn):
-            return (content in self.values) == (self.operator is ast.In)
-        return bool(_COMPARISONS[self.operator](content, self.values[0]))
-
-    def may_hold(self, bounds: Bounds) -> bool:
-        extremes = bounds(self.column)
-        if extremes is None or self.operator in (None, ast.NotEq, ast.NotIn):
-            return True
-        least, most = extremes
-        if any(_kind(value) is not _kind(bound) for value in self.values for bound in extremes):
-            return True  # its rows report it
-        if self.operator in (ast.Lt, ast.LtE):
-            return bool(_COMPARISONS[self.operator](least, self.values[0]))
-        if self.operator in (ast.Gt, ast.GtE):
-            return bool(_COMPARISONS[self.operator](most, self.values[0]))
-        return any(least <= value <= most for value in self.values)
-
-
-@dataclass(frozen=True)
-class _Combination:
-    """Conditions that are combined; one: its negation."""
-
-    parts: list["_Comparison | _Combination"]
-    is_all: bool = True
-
-    def of(self, document: dict[str, Any]) -> bool | None:
-        values = [part.of(document) for part in self.parts]
-        if len(values) == 1:
-            return None if values[0] is None else not values[0]
-        if (not self.is_all) in values:
-            return not self.is_all
-        return None if None in values else self.is_all
-
-    def may_hold(self, bounds: Bounds) -> bool:
-        if len(self.parts) == 1:
-            return True
-        return (all if self.is_all else any)(part.may_hold(bounds) for part in self.parts)
+# The truth of a condition for a document; None if it is unknown.
+type _Condition = Callable[[dict[str, Any]], bool | None]
 
 
 class Filter:
@@ -117,34 +59,64 @@ class Filter:
         Raises:
             BadLine: A value has another type than what it is compared with.
         """
-        return self._condition.of(document) is True
+        return self._condition(document) is True
 
-    def may_keep(self, bounds: Bounds) -> bool:
-        """Whether any of several documents may meet the condition, by the bounds of their values."""
-        return self._condition.may_hold(bounds)
-
-    def _parsed(self, node: ast.expr) -> "_Comparison | _Combination":
+    def _parsed(self, node: ast.expr) -> _Condition:
         match node:
             case ast.BoolOp(op, parts):
-                return _Combination([self._parsed(part) for part in parts], isinstance(op, ast.And))
+                return partial(_combined, [*map(self._parsed, parts)], isinstance(op, ast.And))
             case ast.UnaryOp(ast.Not(), part):
-                return _Combination([self._parsed(part)])
+                return partial(_negated, self._parsed(part))
             case ast.Call(ast.Name("is_null"), [ast.Name(column)], []):
-                return _Comparison(self._column(column))
-            case ast.Compare(
-                ast.Name(column), [(ast.In() | ast.NotIn()) as op], [ast.List(values) | ast.Tuple(values)]
-            ):
-                return _Comparison(self._column(column), type(op), tuple(map(_constant, values)))
+                return partial(_is_null, self._column(column))
+            case ast.Compare(ast.Name(column), [ast.In()], [ast.List(values) | ast.Tuple(values)]):
+                return partial(_compared, self._column(column), _is_in, [*map(_constant, values)])
+            case ast.Compare(left, [ast.NotIn()], [right]):
+                return partial(_negated, self._parsed(ast.Compare(left, [ast.In()], [right])))
             case ast.Compare(ast.Name(column), [op], [value]) if type(op) in _COMPARISONS:
-                return _Comparison(self._column(column), type(op), (_constant(value),))
-            case ast.Compare(value, [op], [ast.Name(column)]) if type(op) in _COMPARISONS:
-                return _Comparison(self._column(column), _SWAPPED.get(type(op), type(op)), (_constant(value),))
+                return partial(_compared, self._column(column), _COMPARISONS[type(op)], _constant(value))
+            case ast.Compare(value, [op], [ast.Name() as column]) if type(op) in _COMPARISONS:
+                return self._parsed(ast.Compare(column, [_SWAPPED.get(type(op), type(op))()], [value]))
         raise ValueError(f"{ast.unparse(node)[:40]} is not understood")
 
     def _column(self, name: str) -> str:
         if name not in self.columns:
             self.columns.append(name)
         return name
+
+
+# Conditions are these functions but for their last argument, so that they can be pickled.
+
+
+def _combined(parts: list[_Condition], is_all: bool, document: dict[str, Any]) -> bool | None:
+    values = [part(document) for part in parts]
+    if (not is_all) in values:
+        return not is_all
+    return None if None in values else is_all
+
+
+def _negated(part: _Condition, document: dict[str, Any]) -> bool | None:
+    value = part(document)
+    return None if value is None else not value
+
+
+def _is_null(column: str, document: dict[str, Any]) -> bool:
+    return document.get(column) is None
+
+
+def _compared(column: str, compare: Callable[[Any, Any], Any], constant: Any, document: dict[str, Any]) -> bool | None:
+    """Whether a column compares so with a constant, or with a list of them."""
+    content = document.get(column)
+    if content is None:
+        return None
+    for value in constant if isinstance(constant, list) else [constant]:
+        if _kind(content) is not _kind(value):
+            raise BadLine(f'the key "{column}" contains {json_type(content)}, which the filter compares with {value!r}')
+    return bool(compare(content, constant))
+
+
+def _is_in(content: Any, values: list[Any]) -> bool:
+    return content in values
 
 
 def _constant(node: ast.expr) -> bool | int | float | str:

@@ -5,7 +5,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from moelpr.base.errors import UserError
-from moelpr.data.text.filters import Bounds
 from moelpr.data.text.sources import Source
 
 _ROWS_AT_ONCE = 64
@@ -56,18 +55,6 @@ def num_bytes(file: Any, group: int, columns: list[str]) -> int:
     metadata = file.metadata.row_group(group)
     leaves = [metadata.column(index) for index in range(metadata.num_columns)]
     return sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.split(".")[0] in columns)
-
-
-def bounds_of(file: Any, group: int) -> Bounds:
-    """Return a function for the least and the greatest value of a column in a row group, if the file states them."""
-    metadata = file.metadata.row_group(group)
-    columns = {metadata.column(index).path_in_schema: index for index in range(metadata.num_columns)}
-
-    def bounds(name: str) -> tuple[Any, Any] | None:
-        statistics = metadata.column(columns[name]).statistics if name in columns else None
-        return (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
-
-    return bounds
 
 
 def rows_of(

@@ -226,7 +226,6 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(uri, message, server, pr
 
 
 def test_a_filter_keeps_the_same_rows_and_lines(server, preprocess, capsys) -> None:
-    """Rows 0 to 999 have scores from 1.0 down to 0.5, so all row groups but the first are passed over."""
     actual = []
     for number, uri in enumerate((server.uri("hf", FOLDER), server.folder / "jsonl")):
         words = ("--input", uri, *KEYS, "--filter", "language_score > 0.9 and minhash_cluster_size in [1, 2]")

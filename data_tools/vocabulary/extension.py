@@ -121,7 +121,7 @@ def write_tokenizer(
 def load_extended(folder: Path, expected: str) -> JobTokenizer:
     """Load the extended tokenizer as training will, and check that it is what was written."""
     loaded = load_job_tokenizer("HuggingFaceTokenizer", str(folder), False, None)
-    actual, wanted = json.loads(loaded.tokenizer.source or "{}"), json.loads(expected)
+    actual, wanted = json.loads(loaded.tokenizer.source), json.loads(expected)
     for part in ("model", "added_tokens", "normalizer", "pre_tokenizer"):
         if actual.get(part) != wanted[part]:
             raise UserError(

@@ -37,7 +37,7 @@ class Tokenizer(ABC):
 
     Attributes:
         name: The library that runs it.
-        source: Content of its tokenizer.json (str) or .model file (bytes); None if it has neither.
+        source: Content of its tokenizer.json (str) or .model file (bytes).
         vocab_size: Number of IDs as Megatron counts them, including added tokens.
         eod_id: ID of the end-of-document token; None if the tokenizer has none.
         added_tokens: Tokens that were added to the vocabulary of its model.
@@ -45,7 +45,7 @@ class Tokenizer(ABC):
     """
 
     name: ClassVar[str]
-    source: str | bytes | None = None
+    source: str | bytes
     vocab_size: int
     eod_id: int | None
     added_tokens: list[str]

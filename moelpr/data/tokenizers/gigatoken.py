@@ -84,12 +84,10 @@ class Gigatoken:
     def _load(self) -> Any:
         import gigatoken
 
-        match self._reference.source:
-            case str(source):
-                return gigatoken.Tokenizer.from_json(source)
-            case bytes(source):
-                return gigatoken.Tokenizer.from_sentencepiece(source)
-        raise ValueError("it has no tokenizer.json")
+        source = self._reference.source
+        if isinstance(source, str):
+            return gigatoken.Tokenizer.from_json(source)
+        return gigatoken.Tokenizer.from_sentencepiece(source)
 
 
 @reports_panics()

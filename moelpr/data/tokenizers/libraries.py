@@ -1,4 +1,4 @@
-"""Tokenizers that run in the library they were made for: tokenizers, transformers or sentencepiece."""
+"""Tokenizers that run in the library they were made for: tokenizers or sentencepiece."""
 
 import json
 from typing import Any, Self
@@ -6,7 +6,6 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.base.errors import UserError
 from moelpr.data.tokenizers.base import Encoded, Piece, Tokenizer, sha256_of
 
 # The keys of an added token that decide where it is found in a text.
@@ -71,42 +70,6 @@ class HuggingFaceTokenizer(Tokenizer):
         parts: dict[str, Any] = json.loads(self.source)
         added = [{key: token[key] for key in _ADDED_TOKEN_KEYS} for token in parts["added_tokens"]]
         return f"huggingface:{sha256_of([parts['normalizer'], parts['pre_tokenizer'], parts['model'], added])}"
-
-
-class SlowHuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of `transformers` that is written in Python, for folders without a tokenizer.json."""
-
-    name = "transformers"
-
-    def __init__(self, tokenizer: Any, eod_id: int | None) -> None:
-        self._tokenizer, self.eod_id = tokenizer, eod_id
-        self.vocab_size = len(tokenizer)
-        self.added_tokens, self.literal_tokens = [], []
-
-    def encode(self, texts: list[str]) -> Encoded:
-        return Encoded.of(self._ids(texts, False) if texts else [])
-
-    def encode_with_starts(self, text: str) -> Piece:
-        raise UserError(
-            "the tokenizer has no tokenizer.json, so token offsets are unavailable; spans require them, "
-            "so convert it to a fast tokenizer"
-        )
-
-    def encode_whole(self, text: str) -> list[int]:
-        return list(self._ids([text], True)[0])
-
-    def _ids(self, texts: list[str], special_tokens: bool) -> list[list[int]]:
-        options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
-        return list(self._tokenizer(texts, **options)["input_ids"])
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def vocabulary(self) -> dict[str, int]:
-        return dict(self._tokenizer.get_vocab())
-
-    def fingerprint(self) -> str:
-        return f"huggingface:{sha256_of([type(self._tokenizer).__name__, self._tokenizer.get_vocab()])}"
 
 
 class SentencePieceTokenizer(Tokenizer):

@@ -13,7 +13,7 @@ from moelpr.base import records
 from moelpr.base.errors import UserError, first_line, reports_panics
 from moelpr.base.records import FOREIGN
 from moelpr.data.tokenizers.base import Tokenizer
-from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer, SlowHuggingFaceTokenizer
+from moelpr.data.tokenizers.libraries import HuggingFaceTokenizer, SentencePieceTokenizer
 
 # Text that a tokenizer may lose parts of if it is loaded as one of another kind.
 _PROBES = ("two words", "a\nb 12", "φως 光")
@@ -50,13 +50,16 @@ def load_tokenizer(tokenizer_type: str, tokenizer_model: str, must_keep_text: bo
     tokenizer = open_hf_tokenizer(tokenizer_model)
     if must_keep_text:
         check_text_is_kept(tokenizer_model, tokenizer)
-    # Megatron uses the separator if a tokenizer (BERT's) has only that.
-    eod_id = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if not tokenizer.is_fast:
-        return SlowHuggingFaceTokenizer(tokenizer, eod_id)
+        raise UserError(
+            f"the tokenizer in {tokenizer_model} is a {type(tokenizer).__name__}, which the library tokenizers does "
+            "not run; pass a folder with a tokenizer.json"
+        )
     try:
         with reports_panics():
-            return HuggingFaceTokenizer(tokenizer.backend_tokenizer.to_str(), eod_id, tokenizer.split_special_tokens)
+            return HuggingFaceTokenizer(
+                tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.split_special_tokens
+            )
     except UserError:
         raise
     except Exception as error:  # tokenizers raises no other

@@ -18,7 +18,6 @@ from moelpr.data.tokenizers.gigatoken import PROBES, Gigatoken
 from moelpr.data.tokenizers.loading import load_tokenizer
 from tests.support.hf_models import save_extended_tokenizer
 from tests.unit.data_tools.conftest import SENTENCES
-from tests.unit.data_tools.preprocessing.conftest import spans
 
 FLAGS = ("--language", "original", "--append-eod")
 ONE = [{"text": "light"}]
@@ -149,16 +148,9 @@ def test_end_of_document_token_can_be_named(hf_tokenizer: Path, preprocess) -> N
         preprocess(ONE, *FLAGS, "--eod-token", "<|endoftexts|>", out="other/a")
 
 
-def test_tokenizer_written_in_python_is_supported_without_offsets(preprocess, tmp_path: Path, capsys) -> None:
-    """ByT5 has no tokenizer.json: the ID of a byte is its value plus 3."""
+def test_a_tokenizer_written_in_python_is_refused(preprocess, tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 
     ByT5Tokenizer().save_pretrained(folder := tmp_path / "byt5")
-    corpus = preprocess([{"text": "añ"}, {"text": "b"}], "--language", "original", tokenizer=folder).corpus()
-    end = 1  # </s>, which ByT5 adds to each text
-    assert corpus.document(0)[0].tolist() == [*(byte + 3 for byte in "añ".encode()), end]
-    assert corpus.document(1)[0].tolist() == [ord("b") + 3, end]
-    assert "tokenizing with transformers" in capsys.readouterr().err
-    flags = ("--spans-key", "spans", "--original-languages", "en")
-    with pytest.raises(UserError, match="tokenizer.json"):
-        preprocess([spans(("a", "en"), ("b", "el"))], *flags, tokenizer=folder, out="spans/a")
+    with pytest.raises(UserError, match="byt5 is a ByT5Tokenizer.*tokenizer.json"):
+        preprocess(ONE, "--language", "original", tokenizer=folder)

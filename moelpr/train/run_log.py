@@ -76,15 +76,12 @@ class RunLog:
             is_new = not (save / METRICS_FILE).exists()
             before_iteration = record["iteration"] + ("event" in record)
             self._file = open_metrics(save / METRICS_FILE, before_iteration, self.early_warnings.see)
-            if (tracking := self._track(is_new)) is not None:
-                self._tracking = tracking
-                _share_scalars(tracking)
+            self._tracking = self._track(is_new)
         if self._file is not None:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         if self._tracking is not None:
             self._tracking.add(record["iteration"], values_of(record))
-            self._tracking.flush()
 
     def _write_to_tensorboard(self, record: Any) -> None:
         """Write what Megatron does not; once per log interval also per layer, hundreds of scalars for a large model."""
@@ -180,21 +177,6 @@ def open_metrics(path: Path, before_iteration: int, remember: Callable[[Any], An
             kept.append(line.decode() + "\n")
         write_text(path, "".join(kept))
     return open(path, "a")
-
-
-def _share_scalars(tracking: Tracking) -> None:
-    """Have trackers get what Megatron writes to TensorBoard, such as --log-params-norm, without layers and samples."""
-    writer = get_tensorboard_writer()
-    if writer is None:
-        return
-    write, ours = writer.add_scalar, {metric.tracked for metric in METRICS}
-
-    def add_scalar(tag: str, value: Any, step: int, *more: Any, **options: Any) -> None:
-        write(tag, value, step, *more, **options)
-        if not (tag in ours or "layer" in tag or " vs " in tag or tag.startswith("validation ")):
-            tracking.add(step, {tag: float(value)})
-
-    writer.add_scalar = add_scalar
 
 
 def finite(value: Any) -> float | None:

@@ -82,9 +82,8 @@ class MetricsTracker(MoEMetricsTracker):
         return model_chunks
 
     def report(self, *args: Any, **kwargs: Any) -> str:
-        log_line = super().report(*args, **kwargs)
         self.routing = self.reduce_routing(kwargs["num_layers"])
-        return log_line + self.routing.log_line()
+        return super().report(*args, **kwargs)
 
     def _aggregate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         scalars = super()._aggregate(*args, **kwargs)

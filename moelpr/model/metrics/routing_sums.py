@@ -57,18 +57,6 @@ class RoutingSums(NamedTuple):
         """The fraction of tokens whose choices are all original experts [L, 2]."""
         return self.all_original / self.tokens
 
-    def log_line(self) -> str:
-        """Means over layers in the format of Megatron's log; values without tokens are omitted."""
-        original, expanded = self.original_first_share().unbind(dim=1)
-        values = {
-            "lpr loss": self.mean_lpr_loss(),
-            "original expert first, original tokens": original.mean(),
-            "original expert first, expanded tokens": expanded.mean(),
-        }
-        fields = [f" {name}: {value:.4f} |" for name, value in values.items() if not value.isnan()]
-        scores = " ".join(f"{score:.3f}" for score in self.router_scores().mean(dim=0).tolist())
-        return "".join(fields) + f" mean router scores: {scores} |"
-
 
 @torch.no_grad()
 def routing_vectors(

@@ -109,25 +109,17 @@ class Tracking:
         self._file = Path(args.tracker_run or save / TrackedRun.FILE_NAME)
         self._run = TrackedRun.join(self._file, save, before, steps_before, is_new=is_new)
         self._start = self._run.starts[os.path.relpath(save, self._file.parent)]
-        self._values: dict[int, dict[str, float]] = {}
         trackers = make_trackers(args, self._run.run, self._file.parent)
         self._senders = [Sender(tracker, self._run, self._file.parent) for tracker in trackers]
         for sender in self._senders:
             sender.start()
 
     def add(self, iteration: int, values: Mapping[str, float]) -> None:
-        """Add to the values of a step of this stage."""
-        self._values.setdefault(self._start + iteration, {}).update(values)
-
-    def flush(self) -> None:
-        """Send what was added."""
-        for item in self._values.items():
-            for sender in self._senders:
-                sender.items.put(item)
-        self._values = {}
+        """Send values of a step of this stage."""
+        for sender in self._senders:
+            sender.items.put((self._start + iteration, dict(values)))
 
     def close(self) -> None:
-        self.flush()
         for sender in self._senders:
             sender.close()
 

@@ -73,9 +73,6 @@ def test_trackers_get_the_lpr_loss_and_routing_as_means_over_layers(monkeypatch,
     assert tracking.written == own | {"original_first_share_original": (0.75, 1)}
     log.write(step | {"iteration": 2, "lpr_loss": 0.25})
     assert tracking.written["lpr loss"] == (0.25, 2)
-    run_log.get_tensorboard_writer().add_scalar("params-norm", 7.0, 3)  # Megatron's with --log-params-norm
-    run_log.get_tensorboard_writer().add_scalar("params-norm vs samples", 7.0, 64)
-    assert tracking.written["params-norm"] == (7.0, 3) and "params-norm vs samples" not in tracking.written
     log.close()
 
 

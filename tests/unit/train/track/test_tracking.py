@@ -70,7 +70,6 @@ def train(save: Path, tracking: Tracking, first: int, last: int) -> None:
         with (save / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         tracking.add(step, values_of(record))
-        tracking.flush()
 
 
 def trained(save: Path, before: Path | None, steps: int, last: int, **options: bool) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _DEVICES = Path("/dev")
 _THREADS = "OMP_NUM_THREADS"
@@ -61,12 +63,12 @@ def allow_open_files() -> None:
 
 def total_memory() -> int:
     """Bytes of memory that this process and those it shares a control group with may use."""
-    return min([_meminfo("MemTotal"), *(limit for limit, _ in _memory_limits())])
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _memory_limits())])
 
 
 def free_memory() -> int:
     """Bytes of `total_memory` that are free, or can be freed."""
-    return max(0, min([_meminfo("MemAvailable"), *(limit - used for limit, used in _memory_limits())]))
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _memory_limits())]))
 
 
 def peak_memory(pid: int) -> int:
@@ -89,11 +91,6 @@ def format_bytes(number: float) -> str:
     """A number of bytes with its unit: "99 GiB"."""
     power = min(int(math.log2(max(number, 1))) // 10, 4)
     return f"{number / 1024**power:.4g} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-
-def _meminfo(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:

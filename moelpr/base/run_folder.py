@@ -52,7 +52,6 @@ class Settings(TypedDict, total=False):
     pretrained_checkpoint: _Name | None
     world_size: _Count | None
     train_iters: _Count | None
-    train_samples: _Count | None
     virtual_pipeline_model_parallel_size: _Count | None
     data_path: list[_Name | float] | _Name | None
 

@@ -17,7 +17,7 @@ from moelpr.project.resolved import ResolvedProject
 # Estimates of tokens may be so much too low.
 _MARGIN = 1.2
 # A user who sets one of these for a stage decides how long it trains.
-LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters", "train-samples"))
+LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters"))
 
 
 def check_budget(project: ResolvedProject) -> None:

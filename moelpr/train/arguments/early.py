@@ -10,8 +10,8 @@ from moelpr.base.run_folder import checkpoint_folder
 from moelpr.train.arguments.flags import values_of
 from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
-# How long a run is, in one of four units. Those of the command line take the place of the recipe's.
-LENGTH_FLAGS = ("--train-iters", "--train-samples", "--train-tokens", "--train-epochs")
+# How long a run is, in one of three units. Those of the command line take the place of the recipe's.
+LENGTH_FLAGS = ("--train-iters", "--train-tokens", "--train-epochs")
 LENGTHS = tuple(flag[2:].replace("-", "_") for flag in LENGTH_FLAGS)
 # The flag to pass if none of the arguments is given.
 _REQUIRED = {
@@ -19,7 +19,7 @@ _REQUIRED = {
     "--micro-batch-size SEQUENCES": ("micro_batch_size",),
     "--seq-length TOKENS": ("seq_length",),
     "--lr RATE": ("lr",),
-    "--train-iters STEPS (or --train-tokens N, --train-epochs E, --train-samples SEQUENCES)": LENGTHS,
+    "--train-iters STEPS (or --train-tokens N, --train-epochs E)": LENGTHS,
     "--data-path PREFIX (moelpr data preprocess makes a corpus)": ("data_path", "mock_data"),
 }
 

@@ -26,13 +26,13 @@ _RANGES: dict[tuple[int, float], str] = {
     (1, math.inf): (
         "tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size expert_model_parallel_size "
         "expert_tensor_parallel_size num_virtual_stages_per_pipeline_rank make_vocab_size_divisible_by "
-        "micro_batch_size global_batch_size seq_length train_iters train_samples save_interval log_interval "
-        "eval_interval lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples "
+        "micro_batch_size global_batch_size seq_length train_iters save_interval log_interval "
+        "eval_interval lr_decay_iters lr_wsd_decay_iters "
         "tensorboard_log_interval log_memory_interval train_tokens early_stop_patience gpu_sniff_test_interval"
     ),
     (1, 2**31): "seed",
     (0, math.inf): (
-        "lr min_lr lr_warmup_init lr_warmup_iters lr_warmup_samples weight_decay clip_grad balance_loss_coeff "
+        "lr min_lr lr_warmup_init lr_warmup_iters weight_decay clip_grad balance_loss_coeff "
         "lpr_loss_coeff eval_iters grace_seconds manual_gc_interval"
     ),
     (0, 10**6): "train_epochs",

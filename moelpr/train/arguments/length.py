@@ -18,7 +18,7 @@ def set_train_iters(run: RequestedRun) -> str:
     often than asked for. A budget that fills no step is added to `run.problems`.
 
     Returns:
-        The budget and its steps, to be printed; "" if the length is given in steps or samples, and if what it depends
+        The budget and its steps, to be printed; "" if the length is given in steps, and if what it depends
         on is missing or wrong, which the checks report.
     """
     args, flags = run.args, [flag for flag in LENGTH_FLAGS if flag in run.given]
@@ -65,7 +65,7 @@ def set_weights(run: RequestedRun) -> str:
     args = run.args
     if not args.mix:
         return ""
-    total = (args.train_samples or (args.train_iters or 0) * run.global_batch_size) * (args.seq_length or 0)
+    total = (args.train_iters or 0) * run.global_batch_size * (args.seq_length or 0)
     prefixes, weights = training_blend(run)
     if not args.data_path or len(prefixes) < 2 or weights is not None:
         run.problems.append(

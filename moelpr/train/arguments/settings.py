@@ -71,7 +71,7 @@ class RunSettings:
                 canonical(language): prefix
                 for language, _, prefix in (item.partition("=") for item in args.validation_data or ())
             },
-            last_step=int(args.train_iters or args.train_samples // run.global_batch_size),
+            last_step=args.train_iters,
             log_interval=args.log_interval,
             grace_s=args.grace_seconds,
         )

@@ -10,14 +10,14 @@ _SUPPORTED = """
     pretrained-checkpoint=TEXT load=TEXT finetune ckpt-step=N no-load-optim no-load-rng data-path=TEXT*
     data-cache-path=TEXT dataloader-type=single|cyclic|external dataloader-inter-document-masking eod-mask-loss
     mid-level-dataset-surplus=X num-workers=N num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+
-    seq-length=N micro-batch-size=N global-batch-size=N train-iters=N train-samples=N seed=N
+    seq-length=N micro-batch-size=N global-batch-size=N train-iters=N seed=N
     calculate-per-token-loss exit-interval=N exit-duration-in-mins=N exit-signal-handler manual-gc
     manual-gc-interval=N eval-interval=N eval-iters=N eval-global-batch-size=N eval-micro-batch-size=N
     optimizer=adam|sgd|muon|dist_muon|lion|soap|adaptive_muon adam-beta1=X adam-beta2=X adam-eps=X sgd-momentum=X
     clip-grad=X weight-decay=X lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
-    lr-decay-style=constant|linear|cosine|inverse-square-root|WSD lr-decay-iters=N lr-decay-samples=N
-    lr-warmup-fraction=X lr-warmup-iters=N lr-warmup-samples=N lr-warmup-init=X
-    lr-wsd-decay-style=exponential|linear|cosine|minus_sqrt lr-wsd-decay-iters=N lr-wsd-decay-samples=N
+    lr-decay-style=constant|linear|cosine|inverse-square-root|WSD lr-decay-iters=N
+    lr-warmup-fraction=X lr-warmup-iters=N lr-warmup-init=X
+    lr-wsd-decay-style=exponential|linear|cosine|minus_sqrt lr-wsd-decay-iters=N
     override-opt-param-scheduler override-opt_param-scheduler use-distributed-optimizer overlap-grad-reduce
     overlap-param-gather ddp-bucket-size=N ddp-num-buckets=N use-precision-aware-optimizer
     main-grads-dtype=fp32|bf16 optimizer-cpu-offload bf16 fp16 loss-scale=X initial-loss-scale=X min-loss-scale=X
@@ -80,6 +80,9 @@ _REFUSED = {
     "it copies all frozen weights in each step; remove it": "log-params-norm",
     "pass the settings of the old schedule, or --override-opt-param-scheduler": """
         use-checkpoint-opt-param-scheduler use-checkpoint-opt_param-scheduler
+    """,
+    "a run counts in steps; use --train-iters, --lr-decay-iters, --lr-warmup-iters or --lr-wsd-decay-iters": """
+        train-samples lr-decay-samples lr-warmup-samples lr-wsd-decay-samples
     """,
     "use --weight-decay": "weight-decay-incr-style start-weight-decay end-weight-decay",
     "lock, log and hooks of a run open once per process; use --enable-ft-package with ft_launcher": """

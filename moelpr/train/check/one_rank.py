@@ -164,7 +164,6 @@ def _without_files(run: RequestedRun) -> RunSettings:
     args.save_trained_only, args.eval_iters, args.num_workers = False, 0, 0
     # A shorter run would end before the last step that is counted.
     args.train_iters = args.train_iters and max(args.train_iters, _STEPS + 1)
-    args.train_samples = args.train_samples and max(args.train_samples, run.global_batch_size * (_STEPS + 1))
     return settings
 
 

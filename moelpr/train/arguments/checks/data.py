@@ -136,8 +136,7 @@ def check_skipped_steps(run: RequestedRun) -> Iterable[str]:
     """Megatron reads the data of skipped steps itself, in ways that end in a TypeError or a rank that waits."""
     if not run.args.iterations_to_skip:
         return
-    last = run.args.train_iters or (run.args.train_samples or 0) // max(run.args.global_batch_size or 1, 1)
-    if last in run.args.iterations_to_skip:
+    if (last := run.args.train_iters) in run.args.iterations_to_skip:
         yield (
             f"--iterations-to-skip can't contain the last step, {last}, because Megatron would not save it; skip "
             "others, or train fewer steps"

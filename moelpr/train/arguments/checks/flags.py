@@ -57,18 +57,12 @@ def check_least_rates(run: RequestedRun) -> Iterable[str]:
 def check_schedule(run: RequestedRun) -> Iterable[str]:
     """The learning rate rises within the run, and its decay has all its settings."""
     args = run.args
-    for unit in ("iters", "samples"):
-        warmup, decay = getattr(args, f"lr_warmup_{unit}"), getattr(args, f"lr_decay_{unit}")
-        end = f"lr_decay_{unit}" if decay is not None else f"train_{unit}"
-        length = getattr(args, end)
-        if warmup and length is not None and warmup >= length >= 1:
-            yield (
-                f"{run.flag(f'lr_warmup_{unit}')} must be below {run.flag(end)} {length}, got {warmup}; pass, for "
-                f"example, {length // 10}"
-            )
-    unit = "samples" if args.train_iters is None and args.train_samples is not None else "iters"
-    if args.lr_decay_style == "WSD" and getattr(args, f"lr_wsd_decay_{unit}") is None:
-        yield f"--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-{unit} N"
+    end = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
+    warmup, length = args.lr_warmup_iters, getattr(args, end)
+    if warmup and length is not None and warmup >= length >= 1:
+        yield f"--lr-warmup-iters must be below {run.flag(end)} {length}, got {warmup}; pass, say, {length // 10}"
+    if args.lr_decay_style == "WSD" and args.lr_wsd_decay_iters is None:
+        yield "--lr-decay-style WSD requires the length of its decay; add --lr-wsd-decay-iters N"
 
 
 def check_trackers(run: RequestedRun) -> Iterable[str]:

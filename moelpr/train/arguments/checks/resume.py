@@ -22,9 +22,8 @@ _UNEVEN_PIPELINE = ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_
 
 # Settings of the learning-rate schedule, most of which Megatron does not load with other values.
 _SCHEDULE = (
-    "lr min_lr decoupled_lr decoupled_min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction "
-    "lr_warmup_iters lr_warmup_samples lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples "
-    "weight_decay global_batch_size train_iters train_samples"
+    "lr min_lr decoupled_lr decoupled_min_lr lr_decay_style lr_decay_iters lr_warmup_fraction lr_warmup_iters "
+    "lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters weight_decay global_batch_size train_iters"
 ).split()
 
 _NEW_RUN = "to start a new run from it, pass it as --pretrained-checkpoint and change --save"
@@ -143,12 +142,10 @@ def check_schedule(run: RequestedRun) -> Iterable[str]:
         return
     settings = vars(args) | {"global_batch_size": run.global_batch_size or None}
     before, now = _schedule(settings | record), _schedule(settings)
-    for unit in ("iters", "samples"):
-        if record.get(f"lr_decay_{unit}") is None and getattr(args, f"lr_decay_{unit}") is None:
-            del now[f"lr_decay_{unit}"]  # follows from the length of the training
-    is_missing = args.train_iters is None and args.train_samples is None
-    required = ("lr", "global_batch_size", *(("train_iters", "train_samples") if is_missing else ()))
-    changed = [name for name in now if before[name] != now[name] and not (name in required and now[name] is None)]
+    if record.get("lr_decay_iters") is None and args.lr_decay_iters is None:
+        del now["lr_decay_iters"]  # follows from the length of the training
+    missing = [name for name in ("lr", "global_batch_size", "train_iters") if now[name] is None]
+    changed = [name for name in now if before[name] != now[name] and name not in missing]
     if changed:
         yield (
             f"{run.checkpoint} was trained with {_as_flags(changed, before)}, on which its learning-rate schedule "
@@ -160,12 +157,9 @@ def check_schedule(run: RequestedRun) -> Iterable[str]:
 def _schedule(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The values that Megatron derives the schedule from; None for those that it does not use."""
     schedule = {name: settings.get(name) for name in _SCHEDULE}
-    for unit in ("iters", "samples"):
-        if schedule[f"lr_decay_{unit}"] is None:
-            schedule[f"lr_decay_{unit}"] = schedule[f"train_{unit}"]
+    if schedule["lr_decay_iters"] is None:
+        schedule["lr_decay_iters"] = schedule["train_iters"]
     unused = [name for name in _SCHEDULE if "wsd" in name and schedule["lr_decay_style"] != "WSD"]
-    if schedule["train_iters"] is None:
-        unused.append("global_batch_size")  # the schedule counts in samples
     return schedule | dict.fromkeys(unused)
 
 

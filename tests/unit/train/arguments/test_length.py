@@ -104,7 +104,7 @@ def test_a_budget_that_cannot_be_spent_is_one_sentence(resolved: Resolve, tmp_pa
 
 def test_the_command_lines_length_takes_the_place_of_the_recipes(resolved: Resolve, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for length in ("iters: 7", "tokens: 5B", "epochs: 2", "samples: 9", "tokens: 1.0e+9"):
+    for length in ("iters: 7", "tokens: 5B", "epochs: 2", "tokens: 1.0e+9"):
         recipe.write_text(f"train-{length}\nlr: 0.1\n")
         for words, steps in ((["--train-tokens", "640"], 10), (["--train-iters=3"], 3)):
             assert resolved("--recipe", str(recipe), *words)[0] == steps

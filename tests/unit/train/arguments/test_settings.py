@@ -1,18 +1,6 @@
 from pathlib import Path
 
-import pytest
-
 from moelpr.train.arguments.settings import RunSettings
-
-
-@pytest.mark.parametrize(("argv", "last"), [("", 2), ("--train-samples 43", 3), ("--train-samples 48", 4)])
-def test_the_last_step_follows_from_steps_or_samples(gathered, argv: str, last: int) -> None:
-    run = gathered(*argv.split())
-    if argv:
-        run.args.train_iters = None
-    assert RunSettings.of(run).last_step == last
-    run.args.global_batch_size = None
-    assert run.global_batch_size == 6 and RunSettings.of(run).last_step >= last
 
 
 def test_where_a_run_starts_is_resolved_once(gathered, upcycled: str, make_checkpoint) -> None:

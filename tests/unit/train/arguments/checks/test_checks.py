@@ -22,7 +22,7 @@ SHORT = {
 # [ranks] stage checkpoint flags -> the start of the message … further parts.
 # CORPUS has one token, HELD text of an original language, MIXED of both groups.
 TABLE = """
-stage1 upcycled --train-samples 10 -> --train-iters and --train-samples are mutually exclusive
+stage1 upcycled --train-samples 10 -> --train-samples is not supported … --train-iters
 stage1 upcycled --train-tokens 64K --train-epochs 1 -> --train-iters and --train-tokens and --train-epochs are
 stage1 upcycled --fp32 --bf16 -> --bf16 and --fp32 … keep one
 stage1 upcycled --optimizer sgd --use-distributed-optimizer -> --use-distributed-optimizer … --optimizer adam

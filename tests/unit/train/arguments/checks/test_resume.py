@@ -43,11 +43,11 @@ def test_the_first_start_may_have_been_deleted(make_checkpoint, accepted, tmp_pa
 OF_THE_SCHEDULE = yaml.safe_load("""
 {
     lr: [7.0, {}], min_lr: [7.0, {}], decoupled_lr: [7.0, {}], decoupled_min_lr: [7.0, {}],
-    lr_decay_style: [cosine, {}], lr_decay_iters: [7, {}], lr_decay_samples: [7, {}], lr_warmup_fraction: [0.5, {}],
-    lr_warmup_iters: [7, {}], lr_warmup_samples: [7, {}], weight_decay: [7.0, {}],
-    global_batch_size: [7, {}], train_iters: [7, {}], train_samples: [7, {}], lr_warmup_init: [7.0, {}],
+    lr_decay_style: [cosine, {}], lr_decay_iters: [7, {}], lr_warmup_fraction: [0.5, {}],
+    lr_warmup_iters: [7, {}], weight_decay: [7.0, {}],
+    global_batch_size: [7, {}], train_iters: [7, {}], lr_warmup_init: [7.0, {}],
     lr_wsd_decay_style: [linear, {lr_decay_style: WSD, lr_wsd_decay_iters: 1}],
-    lr_wsd_decay_iters: [2, {lr_decay_style: WSD}], lr_wsd_decay_samples: [7, {lr_decay_style: WSD}]
+    lr_wsd_decay_iters: [2, {lr_decay_style: WSD}]
 }
 """)
 OF_THE_OPTIMIZER = yaml.safe_load("""

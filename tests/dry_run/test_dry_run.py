@@ -50,7 +50,7 @@ def test_the_host_waits_once_per_layer_and_micro_batch(outcomes: dict, name: str
     exchanges = sum(number for place, number in waits.items() if "p2p_communication" in place)
     assert exchanges <= 3 * micro_batches * (one["stages"] > 1)
     assert sum(waits.values()) - exchanges <= MOST_WAITS_OF_A_STEP
-    assert not [place for place in waits if place.endswith("megatron_fixes.py step")], "the optimizer waits"
+    assert not [place for place in waits if place.endswith("optimizer_fixes.py step")], "the optimizer waits"
 
 
 @pytest.mark.parametrize("name", SUITE)

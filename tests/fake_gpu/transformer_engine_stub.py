@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelpr.model.megatron.megatron_fixes import GroupStepAdam
+from moelpr.model.megatron.optimizer_fixes import GroupStepAdam
 
 VERSION = "2.20.2"
 

@@ -40,8 +40,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moelpr.base import command
 from moelpr.base.errors import MachineError
-from moelpr.model.megatron import megatron_fixes
-from moelpr.model.megatron.megatron_fixes import GroupStepAdam
+from moelpr.model.megatron import megatron_fixes, optimizer_fixes
+from moelpr.model.megatron.optimizer_fixes import GroupStepAdam
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -172,7 +172,7 @@ def test_a_reset_optimizer_continues_the_schedule(flags, expected, monkeypatch) 
     settings = {"no_load_optim": False, "finetune": False, "consumed_train_samples": 40, "skipped_train_samples": 10}
     monkeypatch.setattr(training, "get_args", lambda: argparse.Namespace(**(settings | flags)))
     monkeypatch.setattr(training, "load_checkpoint", lambda model, optimizer, scheduler, strict=True: (3, 0))
-    megatron_fixes._continue_the_schedule_of_a_reset_optimizer()
+    optimizer_fixes._continue_the_schedule_of_a_reset_optimizer()
     group = {"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0}
     rates = dict(init_lr=0.0, max_lr=1.0, min_lr=0.0, lr_warmup_steps=0, lr_decay_steps=100, lr_decay_style="linear")
     decay = dict(start_wd=0.0, end_wd=0.0, wd_incr_steps=100, wd_incr_style="constant")
@@ -313,7 +313,7 @@ def test_groups_without_parameters_count_the_steps_of_a_fused_optimizer() -> Non
             return "result"
 
     adam = FusedAdam([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": []}], {})
-    megatron_fixes._count_steps_of_empty_groups(FusedAdam)
+    optimizer_fixes._count_steps_of_empty_groups(FusedAdam)
     assert [adam.step(), adam.step(closure=None)] == ["result"] * 2
     assert [group["step"] for group in adam.param_groups] == [2, 2]
 

@@ -12,7 +12,7 @@ _SUPPORTED = """
     mid-level-dataset-surplus=X num-workers=N num-dataset-builder-threads=N no-mmap-bin-files iterations-to-skip=N+
     seq-length=N micro-batch-size=N global-batch-size=N train-iters=N seed=N
     calculate-per-token-loss exit-interval=N exit-duration-in-mins=N exit-signal-handler manual-gc
-    manual-gc-interval=N eval-interval=N eval-iters=N eval-global-batch-size=N eval-micro-batch-size=N
+    manual-gc-interval=N eval-interval=N eval-iters=N
     optimizer=adam|sgd|muon|dist_muon|lion|soap|adaptive_muon adam-beta1=X adam-beta2=X adam-eps=X sgd-momentum=X
     clip-grad=X weight-decay=X lr=X min-lr=X decoupled-lr=X decoupled-min-lr=X
     lr-decay-style=constant|linear|cosine|inverse-square-root|WSD lr-decay-iters=N
@@ -63,6 +63,7 @@ _REFUSED = {
     "hold text out with moelpr data preprocess --validation-share, and pass --validation-data LANG=PREFIX": """
         split valid-data-path test-data-path full-validation multiple-validation-sets validation-set-names
     """,
+    "held-out text is read in the batches of training; remove it": "eval-global-batch-size eval-micro-batch-size",
     "it reads the data of skipped steps by itself; use --iterations-to-skip": "result-rejected-tracker-filename",
     "use --dataloader-inter-document-masking instead": "reset-attention-mask reset-position-ids",
     "a resumed run would read the text from its start; remove it": "phase-transition-iterations",

@@ -38,19 +38,15 @@ def check_virtual_stages(run: RequestedRun) -> Iterable[str]:
             f"({stages}), got {group}; omit it"
         )
         return
-    batches = {"global_batch_size": (micro, batch)}
-    if run.args.eval_global_batch_size is not None:
-        batches["eval_global_batch_size"] = (run.args.eval_micro_batch_size or micro, run.args.eval_global_batch_size)
-    for name, (size, total) in batches.items():
-        step = size * run.layout.dp
-        total = step if total is None else total
-        number = total // step
-        if total >= 1 and total % step == 0 and (number < group or 0 < number % group < stages):
-            yield (
-                f"--{name.replace('_', '-')} {total} makes {number} micro-batches, which do not fill the virtual "
-                f"stages of --pipeline-model-parallel-size {stages}; use a multiple of {step * group}, such as "
-                f"{neighbors(total, step * group)}"
-            )
+    step = micro * run.layout.dp
+    batch = step if batch is None else batch
+    number = batch // step
+    if batch >= 1 and batch % step == 0 and (number < group or 0 < number % group < stages):
+        yield (
+            f"--global-batch-size {batch} makes {number} micro-batches, which do not fill the virtual stages of "
+            f"--pipeline-model-parallel-size {stages}; use a multiple of {step * group}, such as "
+            f"{neighbors(batch, step * group)}"
+        )
 
 
 def is_uneven(run: RequestedRun) -> bool:

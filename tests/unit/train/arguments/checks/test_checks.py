@@ -61,7 +61,6 @@ stage1 upcycled BATCH 3 -> BATCH 3 … use 2 or 4
 2 stage1 six PP 2 BATCH 6 VIRTUAL 3 -> BATCH 6 makes 3 micro-batches … multiple of 4, such as 4 or 8
 2 stage1 six PP 2 BATCH 4 VIRTUAL 3 GROUP 4 -> BATCH 4 makes 2 micro-batches … multiple of 8
 2 stage1 six PP 2 BATCH 4 VIRTUAL 3 GROUP 1 -> GROUP must be at least
-2 stage1 six PP 2 BATCH 4 VIRTUAL 3 --eval-global-batch-size 2 -> --eval-global-batch-size 2 makes 1 micro-batches
 stage1 six VIRTUAL 2 -> Megatron … pipeline-model-parallel size should be greater than 1
 
 stage2 dense -> --stage stage2 … CHECKPOINT … --num-new-experts

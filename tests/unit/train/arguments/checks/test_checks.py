@@ -102,7 +102,7 @@ stage1 upcycled --attention-dropout 0.1 -> --attention-dropout requires Transfor
 stage1 upcycled --use-precision-aware-optimizer --use-distributed-optimizer -> --use-precision … Transformer Engine
 stage1 upcycled --recompute-granularity selective --recompute-modules layernorm -> --recompute-modules … Engine
 
-stage1 upcycled --data-path 1 CORPUS CORPUS CORPUS -> --data-path must be
+stage1 upcycled --data-path CORPUS CORPUS 1 CORPUS -> --data-path must be
 stage1 upcycled --data-path 1 CORPUS -1 CORPUS -> the weight of CORPUS … got -1;
 stage1 upcycled --data-path 1 CORPUS nan CORPUS -> the weight of CORPUS … got nan;
 stage1 upcycled --validation-data HELD -> --validation-data … LANG=PREFIX … HELD

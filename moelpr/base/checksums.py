@@ -5,7 +5,6 @@ anything longer except once in 4 billion; it protects against disks and copies, 
 faster than a disk.
 """
 
-import hashlib
 import os
 import sys
 import zlib
@@ -25,8 +24,6 @@ from moelpr.base.errors import UserError
 from moelpr.base.records import STRICT, Record
 
 FILE_NAME = "checksums.json"
-# Files without checksums are hashed in pieces of this size, on which the checksum of a base depends.
-PIECE_BYTES = 256 << 20
 
 # Pieces of files that have been read, by the names of the files: where one starts, its number of bytes and its CRC-32.
 type Pieces = Mapping[str, set[tuple[int, int, int]]]
@@ -218,33 +215,6 @@ def _crc32_of_both(first: int, second: int, num_bytes: int) -> int:
         first = product(first, power) if num_bytes & 1 else first
         power, num_bytes = product(power, power), num_bytes >> 1
     return first ^ second
-
-
-def pieces_of(folder: Path) -> str:
-    """A line for each piece of all files: name and size of the file, start of the piece and its SHA-256.
-
-    If torch.distributed is initialized, every rank must call this; the first one reads the files.
-    """
-    (pieces,) = ranks.gather([_read_pieces(path) for path in ranks.own_share([folder])])[0]
-    if pieces is None:
-        raise UserError(f"cannot read the files in {folder}; check the disk and their permissions")
-    return pieces
-
-
-def _read_pieces(folder: Path) -> str | None:
-    """The lines of `pieces_of`; None if a file can't be read: a single rank must not fail while others wait for it."""
-    lines = []
-    try:
-        for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in folder.rglob("*")):
-            if path.is_file():
-                size = path.stat().st_size
-                with open(path, "rb") as file:
-                    for start in range(0, max(size, 1), PIECE_BYTES):
-                        digest = hashlib.sha256(file.read(PIECE_BYTES)).hexdigest()
-                        lines.append(f"\n{name} {size} {start} {digest}")
-    except OSError:
-        return None
-    return "".join(lines)
 
 
 def _compare(path: Path, actual: FileSum | None, expected: FileSum, fix: str) -> None:

@@ -180,7 +180,7 @@ def build_datasets(num_samples: Sequence[int | None], config: GPTDatasetConfig) 
 
 
 def corpus_table(train: TaggedGPTDataset | BlendedDataset, num_samples: int) -> str:
-    """What a run of so many samples reads: each corpus's share, how often, and the original languages' share.
+    """Say what a run of so many samples reads: each corpus's share, how often, and the original languages' share.
 
     Raises:
         UserError: The corpora have no weights, so they are read once, but the run takes more samples.

@@ -130,8 +130,7 @@ def checkpoint_chain(folder: Path, iteration: int | None = None, base: Path | No
 def verify_chain(links: list[Path], verify: Verify = Verify.FULL) -> None:
     """Compare every base in the chain with the checksum that its successor recorded.
 
-    Reads those bases completely that have no checksums.json, unless files are trusted. If torch.distributed is
-    initialized, every rank must call this; they share the work.
+    A base without checksums.json is an error, unless files are trusted.
     """
     for link, base in zip(links, links[1:], strict=False):
         if verify is Verify.NONE and not (base / checksums.FILE_NAME).is_file():
@@ -178,12 +177,11 @@ def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = Non
 
 
 def checksum(step_folder: Path) -> str:
-    """SHA-256 over a step folder's checksums.json, and over its own base's checksum if it has one.
-
-    In a step folder without that file, over names, sizes and contents of all files. If torch.distributed is
-    initialized, every rank must call this; they share the work.
-    """
+    """SHA-256 over a step folder's checksums.json, and over its own base's checksum if it has one."""
+    if not (sums := step_folder / checksums.FILE_NAME).is_file():
+        raise UserError(
+            f"{step_folder} has no {checksums.FILE_NAME}, by which runs with --save-trained-only know their base; "
+            "restore it, or convert the model again"
+        )
     record = BaseCheckpoint.read_if_there(step_folder.parent)
-    sums = step_folder / checksums.FILE_NAME
-    content = sums.read_bytes() if sums.is_file() else checksums.pieces_of(step_folder).encode()
-    return hashlib.sha256((record.sha256 if record else "").encode() + content).hexdigest()
+    return hashlib.sha256((record.sha256 if record else "").encode() + sums.read_bytes()).hexdigest()

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moelpr.base import checksums
+from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
 from moelpr.model.checkpoints.chain import (
     BaseCheckpoint,
@@ -20,7 +19,6 @@ from moelpr.model.checkpoints.chain import (
     write_checksums,
 )
 from moelpr.model.model_spec import ModelSpec
-from tests.support.ranks import as_ranks
 
 
 def write_checkpoint(folder: Path, spec: ModelSpec, content: dict[str, bytes], base: Path | None = None) -> Path:
@@ -29,6 +27,7 @@ def write_checkpoint(folder: Path, spec: ModelSpec, content: dict[str, bytes], b
     step.mkdir(parents=True)
     for name, data in content.items():
         (step / name).write_bytes(data)
+    write_checksums(step)
     (folder / "latest_checkpointed_iteration.txt").write_text("3" if base else "release")
     spec.write(folder)
     if base:
@@ -71,16 +70,21 @@ def test_any_changed_byte_in_a_base_is_detected(runs: Path, link: str, data: st.
     before = file.read_bytes()
     place = data.draw(st.integers(0, len(before) - 1))
     file.write_bytes(before[:place] + bytes([before[place] ^ data.draw(st.integers(1, 255))]) + before[place + 1 :])
-    with pytest.raises(UserError, match=f"{link} .*checksum"):
-        verify_chain(checkpoint_chain(runs / "stage2"))
+
+    def verify() -> None:
+        verify_chain(links := checkpoint_chain(runs / "stage2"))
+        for step in links:
+            verify_step(step, {})
+
+    with pytest.raises(UserError, match=f"{link}.*checksum"):
+        verify()
     file.write_bytes(before)
-    verify_chain(checkpoint_chain(runs / "stage2"))
+    verify()
 
 
 def test_a_base_with_checksums_is_identified_by_them(tmp_path: Path, moe_spec: ModelSpec) -> None:
     """So it is read once, for its contents."""
     base = write_checkpoint(tmp_path / "upcycled", moe_spec, {".metadata": b"table", "__0_0.distcp": b"0123456789"})
-    write_checksums(base)
     links = [write_checkpoint(tmp_path / "stage1", moe_spec, {"__0_0.distcp": b"experts"}, base), base]
     (base / "recipe.yaml").touch()  # not part of it
     verify_chain(links)
@@ -102,24 +106,12 @@ def test_a_base_replaced_together_with_its_recorded_checksum_is_detected(runs: P
         verify_chain(checkpoint_chain(runs / "stage2"))
 
 
-def test_the_checksum_of_a_folder_without_checksums_is_the_same_on_all_ranks(runs: Path, monkeypatch) -> None:
-    """Threads act as ranks, of which the first reads."""
-    step = runs / "upcycled/release"
-    monkeypatch.setattr(checksums, "PIECE_BYTES", 3)
-    files = {".metadata": b"table", "__0_0.distcp": b"0123456789"}
-    pieces = [(name, data, start) for name, data in files.items() for start in range(0, len(data), 3)]
-    lines = (f"\n{name} {len(data)} {start} {sha256(data[start : start + 3])}" for name, data, start in pieces)
-    assert checksum(step) == sha256("".join(lines).encode())
-    assert set(as_ranks(monkeypatch, 3, lambda: checksum(step))) == {checksum(step)}
-    (step / "__0_0.distcp").unlink()
-    (step / "__0_0.distcp").symlink_to("/proc/self/mem")  # can't be read
-    for call in (lambda: checksum(step), lambda: as_ranks(monkeypatch, 2, lambda: checksum(step))):
-        with pytest.raises(UserError, match="cannot read .*release"):
-            call()
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def test_a_base_without_checksums_is_an_error_unless_it_is_trusted(runs: Path) -> None:
+    (runs / "upcycled/release/checksums.json").unlink()
+    links = checkpoint_chain(runs / "stage2")
+    with pytest.raises(UserError, match="upcycled/release has no checksums.json"):
+        verify_chain(links)
+    verify_chain(links, Verify.NONE)
 
 
 def test_a_circular_chain_is_rejected(runs: Path) -> None:

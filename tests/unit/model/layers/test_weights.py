@@ -5,7 +5,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from moelpr.base.errors import UserError
-from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum
+from moelpr.model.checkpoints.chain import BaseCheckpoint, checkpoint_chain, checksum, write_checksums
 from moelpr.model.layers.freezing import freeze
 from moelpr.model.layers.loading import build_model, load_model
 from moelpr.model.layers.weights import load_weights, save_trained_only, trained_entries
@@ -21,6 +21,7 @@ def save(model: torch.nn.Module, folder: Path, spec: ModelSpec, base: Path | Non
     step = folder / "iter_0000001"
     step.mkdir(parents=True)
     dist_checkpointing.save(model.sharded_state_dict(), str(step))
+    write_checksums(step)
     spec.write(folder)
     (folder / "latest_checkpointed_iteration.txt").write_text("1")
     if base:

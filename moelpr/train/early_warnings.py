@@ -12,10 +12,10 @@ import numpy as np
 from moelpr.model.metrics.run_metrics import Step, ValidationEvent
 from moelpr.model.metrics.schema import LM_LOSS, LM_LOSS_OF, LPR_LOSS, TOKEN_SHARE
 
-BLOCK = 50  # steps
-ORIGINAL_RISE = 0.10  # of the loss on original languages
-EXPERT_SHARE = 0.01  # of the tokens
-LPR_FALL = 0.01  # of the LPR loss since the first block
+BLOCK = 50  # the steps that are judged together
+ORIGINAL_RISE = 0.10  # the rise of the loss on original languages
+EXPERT_SHARE = 0.01  # the share of the tokens
+LPR_FALL = 0.01  # the fall of the LPR loss since the first block
 SLOW_NODE = 1.15  # times the median of its pipeline stage
 
 

@@ -20,7 +20,8 @@ from moelpr.base.command import stopped_code
 from moelpr.base.run_folder import METRICS_FILE
 from moelpr.project.workflow.execution import execute
 
-VOCABULARY, BATCH, GPUS = 512, 16, torch.cuda.device_count()
+VOCABULARY, BATCH = 512, 16
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0  # Megatron on a CPU counts one
 FEW = 16  # the tokens of the text, so that its loss soon falls by more than rounding makes
 LIMIT_S = 120 if GPUS else 600  # a start of the launcher
 DTYPE, DUE = ("bfloat16", 5e-3) if GPUS else ("float32", 1e-5)  # the relative difference that rounding may make

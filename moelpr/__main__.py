@@ -19,10 +19,8 @@ HELP = ("-h", "--help")
 
 def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that it starts imports a user's yaml.py or tokenize.py
-    if sys.argv[1:2] in (
-        ["plan"],
-        ["status"],
-    ):  # transformers, which reads config.json, would import torch: two seconds
+    if sys.argv[1:2] in (["plan"], ["status"]):
+        # transformers, which reads config.json for them, would import torch, which takes two seconds.
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     run_command(lambda: run(sys.argv[1:]))

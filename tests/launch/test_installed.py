@@ -39,6 +39,7 @@ from moelpr.base.command import run_command
 """
 # Commands, a JSON list of lists of words, one after the other.
 RUN_COMMANDS = """
+import torch  # else plan would hide it from the commands after it
 from moelpr import __main__ as command
 for words in json.loads(sys.argv[1]):
     sys.argv = ["moelpr", *words]

@@ -178,7 +178,6 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
     ),
     "recipes": (Reading("settings", "recipe.yaml", recipe_holds), Reading("compare", "project.yaml", anything, 0.1)),
     "metrics": (
-        Reading("live", RUN, anything, 1),
         Reading("report", RUN, anything, 0.3),
         Reading("export a run", RUN, same_tensors, 0.5),
     ),

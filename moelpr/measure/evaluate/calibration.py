@@ -19,7 +19,8 @@ both, because what was routed below changes what a router reads. The token that 
 keep, because all others attend to it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +47,8 @@ _STEEP = 4.0  # deviation of δ (u_k + t Σ u_j) · x, in deviations of the best
 _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is held out
-_MEASURED = 2048  # held-out tokens of text to keep that all searches but the last measure
+_MEASURED, _LAST_MEASURED = 2048, 4096  # held-out tokens of text to keep that searches measure
+_MOST_ALIKE = 0.1  # share of the texts to keep that are left out because they cannot be told from expanded text
 
 type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
 type Sums = tuple[Tensor, Tensor]  # a layer's Σ w x xᵀ [H, H] and Σ w x [H], with Σ w = 1
@@ -147,7 +149,8 @@ def calibrate(
     """Find the routers of a model; returns them, what they do, and the held-out part of each text.
 
     Args:
-        kept: Name → documents whose tokens should stay with the base's FFN.
+        kept: Name → documents whose tokens should stay with the base's FFN. A few that the base cannot tell from
+            expanded text are left out with a warning.
         expanded: Language → documents whose tokens should go to what was learned.
         is_checked: Whether routers that are of no use, and texts that cannot be told apart, are an error.
 
@@ -156,11 +159,28 @@ def calibrate(
     """
     texts_of = [{language: expanded[language] for language in languages} for _, languages in subject.experts]
 
-    def read(of_base: Reader, *of_experts: Reader) -> tuple[Inputs, list[Inputs]]:
-        pairs, of_kept = zip(of_experts, texts_of, strict=True), read_inputs(of_base, kept, aim.max_tokens, True)
-        return of_kept, [read_inputs(reader, texts, aim.max_tokens, False) for reader, texts in pairs]
+    def read_kept(reader: Reader) -> Inputs:
+        return read_inputs(reader, kept, aim.max_tokens, True)
 
-    of_kept, of_new = read(subject.base, *(reader for reader, _ in subject.experts))
+    def read_new(readers: Iterable[Reader]) -> list[Inputs]:
+        pairs = zip(readers, texts_of, strict=True)
+        return [read_inputs(reader, texts, aim.max_tokens, False) for reader, texts in pairs]
+
+    of_kept = read_kept(subject.base)
+    alike = _texts_alike(of_kept, read_new([subject.base] * len(texts_of)))
+    if len(alike) > _MOST_ALIKE * len(kept):
+        worst = max(alike, key=alike.__getitem__)
+        if is_checked:
+            raise UserError(
+                f"the text to keep {worst} cannot be told from expanded text, as {alike[worst]:.0%} of its tokens are "
+                "on the other side; remove it, if it is in an expanded language, or pass more text"
+            )
+    elif alike:
+        names = ", ".join(f"{name} ({share:.0%} of its tokens)" for name, share in alike.items())
+        print(f"warning: left out, as the base reads it like expanded text: {names}", file=sys.stderr)
+        kept = {name: documents for name, documents in kept.items() if name not in alike}
+        of_kept = read_kept(subject.base)
+    of_new = read_new(reader for reader, _ in subject.experts)
     pieces = of_kept.pieces | {name: its for inputs in of_new for name, its in inputs.pieces.items()}
     expert_of = {language: reader.model for reader, languages in subject.experts for language in languages}
 
@@ -171,8 +191,10 @@ def calibrate(
     base = remembering(subject.base.model)
 
     every = of_kept.pieces
-    step = max(1, sum(len(ids) for its in every.values() for ids in its) // _MEASURED)
-    some = {name: its[number % step :: step] for number, (name, its) in enumerate(every.items())}
+
+    def sample(tokens: int) -> Pieces:
+        step = max(1, sum(len(ids) for its in every.values() for ids in its) // tokens)
+        return {name: its[number % step :: step] for number, (name, its) in enumerate(every.items())}
 
     def distances(model: LoadedModel, of: Pieces) -> dict[str, float]:
         return {name: distance(base, model, its) for name, its in of.items() if its}
@@ -196,16 +218,13 @@ def calibrate(
     for number in range(ROUNDS):
         if number:
             subject.put(tried[-1][1])
-            of_kept, of_new = read(subject.routed, *[subject.routed] * len(texts_of))
-        if number == 1 and is_checked:
-            _check_texts(of_kept, of_new)
+            of_kept, of_new = read_kept(subject.routed), read_new([subject.routed] * len(texts_of))
         choices = {layer: _rows(of_kept, of_new, layer, subject) for layer in sorted(of_kept.gram)}
         if number == 0:
-            parts, _ = _search(partial(measured, choices, some), parts, score)
-        if number == ROUNDS - 1:  # a search takes most of the time
-            parts, point = _search(partial(measured, choices, every), parts, score)
-        else:
-            point = measured(choices, every, parts)
+            parts = _search(partial(measured, choices, sample(_MEASURED)), parts, score)
+        elif number == ROUNDS - 1:
+            parts = _search(partial(measured, choices, sample(_LAST_MEASURED)), parts, score)
+        point = measured(choices, every, parts)
         tried.append((point, _with_parts(choices, parts), [SHARES[part] for part in parts]))
     point, rows, shares = min(tried, key=lambda one: score(one[0]))
     if is_checked:
@@ -238,10 +257,8 @@ def _with_parts(choices: Mapping[int, list[Tensor]], parts: Parts) -> Rows:
     return {layer: rows[parts[place * _PARTS // len(choices)]] for place, (layer, rows) in enumerate(choices.items())}
 
 
-def _search(
-    measured: Callable[[Parts], Point], parts: Parts, score: Callable[[Point], tuple[float, float]]
-) -> tuple[Parts, Point]:
-    """The shares of the parts from which no neighbor's score is lower, and what they give."""
+def _search(measured: Callable[[Parts], Point], parts: Parts, score: Callable[[Point], tuple[float, float]]) -> Parts:
+    """The shares of the parts from which no neighbor's score is lower."""
     seen = {parts: measured(parts)}
     before: Parts | None = None
     while parts != before:
@@ -255,7 +272,7 @@ def _search(
                     seen[other] = measured(other)
                 if score(seen[other]) < score(seen[parts]):
                     parts = other
-    return parts, seen[parts]
+    return parts
 
 
 def _rows(of_kept: Inputs, of_new: Sequence[Inputs], layer: int, subject: Subject) -> list[Tensor]:
@@ -326,8 +343,8 @@ def rows_of_sums(kept: Sums, new: Sequence[Sums], share: float) -> Tensor:
     return torch.cat([rows_GH[last : last + 1], new_NH])
 
 
-def _check_texts(of_kept: Inputs, of_new: Sequence[Inputs]) -> None:
-    """Check that most tokens of each text to keep are on its side of the border half way.
+def _texts_alike(of_kept: Inputs, of_new: Sequence[Inputs]) -> dict[str, float]:
+    """Texts to keep of which most tokens are beyond the border half way to expanded text, and the share of these.
 
     Both must have been read by one model: what the base and an expert make of a text is told apart easily.
     """
@@ -339,12 +356,7 @@ def _check_texts(of_kept: Inputs, of_new: Sequence[Inputs]) -> None:
         kept_H, *each = _directions(of_kept, of_new, layer)
         is_stray_T = torch.cat(held_out).float() @ (kept_H - torch.stack(each).sum(0)) < 0
         strays += torch.tensor([is_stray_T[a:b].float().mean() for a, b in pairwise(ends)]) / len(of_kept.held_out)
-    worst = int(strays.argmax())
-    if strays[worst] > 0.5:
-        raise UserError(
-            f"the text to keep {[*of_kept.pieces][worst]} cannot be told from expanded text, as {strays[worst]:.0%} of "
-            "its tokens are on the other side; remove it, if it is in an expanded language, or pass more text"
-        )
+    return {name: share for name, share in zip(of_kept.pieces, strays.tolist(), strict=True) if share > 0.5}
 
 
 def _check_result(base: Point, learned: Point, result: Point, aim: Aim, is_trained: bool) -> None:

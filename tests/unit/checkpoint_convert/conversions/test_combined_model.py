@@ -1,6 +1,7 @@
 """A combined model is the base where its routers choose the base's FFN, and its experts where they choose these."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -253,6 +254,18 @@ def test_what_cannot_be_combined_is_one_sentence(base: Path, greek: Path, make_q
     assert record.findings.texts["greek"].distance > record.findings.texts["first"].distance
 
 
+def test_a_text_of_many_that_the_base_reads_like_expanded_text_is_left_out(base, greek, tmp_path, capsys) -> None:
+    others = {f"text {seed}": documents("ai"[seed % 2], seed) for seed in range(9)}
+    combine(base, {greek: ["el"]}, others, GREEK, settings(tmp_path / "others"))
+    record = combine(base, {greek: ["el"]}, others | {"greek": documents("A", 1)}, GREEK, settings(tmp_path / "both"))
+    assert "greek" not in record.findings.texts
+    assert re.search(
+        r"warning: left out, as the base reads it like expanded text: greek \(\d+% ", capsys.readouterr().err
+    )
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("others", "both"))
+    assert first == second
+
+
 def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path, exit_code, refused, capsys) -> None:
     for name, texts in (KEPT | GREEK).items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -286,8 +299,8 @@ def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None
     def score(point: calibration.Point) -> tuple[float, float]:
         return calibration._score(ends, settings(Path("save"), **dial), point)
 
-    parts, point = calibration._search(measured, (2, 2, 2), score)
-    assert point == measured(parts)
+    parts = calibration._search(measured, (2, 2, 2), score)
+    point = measured(parts)
     for place, step in product(range(3), (-1, 1)):
         other = [*parts]
         other[place] += step

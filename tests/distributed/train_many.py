@@ -30,6 +30,7 @@ def main() -> None:
         except SystemExit as end:  # how Megatron ends after --exit-interval
             if end.code:
                 raise
+        torch.distributed.barrier()  # rank 0 may still write what the next training reads, or use a group
         destroy_global_state()
         free_groups()
     torch.distributed.destroy_process_group()

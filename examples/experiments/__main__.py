@@ -17,6 +17,7 @@ from pathlib import Path
 from examples.demo_tasks import ROOT
 from examples.experiments.flores import TABLES, Sentences, read_flores
 from examples.experiments.parts import add_switches, measure, write_mean
+from examples.experiments.routers import ROUTERS
 from examples.experiments.text import UNSEEN
 from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
@@ -54,16 +55,23 @@ def main() -> None:
         raise UserError("a table of FLORES-101 needs its folder; pass --flores DIR")
     sentences = read_flores(args.flores, args.languages.split(",")) if args.flores else {}
     os.chdir(ROOT)
-    files = [x for x in sorted(FILES.glob("*/*.yaml")) if any(x.match(f"{one}.yaml") for one in args.names or "*")]
+    every = [*FILES.glob("*/*.yaml"), *(FILES / base / f"{name}.yaml" for base in BASES for name in ROUTERS)]
+    files = [x for x in sorted(every) if any(x.match(f"{one}.yaml") for one in args.names or "*")]
     if unknown := [name for name in args.names if not any(file.match(f"{name}.yaml") for file in files)]:
         raise UserError(f"there is no {unknown[0]}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
     for name, words in MADE.items():
         if not (RUNS / name).exists():
             run(*words, "--output", RUNS / name)
     for base, label in BASES.items():
-        its = [file for file in files if file.parent.name == base]
+        its, ours = [file for file in files if file.parent.name == base], FILES / base / "second-ffn.yaml"
+        if others := [file for file in its if file.stem in ROUTERS]:
+            its = sorted({*its, ours} - {*others})
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
+        for file in others:
+            its.append(RUNS / base / file.name)
+            write_text(its[-1], ours.read_text().replace("/second-ffn\n", f"/{file.stem}\n"))
+            run("-m", "examples.experiments.routers", ours, its[-1])
         for name in tables if its else ():
             table = comparison(base, its) if name == COMPARE else of_flores(name, base, its, sentences)
             training = spent("training", {file.stem: costs()[str(file)] / 60 for file in its})

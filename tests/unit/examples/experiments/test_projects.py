@@ -12,6 +12,7 @@ import pytest
 
 from examples.demo_tasks import ROOT
 from examples.experiments import __main__ as experiments
+from examples.experiments import routers
 from examples.experiments.parts import SWITCHED
 from examples.experiments.text import PLAIN, UNSEEN
 from examples.languages import LANGUAGES
@@ -110,10 +111,53 @@ def test_the_second_base_is_made_before_what_starts_from_it(folder: Path, monkey
     assert runs.index("examples/experiments/second-base.yaml") == min(
         place for place, file in enumerate(runs) if "experiments/second" in file
     )
-    assert not [words for words in started if words[0] != "moelpr"]  # base and text are there
+    made = [words[0] for words in started if words[0] != "moelpr"]
+    assert made == ["examples.experiments.routers"] * 4  # base and text are there
     shutil.rmtree(experiments.RUNS / "kept")
     first = run(monkeypatch, "lora")[0]
     assert first[:3] == ["examples.other_text", "--without", ",".join(UNSEEN)]
+
+
+def test_other_routers_are_beside_ours_in_each_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, its = "examples/experiments/first/second-ffn.yaml", str(experiments.RUNS / "first/dume-routers.yaml")
+    started = run(monkeypatch, "first/dume-routers", *flores(folder))
+    assert started[0] == ["moelpr", "run", ours] and started[1] == ["examples.experiments.routers", ours, its]
+    projects = [ResolvedProject(read_project(Path(file))) for file in (ours, its)]
+    assert [one.export for one in projects] == [
+        experiments.RUNS / f"first/{x}/hf" for x in ("second-ffn", "dume-routers")
+    ]
+    assert projects[0].kept == projects[1].kept and projects[0].base == projects[1].base
+    page = (experiments.RUNS / "results.md").read_text()
+    assert page.count("\n| second-ffn") == page.count("\n| dume-routers") == 1
+    assert run(monkeypatch, "first/dume-routers")[2][:4] == ["moelpr", "compare", ours, its]
+
+
+def test_other_routers_get_the_ffns_and_texts_of_ours_and_no_model_is_made_twice(folder: Path, monkeypatch) -> None:
+    ours, its, calls = Path("examples/experiments/first/second-ffn.yaml"), Path("dume-routers.yaml"), []
+    its.write_text(ours.read_text().replace("/second-ffn\n", "/other\n"))
+
+    def write(*words: Any) -> None:
+        calls.append(words)
+        words[-1].mkdir(parents=True)
+
+    monkeypatch.setitem(experiments.ROUTERS, its.stem, write)
+    monkeypatch.setattr(sys, "argv", ["routers", str(ours), str(its)])
+    for _ in range(2):
+        routers.main()
+    [[*folders, kept, new, output]] = calls
+    first = experiments.RUNS / "first"
+    assert [*folders, output] == [experiments.RUNS / "base", first / "second-ffn/ffn-hf", first / "other/hf"]
+    assert {*kept} == {"en", "es", "zh", *PACK} and {*new} == {"el", "hu", "tr"}
+    assert {*kept["eu"], *kept["en"], *new["el"]} == {
+        f"a sentence of {x}" for x in ("kept/eu", "text/train.en", "text/train.el")
+    }
+
+
+def flores(folder: Path) -> list[str]:
+    (folder / "flores/dev").mkdir(parents=True)
+    for code in ("eng", "ell", "hun", "tur", "jav"):
+        (folder / "flores/dev" / f"{code}.dev").write_text("".join(f"{code} {n}\n" for n in range(997)))
+    return ["--flores", "flores", "--table", "flores"]
 
 
 def test_the_page_has_all_tables_of_each_base(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +167,7 @@ def test_the_page_has_all_tables_of_each_base(folder: Path, monkeypatch: pytest.
     page = (experiments.RUNS / "results.md").read_text()
     assert page.count("### Learned") == page.count("](first/comparison/compare.svg)") + 1 == 2
     assert page.count("CPU minutes of training: lora 0.") == 2
-    (folder / "flores/dev").mkdir(parents=True)
-    for code in ("eng", *(tag for tag in "ell hun tur jav".split())):
-        (folder / "flores/dev" / f"{code}.dev").write_text("".join(f"{code} {n}\n" for n in range(997)))
-    flags = "--flores", "flores", "--table", "flores", "--table", "translation"
+    flags = [*flores(folder), "--table", "translation"]
     trained = [words[2] for words in run(monkeypatch, "first/full-pack", *flags) if "run" in words]
     assert trained == ["examples/experiments/first/full-pack.yaml"]
     page = (experiments.RUNS / "results.md").read_text()

@@ -1,19 +1,18 @@
-"""Time of a prompt and of written tokens in stock transformers or llama.cpp, against the dense base.
+"""Time of a prompt and of written tokens in stock transformers, against the dense base.
 
-    python -m benchmarks.generation [--cpu-time] [--gguf BASE EXPORT ...] [--json FILE]
+    python -m benchmarks.generation [--cpu-time] [--json FILE]
 
 The baseline is a dense Llama of SmolLM2-135M's shape. The contenders are Mixtral models with as many experts as an
 export has: a second FFN with one choice per token, or three new experts with two or three choices; all choices are of
 the original expert, or spread over all.
-Weights are random. A single request in bf16. --gguf measures files of moelpr model gguf in llama.cpp instead, against
-the first, with their own routers. Contenders take turns; ratios are medians over the rounds. Set OMP_NUM_THREADS.
+Weights are random. A single request in bf16. Contenders take turns; ratios are medians over the rounds. Set
+OMP_NUM_THREADS.
 """
 
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from benchmarks.common import add_cpu_time, add_json, argument_parser, print_table, write_json
 from benchmarks.timing import Times, Turns, median_s, time_ratio
-from moelpr.base.command import run_command
-from moelpr.measure.evaluate.llama_cpp import Gguf, library
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
@@ -36,12 +33,11 @@ NEW_EXPERTS = {1: 1, 2: 3, 3: 3}  # by choices per token
 
 def main() -> None:
     parser = argument_parser(__doc__, layers=30, hidden=576, ffn=1536, prompt=512, written=16, rounds=7)
-    parser.add_argument("--gguf", type=Path, nargs="+", metavar="FILE", help="measure these instead")
     add_cpu_time(parser)
     add_json(parser)
     args = parser.parse_args()
     rows = [
-        {"case": case, "model": name, "seconds": median_s(times)[name], "ratio": time_ratio(times, name, [*times][0])}
+        {"case": case, "model": name, "seconds": median_s(times)[name], "ratio": time_ratio(times, name, "base")}
         for case, times in run(Turns(args.rounds, args.cpu_time), args)
         for name in times
     ]
@@ -52,16 +48,13 @@ def main() -> None:
 def run(turns: Turns, settings: Namespace) -> Iterator[tuple[str, Times]]:
     torch.manual_seed(1)
     prompt = torch.randint(1, SHAPE["vocab_size"], (1, settings.prompt))
-    models: dict[str, Any] = {path.stem: Gguf(path) for path in settings.gguf or ()}
-    read, write = (_decode, _decode) if models else (_read, _write)
-    if not models:
-        models["base"] = _model(settings)
-        for topk, only_original in product(NEW_EXPERTS, (True, False)):
-            name = f"K = {topk}, {'original experts' if only_original else 'all experts'}"
-            models[name] = _model(settings, topk, only_original)
+    models = {"base": _model(settings)}
+    for topk, only_original in product(NEW_EXPERTS, (True, False)):
+        name = f"K = {topk}, {'original experts' if only_original else 'all experts'}"
+        models[name] = _model(settings, topk, only_original)
     for case, length, work in (
-        (f"reading {settings.prompt} tokens", settings.prompt, read),
-        (f"writing {settings.written} tokens", 1, partial(write, written=settings.written)),
+        (f"reading {settings.prompt} tokens", settings.prompt, _read),
+        (f"writing {settings.written} tokens", 1, partial(_write, written=settings.written)),
     ):
         yield case, turns.take({name: partial(work, model, prompt[:, :length]) for name, model in models.items()})
 
@@ -85,15 +78,6 @@ def _choose(first: bool, router: nn.Module, inputs: Any, output: Any) -> Any:
     return logits, weights, order.topk(chosen.shape[-1]).indices
 
 
-def _decode(model: Gguf, prompt: torch.Tensor, written: int = 1) -> None:
-    """Read a prompt, and its last token again as often as others are to be written."""
-    c, ids = library(), (prompt[0] % model.vocab_size).tolist()
-    context = model.begin(len(ids) + written)
-    for part in (ids, *[ids[-1:]] * (written - 1)):
-        tokens = c.ffi.new("llama_token[]", part)
-        assert c.lib.llama_decode(context, c.lib.llama_batch_get_one(tokens, len(part))) == 0
-
-
 @torch.inference_mode()
 def _read(model: Any, prompt: torch.Tensor) -> None:
     model(prompt, logits_to_keep=1)
@@ -113,4 +97,4 @@ def _write(model: Any, prompt: torch.Tensor, written: int) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -4,14 +4,11 @@ import json
 import shutil
 import subprocess
 import urllib.request
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from benchmarks import generation
-from benchmarks.timing import Turns
 from checkpoint_convert.gguf.chat_format import ChatFormat
 from checkpoint_convert.gguf.write import write_gguf
 from moelpr.base.errors import UserError
@@ -95,13 +92,6 @@ def test_a_conversation_has_the_same_prompt_in_llama_cpps_server(export: Path, f
         with urllib.request.urlopen(request, timeout=60) as answer:
             prompt = json.load(answer)["prompt"]
         assert prompt == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def test_the_benchmark_measures_files_in_llama_cpp(files: Path) -> None:
-    sizes = Namespace(gguf=[files / "hf.gguf", files / "hf-Q8_0.gguf"], prompt=8, written=3)
-    cases = [times for _, times in generation.run(Turns(1), sizes)]
-    assert [[*times] for times in cases] == [["hf", "hf-Q8_0"]] * 2
-    assert all(seconds > 0 for times in cases for its in times.values() for seconds in its)
 
 
 def test_ollamas_templates_render_what_jinja_does(tmp_path: Path) -> None:

@@ -108,9 +108,8 @@ class Gguf:
         """Logits [B, S, vocabulary] in fp32."""
         return torch.stack([self._row(row) for row in tokens_BS.tolist()])
 
-    def begin(self, length: int) -> Any:
-        """An empty context for so many tokens."""
-        lib = self._c.lib
+    def _row(self, tokens: list[int]) -> Tensor:
+        lib, ffi, length = self._c.lib, self._c.ffi, len(tokens)
         if length > self._length:  # batches come with the longest first
             lib.llama_free(self._context)
             params = lib.llama_context_default_params()
@@ -119,20 +118,15 @@ class Gguf:
             params.n_threads = params.n_threads_batch = torch.get_num_threads()
             self._context = lib.llama_init_from_model(self._model, params)
         lib.llama_memory_clear(lib.llama_get_memory(self._context), True)
-        return self._context
-
-    def _row(self, tokens: list[int]) -> Tensor:
-        lib, ffi, length = self._c.lib, self._c.ffi, len(tokens)
-        context = self.begin(length)
         batch = lib.llama_batch_init(length, 0, 1)
         for number, token in enumerate(tokens):
             batch.token[number], batch.pos[number], batch.n_seq_id[number] = token, number, 1
             batch.seq_id[number][0], batch.logits[number] = 0, 1
         batch.n_tokens = length
-        code = lib.llama_decode(context, batch)
+        code = lib.llama_decode(self._context, batch)
         lib.llama_batch_free(batch)
         if code != 0:
             raise RuntimeError(f"llama.cpp could not compute {length} tokens (code {code})")
         shape = length, self.vocab_size
-        numbers = ffi.buffer(lib.llama_get_logits(context), 4 * shape[0] * shape[1])
+        numbers = ffi.buffer(lib.llama_get_logits(self._context), 4 * shape[0] * shape[1])
         return torch.frombuffer(bytearray(numbers), dtype=torch.float32).reshape(shape)

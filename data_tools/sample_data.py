@@ -26,7 +26,7 @@ from data_tools.corpus.corpus_writer import CorpusWriter, check_output, smallest
 from data_tools.corpus.joining import missing_manifests, open_corpora, refuse_input_as_output
 from data_tools.corpus.tokenized import Documents, runs_of
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Count, Flags, Natural, either, metavar, run_script
+from moelpr.base.settings import Count, Flags, Natural, metavar, run_script
 from moelpr.base.text_tables import table_text
 from moelpr.data.manifest import Bit, FileRecord, LanguageCount, Manifest, Source
 
@@ -43,25 +43,21 @@ class Sample:
     names: dict[Bit, str]  # language name of each group, since a document may contain some text of the other group
     chosen: NDArray[np.int64]  # indices of the sampled documents, ascending [documents]
     available: int  # number of documents to sample from
-    requested: str  # as the flags ask for it, such as "50,000 documents"
-    is_short: bool  # whether the input contains less than that
+    requested: int  # number of documents that the flags ask for
     num_tokens: int  # tokens of the sampled documents
 
 
 class Settings(Flags):
     input: Annotated[list[str], metavar("PREFIX")]  # corpora, one per language
     output_prefix: Annotated[str, metavar("P")]  # write P.bin, P.idx and P.lang
-    original_documents: Annotated[Count | None, either("original")] = None  # at most N documents per original language
-    original_tokens: Annotated[Count | None, either("original")] = None  # at least N tokens, or all
-    expanded_documents: Annotated[Count | None, either("expanded")] = None  # at most N documents per expanded language
-    expanded_tokens: Annotated[Count | None, either("expanded")] = None  # at least N tokens, or all
+    original_documents: Count | None = None  # at most N documents per original language
+    expanded_documents: Count | None = None  # at most N documents per expanded language
     seed: Natural = 1234  # random seed
     overwrite: bool = False  # replace an existing corpus P
 
     def __post_init__(self) -> None:
-        flags = [f"{bit}-{unit}" for bit in BITS for unit in ("documents", "tokens")]
-        if not any(getattr(self, flag.replace("-", "_")) for flag in flags):
-            raise UserError(f"pass at least one of --{', --'.join(flags)}")
+        if not self.original_documents and not self.expanded_documents:
+            raise UserError("pass --original-documents, --expanded-documents or both")
         if len({*map(os.path.realpath, self.input)}) < len(self.input):
             raise UserError("--input names a corpus twice; its documents would be sampled twice")
         refuse_input_as_output(self.input, self.output_prefix)
@@ -101,8 +97,8 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
     # The group's name stands for languages that no manifest names, and for several languages of the other group.
     names = {bit: codes[0] if len(codes) == 1 else bit for bit, codes in languages.items()}
     for group, bit in enumerate(BITS):
-        documents, tokens = (getattr(arguments, f"{bit}_{unit}") for unit in ("documents", "tokens"))
-        if documents is None and tokens is None:
+        requested = arguments.original_documents if bit == "original" else arguments.expanded_documents
+        if requested is None:
             continue
         if len(languages[bit]) > 1:
             raise UserError(
@@ -114,14 +110,8 @@ def sample_from(corpus: Corpus, manifest: Manifest | None, arguments: Settings) 
             continue
         name = zlib.crc32(Path(corpus.prefix).name.encode())
         order = np.random.default_rng([arguments.seed, name, group]).permutation(available)
-        if tokens is None:
-            stop, what = documents, f"{documents:,} documents"
-        else:
-            # One document more than those that contain fewer tokens than requested.
-            stop, what = int(np.searchsorted(np.cumsum(lengths[order]), tokens)) + 1, f"{tokens:,} tokens"
-        chosen = np.sort(order[:stop])
-        num_tokens = int(lengths[chosen].sum())
-        yield Sample(corpus, bit, names, chosen, len(available), what, stop > len(available), num_tokens)
+        chosen = np.sort(order[:requested])
+        yield Sample(corpus, bit, names, chosen, len(available), requested, int(lengths[chosen].sum()))
 
 
 def write(samples: list[Sample], writer: CorpusWriter) -> dict[str, LanguageCount]:
@@ -173,8 +163,9 @@ def print_samples(samples: list[Sample]) -> None:
     head = ["language", "bit", "sampled", "of", "tokens", "from"]
     print(f"\n{table_text(head, rows, (0, 1, 5), indent='  ')}")
     for sample in samples:
-        if sample.is_short:
-            print(f"note: {sample.corpus.prefix} contains less than the requested {sample.requested}; all are used")
+        if sample.requested > sample.available:
+            wanted = f"the requested {sample.requested:,} documents"
+            print(f"note: {sample.corpus.prefix} contains less than {wanted}; all are used")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ COMMANDS = {
     ),
     "sample": Command(
         "data sample",
-        f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-tokens 300",
+        f"--output-prefix out/replay --input {_CORPORA} --original-documents 9 --expanded-documents 9",
         "corpus",
     ),
     "sample a large corpus": Command(

@@ -40,8 +40,6 @@ from moelpr.project.workflow.workflow import Workflow
 # Model in the evaluation -> run folder.
 MODELS = {"base": "base", "full_finetune": "full-finetune", "stage1": "stage1", "stage2": "stage2"}
 PROJECT = Path("examples/demo.yaml")
-VOCABULARY = 4096
-BASE_SHAPE = "--hidden-size 256 --num-layers 6 --ffn-hidden-size 768 --num-attention-heads 4 --num-query-groups 2"
 # The base saw a little text of the expanded languages, as real bases have.
 BASE_BLEND = {"original": 10, "expanded": 1}
 SEED = 1
@@ -73,19 +71,18 @@ def main() -> None:
 
 
 def data(run: Path, cache: Path | None) -> list[Task]:
-    """Real text in six languages, a tokenizer for all six, one tagged corpus per language group."""
-    corpus, tokenizer = run / "corpus", run / "tokenizer"
+    """Real text in six languages, an untrained model with a tokenizer for all, one tagged corpus per language group."""
+    corpus, untrained = run / "corpus", run / "untrained-hf"
     download: Words = ["-m", "examples.demo_corpus", "--output", corpus, "--overwrite"]
     download += ["--cache", cache] if cache else []
     files = {language: corpus / f"train.{language}.jsonl" for language in LANGUAGES}
-    words: Words = ["examples/demo_tokenizer.py", "--input", *files.values(), "--output", tokenizer]
-    words += ["--vocab-size", str(VOCABULARY), "--overwrite"]
+    words: Words = ["examples/demo_base.py", "--input", *files.values(), "--save", untrained, "--overwrite"]
     tasks = [
         Task(name="corpus", command=download, is_complete=corpus.is_dir),
-        Task(name="tokenizer", command=words, made_from=("corpus",), is_complete=tokenizer.is_dir),
+        Task(name="untrained", command=words, made_from=("corpus",), is_complete=untrained.is_dir),
     ]
     return tasks + [
-        preprocess(run / "data" / group, [files[language] for language in languages], tokenizer)
+        preprocess(run / "data" / group, [files[language] for language in languages], untrained)
         for group, languages in GROUPS.items()
     ]
 
@@ -95,12 +92,8 @@ def base(run: Path) -> list[Task]:
 
     And the usual alternative: all parameters of this base trained on the text of stage 1, for as many tokens.
     """
-    untrained = run / "untrained-hf"
-    words: Words = ["examples/untrained_qwen2.py", "--tokenizer", run / "tokenizer", "--save", untrained]
-    words += [*BASE_SHAPE.split(), "--overwrite"]
     return [
-        Task(name="untrained", command=words, made_from=("tokenizer",), is_complete=untrained.is_dir),
-        convert(run / "untrained", untrained, made_from=("untrained",)),
+        convert(run / "untrained", run / "untrained-hf", made_from=("untrained",)),
         *train(run, "base", run / "untrained", BASE_BLEND),
         convert(run / "dense", run / "base-hf", made_from=("export-base",)),
         *train(run, "full-finetune", run / "dense", {"expanded": 1}),

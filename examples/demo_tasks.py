@@ -23,7 +23,7 @@ def preprocess(prefix: Path, inputs: Iterable[Path], tokenizer: Path) -> Task:
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
     words += ["--append-eod", "--language", prefix.name, "--workers", "2", "--overwrite"]
     is_complete = Path(f"{prefix}_text_document.manifest.json").is_file
-    made_from = ("corpus", "tokenizer")
+    made_from = ("corpus", "untrained")
     return Task(name=f"preprocess-{prefix.name}", command=words, made_from=made_from, is_complete=is_complete)
 
 

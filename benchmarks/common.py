@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -75,6 +77,15 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.{0 if abs(value) >= 1000 else 3}f}"
     return f"{value:,}" if type(value) is int else str(value)
+
+
+@contextmanager
+def working_folder(folder: Path | None) -> Iterator[Path]:
+    """`folder`, created if it is missing, or a temporary folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def install_megatron() -> None:

@@ -11,7 +11,8 @@ limit and in processes of its own, so that one that fails or hangs costs only it
   Memory and tokens/s are compared with the planner's, the work that a step needs with the rate of a large product;
 - the same runs without the GPU (`moelpr check`), whose memory, kernels and waits are compared with the measured ones;
 - tests/gpu/test_launcher_cases.py: the launcher with many flags, which must not change the losses of a tiny model;
-- benchmarks.train_step on one GPU, with random routing.
+- benchmarks.train_step on one GPU, with random routing;
+- benchmarks.expert_traffic on all GPUs, with random routing.
 
 DIR gets log.md, the measured tables; results.json, all numbers and the end of what failed parts have printed, which is
 the file to send to others; and the output of each part. The exit code is 1 if a part failed. With --dry-run everything
@@ -53,14 +54,14 @@ from moelpr.plan.step_time import stage_flops, step_time
 from moelpr.project.workflow.execution import execute
 
 WARMUP_STEPS, STEPS = 2, 6  # the first ones compile kernels and allocate buffers
-LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 200, "cases": 600, "train_step": 110}
+LIMITS_S = {"tests/gpu": 130, "trainer": 240, "dry_steps": 200, "cases": 600, "train_step": 110, "expert_traffic": 110}
 CASES = "tests/gpu/test_launcher_cases.py"
 USABLE = 0.9  # the share of a GPU's memory that a run may take
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a run. `layers`: numbers to choose from, descending; the last one has options of the benchmark."""
+    """The sizes of a run. `layers`: numbers to choose from, descending; the last two are options of the benchmarks."""
 
     hidden: int
     ffn: int
@@ -72,12 +73,15 @@ class Sizes:
     micro_batch_size: int
     micro_batches: int
     train_step: str
+    expert_traffic: str
 
 
 GPU_STEP = "--layers 3 --hidden 2048 --ffn 5504 --head 128 --vocabulary 32768 --sequences 8 --length 1024"
-GPU_SIZES = Sizes(2048, 5504, 16, 151936, (24, 16, 12, 8, 6, 4, 3, 2), 8, 1024, 8, 4, GPU_STEP)
+GPU_TRAFFIC = "--hidden 2048 --ffn 5504 --new-experts 8 --tokens 8192"
+GPU_SIZES = Sizes(2048, 5504, 16, 151936, (24, 16, 12, 8, 6, 4, 3, 2), 8, 1024, 8, 4, GPU_STEP, GPU_TRAFFIC)
 DRY_STEP = "--layers 2 --hidden 32 --ffn 64 --head 8 --vocabulary 256 --sequences 2 --length 16 --rounds 1"
-DRY_SIZES = Sizes(32, 64, 4, 256, (2,), 4, 16, 2, 2, DRY_STEP)
+DRY_TRAFFIC = "--hidden 32 --ffn 64 --new-experts 4 --tokens 64 --rounds 1"
+DRY_SIZES = Sizes(32, 64, 4, 256, (2,), 4, 16, 2, 2, DRY_STEP, DRY_TRAFFIC)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def main() -> None:
         "trainer": lambda: run_trainer(machine, runs, folder),
         "dry_steps": lambda: run_dry_steps(machine, folder),
         "cases": lambda: run_tests("cases", [CASES], folder),
-        "train_step": lambda: run_train_step(machine, folder),
+        "train_step": lambda: run_benchmark("train_step", machine.sizes.train_step, folder),
+        "expert_traffic": lambda: run_expert_traffic(machine, folder),
     }
     write_runs(machine, spec, runs, folder / "trainer")
     parts = [run[name]() if name in args.parts else Part(name, "not chosen", 0, {}) for name in run]
@@ -279,10 +284,17 @@ def run_dry_steps(machine: Machine, folder: Path) -> Part:
     return run_part("dry_steps", words, folder, lambda: json.loads((work / "dry.json").read_text()))
 
 
-def run_train_step(machine: Machine, folder: Path) -> Part:
-    report = folder / "train_step.json"
-    words = ["benchmarks.train_step", *machine.sizes.train_step.split(), "--json", str(report)]
-    return run_part("train_step", words, folder, lambda: json.loads(report.read_text()))
+def run_benchmark(name: str, options: str, folder: Path) -> Part:
+    report = folder / f"{name}.json"
+    words = [f"benchmarks.{name}", *options.split(), "--json", str(report)]
+    return run_part(name, words, folder, lambda: json.loads(report.read_text()))
+
+
+def run_expert_traffic(machine: Machine, folder: Path) -> Part:
+    ep = math.gcd(machine.ranks, machine.sizes.new_experts)
+    if ep == 1:
+        return Part("expert_traffic", "not run: no expert parallelism on one GPU", 0, [])
+    return run_benchmark("expert_traffic", f"{machine.sizes.expert_traffic} --expert-parallel {ep}", folder)
 
 
 def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any]) -> Part:
@@ -302,7 +314,7 @@ def run_part(name: str, words: list[str], folder: Path, read: Callable[[], Any])
 
 def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts: list[Part]) -> str:
     """Return the section of log.md."""
-    tests, trainer, dry, cases, steps = parts
+    tests, trainer, dry, cases, steps, traffic = parts
     shape, sizes = spec.megatron_args, machine.sizes
     versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
     kind = " (dry run: the numbers mean nothing)" if machine.is_dry_run else ""
@@ -335,6 +347,12 @@ def as_markdown(machine: Machine, spec: ModelSpec, runs: list[TrainerRun], parts
         rates = [rate / 1e12 for rate in trainer.results["matmul_flops"]]
         sheet = f", data sheet {machine.cluster.gpu.flops / 1e12:.0f}" if machine.cluster.gpu else ""
         lines.append(f"- Matmul rate: {min(rates):.3g} to {max(rates):.3g} TFLOP/s{sheet}.")
+    for one in traffic.results or []:
+        lines.append(
+            f"- Expert traffic, EP {one['expert_parallel']}, in times of plain Megatron's (SequentialMLP): bytes "
+            f"{one['ratio_mean_sent']:.2f} (wanted {one['wanted_ratio']}), the layer's time "
+            f"{one['ratio_step_time_stage1']:.2f} in stage 1, {one['ratio_step_time_stage2']:.2f} in stage 2."
+        )
     if tests.results:
         outcomes = Counter(outcome for *_, outcome in tests.results)
         lines.append(f"- tests/gpu: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items())}.")

@@ -25,17 +25,19 @@ class Turns:
         """A clock in seconds; the one of wall time waits for the device."""
         return time.process_time if self.cpu_time else timer
 
-    def seconds(self, work: Work) -> float:
-        """The time of a call, after one to warm up."""
+    def seconds(self, work: Work, min_run_time: float = 0.0) -> float:
+        """The time of a call, after one to warm up; the median of as many calls as `min_run_time` seconds take."""
         timed = Timer("work()", timer=self.clock, globals={"work": work}, num_threads=torch.get_num_threads())
-        return timed.blocked_autorange(min_run_time=0).median
+        return timed.blocked_autorange(min_run_time=min_run_time).median
 
-    def take(self, contenders: Mapping[str, Work]) -> Times:
-        """The time of every contender in every round, in an order that alternates."""
+    def take[Contender](
+        self, contenders: Mapping[str, Contender], measure: Callable[[Contender], float] | None = None
+    ) -> Times:
+        """The time of every contender in every round, in an order that alternates; default: `seconds` of a call."""
         times: Times = {name: [] for name in contenders}
         for number in range(self.rounds):
             for name in list(contenders)[:: -1 if number % 2 else 1]:
-                times[name].append(self.seconds(contenders[name]))
+                times[name].append((measure or self.seconds)(contenders[name]))  # type: ignore[arg-type]
         return times
 
 

@@ -52,7 +52,7 @@ class Tally:
     num_filtered: int = 0  # number of documents omitted by --filter
     # about malformed lines and long documents; in a job, the first PROBLEMS_SHOWN
     problems: list[str] = field(default_factory=list)
-    detected: Counter[str] = field(default_factory=Counter)  # number of kept documents by detected language
+    audit: dict[str, Counter[str]] = field(default_factory=dict)  # number of documents by stated and detected language
 
     def corpus(self, name: str) -> CorpusTally:
         return self.corpora.setdefault(name, CorpusTally())
@@ -66,7 +66,8 @@ class Tally:
         self.num_undetected += other.num_undetected
         self.num_filtered += other.num_filtered
         self.problems += other.problems
-        self.detected.update(other.detected)
+        for stated, detected in other.audit.items():
+            self.audit.setdefault(stated, Counter()).update(detected)
 
 
 @dataclass
@@ -84,7 +85,7 @@ class Encoder:
     skips_bad_lines: bool = False  # whether to count malformed lines instead of raising an error
     skips_undetected: bool = False  # whether to omit documents of uncertain language
     validation: RandomShare = RandomShare()  # the documents for validation
-    detector: Detector | None = None  # detects the languages of kept text
+    auditor: Detector | None = None  # detects languages to compare with the stated ones
     max_tokens: int | None = None  # the longest conversation; None for any
     fast: Gigatoken | None = None  # a library that encodes texts in place of the tokenizer, with the same IDs
 
@@ -136,8 +137,10 @@ class Encoder:
             split = f" {VALIDATION}" if texts[0].tagged.text in self.validation else ""
             for name, text in zip(self.corpora, texts, strict=True):
                 groups[name + split].append(text)
-            if self.detector is not None:
-                tally.detected[self.detector.language(texts[0].tagged.text)] += 1
+            if self.auditor is not None:
+                stated = "+".join(sorted({name for name, _ in texts[0].tagged.spans}))
+                detected = self.auditor.language(texts[0].tagged.text)
+                tally.audit.setdefault(stated, Counter())[detected] += 1
         tally.num_skipped = len(tally.problems) - tally.num_long
         tally.num_read = num_encoded + tally.num_undetected + tally.num_filtered + len(tally.problems)
         documents = {}

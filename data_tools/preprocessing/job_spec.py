@@ -38,11 +38,11 @@ from moelpr.data.tokenizers.gigatoken import load_gigatoken
 # Flags that determine the output's bytes, and names of other settings that do.
 _SETTINGS = (
     "json_keys append_eod language language_key spans_key detect_language original_languages expanded_languages "
-    "min_confidence undetected dataset max_samples validation_share seed num_shards shard on_error output_prefix"
+    "min_confidence undetected audit dataset max_samples validation_share seed num_shards shard on_error output_prefix"
 ).split()
-# Settings in which the jobs of one corpus may differ. Each node may have its own copy of the input, and the last one
-# changes no complete shard.
-_OF_ONE_SHARD = ("--shard", "--output-prefix", "input files", "--on-error")
+# Settings in which the jobs of one corpus may differ. Each node may have its own copy of the input, and the last two
+# change no complete shard.
+_OF_ONE_SHARD = ("--shard", "--output-prefix", "input files", "--on-error", "--audit")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def describe_job(args: Settings) -> JobSpec:
         skips_bad_lines=args.on_error == "skip",
         skips_undetected=args.undetected == "skip",
         validation=RandomShare(args.validation_share, args.seed),
-        detector=_detector(args, groups) if args.language == KEPT and args.expanded_languages else None,
+        auditor=_detector(args, groups) if args.audit else None,
         max_tokens=args.max_tokens,
     )
     inputs = Inputs(datasets, encoder.parser, args.shard or 0, args.num_shards, args.max_samples, args.seed)

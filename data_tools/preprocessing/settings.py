@@ -84,6 +84,7 @@ class _Language(Flags):
     expanded_languages: Annotated[str | None, _NAMES] = None  # all expanded languages (default: all others)
     min_confidence: Annotated[Any, number(float, 0, 1)] = None  # below it, a language is uncertain (default: 0.5)
     undetected: Literal["expanded", "original", "skip"] | None = None  # tag of uncertain documents (default: expanded)
+    audit: bool = False  # detect languages too, and print them against the stated ones
 
 
 class _Execution(Flags):
@@ -111,6 +112,7 @@ class Settings(_Execution, _Language, _Tokenizer, _Output, _Conversations, _Inpu
         for name, default in _DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
+        self.audit |= self.language == KEPT and bool(self.expanded_languages)
 
 
 def _check(args: Settings, language_flag: str) -> None:
@@ -155,8 +157,13 @@ def _check(args: Settings, language_flag: str) -> None:
             not has_names and (args.original_languages or (args.expanded_languages and args.language != KEPT))
         ),
         "--undetected requires --detect-language": args.undetected and not args.detect_language,
-        "--min-confidence requires --detect-language": args.min_confidence is not None and not args.detect_language,
+        "--min-confidence requires --detect-language or --audit": (
+            args.min_confidence is not None and not args.detect_language and not args.audit
+        ),
         "--max-bad-share requires --on-error skip": args.max_bad_share is not None and args.on_error != "skip",
+        "--audit and --detect-language are mutually exclusive: there are no stated languages to audit": (
+            args.audit and args.detect_language
+        ),
         "--spans-key and --json-keys are mutually exclusive; remove --json-keys": (
             args.spans_key and keys not in ([], ["text"])
         ),

@@ -7,9 +7,11 @@ from data_tools.corpus.corpus import describe
 from data_tools.corpus.tokenized import token_dtype
 from data_tools.preprocessing.encode import PROBLEMS_SHOWN
 from data_tools.preprocessing.job import Job
+from data_tools.preprocessing.settings import KEPT
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.base.text_tables import table_text
 from moelpr.data.language_bits import LanguageBits, loss_bits_path
+from moelpr.data.text.language_id import UNDETECTED
 
 
 def print_summary(job: Job) -> None:
@@ -35,7 +37,10 @@ def print_summary(job: Job) -> None:
         print(f"note: {tally.num_undetected:,} documents of uncertain language were omitted")
     if tally.num_filtered:
         print(f"note: --filter dropped {tally.num_filtered:,} of {tally.num_read:,} documents")
-    _warn_of_expanded(tally.detected, groups)
+    if tally.audit:
+        # If no original language is named, that of a detected language is unknown.
+        _print_audit(tally.audit, groups if args.original_languages else None)
+        _warn_of_expanded(tally.audit.get(KEPT, Counter()), groups)
     if number := tally.num_skipped + tally.num_long:
         share = f"{number / tally.num_read:.2%}"
         warning = f"warning: {number:,} lines were skipped ({share}), listed in {outputs.skipped_path}:"
@@ -60,3 +65,27 @@ def _warn_of_expanded(detected: Counter[str], groups: LanguageGroups) -> None:
             f"({names}), which the new experts should get; leave them out",
             file=sys.stderr,
         )
+
+
+def _print_audit(audit: dict[str, Counter[str]], groups: LanguageGroups | None) -> None:
+    """Print the number of documents of each stated (rows) and detected (columns) language.
+
+    `groups`: None if that of a detected language is unknown.
+    """
+    total: Counter[str] = sum(audit.values(), Counter())
+    columns = sorted(total, key=lambda name: (-total[name], name))[:8]
+    print("\n  documents by stated language (rows) and detected language (columns)")
+    rows = []
+    differing = 0
+    for stated, detected in sorted(audit.items()):
+        others = detected.total() - sum(detected[name] for name in columns)
+        rows.append([stated, *(f"{detected[name]:,}" for name in columns), f"{others:,}"])
+        if groups is not None and "+" not in stated:  # a text in several languages may have both bits
+            is_original = stated in groups.original
+            certain = {name: count for name, count in detected.items() if name != UNDETECTED}
+            differing += sum(count for name, count in certain.items() if (name in groups.original) != is_original)
+    print(table_text(["", *columns, "others"], rows, indent="  "))
+    if groups is not None:
+        share = differing / max(total.total(), 1)
+        print(f"  {differing:,} of {total.total():,} documents ({share:.2%}) would have the other bit")
+    print()

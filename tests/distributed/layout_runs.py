@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -355,9 +354,7 @@ def measure_and_report(
     parser.add_argument("--folder", type=Path, help="keep models, runs and logs here (default: a temporary folder)")
     common.add_json(parser)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    with common.working_folder(args.folder) as folder:
         make_material(folder)
         rows = measure(folder, args.only)
     common.print_table([row | {"is_within_tolerance": not is_off(row)} for row in rows])

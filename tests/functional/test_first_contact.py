@@ -18,7 +18,7 @@ def test_a_dry_run_measures_the_parts_and_writes_the_table(tmp_path: Path) -> No
     results = json.loads((tmp_path / "results.json").read_text())
     outcomes = {part["name"]: part["outcome"] for part in results["parts"]}
     assert outcomes == dict.fromkeys(LIMITS_S, "ran") | {"cases": "not chosen"}
-    tests, trainer, dry, _, steps = (part["results"] for part in results["parts"])
+    tests, trainer, dry, _, steps, traffic = (part["results"] for part in results["parts"])
     assert "skipped" in {outcome for *_, outcome in tests}
     assert len(trainer["matmul_flops"]) == 2 and min(trainer["matmul_flops"]) > 0
     for run in results["runs"]:
@@ -26,6 +26,7 @@ def test_a_dry_run_measures_the_parts_and_writes_the_table(tmp_path: Path) -> No
         actual = trainer[run["name"]]
         assert actual["tokens_per_s"] > 0 and 0 < actual["share_of_matmul_rate"] < 1 and actual["memory_gib"] > 0
     assert steps["contenders"]["ours, stage1"]["tokens_per_s"] > 0
+    assert [one["expert_parallel"] for one in traffic] == [2]
     text = (tmp_path / "log.md").read_text()
     assert "dry run: the numbers mean nothing" in text and text in done.stdout
     assert all(f"| trainer, {run['name']} " in text for run in results["runs"])

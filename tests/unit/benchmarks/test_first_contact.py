@@ -40,6 +40,7 @@ def test_runs_use_all_gpus_and_expert_parallelism_where_experts_can_be_divided()
         assert run.layout.world_size == 8
         assert run.predicted_tokens_per_s and 1e3 < run.predicted_tokens_per_s < 1e6
     assert {run.predicted_tokens_per_s for run in trainer_runs(Machine("NVIDIA L40", 8, 44.4))[1]} == {None}
+    assert first_contact.run_expert_traffic(Machine(H100, 1, 79.2), Path()).outcome.startswith("not run")
 
 
 @pytest.mark.parametrize(

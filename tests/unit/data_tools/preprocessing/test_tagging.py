@@ -1,4 +1,4 @@
-"""A token has the bit of the span that contains its first byte; languages are stated or detected."""
+"""A token has the bit of the span that contains its first byte; languages are stated or detected, and audited."""
 
 import re
 from pathlib import Path
@@ -108,6 +108,32 @@ def test_with_two_languages_a_text_without_letters_is_uncertain() -> None:
         assert detector.language(SENTENCES["en"]) == "en"
         assert [detector.language(text) for text in ("", "12 34", "---", "\n")] == [UNDETECTED] * 4
     assert Detector(frozenset({"en", "hu"}), 0.5).language(SENTENCES["hu"]) == "hu"
+
+
+def test_audit_counts_stated_against_detected_languages(preprocess, capsys) -> None:
+    stated = [("en", "en"), ("en", "el"), ("el", "el"), ("el", "el"), ("hu", "es")]
+    documents = [{"text": SENTENCES[actual], "lang": name} for name, actual in stated]
+    flags = ("--language-key", "lang", *LANGUAGES)
+    plain = preprocess(documents, *flags)
+    capsys.readouterr()
+    audited = preprocess(documents, *flags, "--audit", out="audited/a")
+    assert audited.content() == plain.content()
+    out = capsys.readouterr().out.splitlines()
+    start = next(index for index, line in enumerate(out) if "by stated language" in line)
+    assert [line.split() for line in out[start + 1 : start + 5]] == [
+        ["el", "en", "es", "others"],
+        ["el", "2", "0", "0", "0"],
+        ["en", "1", "1", "0", "0"],
+        ["hu", "0", "0", "1", "0"],
+    ]
+    assert "2 of 5 documents (40.00%) would have the other bit" in out[start + 5]
+    # Spanish is expanded if only English is original; of one language there are no bits to count.
+    others = "--language-key lang --original-languages en".split(), ["--language", "expanded"]
+    for words, are_counted in zip(others, (True, False), strict=True):
+        preprocess(documents, *words, "--audit", "--overwrite")
+        printed = capsys.readouterr().out
+        assert "by stated language" in printed and ("the other bit" in printed) == are_counted
+        assert ("1 of 5 documents (20.00%)" in printed) == are_counted
 
 
 def test_kept_text_is_original_has_its_own_name_and_is_checked(preprocess, capsys) -> None:

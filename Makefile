@@ -7,7 +7,7 @@ SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -nam
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness gpu-check dist check format venv lock clean
+.PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness test-kubernetes gpu-check dist check format venv lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 16
@@ -55,6 +55,10 @@ test-trackers: venv ## MLflow and W&B, whose clients are installed into .venv-tr
 test-harness: venv ## benchmarks with lm-eval, which is installed into .venv-harness
 	@launch/extend_venv.sh harness
 	.venv-harness/bin/python -m pytest tests/unit/measure/evaluate/test_harness.py
+
+test-kubernetes: venv ## manifests against the schemas of Kubernetes, which are installed into .venv-kubernetes
+	@launch/extend_venv.sh kubernetes
+	.venv-kubernetes/bin/python -m pytest tests/kubernetes
 
 gpu-check: venv ## try tests, benchmarks and trainer on all GPUs of this machine
 	launch/first_contact.sh

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,32 @@ def test_the_pages_that_code_names_exist() -> None:
     assert not {page: name for page, name in named.items() if not (ROOT / page).exists()}
 
 
+def lines_of_blocks(text: str) -> list[str]:
+    """The command lines in code blocks of `text`."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def test_hf_takes_the_patterns_of_downloads_as_patterns() -> None:
+    """A second pattern after --include is the name of a file for it, for which it ignores the first."""
+    lines = [
+        shlex.split(line)
+        for page in DOCUMENTS
+        for line in lines_of_blocks(page.read_text("utf-8"))
+        if line[:3] == "hf "
+    ]
+    downloads = [words[2:] for words in lines if words[1] == "download"]
+    assert len(downloads) > 4
+    for words in downloads:  # all options have a value
+        repository, *files = [
+            word for before, word in pairwise(["", *words]) if not word.startswith("-") and not before.startswith("-")
+        ]
+        assert "/" in repository and not files, files
+
+
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """The subcommand of each `moelpr` in code blocks and code spans of `text`, and the flags it is given."""
-    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *re.findall(r"`([^`\n]+)`", without_code(text))]:
+    for line in [*lines_of_blocks(text), *re.findall(r"`([^`\n]+)`", without_code(text))]:
         try:
             words = shlex.split(line, comments=True)
         except ValueError:  # a placeholder that is not shell syntax

@@ -14,15 +14,15 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import RoutingSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import REPEATED, Source, metavar, run_script
-from moelpr.measure.evaluate.settings import Languages
+from moelpr.base.settings import REPEATED, metavar, run_script
+from moelpr.measure.evaluate.settings import HfFolder, Languages
 
 FAR_FROM_BASE = 0.2  # nats per token; it was at most 0.07 on models that calibration served well, and 0.5 on another
 
 
 class Settings(RoutingSettings):
-    model: Source  # export with as many copies of the original expert as choices (moelpr model export)
-    base: Source  # the dense base that it was upcycled from
+    model: HfFolder  # export with as many copies of the original expert as choices (moelpr model export)
+    base: HfFolder  # the dense base that it was upcycled from
     # JSON lines or Parquet, a file, folder or pattern; without NAME=, each file is a text; repeat for several texts,
     # which count the same
     data: Annotated[list[str], REPEATED, metavar("[NAME=]FILE")]
@@ -37,11 +37,9 @@ def main(args: Settings) -> None:
     if not languages or len(languages) == len(files):
         what = "text to keep" if languages else "an expanded language"
         raise UserError(f"--data has no text of {what}; pass text of both kinds, and name the expanded languages")
+    texts = args.read(files)  # before torch is imported
     from checkpoint_convert.conversions.calibrated_model import write_calibrated
-    from moelpr.measure.evaluate.models import check_device
 
-    check_device(args.device)
-    texts = args.read(files)
     kept = {name: documents for name, documents in texts.items() if name not in languages}
     record = write_calibrated(args.model, args.base, kept, {name: texts[name] for name in languages}, args)
     print(record.table())

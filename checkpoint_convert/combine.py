@@ -12,12 +12,14 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import CombineSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, REPEATED, Source, metavar, run_script
+from moelpr.base.settings import POSITIONAL, REPEATED, metavar, run_script
+from moelpr.measure.evaluate.settings import HfFolder
 from moelpr.measure.evaluate.settings import languages as codes
+from moelpr.model.families.hf_config import check_model
 
 
 class Settings(CombineSettings):
-    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
     # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
     expert: Annotated[list[str], REPEATED, metavar("LANGUAGES=DIR")]
@@ -34,8 +36,7 @@ def main(args: Settings) -> None:
         languages = codes(names)
         if not languages or not folder or Path(folder) in experts:
             raise UserError(f"--expert must be LANGUAGES=DIR, each folder once, got {item!r}")
-        if not Path(folder).is_dir():
-            raise UserError(f"--expert {names} must be a folder that is there, got {folder}")
+        check_model(Path(folder))
         experts[Path(folder)] = languages
     listed = [language for languages in experts.values() for language in languages]
     texts, kept = named_texts(args.text, "--text"), named_texts(args.keep_text, "--keep-text")
@@ -43,11 +44,10 @@ def main(args: Settings) -> None:
         raise UserError(f"--text must have the languages of --expert ({', '.join(listed)}), got {', '.join(texts)}")
     if both := texts.keys() & kept.keys():
         raise UserError(f"--keep-text {min(both)} is in an expanded language; remove it, or give it another name")
+    documents = args.read(kept), args.read(texts)  # before torch is imported
     from checkpoint_convert.conversions.combined_model import combine
-    from moelpr.measure.evaluate.models import check_device
 
-    check_device(args.device)
-    record = combine(args.base, experts, args.read(kept), args.read(texts), args)
+    record = combine(args.base, experts, *documents, args)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
 

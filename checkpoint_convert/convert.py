@@ -12,8 +12,10 @@ Weights stream from safetensors to the checkpoint, one tensor at a time.
 from typing import Annotated, Literal
 
 from checkpoint_convert.common.settings import DtypeFlags
+from checkpoint_convert.hf.hub import find_model
 from moelpr.base.errors import UserError
 from moelpr.base.settings import Flags, Folder, either, run_script
+from moelpr.measure.evaluate.settings import HfFolder
 from moelpr.plan.settings import ExpertFlags
 
 
@@ -23,12 +25,12 @@ class _InitializationFlags(Flags):
     new_experts: Literal["copied", "random"] = "copied"  # copies of the FFN (in an MoE: of expert 0), or an ablation
     expert_noise: float = 0.0  # add noise to each copy, as a fraction of the standard deviation of its weights
     seed: int = 1234  # random seed
-    ffns_of: Folder | None = None  # Hugging Face directory of a dense model, whose FFNs are copied instead
+    ffns_of: HfFolder | None = None  # Hugging Face directory of a dense model, whose FFNs are copied instead
 
 
 class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
-    hf_path: Folder  # folder of a Hugging Face model; or OWNER/NAME on the Hub, which is downloaded
-    revision: str | None = None  # branch, tag or commit on the Hub (default: main; its commit is recorded)
+    # folder of a Hugging Face model; or OWNER/NAME[@REVISION] on the Hub, which is downloaded, and its commit recorded
+    hf_path: Folder
     num_new_experts: Annotated[int | None, either("experts", required=True)] = None  # experts to add to each MoE layer
     dense: Annotated[bool, either("experts", required=True)] = False  # add no experts: write a dense checkpoint
     # result of moelpr data extend-tokenizer, whose tokens get rows (default: the model's)
@@ -36,11 +38,7 @@ class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
 
 
 def main(args: Settings) -> None:
-    from checkpoint_convert.hf.hub import find_model
-    from moelpr.model.families.hf_config import read_config
-
-    model = find_model(args.hf_path, args.revision)
-    read_config(model.folder)  # a wrong path is said before torch is imported
+    model = find_model(args.hf_path)
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from moelpr.model.families.families import read_base

@@ -12,12 +12,14 @@ from typing import Annotated
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.quantities import Bytes
-from moelpr.base.settings import Folder, Source, choices, run_script
+from moelpr.base.settings import Folder, choices, run_script
+from moelpr.measure.evaluate.settings import HfFolder
 from moelpr.model.families.moe_classes import MOE_CLASSES
+from moelpr.model.model_spec import ModelSpec
 
 
 class Settings(DtypeFlags):
-    load: Source  # checkpoint folder of a converter or the trainer
+    load: Folder  # checkpoint folder of a converter or the trainer
     iteration: int | None = None  # saved step to read (default: the latest)
     # size, e.g. 500MB (default: 5GB)
     max_shard_size: Bytes = DEFAULT_SHARD_BYTES
@@ -25,10 +27,11 @@ class Settings(DtypeFlags):
     # stock MoE class to write (default: the family's)
     as_class: Annotated[str | None, choices(MOE_CLASSES), {"names": ["--as"]}] = None
     chat_template_from: Folder | None = None  # chat model whose template and settings the export gets (docs/chat.md)
-    multimodal_base: Folder | None = None  # multimodal base (Qwen3.5), whose vision tower the export gets
+    multimodal_base: HfFolder | None = None  # multimodal base (Qwen3.5), whose vision tower the export gets
 
 
 def main(args: Settings) -> None:
+    ModelSpec.read(args.load)  # a wrong path is said before torch is imported
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.as_class

@@ -10,24 +10,19 @@ Weights stream, one tensor at a time.
 from checkpoint_convert.card.graft_record import Only
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
-from moelpr.base.settings import Folder, Source, run_script
-from moelpr.model.families.hf_config import read_config
-from moelpr.model.model_spec import FILE_NAME as SPEC_FILE
+from moelpr.base.settings import Folder, run_script
 
 
 class Settings(DtypeFlags):
-    base: Folder  # the dense base: Hugging Face directory, or OWNER/NAME on the Hub
-    instruct: Folder  # the base after its post-training: Hugging Face directory, or OWNER/NAME on the Hub
-    model: Source  # export of the model that was upcycled from the base (moelpr model export)
+    base: Folder  # the dense base: Hugging Face directory, or OWNER/NAME[@REVISION] on the Hub
+    instruct: Folder  # the base after its post-training, likewise
+    model: Folder  # export of the model that was upcycled from the base (moelpr model export), likewise
     scale: float = 1.0  # factor of the difference
     only: Only = "all"  # parts that get it: the attention's projections, the FFNs, or all, with norms and embeddings
 
 
 def main(args: Settings) -> None:
     base, instruct, model = map(find_model, (args.base, args.instruct, args.model))
-    for one in (base, instruct, model):
-        if not (one.folder / SPEC_FILE).is_file():
-            read_config(one.folder)  # before torch is imported
     from checkpoint_convert.conversions.grafted_model import graft
 
     settings = args.scale, args.only, args.dtype

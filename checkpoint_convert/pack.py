@@ -3,20 +3,30 @@
 A built model depends on base, kept sums and the set of packs only; to add or remove one, build again (docs/combine.md).
 """
 
+import argparse
 from pathlib import Path
 from typing import Annotated
 
 from checkpoint_convert.common.settings import OutputFlags, TextSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
-from moelpr.base.settings import POSITIONAL, Flags, Source, folder_with, metavar
+from moelpr.base.settings import POSITIONAL, Flags, metavar
+from moelpr.measure.evaluate.settings import HfFolder, Source
 
 _TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
-_Pack = Annotated[Path, folder_with("the folder of a pack, which moelpr pack make or keep writes", "pack.json")]
+
+
+def _pack(text: str) -> Path:
+    if not Path(text, "pack.json").is_file():
+        raise argparse.ArgumentTypeError(f"must be a folder that moelpr pack make or keep wrote, got {text}")
+    return Path(text)
+
+
+_Pack = Annotated[Path, {"type": _pack, "metavar": "DIR"}]
 
 
 class MakeSettings(TextSettings):
-    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     # model that was trained from it in its FFNs only, as for moelpr model combine
     expert: Annotated[Source, POSITIONAL, metavar("EXPERT")]
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
@@ -25,12 +35,12 @@ class MakeSettings(TextSettings):
 
 
 class KeepSettings(TextSettings):
-    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
 
 
 class BuildSettings(OutputFlags):
-    base: Annotated[Source, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     packs: Annotated[list[_Pack], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
     kept: _Pack  # folder of moelpr pack keep
 
@@ -80,9 +90,7 @@ def show(args: ShowSettings) -> None:
 def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:
     texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
     from checkpoint_convert.conversions.packs import make_pack
-    from moelpr.measure.evaluate.models import check_device
 
-    check_device(args.device)
     record = make_pack(args.base, expert, texts, args, license, trained)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {args.base}{of_loss}")

@@ -9,13 +9,14 @@ computes, and after, its tokenizer against the export's.
 from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
-from moelpr.base.settings import POSITIONAL, Flags, Folder, Source, metavar, run_script
+from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar, run_script
+from moelpr.measure.evaluate.settings import HfFolder
 
 Type = Literal["Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_M", "Q2_K"]
 
 
 class Settings(Flags):
-    export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
+    export: Annotated[HfFolder, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
     quantize: list[Type] = []  # also write the file in fewer bits
     ollama: bool = False  # also write Ollama's Modelfile, with the chat template and its stops
     save: Folder | None = None  # folder to write (default: EXPORT-gguf)

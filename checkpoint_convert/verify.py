@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated
 from checkpoint_convert.card.readers import READERS
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
-from moelpr.base.settings import POSITIONAL, File, Flags, Source, choices, either, metavar, number, run_script
+from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number, run_script
 from moelpr.base.text_tables import table_text
+from moelpr.measure.evaluate.settings import HfFolder, Source
 from moelpr.measure.report.numbers import finite_json
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Settings(Flags):
     tolerance: _Tolerance = 0.0  # largest absolute difference of tensors that counts as equal
     frozen: Annotated[bool, either("kind")] = False  # compare base A with the frozen tensors of the upcycled model B
     # compare with B = A + INSTRUCT - BASE
-    graft: Annotated[list[Source], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
+    graft: Annotated[list[HfFolder], either("kind"), {"nargs": 2}, metavar(("BASE", "INSTRUCT"))] = []
     text: list[File] = []  # also compare fp32 logits on these texts: JSON lines or Parquet with "text"
     logit_tolerance: _Tolerance = 1e-4  # largest absolute difference of logits that counts as equal
     num_tokens: _Tokens = 1024  # tokens to compare per FILE

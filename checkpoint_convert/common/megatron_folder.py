@@ -46,8 +46,6 @@ class MegatronReader:
         moe_class: MoeClass | None = None,
         verify: Verify = Verify.FULL,
     ):
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}; pass an existing checkpoint folder")
         self.folder = folder
         self.spec = ModelSpec.read(folder)
         self.family = family_named(self.spec.family)

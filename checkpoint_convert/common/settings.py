@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
-from moelpr.base.settings import REPEATED, Flags, Folder, Source, either, metavar, number
+from moelpr.base.settings import REPEATED, Flags, Folder, either, metavar, number
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import named_files
-from moelpr.measure.evaluate.settings import Dtype, named_paths
+from moelpr.measure.evaluate.settings import Dtype, HfFolder, named_paths
 
 
 class OutputFlags(Flags):
@@ -61,7 +61,7 @@ class CombineSettings(RoutingSettings):
     """combined model"""
 
     # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too
-    onto: Source | None = None
+    onto: HfFolder | None = None
     base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
     unchecked: bool = False  # write the model also if it is no better than the base, or texts cannot be told apart
     ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs

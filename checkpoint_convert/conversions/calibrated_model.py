@@ -18,7 +18,7 @@ from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
 from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
-from moelpr.measure.evaluate.models import open_model, require_hf
+from moelpr.measure.evaluate.models import open_model
 from moelpr.model.families.families import COPIES_KEY
 from moelpr.model.families.hf_config import read_config
 
@@ -44,7 +44,6 @@ def write_calibrated(
     Raises:
         UserError: The models do not fit each other or the method; `settings.save` is then unchanged.
     """
-    require_hf({"model": model, "base": base}, "moelpr model calibrate")
     check_output(settings.save, [model, base], settings.overwrite, (RoutedModel.FILE_NAME,))
     num_layers, hidden = _sizes(model)
     with open_model(base, settings.device, settings.dtype, settings.verify) as dense:

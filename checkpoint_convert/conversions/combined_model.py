@@ -20,7 +20,7 @@ from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.common.settings import CombineSettings, OutputFlags
-from checkpoint_convert.conversions.model_pairs import Described, check_settings, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
 from checkpoint_convert.hf.companions import write_companions
@@ -33,7 +33,8 @@ from moelpr.base.errors import UserError, first_line
 from moelpr.base.records import FOREIGN, Record
 from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
 from moelpr.measure.evaluate.divergence import mean_loss
-from moelpr.measure.evaluate.models import LoadedModel, open_model, require_hf
+from moelpr.measure.evaluate.models import LoadedModel, open_model
+from moelpr.model.families.families import check_settings
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 from moelpr.model.families.hub import is_hub_name
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
@@ -223,7 +224,6 @@ def combine(
     Raises:
         UserError: An expert does not fit the base, or a text the method; `settings.save` is then unchanged.
     """
-    require_hf({"": base}, "moelpr model combine")
     onto = settings.onto
     sources = [base, *experts, *([onto] if onto else [])]
     check_output(settings.save, sources, settings.overwrite, (RoutedModel.FILE_NAME,))

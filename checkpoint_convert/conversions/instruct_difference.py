@@ -17,19 +17,18 @@ from torch import Tensor
 
 from checkpoint_convert.card.graft_record import PARTS, Only
 from checkpoint_convert.common.numbers import CHUNK_ELEMENTS, cast, check_finite
-from checkpoint_convert.conversions.model_pairs import Described, check_settings, open_tensors, pieces_since
+from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.hf.checks import check_weights
 from checkpoint_convert.hf.safetensors_reader import HfReader, common_dtype
 from checkpoint_convert.hf.vocabulary_rows import grow, new_rows, shape_without
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError
-from moelpr.measure.evaluate.models import is_megatron
+from moelpr.model.families.families import FREE_ARGS, check_settings
+from moelpr.model.families.hf_config import check_model
 from moelpr.model.families.tables import Piece, pieces
 from moelpr.model.stages import VOCABULARY_PARTS
 
 _REMEDY = "pass a base with the instruct model and the upcycled model that were made of it"
-# Settings of a model that do not change what its weights compute.
-_FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")
 
 
 class GraftReader:
@@ -73,11 +72,11 @@ class GraftReader:
             for names in piece.places if piece.origin else ():
                 self._sources.update(zip(names, ((origin, piece) for origin in piece.origin), strict=True))
         self._check_shapes()
-        check_settings(self._base.folder, base_spec, instruct, instruct_spec, _REMEDY, _FREE_ARGS)
+        check_settings(self._base.folder, base_spec, instruct, instruct_spec, _REMEDY, FREE_ARGS)
         # The shapes show whether the vocabulary has grown by the new tokens.
         shape = spec.megatron_args | {"vocab_size": base_spec.megatron_args["vocab_size"]}
         same_rows = replace(spec, megatron_args=shape)
-        check_settings(self._base.folder, base_spec, model, same_rows, _REMEDY, _FREE_ARGS)
+        check_settings(self._base.folder, base_spec, model, same_rows, _REMEDY, FREE_ARGS)
         self._scale, self._parts = scale, PARTS[only]
         self.dtype = dtype or common_dtype((self._model, name) for name in self.names)
 
@@ -161,8 +160,7 @@ def add_difference(model: Tensor, base: Tensor, instruct: Tensor, scale: float, 
 
 
 def _open(folder: Path, verify: Verify) -> tuple[HfReader, Described]:
-    if is_megatron(folder):
-        raise UserError(f"{folder} is a Megatron checkpoint; export it with moelpr model export and pass the export")
+    check_model(folder, is_hf=True)
     model = Described.read(folder)
     reader = open_tensors(folder, verify=verify)
     assert isinstance(reader, HfReader)

@@ -57,16 +57,6 @@ class Described:
         return cls(folder, family_named(spec.family), spec)
 
 
-def check_settings(
-    a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec, remedy: str, free: tuple[str, ...] = ()
-) -> None:
-    """Check that two models have the same settings but `free` ones, experts left aside; UserError names the first."""
-    for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):
-        ours, theirs = (spec.megatron_args.get(key) for spec in (a_spec, b_spec))
-        if key not in free and ours != theirs:
-            raise UserError(f"{a} and {b} are different models: {key} is {ours} and {theirs}; {remedy}")
-
-
 def pieces_since(base: Described, upcycled: Described) -> tuple[MoeClass, list[Piece]]:
     """The pieces of an upcycled model; what was made of the base, in one round or several, has its origin there.
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from checkpoint_convert.hf.model_files import COMPANION_FILES, COMPANION_FOLDERS, MODEL_STEM
 from moelpr.base import checksums
-from moelpr.base.errors import UserError
-from moelpr.model.families.hub import download, is_hub_name
+from moelpr.model.families.hf_config import check_model
+from moelpr.model.families.hub import download, is_on_hub
 
 # Not *.safetensors: repositories also keep weights of other formats, such as consolidated.safetensors.
 DOWNLOADED = (
@@ -28,18 +28,15 @@ class Model:
     revision: str | None = None  # commit on the Hub; None for a folder
 
 
-def find_model(path: Path, revision: str | None = None) -> Model:
+def find_model(path: Path) -> Model:
     """The folder `path`, or the model of the Hub that it names, in the Hub's cache.
 
-    Args:
-        revision: Branch, tag or commit on the Hub; None for its main branch.
-
     Raises:
-        UserError: there is neither, or the Hub can't be reached.
+        UserError: there is neither, or no model in it, or the Hub can't be reached.
     """
-    if path.exists() or not is_hub_name(str(path)):
-        if revision is not None:
-            raise UserError(f"--revision names a revision on the Hub, but {path} is a local path; remove --revision")
-        return Model(path, path.resolve().name)
-    folder = download(str(path), revision, DOWNLOADED)
-    return Model(folder, str(path), folder.name)
+    model = Model(path, path.resolve().name)
+    if is_on_hub(path):
+        folder = download(str(path), DOWNLOADED)
+        model = Model(folder, str(path).partition("@")[0], folder.name)
+    check_model(model.folder, is_hf=True)
+    return model

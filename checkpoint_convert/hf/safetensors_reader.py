@@ -149,16 +149,9 @@ def _single_file(folder: Path) -> str:
     name = f"{MODEL_STEM}.safetensors"
     if (folder / name).is_file():
         return name
-    if any(path.suffix in (".bin", ".pt", ".pth") for path in folder.glob("*")):
-        raise UserError(
-            f"{folder} contains only pickled weights, which could run code when opened; convert them to "
-            "safetensors (load with transformers, then save_pretrained)"
-        )
-    if any(folder.glob("*.gguf")):
-        raise UserError(f"{folder} contains only GGUF weights; pass the safetensors that they were made from")
     raise UserError(
-        f"{folder} contains no weights: neither {name} nor {name}.index.json exists; download them, or convert .bin "
-        "weights to safetensors"
+        f"{folder} contains no weights: neither {name} nor {name}.index.json exists; download them, or convert pickled "
+        "ones to safetensors"
     )
 
 

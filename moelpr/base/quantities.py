@@ -36,10 +36,10 @@ def parse_bytes(text: str) -> int:
     return number
 
 
-def as_argument(parse: Callable[[str], int]) -> Callable[[str], int]:
+def as_argument[T](parse: Callable[[str], T]) -> Callable[[str], T]:
     """A function as the type of a flag: argparse shows the message of this error only."""
 
-    def convert(text: str) -> int:
+    def convert(text: str) -> T:
         try:
             return parse(text)
         except UserError as error:

@@ -67,22 +67,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def folder_with(what: str, *files: str) -> Any:
-    """The note of a folder that has one of these files, which is checked before anything slow is imported."""
-
-    def convert(text: str) -> Path:
-        if not Path(text).is_dir():
-            raise argparse.ArgumentTypeError(f"must be a folder that is there, got {text}")
-        if not any(Path(text, file).exists() for file in files):
-            raise argparse.ArgumentTypeError(f"must be {what}, but {text} has no {', no '.join(files)}")
-        return Path(text)
-
-    return {"type": convert, "metavar": "DIR"}
-
-
 Folder = Annotated[Path, metavar("DIR")]
-_MODEL_FILES = "config.json", "model_spec.json", "adapter_config.json"
-Source = Annotated[Path, folder_with("the folder of a model or checkpoint", *_MODEL_FILES)]
 File = Annotated[Path, metavar("FILE")]
 Natural = Annotated[int, number(int, 0)]
 Count = Annotated[int, number(int, 1)]

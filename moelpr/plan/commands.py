@@ -12,10 +12,8 @@ from typing import Annotated, Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.machine import format_bytes
-from moelpr.base.quantities import Tokens
-from moelpr.base.settings import Folder, choices, either, metavar, number
+from moelpr.base.settings import Folder, choices, metavar, number
 from moelpr.base.text_tables import table_text
-from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.model.families.families import read_base
 from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import with_new_experts
@@ -25,7 +23,7 @@ from moelpr.plan.candidates import MOST_EXPERTS, most_experts
 from moelpr.plan.gpus import GIB, GPUS, RESERVED_FRACTION, Cluster, cluster_here
 from moelpr.plan.memory import RankMemory, Workload
 from moelpr.plan.settings import ExpertFlags
-from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, RunCost, StagePlan, plan_stage
+from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH, StagePlan, plan_stage
 from moelpr.plan.step_time import PREDICTION_NOTE, bubble
 
 _HEAD = (
@@ -37,7 +35,6 @@ def _number_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-_TOKENS = either("new tokens")
 _Count = Annotated[int, number(int, 1, 1e12)]
 _Gib = Annotated[float, number(float, 0.001, 1e12)]
 
@@ -50,8 +47,7 @@ class Settings(ExpertFlags):
     gpu: Annotated[str | None, choices([*GPUS, "auto"])] = None  # their kind; auto: this machine's
     gpu_memory_gib: _Gib | None = None  # memory per GPU, in GiB, of which a tenth stays free (default: that of --gpu)
     gpus_per_node: _Count | None = None  # GPUs per node (default: 8, or this machine's)
-    extended_tokenizer: Annotated[Folder | None, _TOKENS] = None  # tokenizer with new tokens, as for model convert
-    num_new_tokens: Annotated[_Count | None, _TOKENS] = None  # for a tokenizer that does not exist yet
+    num_new_tokens: _Count | None = None  # tokens that an extended tokenizer adds
     stage: Stage = "stage1"  # training stage
     train_new_embeddings: bool = False  # in stage1, train the rows of new tokens too
     train_everything: bool = False  # in stage1 and stage2, train all parameters
@@ -59,16 +55,15 @@ class Settings(ExpertFlags):
     optimizer_cpu_offload: bool = False  # keep the optimizer's state in the host's memory, which takes time
     bf16_moments: bool = False  # keep Adam's moments in bf16, with Transformer Engine
     seq_length: _Count | None = None  # tokens per sequence (default: the paper's)
-    micro_batch_size: _Count = 1  # sequences per micro-batch
+    micro_batch_size: _Count | None = None  # sequences per micro-batch (default: the fastest)
     global_batch_size: _Count = PAPER_GLOBAL_BATCH_SIZE  # sequences per step, by default the paper's
-    train_tokens: Tokens | None = None  # print what training on them costs
     rows: _Count = 20  # number of layouts to list
     json: bool = False  # print JSON with all layouts that fit, in bytes and per pipeline stage
 
 
 def main(args: Settings) -> None:
     seq_length = args.seq_length or PAPER_SEQ_LENGTH.get(args.stage, PAPER_SEQ_LENGTH["stage1"])
-    sizes = seq_length, args.micro_batch_size, args.global_batch_size
+    sizes = seq_length, args.micro_batch_size or 1, args.global_batch_size
     if args.stage1_experts == "new" and args.stage != "stage1":
         raise UserError(f"--stage1-experts new applies to --stage stage1, got {args.stage}; remove it")
     if args.bf16_moments and args.optimizer_cpu_offload:
@@ -78,9 +73,8 @@ def main(args: Settings) -> None:
     workload = Workload(args.stage, *sizes, new_embeddings=args.train_new_embeddings, **options)
     cluster = _cluster(args)
     spec = _model(args, workload, cluster)
-    plan = plan_stage(spec, workload, cluster, any_micro_batch=False)
-    cost = plan.cost(args.train_tokens) if args.train_tokens else None
-    print(json.dumps(_as_json(plan, cost), indent=2) if args.json else _table(plan, cost, args.rows))
+    plan = plan_stage(spec, workload, cluster, any_micro_batch=args.micro_batch_size is None)
+    print(json.dumps(_as_json(plan), indent=2) if args.json else _table(plan, args.rows))
 
 
 def _model(args: Settings, workload: Workload, cluster: Cluster) -> ModelSpec:
@@ -110,23 +104,12 @@ def _with_new_tokens(spec: ModelSpec, args: Settings) -> ModelSpec:
     if args.train_new_embeddings and (args.stage != "stage1" or args.train_everything):
         other = "--train-everything" if args.train_everything else args.stage
         raise UserError(f"--train-new-embeddings applies to --stage stage1, got {other}; remove it")
-    rows = spec.megatron_args["vocab_size"]
-    if args.extended_tokenizer is not None:
-        extension = VocabularyExtension.read(args.extended_tokenizer)
-        first, number = extension.first_new_id, extension.number
-    elif args.num_new_tokens is not None:
-        first, number = rows, args.num_new_tokens
-    elif args.stage == "stage0" or args.train_new_embeddings:
+    if args.num_new_tokens is not None:
+        return spec.with_new_tokens(spec.megatron_args["vocab_size"], args.num_new_tokens)
+    if args.stage == "stage0" or args.train_new_embeddings:
         flag = "--stage stage0" if args.stage == "stage0" else "--train-new-embeddings"
-        raise UserError(f"{flag} trains rows of new tokens, got none; pass --extended-tokenizer or --num-new-tokens")
-    else:
-        return spec
-    if first > rows:
-        raise UserError(
-            f"{args.extended_tokenizer} extends a tokenizer of {first:,} tokens, but {args.hf_path} has "
-            f"{rows:,} rows in its embedding; pass a tokenizer that extends the model's"
-        )
-    return spec.with_new_tokens(first, number)
+        raise UserError(f"{flag} trains rows of new tokens, got none; pass --num-new-tokens")
+    return spec
 
 
 def _cluster(args: Settings) -> Cluster:
@@ -142,7 +125,7 @@ def _cluster(args: Settings) -> Cluster:
     return Cluster(gpus, per_node, memory_gib, memory_gib * RESERVED_FRACTION, gpu)
 
 
-def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
+def _table(plan: StagePlan, rows: int) -> str:
     candidates, spec, workload, cluster = plan.candidates, plan.spec, plan.workload, plan.cluster
     time = (
         "step, tokens/s: predicted seconds of a step, exchanges included, and tokens per second and GPU."
@@ -187,22 +170,14 @@ def _table(plan: StagePlan, cost: RunCost | None, rows: int) -> str:
     lines += [
         "",
         f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export.",
-        *([f"{cost}."] if cost else []),
     ]
     if host_bytes := max(rank.host_bytes for rank in candidates[0].stages):
         lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
-    other = plan_stage(spec, workload, cluster)
-    if other.workload != workload and other.tokens_per_s:
-        lines.append(
-            "Another micro-batch should be faster: plan again with --micro-batch-size "
-            f"{other.workload.micro_batch_size} ({other.tokens_per_s:,.0f} tokens/s per GPU, "
-            f"{other.memory_bytes / GIB:.2f} GiB)."
-        )
     lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(plan.flags)}"]
     return "\n".join(lines)
 
 
-def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
+def _as_json(plan: StagePlan) -> dict[str, Any]:
     workload, cluster = plan.workload, plan.cluster
     described = [
         {
@@ -226,7 +201,6 @@ def _as_json(plan: StagePlan, cost: RunCost | None) -> dict[str, Any]:
         "run": asdict(workload),
         "vocab_size": plan.spec.megatron_args["vocab_size"],
         "disk_bytes": asdict(plan.disk),
-        **({"cost": asdict(cost)} if cost else {}),
         "cluster": asdict(cluster),
         "assumptions": ["every expert is chosen equally often", "working_bytes is an estimate"],
         "recommended": described[0],

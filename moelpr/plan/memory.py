@@ -28,6 +28,9 @@ REDUCED_STATE_BYTES = 6  # with --bf16-moments: these, and the 16 bits that a we
 # rounds up to a power of two.
 HOST_BYTES = 4 + MOMENT_BYTES + 2 * GRADIENT_BYTES
 
+# Memory of torch, Megatron and Python in a rank without a GPU, in addition to the code that all ranks share.
+PROCESS_BYTES = 450 << 20
+
 # Megatron pads the vocabulary to a multiple of this times the tensor-parallel size (--make-vocab-size-divisible-by).
 VOCABULARY_MULTIPLE = 128
 

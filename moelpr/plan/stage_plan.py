@@ -5,7 +5,7 @@
     workload, cluster = Workload("stage1", 1024, 1, 512), Cluster.of(GPUS["h100-80"], 8)
     spec = most_experts(spec, workload, cluster)  # if N is to be chosen
     plan = plan_stage(spec, workload, cluster)
-    plan.flags, plan.tokens_per_s, plan.cost(24_000_000_000)
+    plan.flags, plan.tokens_per_s, plan.checkpoints_bytes(24e9)
 
 docs/design/planner.md explains how memory and time are computed, and the choices.
 """
@@ -13,8 +13,6 @@ docs/design/planner.md explains how memory and time are computed, and the choice
 import math
 from dataclasses import dataclass
 
-from moelpr.base.machine import format_bytes
-from moelpr.base.quantities import format_count, format_minutes
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import Candidate, fitting, fitting_any_micro_batch
@@ -35,28 +33,6 @@ class DiskBytes:
     checkpoint: int
     checkpoint_of_what_is_trained: int
     bf16_export: int
-
-
-@dataclass(frozen=True)
-class RunCost:
-    """The cost of training on a number of tokens; the time is None for GPUs that the planner does not know.
-
-    `checkpoints` is the number of full checkpoints that the recipes keep, and the one that is being written.
-    """
-
-    tokens: int
-    steps: int
-    seconds: float | None
-    gpu_hours: float | None
-    checkpoints: int
-    checkpoints_bytes: int
-
-    def __str__(self) -> str:
-        time = "" if self.seconds is None else f"{format_minutes(self.seconds / 60)}, {self.gpu_hours:,.0f} GPU hours, "
-        return (
-            f"{format_count(self.tokens)} tokens = {self.steps:,} steps = {time}{format_bytes(self.checkpoints_bytes)} "
-            f"of checkpoints ({self.checkpoints} of them)"
-        )
 
 
 @dataclass(frozen=True)
@@ -83,10 +59,6 @@ class StagePlan:
         return self.best.peak.total_bytes
 
     @property
-    def step_time_s(self) -> float | None:
-        return self.best.step_time.total_s if self.cluster.gpu else None
-
-    @property
     def tokens_per_s(self) -> float | None:
         """Per GPU."""
         return self.best.step_time.tokens_per_s(self.workload, self.cluster) if self.cluster.gpu else None
@@ -100,13 +72,10 @@ class StagePlan:
         )
         return DiskBytes(full, trained, 2 * export_parameters(self.spec, parts))
 
-    def cost(self, tokens: int) -> RunCost:
-        """The cost of training on so many tokens."""
+    def checkpoints_bytes(self, tokens: float) -> int:
+        """The full checkpoints that the recipes keep of a training on so many tokens, and the one being written."""
         steps = math.ceil(tokens / (self.workload.global_batch_size * self.workload.seq_length))
-        seconds = None if self.step_time_s is None else steps * self.step_time_s
-        gpu_hours = None if seconds is None else seconds * self.cluster.gpus / 3600
-        checkpoints = steps // RETAIN_INTERVAL + 2
-        return RunCost(tokens, steps, seconds, gpu_hours, checkpoints, checkpoints * self.disk.checkpoint)
+        return (steps // RETAIN_INTERVAL + 2) * self.disk.checkpoint
 
 
 def parameters(spec: ModelSpec) -> tuple[int, int]:

@@ -25,9 +25,10 @@ def check_budget(project: ResolvedProject) -> None:
 
     Raises:
         UserError: It is less than one step, text would be read more often than its cap, or the base is missing or
-            cannot have such experts.
+            cannot have such experts or the difference of the chat model.
     """
     _ = project.layouts.result
+    project.layouts.check_chat()
     if project.content.corpora and project.content.budget.epochs:  # the trainer counts the tokens
         return
     for part in project.parts:

@@ -14,8 +14,8 @@ from moelpr.base.quantities import as_argument, parse_bytes
 from moelpr.base.settings import POSITIONAL, REPEATED, Flags, Folder, choices, either, metavar
 from moelpr.project import tables
 from moelpr.project.budget import check_budget
-from moelpr.project.file import HUB_NAME, schema
-from moelpr.project.reading import read_project
+from moelpr.project.file import schema
+from moelpr.project.reading import check_name_of_model, read_project
 from moelpr.project.resolved import ResolvedProject
 from moelpr.project.running import SUBMIT, run_here, run_task, show, submit
 from moelpr.project.steps.steps import workflow_of
@@ -85,8 +85,7 @@ def init(args: Init) -> None:
         raise UserError(
             f"the language {twice} is given twice; pass it once, with a folder or pattern for several files"
         )
-    if not Path(args.model).is_dir() and not HUB_NAME.fullmatch(args.model):
-        raise UserError(f"there is no folder {args.model}, and it is no name on the Hub (OWNER/NAME); correct --model")
+    check_name_of_model(args.model, "--model")
     print(json.dumps(schema(), indent=2) if args.schema else template(args.model, args.expanded, args.original))
 
 
@@ -117,6 +116,8 @@ def run(args: Run) -> None:
             f"--render-only writes the jobs of a cluster; add --on {'|'.join(SUBMIT)}, or pass --dry-run to see the "
             "commands for this machine"
         )
+    if args.made_as and not args.task:
+        raise UserError("--made-as is the ID of what --task has made; add --task NAME, or remove it")
     project = args.project()
     if args.redo and args.redo not in project.stages:
         raise UserError(f"--redo {args.redo} is no training of {args.file}; it has {', '.join(project.stages)}")

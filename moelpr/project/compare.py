@@ -38,11 +38,10 @@ def main(args: Settings) -> None:
     documents, groups = read_texts(projects, named_paths(args.data, "--data"), args.json_key, args.max_documents)
     # After the arguments and the text: torch and matplotlib are slow to import.
     from moelpr.measure.evaluate.compare import compare_models
-    from moelpr.measure.evaluate.models import check_device, read_max_positions
+    from moelpr.measure.evaluate.models import read_max_positions
     from moelpr.measure.evaluate.result_cache import ResultCache
     from moelpr.project.comparison import Compared
 
-    check_device(args.device)
     first = next(iter(projects.values()))
     models = {_BASE: first.base} | {label: project.export for label, project in projects.items()}
     settings = args.windows().resolve({name: read_max_positions(path) for name, path in models.items()})

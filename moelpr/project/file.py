@@ -17,9 +17,6 @@ from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
 from moelpr.project.project import PRESETS, Project, as_experts
 
-# OWNER/NAME, and a revision.
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
-
 
 @dataclass(frozen=True)
 class ProjectFile:

@@ -11,15 +11,16 @@ from typing import Any, cast
 
 from moelpr.base import machine
 from moelpr.base.errors import UserError, did_you_mean
-from moelpr.model.families.families import Family, read_base
+from moelpr.model.families.families import FREE_ARGS, Family, check_settings, read_base
+from moelpr.model.families.hub import config_folder
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.families.tables import pieces
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
-from moelpr.plan.layouts import SIZES
-from moelpr.plan.memory import Workload, export_parameters, model_parts
+from moelpr.plan.layouts import SIZES, PlannedLayout
+from moelpr.plan.memory import CPU, PROCESS_BYTES, Workload, export_parameters, model_parts, stage_memories
 from moelpr.plan.stage_plan import StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
 
@@ -45,18 +46,18 @@ _KEYS = {
 class StageLayout:
     """How a stage is started, and what it needs."""
 
+    memory_gib: float  # memory of a node
     flags: list[str] = field(default_factory=list)  # arguments of its launcher that do not decide what it learns
     nodes: int = 1
     gpus_per_node: int = 0
     tokens_per_s: float | None = None  # tokens of all GPUs; None if it is not predicted
-    memory_gib: float = 4.0  # memory of a node
     plan: StagePlan | None = None  # the planner's result; None on a CPU
 
     def minutes(self, tokens: float | None) -> float | None:
         return tokens / self.tokens_per_s / 60 if tokens and self.tokens_per_s else None
 
     def disk_gib(self, tokens: float | None) -> float:
-        return self.plan.cost(int(tokens or 1)).checkpoints_bytes / GIB if self.plan else 0.0
+        return self.plan.checkpoints_bytes(tokens or 1) / GIB if self.plan else 0.0
 
 
 class Layouts:
@@ -119,9 +120,29 @@ class Layouts:
             with contextlib.suppress(DoesNotFitError):
                 yield with_new_experts(family, base, NewExperts(1, topk=1)), self._plan("ffn", base)
 
+    def check_chat(self) -> None:
+        """Raise a `UserError` if there is a chat model, and it has another shape than the base, or experts."""
+        if (name := self._project.chat) is None:
+            return
+        try:
+            (_, base), (_, chat) = self._base, read_base(config_folder(Path(name)))
+            check_settings(
+                Path(self._project.model), base, Path(name), chat, "name the base's own chat model", FREE_ARGS
+            )
+            if base.moe or chat.moe:
+                raise UserError("base and chat model must be dense, got an MoE; remove it")
+        except UserError as error:
+            raise UserError(f"{self._file.at('chat')}chat: {error}") from None
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the base's shape is there; without GPUs, the Hub is not asked for it here."""
+        return self.cluster is not None or "_base" in vars(self) or Path(self._project.model).exists()
+
     @property
     def export_gib(self) -> float:
-        return 2 * export_parameters(self.result, model_parts(self.result)) / GIB if self.cluster else 0.0
+        """The export in 16 bits."""
+        return 2 * export_parameters(self.result, model_parts(self.result)) / GIB if self._is_known else 0.0
 
     @property
     def evaluation_gpus(self) -> int:
@@ -132,21 +153,27 @@ class Layouts:
         return min(self.cluster.gpus_per_node, self.cluster.gpus, needed)
 
     def _of(self, stage: str) -> StageLayout:
-        if self.cluster is None:
-            return StageLayout()
-        if stage == "lora":
-            return StageLayout(gpus_per_node=1, memory_gib=2 * self.export_gib + 4)
+        if not self._is_known:
+            return StageLayout(memory_gib=4)
         cluster, spec = self.cluster, self._spec
+        if stage == "lora":
+            return StageLayout(gpus_per_node=int(cluster is not None), memory_gib=2 * self.export_gib + 4)
         if stage == "stage2" and self._project.way == "auto":
             spec = with_new_experts(*self._base, NewExperts(**TWINS))
         with self._named_keys(stage):
+            if cluster is None:  # one process, in fp32
+                workload = replace(self._workload(stage), dtype="fp32", kernels=CPU)
+                [rank] = stage_memories(spec, model_parts(spec), PlannedLayout(), workload)
+                return StageLayout(memory_gib=(rank.total_bytes + rank.host_bytes + PROCESS_BYTES) / GIB)
             plan = self._plan(stage, spec)
         nodes = max(1, cluster.gpus // cluster.gpus_per_node)
         refused = {f"--{flag}" for flag, value in self._project.steps.get(stage, {}).items() if value is False}
         flags = [flag for flag in plan.best.speed_flags(plan.workload) if flag.partition("=")[0] not in refused]
         speed = plan.tokens_per_s and plan.tokens_per_s * cluster.gpus
-        memory = (2 * plan.memory_bytes + plan.best.peak.host_bytes) / GIB * cluster.gpus / nodes
-        return StageLayout(flags, nodes, cluster.gpus // nodes, speed, memory, plan)
+        rank = plan.best.peak
+        saved = 2 * (rank.parameter_bytes + rank.optimizer_bytes)  # copies of what a checkpoint has
+        memory = 4 + (saved + rank.host_bytes) / GIB * cluster.gpus / nodes
+        return StageLayout(memory, flags, nodes, cluster.gpus // nodes, speed, plan)
 
     def _plan(self, stage: str, spec: ModelSpec) -> StagePlan:
         assert self.cluster is not None

@@ -8,7 +8,8 @@ from moelpr.base.languages import canonical, check_name
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
 from moelpr.model.families.hf_config import CONFIG_FILE
-from moelpr.project.file import HUB_NAME, ProjectFile, found_text, local_files, parse_project, text_of
+from moelpr.model.families.hub import is_on_hub
+from moelpr.project.file import ProjectFile, found_text, local_files, parse_project, text_of
 from moelpr.project.project import Language
 from moelpr.project.steps.steps import STEPS, check_flags
 
@@ -43,14 +44,8 @@ def _check(file: ProjectFile) -> None:
     """
     project = file.project
     for key in ("model", "chat"):
-        name = getattr(project, key)
-        if name is not None and not Path(name).exists() and not HUB_NAME.fullmatch(name):
-            raise UserError(
-                f"{file.at(key)}{key}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or "
-                "OWNER/NAME@REVISION); correct it"
-            )
-        if name is not None and Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
-            raise UserError(f"{file.at(key)}{key}: there is no {CONFIG_FILE} in {name}; name the folder of a model")
+        if (name := getattr(project, key)) is not None:
+            check_name_of_model(name, f"{file.at(key)}{key}")
     if Path(project.model).resolve() in (output := Path(project.output).resolve(), *output.parents):
         raise UserError(f"{file.at('output')}output: {project.output} is in the model's folder; name one outside")
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():
@@ -87,6 +82,17 @@ def _check(file: ProjectFile) -> None:
             raise UserError(f"{file.at('steps', name)}steps.{name} is unknown; {hint}")
         if flags:
             check_flags(file, name)
+
+
+def check_name_of_model(name: str, place: str) -> None:
+    """Raise a `UserError`, which starts with `place`, unless this is the folder of a model, or a name on the Hub."""
+    if not Path(name).exists() and not is_on_hub(name):
+        raise UserError(
+            f"{place}: there is no folder {name}, and it is no name on the Hub (OWNER/NAME or OWNER/NAME@REVISION); "
+            "correct it"
+        )
+    if Path(name).exists() and not Path(name, CONFIG_FILE).is_file():
+        raise UserError(f"{place}: there is no {CONFIG_FILE} in {name}; name the folder of a model")
 
 
 def _check_method(file: ProjectFile) -> None:

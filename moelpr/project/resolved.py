@@ -8,8 +8,8 @@ from typing import Any
 from moelpr.data.manifest import Manifest
 from moelpr.measure.report.findings import Calibration, Findings
 from moelpr.model.families.hf_config import CONFIG_FILE
-from moelpr.model.families.hub import download
-from moelpr.project.file import HUB_NAME, ProjectFile
+from moelpr.model.families.hub import download, is_on_hub
+from moelpr.project.file import ProjectFile
 from moelpr.project.layout import Layouts
 from moelpr.project.project import Language, Way
 from moelpr.train.arguments.recipes import read_recipe
@@ -74,7 +74,7 @@ class ResolvedProject:
         elif self.content.languages.kept:
             self.trained = self.folder / "uncalibrated"
         model = self.content.model
-        self.is_downloaded = not Path(model).exists() and HUB_NAME.fullmatch(model) is not None
+        self.is_downloaded = is_on_hub(model)
         self.model_name, _, self.revision = model.partition("@") if self.is_downloaded else (model, "", "")
         self.base = self.text / "base" if self.is_downloaded else Path(model)
         self.base_task = ("download",) if self.is_downloaded else ()
@@ -118,7 +118,7 @@ class ResolvedProject:
         """
         if not self.is_downloaded or (self.base / CONFIG_FILE).is_file():
             return self.base
-        return download(self.model_name, self.revision or None, [CONFIG_FILE], CONFIG_FILE)
+        return download(self.content.model, [CONFIG_FILE], CONFIG_FILE)
 
     @cached_property
     def layouts(self) -> Layouts:

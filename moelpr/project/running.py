@@ -1,5 +1,6 @@
 """Run a project: say what will be done again, then do it here or submit it; or do one step on a node of a cluster."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import LOCK_FILE, locked, make_folder, write_text
 from moelpr.base.versions import require_package
 from moelpr.data.text.remote import is_remote
-from moelpr.model.families.hub import download, is_hub_name
+from moelpr.model.families.hf_config import check_model
+from moelpr.model.families.hub import download, is_on_hub
 from moelpr.project.budget import check_budget
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import workflow_of
@@ -51,6 +53,7 @@ SUBMIT: dict[str, Callable[..., None]] = {
     "skypilot": skypilot.launch,
 }
 _CHECKS: dict[str, Callable[..., None]] = {"kubernetes": kubernetes.check, "skypilot": skypilot.check}
+_PROGRAMS = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
 
 
 def submit(project: ResolvedProject, where: str, redo: str | None = None, *, render_only: bool = False) -> None:
@@ -59,10 +62,15 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
     Args:
         where: A key of `SUBMIT`.
         render_only: Write the files for the cluster, but submit nothing.
+
+    Raises:
+        UserError: The cluster's program or settings are missing, or what `checked` raises.
     """
     file = project.file
     if where in _CHECKS:
-        _CHECKS[where](getattr(file.project, where), render_only=render_only)
+        _CHECKS[where](getattr(file.project, where))
+    if not render_only and not shutil.which(_PROGRAMS[where]):
+        raise UserError(f"{_PROGRAMS[where]} is not installed; run this where it is, or pass --render-only")
     project = _for_jobs(project, redo)
     workflow, outlooks = checked(project, redo)
     with _locked_folder(project, workflow):
@@ -77,8 +85,8 @@ def _fetch(project: ResolvedProject, workflow: Workflow) -> None:
     """Fetch the models and the text to keep, since nodes often have no network; name other text that they read."""
     workflow.run(task for task in workflow.tasks.values() if task.name in ("download", "kept"))
     chat = project.content.chat
-    if chat and not Path(chat).exists() and is_hub_name(chat):
-        download(chat, None, MODEL_FILES, "chat model")
+    if chat and is_on_hub(chat):
+        download(chat, MODEL_FILES, "chat model")
     languages = project.languages.values()
     names = (name for one in languages for name in [*one.text, *one.conversations, one.held_out or ""])
     if uri := next(filter(is_remote, names), None):
@@ -146,12 +154,15 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
     """Say what will be done again, and check what can be known before anything runs.
 
     Raises:
-        UserError: A training would be done again, or the budget does not fit the text.
+        UserError: A training would be done again, the budget does not fit the text, or a model has no weights.
     """
     workflow = workflow_of(project, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")
     check_budget(project)
+    for name in (project.content.model, project.content.chat):
+        if name and not is_on_hub(name):
+            check_model(Path(name), is_hf=True)
     for outlook in outlooks:
         task = outlook.task
         if task.shared and outlook.refusal:

@@ -1,5 +1,6 @@
 """Text of `moelpr plan` and `moelpr status`."""
 
+import math
 from collections.abc import Iterable
 
 from moelpr.base.errors import MachineError, UserError
@@ -54,7 +55,7 @@ def plan(project: ResolvedProject) -> str:
 def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
     """Whether tasks fit: GPUs have a layout, or there was an error; of this machine, also its memory and disk."""
     try:
-        if project.content.hardware.gpu == "auto":
+        if project.content.hardware.gpu in ("auto", "none"):
             Workflow(project.folder, tasks).check_machine()
     except MachineError as error:
         return f"no, {error}"
@@ -135,8 +136,8 @@ def _experts(project: ResolvedProject) -> str:
         for spec, its in layouts.of_one_choice() if is_routed else ():
             others.append((f"With method: auto, {format_count(parameters(spec)[0])} parameters, stage ffn", its))
         for what, its in others:
-            cost = its.cost(int(expected_tokens(project, "stage1") or 1))
-            time = f"{format_minutes(cost.seconds / 60)}, {cost.gpu_hours:,.0f} GPU hours, " if cost.seconds else ""
+            hours = (expected_tokens(project, "stage1") or 1) / 3600 / (its.tokens_per_s or math.inf)
+            time = f"{format_minutes(60 * hours / its.cluster.gpus)}, {hours:,.0f} GPU hours, " if hours else ""
             lines.append(f"{what}: {time}{its.memory_bytes / GIB:.1f} GiB")
     if is_routed and number < languages:
         lines.append(f"warning: N = {number} is less than the number of expanded languages, {languages}")

@@ -103,33 +103,52 @@ def test_training_becomes_the_launcher_with_this_python_and_its_help() -> None:
     assert "--nproc-per-node" in moelpr("train", "stage1", "--help").stdout
 
 
+NO_WEIGHTS, NO_SPEC = "contains no weights in", "has no model_spec.json"
+CHECKPOINT = "is a Megatron checkpoint; export it"
+
+
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        "model export --load missing --save x",
-        "model gguf missing",
-        "model combine missing --expert el=x --text el=x --keep-text y --save z",
-        "model combine MODEL --expert el=missing --text el=x --keep-text y --save z",
-        "model convert --hf-path missing --num-new-experts 2 --save x",
-        "model graft --base missing --instruct x --model MODEL --save z",
-        "model verify MODEL missing",
-        "pack show missing",
-        "train ffn --recipe missing",
-        "chat missing",
-        "evaluate text --model a=missing --data el=x",
-        "evaluate text --model a=tests --data el=missing",
-        "plan missing",
+        ("model export --load missing --save x", NO_SPEC),
+        ("model export --load MODEL --save x", NO_SPEC),
+        ("model gguf missing", "no missing/config.json"),
+        ("model gguf CHECKPOINT", CHECKPOINT),
+        ("model combine missing --expert el=x --text el=x --keep-text y --save z", "no missing/config.json"),
+        ("model combine MODEL --expert el=missing --text el=x --keep-text y --save z", "no missing/config.json"),
+        ("model combine MODEL --expert el=EMPTY --text el=x --keep-text y --save z", NO_WEIGHTS),
+        ("model combine MODEL --expert el=MODEL --text el=missing --keep-text TEXT --save z", "missing"),
+        ("model calibrate --model MODEL --base CHECKPOINT --data TEXT --expanded-languages el --save z", CHECKPOINT),
+        ("model convert --hf-path missing --num-new-experts 2 --save x", "no missing/config.json"),
+        ("model convert --hf-path EMPTY --dense --save x", NO_WEIGHTS),
+        ("model graft --base missing --instruct x --model MODEL --save z", "no missing/config.json"),
+        ("model graft --base MODEL --instruct MODEL --model CHECKPOINT --save z", CHECKPOINT),
+        ("model verify MODEL missing", "no missing/config.json"),
+        ("model verify EMPTY MODEL", NO_WEIGHTS),
+        ("pack make MODEL EMPTY --text el=TEXT --save x", NO_WEIGHTS),
+        ("pack show missing", "got missing"),
+        ("train ffn --recipe missing", "no recipe missing"),
+        ("chat missing", "no missing/config.json"),
+        ("evaluate text --model a=missing --data el=x", "no missing/config.json"),
+        ("evaluate text --model a=EMPTY --data el=TEXT", NO_WEIGHTS),
+        ("evaluate text --model a=MODEL --data el=missing", "missing"),
+        ("evaluate routing --model a=MODEL --data el=TEXT --json-key missing", 'no key "missing"'),
+        ("plan missing", "cannot read missing"),
+        ("run missing --made-as 1", "add --task"),
     ],
 )
-def test_a_missing_path_is_an_error_before_torch_is_imported(words: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
+def test_a_wrong_path_or_name_is_an_error_before_torch_is_imported(words: str, message: str, tmp_path: Path) -> None:
+    for name in ("MODEL", "EMPTY", "CHECKPOINT"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "MODEL" / "model.safetensors").touch()
+    (tmp_path / "CHECKPOINT" / "model_spec.json").write_text("{}")
+    (tmp_path / "TEXT").write_text('{"text": "a"}\n')
     code = (
         "import sys; from moelpr.__main__ import run\n"
         "try: run(sys.argv[1:])\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "print('torch' in sys.modules)"
     )
-    output = subprocess.check_output(
-        [sys.executable, "-c", code, *words.replace("MODEL", str(tmp_path)).split()], text=True
-    )
-    assert output.startswith("UserError") and "missing" in output and output.endswith("\nFalse\n")
+    output = subprocess.check_output([sys.executable, "-c", code, *words.split()], text=True, cwd=tmp_path)
+    assert output.startswith("UserError") and message in output and output.endswith("\nFalse\n")

@@ -13,31 +13,29 @@ from typing import Annotated
 
 from moelpr.base.errors import UserError
 from moelpr.base.files import temporary_folder
-from moelpr.base.settings import POSITIONAL, Source, metavar
+from moelpr.base.settings import POSITIONAL, metavar
 from moelpr.base.versions import require_package
-from moelpr.measure.evaluate.settings import DeviceFlags
+from moelpr.measure.evaluate.settings import DeviceFlags, HfFolder
 
 
 class Settings(DeviceFlags):
-    export: Annotated[Source, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
-    base: Source | None = None  # Hugging Face directory of the dense base, which answers next to it
+    export: Annotated[HfFolder, POSITIONAL, metavar("EXPORT")]  # folder written by moelpr model export or graft
+    base: HfFolder | None = None  # Hugging Face directory of the dense base, which answers next to it
     port: int = 7860  # port of the page
 
 
 def main(args: Settings) -> None:
     require_package("gradio", "chat")
     from moelpr.measure.chat.page import HOST, Chat, check_page
-    from moelpr.measure.evaluate.models import check_device, open_model, require_hf
+    from moelpr.measure.evaluate.models import open_model
 
     check_page(args.port)
-    check_device(args.device)
-    models = {"export": args.export, **({"base": args.base} if args.base else {})}
-    require_hf(models, "moelpr chat")
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder("moelpr-chat"))
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
         export, *base = [
-            stack.enter_context(open_model(folder, args.device, args.dtype, args.verify)) for folder in models.values()
+            stack.enter_context(open_model(folder, args.device, args.dtype, args.verify))
+            for folder in (args.export, *filter(None, [args.base]))
         ]
         if not export.routers:
             raise UserError(f"{args.export} is a dense model, whose tokens have no experts; pass an upcycled one")

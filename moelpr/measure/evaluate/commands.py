@@ -1,16 +1,15 @@
 """Measure what a model has learned: bits per byte, routing, and scores on benchmarks."""
 
-import os
 from collections.abc import Collection
-from glob import has_magic
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moelpr.base.errors import UserError
 from moelpr.base.settings import REPEATED, Count, File, Folder, Natural, metavar, number
-from moelpr.data.text.remote import is_remote
-from moelpr.measure.evaluate.settings import DeviceFlags, Languages, ReadingFlags, named_paths
+from moelpr.data.text.reading import read_documents
+from moelpr.measure.evaluate.settings import DeviceFlags, Languages, ReadingFlags, Source, named_paths
+from moelpr.model.families.hf_config import check_model
 
 if TYPE_CHECKING:
     from moelpr.measure.evaluate.compare import Comparison
@@ -26,8 +25,8 @@ class ModelFlags(DeviceFlags):
 
     def models(self) -> dict[str, Path]:
         models = {name: Path(path) for name, path in named_paths(self.model, "--model").items()}
-        if missing := [path for path in models.values() if not path.exists()]:
-            raise UserError(f"--model must be a folder or file that is there, got {missing[0]}")
+        for path in models.values():
+            check_model(path)
         return models
 
 
@@ -42,20 +41,19 @@ class HeldOutFlags(ReadingFlags, ModelFlags):
     def __post_init__(self) -> None:
         self.models()
         check_languages(self.original_languages, self.texts(), "--data")
-        for name in self.texts().values():
-            try:
-                has_magic(name) or is_remote(name) or os.stat(name)
-            except OSError as error:
-                reason = f"the input {name} can't be read ({error.strerror})"
-                raise UserError(f"{reason}; --data takes LANG=FILE, a folder, pattern or URI") from None
 
     def texts(self) -> dict[str, str]:
         return named_paths(self.data, "--data")
 
+    def documents(self) -> dict[str, list[str]]:
+        """The texts by language, to be read before torch is imported."""
+        texts = self.texts().items()
+        return {language: read_documents(path, self.json_key, self.max_documents) for language, path in texts}
+
 
 class Text(HeldOutFlags):
     seed: Natural = 1  # random seed of the bootstrap
-    base: Folder | None = None  # also measure KL(base‖model) in nats per token of the others; both are in memory
+    base: Source | None = None  # also measure KL(base‖model) in nats per token of the others; both are in memory
     continuations: Natural = 0  # also continue documents greedily by N tokens, to count those in another language
     prompts: Count = 20  # documents per language that are continued; the first is shown
     # py3langid, a fastText model's file, or none (default: py3langid if it is installed)
@@ -91,6 +89,7 @@ def text(args: Text) -> None:
     The results have 95% confidence intervals, and the changes from the first model. `text` may be left out; `moelpr
     evaluate routing` and `moelpr evaluate harness` measure routing and benchmarks.
     """
+    documents = args.documents()
     from moelpr.data.text.language_id import PY3LANGID, load_identifier
     from moelpr.measure.evaluate.text_results import TextResults
     from moelpr.measure.evaluate.wrong_language import MIN_CONFIDENCE
@@ -99,8 +98,9 @@ def text(args: Text) -> None:
     name = args.language_id or (PY3LANGID if find_spec(PY3LANGID) else "none")
     if args.continuations and name != "none":
         identifier = load_identifier(name, frozenset(), MIN_CONFIDENCE)
-    comparison, data = compare(args, args.base, args.continuations, args.prompts)
-    show(TextResults(comparison, data, args.original_languages, args.seed, identifier), args.output, args.json)
+    more = {"base": args.base, "continuation_tokens": args.continuations, "num_prompts": args.prompts}
+    comparison = compare(args, documents, **more)
+    show(TextResults(comparison, args.texts(), args.original_languages, args.seed, identifier), args.output, args.json)
 
 
 def routing(args: Routing) -> None:
@@ -112,36 +112,28 @@ def routing(args: Routing) -> None:
     among the top K. With --original-languages, the layers that break the language prior are listed. In the output
     folder of `moelpr evaluate`, nothing is measured twice.
     """
+    documents = args.documents()
     from moelpr.measure.evaluate.routing_results import RoutingResults
 
-    comparison, data = compare(args)
-    show(RoutingResults(comparison, data, args.original_languages, args.threshold), args.output, args.json)
+    results = RoutingResults(compare(args, documents), args.texts(), args.original_languages, args.threshold)
+    show(results, args.output, args.json)
 
 
-def compare(
-    args: HeldOutFlags, base: Path | None = None, continuations: int = 0, prompts: int = 1
-) -> "tuple[Comparison, dict[str, str]]":
-    """Measure all that held-out text shows; also returns the text's files by language."""
-    from moelpr.data.text.reading import read_documents  # after the arguments: torch and matplotlib are slow to import
+def compare(args: HeldOutFlags, documents: dict[str, list[str]], **options: Any) -> "Comparison":
+    """Measure all that held-out text shows."""
     from moelpr.measure.evaluate.compare import compare_models
-    from moelpr.measure.evaluate.models import check_device
     from moelpr.measure.evaluate.result_cache import ResultCache
 
-    check_device(args.device)
-    data = args.texts()
-    comparison = compare_models(
+    return compare_models(
         args.models(),
-        {language: read_documents(path, args.json_key, args.max_documents) for language, path in data.items()},
+        documents,
         args.windows(),
-        base=base,
-        continuation_tokens=continuations,
-        num_prompts=prompts,
         device=args.device,
         dtype=args.dtype,
         verify=args.verify,
         cache=ResultCache(args.output),
+        **options,
     )
-    return comparison, data
 
 
 def harness(args: Harness) -> None:
@@ -156,16 +148,12 @@ def harness(args: Harness) -> None:
     from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, installed_benchmarks, read_benchmarks
     from moelpr.measure.evaluate.harness import run_tasks
     from moelpr.measure.evaluate.harness_results import HarnessResults
-    from moelpr.measure.evaluate.models import check_device, read_max_positions
     from moelpr.measure.evaluate.result_cache import ResultCache
 
     is_all = args.preset == "all"
     benchmarks = (
         installed_benchmarks(args.languages) if is_all else read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
     )
-    check_device(args.device)
-    for directory in models.values():
-        read_max_positions(directory)  # raises if it is not a model
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
     scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify, args.num_processes)
     show(HarnessResults(models, benchmarks, args.languages, args.original_languages, scores, settings), args.output)

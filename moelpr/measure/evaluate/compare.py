@@ -21,12 +21,12 @@ from moelpr.measure.evaluate.models import (
     choose_device,
     open_model,
     read_max_positions,
-    require_hf,
     resolve_dtype,
 )
 from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
 from moelpr.measure.report.evaluation_files import TEXT_ITSELF, Continuation
+from moelpr.model.families.hf_config import check_model
 
 _PROMPTS_AT_ONCE = 16
 PROMPT_WORDS = 7
@@ -85,7 +85,8 @@ def compare_models(
     cache = cache or ResultCache(None)
     prompts = {}
     if continuation_tokens:
-        require_hf(models, "--continuations")
+        for path in models.values():
+            check_model(path, is_hf=True)
         prompts = {language: choose_prompts(texts, num_prompts) for language, texts in documents.items()}
     # The batch size is left out because it only affects speed.
     windows = {"sequence_length": settings.sequence_length, "context": settings.context}

@@ -16,8 +16,9 @@ import torch
 from moelpr.base.checksums import Verify
 from moelpr.base.errors import UserError, first_line
 from moelpr.measure.evaluate.benchmarks import DOCUMENTS, Benchmark, Scores, harness_version, shots_of
-from moelpr.measure.evaluate.models import LoadedModel, choose_device, open_model, require_hf, resolve_dtype
+from moelpr.measure.evaluate.models import LoadedModel, choose_device, open_model, resolve_dtype
 from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
+from moelpr.model.families.hf_config import check_model
 
 _CACHED = "harness "  # before a task: the name of its result in the cache
 
@@ -42,7 +43,8 @@ def run_tasks(
     Raises:
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.
     """
-    require_hf(models, "lm-evaluation-harness")
+    for directory in models.values():
+        check_model(directory, is_hf=True)
     version = harness_version()
     dtype = resolve_dtype(settings["dtype"], choose_device(settings["device"]))
     of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": dtype, "include_path": None}

@@ -7,7 +7,7 @@ and code that comes with a model is never run. A Megatron checkpoint is opened w
 import gc
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import install_command
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.measure.evaluate.llama_cpp import Gguf
-from moelpr.model.families.hf_config import read_config, transformers_config
+from moelpr.model.families.hf_config import check_model, is_gguf, read_config, transformers_config
 from moelpr.model.megatron import bootstrap, cpu
 from moelpr.model.model_spec import FILE_NAME, ModelSpec
 
@@ -101,22 +101,6 @@ def hf_model(directory: Path, model: Any, tokenizer: Any, start_id: int, eos_id:
 def is_megatron(directory: Path) -> bool:
     """Whether `directory` is a checkpoint folder of the converter or the trainer, not a Hugging Face directory."""
     return (directory / FILE_NAME).is_file()
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a model of llama.cpp."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
-def require_hf(models: Mapping[str, Path], user: str) -> None:
-    """Check that none of the `models` (name -> directory) is a checkpoint, which `user` does not support."""
-    if files := [name for name, directory in models.items() if is_gguf(directory)]:
-        raise UserError(f"{user} requires Hugging Face directories, --model {files[0]} is a GGUF file; leave it out")
-    if checkpoints := [name for name, directory in models.items() if is_megatron(directory)]:
-        raise UserError(
-            f"{user} requires Hugging Face directories, --model {checkpoints[0]} is a Megatron checkpoint; export it "
-            "with moelpr model export"
-        )
 
 
 @contextmanager
@@ -195,7 +179,7 @@ def load_model(directory: Path, device: str = "auto", dtype: str = "auto", verif
     Raises:
         UserError: the directory is not a model, is incomplete, needs code of its own, or does not fit.
     """
-    _read_config(directory)
+    check_model(directory, is_hf=True)
     torch_device = choose_device(device)
     placement = _placement(directory, torch_device, dtype, is_chosen=device != "auto")
     if verify is not Verify.NONE:
@@ -284,14 +268,8 @@ def read_max_positions(directory: Path) -> int | None:
         return None  # llama.cpp computes any length
     if is_megatron(directory):
         return ModelSpec.read(directory).megatron_args["max_position_embeddings"]
-    return _read_config(directory).get("max_position_embeddings")
-
-
-def check_device(name: str) -> None:
-    """Refuse a --device that is unavailable, or would silently be the CPU of a machine with GPUs."""
-    if name == "auto" and (problem := cpu.unusable_gpus()):
-        raise UserError(problem)
-    choose_device(name)
+    check_model(directory, is_hf=True)
+    return read_config(directory).get("max_position_embeddings")
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> str:
@@ -303,7 +281,12 @@ def choose_device(name: str) -> torch.device:
     """The device that --device names; "auto" is a GPU if any.
 
     A GPU has an index, without which torch.cuda.set_device does not accept it.
+
+    Raises:
+        UserError: It is unavailable, or would silently be the CPU of a machine with GPUs.
     """
+    if name == "auto" and (problem := cpu.unusable_gpus()):
+        raise UserError(problem)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     invalid = UserError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
@@ -328,15 +311,3 @@ def _load_tokenizer(directory: Path) -> tuple[Any, int, int | None]:
     if start_id is None:
         raise UserError(f"the tokenizer in {directory} has neither BOS nor EOS; add one: every document starts with it")
     return tokenizer, start_id, tokenizer.eos_token_id
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    """The config.json of a Hugging Face directory; a UserError if there is none, or no weights."""
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{directory} contains neither config.json nor {FILE_NAME}; pass a Hugging Face directory or a Megatron "
-            "checkpoint folder"
-        )
-    if not any(directory.glob("*.safetensors")):
-        raise UserError(f"{directory} contains no *.safetensors; save the model with safe_serialization=True")
-    return read_config(directory)

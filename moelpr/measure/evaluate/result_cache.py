@@ -17,8 +17,9 @@ from moelpr.base.errors import UserError
 from moelpr.base.files import make_folder, write_text
 from moelpr.base.records import STRICT
 from moelpr.base.run_folder import HF_FOLDER
-from moelpr.measure.evaluate.models import is_gguf, is_megatron
+from moelpr.measure.evaluate.models import is_megatron
 from moelpr.model.checkpoints.chain import checkpoint_chain
+from moelpr.model.families.hf_config import is_gguf
 from moelpr.model.model_spec import FILE_NAME
 
 Json = dict[str, Any]

@@ -1,5 +1,6 @@
 """Settings that commands which measure models share."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,9 @@ from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.command import check_is_utf8
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
+from moelpr.base.quantities import as_argument
 from moelpr.base.settings import Count, Flags, Natural
+from moelpr.model.families.hf_config import check_model
 
 if TYPE_CHECKING:
     from moelpr.measure.evaluate.scoring import Settings as Windows
@@ -19,6 +22,14 @@ def languages(text: str) -> list[str]:
     return [canonical(language.strip()) for language in text.split(",") if language.strip()]
 
 
+def _folder(text: str, is_hf: bool) -> Path:
+    check_model(Path(text), is_hf=is_hf)
+    return Path(text)
+
+
+# The folder of a Hugging Face model, or of any model, checkpoint or adapter, which is checked at once.
+HfFolder = Annotated[Path, {"type": as_argument(partial(_folder, is_hf=True)), "metavar": "DIR"}]
+Source = Annotated[Path, {"type": as_argument(partial(_folder, is_hf=False)), "metavar": "DIR"}]
 Languages = Annotated[list[str], {"nargs": None, "type": languages, "metavar": "en,el,..."}]
 
 

@@ -267,3 +267,17 @@ def _original_experts(config: Any, family: Family, args: dict[str, Any], raw: di
                 f"{name} must be {expected} to add experts to a {family.moe_class.architecture}, got {value}"
             )
     return moe
+
+
+# Settings that do not change what weights compute.
+FREE_ARGS = ("max_position_embeddings", "attention_dropout", "init_method_std")
+
+
+def check_settings(
+    a: Path, a_spec: ModelSpec, b: Path, b_spec: ModelSpec, remedy: str, free: tuple[str, ...] = ()
+) -> None:
+    """Check that two models have the same settings but `free` ones, experts left aside; UserError names the first."""
+    for key in sorted(a_spec.megatron_args.keys() | b_spec.megatron_args.keys()):
+        ours, theirs = (spec.megatron_args.get(key) for spec in (a_spec, b_spec))
+        if key not in free and ours != theirs:
+            raise UserError(f"{a} and {b} are different models: {key} is {ours} and {theirs}; {remedy}")

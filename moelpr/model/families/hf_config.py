@@ -14,9 +14,10 @@ from moelpr.base import records
 from moelpr.base.errors import UserError
 from moelpr.base.model_code import without_code
 from moelpr.base.records import FOREIGN
-from moelpr.model.model_spec import MAX_LAYERS
+from moelpr.model.model_spec import FILE_NAME, MAX_LAYERS
 
 CONFIG_FILE = "config.json"
+_ADAPTER_FILE = "adapter_config.json"
 _REMEDY = "download it again"
 
 # Multimodal classes, and the class of each one's language model, whose tensors have a longer name there.
@@ -49,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise UserError(
                 f"{folder} is a GGUF, which only llama.cpp reads; pass the Hugging Face directory that it was made from"
             )
-        raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR made")
+        raise UserError(f"there is no {path}; pass the folder that hf download NAME --local-dir DIR or moelpr made")
     config = without_code(records.read(dict[str, Any], path, _REMEDY))
     records.validate(_Config, config, str(path), _REMEDY)
     text = _language_model(config, path)
@@ -57,12 +58,39 @@ def read_config(folder: Path) -> dict[str, Any]:
     return text
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a model of llama.cpp."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+def check_model(folder: Path, *, is_hf: bool = False) -> None:
+    """Check that this is a model, before anything slow is imported.
+
+    Args:
+        is_hf: Whether it must be a Hugging Face directory, not a checkpoint, an adapter or a GGUF file.
+
+    Raises:
+        UserError: It has none, or no weights in safetensors.
+    """
+    is_checkpoint = (folder / FILE_NAME).is_file()
+    if not is_hf and (is_checkpoint or is_gguf(folder) or (folder / _ADAPTER_FILE).is_file()):
+        return
+    if is_checkpoint:
+        raise UserError(f"{folder} is a Megatron checkpoint; export it with moelpr model export and pass the export")
+    read_config(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} contains no weights in *.safetensors; download them, or load others, which may be pickled, with "
+            "transformers and save them with save_pretrained"
+        )
+
+
 def transformers_config(folder: Path) -> Any:
     """The folder's config.json as an object of transformers, without what names code; UserError with an adapter."""
     from transformers import AutoConfig
 
-    if (folder / "adapter_config.json").is_file():  # transformers would read the model that this names
-        raise UserError(f"{folder} has an adapter, adapter_config.json; merge it into the model, or move it away")
+    if (folder / _ADAPTER_FILE).is_file():  # transformers would read the model that this names
+        raise UserError(f"{folder} has an adapter, {_ADAPTER_FILE}; merge it into the model, or move it away")
     settings = records.read(dict[str, Any], folder / CONFIG_FILE, _REMEDY)
     has_code = (kept := without_code(settings)) != settings
     with TemporaryDirectory() if has_code else nullcontext(folder) as source:

@@ -15,8 +15,18 @@ def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 
-def download(name: str, revision: str | None, patterns: Sequence[str], what: str = "model") -> Path:
-    """The cache's folder, named by the commit, with the files that match `patterns`; UserError if it can't be had."""
+def is_on_hub(name: str | Path) -> bool:
+    """Whether this is no path that is there, and has the form owner/name or owner/name@revision."""
+    owned, _, revision = str(name).partition("@")
+    return not Path(name).exists() and is_hub_name(owned) and re.fullmatch(r"[\w./-]*", revision) is not None
+
+
+def download(name: str, patterns: Sequence[str], what: str = "model") -> Path:
+    """The cache's folder, named by the commit, with the files that match `patterns`; UserError if it can't be had.
+
+    Args:
+        name: owner/name, or owner/name@revision with a branch, tag or commit.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
     from tqdm import tqdm
@@ -24,7 +34,9 @@ def download(name: str, revision: str | None, patterns: Sequence[str], what: str
     # A config.json is there at once: no progress bar.
     bar: Any = partial(tqdm, disable=True) if list(patterns) == [CONFIG_FILE] else None
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns), tqdm_class=bar))
+        owned, _, revision = name.partition("@")
+        found = snapshot_download(owned, revision=revision or None, allow_patterns=list(patterns), tqdm_class=bar)
+        return Path(found)
     except Exception as error:  # the Hub, the network and its libraries have many kinds
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
@@ -45,6 +57,4 @@ def download(name: str, revision: str | None, patterns: Sequence[str], what: str
 
 def config_folder(path: Path) -> Path:
     """The folder with a model's config.json: `path`, or that of the model on the Hub that it names."""
-    if path.exists() or not is_hub_name(str(path)):
-        return path
-    return download(str(path), None, [CONFIG_FILE], CONFIG_FILE)
+    return download(str(path), [CONFIG_FILE], CONFIG_FILE) if is_on_hub(path) else path

@@ -271,4 +271,5 @@ def _runs(project: ResolvedProject) -> list[str]:
 def _cost(project: ResolvedProject) -> dict[str, Any]:
     """The cost of running the finished model."""
     layouts = project.layouts
-    return {"memory_gib": 1.2 * layouts.export_gib + 2, "gpus_per_node": layouts.evaluation_gpus}
+    times = 1.2 if layouts.cluster else 2.4  # CPUs compute in fp32
+    return {"memory_gib": times * layouts.export_gib + 2, "gpus_per_node": layouts.evaluation_gpus}

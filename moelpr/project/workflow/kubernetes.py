@@ -5,7 +5,6 @@ All tasks are one JobSet, whose jobs start when those that they depend on are co
 """
 
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import field
@@ -60,13 +59,11 @@ class KubernetesSettings:
     """Further fields of each pod's spec, such as nodeSelector, tolerations, securityContext."""
 
 
-def check(settings: KubernetesSettings, *, render_only: bool = False) -> None:
-    """Raise a UserError if a setting or kubectl is missing."""
+def check(settings: KubernetesSettings) -> None:
+    """Raise a UserError if a setting is missing."""
     for name in ("image", "claim"):
         if not getattr(settings, name):
             raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
-    if not render_only and not shutil.which("kubectl"):
-        raise UserError("kubectl is not installed; install it, or pass --render-only and apply the manifests elsewhere")
 
 
 def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, render_only: bool = False) -> None:

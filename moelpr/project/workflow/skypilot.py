@@ -5,7 +5,6 @@ away. Each runs `moelpr run FILE --task NAME`.
 """
 
 import shlex
-import shutil
 import subprocess
 from dataclasses import field
 from pathlib import Path
@@ -49,12 +48,10 @@ class SkyPilotSettings:
     """Environment variables."""
 
 
-def check(settings: SkyPilotSettings, *, render_only: bool = False) -> None:
-    """Raise a UserError if sky or a setting is missing."""
+def check(settings: SkyPilotSettings) -> None:
+    """Raise a UserError if a setting is missing."""
     if not settings.volumes and not settings.file_mounts:
         raise UserError("--on skypilot requires volumes or file_mounts that keep the output; add one under skypilot")
-    if not render_only and not shutil.which("sky"):
-        raise UserError("sky is not installed; install skypilot, or pass --render-only and launch the file elsewhere")
 
 
 def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render_only: bool = False) -> None:

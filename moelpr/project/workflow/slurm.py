@@ -111,6 +111,7 @@ class Chain:
         self._name = re.sub(r"[^\w.-]", "-", self._folder.parent.name)
         self._jobs = dict((SlurmJobs.read_if_there(workflow.folder) or SlurmJobs()).jobs)
         self._active: dict[str, str] = {}  # task → its job that starts or ends later
+        self._render_only = False
 
     def refuse_active(self) -> None:
         """Raise a UserError if jobs of an earlier call are pending or running."""
@@ -126,10 +127,9 @@ class Chain:
         """Submit what is not done, or only write the scripts.
 
         Raises:
-            UserError: sbatch is missing or refuses a job, or a task's job of an earlier call would do another command.
+            UserError: sbatch refuses a job, or a task's job of an earlier call would do another command.
         """
-        if not render_only and not shutil.which("sbatch"):
-            raise UserError("sbatch is not installed; run this on a login node of the cluster, or pass --render-only")
+        self._render_only = render_only
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
             self._check([one for one in outlooks if one.state != "done"], queued_jobs())
@@ -142,13 +142,13 @@ class Chain:
             else:
                 if outlook.reason:
                     print(f"{name}: again, because {outlook.reason}")
-                self._submit_task(outlook, render_only)
+                self._submit_task(outlook)
 
-    def _submit_task(self, outlook: Outlook, render_only: bool) -> None:
+    def _submit_task(self, outlook: Outlook) -> None:
         task, name = outlook.task, outlook.task.name
         shards = self._settings.shards if task.corpora and outlook.id else 1
         if shards > 1:
-            self._submit_shards(outlook, shards, render_only)
+            self._submit_shards(outlook, shards)
         run = ["run", str(self._file), "--task", name]
         run += ["--made-as", str(outlook.id)] if shards > 1 else []
         lines = [f"run_tool -m moelpr {shlex.join(run)}"]
@@ -159,7 +159,7 @@ class Chain:
         elif shards > 1:
             mark = shlex.quote(str(self._workflow.mark_path(name).resolve()))  # describes what is replaced
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
-        self._submit(name, outlook, lines, render_only=render_only)
+        self._submit(name, outlook, lines)
 
     def _check(self, to_do: list[Outlook], queued: Mapping[str, str]) -> None:
         """Set what is active, and raise a UserError for what cannot be submitted, before anything is."""
@@ -179,14 +179,14 @@ class Chain:
                     f"scancel {shards.id}"
                 )
 
-    def _submit_shards(self, outlook: Outlook, shards: int, render_only: bool) -> None:
+    def _submit_shards(self, outlook: Outlook, shards: int) -> None:
         """Submit an array for the shards that are missing: all, if what there is is another command's."""
         task, name = outlook.task, f"{outlook.task.name}-shards"
         before = self._jobs.get(name)
         missing = [*range(shards)]
         if before and before.made_as == outlook.id:
             missing = [number for number in missing if not _shard(task.corpora[0], number, shards).exists()]
-        elif not render_only:
+        elif not self._render_only:
             for corpus in task.corpora:
                 for path in corpus.parent.glob(f"{corpus.name}.shard-*"):
                     remove(path)
@@ -196,23 +196,14 @@ class Chain:
         if missing:
             words = [*task.words(), *map(str, task.settings), "--num-shards", str(shards)]
             line = f'run_tool -m {shlex.join(words)} --shard "$SLURM_ARRAY_TASK_ID"'
-            array: Options = {"array": ",".join(map(str, missing))}
-            self._submit(name, outlook, [line], array, render_only=render_only)
+            self._submit(name, outlook, [line], array=",".join(map(str, missing)))
 
-    def _submit(
-        self,
-        name: str,
-        outlook: Outlook,
-        lines: list[str],
-        options: Mapping[str, bool | int | str] = {},
-        *,
-        render_only: bool,
-    ) -> None:
+    def _submit(self, name: str, outlook: Outlook, lines: list[str], **options: bool | int | str) -> None:
         """Write a job's script, submit it, and record and print its number."""
         task = outlook.task
         path = self._folder / f"{name}.sbatch"
-        write_text(path, self._script(name, task, lines, self._settings.options_of(task) | dict(options)))
-        if render_only:
+        write_text(path, self._script(name, task, lines, self._settings.options_of(task) | options))
+        if self._render_only:
             print(f"{name}: {path}")
             return
         needs = dict.fromkeys((*task.inputs, f"{task.name}-shards"))

@@ -11,7 +11,6 @@ import yaml
 
 from moelpr.base.command import run_command
 from moelpr.base.machine import format_bytes
-from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.plan import gpus
 from moelpr.plan.stage_plan import PAPER_GLOBAL_BATCH_SIZE, PAPER_SEQ_LENGTH
 from tests.support.commands import moelpr
@@ -25,7 +24,7 @@ def plan(config_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str])
 
     def run(*argv: str, defaults: bool = True, **changes: object) -> str:
         before = ["--hf-path", str(config_folder(**changes)), "--num-new-experts", "4", "--gpus", "8"]
-        before = [*before, "--gpu-memory-gib", "1"] if defaults else []
+        before = [*before, "--gpu-memory-gib", "1", "--micro-batch-size", "1"] if defaults else []
         moelpr("layouts", *before, *argv)
         return capsys.readouterr().out
 
@@ -44,14 +43,11 @@ def test_the_recommended_flags_are_those_of_the_first_row(plan: Plan) -> None:
     assert shown.splitlines()[-1].split() == first["flags"] and "--use-distributed-optimizer" in first["flags"]
 
 
-def test_a_larger_micro_batch_that_is_faster_is_named(plan: Plan) -> None:
-    """And its own plan has those numbers and names no other."""
-    argv = ("--gpu", "h100-80", "--gpu-memory-gib", "80", "--seq-length", "256", "--global-batch-size", "64")
-    named = re.search(r"--micro-batch-size (\d+) \(([\d,]+) tokens/s per GPU, ([\d.]+) GiB", plan(*argv))
-    assert named and int(named[1]) > 1
-    shown = plan(*argv, "--micro-batch-size", named[1])
-    assert "Another micro-batch" not in shown and {named[2], named[3]} < {*first_row(shown)}
-    assert "Another micro-batch" not in plan("--seq-length", "256")  # GPUs whose speed is unknown
+def test_the_micro_batch_is_the_fastest_unless_it_is_given(plan: Plan, config_folder: Callable[..., Path]) -> None:
+    argv = ["--hf-path", str(config_folder()), "--num-new-experts", "4", "--gpus", "8", "--gpu", "h100-80", "--json"]
+    plans = [json.loads(plan(*argv, *given, defaults=False)) for given in ([], ["--micro-batch-size", "1"])]
+    free, given = (its["recommended"]["predicted"]["tokens_per_s_and_gpu"] for its in plans)
+    assert plans[0]["run"]["micro_batch_size"] > 1 == plans[1]["run"]["micro_batch_size"] and free > given
 
 
 def test_the_size_on_disk_of_a_known_model(plan: Plan, tmp_path: Path) -> None:
@@ -89,22 +85,18 @@ def test_known_gpus_have_predicted_times_and_their_memory(plan: Plan) -> None:
     assert json.loads(plan("--json"))["recommended"]["predicted"] is None
 
 
-def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan, tmp_path: Path) -> None:
-    """The small model has 1,000 rows, of which a tokenizer of 990 IDs leaves 10 for new tokens."""
-    VocabularyExtension(990, [[1, 2]] * 400, "", "").write(tmp_path)
-    flags = ("--extended-tokenizer", str(tmp_path)), ("--num-new-tokens", "390"), ("--num-new-tokens", "2000")
+def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan) -> None:
+    """The small model has 1,000."""
+    flags = ("--num-new-tokens", "390"), ("--num-new-tokens", "2000")
     plans = [json.loads(plan("--json", "--train-new-embeddings", *argv)) for argv in flags]
-    assert [its["vocab_size"] for its in plans] == [1390, 1390, 3000]
-    extended, few, many = (its["recommended"]["fullest_rank"] for its in plans)
-    # The gradients of their logits are kept: of 400 tokens of which 10 are spare rows, and of 390, in 1,024 places.
-    differences = {name: number - few[name] for name, number in extended.items() if number != few[name]}
-    assert differences == dict.fromkeys(("activation_bytes", "total_bytes"), 10 * 1024 * 2)
+    assert [its["vocab_size"] for its in plans] == [1390, 3000]
+    few, many = (its["recommended"]["fullest_rank"] for its in plans)
     assert many["trainable"] - few["trainable"] == 2 * (3072 - 1408) * 64  # padded to multiples of 128
-    assert plans[1]["recommended"]["flags"][-1] == "--train-new-embeddings"
+    assert plans[0]["recommended"]["flags"][-1] == "--train-new-embeddings"
     frozen = json.loads(plan("--json", "--num-new-tokens", "390"))["recommended"]["fullest_rank"]
     assert few["trainable"] - frozen["trainable"] == 2 * 1408 * 64
-    shown = plan("--extended-tokenizer", str(tmp_path), "--stage", "stage0")
-    assert "400 new tokens: 1,390 rows of the vocabulary." in shown and "for launch/stage0.sh:" in shown
+    shown = plan("--num-new-tokens", "390", "--stage", "stage0")
+    assert "390 new tokens: 1,390 rows of the vocabulary." in shown and "for launch/stage0.sh:" in shown
 
 
 def test_full_fine_tuning_is_planned_with_and_without_experts(plan: Plan, config_folder: Callable[..., Path]) -> None:
@@ -138,23 +130,16 @@ def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **change
         (["--hf-path", "nowhere"], "nowhere"),
         (["--seq-length", "5000"], "--seq-length must be at most 4096,.* got 5000"),
         (["--micro-batch-size", "3"], "--global-batch-size 512 .* --micro-batch-size 3"),
-        (["--stage", "stage0"], "--stage stage0 .* got none; pass --extended-tokenizer or --num-new-tokens"),
-        (["--train-new-embeddings"], "--train-new-embeddings .* got none; pass --extended-tokenizer"),
+        (["--stage", "stage0"], "--stage stage0 .* got none; pass --num-new-tokens"),
+        (["--train-new-embeddings"], "--train-new-embeddings .* got none; pass --num-new-tokens"),
         (["--stage", "stage2", "--train-new-embeddings", "--num-new-tokens", "9"], "applies to --stage stage1, got"),
         (["--stage", "dense"], "--stage dense trains a dense model; remove --num-new-experts"),
         (["--stage", "stage0", "--train-everything", "--num-new-tokens", "9"], "remove --train-everything"),
         (["--num-new-experts", "many"], "argument --num-new-experts: invalid"),
-        (["--train-tokens", "24X"], "argument --train-tokens: expected a whole number such as 24B"),
-        (["--extended-tokenizer", "nowhere"], "nowhere has no vocabulary_extension.json"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(plan, capsys, argv, named) -> None:
     assert re.search(named, failure(plan, capsys, *argv))
-
-
-def test_a_tokenizer_that_extends_a_larger_one_is_rejected(plan, capsys, tmp_path) -> None:
-    VocabularyExtension(1001, [[1, 2]], "", "").write(tmp_path)
-    assert "1,001 tokens, but" in failure(plan, capsys, "--extended-tokenizer", str(tmp_path))
 
 
 def test_the_gpus_of_this_machine_are_planned_for(plan: Plan, capsys, monkeypatch, config_folder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moelpr.base import machine
 from moelpr.base.yaml_files import dump
 from moelpr.measure.report.findings import Findings, Point, TextResult
 from tests.support.hf_models import make_model, make_qwen2, qwen2  # noqa: F401
@@ -29,7 +30,9 @@ def write_findings(distance: float, kept: float) -> None:
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a languages.yaml in an empty current folder, whose keys the arguments replace (None removes one)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1 << 40)  # enough for any training on its CPU
     save_config("Qwen1.5-1.8B", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").touch()
     for code in ("el", "hu", "en", "es"):
         (tmp_path / f"{code}.jsonl").write_text(100 * (json.dumps({"text": f"{code} text " * 20}) + "\n"))
 

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
+from moelpr.base import machine
 from moelpr.base.errors import UserError
 from moelpr.plan.gpus import GIB
+from moelpr.plan.memory import PROCESS_BYTES
 from moelpr.project import tables
+from moelpr.project.budget import check_budget
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
+from tests.support.hf_models import edit_json
 from tests.support.model_shapes import save_config
 from tests.unit.project.conftest import Write
 
@@ -78,7 +82,9 @@ def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:
     on_host = {"stage1": {"optimizer-cpu-offload": True}, "stage2": {"optimizer-cpu-offload": True}}
     offloaded = places(write, steps=on_host, **small, budget={"tokens": "6K"})
     assert offloaded.layouts.num_new_experts == 2 and gib(offloaded) == pytest.approx(20.9, abs=0.05)
-    assert re.search(r"^stage1 .* 20.9 of 24 GiB +81.2\d GiB ", tables.plan(offloaded), re.MULTILINE)
+    [host] = re.findall(r"^stage1 .* 20.9 of 24 GiB +([\d.]+) GiB ", tables.plan(offloaded), re.MULTILINE)
+    ffn = 28 * 3 * 2048 * 6144  # 20 bytes for each of two new ones, and two copies of all weights in bf16
+    assert float(host) == pytest.approx(4 + (20 * 2 * ffn + 2 * 2 * 3.84e9) / GIB, rel=0.03)
 
 
 def test_if_nothing_fits_whole_combinations_that_do_are_named_by_keys_the_second_ffn_first(write: Write) -> None:
@@ -106,6 +112,35 @@ def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:
     kept = {"expanded": EPOCHS, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
     plan = places(write, languages=kept, replay="none", vocabulary={"new_tokens": 9}).layouts.of("stage1").plan
     assert plan is not None and plan.workload.stage1_experts == "new" and plan.workload.new_embeddings
+
+
+def test_a_chat_model_that_cannot_be_added_to_the_base_is_refused(write: Write) -> None:
+    for name in ("Qwen3-8B", "Qwen3-1.7B"):
+        save_config(f"{name}-Base", Path(name))
+    edit_json(Path("Qwen3-8B/config.json"), max_position_embeddings=40960)  # as published ones differ
+    base: dict[str, Any] = {"model": "Qwen3-8B-Base", "hardware": {"gpu": "h100-80", "gpus": 8}, "method": "auto"}
+    base |= {"budget": {"tokens": "6K"}, "steps": {"ffn": {"global-batch-size": 1}}, "experts": None}
+    check_budget(places(write, chat="Qwen3-8B", **base))
+    with pytest.raises(
+        UserError, match=r"line \d+: chat: .*ffn_hidden_size is 12288 and 6144; name the base's own chat"
+    ):
+        check_budget(places(write, chat="Qwen3-1.7B", **base))
+
+
+def test_on_a_cpu_a_training_needs_fp32_weights_and_adam_for_what_trains(write: Write, monkeypatch) -> None:
+    """And the softmax over the vocabulary in fp32, next to smaller activations."""
+    steps = {"ffn": {"seq-length": 64, "micro-batch-size": 4}}
+    one = places(write, "Qwen3-0.6B-Base", method="second-ffn", experts=None, hardware={"gpu": "none"}, steps=steps)
+    ffn, attention, rows, logits = 28 * 3 * 1024 * 3072, 28 * 2 * 1024 * (16 + 8) * 128, 151_936 * 1024, 256 * 151_936
+    least = 4 * (ffn + attention + rows) + 12 * ffn + 4 * logits + PROCESS_BYTES
+    needed = one.layouts.of("ffn").memory_gib * GIB
+    assert least < needed < 1.2 * least
+    for free, answer in (
+        (needed + GIB, r"yes\."),
+        (needed - GIB, r"no, .* are free, and task ffn needs [67]\.\d+ GiB;"),
+    ):
+        monkeypatch.setattr(machine, "free_memory", lambda free=free: int(free))
+        assert re.match(f"Fits: {answer}", tables.plan(one))
 
 
 def test_sizes_that_a_user_chooses_are_planned_or_refused_with_those_that_work(write: Write) -> None:

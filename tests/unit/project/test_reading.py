@@ -187,7 +187,7 @@ def test_flags_of_a_recipe_are_checked_unless_the_file_replaces_them(write: Writ
         ({"expanded": [("el", "a")], "original": [("ell_Grek", "b")]}, "the language el is given twice; pass it once"),
         ({"expanded": [("greek", "a")]}, r"greek is not the code of a language; did you mean el\?"),
         ({"expanded": [("mathematics", "a")]}, "a language is a code such as el or ell_Grek; correct mathematics"),
-        ({"model": "/none"}, "there is no folder /none, and .*; correct --model"),
+        ({"model": "/none"}, "--model: there is no folder /none, and .*; correct it"),
     ],
 )
 def test_init_writes_no_file_that_cannot_work(flags: dict, message: str) -> None:

@@ -129,6 +129,15 @@ def test_what_a_cluster_needs_is_checked_before_anything_is_planned(write: Write
         running.submit(project, on, render_only=True)
 
 
+def test_the_program_of_a_cluster_is_looked_for_before_anything_is_planned(write: Write, monkeypatch) -> None:
+    settings: dict[str, Any] = {"kubernetes": {"image": "i", "claim": "c"}, "skypilot": {"volumes": {"/work": "v"}}}
+    project = ResolvedProject(read_project(write(hardware={"gpu": "none"}, budget={"tokens": 1}, **settings)))
+    monkeypatch.setenv("PATH", "/nowhere")
+    for on, program in (("slurm", "sbatch"), ("kubernetes", "kubectl"), ("skypilot", "sky")):
+        with pytest.raises(UserError, match=f"{program} is not installed; .*--render-only"):
+            running.submit(project, on)
+
+
 def test_a_login_node_fetches_the_chat_model_and_names_text_that_nodes_read(monkeypatch, capsys) -> None:
     fetched: list[str] = []
     monkeypatch.setattr(running, "download", lambda name, *_: fetched.append(name))

@@ -1,5 +1,6 @@
 """The ways of a user: the base is a name on the Hub, nothing has been made yet, and a dry run stays dry."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from moelpr.base.errors import UserError
 from moelpr.project.running import SUBMIT
 from tests.support.commands import moelpr
 from tests.support.local_hub import LocalHub, local_hub
-from tests.support.model_shapes import save_config
+from tests.support.model_shapes import SHAPES, save_config
 from tests.support.plan_pages import MORE, ROOT, make_text
 from tests.support.programs import put_on_path
 from tests.unit.project.conftest import Write
@@ -60,9 +61,11 @@ def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
     monkeypatch.chdir(tmp_path)
     content = yaml.safe_load(file.read_text())
     model, output = content["model"], Path(content["output"])
-    save_config(model.split("/")[1], tmp_path / "shape")
-    hub.repositories[model] = {"config.json": (tmp_path / "shape" / "config.json").read_bytes()}
-    hub.revisions = {revision[1:] or "main"}
+    for name in filter(None, (model, content.get("chat"))):
+        save_config(base if (base := f"{Path(name).name}-Base") in SHAPES else Path(name).name, tmp_path / name)
+        hub.repositories[name] = {"config.json": (tmp_path / name / "config.json").read_bytes()}
+        shutil.rmtree(tmp_path / name)
+    hub.revisions |= {revision[1:] or "main"}
     path = Path(file.name)
     path.write_text(file.read_text().replace(model, model + revision, 1))
     make_text(path, MORE.get(file.relative_to(ROOT).as_posix(), 1))

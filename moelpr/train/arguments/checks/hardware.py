@@ -12,12 +12,19 @@ from moelpr.model.megatron import cpu
 from moelpr.model.stages import DENSE_STAGES
 from moelpr.plan.gpus import RESERVED_FRACTION
 from moelpr.plan.layouts import PlannedLayout, layout_problems
-from moelpr.plan.memory import CPU, GRADIENT_BYTES, Dtype, Kernels, RankMemory, Workload, model_parts, stage_memories
+from moelpr.plan.memory import (
+    CPU,
+    GRADIENT_BYTES,
+    PROCESS_BYTES,
+    Dtype,
+    Kernels,
+    RankMemory,
+    Workload,
+    model_parts,
+    stage_memories,
+)
 from moelpr.train.arguments.checks.layout import is_uneven, uneven_ends
 from moelpr.train.arguments.requested import RequestedRun
-
-# Memory of torch, Megatron and Python in a rank without a GPU, in addition to the code that all ranks share.
-PROCESS_BYTES = 450 << 20
 
 
 def check_gpus(run: RequestedRun) -> Iterable[str]:

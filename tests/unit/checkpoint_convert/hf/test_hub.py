@@ -13,7 +13,6 @@ from checkpoint_convert import convert as importer
 from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model
-from moelpr.base.errors import UserError
 from tests.support.hf_models import assert_nothing_left
 from tests.support.local_hub import LocalHub, local_hub
 
@@ -48,7 +47,8 @@ def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tm
     # Again without a network: the cache has it.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert exit_code(importer.main, *arguments, tmp_path / "offline") == 0
-    assert exit_code(importer.main, *arguments, tmp_path / "pinned", "--revision", hub.commit("o/Tiny")) == 0
+    pinned = "--hf-path", f"o/Tiny@{hub.commit('o/Tiny')}", "--num-new-experts", 2, "--save", tmp_path / "pinned"
+    assert exit_code(importer.main, *pinned) == 0
     for save in ("offline", "pinned"):
         assert not any(verdict.differs(0) for verdict in compare(tmp_path / "out", tmp_path / save))
 
@@ -59,21 +59,20 @@ def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path
     actual = find_model(Path("o/Tiny"))
     assert (actual.folder, actual.name, actual.revision) == (Path("o/Tiny"), "Tiny", None)
     assert not hub.asked
-    with pytest.raises(UserError, match="--revision"):
-        find_model(Path("o/Tiny"), "main")
+    assert find_model(Path("o/Tiny@main")).name == "o/Tiny" and hub.asked
 
 
 def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, refused):
-    for name, options, changed, message in (
-        ("o/Gone", (), {}, r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone"),
-        ("o/Gated", (), {}, "o/Gated is gated; accept its conditions"),
-        ("o/Tiny", ("--revision", "never"), {}, "can't be downloaded"),
-        ("o/Tiny", (), {"ENDPOINT": "http://127.0.0.1:1"}, "the Hub can't be reached"),
-        ("o/Tiny", (), {"HF_HUB_OFFLINE": True}, "HF_HUB_OFFLINE is set"),
-        (tmp_path / "nowhere", (), {}, "hf download"),  # no name on the Hub
+    for name, changed, message in (
+        ("o/Gone", {}, r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone"),
+        ("o/Gated", {}, "o/Gated is gated; accept its conditions"),
+        ("o/Tiny@never", {}, "can't be downloaded"),
+        ("o/Tiny", {"ENDPOINT": "http://127.0.0.1:1"}, "the Hub can't be reached"),
+        ("o/Tiny", {"HF_HUB_OFFLINE": True}, "HF_HUB_OFFLINE is set"),
+        (tmp_path / "nowhere", {}, "hf download"),  # no name on the Hub
     ):
         for constant, value in changed.items():
             monkeypatch.setattr(constants, constant, value)
-        error = refused(importer.main, "--hf-path", name, *options, "--dense", "--save", tmp_path / "out")
+        error = refused(importer.main, "--hf-path", name, "--dense", "--save", tmp_path / "out")
         assert re.search(message, error) and not (tmp_path / "out").exists()
         assert_nothing_left(tmp_path)

@@ -27,7 +27,7 @@ def documents(tmp_path: Path, **values: Any) -> list[dict[str, Any]]:
         Task(name="convert", command=["c"], cpus=4, memory_gib=16),
         Task(name="stage1", command=["c"], made_from=("convert",), continues=Path("1"), nodes=2, gpus_per_node=8),
     ]
-    check(settings(**values), render_only=True)
+    check(settings(**values))
     launch(Workflow(tmp_path / "greek", tasks), settings(**values), file, render_only=True)
     return list(yaml.safe_load_all((tmp_path / "greek" / "skypilot.yaml").read_text()))
 

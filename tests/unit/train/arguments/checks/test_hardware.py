@@ -8,9 +8,9 @@ from moelpr.base import machine
 from moelpr.model.megatron import cpu
 from moelpr.model.model_spec import ModelSpec
 from moelpr.plan.layouts import PlannedLayout
-from moelpr.plan.memory import CPU, Workload, model_parts, stage_memories
+from moelpr.plan.memory import CPU, PROCESS_BYTES, Workload, model_parts, stage_memories
 from moelpr.train.arguments.checks import find_problems, hardware
-from moelpr.train.arguments.checks.hardware import PROCESS_BYTES, expected_memory
+from moelpr.train.arguments.checks.hardware import expected_memory
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_more_memory_than_there_is_is_a_warning(gathered, monkeypatch, is_warned
     """The memory of ranks on this machine, of the smallest GPU, and of this machine for an optimizer on the host."""
     run, offloaded = gathered(ranks=2), gathered("--optimizer-cpu-offload", "--use-distributed-optimizer")
     (rank,) = hardware.as_planned(offloaded).memories
-    assert hardware.expected_memory(offloaded) == rank.total_bytes + rank.host_bytes + hardware.PROCESS_BYTES
+    assert hardware.expected_memory(offloaded) == rank.total_bytes + rank.host_bytes + PROCESS_BYTES
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(hardware, "expected_memory", lambda run: 1 << 29)
     monkeypatch.setattr(machine, "free_memory", lambda: int((0.9 if is_warned else 1.1) * 2**30))

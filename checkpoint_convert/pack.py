@@ -18,7 +18,9 @@ _TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
 
 def _pack(text: str) -> Path:
     if not Path(text, "pack.json").is_file():
-        raise argparse.ArgumentTypeError(f"must be a folder that moelpr pack make or keep wrote, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be a folder that moelpr pack make or keep wrote, but {text} has no pack.json"
+        )
     return Path(text)
 
 

@@ -126,7 +126,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
         ("model verify MODEL missing", "no missing/config.json"),
         ("model verify EMPTY MODEL", NO_WEIGHTS),
         ("pack make MODEL EMPTY --text el=TEXT --save x", NO_WEIGHTS),
-        ("pack show missing", "got missing"),
+        ("pack show missing", "missing has no pack.json"),
         ("train ffn --recipe missing", "no recipe missing"),
         ("chat missing", "no missing/config.json"),
         ("evaluate text --model a=missing --data el=x", "no missing/config.json"),

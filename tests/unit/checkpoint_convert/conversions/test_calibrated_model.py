@@ -105,7 +105,8 @@ def test_routers_that_are_still_far_from_the_base_are_a_warning(
     record = RoutedModel("m", {}, Findings(*ends, 0.9, [ends[2]], [0.95] * 3, texts, None, None))
     monkeypatch.setattr(calibrated_model, "write_calibrated", lambda *_, **__: record)
     file = tmp_path / "text.jsonl"
-    (tmp_path / "config.json").touch()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     file.write_text(json.dumps({"text": "a"}))
     words = f"--model {tmp_path} --base {tmp_path} --save s --expanded-languages el".split()
     words += ["--data", f"en={file}", "--data", f"el={file}"]

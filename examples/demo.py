@@ -107,7 +107,7 @@ def two_stages(run: Path, seed: int) -> list[Task]:
     upcycle, stage1, stage2 = (task for name in ("convert", "stage1", "stage2") for task in STEPS[name].tasks(project))
     expanded, original = (f"preprocess-{group}" for group in ("expanded", "original"))
     experts = f"--num-new-experts {NUM_NEW_EXPERTS} --topk {TOPK} --original-copies {COPIES}".split()
-    memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128 --dtype fp32".split()
+    memory = "--gpus 2 --gpu-memory-gib 8 --seq-length 128".split()
     plan: Words = ["moelpr", "layouts", "--hf-path", hf, *experts, *memory]
     upcycled = run / "upcycled"
     texts: Words = ["--text", *held_out_files(run / "corpus").values()]

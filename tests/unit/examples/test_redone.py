@@ -1,19 +1,23 @@
-"""The demo makes again whatever depends on an input that has changed."""
+"""The demo makes again whatever depends on an input that has changed, by commands whose flags exist."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
 from examples import demo
 from examples.demo_tasks import ROOT
 from moelpr.base.errors import UserError
+from tests.unit.test_documentation import commands, flags_named
 
 OUTPUTS = "FINISHED config.json model_spec.json results.json routing.json report.json report.html".split()
 REPORT: dict[str, Any] = {"bits_per_byte": {}, "languages": {}}
+CONFIG = Qwen2Config(num_hidden_layers=1, architectures=["Qwen2ForCausalLM"]).to_json_string()
 
 
 @pytest.fixture
@@ -23,11 +27,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def execute(words: list[str], log: Path, environment: Any) -> int:
         names.append(log.stem)
+        for name, flags in commands(f"```bash\n{shlex.join(words)}\n```"):
+            assert not name or set(flags) <= flags_named(name), log.stem
         for flag, word in zip(words, words[1:], strict=False):
             if flag in ("--save", "--output"):
                 Path(word).mkdir(parents=True, exist_ok=True)
                 for name in OUTPUTS:
-                    (Path(word) / name).write_text(json.dumps(REPORT))
+                    (Path(word) / name).write_text(CONFIG if name == "config.json" else json.dumps(REPORT))
             elif flag == "--output-prefix":
                 Path(word).parent.mkdir(exist_ok=True)
                 Path(f"{word}_text_document.manifest.json").touch()
@@ -52,7 +58,8 @@ def test_the_demo_redoes_what_depends_on_a_changed_text_recipe_or_seed(tmp_path,
     assert starts() == []
     (run / "corpus" / "validation.el.jsonl").write_text("changed")
     assert starts() == ["evaluate", "evaluate-routing", "report"]
-    (recipes / "demo-stage2.yaml").write_text("changed")
+    with (recipes / "demo-stage2.yaml").open("a") as recipe:
+        recipe.write("# changed\n")
     with pytest.raises(UserError, match="continue .*/stage2, but .*demo-stage2.yaml has changed"):
         starts()
     shutil.rmtree(run / "stage2")

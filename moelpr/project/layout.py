@@ -73,6 +73,7 @@ class Layouts:
     ) -> None:
         self._file, self._project, self._config_folder, self._settings = file, file.project, config, settings
         self.of = cache(self._of)
+        self.counts_cpu_memory = True  # which needs the base's shape, and so takes a second
 
     @cached_property
     def cluster(self) -> Cluster | None:
@@ -137,7 +138,9 @@ class Layouts:
     @property
     def _is_known(self) -> bool:
         """Whether the base's shape is there; without GPUs, the Hub is not asked for it here."""
-        return self.cluster is not None or "_base" in vars(self) or Path(self._project.model).exists()
+        if self.cluster is not None:
+            return True
+        return self.counts_cpu_memory and ("_base" in vars(self) or Path(self._project.model).exists())
 
     @property
     def export_gib(self) -> float:

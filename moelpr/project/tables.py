@@ -69,6 +69,7 @@ def _gpu_hours(task: Task) -> float:
 
 def status(project: ResolvedProject) -> str:
     """Tell which steps are done, which run, and when the rest will be."""
+    project.layouts.counts_cpu_memory = False
     workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
     rows, left = [], []

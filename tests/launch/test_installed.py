@@ -191,7 +191,9 @@ def test_users_plan_their_files_and_write_their_jobs_without_a_clone(environment
         for file in files:
             content = yaml.safe_load(file.read_text())
             save_config(content["model"].split("/")[1], tmp_path / file.stem)
-            hub.repositories[content["model"]] = {"config.json": (tmp_path / file.stem / "config.json").read_bytes()}
+            config = (tmp_path / file.stem / "config.json").read_bytes()
+            for name in filter(None, (content["model"], content.get("chat"))):
+                hub.repositories[name] = {"config.json": config}
             languages = {**content["languages"]["expanded"], **content["languages"]["original"]}
             Path(file.name).write_text(file.read_text())
             words.append(["plan", file.name, *(word for code in languages for word in ("--assume", f"{code}=60GB"))])

@@ -37,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     for base in ("base", "second-base/hf"):
         save_config("SmolLM2-135M", experiments.RUNS / base)
+        (experiments.RUNS / base / "model.safetensors").touch()
     texts = {"train": LANGUAGES, "interface": (*LANGUAGES, *UNSEEN), "plain": (*PLAIN, "code")}
     names = [f"text/{kind}.{language}" for kind, languages in texts.items() for language in languages]
     for name in (*names, "text/code", *(f"kept/{name}" for name in PACK)):

@@ -1,6 +1,7 @@
 """A project whose base is a shape and a tokenizer, and whose text is a few lines: enough to plan, not to train."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Write a languages.yaml in an empty current folder, whose keys the arguments replace (None removes one)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "free_memory", lambda: 1 << 40)  # enough for any training on its CPU
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 50, 0, 1 << 50))
     save_config("Qwen1.5-1.8B", tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").touch()
     for code in ("el", "hu", "en", "es"):

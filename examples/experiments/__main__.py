@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.demo_tasks import ROOT
-from examples.experiments.flores import TABLES, Sentences, read_flores
+from examples.experiments.flores import TABLES, Sentences, all_languages_chart, read_flores
 from examples.experiments.parts import add_switches, measure, write_mean
 from examples.experiments.routers import ROUTERS
 from examples.experiments.text import UNSEEN
@@ -121,6 +121,8 @@ def of_flores(name: str, base: str, files: Sequence[Path], sentences: Sentences)
     texts = texts_of(sentences, read_documents(RUNS / "text" / "code.jsonl"))
     scores, minutes = measure(models, texts, RUNS / base / name)
     add_switches(scores, texts, models["base"])
+    if name == "flores":
+        write_text(RUNS / base / "flores.svg", all_languages_chart(scores))
     return f"{title}\n\n{markdown_table(table_of(scores))}\n\n{spent('measuring', minutes)}"
 
 

@@ -15,8 +15,9 @@ from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical, language_name
 from moelpr.measure.evaluate.confidence import Estimate, estimates, interval_of, mean
 from moelpr.measure.evaluate.wrong_language import wilson
-from moelpr.measure.report.numbers import percent
+from moelpr.measure.report.numbers import Interval, percent
 from moelpr.measure.report.page import Table
+from moelpr.measure.report.plots import learned_lost_chart
 
 # Its names that are no codes of languages.
 CODES = {"zho_simpl": "zh", "zho_trad": "zh-Hant"}
@@ -48,10 +49,14 @@ def in_all_languages(sentences: Sentences, code: Iterable[str]) -> Texts:
     }
 
 
+def _by_language(scores: Scores) -> dict[str, dict[str, dict[str, Estimate]]]:
+    texts = next(iter(scores.values()))
+    return {text: against_base(scores, text, NEW if text in EXPANDED else KEPT) for text in texts}
+
+
 def all_languages_table(scores: Scores) -> Table:
-    texts = [*next(iter(scores.values()))]
-    of = {text: against_base(scores, text, NEW if text in EXPANDED else KEPT) for text in texts}
-    others, rows = [text for text in texts if text not in EXPANDED], []
+    of, rows = _by_language(scores), []
+    texts, others = [*of], [text for text in of if text not in EXPANDED]
     for model in [*scores][1:]:
         changes = {text: of[text][model]["change"] for text in texts}
         worst = sorted(others, key=lambda text: -changes[text][0])[:3]
@@ -63,6 +68,17 @@ def all_languages_table(scores: Scores) -> Table:
         rows.append([model, learned, kept, _mean(of[text][model]["distance"] for text in others), *named])
     head = ["change of bits per byte", "learned", f"{len(others)} other languages", "their KL", "worst", "relatives"]
     return Table(head, rows)
+
+
+def all_languages_chart(scores: Scores) -> str:
+    of = _by_language(scores)
+
+    def point(model: str) -> tuple[Interval, Interval]:
+        learned = mean([of[text][model]["change"] for text in EXPANDED])
+        return interval_of(learned), interval_of(mean([of[x][model]["distance"] for x in of if x not in EXPANDED]))
+
+    panels = {"nats per token from the base, other languages": {model: point(model) for model in [*scores][1:]}}
+    return learned_lost_chart("Learned, and how far from the base", panels, x_axis="learned", y_text="{:.2f}".format)
 
 
 def mixed(sentences: Sentences, code: Iterable[str]) -> Texts:

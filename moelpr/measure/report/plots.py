@@ -5,7 +5,7 @@ understood: curves differ in dash and marker, bars and cells carry their name an
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -165,13 +165,18 @@ def _draw_change(axes: Axes, y: float, change: Interval, color: str) -> Artist:
 
 @styled
 def learned_lost_chart(
-    title: str, panels: Mapping[str, Mapping[str, tuple[Interval, Interval]]], *, x_axis: str
+    title: str,
+    panels: Mapping[str, Mapping[str, tuple[Interval, Interval]]],
+    *,
+    x_axis: str,
+    y_text: Callable[[float], str] = percent,
 ) -> str:
-    """Settings of which each has two relative changes against a base, which is at (0, 0): points with their intervals.
+    """Settings of which each has two changes against a base, which is at (0, 0): points with their intervals.
 
     Args:
         panels: label of the y axis -> setting -> changes (x, y); the panels are next to each other.
-        x_axis: label of the x axis, which all panels share.
+        x_axis: label of the x axis, which all panels share; its changes are relative.
+        y_text: writes a change of the y axis.
     """
     figure, described = None, []
     for number, (y_axis, settings) in enumerate(panels.items()):
@@ -182,7 +187,7 @@ def learned_lost_chart(
         labels, bars = [("base", (0.0, 0.0))], []
         for index, (name, (x, y)) in enumerate(settings.items()):
             color = SERIES[index % len(SERIES)]
-            described.append(f"{name}: {x_axis} {x.text(percent)}, {y_axis} {y.text(percent)}")
+            described.append(f"{name}: {x_axis} {x.text(percent)}, {y_axis} {y.text(y_text)}")
             if not (math.isfinite(x.value) and math.isfinite(y.value)):
                 continue
             for left, low, right, high in ((x.low, y.value, x.high, y.value), (x.value, y.low, x.value, y.high)):
@@ -195,10 +200,10 @@ def learned_lost_chart(
         axes.grid()
         axes.margins(0.15)  # for labels
         axes.set(xlabel=f"{x_axis} (\u2190 better)", ylabel=f"{y_axis} (\u2193 better)")
-        for axis in (axes.xaxis, axes.yaxis):
+        for axis, write in ((axes.xaxis, percent), (axes.yaxis, y_text)):
             # As fine as the tenths of a percent of the labels.
             axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(lambda value, _: percent(value) if round(value, 9) else "0")
+            axis.set_major_formatter(lambda value, _, write=write: write(value) if round(value, 9) else "0")
         label_points(axes, labels, bars)
     assert figure is not None
     return to_svg(figure, title, "; ".join(described), bbox_inches="tight")

@@ -96,15 +96,15 @@ def test_tables_name_changes_distances_and_the_source_of_four_that_helps_most() 
 
     kinds = {text: rows(8, 0, SENTENCES) for text in WORDS}
     changed = {text: rows(6 if text in EXPANDED else 9 if text == "fi" else 8, 1, SENTENCES) for text in WORDS}
-    table = flores.all_languages_table(
-        {
-            name: {text: {NEW: x, KEPT: x} for text, x in its.items()}
-            for name, its in (("base", kinds), ("full", changed))
-        }
-    )
+    scores = {
+        name: {text: {NEW: x, KEPT: x} for text, x in its.items()} for name, its in (("base", kinds), ("full", changed))
+    }
+    table = flores.all_languages_table(scores)
     [[name, learned, others, distance, worst, relatives]] = [*table.rows]
     assert name == "full" and [x.split(" ")[0] for x in (learned, others, distance)] == ["−25.0%", "+6.2%", "0.500"]
     assert worst.startswith("Finnish +12.5%") and relatives == "Finnish +12.5%"
+    point = "full: learned −25.0% [−25.0%, −25.0%], nats per token from the base, other languages 0.50 [0.50, 0.50]"
+    assert point in flores.all_languages_chart(scores)
     table = flores.mixed_table(
         {name: {"kind": {KEPT: its["fi"], NEW: its["el"]}} for name, its in (("base", kinds), ("full", changed))}
     )

@@ -73,7 +73,7 @@ class Layouts:
     ) -> None:
         self._file, self._project, self._config_folder, self._settings = file, file.project, config, settings
         self.of = cache(self._of)
-        self.counts_cpu_memory = True  # which needs the base's shape, and so takes a second
+        self.counts_cpu_memory = True  # for which the shape of the base is read, in a second
 
     @cached_property
     def cluster(self) -> Cluster | None:

@@ -7,6 +7,7 @@ understood: curves differ in dash and marker, bars and cells carry their name an
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -203,7 +204,7 @@ def learned_lost_chart(
         for axis, write in ((axes.xaxis, percent), (axes.yaxis, y_text)):
             # As fine as the tenths of a percent of the labels.
             axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-            axis.set_major_formatter(lambda value, _, write=write: write(value) if round(value, 9) else "0")
+            axis.set_major_formatter(partial(_write_tick, write))
         label_points(axes, labels, bars)
     assert figure is not None
     return to_svg(figure, title, "; ".join(described), bbox_inches="tight")
@@ -276,6 +277,10 @@ def _draw_cells(axes: Axes, panel: Panel, form: str, darkest: float, fontsize: f
 def cell_colors(fraction: float) -> tuple[str, str]:
     """Fill and text color of a cell; lightness falls from 0 to 1, so that the map works in black and white."""
     return to_hex(matplotlib.colormaps["Blues"](min(max(fraction, 0.0), 1.0))), _CELL_INK[fraction > 0.65]
+
+
+def _write_tick(write: Callable[[float], str], value: float, _: int) -> str:
+    return write(value) if round(value, 9) else "0"
 
 
 def _tick_label(value: float) -> str:

@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
 from moelpr.base.errors import UserError
-from moelpr.base.settings import Flags, Folder, either, run_script
+from moelpr.base.settings import Count, Flags, Folder, either, number, run_script
+from moelpr.data.vocabulary_extension import VocabularyExtension
 from moelpr.measure.evaluate.settings import HfFolder
 from moelpr.plan.settings import ExpertFlags
 
@@ -23,7 +24,8 @@ class _InitializationFlags(Flags):
     """initialization of new experts"""
 
     new_experts: Literal["copied", "random"] = "copied"  # copies of the FFN (in an MoE: of expert 0), or an ablation
-    expert_noise: float = 0.0  # add noise to each copy, as a fraction of the standard deviation of its weights
+    # add noise to each copy, as a fraction of the standard deviation of its weights
+    expert_noise: Annotated[float, number(float, 0)] = 0.0
     seed: int = 1234  # random seed
     ffns_of: HfFolder | None = None  # Hugging Face directory of a dense model, whose FFNs are copied instead
 
@@ -31,25 +33,32 @@ class _InitializationFlags(Flags):
 class Settings(DtypeFlags, _InitializationFlags, ExpertFlags):
     # folder of a Hugging Face model; or OWNER/NAME[@REVISION] on the Hub, which is downloaded, and its commit recorded
     hf_path: Folder
-    num_new_experts: Annotated[int | None, either("experts", required=True)] = None  # experts to add to each MoE layer
+    # experts to add to each MoE layer
+    num_new_experts: Annotated[Count | None, either("experts", required=True)] = None
     dense: Annotated[bool, either("experts", required=True)] = False  # add no experts: write a dense checkpoint
     # result of moelpr data extend-tokenizer, whose tokens get rows (default: the model's)
     extended_tokenizer: Folder | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.moe_layers or self.moe_every_k_layers
+        starts = self.new_experts != "copied" or self.expert_noise or self.ffns_of
+        if self.dense and (layers or self.topk or self.original_copies or starts):
+            raise UserError(
+                "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
+            )
+
 
 def main(args: Settings) -> None:
     model = find_model(args.hf_path)
+    if args.extended_tokenizer:
+        VocabularyExtension.read(args.extended_tokenizer)  # a wrong path is reported before torch is imported
     from checkpoint_convert.conversions.initialization import Start
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from moelpr.model.families.families import read_base
 
     ffns_of = str(args.ffns_of) if args.ffns_of else None
     start = Start(args.new_experts, args.expert_noise, args.seed, ffns_of)
-    layers = args.moe_layers, args.moe_every_k_layers
-    if args.dense and (layers != (None, None) or args.topk or args.original_copies or start != Start(seed=args.seed)):
-        raise UserError(
-            "--dense adds no experts; remove --topk, --original-copies and the options for layers and new experts"
-        )
     number = args.num_new_experts
     experts = None if number is None else args.experts(number, read_base(model.folder)[1])
     settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify

@@ -14,8 +14,9 @@ from checkpoint_convert.hf.model_files import DEFAULT_SHARD_BYTES
 from moelpr.base.quantities import Bytes
 from moelpr.base.settings import Folder, choices, run_script
 from moelpr.measure.evaluate.settings import HfFolder
+from moelpr.model.checkpoints.chain import checkpoint_chain
+from moelpr.model.families.hf_config import read_config
 from moelpr.model.families.moe_classes import MOE_CLASSES
-from moelpr.model.model_spec import ModelSpec
 
 
 class Settings(DtypeFlags):
@@ -31,7 +32,9 @@ class Settings(DtypeFlags):
 
 
 def main(args: Settings) -> None:
-    ModelSpec.read(args.load)  # a wrong path is said before torch is imported
+    if args.chat_template_from:
+        read_config(args.chat_template_from)
+    checkpoint_chain(args.load, args.iteration)  # a wrong path is reported before torch is imported
     from checkpoint_convert.conversions.exported_model import mcore_to_hf
 
     settings = args.dtype, args.max_shard_size, args.overwrite, args.base_model, args.as_class

@@ -7,17 +7,19 @@ unchanged. Tokenizer, chat template and generation settings come from the instru
 Weights stream, one tensor at a time.
 """
 
+from typing import Annotated
+
 from checkpoint_convert.card.graft_record import Only
 from checkpoint_convert.common.settings import DtypeFlags
 from checkpoint_convert.hf.hub import find_model
-from moelpr.base.settings import Folder, run_script
+from moelpr.base.settings import Folder, number, run_script
 
 
 class Settings(DtypeFlags):
     base: Folder  # the dense base: Hugging Face directory, or OWNER/NAME[@REVISION] on the Hub
     instruct: Folder  # the base after its post-training, likewise
     model: Folder  # export of the model that was upcycled from the base (moelpr model export), likewise
-    scale: float = 1.0  # factor of the difference
+    scale: Annotated[float, number(float, above=0, below=10**9)] = 1.0  # factor of the difference
     only: Only = "all"  # parts that get it: the attention's projections, the FFNs, or all, with norms and embeddings
 
 

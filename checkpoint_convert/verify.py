@@ -23,6 +23,7 @@ from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.errors import UserError
 from moelpr.base.settings import POSITIONAL, File, Flags, choices, either, metavar, number, run_script
 from moelpr.base.text_tables import table_text
+from moelpr.data.text.reading import read_documents
 from moelpr.measure.evaluate.settings import HfFolder, Source
 from moelpr.measure.report.numbers import finite_json
 
@@ -63,6 +64,8 @@ def main(args: Settings) -> None:
     if args.reader or args.b is None:
         _check_for_reader(args.a, args.reader or "", args.json, args.verify)
         return
+    for path in args.text:
+        read_documents(path, max_documents=1)  # a wrong path is reported before torch is imported
     from checkpoint_convert.compare.logits import compare_on_text
     from checkpoint_convert.compare.tensors import compare, compare_frozen, compare_graft
 

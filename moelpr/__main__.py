@@ -19,7 +19,7 @@ HELP = ("-h", "--help")
 
 def main() -> None:
     os.environ["PYTHONSAFEPATH"] = "1"  # no process that it starts imports a user's yaml.py or tokenize.py
-    if sys.argv[1:2] in (["plan"], ["run"], ["status"]):
+    if sys.argv[1:2] in (["layouts"], ["plan"], ["run"], ["status"]):
         # transformers, which reads config.json for them, would import torch, which takes two seconds.
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

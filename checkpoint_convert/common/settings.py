@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
+from moelpr.base.files import refuse_existing
 from moelpr.base.settings import REPEATED, Flags, Folder, either, metavar, number
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import named_files
@@ -16,6 +17,9 @@ class OutputFlags(Flags):
     save: Folder  # folder to write
     overwrite: bool = False  # replace an existing output at --save
     verify: VerifyFlag = Verify.FULL  # do not compare files with the checksums in checksums.json
+
+    def __post_init__(self) -> None:
+        refuse_existing([self.save], self.overwrite)
 
 
 class DtypeFlags(OutputFlags):

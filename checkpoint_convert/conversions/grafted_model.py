@@ -20,7 +20,6 @@ from checkpoint_convert.hf.kept_tokenizer import keep_tokenizer
 from checkpoint_convert.hf.model_files import BASE_CARD_FILE, CARD_FILE, DEFAULT_SHARD_BYTES
 from checkpoint_convert.hf.safetensors_writer import Tensors, write_weights
 from moelpr.base.checksums import Verify
-from moelpr.base.errors import UserError
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 from moelpr.model.families.hub import is_hub_name
 
@@ -49,8 +48,6 @@ def graft(
     Raises:
         UserError: the models do not fit each other; `save` is then unchanged.
     """
-    if not 0 < scale < 1e9:
-        raise UserError(f"--scale must be above 0 and below 1e9, got {scale}")
     record = Graft(base.name, instruct.name, model.name, scale, only)
     sources = base.folder, instruct.folder, model.folder
     check_output(save, list(sources), overwrite, (Graft.FILE_NAME,))

@@ -31,8 +31,6 @@ class Start:
     ffns_of: str | None = None
 
     def check(self) -> None:
-        if not 0 <= self.noise < float("inf"):
-            raise UserError(f"--expert-noise must be at least 0 and finite, got {self.noise}")
         if self.new_experts == "random" and self.noise:
             raise UserError("--new-experts random makes no copies; remove --expert-noise")
 

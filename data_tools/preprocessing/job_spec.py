@@ -88,21 +88,23 @@ def describe_job(args: Settings) -> JobSpec:
     outputs = _outputs(args)
     datasets = _datasets(args)
     keys = [args.json_keys if args.input else [dataset.key] for dataset in datasets]
-    tokenizer = tokenizer_of(args, args.append_eod)
+    groups, tagger = _languages(args, datasets)
+    condition = Filter(args.filter) if args.filter else None
     chat = None
     if args.conversations:
         source = args.chat_template_from or args.tokenizer_model
         chat = load_in_process(load_chat_template, source, args.tokenizer_model)
+    tokenizer = tokenizer_of(args, args.append_eod)
+    if chat is not None:
         chat.check_tokens(tokenizer.tokenizer, args.tokenizer_model)
         tokenizer = tokenizer._replace(prefix=[], suffix=[])  # the template has them
-    groups, tagger = _languages(args, datasets)
     encoder = Encoder(
         tokenizer=tokenizer.tokenizer,
         vocab_size=tokenizer.record.vocab_size,
         prefix=tokenizer.prefix,
         suffix=tokenizer.suffix,
         eod_id=tokenizer.record.eod_id if args.append_eod else None,
-        parser=DocumentParser(tagger, keys, chat, Filter(args.filter) if args.filter else None),
+        parser=DocumentParser(tagger, keys, chat, condition),
         groups=groups,
         corpora=args.json_keys,
         skips_bad_lines=args.on_error == "skip",

@@ -1,7 +1,8 @@
 """How texts share a number of tokens: in proportion to sizes, with a cap on how often each is read."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,6 +69,23 @@ def divide(
     return {
         name: Share(tokens[name], wanted[name] / total, wanted[name] / tokens[name], name in capped) for name in tokens
     }
+
+
+def blend(words: Sequence[str]) -> tuple[list[str], list[float] | None]:
+    """The prefixes of --data-path and the weights before them, if any, as Megatron reads them.
+
+    Raises:
+        UserError: Only some have a weight.
+    """
+    weights = []
+    for word in words[::2]:
+        with suppress(ValueError):
+            weights.append(float(word))
+    if len(words) % 2 or not weights:
+        return [*words], None
+    if len(weights) < len(words) / 2:
+        raise UserError(f"--data-path {' '.join(words)} has a weight for some corpora only; pass one before each")
+    return [*words[1::2]], weights
 
 
 def num_tokens(prefix: str) -> int:

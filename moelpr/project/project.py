@@ -42,6 +42,8 @@ def _as_named(value: Any) -> Any:
     """
     if value == "auto":
         return dict.fromkeys((*DECLARATIONS, CODE), "")
+    if value == "none":
+        raise UserError("languages.kept must be files or auto, got none; to add no text, remove the key")
     paths = _as_list(value)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value

@@ -24,7 +24,7 @@ from moelpr.base.settings import Flags, Folder, either, metavar
 from moelpr.base.stop import SIGNALS
 from moelpr.base.versions import require_package
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.model.families.hf_config import transformers_config
+from moelpr.model.families.hf_config import check_model, transformers_config
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
@@ -62,6 +62,8 @@ def main(args: Settings) -> None:
             f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size, got "
             f"{args.micro_batch_size}"
         )
+    check_model(args.hf_path, is_hf=True)  # wrong paths are reported before torch is imported
+    _blend(args)
     args.train_iters = args.train_iters or _steps(args)
     make_folder(args.save)
     with locked(args.save / LOCK_FILE, args.save):
@@ -89,12 +91,13 @@ def _steps(args: Settings) -> int:
 
 def _blend(args: Settings) -> tuple[list[str], list[float] | None]:
     """Prefixes of corpora and their weights."""
-    words, is_weighted = args.data_path, len(args.data_path) % 2 == 0
-    prefixes = words[1::2] if is_weighted else words
+    from moelpr.data.mixing import blend
+
+    prefixes, weights = blend(args.data_path)
     for prefix in prefixes:
         if not Path(f"{prefix}.idx").is_file():
             raise UserError(f"--data-path {prefix} is not a corpus; make one with moelpr data preprocess")
-    return prefixes, [float(word) for word in words[::2]] if is_weighted else None
+    return prefixes, weights
 
 
 def _claim(args: Settings) -> None:
@@ -192,7 +195,7 @@ def _samples(args: Settings, model: Any) -> Any:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
-    from moelpr.data.dataset import TaggedGPTDataset, TokenIds
+    from moelpr.data.dataset import TaggedGPTDataset, TokenIds, corpus_table
 
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -207,6 +210,7 @@ def _samples(args: Settings, model: Any) -> Any:
     )
     number = args.train_iters * args.global_batch_size
     samples = BlendedMegatronDatasetBuilder(TaggedGPTDataset, [number, 0, 0], lambda: True, config).build()[0]
+    corpus_table(samples, number)  # raises a UserError if there are too few
 
     class Samples(torch.utils.data.Dataset):
         def __len__(self) -> int:

@@ -108,6 +108,11 @@ def test_a_folder_belongs_to_one_training(train: Train) -> None:
     [
         (["--modules", "no_such"], "--modules no_such: .*; name modules of the base"),
         (["--data-path", "none"], "--data-path none is not a corpus; make one with"),
+        (["--data-path", "1", "corpus", "corpus", "corpus"], "has a weight for some corpora only"),
+        (
+            ["--data-path", "corpus", "corpus", "--train-tokens", "8K"],
+            "corpora without weights are read once, .* 248 samples",
+        ),
         (["--micro-batch-size", "3"], "--global-batch-size 4 must be a multiple of --micro-batch-size, got 3"),
         (["--train-tokens", "10"], "10 tokens fill no step of 4 sequences of 16 tokens"),
     ],

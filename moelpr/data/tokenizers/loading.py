@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from pydantic import Field, create_model
 
 from moelpr.base import records
@@ -77,17 +78,17 @@ def open_hf_tokenizer(source: str | os.PathLike[str]) -> Any:
     # transformers makes an empty tokenizer of the class that config.json implies.
     if Path(source).is_dir() and not any(path for name in _HAVE_VOCABULARY for path in Path(source).glob(name)):
         raise UserError(f"{source} has no tokenizer; copy that of the model there, at least tokenizer.json")
+    if not Path(source).exists() and not Path(HF_HUB_CACHE, f"models--{str(source).replace('/', '--')}").exists():
+        raise UserError(
+            f"there is no tokenizer folder {source}, and the Hugging Face cache has no model of this name; hub names "
+            "are not downloaded: run hf download NAME --local-dir DIR first"
+        )
     from transformers import AutoTokenizer  # takes two seconds, which SentencePiece does not need
 
     try:
         with reports_panics():
             return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file may raise any exception
-        if not Path(source).exists():
-            raise UserError(
-                f"there is no tokenizer folder {source}, and the Hugging Face cache has no model of this name; hub "
-                "names are not downloaded: run hf download NAME --local-dir DIR first"
-            ) from error
         raise UserError(
             f"the tokenizer in {source} cannot be opened ({first_line(error)}); it must be a folder with "
             "tokenizer.json and tokenizer_config.json"

@@ -79,6 +79,8 @@ class Harness(ModelFlags):
         check_languages(self.original_languages, self.languages, "--languages")
         if self.preset and self.tasks:
             raise UserError("--preset and --tasks both name the tasks; pass one of them")
+        if self.include_path and not self.include_path.is_dir():
+            raise UserError(f"--include-path {self.include_path} is not a folder; pass one with task files")
 
 
 def text(args: Text) -> None:
@@ -91,13 +93,14 @@ def text(args: Text) -> None:
     """
     documents = args.documents()
     from moelpr.data.text.language_id import PY3LANGID, load_identifier
-    from moelpr.measure.evaluate.text_results import TextResults
     from moelpr.measure.evaluate.wrong_language import MIN_CONFIDENCE
 
     identifier = None
     name = args.language_id or (PY3LANGID if find_spec(PY3LANGID) else "none")
     if args.continuations and name != "none":
         identifier = load_identifier(name, frozenset(), MIN_CONFIDENCE)
+    from moelpr.measure.evaluate.text_results import TextResults  # only now, as it imports torch
+
     more = {"base": args.base, "continuation_tokens": args.continuations, "num_prompts": args.prompts}
     comparison = compare(args, documents, **more)
     show(TextResults(comparison, args.texts(), args.original_languages, args.seed, identifier), args.output, args.json)
@@ -145,15 +148,19 @@ def harness(args: Harness) -> None:
     Face hub, or offline (HF_HUB_OFFLINE=1) from its cache or from your own tasks.
     """
     models = args.models()
-    from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, installed_benchmarks, read_benchmarks
-    from moelpr.measure.evaluate.harness import run_tasks
-    from moelpr.measure.evaluate.harness_results import HarnessResults
-    from moelpr.measure.evaluate.result_cache import ResultCache
+    for path in models.values():
+        check_model(path, is_hf=True)
+    from moelpr.measure.evaluate.benchmarks import PAPER_TASKS, harness_version, installed_benchmarks, read_benchmarks
 
     is_all = args.preset == "all"
     benchmarks = (
         installed_benchmarks(args.languages) if is_all else read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
     )
+    harness_version()
+    from moelpr.measure.evaluate.harness import run_tasks  # only now, as it imports torch
+    from moelpr.measure.evaluate.harness_results import HarnessResults
+    from moelpr.measure.evaluate.result_cache import ResultCache
+
     settings = {name: getattr(args, name) for name in ("include_path", "limit", "batch_size", "device", "dtype")}
     scores = run_tasks(models, benchmarks, ResultCache(args.output), settings, args.verify, args.num_processes)
     show(HarnessResults(models, benchmarks, args.languages, args.original_languages, scores, settings), args.output)

@@ -9,20 +9,25 @@ independent samples would make the interval of a mean over languages too narrow.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moelpr.measure.evaluate.scoring import LanguageScore, metrics
 from moelpr.measure.report.numbers import Interval
+
+if TYPE_CHECKING:
+    from moelpr.measure.evaluate.scoring import LanguageScore
 
 NUM_SAMPLES = 1000
 # [1 + NUM_SAMPLES]: a number, then what it is in each bootstrap sample of the documents.
 Estimate = NDArray[np.float64]
 
 
-def estimates(scores: Mapping[str, LanguageScore], seed: int) -> dict[str, dict[str, Estimate]]:
+def estimates(scores: Mapping[str, "LanguageScore"], seed: int) -> dict[str, dict[str, Estimate]]:
     """The metrics of one text from the same samples for all models: model -> metric -> estimate."""
+    from moelpr.measure.evaluate.scoring import metrics  # only now, as it imports torch
+
     columns = np.array([column for score in scores.values() for column in score.columns], dtype=np.float64).T
     size = len(columns)
     rng = np.random.default_rng([seed, size])

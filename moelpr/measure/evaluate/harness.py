@@ -18,7 +18,6 @@ from moelpr.base.errors import UserError, first_line
 from moelpr.measure.evaluate.benchmarks import DOCUMENTS, Benchmark, Scores, harness_version, shots_of
 from moelpr.measure.evaluate.models import LoadedModel, choose_device, open_model, resolve_dtype
 from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_files, fingerprint_model
-from moelpr.model.families.hf_config import check_model
 
 _CACHED = "harness "  # before a task: the name of its result in the cache
 
@@ -43,14 +42,10 @@ def run_tasks(
     Raises:
         UserError: before a model is loaded, if lm_eval is missing, or a task is unknown or has no data.
     """
-    for directory in models.values():
-        check_model(directory, is_hf=True)
     version = harness_version()
     dtype = resolve_dtype(settings["dtype"], choose_device(settings["device"]))
     of: Json = {"lm_eval": version, "limit": settings["limit"], "dtype": dtype, "include_path": None}
     if folder := settings["include_path"]:
-        if not folder.is_dir():
-            raise UserError(f"--include-path {folder} is not a folder; pass one with task files")
         of["include_path"] = fingerprint_files(file for file in folder.rglob("*") if file.suffix != ".pyc")
     shots = {task: count for task, count in shots_of(benchmarks).items() if only is None or task in only}
     keys: dict[str, dict[str, Json]] = {}  # model -> what its results are computed from, by name in the cache

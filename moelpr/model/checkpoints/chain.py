@@ -82,7 +82,7 @@ def step_folder(folder: Path, iteration: int | None = None) -> Path:
         if not chosen.is_dir():
             saved = sorted(int(path.name[5:]) for path in folder.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name))
             steps = " or ".join(map(str, saved))
-            fix = f"pass --iteration {steps} (trainer: --ckpt-step)" if saved else "it contains no numbered checkpoints"
+            fix = f"pass --iteration {steps} (trainer: --ckpt-step)" if saved else "it has no numbered ones, so omit it"
             raise UserError(f"{folder} has no checkpoint of iteration {iteration}; {fix}")
         return chosen
     tracker = folder / TRACKER_FILE

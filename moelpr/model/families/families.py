@@ -176,7 +176,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
             attention = replace(moe_class.attention, **{trait: traits[trait] for trait in moe_class.optional})
             family = next(family for family in FAMILIES.values() if family.attention == attention)
             return family.written_as(moe_class), True
-    name = ", ".join(map(str, architectures)) or config.get("model_type") or "none"
+    name = ", ".join(map(str, architectures)) or config.get("model_type")
     known = [family.architecture for family in FAMILIES.values()]
     known += [*(moe_class.architecture for moe_class in MOE_CLASSES.values()), *TEXT_CLASSES]
     raise UserError(
@@ -202,6 +202,8 @@ def read_base(folder: Path) -> tuple[Family, ModelSpec]:
     as only the weights have it.
     """
     raw = read_config(folder)
+    if not raw.get("architectures") and not raw.get("model_type"):
+        raise UserError(f"{folder}/config.json lacks architectures; restore it from the model's original config.json")
     family, is_moe = family_of(raw)
     for key in ("quantization_config", "quantization"):  # the keys of transformers and MLX
         if key in raw:

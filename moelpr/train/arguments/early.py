@@ -2,12 +2,14 @@
 
 from argparse import ArgumentError, ArgumentParser, _AppendAction
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import checkpoint_folder
-from moelpr.train.arguments.flags import values_of
+from moelpr.data.mixing import blend
+from moelpr.train.arguments.flags import split_by_flags, values_of
 from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
 # How long a run is, in one of three units. Those of the command line take the place of the recipe's.
@@ -35,14 +37,16 @@ def check_start(stage: str, argv: list[str], *, needs_checkpoint: bool = True) -
     """Check that a stage's command line has what the trainer requires, and a checkpoint to start from.
 
     Raises:
-        UserError: A flag, the recipe or the checkpoint is missing.
+        UserError: A flag, the recipe, the checkpoint or a corpus is missing.
     """
     if "--help-all" in argv:
         return
     recipe = values_of(argv).get("--recipe")
-    values = values_of([*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), "--stage", stage, *argv])
+    words = [*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), "--stage", stage, *argv]
+    values = values_of(words)
     problems = [*missing({flag[2:].replace("-", "_") for flag in values})]
     if needs_checkpoint:
+        problems += _missing_corpora(words)
         try:
             checkpoint_folder(values.get("--load") or values.get("--save"), values.get("--pretrained-checkpoint"))
         except UserError as error:
@@ -50,6 +54,21 @@ def check_start(stage: str, argv: list[str], *, needs_checkpoint: bool = True) -
     if problems:
         several = [f"{len(problems)} settings are wrong:"] if len(problems) > 1 else []
         raise UserError("\n- ".join([*several, *problems]))
+
+
+def _missing_corpora(argv: list[str]) -> Iterator[str]:
+    """A message for each corpus of the last --data-path that is not there."""
+    words: list[str] = []
+    for word in split_by_flags(argv, ["--data-path"])[0]:
+        words = [*filter(None, [word.partition("=")[2]])] if word.startswith("--") else [*words, word]
+    with suppress(UserError):  # the trainer reports it
+        for prefix in blend(words)[0]:
+            if not all(Path(f"{prefix}.{suffix}").exists() for suffix in ("bin", "idx")):
+                yield missing_corpus(prefix)
+
+
+def missing_corpus(prefix: str) -> str:
+    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr data preprocess"
 
 
 def wrong_value(parser: ArgumentParser, flag: str, value: Any) -> str:

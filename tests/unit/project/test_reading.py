@@ -108,6 +108,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"output": "out\ntouch X #"}, "control character"),
         ({"slurm": {"options": {"a\nb": 1}}}, "control character"),
         (languages(kept="no/*.jsonl"), r"line \d+: .* no/\*.jsonl"),
+        (
+            languages(kept="none"),
+            r"line \d+: languages.kept must be files or auto, got none; to add no text, remove the key",
+        ),
         (languages(kept=["es.jsonl", "./es.jsonl"]), r"kept has two files named es "),
         ({"languages": KEPT, "experts": {"copies": 1}}, "remove languages.kept, or set experts.copies: 2"),
         ({"languages": KEPT | {"original": {"en": {"text": "en.jsonl", "json_key": "b"}}}}, "json_key .* b and text"),

@@ -19,6 +19,7 @@ from moelpr.data.language_bits import LanguageBits, language_bits_path, loss_bit
 from moelpr.data.manifest import Manifest, manifest_path
 from moelpr.data.tokenizer_match import TokenizerMatch, compare_tokenizers
 from moelpr.data.vocabulary_extension import VOCABULARY_EXTENSION_FILE
+from moelpr.train.arguments.early import missing_corpus
 from moelpr.train.arguments.requested import RequestedRun
 
 
@@ -27,7 +28,7 @@ def check_corpora(run: RequestedRun) -> Iterable[str]:
     prefixes, weights = training_blend(run)
     if run.args.data_path is not None and not prefixes:
         yield "--data-path must be prefixes of corpora, or a weight before each; pass --data-path [WEIGHT] PREFIX …"
-    yield from (_missing(prefix) for prefix in prefixes if not IndexedDataset.exists(prefix))
+    yield from (missing_corpus(prefix) for prefix in prefixes if not IndexedDataset.exists(prefix))
     for prefix, weight in zip(prefixes, weights or (), strict=False):
         if not 0 < weight < float("inf"):
             yield f"the weight of {prefix} must be above 0, got {weight:g}; change it, or omit the corpus"
@@ -113,7 +114,7 @@ def check_validation_data(run: RequestedRun) -> Iterable[str]:
             yield f"--validation-data expects one corpus per language, got several for {language}"
         seen.add(canonical(language))
         if prefix and not IndexedDataset.exists(prefix):
-            yield _missing(prefix)
+            yield missing_corpus(prefix)
         elif prefix and language_bits_path(prefix).exists():  # else the dataset reports it
             try:
                 bits = LanguageBits(language_bits_path(prefix))
@@ -166,10 +167,6 @@ def _can_be_cached(folder: Path) -> bool:
     """Whether files can be written there; a read-only folder with some may have those of this run."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return os.access(existing, os.W_OK | os.X_OK) or any(folder.glob("*.npy"))
-
-
-def _missing(prefix: str) -> str:
-    return f"{prefix}.bin or {prefix}.idx is missing; make the corpus with moelpr data preprocess"
 
 
 def training_blend(run: RequestedRun) -> tuple[list[str], list[float] | None]:

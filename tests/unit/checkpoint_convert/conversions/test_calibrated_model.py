@@ -118,7 +118,7 @@ def test_text_that_is_evaluated_on_finds_no_routers(tmp_path: Path) -> None:
     for name, texts in (("el", "abcd"), ("held_out", "ac")):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
     exclude = [f"{tmp_path}/held_out.jsonl"]
-    texts = RoutingSettings(save=tmp_path, max_tokens=100, exclude=exclude).read({"el": f"{tmp_path}/el.jsonl"})
+    texts = RoutingSettings(save=tmp_path / "out", max_tokens=100, exclude=exclude).read({"el": f"{tmp_path}/el.jsonl"})
     assert texts == {"el": ["b", "d"]}
 
 

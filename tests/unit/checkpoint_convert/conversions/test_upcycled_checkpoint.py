@@ -86,8 +86,6 @@ def test_noise_is_a_fraction_of_the_weights_standard_deviation(qwen2: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"start": Start(noise=-0.1)}, "--expert-noise .*-0.1"),
-        ({"start": Start(noise=float("nan"))}, "--expert-noise .*nan"),
         ({"start": Start("random", noise=0.1)}, "--new-experts random.*--expert-noise"),
         ({"experts": NewExperts(4, topk=6)}, "top-6 .* 5"),
         ({"experts": NewExperts(4, moe_layers=[1, 4])}, "layer 4.* 0 to 3"),

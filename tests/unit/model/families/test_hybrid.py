@@ -114,6 +114,7 @@ def test_another_multimodal_base_is_refused(dense, multimodal, tmp_path, changes
         ({"tie_word_embeddings": True}, "tie_word_embeddings both true and false"),
         ({"text_config": None}, "lacks text_config"),
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration cannot be upcycled"),
+        ({"architectures": None, "model_type": None}, "config.json lacks architectures; restore it"),
         ({"quantization_config": {"quant_method": "fp8"}}, "is quantized"),
     ],
 )

@@ -72,7 +72,7 @@ dist: venv ## source archive and wheels for Python 3.12 and 3.13, as far as they
 	set -e; for version in 3.12 3.13; do \
 		try=$$(mktemp --directory) && python$$version -m venv $$try || continue; \
 		$$try/bin/pip wheel --quiet --no-deps --wheel-dir build/dist build/dist/*.tar.gz; \
-		$$try/bin/pip install --quiet --constraint constraints.txt numpy; \
+		$$try/bin/pip install --quiet --constraint constraints.txt numpy psutil; \
 		$$try/bin/pip install --quiet --no-deps build/dist/*-cp$$(echo $$version | tr -d .)-*.whl; \
 		(cd $$try && bin/moelpr --help >/dev/null && bin/python -c 'from moelpr.data import _language_bits'); \
 		rm -rf $$try; \

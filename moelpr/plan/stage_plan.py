@@ -72,10 +72,10 @@ class StagePlan:
         )
         return DiskBytes(full, trained, 2 * export_parameters(self.spec, parts))
 
-    def checkpoints_bytes(self, tokens: float) -> int:
-        """The full checkpoints that the recipes keep of a training on so many tokens, and the one being written."""
+    def checkpoints_bytes(self, tokens: float, retain_interval: int = RETAIN_INTERVAL) -> int:
+        """The full checkpoints that are kept of a training on so many tokens, and the one being written."""
         steps = math.ceil(tokens / (self.workload.global_batch_size * self.workload.seq_length))
-        return (steps // RETAIN_INTERVAL + 2) * self.disk.checkpoint
+        return (steps // retain_interval + 2) * self.disk.checkpoint
 
 
 def parameters(spec: ModelSpec) -> tuple[int, int]:

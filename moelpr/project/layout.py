@@ -21,7 +21,7 @@ from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, 
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
 from moelpr.plan.layouts import SIZES, PlannedLayout
 from moelpr.plan.memory import CPU, PROCESS_BYTES, Workload, export_parameters, model_parts, stage_memories
-from moelpr.plan.stage_plan import StagePlan, plan_stage
+from moelpr.plan.stage_plan import RETAIN_INTERVAL, StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
 
 _CPU_EXPERTS = 4
@@ -52,12 +52,13 @@ class StageLayout:
     gpus_per_node: int = 0
     tokens_per_s: float | None = None  # tokens of all GPUs; None if it is not predicted
     plan: StagePlan | None = None  # the planner's result; None on a CPU
+    retain_interval: int = RETAIN_INTERVAL
 
     def minutes(self, tokens: float | None) -> float | None:
         return tokens / self.tokens_per_s / 60 if tokens and self.tokens_per_s else None
 
     def disk_gib(self, tokens: float | None) -> float:
-        return self.plan.checkpoints_bytes(tokens or 1) / GIB if self.plan else 0.0
+        return self.plan.checkpoints_bytes(tokens or 1, self.retain_interval) / GIB if self.plan else 0.0
 
 
 class Layouts:
@@ -176,7 +177,8 @@ class Layouts:
         rank = plan.best.peak
         saved = 2 * (rank.parameter_bytes + rank.optimizer_bytes)  # copies of what a checkpoint has
         memory = 4 + (saved + rank.host_bytes) / GIB * cluster.gpus / nodes
-        return StageLayout(memory, flags, nodes, cluster.gpus // nodes, speed, plan)
+        retain_interval = self._settings(stage).get("save-retain-interval") or RETAIN_INTERVAL
+        return StageLayout(memory, flags, nodes, cluster.gpus // nodes, speed, plan, retain_interval)
 
     def _plan(self, stage: str, spec: ModelSpec) -> StagePlan:
         assert self.cluster is not None

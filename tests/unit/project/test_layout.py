@@ -45,6 +45,17 @@ def test_auto_takes_the_most_experts_that_fit_with_any_micro_batch(write: Write)
     assert places(write, steps={"stage1": {"micro-batch-size": 8}}).layouts.num_new_experts == 1
 
 
+def test_the_disk_is_that_of_the_checkpoints_that_the_file_keeps(write: Write) -> None:
+    """6B tokens are 11,444 steps: of every 10,000th one is kept, of every 1,000th 11, and the last two."""
+    of_recipe, often, rarely = (
+        places(write, steps={"stage1": {"save-retain-interval": steps}} if steps else {}).layouts.of("stage1")
+        for steps in (0, 1000, 100_000)
+    )
+    assert of_recipe.plan is not None
+    one = of_recipe.plan.disk.checkpoint / GIB
+    assert [layout.disk_gib(6e9) / one for layout in (of_recipe, often, rarely)] == [3, 13, 2]
+
+
 def test_a_micro_batch_that_is_given_stays_and_another_is_at_least_as_fast(write: Write) -> None:
     speeds = {}
     for size in (1, 2, 4, 8, 16):

@@ -108,8 +108,8 @@ def total_tokens(project: ResolvedProject, tokens: Mapping[str, int]) -> int:
     speed = project.layouts.of(project.main_stage).tokens_per_s
     if speed is None:
         raise UserError(
-            f"{project.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted; state "
-            "budget.tokens or budget.epochs"
+            f"{project.file.at('budget', 'hours')}budget.hours requires GPUs whose speed is predicted, under "
+            "hardware, and no low-rank training; name some, or state budget.tokens or budget.epochs"
         )
     return round(3600 * budget.hours * speed)
 

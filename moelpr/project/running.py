@@ -32,6 +32,8 @@ def run_here(project: ResolvedProject, redo: str | None = None) -> None:
     workflow, outlooks = checked(project, redo)
     if project.method == "lora":
         require_package("peft", "lora")
+    if project.content.benchmarks:
+        require_package("lm_eval", "eval")
     if all(outlook.state == "done" for outlook in outlooks):  # also where nothing can be written
         print("".join(f"{outlook.task.name}: already done\n" for outlook in outlooks) + verdict(project))
         return
@@ -104,11 +106,13 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
         where: "local", or a key of `SUBMIT`.
     """
     workflow, outlooks = checked(project if where == "local" else _for_jobs(project, redo), redo)
+    is_first = True
     for outlook in outlooks:
         try:
             command = workflow.command_line(outlook.task)
         except UserError as error:
-            command = f"decided when its turn comes ({error})"
+            command = f"decided when its turn comes{f' ({error})' if is_first else ', by what earlier steps make'}"
+        is_first &= outlook.state == "done"
         print(f"{outlook.task.name}: {outlook.state}\n    {command}")
     if where != "local":
         print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {where}.")

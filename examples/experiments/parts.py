@@ -28,6 +28,7 @@ from moelpr.measure.evaluate.scoring import LanguageScore
 
 KEPT, NEW, UNCOUNTED = "kept", "new", "uncounted"  # a part counts as one of these
 SWITCHED = ("full", "lora-alone")  # projects without replay text, which are no use but behind a switch
+DETECTOR, ORACLE = "py3langid", "an oracle"  # ways to switch
 FIRST_TOKENS = 32  # by which language identification switches
 Document = Sequence[tuple[str, str]]  # parts: what it counts as, and its text
 Texts = Mapping[str, Sequence[Document]]  # name → documents
@@ -90,11 +91,11 @@ def add_switches(scores: Scores, texts: Texts, base: Path) -> None:
         return detector.language(tokenizer.decode(ids[:FIRST_TOKENS])) in EXPANDED
 
     for rival in [name for name in SWITCHED if name in scores]:
-        for way in ("py3langid", "an oracle"):
+        for way in (DETECTOR, ORACLE):
             chosen = scores[f"{rival}, switched by {way}"] = {}
             for text, documents in texts.items():
                 has_new = [any(what == NEW for what, _ in one) for one in documents]
-                is_on = np.array([*map(is_detected, documents)] if way == "py3langid" else has_new)[:, None]
+                is_on = np.array([*map(is_detected, documents)] if way == DETECTOR else has_new)[:, None]
                 parts = scores[rival][text].items()
                 chosen[text] = {what: np.where(is_on, rows, off[text][what]) for what, rows in parts}
 

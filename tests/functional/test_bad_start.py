@@ -12,9 +12,11 @@ HOST = "127.0.0.1"
 
 
 def start(folder: Path, node_rank: int, port: int, *arguments: str, nnodes: int = 2) -> subprocess.Popen:
-    """Start a node with all that a command line needs, and what looks like a checkpoint."""
-    (folder / TRACKER_FILE).write_text("0")
-    arguments = (*f"--recipe paper-stage1 --train-iters 1 --data-path x --load {folder}".split(), *arguments)
+    """Start a node with all that a command line needs, and what looks like a checkpoint and a corpus."""
+    for name, content in ((TRACKER_FILE, "0"), ("x.bin", ""), ("x.idx", "")):
+        (folder / name).write_text(content)
+    data = ["--data-path", str(folder / "x"), "--load", str(folder)]
+    arguments = (*"--recipe paper-stage1 --train-iters 1".split(), *data, *arguments)
     where = ["--nnodes", str(nnodes), "--node-rank", str(node_rank), "--master-addr", HOST, "--master-port", str(port)]
     command = [ROOT / "launch" / "stage1.sh", *where, "--nproc-per-node", "1", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

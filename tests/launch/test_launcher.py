@@ -115,7 +115,10 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
     ("words", "message"),
     [
         (["--recipe", "no/such"], "there is no recipe no/such"),
-        (["--recipe", "paper-stage1", "--train-iters", "1", "--data-path", "x"], "^a checkpoint is required"),
+        (
+            ["--recipe", "paper-stage1", "--train-iters", "1", "--data-path", "x"],
+            "(?s)a checkpoint is required.* x.bin or",
+        ),
         (["--pretrained-checkpoint", "no/such"], "--pretrained-checkpoint no/such is not a Megatron checkpoint"),
         ([], r"(?s)^6 settings are wrong:.*--lr is required.*--data-path is required"),
     ],
@@ -128,7 +131,9 @@ def test_what_is_missing_is_an_error_before_torchrun_starts(words: list[str], me
 @pytest.mark.parametrize("place", ["--save {}", "--save={}", "--load {} --save new"])
 def test_a_run_is_resumed_by_the_same_command_when_its_start_was_deleted(tmp_path: Path, place: str) -> None:
     words = ["--pretrained-checkpoint", "no/such", *place.format(tmp_path).split()]
-    words += "--recipe paper-stage1 --train-iters 1 --data-path x".split()
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"x.{suffix}").touch()
+    words += f"--recipe paper-stage1 --train-iters 1 --data-path {tmp_path}/x".split()
     with pytest.raises(UserError, match="^--pretrained-checkpoint no/such is not a Megatron checkpoint"):
         check_start("stage1", words)
     (tmp_path / TRACKER_FILE).write_text("2")

@@ -7,6 +7,7 @@ The second file is the first with an output of its own; its name says whose rout
 
 import subprocess
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import yaml
@@ -19,7 +20,8 @@ from moelpr.base.checksums import Verify
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import atomic_directory, write_text
 from moelpr.data.text.reading import read_documents
-from moelpr.measure.evaluate.calibration import read_inputs
+from moelpr.measure.evaluate.calibration import Reader, read_inputs
+from moelpr.measure.evaluate.divergence import distance, mean_loss, remembering
 from moelpr.measure.evaluate.models import open_model
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -64,6 +66,16 @@ def write_mergekit(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict
         subprocess.run([ROOT / ".venv-mergekit/bin/mergekit-moe", file, folder], check=True)
 
 
+def show(base: Path, model: Path, kept: dict[str, list[str]], new: dict[str, list[str]]) -> None:
+    """Print what a model does on the held-out parts of texts, as `moelpr model combine` measures it."""
+    with open_model(base) as dense, open_model(model) as routed:
+        of_kept, of_new = (read_inputs(Reader(dense, {}), texts, TOKENS, True).pieces for texts in (kept, new))
+        first = remembering(dense)
+        nats = fmean(distance(first, routed, pieces) for pieces in of_kept.values())
+        loss = fmean(mean_loss(routed, pieces) for pieces in of_new.values())
+    print(f"{model}: {nats:.3f} nats per token from the base on text to keep, loss of new languages {loss:.3f}")
+
+
 ROUTERS = {"dume-routers": write_dume, "mergekit-routers": write_mergekit}
 
 
@@ -76,6 +88,7 @@ def main() -> None:
     new = {code: kept.pop(code) for code in ours.expanded}
     if not its.export.exists():
         ROUTERS[its.file.path.stem](ours.base, ours.trained_by("ffn"), kept, new, its.export)
+        show(ours.base, its.export, kept, new)
 
 
 if __name__ == "__main__":

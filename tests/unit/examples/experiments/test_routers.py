@@ -1,5 +1,6 @@
 """Routers of others: DUME's formula."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def rows_read(folder: Path, texts: dict[str, list[str]]) -> list[Tensor]:
     return [torch.cat(its).double() for its in rows]
 
 
-def test_dume_routers_decide_as_its_regression_with_a_bias_and_rows_of_one_length(make_model, tmp_path: Path) -> None:
+def test_dume_routers_decide_as_its_regression_with_a_bias_and_rows_of_one_length(
+    make_model, tmp_path: Path, capsys
+) -> None:
     base = with_tokenizer(Path(shutil.copytree(make_model("LlamaForCausalLM"), tmp_path / "base")))
     ffns = trained(base, tmp_path / "ffn-hf", EXPANDED["el"], steps=10)
     routers.write_dume(base, ffns, KEPT, EXPANDED, tmp_path / "dume/hf")
@@ -48,3 +51,7 @@ def test_dume_routers_decide_as_its_regression_with_a_bias_and_rows_of_one_lengt
         expected = weights[:-1].T + weights[-1][:, None] * to_one_H
         borders = [row_EH[0] - row_EH[1] for row_EH in (layers[2].gate.weight.double(), expected)]
         assert torch.cosine_similarity(*borders, dim=0).item() == pytest.approx(1, abs=1e-6)
+    for model in (base, ffns):
+        routers.show(base, model, KEPT, EXPANDED)
+    (of_base, loss), (nats, less) = re.findall(r"(\d\.\d+) nats.* (\d\.\d+)\n", capsys.readouterr().out)
+    assert of_base == "0.000" < nats and less < loss, (nats, loss, less)

@@ -141,11 +141,14 @@ def test_other_routers_get_the_ffns_and_texts_of_ours_and_no_model_is_made_twice
         calls.append(words)
         words[-1].mkdir(parents=True)
 
+    shown: list[Any] = []
     monkeypatch.setitem(experiments.ROUTERS, its.stem, write)
+    monkeypatch.setattr(routers, "show", lambda *words: shown.append(words))
     monkeypatch.setattr(sys, "argv", ["routers", str(ours), str(its)])
     for _ in range(2):
         routers.main()
     [[*folders, kept, new, output]] = calls
+    assert shown == [(folders[0], output, kept, new)]
     first = experiments.RUNS / "first"
     assert [*folders, output] == [experiments.RUNS / "base", first / "second-ffn/ffn-hf", first / "other/hf"]
     assert {*kept} == {"en", "es", "zh", *PACK} and {*new} == {"el", "hu", "tr"}

@@ -156,7 +156,7 @@ def harness(args: Harness) -> None:
     benchmarks = (
         installed_benchmarks(args.languages) if is_all else read_benchmarks(args.tasks or PAPER_TASKS, args.languages)
     )
-    harness_version()
+    harness_version()  # raises an error if lm_eval is missing
     from moelpr.measure.evaluate.harness import run_tasks  # only now, as it imports torch
     from moelpr.measure.evaluate.harness_results import HarnessResults
     from moelpr.measure.evaluate.result_cache import ResultCache

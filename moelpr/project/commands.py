@@ -119,7 +119,9 @@ def run(args: Run) -> None:
     if args.made_as and not args.task:
         raise UserError("--made-as is the ID of what --task has made; add --task NAME, or remove it")
     if args.task and args.on != "local":
-        raise UserError(f"--task does one step on this node, got --on {args.on}; remove --on, or --task to submit all")
+        raise UserError(
+            f"--task does one step on this node, got --on {args.on}; remove --on, or remove --task to submit all"
+        )
     project = args.project()
     if args.redo and args.redo not in project.stages:
         raise UserError(f"--redo {args.redo} is no training of {args.file}; it has {', '.join(project.stages)}")

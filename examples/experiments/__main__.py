@@ -1,7 +1,7 @@
 """The experiments of docs/results.md: train the projects of this folder, and make tables of those of each base.
 
     make results            (python -m examples.experiments [NAME ...])
-    make results RESULTS="first/second-ffn first/full --flores DIR --table mixed"
+    make results RESULTS="first/second-ffn first/full --seeds 3 --flores DIR --table mixed"
 
 Everything goes to runs/experiments, and all tables to its results.md. What is done is left out, so run it again to
 resume, also with more names.
@@ -12,11 +12,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
+
+import yaml
 
 from examples.demo_tasks import ROOT
 from examples.experiments.flores import TABLES, Sentences, all_languages_chart, read_flores
-from examples.experiments.parts import add_switches, measure, write_mean
+from examples.experiments.parts import add_switches, measure, without_seed, write_mean
 from examples.experiments.routers import ROUTERS
 from examples.experiments.text import UNSEEN
 from moelpr.base import records
@@ -49,6 +52,7 @@ def main() -> None:
     add("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
     add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
     add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
+    add("--seeds", default=1, type=int, metavar="S", help="orders of the training text; tables have their mean")
     args = parser.parse_args()
     tables = args.table or [COMPARE, *(TABLES if args.flores else [])]
     if tables != [COMPARE] and not args.flores:
@@ -66,12 +70,15 @@ def main() -> None:
         its, ours = [file for file in files if file.parent.name == base], FILES / base / "second-ffn.yaml"
         if others := [file for file in its if file.stem in ROUTERS]:
             its = sorted({*its, ours} - {*others})
+        seeds = range(1, args.seeds + 1)
+        its = [with_seed(file, seed) for file in its for seed in seeds]
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
-        for file in others:
-            its.append(RUNS / base / file.name)
-            write_text(its[-1], ours.read_text().replace("/second-ffn\n", f"/{file.stem}\n"))
-            run("-m", "examples.experiments.routers", ours, its[-1])
+        for file, seed in product(others, seeds):
+            trained = with_seed(ours, seed)
+            its.append(RUNS / base / f"{trained.stem.replace(ours.stem, file.stem)}.yaml")
+            write_text(its[-1], trained.read_text().replace(f"/{trained.stem}\n", f"/{its[-1].stem}\n"))
+            run("-m", "examples.experiments.routers", trained, its[-1])
         for name in tables if its else ():
             table = comparison(base, its) if name == COMPARE else of_flores(name, base, its, sentences)
             training = spent("training", {file.stem: costs()[str(file)] / 60 for file in its})
@@ -79,6 +86,20 @@ def main() -> None:
     pages = [file.read_text() for base in BASES for file in sorted((RUNS / base).glob("*.md"))]
     write_text(RUNS / "results.md", "\n".join(["# Experiments\n", *pages]))
     print(f"\nresults: {RUNS / 'results.md'}")
+
+
+def with_seed(file: Path, seed: int) -> Path:
+    """A project with another order of its training text, in the folder of results; the first is the file itself."""
+    if seed == 1:
+        return file
+    project = yaml.safe_load(file.read_text())
+    project["output"] += f"-seed{seed}"
+    for step in project["steps"].values():
+        if "lr" in step:
+            step["seed"] = seed
+    path = RUNS / file.parent.name / f"{file.stem}-seed{seed}.yaml"
+    write_text(path, yaml.safe_dump(project, sort_keys=False))
+    return path
 
 
 def run(*words: str | Path) -> None:
@@ -113,10 +134,10 @@ def of_flores(name: str, base: str, files: Sequence[Path], sentences: Sentences)
     """Measure the projects of a base, the mean of one with the base, and switches; return the table as Markdown."""
     projects = {file.stem: ResolvedProject(read_project(file)) for file in files}
     models = {"base": next(iter(projects.values())).base} | {file: one.export for file, one in projects.items()}
-    mean = RUNS / base / f"{AVERAGED}-mean"
-    if AVERAGED in projects and not mean.exists():
-        write_mean(models["base"], models[AVERAGED], mean)
-    models |= {f"mean of base and {AVERAGED}": mean} if AVERAGED in projects else {}
+    for tuned in [name for name in projects if without_seed(name) == AVERAGED]:
+        mean = models[f"mean of base and {tuned}"] = RUNS / base / f"{tuned}-mean"
+        if not mean.exists():
+            write_mean(models["base"], models[tuned], mean)
     title, texts_of, table_of = TABLES[name]
     texts = texts_of(sentences, read_documents(RUNS / "text" / "code.jsonl"))
     scores, minutes = measure(models, texts, RUNS / base / name)

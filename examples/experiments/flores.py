@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.experiments.parts import KEPT, NEW, ORACLE, UNCOUNTED, Scores, Texts, against_base, score_of
+from examples.experiments.parts import KEPT, NEW, ORACLE, UNCOUNTED, Scores, Texts, against_base, score_of, without_seed
 from examples.languages import EXPANDED, LANGUAGES
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical, language_name
@@ -63,7 +63,7 @@ def _by_language(scores: Scores) -> dict[str, dict[str, dict[str, Estimate]]]:
 def all_languages_table(scores: Scores) -> Table:
     of, rows = _by_language(scores), []
     texts, others = [*of], [text for text in of if text not in EXPANDED]
-    for model in [*scores][1:]:
+    for model in _models(scores):
         changes = {text: of[text][model]["change"] for text in texts}
         worst = sorted(others, key=lambda text: -changes[text][0])[:3]
         named = [
@@ -83,9 +83,14 @@ def all_languages_chart(scores: Scores) -> str:
         learned = mean([of[text][model]["change"] for text in EXPANDED])
         return interval_of(learned), interval_of(mean([of[x][model]["distance"] for x in of if x not in EXPANDED]))
 
-    models = [model for model in [*scores][1:] if not model.endswith(ORACLE)]  # a detector hardly errs here
+    models = [model for model in _models(scores) if not model.endswith(ORACLE)]  # a detector hardly errs here
     panels = {"KL of other languages, nats per token": {_label(model): point(model) for model in models}}
     return learned_lost_chart("Learned, and how far from the base", panels, x_axis="learned", y_text="{:.2f}".format)
+
+
+def _models(scores: Scores) -> list[str]:
+    """All but the base, with their seeds as one."""
+    return [*dict.fromkeys(map(without_seed, scores))][1:]
 
 
 def _label(model: str) -> str:
@@ -120,7 +125,7 @@ def mixed(sentences: Sentences, code: Iterable[str]) -> Texts:
 def mixed_table(scores: Scores) -> Table:
     kinds, rows = [*next(iter(scores.values()))], []
     of = {(kind, what): against_base(scores, kind, what) for kind in kinds for what in (KEPT, NEW)}
-    for model in [*scores][1:]:
+    for model in _models(scores):
         nats = [of[kind, KEPT][model]["distance"] for kind in kinds]
         changes = [of[kind, NEW][model]["change"] for kind in kinds]
         pairs = zip(nats, changes, strict=True)

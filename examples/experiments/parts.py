@@ -7,6 +7,7 @@ called.
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -21,7 +22,7 @@ from examples.languages import EXPANDED
 from moelpr.base.files import atomic_directory
 from moelpr.data.text.language_id import Detector
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
-from moelpr.measure.evaluate.confidence import Estimate, estimates
+from moelpr.measure.evaluate.confidence import Estimate, estimates, mean
 from moelpr.measure.evaluate.models import LoadedModel, load_model
 from moelpr.measure.evaluate.result_cache import ResultCache, fingerprint_model
 from moelpr.measure.evaluate.scoring import LanguageScore
@@ -90,7 +91,7 @@ def add_switches(scores: Scores, texts: Texts, base: Path) -> None:
         ids = tokenizer("".join(text for _, text in document), add_special_tokens=False)["input_ids"]
         return detector.language(tokenizer.decode(ids[:FIRST_TOKENS])) in EXPANDED
 
-    for rival in [name for name in SWITCHED if name in scores]:
+    for rival in [name for name in scores if without_seed(name) in SWITCHED]:
         for way in (DETECTOR, ORACLE):
             chosen = scores[f"{rival}, switched by {way}"] = {}
             for text, documents in texts.items():
@@ -111,10 +112,29 @@ def write_mean(base: Path, tuned: Path, output: Path) -> None:
 
 
 def against_base(scores: Scores, text: str, what: str) -> dict[str, dict[str, Estimate]]:
-    """Model → the change of bits per byte against the first, and the distance from it, of some parts of a text."""
+    """Model → the change of bits per byte against the first, and the distance from it, of some parts of a text.
+
+    A model of several seeds has the mean of theirs, and each bootstrap sample draws as many of them as there are.
+    """
     found = estimates({model: score_of(of[text][what]) for model, of in scores.items()}, seed=1)
-    bits = next(iter(found.values()))["bits_per_byte"]
-    return {x: {"change": of["bits_per_byte"] / bits - 1, "distance": of["distance"]} for x, of in found.items()}
+    bits, seeds = next(iter(found.values()))["bits_per_byte"], dict[str, list[Any]]()
+    for model, of in found.items():
+        seeds.setdefault(without_seed(model), []).append((of["bits_per_byte"] / bits - 1, of["distance"]))
+    return {
+        model: dict(zip(("change", "distance"), map(_over_seeds, zip(*its, strict=True)), strict=True))
+        for model, its in seeds.items()
+    }
+
+
+def without_seed(model: str) -> str:
+    """The name that models of one project share, whatever their seed."""
+    return re.sub(r"-seed\d+", "", model)
+
+
+def _over_seeds(found: Sequence[Estimate]) -> Estimate:
+    drawn = np.random.default_rng(1).integers(len(found), size=(len(found), len(found[0])))
+    drawn[:, 0] = range(len(found))  # the number itself
+    return mean(list(np.take_along_axis(np.array(found), drawn, axis=0)))
 
 
 def score_of(rows: Rows) -> LanguageScore:

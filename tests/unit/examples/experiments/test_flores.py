@@ -106,6 +106,13 @@ def test_tables_name_changes_distances_and_the_source_of_four_that_helps_most() 
     point = "full: learned −25.0% [−25.0%, −25.0%], KL of other languages, nats per token 0.50 [0.50, 0.50]"
     chart = flores.all_languages_chart(scores | {"lora-alone, switched by an oracle": scores["base"]})
     assert point in chart and "LoRA" not in chart
+    less = scores["full"] | {"el": {x: rows(7, 3, SENTENCES) for x in (NEW, KEPT)}}
+    two = parts.against_base(scores | {"full-seed2": less}, "el", NEW)["full"]
+    assert {name: sorted({*np.round(its, 6)}) for name, its in two.items()} == {
+        "change": [-0.25, -0.1875, -0.125],  # samples draw one seed twice, or both
+        "distance": [0.5, 1, 1.5],
+    }
+    assert [one[0] for one in two.values()] == [-0.1875, 1]
     table = flores.mixed_table(
         {name: {"kind": {KEPT: its["fi"], NEW: its["el"]}} for name, its in (("base", kinds), ("full", changed))}
     )

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,27 @@ def test_other_routers_are_beside_ours_in_each_table(folder: Path, monkeypatch: 
     page = (experiments.RUNS / "results.md").read_text()
     assert page.count("\n| second-ffn") == page.count("\n| dume-routers") == 1
     assert run(monkeypatch, "first/dume-routers")[2][:4] == ["moelpr", "compare", ours, its]
+
+
+def test_each_seed_is_a_project_whose_training_alone_differs_and_a_table_has_one_row_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("first/full-pack", "first/lora-alone", "first/dume-routers")
+    started = run(monkeypatch, *names, "--seeds", "2", *flores(folder))
+    files = [words[2] for words in started if words[:2] == ["moelpr", "run"]]
+    others = [words[1:] for words in started if "examples.experiments.routers" in words]
+    assert len(files) == len({*files}) == 6 and files[4:] == [others[0][0], others[1][0]]
+    assert others[1] == [str(experiments.RUNS / f"first/{name}-seed2.yaml") for name in ("second-ffn", "dume-routers")]
+    for first, second in [*batched(files, 2), [one[1] for one in others]]:
+        one, two = (read_project(Path(file)).project for file in (first, second))
+        assert f"{one.output}-seed2" == str(two.output)
+        seeds = [step["seed"] for step in two.steps.values() if "seed" in step]
+        assert seeds == [2] and [*one.steps] == [*two.steps]
+        assert one.languages == two.languages and one.text_output == two.text_output
+    page = (experiments.RUNS / "results.md").read_text()
+    rows = re.findall(r"^\| ([a-z][\w ,-]*?) +\|", page, re.MULTILINE)
+    assert rows[1:] == ["full-pack", "lora-alone", "second-ffn", "dume-routers", "mean of base and full-pack"]
+    assert "mean of base and full-pack-seed2 7" in page
 
 
 def test_other_routers_get_the_ffns_and_texts_of_ours_and_no_model_is_made_twice(folder: Path, monkeypatch) -> None:

@@ -23,6 +23,7 @@ from moelpr.plan.layouts import SIZES, PlannedLayout
 from moelpr.plan.memory import CPU, PROCESS_BYTES, Workload, export_parameters, model_parts, stage_memories
 from moelpr.plan.stage_plan import RETAIN_INTERVAL, StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
+from moelpr.train.launcher import sharing_gpus
 
 _CPU_EXPERTS = 4
 # The model of a review that follows a second FFN: as many places of the new FFN as a token chooses.
@@ -161,7 +162,10 @@ class Layouts:
             return StageLayout(memory_gib=4)
         cluster, spec = self.cluster, self._spec
         if stage == "lora":
-            return StageLayout(gpus_per_node=int(cluster is not None), memory_gib=2 * self.export_gib + 4)
+            steps = {"global-batch-size": 512, "micro-batch-size": 8} | self._project.steps.get(stage, {})
+            batch, micro_batch = (int(str(steps[name])) for name in ("global-batch-size", "micro-batch-size"))
+            gpus = cluster and sharing_gpus(min(cluster.gpus, cluster.gpus_per_node), batch // micro_batch)
+            return StageLayout(gpus_per_node=gpus or 0, memory_gib=2 * self.export_gib + 4)
         if stage == "stage2" and self._project.way == "auto":
             spec = with_new_experts(*self._base, NewExperts(**TWINS))
         with self._named_keys(stage):

@@ -189,7 +189,7 @@ class Experts:
     topk: Count = 2
     """Experts that a token chooses; with 1, the new one trains as a dense model's FFN, and routers are found."""
     rank: Count | None = None
-    """With topk: 1, train the new FFN as low-rank factors, by peft on one GPU (default: all its weights)."""
+    """With topk: 1, train the new FFN as low-rank factors, by peft on one node (default: all its weights)."""
     copies: Count | None = None
     """Places of the original expert among them (default: as many as a token chooses)."""
     per_language: bool = False

@@ -60,7 +60,9 @@ def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
     except MachineError as error:
         return f"no, {error}"
     cluster = project.layouts.cluster
-    return f"not predicted; lora uses 1 GPU of {cluster.gpus}" if cluster and project.main_stage == "lora" else "yes"
+    if not cluster or project.main_stage != "lora":
+        return "yes"
+    return f"not predicted; lora uses {project.layouts.of('lora').gpus_per_node} of {cluster.gpus} GPUs"
 
 
 def _gpu_hours(task: Task) -> float:

@@ -80,6 +80,11 @@ def visible_gpus() -> int:
     return len(glob("/dev/nvidia[0-9]*")) or (len(lines_of("nvidia-smi", "-L")) if is_wsl else 0)
 
 
+def sharing_gpus(gpus: int, micro_batches: int) -> int:
+    """The most of so many GPUs that get equally many micro-batches of a step."""
+    return max((number for number in range(1, gpus + 1) if micro_batches % number == 0), default=0)
+
+
 def lines_of(*command: str) -> list[str]:
     """The output of a command; nothing if it fails or is missing."""
     try:

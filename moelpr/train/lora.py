@@ -1,34 +1,38 @@
-"""Train LoRA adapters by peft on one GPU, on the samples that the stages read, and merge them into the base.
+"""Train LoRA adapters by peft on the GPUs of this node, on the samples that the stages read, and merge them.
 
     moelpr train lora --hf-path DIR --data-path PREFIX --train-tokens 100M --save RUN --export HF
 
-RUN gets checkpoints, from which a rerun resumes, metrics.jsonl and the adapter; --export the merged model.
+RUN gets checkpoints, from which a rerun resumes, metrics.jsonl and the adapter; --export the merged model. A step's
+sequences are shared by as many GPUs as --global-batch-size allows.
 """
 
 import json
 import math
 import os
 import signal
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-from moelpr.base import checksums, machine, yaml_files
+from moelpr.base import checksums, machine, ranks, stop, yaml_files
 from moelpr.base.checksums import FileSum
 from moelpr.base.errors import StoppedError, UserError, first_line
 from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, write_text
 from moelpr.base.model_code import drop_code
 from moelpr.base.quantities import Tokens, format_count
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
-from moelpr.base.settings import Flags, Folder, either, metavar
-from moelpr.base.stop import SIGNALS
+from moelpr.base.settings import Count, Flags, Folder, either, metavar
 from moelpr.base.versions import require_package
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.model.families.hf_config import check_model, transformers_config
+from moelpr.train.launcher import become, defaults, sharing_gpus, visible_gpus
 
 # They decide neither what is learned nor where it is.
 _FREE = ("micro_batch_size", "save_interval", "export", "base_model")
 _LENGTH = either("length", required=True)
+_PATIENCE_S = 10.0  # ranks of a launcher that was killed end a moment later
 
 
 class Settings(Flags):
@@ -39,24 +43,22 @@ class Settings(Flags):
     train_tokens: Annotated[Tokens | None, _LENGTH] = None  # tokens to train on, rounded up
     train_epochs: Annotated[float | None, _LENGTH] = None  # passes over all corpora, rounded down to whole steps
     train_iters: Annotated[Any, _LENGTH, {"type": int}] = None  # steps to train
-    rank: int = 16  # rank of the adapters
+    rank: Count = 16  # rank of the adapters
     alpha: int | None = None  # the adapters' scale is alpha / rank (default: twice the rank)
     modules: list[str] = ["all-linear"]  # modules that get an adapter (default: all-linear, all but the output layer)
-    global_batch_size: int = 512  # sequences per step
-    micro_batch_size: int = 8  # sequences at a time
-    seq_length: int = 1024  # tokens per sequence
+    global_batch_size: Count = 512  # sequences per step
+    micro_batch_size: Count = 8  # sequences at a time
+    seq_length: Count = 1024  # tokens per sequence
     lr: float = 2e-4  # highest learning rate
     min_lr: float = 0.0  # last learning rate
     lr_warmup_fraction: float = 0.01  # fraction of the steps in which the learning rate rises
-    save_interval: int = 500  # steps between saves
+    save_interval: Count = 500  # steps between saves
     seed: int = 1234  # seed of adapters and sample order
     base_model: str | None = None  # name of the base, for the model card (default: that of its folder)
 
 
 def main(args: Settings) -> None:
     require_package("peft", "lora")
-    # With several GPUs, transformers' Trainer would multiply the batch.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if args.global_batch_size % args.micro_batch_size:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size, got "
@@ -65,14 +67,40 @@ def main(args: Settings) -> None:
     check_model(args.hf_path, is_hf=True)  # wrong paths are reported before torch is imported
     _blend(args)
     args.train_iters = args.train_iters or _steps(args)
+    _start_on_gpus(args)
+    stop.end_with_launcher()
     make_folder(args.save)
-    with locked(args.save / LOCK_FILE, args.save):
-        _claim(args)
-        adapter = args.save / "adapter"
-        if not (args.save / FINISHED_FILE).is_file():
-            train(args, adapter)
-        merge(args, adapter)
-        write_text(args.save / FINISHED_FILE, f"{args.train_iters}\n")
+    is_first, adapter = ranks.is_first_rank(), args.save / "adapter"
+    lock = locked(args.save / LOCK_FILE, args.save, _PATIENCE_S) if is_first else nullcontext()
+    with lock:
+        if is_first:
+            _claim(args)
+        try:
+            if not (args.save / FINISHED_FILE).is_file():
+                train(args, adapter)
+        except StoppedError as error:
+            if stop.LAUNCHER_VARIABLE not in os.environ:
+                raise
+            if is_first:
+                print(f"moelpr train lora: {error}", file=sys.stderr)
+            stop.exit_before_the_last_step()
+        if is_first:
+            merge(args, adapter)
+            write_text(args.save / FINISHED_FILE, f"{args.train_iters}\n")
+
+
+def _start_on_gpus(args: Settings) -> None:
+    """Become torchrun if GPUs can share a step; otherwise use one, since transformers' Trainer takes all it sees."""
+    micro_batches = args.global_batch_size // args.micro_batch_size
+    if (number := ranks.world_size()) > 1:
+        if micro_batches % number:
+            raise UserError(f"{number} ranks cannot share the {micro_batches} micro-batches of a step; start fewer")
+    elif (number := sharing_gpus(visible_gpus(), micro_batches)) > 1:
+        os.environ |= defaults(number) | os.environ
+        words = ["--standalone", "--nproc-per-node", str(number), "-m", "moelpr", "train", "lora", *sys.argv[1:]]
+        become([sys.executable, "-m", "moelpr.torchrun", *words])
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
 
 
 def _steps(args: Settings) -> int:
@@ -125,7 +153,7 @@ def train(args: Settings, adapter: Path) -> None:
         output_dir=str(run),
         max_steps=args.train_iters,
         per_device_train_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.global_batch_size // args.micro_batch_size,
+        gradient_accumulation_steps=args.global_batch_size // args.micro_batch_size // ranks.world_size(),
         learning_rate=args.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr": args.min_lr},
@@ -135,6 +163,8 @@ def train(args: Settings, adapter: Path) -> None:
         max_grad_norm=1.0,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() or ranks.world_size() == 1 else "gloo",
+        ddp_find_unused_parameters=False,
         seed=args.seed,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
@@ -145,17 +175,20 @@ def train(args: Settings, adapter: Path) -> None:
         disable_tqdm=True,
     )
     trainer = Trainer(model, arguments, train_dataset=_samples(args, model), callbacks=[_callback(args, signals)])
-    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in SIGNALS}
+    before = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in stop.SIGNALS}
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(run))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    trainer.accelerator.end_training()  # ranks need each other no more
     if trainer.state.global_step < args.train_iters:
-        (run / STOP_FILE).unlink(missing_ok=True)
+        if ranks.is_first_rank():
+            (run / STOP_FILE).unlink(missing_ok=True)
         raise StoppedError(f"stopped after step {trainer.state.global_step} of {args.train_iters}; rerun to resume")
-    with atomic_directory(adapter) as temporary:
-        model.save_pretrained(str(temporary))
+    if ranks.is_first_rank():
+        with atomic_directory(adapter) as temporary:
+            model.save_pretrained(str(temporary))
 
 
 def _with_adapters(args: Settings) -> Any:
@@ -171,7 +204,8 @@ def _with_adapters(args: Settings) -> Any:
     except ValueError as error:
         raise UserError(f"--modules {' '.join(args.modules)}: {first_line(error)}; name modules of the base") from None
     trained, whole = model.get_nb_trainable_parameters()
-    print(f"rank {args.rank}, {trained:,} trained parameters of {whole:,}", flush=True)
+    if ranks.is_first_rank():
+        print(f"rank {args.rank}, {trained:,} trained parameters of {whole:,}", flush=True)
     return model
 
 
@@ -244,11 +278,11 @@ def _callback(args: Settings, signals: list[int]) -> Any:
             self.last = time.monotonic()
 
         def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
-            if signals or (args.save / STOP_FILE).exists():
+            if any(ranks.gather(bool(signals or (args.save / STOP_FILE).exists()))):
                 control.should_save = control.should_training_stop = True
 
         def on_log(self, _: Any, state: Any, __: Any, logs: dict[str, float], **___: Any) -> None:
-            if "loss" not in logs:
+            if "loss" not in logs or not ranks.is_first_rank():
                 return
             now = time.monotonic()
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_memory(os.getpid())

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,10 +42,14 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     random = np.random.default_rng(0)
     write_corpus(tmp_path / "corpus", 64, ((random.integers(0, 64, 50), False) for _ in range(40)))
 
-    def train(run: str = "run", *words: str) -> Path:
+    def train(run: str = "run", *words: str, ranks: int = 1) -> Path:
         command = f"--hf-path base --data-path corpus --save {run} --export hf-{run} --train-tokens 200 --lr 1e-2"
         command += f" --global-batch-size {BATCH} --micro-batch-size 2 --seq-length {LENGTH} --rank 3 --save-interval 2"
-        call(lora.main, [*command.split(), *words])
+        if ranks == 1:
+            call(lora.main, [*command.split(), *words])
+        else:
+            launcher = f"-m moelpr.torchrun --standalone --nproc-per-node {ranks} -m moelpr train lora {command}"
+            subprocess.run([sys.executable, *launcher.split(), *words], check=True)
         return Path(run)
 
     yield train
@@ -94,6 +99,36 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch
     assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items())
     losses = [[step["lm_loss"] for step in read_run_metrics(one / "metrics.jsonl").steps] for one in (whole, run)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+def test_two_ranks_train_as_one_from_a_checkpoint_of_one_on(train: Train) -> None:
+    one, two = train("one"), train("two", ranks=2)
+    (two / "FINISHED").unlink(), shutil.rmtree(two / "checkpoint-4"), shutil.rmtree("hf-two")
+    train("two", ranks=2)
+    losses = [[step["lm_loss"] for step in read_run_metrics(run / "metrics.jsonl").steps] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == STEPS
+    expected, actual = adapter_of(one), adapter_of(two)
+    start = {name: tensor for name, tensor in expected.items() if "lora_B" in name}
+    assert max(tensor.abs().max() for tensor in start.values()) > 0.01  # adapters start at 0
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=2e-3)
+    assert Path("hf-two/model.safetensors").is_file()
+
+
+def test_gpus_share_a_step_if_its_sequences_allow(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[list[str]] = []
+    for name, instead in (("become", became.append), ("train", lambda *_: None), ("merge", lambda *_: None)):
+        monkeypatch.setattr(lora, name, instead)
+    monkeypatch.setattr(sys, "argv", ["moelpr train lora", "--rank", "3"])
+    for gpus, number in (("0,1,2", 2), ("3", 1)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        train()
+        launcher = f"-m moelpr.torchrun --standalone --nproc-per-node {number} -m moelpr train lora --rank 3"
+        assert [words[1:] for words in became] == [launcher.split()] * (number > 1)
+        became.clear()
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 ranks cannot share the 2 micro-batches of a step; start fewer"):
+        train("other")
 
 
 def test_a_folder_belongs_to_one_training(train: Train) -> None:

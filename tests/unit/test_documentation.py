@@ -154,6 +154,15 @@ def test_flags_of_documented_commands_exist() -> None:
     assert not [use for use in uses if use[2] not in {*flags_named(use[1]), "--help"}]
 
 
+def test_pages_give_no_text_to_keep_twice() -> None:
+    """`data kept` writes a file for each language but those named, and a command refuses two texts of one name."""
+    pages = [page for page in DOCUMENTS if re.search(r"data kept .*--without", page.read_text())]
+    for page in pages:
+        [without] = re.findall(r"data kept .*--without ([\w,]+)", page.read_text())
+        assert {*re.findall(r"-text (\w+)=", page.read_text())} <= {*without.split(",")}, page
+    assert len(pages) >= 2
+
+
 def test_the_generated_results_have_their_place() -> None:
     text = (ROOT / "docs/results.md").read_text("utf-8")
     assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_corpus
+from moelpr.base.command import STOPPED
 from moelpr.base.errors import StoppedError, UserError
 from moelpr.base.settings import call
 from moelpr.base.versions import require_package
@@ -101,10 +102,14 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
-def test_two_ranks_train_as_one_from_a_checkpoint_of_one_on(train: Train) -> None:
-    one, two = train("one"), train("two", ranks=2)
-    (two / "FINISHED").unlink(), shutil.rmtree(two / "checkpoint-4"), shutil.rmtree("hf-two")
+def test_two_ranks_train_as_one_also_if_they_are_stopped(train: Train) -> None:
+    one, two = train("one"), Path("two")
+    two.mkdir(), (two / "STOP").touch()
+    with pytest.raises(subprocess.CalledProcessError, match=f"status {STOPPED}"):
+        train("two", ranks=2)
+    assert [path.name for path in two.glob("checkpoint-*")] == ["checkpoint-1"] and not (two / "STOP").exists()
     train("two", ranks=2)
+    assert len((two / "metrics.jsonl").read_text().splitlines()) == STEPS  # none twice
     losses = [[step["lm_loss"] for step in read_run_metrics(run / "metrics.jsonl").steps] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[1]) == STEPS
     expected, actual = adapter_of(one), adapter_of(two)

@@ -26,6 +26,7 @@ from moelpr.base import records
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.errors import UserError
 from moelpr.base.files import write_text
+from moelpr.base.settings import number
 from moelpr.data.text.reading import read_documents
 from moelpr.measure.report.numbers import finite_json
 from moelpr.measure.report.page import markdown_table
@@ -52,7 +53,7 @@ def main() -> None:
     add("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
     add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
     add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
-    add("--seeds", default=1, type=int, metavar="S", help="orders of the training text; tables have their mean")
+    add("--seeds", default=1, help="orders of the training text; tables have their mean (default: 1)", **number(int, 1))
     args = parser.parse_args()
     tables = args.table or [COMPARE, *(TABLES if args.flores else [])]
     if tables != [COMPARE] and not args.flores:

@@ -181,7 +181,8 @@ def train(args: Settings, adapter: Path) -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    trainer.accelerator.end_training()  # ranks need each other no more
+    if ranks.world_size() > 1:
+        trainer.accelerator.end_training()  # ends torch.distributed, which may be another's if there is one rank
     if trainer.state.global_step < args.train_iters:
         if ranks.is_first_rank():
             (run / STOP_FILE).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from moelpr.base.command import STOPPED
 from moelpr.base.errors import StoppedError, UserError
 from moelpr.base.settings import call
 from moelpr.base.versions import require_package
+from moelpr.model.megatron import bootstrap
 from moelpr.model.metrics.run_metrics import read_run_metrics
 from moelpr.train import lora
 from tests.support.hf_models import save_tokenizer
@@ -82,7 +83,10 @@ def test_only_adapters_change_and_the_merged_model_is_the_base_plus_their_produc
 
 
 def test_a_run_that_is_stopped_ends_with_the_same_bits(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = train("whole")
+    bootstrap.install_patches()
+    with bootstrap.single_process():
+        whole = train("whole")
+        assert torch.distributed.is_initialized(), "one rank leaves the process group of its caller"
     handler, measured = signal.getsignal(signal.SIGTERM), iter(range(1, 9))
 
     def ask_to_stop_in_step_2(process: int) -> int:

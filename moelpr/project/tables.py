@@ -77,7 +77,8 @@ def status(project: ResolvedProject) -> str:
     rows, left = [], []
     for outlook in outlooks:
         if outlook.state == "done":
-            rows.append([outlook.task.name, outlook.state, "", format_minutes(took[outlook.task.name] / 60)])
+            time = format_minutes(took[outlook.task.name] / 60) if outlook.task.is_needed else ""
+            rows.append([outlook.task.name, _state(outlook), "", time])
             continue
         progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
         left += [] if outlook.task.is_spare else [minutes]
@@ -89,6 +90,8 @@ def status(project: ResolvedProject) -> str:
 
 
 def _state(outlook: Outlook) -> str:
+    if not outlook.task.is_needed:
+        return "not needed"
     return f"{outlook.state}?" if outlook.task.is_spare else outlook.state
 
 

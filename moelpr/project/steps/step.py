@@ -11,7 +11,7 @@ from moelpr.data.manifest import Manifest
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
-from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.task import NOTHING, Task
 from moelpr.train.arguments.recipes import recipe_argv
 
 Flags = Mapping[str, Any]
@@ -63,7 +63,7 @@ class Step:
         if project.method != "auto" or self.name not in REVIEW:
             return tasks
         if project.is_reviewed is False:
-            return [Task(name=task.name, command=["-c", "pass"], decided_by=(_JUDGE,)) for task in tasks]
+            return [Task(name=task.name, command=NOTHING, decided_by=(_JUDGE,)) for task in tasks]
         is_spare = project.is_reviewed is None
         return [replace(task, decided_by=(*task.decided_by, _JUDGE), is_spare=is_spare) for task in tasks]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 Words = Sequence[str | Path]
+NOTHING: Words = ("-c", "pass")  # the command of a task that earlier results have made needless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,11 @@ class Task:
     is_spare: bool = False  # whether results that are not there yet decide if there is anything to do
     # prefixes of corpora that it writes; jobs of a cluster can write them in shards (`--num-shards`)
     corpora: tuple[Path, ...] = ()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to do."""
+        return self.command != NOTHING
 
     @property
     def inputs(self) -> tuple[str, ...]:

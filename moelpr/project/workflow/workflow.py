@@ -297,6 +297,8 @@ class Workflow:
 
     def command_line(self, task: Task) -> str:
         """The command of a task as a user would type it, with its environment."""
+        if not task.is_needed:
+            return "not needed"
         words = [*task.words(), *map(str, task.settings)]
         settings = [f"{key}={value}" for key, value in task.environment.items()]
         python = [] if words[0] == "moelpr" else map(relative, interpreter(words))

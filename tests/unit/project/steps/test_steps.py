@@ -15,6 +15,7 @@ from moelpr.project.steps.step import has_corpora, has_model
 from moelpr.project.steps.steps import STEPS, parser_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
+from moelpr.project.tables import status
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.manifests import write_manifest
@@ -242,6 +243,7 @@ def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monke
     write_findings(0.09, 0.9)
     actual = tasks(path)
     assert all(actual[name].words() == ["-c", "pass"] and not actual[name].gpus_per_node for name in spare)
+    assert status(ResolvedProject(read_project(path))).count("not needed") == len(spare)
     assert "out/stage2" not in actual["report"].words() and actual["card"].words()[3] == "out/hf"
 
 

@@ -119,6 +119,7 @@ def test_several_tasks_of_srun_on_a_node_and_an_elastic_job_are_refused() -> Non
             ["--recipe", "paper-stage1", "--train-iters", "1", "--data-path", "x"],
             "(?s)a checkpoint is required.* x.bin or",
         ),
+        (["--recipe", "paper-stage1", "--lr", "abc", "--bogus", "3"], r"--lr must be at least 0, got abc"),
         (["--pretrained-checkpoint", "no/such"], "--pretrained-checkpoint no/such is not a Megatron checkpoint"),
         ([], r"(?s)^6 settings are wrong:.*--lr is required.*--data-path is required"),
     ],

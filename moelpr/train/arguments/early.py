@@ -9,7 +9,7 @@ from typing import Any
 from moelpr.base.errors import UserError
 from moelpr.base.run_folder import checkpoint_folder
 from moelpr.data.mixing import blend
-from moelpr.train.arguments.flags import split_by_flags, values_of
+from moelpr.train.arguments.flags import split_by_flags, supported_arguments, values_of
 from moelpr.train.arguments.recipes import read_recipe, recipe_argv
 
 # How long a run is, in one of three units. Those of the command line take the place of the recipe's.
@@ -37,14 +37,16 @@ def check_start(stage: str, argv: list[str], *, needs_checkpoint: bool = True) -
     """Check that a stage's command line has what the trainer requires, and a checkpoint to start from.
 
     Raises:
-        UserError: A flag, the recipe, the checkpoint or a corpus is missing.
+        UserError: A flag, the recipe, the checkpoint or a corpus is missing, or a flag has a wrong value.
     """
     if "--help-all" in argv:
         return
-    recipe = values_of(argv).get("--recipe")
-    words = [*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), "--stage", stage, *argv]
+    recipe, parser = values_of(argv).get("--recipe"), supported_arguments()
+    own = ["--stage", stage, *argv]
+    words = [*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), *own]
     values = values_of(words)
     problems = [*missing({flag[2:].replace("-", "_") for flag in values})]
+    problems += parser.parse_tolerantly(split_by_flags(own, parser.flags())[0])[1]
     if needs_checkpoint:
         problems += _missing_corpora(words)
         try:

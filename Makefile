@@ -6,6 +6,9 @@ SHELL_SCRIPTS := .ci/run $(shell find examples launch tests -name '*.sh' -o -nam
 # together, because they share what was trained.
 PARALLEL := --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Where it is set, each process compiles torch and Megatron again, which takes longer than most tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo results docs test test-all test-faults test-slurm test-browser test-mergekit test-readers test-trackers test-trl test-harness test-kubernetes gpu-check dist check format venv lock clean
 

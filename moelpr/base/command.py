@@ -75,6 +75,7 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub("^(unrecognized arguments: .*=.*)", r"\1; give each value a flag of its own", message)
         raise UserError(re.sub("^argument (.*?): must", r"\1 must", f"{message}; see --help"))
 
 

@@ -68,6 +68,7 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(monke
     [
         ("--hf-pth x", "unrecognized argument --hf-pth; did you mean --hf-path?"),
         ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
+        ("--hf-path a en=1 tr=2", "unrecognized arguments: en=1 tr=2; give each value a flag of its own; see --help"),
         ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
         ("--other --", "argument --other: expected one argument"),
         ("--oth 1", "the following arguments are required: --hf-path"),

@@ -61,9 +61,9 @@ def parse_project(text: str, path: Path) -> ProjectFile:
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         hint = ""
         if records.is_unknown_key(first):
-            kinds = [schema(), *schema()["$defs"].values()]
-            keys = [key for kind in kinds for key in kind.get("properties", {})]
-            hint = f"; {did_you_mean(str(first['loc'][-1]), keys, 'moelpr init --schema lists the keys')}"
+            kinds, key = [schema(), *schema()["$defs"].values()], str(first["loc"][-1])
+            others = {other for kind in kinds for other in kind.get("properties", {})} - {key}
+            hint = f"; {did_you_mean(key, sorted(others), 'moelpr init --schema lists the keys')}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
     return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from examples.demo_tasks import ROOT
-from examples.experiments.flores import TABLES, Sentences, all_languages_chart, read_flores
+from examples.experiments.flores import TABLES, Sentences, all_languages_chart, read_flores, read_pairs
 from examples.experiments.parts import add_switches, measure, without_seed, write_mean
 from examples.experiments.routers import ROUTERS
 from examples.experiments.text import UNSEEN
@@ -42,7 +42,7 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 }
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
-COMPARE = "compare"
+COMPARE, AGREEMENT = "compare", "agreement"
 AVERAGED = "full-pack"  # the project of which the mean with the base is measured, too
 
 
@@ -51,14 +51,18 @@ def main() -> None:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="files to train, such as lora or first/lora (default: all)")
     add("--flores", type=Path, metavar="DIR", help="folder of FLORES-101, with dev/eng.dev")
+    add("--pairs", type=Path, metavar="DIR", help="folder of MultiBLiMP, with tur/data.tsv")
     add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
     add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
     add("--seeds", default=1, help="orders of the training text; tables have their mean (default: 1)", **number(int, 1))
     args = parser.parse_args()
-    tables = args.table or [COMPARE, *(TABLES if args.flores else [])]
-    if tables != [COMPARE] and not args.flores:
-        raise UserError("a table of FLORES-101 needs its folder; pass --flores DIR")
-    sentences = read_flores(args.flores, args.languages.split(",")) if args.flores else {}
+    sentences: dict[str, Sentences] = {AGREEMENT: read_pairs(args.pairs)} if args.pairs else {}
+    if args.flores:
+        sentences |= dict.fromkeys(TABLES.keys() - {AGREEMENT}, read_flores(args.flores, args.languages.split(",")))
+    tables = args.table or [COMPARE, *(name for name in TABLES if name in sentences)]
+    if unread := [name for name in tables if name != COMPARE and name not in sentences]:
+        flag = "--pairs" if unread[0] == AGREEMENT else "--flores"
+        raise UserError(f"the table {unread[0]} needs the folder of its text; pass {flag} DIR")
     os.chdir(ROOT)
     every = [*FILES.glob("*/*.yaml"), *(FILES / base / f"{name}.yaml" for base in BASES for name in ROUTERS)]
     files = [x for x in sorted(every) if any(x.match(f"{one}.yaml") for one in args.names or "*")]
@@ -81,7 +85,7 @@ def main() -> None:
             write_text(its[-1], trained.read_text().replace(f"/{trained.stem}\n", f"/{its[-1].stem}\n"))
             run("-m", "examples.experiments.routers", trained, its[-1])
         for name in tables if its else ():
-            table = comparison(base, its) if name == COMPARE else of_flores(name, base, its, sentences)
+            table = comparison(base, its) if name == COMPARE else of_flores(name, base, its, sentences[name])
             training = spent("training", {file.stem: costs()[str(file)] / 60 for file in its})
             write_text(RUNS / base / f"{name}.md", f"## {label}: {table}\n\n{training}\n")
     pages = [file.read_text() for base in BASES for file in sorted((RUNS / base).glob("*.md"))]

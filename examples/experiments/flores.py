@@ -1,9 +1,12 @@
 """Tables on FLORES-101, sentences in 101 languages that people translated, on which nothing here trains.
 
-All languages; mixed text, whose two sides count apart; and translation without generation.
+All languages; mixed text, whose two sides count apart; and translation without generation. And one on MultiBLiMP,
+sentences beside the same with a wrong form.
 """
 
+import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import batched
 from pathlib import Path
 
@@ -25,6 +28,7 @@ SENTENCES = 40  # per language, a multiple of FOUR
 RELATIVES = ("fi", "et", "az", "uz", "kk")
 MIXED, BLOCK_LINES = 60, 8  # documents of each kind of mixed text; lines of code between comments
 FOUR = 4  # sources of which one is right
+PAIRS = 500  # per language
 LABELS = {
     "-ffn": " FFN",
     "full-pack": "full fine-tuning",
@@ -48,9 +52,26 @@ def read_flores(flores: Path, languages: Sequence[str] = ("",)) -> dict[str, lis
     return {code: found[code] for code in (*LANGUAGES, *languages) if code in found} if any(languages) else found
 
 
-def in_all_languages(sentences: Sentences, code: Iterable[str]) -> Texts:
+def read_pairs(folder: Path) -> dict[str, list[str]]:
+    """Language → sentences of MultiBLiMP, each before the same with a verb that does not agree.
+
+    Raises:
+        UserError: There is no data set.
+    """
+    found = {}
+    for file in sorted(folder.glob("*/data.tsv")):
+        with open(file, encoding="utf-8", newline="") as lines:
+            rows = [*csv.DictReader(lines, delimiter="\t")]
+        chosen = [rows[n * len(rows) // PAIRS] for n in range(PAIRS)] if len(rows) > PAIRS else rows
+        found[canonical(file.parent.name)] = [row[key] for row in chosen for key in ("sen", "wrong_sen")]
+    if not found:
+        raise UserError(f"{folder} has no LANGUAGE/data.tsv; pass the folder of MultiBLiMP, with tur/data.tsv")
+    return found
+
+
+def in_all_languages(sentences: Sentences, code: Iterable[str], number: int = SENTENCES) -> Texts:
     return {
-        language: [[(NEW if language in EXPANDED else KEPT, line)] for line in lines[:SENTENCES]]
+        language: [[(NEW if language in EXPANDED else KEPT, line)] for line in lines[:number]]
         for language, lines in sentences.items()
     }
 
@@ -163,6 +184,14 @@ def translation_table(scores: Scores) -> Table:
     return Table(["bits per byte that the source saves", "mean", *names, f"right source of {FOUR}"], table)
 
 
+def agreement_table(scores: Scores) -> Table:
+    rows, languages = [], [*next(iter(scores.values()))]
+    for model, of in scores.items():
+        bits = [next(iter(of[language].values()))[:, 0].reshape(-1, 2) for language in languages]
+        rows.append([model, *(wilson(int((b[:, 0] < b[:, 1]).sum()), len(b)).text("{:.1%}".format) for b in bits)])
+    return Table(["sentences that are likelier than with a wrong verb", *map(language_name, languages)], rows)
+
+
 def _mean(numbers: Iterable[Estimate], write: Callable[[float], str] = "{:.3f}".format) -> str:
     return interval_of(mean([*numbers])).text(write)
 
@@ -172,4 +201,5 @@ TABLES: dict[str, tuple[str, Callable[[Sentences, Iterable[str]], Texts], Callab
     "flores": ("languages of FLORES-101", in_all_languages, all_languages_table),
     "mixed": ("mixed text, sides apart", mixed, mixed_table),
     "translation": ("translation without generation", with_sources, translation_table),
+    "agreement": ("agreement of verbs", partial(in_all_languages, number=2 * PAIRS), agreement_table),
 }

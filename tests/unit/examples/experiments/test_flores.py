@@ -128,6 +128,27 @@ def test_tables_name_changes_distances_and_the_source_of_four_that_helps_most() 
     assert saved.startswith("0.500") and right.startswith("100%")
 
 
+def test_pairs_are_chosen_evenly_and_a_table_counts_those_told_apart(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(flores, "PAIRS", 2)
+    for folder, number in (("tur", 4), ("eng", 2)):
+        (tmp_path / folder).mkdir()
+        lines = ["\tsen\twrong_sen", *(f"{n}\tright {n}\twrong {n}" for n in range(number))]
+        (tmp_path / folder / "data.tsv").write_text("\n".join(lines))
+    pairs = flores.read_pairs(tmp_path)
+    assert pairs == {
+        "en": ["right 0", "wrong 0", "right 1", "wrong 1"],
+        "tr": ["right 0", "wrong 0", "right 2", "wrong 2"],
+    }
+    _, texts_of, table_of = flores.TABLES["agreement"]
+    texts = texts_of(pairs, [])
+    assert texts["tr"][1] == [(NEW, "wrong 0")] and texts["en"][0] == [(KEPT, "right 0")]
+    bits = {"en": [1.0, 2, 3, 4], "tr": [1.0, 2, 4, 3]}
+    rows = {text: {(NEW if text == "tr" else KEPT): np.array([[b, 1, 1, 0] for b in of])} for text, of in bits.items()}
+    assert [cell.split(" ")[0] for cell in table_of({"base": rows}).rows[0][1:]] == ["100.0%", "50.0%"]
+    with pytest.raises(UserError, match="tur/data.tsv"):
+        flores.read_pairs(tmp_path / "tur")
+
+
 def test_flores_is_read_by_code_and_must_be_parallel(tmp_path) -> None:
     (tmp_path / "dev").mkdir()
     for code in ("ell", "jav", "zho_simpl"):

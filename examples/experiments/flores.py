@@ -1,7 +1,7 @@
 """Tables on FLORES-101, sentences in 101 languages that people translated, on which nothing here trains.
 
 All languages; mixed text, whose two sides count apart; and translation without generation. And one on MultiBLiMP,
-sentences beside the same with a wrong form.
+sentences next to the same with a wrong verb.
 """
 
 import csv

@@ -9,6 +9,7 @@ resume, also with more names.
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -79,6 +80,8 @@ def main() -> None:
         its = [with_seed(file, seed) for file in its for seed in seeds]
         for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
             run("-m", "moelpr", "run", file)
+            for step in Path(yaml.safe_load(file.read_text())["output"]).glob("*/iter_*"):
+                shutil.rmtree(step)  # gigabytes, which the export has made needless
         for file, seed in product(others, seeds):
             trained = with_seed(ours, seed)
             its.append(RUNS / base / f"{trained.stem.replace(ours.stem, file.stem)}.yaml")

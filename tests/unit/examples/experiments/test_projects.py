@@ -107,7 +107,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[list[str]]:
 
 
 def test_the_second_base_is_made_before_what_starts_from_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (saved := experiments.RUNS / "second-base/dense/iter_0000220").mkdir(parents=True)
     started = run(monkeypatch)
+    assert saved.parent.exists() and not saved.exists()
     runs = [words[2] for words in started if words[:2] == ["moelpr", "run"]]
     assert sorted(runs) == PROJECTS
     assert runs.index("examples/experiments/second-base.yaml") == min(

@@ -30,10 +30,7 @@ def run_here(project: ResolvedProject, redo: str | None = None) -> None:
         redo: Training to start again after an edit, with those after it.
     """
     workflow, outlooks = checked(project, redo)
-    if project.method == "lora":
-        require_package("peft", "lora")
-    if project.content.benchmarks:
-        require_package("lm_eval", "eval")
+    _require_packages(project)
     if all(outlook.state == "done" for outlook in outlooks):  # also where nothing can be written
         print("".join(f"{outlook.task.name}: already done\n" for outlook in outlooks) + verdict(project))
         return
@@ -75,12 +72,21 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
         raise UserError(f"{_PROGRAMS[where]} is not installed; run this where it is, or pass --render-only")
     project = _for_jobs(project, redo)
     workflow, outlooks = checked(project, redo)
+    if where == "slurm" and not render_only and not file.project.slurm.container():
+        _require_packages(project)  # jobs use this Python
     with _locked_folder(project, workflow):
         if not render_only:
             workflow.set_aside(outlooks)
             if where == "slurm":
                 _fetch(project, workflow)
         SUBMIT[where](workflow, getattr(file.project, where), file.path, render_only=render_only)
+
+
+def _require_packages(project: ResolvedProject) -> None:
+    if project.method == "lora":
+        require_package("peft", "lora")
+    if project.content.benchmarks:
+        require_package("lm_eval", "eval")
 
 
 def _fetch(project: ResolvedProject, workflow: Workflow) -> None:

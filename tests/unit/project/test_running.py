@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -141,6 +142,17 @@ def test_the_program_of_a_cluster_is_looked_for_before_anything_is_planned(write
     for on, program in (("slurm", "sbatch"), ("kubernetes", "kubectl"), ("skypilot", "sky")):
         with pytest.raises(UserError, match=f"{program} is not installed; .*--render-only"):
             running.submit(project, on)
+
+
+def test_benchmarks_of_jobs_with_this_python_need_their_package_here(write: Write, monkeypatch) -> None:
+    """In a container, they have another."""
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr(running, "checked", lambda *_: (None, []))
+    monkeypatch.setattr(running, "_locked_folder", Mock(side_effect=InterruptedError))
+    for slurm, error in (({}, UserError), ({"container_image": "i"}, InterruptedError)):
+        project = ResolvedProject(read_project(write(**SMALL, benchmarks={}, slurm=slurm)))
+        with pytest.raises(error):
+            running.submit(project, "slurm")
 
 
 def test_a_login_node_fetches_the_chat_model_and_names_text_that_nodes_read(monkeypatch, capsys) -> None:

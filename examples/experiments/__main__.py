@@ -4,7 +4,7 @@
     make results RESULTS="first/second-ffn first/full --seeds 3 --flores DIR --table mixed"
 
 Everything goes to runs/experiments, and all tables to its results.md. What is done is left out, so run it again to
-resume, also with more names.
+resume, also with more names. To export a model again, remove the folder of its training, which has no checkpoints left.
 """
 
 import os
@@ -55,7 +55,12 @@ def main() -> None:
     add("--pairs", type=Path, metavar="DIR", help="folder of MultiBLiMP, with tur/data.tsv")
     add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
     add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
-    add("--seeds", default=1, help="orders of the training text; tables have their mean (default: 1)", **number(int, 1))
+    add(
+        "--seeds",
+        default=1,
+        help="orders of the text; flores and mixed have their mean (default: 1)",
+        **number(int, 1),
+    )
     args = parser.parse_args()
     sentences: dict[str, Sentences] = {AGREEMENT: read_pairs(args.pairs)} if args.pairs else {}
     if args.flores:

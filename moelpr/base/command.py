@@ -75,7 +75,9 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub("^(unrecognized arguments: .*=.*)", r"\1; give each value a flag of its own", message)
+        repeated = [action.option_strings[0] for action in self._actions if isinstance(action, argparse._AppendAction)]
+        if repeated and re.match("unrecognized arguments: .*=", message):
+            message += f"; a flag that takes several values is repeated, such as {repeated[0]}"
         raise UserError(re.sub("^argument (.*?): must", r"\1 must", f"{message}; see --help"))
 
 

@@ -162,9 +162,13 @@ class Layouts:
             return StageLayout(memory_gib=4)
         cluster, spec = self.cluster, self._spec
         if stage == "lora":
-            steps = {"global-batch-size": 512, "micro-batch-size": 8} | self._project.steps.get(stage, {})
-            batch, micro_batch = (int(str(steps[name])) for name in ("global-batch-size", "micro-batch-size"))
-            gpus = cluster and sharing_gpus(min(cluster.gpus, cluster.gpus_per_node), batch // micro_batch)
+            own = self._project.steps.get(stage, {})
+            given = {flag: value[0] if isinstance(value, list) else value for flag, value in own.items() if value}
+            sizes = {"global-batch-size": 512, "micro-batch-size": 8} | given
+            batch, micro = (int(str(sizes[name])) for name in ("global-batch-size", "micro-batch-size"))
+            if batch % micro:
+                raise UserError(f"steps.lora: global-batch-size {batch} must be a multiple of micro-batch-size {micro}")
+            gpus = cluster and sharing_gpus(min(cluster.gpus, cluster.gpus_per_node), batch // micro)
             return StageLayout(gpus_per_node=gpus or 0, memory_gib=2 * self.export_gib + 4)
         if stage == "stage2" and self._project.way == "auto":
             spec = with_new_experts(*self._base, NewExperts(**TWINS))

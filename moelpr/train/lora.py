@@ -23,7 +23,7 @@ from moelpr.base.files import LOCK_FILE, atomic_directory, locked, make_folder, 
 from moelpr.base.model_code import drop_code
 from moelpr.base.quantities import Tokens, format_count
 from moelpr.base.run_folder import FINISHED_FILE, METRICS_FILE, RECIPE_FILE, STOP_FILE, read_json, read_settings
-from moelpr.base.settings import Count, Flags, Folder, either, metavar
+from moelpr.base.settings import Count, Flags, Folder, either, metavar, number
 from moelpr.base.versions import require_package
 from moelpr.data.tokenizers.loading import open_hf_tokenizer
 from moelpr.model.families.hf_config import check_model, transformers_config
@@ -41,8 +41,9 @@ class Settings(Flags):
     save: Annotated[Path, metavar("RUN")]  # folder for checkpoints, metrics and the adapter
     export: Annotated[Path, metavar("HF")]  # Hugging Face directory to write
     train_tokens: Annotated[Tokens | None, _LENGTH] = None  # tokens to train on, rounded up
-    train_epochs: Annotated[float | None, _LENGTH] = None  # passes over all corpora, rounded down to whole steps
-    train_iters: Annotated[Any, _LENGTH, {"type": int}] = None  # steps to train
+    # passes over all corpora, rounded down to whole steps
+    train_epochs: Annotated[float | None, _LENGTH, number(float, 0, below=10**6)] = None
+    train_iters: Annotated[Any, _LENGTH, number(int, 1)] = None  # steps to train
     rank: Count = 16  # rank of the adapters
     alpha: int | None = None  # the adapters' scale is alpha / rank (default: twice the rank)
     modules: list[str] = ["all-linear"]  # modules that get an adapter (default: all-linear, all but the output layer)
@@ -71,12 +72,13 @@ def main(args: Settings) -> None:
     stop.end_with_launcher()
     make_folder(args.save)
     is_first, adapter = ranks.is_first_rank(), args.save / "adapter"
-    lock = locked(args.save / LOCK_FILE, args.save, _PATIENCE_S) if is_first else nullcontext()
-    with lock:
+    is_finished = (args.save / FINISHED_FILE).is_file()  # for all ranks, before one waits for the lock
+    patience_s = _PATIENCE_S if ranks.world_size() > 1 else 0.0
+    with locked(args.save / LOCK_FILE, args.save, patience_s) if is_first else nullcontext():
         if is_first:
             _claim(args)
         try:
-            if not (args.save / FINISHED_FILE).is_file():
+            if not is_finished:
                 train(args, adapter)
         except StoppedError as error:
             if stop.LAUNCHER_VARIABLE not in os.environ:
@@ -95,7 +97,7 @@ def _start_on_gpus(args: Settings) -> None:
     if (number := ranks.world_size()) > 1:
         if micro_batches % number:
             raise UserError(f"{number} ranks cannot share the {micro_batches} micro-batches of a step; start fewer")
-    elif (number := sharing_gpus(visible_gpus(), micro_batches)) > 1:
+    elif "WORLD_SIZE" not in os.environ and (number := sharing_gpus(visible_gpus(), micro_batches)) > 1:
         os.environ |= defaults(number) | os.environ
         words = ["--standalone", "--nproc-per-node", str(number), "-m", "moelpr", "train", "lora", *sys.argv[1:]]
         become([sys.executable, "-m", "moelpr.torchrun", *words])

@@ -45,7 +45,8 @@ def check_start(stage: str, argv: list[str], *, needs_checkpoint: bool = True) -
     own = ["--stage", stage, *argv]
     words = [*(recipe_argv(read_recipe(Path(recipe))) if recipe else []), *own]
     values = values_of(words)
-    problems = [*missing({flag[2:].replace("-", "_") for flag in values})]
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    problems = [*missing({flag[2:].replace("-", "_") for flag in flags})]
     problems += parser.parse_tolerantly(split_by_flags(own, parser.flags())[0])[1]
     if needs_checkpoint:
         problems += _missing_corpora(words)

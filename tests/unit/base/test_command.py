@@ -68,7 +68,10 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(monke
     [
         ("--hf-pth x", "unrecognized argument --hf-pth; did you mean --hf-path?"),
         ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
-        ("--hf-path a en=1 tr=2", "unrecognized arguments: en=1 tr=2; give each value a flag of its own; see --help"),
+        (
+            "--hf-path a --text en=1 tr=2",
+            "unrecognized arguments: tr=2; a flag that takes several values is repeated, such as --text; see --help",
+        ),
         ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
         ("--other --", "argument --other: expected one argument"),
         ("--oth 1", "the following arguments are required: --hf-path"),
@@ -78,6 +81,7 @@ def test_an_unrecognized_flag_is_reported_before_a_missing_one(words: str, messa
     parser = CommandParser()
     parser.add_argument("--hf-path", required=True)
     parser.add_argument("--other")
+    parser.add_argument("--text", action="append")
     with pytest.raises(UserError) as error:
         parser.parse_args(words.split())
     assert str(error.value).startswith(message)

@@ -287,9 +287,12 @@ def test_a_gpu_decides_layout_experts_and_the_tokens_of_hours(write: Write) -> N
     speed = ResolvedProject(read_project(path)).layouts.of("stage1").tokens_per_s
     assert value(stage1, "--train-tokens") == str(round(3600 * speed))
     assert stage1.minutes == pytest.approx(60, rel=1e-6)
-    for batch, gpus in ((512, 8), (24, 3)):  # GPUs of one node that share a step
-        lora = tasks(write(**LORA, hardware=GPUS, steps={"lora": {"global-batch-size": batch}}))["lora"]
+    # GPUs of one node that share a step
+    for steps, gpus in (({}, 8), ({"global-batch-size": 24}, 3), ({"micro-batch-size": [256], "lr": False}, 2)):
+        lora = tasks(write(**LORA, hardware=GPUS, steps={"lora": steps}))["lora"]
         assert (lora.nodes, lora.gpus_per_node) == (1, gpus)
+    with pytest.raises(UserError, match="steps.lora: .*512 must be a multiple of .*1024"):
+        tasks(write(**LORA, hardware=GPUS, steps={"lora": {"micro-batch-size": 1024}}))
 
 
 def complete_workflow(path: Path) -> Workflow:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import write_corpus
+from moelpr.base import ranks
 from moelpr.base.command import STOPPED
 from moelpr.base.errors import StoppedError, UserError
 from moelpr.base.settings import call
@@ -129,6 +130,8 @@ def test_gpus_share_a_step_if_its_sequences_allow(train: Train, monkeypatch: pyt
     for name, instead in (("become", became.append), ("train", lambda *_: None), ("merge", lambda *_: None)):
         monkeypatch.setattr(lora, name, instead)
     monkeypatch.setattr(sys, "argv", ["moelpr train lora", "--rank", "3"])
+    monkeypatch.setattr(ranks, "_is_initialized", lambda: False)  # in this process, other tests initialize Megatron
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
     for gpus, number in (("0,1,2", 2), ("3", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
         train()

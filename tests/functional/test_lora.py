@@ -138,6 +138,10 @@ def test_gpus_share_a_step_if_its_sequences_allow(train: Train, monkeypatch: pyt
         launcher = f"-m moelpr.torchrun --standalone --nproc-per-node {number} -m moelpr train lora --rank 3"
         assert [words[1:] for words in became] == [launcher.split()] * (number > 1)
         became.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # a launcher that asked for one rank
+    train()
+    assert not became
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 ranks cannot share the 2 micro-batches of a step; start fewer"):
         train("other")
@@ -161,6 +165,8 @@ def test_a_folder_belongs_to_one_training(train: Train) -> None:
             "corpora without weights are read once, .* 248 samples",
         ),
         (["--micro-batch-size", "3"], "--global-batch-size 4 must be a multiple of --micro-batch-size, got 3"),
+        (["--train-iters=-1"], "--train-iters must be at least 1, got -1"),
+        (["--train-epochs", "nan"], "--train-epochs must be at least 0"),
         (["--train-tokens", "10"], "10 tokens fill no step of 4 sequences of 16 tokens"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Routers as others find them, for the base's FFNs and those of second-ffn.
+"""Routers as others find them, or with other text to keep, for the base's FFNs and those of second-ffn.
 
     python -m examples.experiments.routers examples/experiments/first/second-ffn.yaml runs/experiments/first/NAME.yaml
 
@@ -6,16 +6,18 @@ The second file is the first with an output of its own; its name says whose rout
 """
 
 import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 
 import torch
 import yaml
 
-from checkpoint_convert.common.settings import OutputFlags
-from checkpoint_convert.conversions.combined_model import Base, TopOne, open_expert, write_combined
+from checkpoint_convert.common.settings import CombineSettings, OutputFlags
+from checkpoint_convert.conversions.combined_model import Base, TopOne, combine, open_expert, write_combined
 from checkpoint_convert.conversions.packs import PackedModel
 from examples.demo_tasks import ROOT
+from examples.languages import LANGUAGES, ORIGINAL
 from moelpr.base.checksums import Verify
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import atomic_directory, write_text
@@ -66,6 +68,16 @@ def write_mergekit(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict
         subprocess.run([ROOT / ".venv-mergekit/bin/mergekit-moe", file, folder], check=True)
 
 
+def write_auto(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict[str, list[str]], output: Path) -> None:
+    """Write the model with the routers of a project with `kept: auto`: its text, and that of original languages."""
+    folder = output.with_name("kept")
+    flags = ["--save", folder, "--without", ",".join(LANGUAGES), "--overwrite"]
+    subprocess.run([sys.executable, "-m", "moelpr", "data", "kept", *flags], check=True)
+    texts = {code: kept[code] for code in ORIGINAL}
+    texts |= {file.stem: read_documents(file, max_documents=TOKENS) for file in sorted(folder.glob("*.jsonl"))}
+    combine(base, {ffns: [*new]}, texts, new, CombineSettings(save=output))
+
+
 def show(base: Path, model: Path, kept: dict[str, list[str]], new: dict[str, list[str]]) -> None:
     """Print what a model does on the held-out parts of texts, as `moelpr model combine` measures it."""
     with open_model(base) as dense, open_model(model) as routed:
@@ -76,7 +88,7 @@ def show(base: Path, model: Path, kept: dict[str, list[str]], new: dict[str, lis
     print(f"{model}: {nats:.3f} nats per token from the base on text to keep, loss of new languages {loss:.3f}")
 
 
-ROUTERS = {"dume-routers": write_dume, "mergekit-routers": write_mergekit}
+ROUTERS = {"dume-routers": write_dume, "mergekit-routers": write_mergekit, "auto-kept": write_auto}
 
 
 def main() -> None:

@@ -71,8 +71,8 @@ def write_mergekit(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict
 def write_auto(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict[str, list[str]], output: Path) -> None:
     """Write the model with the routers of a project with `kept: auto`: its text, and that of original languages."""
     folder = output.with_name("kept")
-    flags = ["--save", folder, "--without", ",".join(LANGUAGES), "--overwrite"]
-    subprocess.run([sys.executable, "-m", "moelpr", "data", "kept", *flags], check=True)
+    flags = ["--without", ",".join(LANGUAGES), "--overwrite"]
+    subprocess.run([sys.executable, "-m", "moelpr", "data", "kept", "--save", str(folder), *flags], check=True)
     texts = {code: kept[code] for code in ORIGINAL}
     texts |= {file.stem: read_documents(file, max_documents=TOKENS) for file in sorted(folder.glob("*.jsonl"))}
     combine(base, {ffns: [*new]}, texts, new, CombineSettings(save=output))

@@ -166,7 +166,9 @@ def mix(
     try:
         parts = divide(tokens, total, size, most)
     except UserError as error:
-        raise UserError(f"{'budget' if group == 'expanded' else 'mix.replay'}: {error}") from None
+        raise UserError(
+            f"{'budget' if group == 'expanded' else 'mix.replay'}: {error} of {', '.join(tokens)}"
+        ) from None
     if weighted and (capped := sorted(code for code, one in parts.items() if one.is_capped)):
         code = capped[0]
         epochs = total * size[code] / sum(size.values()) / tokens[code]

@@ -118,14 +118,15 @@ class RunLog:
             self._steps_before, self._first_time = iteration - 1, time.monotonic() - record[STEP_TIME_S]
             settings = {"desc": self.stage, "unit": "step", "dynamic_ncols": True, "disable": None}
             self._bar = tqdm(total=total, initial=self._steps_before, **settings)
-        shown = {m.label: f"{record[m]:.4g}" for m in METRICS if m.label and record.get(m) is not None}
+        values = {m.label: record[m] for m in METRICS if m.label and record.get(m) is not None}
+        shown = {name: f"{value:{',.0f' if value >= 1000 else '.4g'}}" for name, value in values.items()}
         if not self._bar.disable:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(1)
         elif iteration % self.settings.log_interval == 0 or iteration == total:
             left_s = (time.monotonic() - self._first_time) / (iteration - self._steps_before) * (total - iteration)
-            values, left = "  ".join(f"{name} {value}" for name, value in shown.items()), tqdm.format_interval(left_s)
-            print(f"{self.stage} {iteration}/{total}  {values}  {left} left", file=sys.stderr, flush=True)
+            line, left = "  ".join(f"{name} {value}" for name, value in shown.items()), tqdm.format_interval(left_s)
+            print(f"{self.stage} {iteration}/{total}  {line}  {left} left", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -79,6 +79,10 @@ def languages(**groups: Any) -> dict[str, Any]:
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
+        (
+            {"mix": {"max_epochs": 9}},
+            r"line \d+: mix.max_epochs is unknown; it belongs elsewhere, moelpr init --schema",
+        ),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         (languages(expanded={"Greek": "el.jsonl"}), r"line 5: .* Greek is not the code .*did you mean el\?"),
         (languages(original={"jp": "en.jsonl"}), r"line 7: .* jp is not the code .*did you mean ja\?"),

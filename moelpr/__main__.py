@@ -87,7 +87,7 @@ def train(arguments: list[str]) -> None:
         return
     if stage not in STAGES:
         raise UserError(f"there is no stage {stage}; the stages are {', '.join(STAGES)}")
-    if stage == "lora":  # one process, without Megatron
+    if stage == "lora":  # without Megatron
         return start("train lora", arguments)
     sys.argv = [f"moelpr train {stage}", *arguments]
     importlib.import_module("moelpr.train.launcher").launch(stage, arguments)

@@ -174,7 +174,7 @@ def _arguments(field: dataclasses.Field[Any], text: str) -> tuple[Sequence[str],
     elif note.get("action") != "store_const":
         options |= {"type": kind, "metavar": _METAVARS.get(kind, re.split("[-_]", flag)[-1].upper())}
     options |= note
-    shows_default = not (is_required or default in (None, []) or kind is bool or "const" in options)
+    shows_default = not (is_required or default in (None, [], "") or kind is bool or "const" in options)
     if shows_default and "(default" not in text:
         options["help"] += " (default: %(default)s)"
     if options.pop("positional", False):

@@ -173,7 +173,7 @@ def _table(plan: StagePlan, rows: int) -> str:
     ]
     if host_bytes := max(rank.host_bytes for rank in candidates[0].stages):
         lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
-    lines += ["", f"Recommended arguments for launch/{workload.stage}.sh:", f"  {shlex.join(plan.flags)}"]
+    lines += ["", f"Recommended arguments for moelpr train {workload.stage}:", f"  {shlex.join(plan.flags)}"]
     return "\n".join(lines)
 
 

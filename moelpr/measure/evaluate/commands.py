@@ -66,6 +66,8 @@ class Routing(HeldOutFlags):
 
 
 class Harness(ModelFlags):
+    # Hugging Face directory; repeat for several; the first is the reference
+    model: Annotated[list[str], REPEATED, metavar("[NAME=]DIR")]
     languages: Languages  # language codes of --tasks
     original_languages: Languages  # all other --languages are expanded languages
     preset: Literal["paper", "all"] | None = None  # the paper's tasks (default), or all that lm-eval has for a language

@@ -96,7 +96,7 @@ def test_new_tokens_are_rows_of_the_vocabulary(plan: Plan) -> None:
     frozen = json.loads(plan("--json", "--num-new-tokens", "390"))["recommended"]["fullest_rank"]
     assert few["trainable"] - frozen["trainable"] == 2 * 1408 * 64
     shown = plan("--num-new-tokens", "390", "--stage", "stage0")
-    assert "390 new tokens: 1,390 rows of the vocabulary." in shown and "for launch/stage0.sh:" in shown
+    assert "390 new tokens: 1,390 rows of the vocabulary." in shown and "for moelpr train stage0:" in shown
 
 
 def test_full_fine_tuning_is_planned_with_and_without_experts(plan: Plan, config_folder: Callable[..., Path]) -> None:
@@ -106,7 +106,7 @@ def test_full_fine_tuning_is_planned_with_and_without_experts(plan: Plan, config
     dense = json.loads(plan(*argv, "--stage", "dense", "--json", defaults=False))["recommended"]
     assert dense["fullest_rank"]["frozen"] == 0
     assert not {"--expert-model-parallel-size", "--expert-tensor-parallel-size"} & set(dense["flags"])
-    assert "launch/dense.sh" in plan(*argv, "--stage", "dense", defaults=False)
+    assert "moelpr train dense" in plan(*argv, "--stage", "dense", defaults=False)
 
 
 def failure(plan: Plan, capsys: pytest.CaptureFixture[str], *argv: str, **changes: object) -> str:

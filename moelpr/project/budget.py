@@ -14,8 +14,8 @@ from moelpr.project.file import found_text, text_bytes
 from moelpr.project.project import Language
 from moelpr.project.resolved import ResolvedProject
 
-# Estimates of tokens may be so much too low.
-_MARGIN = 1.2
+# Estimates of tokens may be so much too low; those by the size of files, which may be compressed, by more.
+_MARGIN, _MARGIN_OF_SIZES = 1.2, 6
 # A user who sets one of these for a stage decides how long it trains.
 LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters"))
 
@@ -47,7 +47,8 @@ def check_budget(project: ResolvedProject) -> None:
 def _most_tokens(project: ResolvedProject, stage: str) -> dict[str, int]:
     """The tokens of the languages that a training reads, or as many as estimates may mean."""
     tokens, is_estimate = tokens_or_estimates(project, stage)
-    return {code: round(_MARGIN * number) if is_estimate else number for code, number in tokens.items()}
+    margin = (_MARGIN if _has_tokenizer(project) or project.file.assumed else _MARGIN_OF_SIZES) if is_estimate else 1
+    return {code: round(margin * number) for code, number in tokens.items()}
 
 
 def expected_shares(project: ResolvedProject, stage: str) -> dict[str, Share]:
@@ -77,11 +78,14 @@ def tokens_of(project: ResolvedProject, stage: str) -> dict[str, int]:
     return {code: project.tokens(code) for code in project.read_by(stage)}
 
 
+def _has_tokenizer(project: ResolvedProject) -> bool:
+    return any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 @cache
 def _estimate(project: ResolvedProject, code: str) -> int:
     """The tokens of a language by samples; without text or tokenizer, as before a download, one is four bytes."""
-    has_tokenizer = any((project.base / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    if code in project.file.assumed or not has_tokenizer:
+    if code in project.file.assumed or not _has_tokenizer(project):
         return text_bytes(project.file, code) // 4
     language = project.languages[code]
     kept = Filter(language.filter) if language.filter else None

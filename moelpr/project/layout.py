@@ -19,7 +19,7 @@ from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part, Stage
 from moelpr.plan.candidates import MOST_EXPERTS, DoesNotFitError, most_experts, numbers_of_experts, with_num_experts
 from moelpr.plan.gpus import GIB, GPUS, Cluster, cluster_here
-from moelpr.plan.layouts import SIZES, PlannedLayout
+from moelpr.plan.layouts import SIZES, Layout, PlannedLayout, layout_problems
 from moelpr.plan.memory import CPU, PROCESS_BYTES, Workload, export_parameters, model_parts, stage_memories
 from moelpr.plan.stage_plan import RETAIN_INTERVAL, StagePlan, plan_stage
 from moelpr.project.file import ProjectFile
@@ -175,6 +175,8 @@ class Layouts:
         with self._named_keys(stage):
             if cluster is None:  # one process, in fp32
                 workload = replace(self._workload(stage), dtype="fp32", kernels=CPU)
+                for problem in layout_problems(Layout(), 1, spec, *workload.lengths, torch_grouped_gemm=False):
+                    raise UserError(problem)
                 [rank] = stage_memories(spec, model_parts(spec), PlannedLayout(), workload)
                 return StageLayout(memory_gib=(rank.total_bytes + rank.host_bytes + PROCESS_BYTES) / GIB)
             plan = self._plan(stage, spec)

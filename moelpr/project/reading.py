@@ -46,6 +46,12 @@ def _check(file: ProjectFile) -> None:
     for key in ("model", "chat"):
         if (name := getattr(project, key)) is not None:
             check_name_of_model(name, f"{file.at(key)}{key}")
+    for key in ("output", "text_output"):
+        if remote.is_remote(getattr(project, key) or ""):
+            raise UserError(
+                f"{file.at(key)}{key}: {getattr(project, key)} is a URI; name a folder, and copy what it gets "
+                "from there"
+            )
     if Path(project.model).resolve() in (output := Path(project.output).resolve(), *output.parents):
         raise UserError(f"{file.at('output')}output: {project.output} is in the model's folder; name one outside")
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():

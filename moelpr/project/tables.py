@@ -17,6 +17,7 @@ from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
 from moelpr.project.verdict import verdict
+from moelpr.project.workflow.slurm import Chain
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
@@ -34,7 +35,7 @@ def plan(project: ResolvedProject) -> str:
     time, hours = _sum_of([task.minutes for task in left]), sum(map(_gpu_hours, left))
     parts = [
         f"Fits: {_fits(project, left)}. Left: about {time}, {hours:,.0f} GPU hours, {format_bytes(disk * GIB)} of disk "
-        f"in {project.folder}{place}.",
+        f"in {' and '.join(dict.fromkeys(map(str, (project.folder, project.text))))}{place}.",
         table_text(head, rows, text_columns=(0, 1, 7)),
         *filter(None, [changes(outlooks).rstrip()]),
     ]
@@ -75,17 +76,23 @@ def status(project: ResolvedProject) -> str:
     workflow = Workflow(project.folder, tasks_of(project))
     outlooks, took = workflow.outlook(), workflow.wall_times_s()
     rows, left = [], []
+    finished = [outlook.task.name for outlook in outlooks if outlook.state == "done"]
+    jobs = Chain(workflow, project.content.slurm, project.file.path).states(finished)
     for outlook in outlooks:
         if outlook.state == "done":
             time = format_minutes(took[outlook.task.name] / 60) if outlook.task.is_needed else ""
             rows.append([outlook.task.name, _state(outlook), "", time])
             continue
         progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
+        progress = "; ".join(filter(None, [progress, jobs.get(outlook.task.name)]))
         left += [] if outlook.task.is_spare else [minutes]
         rows.append([outlook.task.name, _state(outlook), progress, format_minutes(minutes)])
-    done = sum(outlook.state == "done" for outlook in outlooks)
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
-    end = verdict(project) if not left else f"\n{done} of {len(rows)} steps are done; left: about {_sum_of(left)}."
+    end = (
+        verdict(project)
+        if not left
+        else f"\n{len(finished)} of {len(rows)} steps are done; left: about {_sum_of(left)}."
+    )
     return f"{table}\n{end}"
 
 

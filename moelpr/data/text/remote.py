@@ -29,7 +29,7 @@ from moelpr.base.versions import install_command
 # Scheme of a URI -> how to log in; a name with one of these schemes is remote.
 _SCHEMES = {
     "hf": "accept the data set's terms on the Hub if it has some, and run hf auth login or set HF_TOKEN",
-    "s3": "renew the credentials that AWS_PROFILE or ~/.aws names, or set FSSPEC_S3_ANON=true for a public bucket",
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or FSSPEC_S3_ANON=true for a public bucket",
     "gs": "run gcloud auth application-default login",
     "https": "renew the URL if it is signed, or put user and password into ~/.netrc",
 }
@@ -243,6 +243,8 @@ def _file_system(uri: str) -> Any:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
         # With ~/.netrc and proxies.
         options = {"client_kwargs": {"trust_env": True, "trace_configs": [_checks()]}} if _is_web(uri) else {}
+        if scheme == "s3":  # botocore would wait five minutes for a server that does not answer
+            options = {"config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 1}}}
         system = fsspec.filesystem(scheme, **options)
         _used.add(type(system))
         return system

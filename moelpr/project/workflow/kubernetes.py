@@ -11,7 +11,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from moelpr.base import records, yaml_files
@@ -25,11 +25,12 @@ from moelpr.project.workflow.workflow import Workflow
 Quantity = int | str
 Manifest = dict[str, Any]
 _FILES, _PORT = "/etc/moelpr", 29500
+_OUTPUT = "moelpr/output"  # annotation with the folder of a project
 _MOST_NEEDS = 5  # JobSet's limit of dependsOn
 _MOST_LETTERS = 63 - len("-abcde")  # a pod's name is its host's, and ends with letters of its own
 
 
-@dataclass(frozen=True, config=DOCUMENTED)
+@dataclass(frozen=True, config=DOCUMENTED | ConfigDict(coerce_numbers_to_str=True))
 class KubernetesSettings:
     """Settings of jobs on a Kubernetes cluster."""
 
@@ -54,9 +55,13 @@ class KubernetesSettings:
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables."""
     labels: dict[str, str] = field(default_factory=dict)
-    """Labels of jobs and pods, such as kueue.x-k8s.io/queue-name: team."""
+    """Labels of jobs and pods, such as team: nlp."""
     pod: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each pod's spec, such as nodeSelector, tolerations, securityContext."""
+    """Further fields of each pod's spec, such as nodeSelector, tolerations, securityContext, volumes."""
+    container: dict[str, Any] = field(default_factory=dict)
+    """Further fields of each container, such as securityContext, volumeMounts."""
+    annotations: dict[str, str] = field(default_factory=dict)
+    """Annotations of pods, such as k8s.v1.cni.cncf.io/networks: rdma."""
 
 
 def check(settings: KubernetesSettings) -> None:
@@ -64,6 +69,9 @@ def check(settings: KubernetesSettings) -> None:
     for name in ("image", "claim"):
         if not getattr(settings, name):
             raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
+    for place, fields in (("pod", {"containers", "restartPolicy"}), ("container", {"name", "args", "resources"})):
+        if taken := fields & getattr(settings, place).keys():
+            raise UserError(f"kubernetes.{place}.{min(taken)} is set by moelpr run; remove it")
 
 
 def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, render_only: bool = False) -> None:
@@ -77,11 +85,16 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
     """
     if not (tasks := workflow.tasks_of_jobs()):
         return
+    if workflow.folder.is_absolute() and not workflow.folder.is_relative_to(settings.folder):
+        raise UserError(
+            f"pods have no {workflow.folder}; put output below kubernetes.folder {settings.folder}, or name the folder "
+            "where the claim is mounted"
+        )
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
     if not render_only:
-        _apply(chain.name, path, settings.namespace)
+        _apply(chain.name, path, settings.namespace, str(workflow.folder))
     print(path if render_only else f"{path}: applied")
 
 
@@ -90,7 +103,7 @@ class Chain:
 
     def __init__(self, tasks: list[Task], folder: Path, settings: KubernetesSettings, file: Path) -> None:
         self._tasks = {task.name: task for task in tasks}
-        self._settings, self._file = settings, file
+        self._settings, self._file, self._folder = settings, file, folder
         self._key = re.sub(r"[^\w.-]", "-", file.name, flags=re.ASCII)  # as Kubernetes takes it
         longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
         name = _label(folder.resolve().name)
@@ -140,6 +153,7 @@ class Chain:
             "resources": self._resources(task),
             "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
         }
+        container = _joined(container, settings.container)
         rules = [
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
@@ -152,14 +166,15 @@ class Chain:
             "backoffLimit": settings.retries * task.nodes,
             "podFailurePolicy": {"rules": rules},
             "template": {
-                "metadata": {"labels": dict(settings.labels)},
+                "metadata": {"labels": dict(settings.labels), "annotations": dict(settings.annotations)},
                 "spec": {"restartPolicy": "Never", **self._pod(container)},
             },
         }
 
     def _object(self, version: str, kind: str, **content: Manifest) -> Manifest:
         namespace = {"namespace": self._settings.namespace} if self._settings.namespace else {}
-        metadata = {"name": self.name, **namespace, "labels": dict(self._settings.labels)}
+        annotations = {_OUTPUT: str(self._folder)}
+        metadata = {"name": self.name, **namespace, "labels": dict(self._settings.labels), "annotations": annotations}
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
 
     def _pod(self, container: Manifest) -> Manifest:
@@ -173,8 +188,7 @@ class Chain:
             "volumes": volumes,
             "containers": [container],
         }
-        more = self._settings.pod.items()
-        return own | {key: [*own[key], *value] if isinstance(own.get(key), list) else value for key, value in more}
+        return _joined(own, self._settings.pod)
 
     def _variables(self, task: Task) -> list[Manifest]:
         """The user's variables, and of a training those of torchrun, as Kubeflow sets them."""
@@ -200,6 +214,11 @@ class Chain:
         return {"requests": _texts(needs), "limits": _texts(gpus)}
 
 
+def _joined(own: Manifest, more: Mapping[str, Any]) -> Manifest:
+    """Fields with the user's: lists get theirs behind ours, all else is theirs."""
+    return own | {key: [*own[key], *value] if isinstance(own.get(key), list) else value for key, value in more.items()}
+
+
 def _texts(values: Mapping[str, Quantity]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
@@ -209,11 +228,14 @@ def _label(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _apply(name: str, path: Path, namespace: str | None) -> None:
-    """Create a JobSet, in place of a finished one of that name."""
+def _apply(name: str, path: Path, namespace: str | None, output: str) -> None:
+    """Create a JobSet, in place of a finished one of that name and project."""
     shown = _kubectl(namespace, "get", "jobset", name, "--ignore-not-found", "--output", "json")
     if shown.strip():
-        status = records.parse_json(shown, "what kubectl prints", "try again").get("status", {})
+        found = records.parse_json(shown, "what kubectl prints", "try again")
+        other, status = found["metadata"].get("annotations", {}).get(_OUTPUT, output), found.get("status", {})
+        if other != output:
+            raise UserError(f"jobset {name} is of the project in {other}; call the output folder otherwise")
         conditions = {one["type"] for one in status.get("conditions", ()) if one["status"] == "True"}
         if not conditions & {"Completed", "Failed"}:
             raise UserError(

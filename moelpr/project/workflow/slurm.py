@@ -9,15 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from moelpr.base.errors import CONTROL, MachineError, UserError
+from moelpr.base.errors import CONTROL, MachineError, UserError, did_you_mean
 from moelpr.base.files import remove, write_text
 from moelpr.base.records import DOCUMENTED, STRICT, Record
 from moelpr.base.tools import launch_folder
@@ -25,7 +25,14 @@ from moelpr.project.workflow.mark import shown
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow
 
-Options = dict[str, bool | int | str]
+
+def _as_option(value: Any) -> Any:
+    if not isinstance(value, bool | int | str):
+        raise UserError(f"expected a word, a number or true, got {value}")
+    return value
+
+
+Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
 
 @dataclass(frozen=True, config=DOCUMENTED)
@@ -49,6 +56,8 @@ class SlurmSettings:
 
     def __post_init__(self) -> None:
         for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
+            if bad := [name for name in options if not re.fullmatch("[a-z][a-z0-9-]*", name)]:
+                raise UserError(f"{place} has {bad[0]}; write options as sbatch does, without leading dashes")
             if isinstance(options.get("time"), int):
                 raise UserError(f'time of {place} is a number, as which YAML reads 24:00:00; write it as "24:00:00"')
         if self.container_image and self.apptainer:
@@ -123,6 +132,18 @@ class Chain:
                 f"cancel them (scancel {' '.join(active)})"
             )
 
+    def states(self, done: Collection[str]) -> dict[str, str]:
+        """The last job of each task that is not done: whether it is pending or running, or its log."""
+        queued = queued_jobs() if self._jobs and shutil.which("squeue") else None
+        states = {}
+        for name, job in self._jobs.items():
+            task, log = name.removesuffix("-shards"), self._folder / f"{self._name}-{name}-{job.id}.log"
+            if task not in done and queued is not None:
+                is_active = queued.get(job.id) == f"{self._name}-{name}"
+                ended = f"ended, see {log}" if log.exists() else "ended without a log"
+                states[task] = f"job {job.id} {'is pending or running' if is_active else ended}"
+        return states
+
     def submit(self, *, render_only: bool = False) -> None:
         """Submit what is not done, or only write the scripts.
 
@@ -130,6 +151,11 @@ class Chain:
             UserError: sbatch refuses a job, or a task's job of an earlier call would do another command.
         """
         self._render_only = render_only
+        if unknown := self._settings.steps.keys() - self._workflow.tasks.keys():
+            names = [*self._workflow.tasks]
+            raise UserError(
+                f"slurm.steps.{min(unknown)} is no step; {did_you_mean(min(unknown), names, ', '.join(names))}"
+            )
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
             self._check([one for one in outlooks if one.state != "done"], queued_jobs())

@@ -25,7 +25,7 @@ from moelpr.base.machine import format_bytes
 from moelpr.base.run_folder import COMMAND_FILE, TRACKER_FILE
 from moelpr.project.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, shown
-from moelpr.project.workflow.task import Task
+from moelpr.project.workflow.task import NOTHING, Task
 
 _QUIET = {"PYTHONWARNINGS": "ignore"}
 _COMMAND_CHANGED = "its command has changed"
@@ -126,7 +126,7 @@ class Workflow:
         outlooks: list[Outlook] = []
         read = {name for task in self.tasks.values() for name in task.inputs}
         for task in self.tasks.values():
-            before, undone = self._mark(task.name), [name for name in task.inputs if ids.get(name, "") is None]
+            before, undone = self._needed_mark(task), [name for name in task.inputs if ids.get(name, "") is None]
             try:
                 now = self._mark_of(task, task.words(), ids)
                 reason = _change(before, now)
@@ -338,6 +338,11 @@ class Workflow:
         with suppress(UserError):
             return Mark.read_file(self.mark_path(name))
         return None
+
+    def _needed_mark(self, task: Task) -> Mark | None:
+        """The mark of a task; None if it was not needed when it was made, but is now."""
+        mark = self._mark(task.name)
+        return None if mark and task.is_needed and mark.command == shown(map(str, NOTHING)) else mark
 
     def mark_path(self, name: str) -> Path:
         return self._logs(name) / f"{name}.json"

@@ -130,7 +130,11 @@ def test_a_chat_model_that_cannot_be_added_to_the_base_is_refused(write: Write) 
         save_config(f"{name}-Base", Path(name))
     edit_json(Path("Qwen3-8B/config.json"), max_position_embeddings=40960)  # as published ones differ
     base: dict[str, Any] = {"model": "Qwen3-8B-Base", "hardware": {"gpu": "h100-80", "gpus": 8}, "method": "auto"}
-    base |= {"budget": {"tokens": "6K"}, "steps": {"ffn": {"global-batch-size": 1}}, "experts": None}
+    base |= {
+        "budget": {"tokens": "6K"},
+        "steps": {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}},
+        "experts": None,
+    }
     check_budget(places(write, chat="Qwen3-8B", **base))
     with pytest.raises(
         UserError, match=r"line \d+: chat: .*ffn_hidden_size is 12288 and 6144; name the base's own chat"
@@ -152,6 +156,19 @@ def test_on_a_cpu_a_training_needs_fp32_weights_and_adam_for_what_trains(write: 
     ):
         monkeypatch.setattr(machine, "free_memory", lambda free=free: int(free))
         assert re.match(f"Fits: {answer}", tables.plan(one))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"global-batch-size": 6, "micro-batch-size": 4}, r"ffn: steps.ffn.global-batch-size: 6 is not a multiple of"),
+        ({"seq-length": 10**6}, r"ffn: steps.ffn.seq-length must be at most 131072"),
+    ],
+)
+def test_on_a_cpu_a_training_that_its_trainer_would_refuse_is_refused(write: Write, flags, message) -> None:
+    one = places(write, "Qwen3-0.6B-Base", method="ffn", experts=None, hardware={"gpu": "none"}, steps={"ffn": flags})
+    with pytest.raises(UserError, match=message):
+        one.layouts.of("ffn")
 
 
 def test_sizes_that_a_user_chooses_are_planned_or_refused_with_those_that_work(write: Write) -> None:

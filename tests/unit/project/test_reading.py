@@ -79,6 +79,7 @@ def languages(**groups: Any) -> dict[str, Any]:
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
+        ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),
         (
             {"mix": {"max_epochs": 9}},
             r"line \d+: mix.max_epochs is unknown; it belongs elsewhere, moelpr init --schema",

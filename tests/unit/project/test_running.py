@@ -37,7 +37,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 SMALL: dict[str, Any] = {"hardware": {"gpu": "none"}, "budget": {"tokens": "6K"}}
-SMALL |= {"steps": {"stage1": {"global-batch-size": 2}}}
+SMALL |= {"steps": {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}}}
 
 
 def run(path: Path) -> None:
@@ -70,7 +70,11 @@ def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: di
 @pytest.mark.parametrize(("tokens", "works"), [("80K", True), ("95K", True), ("97K", False)])
 def test_plan_and_run_refuse_a_budget_at_the_same_size_and_name_the_estimate(write: Write, tokens, works) -> None:
     """Two texts of 10,000 tokens each, read four times: 80K, and a fifth more because the estimate may be too low."""
-    path = write(budget={"tokens": tokens}, steps={"stage1": {"global-batch-size": 1}}, hardware={"gpu": "none"})
+    path = write(
+        budget={"tokens": tokens},
+        steps={"stage1": {"global-batch-size": 1, "micro-batch-size": 1}},
+        hardware={"gpu": "none"},
+    )
     if works:
         assert "Fits: yes" in tables.plan(ResolvedProject(read_project(path)))
         return check_budget(ResolvedProject(read_project(path)))
@@ -82,7 +86,7 @@ def test_plan_and_run_refuse_a_budget_at_the_same_size_and_name_the_estimate(wri
 def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = {"stage1": {"global-batch-size": 2}}
+    batch = {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}}
     path = write(steps=batch)
     Path("out").mkdir()
     with locked(Path("out/.lock"), "out"), pytest.raises(UserError, match="another process is writing out"):
@@ -121,7 +125,7 @@ def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: p
 
 def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write: Write) -> None:
     write_findings(distance=0.09, kept=0.9)  # routers before the ones to be made
-    steps = {"ffn": {"global-batch-size": 1}}
+    steps = {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}}
     path = write(method="auto", experts=None, budget={"tokens": "20K"}, steps=steps, hardware={"gpu": "none"})
     running.submit(ResolvedProject(read_project(path)), "slurm", render_only=True)
     script = Path("out/slurm/stage2.sbatch").read_text()

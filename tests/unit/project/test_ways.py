@@ -89,7 +89,11 @@ def test_a_name_on_the_hub_is_all_that_a_plan_and_the_jobs_need_of_the_base(
 def test_a_dry_run_starts_submits_and_writes_nothing(
     on: str, write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(hardware={"gpu": "none"}, budget={"tokens": "6K"}, steps={"stage1": {"global-batch-size": 2}})
+    path = write(
+        hardware={"gpu": "none"},
+        budget={"tokens": "6K"},
+        steps={"stage1": {"global-batch-size": 2, "micro-batch-size": 2}},
+    )
     path.write_text(path.read_text() + yaml.safe_dump(REQUIRED))
     Path("out").mkdir()
     before = contents(path.parent)
@@ -126,7 +130,11 @@ def test_a_plan_refuses_what_a_step_does_not_take(write: Write, step: str, flag:
 
 
 def test_files_of_jobs_are_for_a_cluster(write: Write, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(hardware={"gpu": "none"}, budget={"tokens": "6K"}, steps={"stage1": {"global-batch-size": 2}})
+    path = write(
+        hardware={"gpu": "none"},
+        budget={"tokens": "6K"},
+        steps={"stage1": {"global-batch-size": 2, "micro-batch-size": 2}},
+    )
     with pytest.raises(UserError, match=r"--on slurm\|"):
         moelpr("run", path, "--render-only")
     assert not calls.exists() and not Path("out").exists()

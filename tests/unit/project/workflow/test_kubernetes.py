@@ -20,14 +20,18 @@ from moelpr.project.workflow.workflow import Workflow
 from tests.support.programs import put_on_path
 
 MODELS = {"ConfigMap": models.IoK8sApiCoreV1ConfigMap, "JobSet": models.JobsetV1alpha2JobSet}
-REQUIRED = {"image": "registry/moelpr:1", "claim": "work"}
+REQUIRED = {"image": "registry/moelpr:1", "claim": "work", "folder": "/"}
 ALL = {
     **REQUIRED,
-    "folder": "/data/our project",
     "namespace": "team",
     "training": {"memory": "1Ti", "rdma/ib": 8},
     "env": {"HF_HOME": "/data/hf"},
-    "labels": {"kueue.x-k8s.io/queue-name": "team"},
+    "labels": {"team": "nlp"},
+    "annotations": {"k8s.v1.cni.cncf.io/networks": "rdma"},
+    "container": {
+        "securityContext": {"capabilities": {"add": ["IPC_LOCK"]}},
+        "volumeMounts": [{"name": "more", "mountPath": "/more"}],
+    },
     "secrets": ["hub"],
     "pod": {
         "nodeSelector": {"gpu": "h100"},
@@ -113,9 +117,17 @@ def test_a_job_set_trains_on_several_nodes_and_tells_stops_from_failures(tmp_pat
 
 def test_what_the_user_sets_reaches_the_pods(tmp_path, file) -> None:
     actual = job_set(tmp_path / "greek", file, **{key: value for key, value in ALL.items() if key not in REQUIRED})
-    assert actual["metadata"] == {"name": "greek", "namespace": "team", "labels": ALL["labels"]}
+    metadata = {"labels": ALL["labels"], "annotations": {"moelpr/output": str(tmp_path / "greek")}}
+    assert actual["metadata"] == {"name": "greek", "namespace": "team"} | metadata
     stage1 = next(job for job in actual["spec"]["replicatedJobs"] if job["name"] == "stage1")
+    assert stage1["template"]["spec"]["template"]["metadata"]["annotations"] == ALL["annotations"]
     pod = stage1["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["securityContext"] == ALL["container"]["securityContext"]
+    assert [one["mountPath"] for one in pod["containers"][0]["volumeMounts"]][1:] == [
+        "/etc/moelpr",
+        "/dev/shm",
+        "/more",
+    ]
     assert pod["nodeSelector"] == {"gpu": "h100"} and pod["terminationGracePeriodSeconds"] == 60
     assert [volume["name"] for volume in pod["volumes"]] == ["work", "file", "shm", "more"]
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "1Ti", "rdma/ib": "8"}
@@ -153,7 +165,8 @@ def test_the_tutorials_pod_has_what_its_project_names_and_the_rights_to_submit_i
     claim, account, role, binding, pod = manifests(examples / "kubernetes-pod.yaml")
     for kind, one in (("PersistentVolumeClaim", claim), ("ServiceAccount", account), ("Pod", pod)):
         assert getattr(models, f"IoK8sApiCoreV1{kind}").from_dict(one).to_dict() == one
-    project = settings(**yaml.safe_load((examples / "users" / "kubernetes-company.yaml").read_text())["kubernetes"])
+    content = yaml.safe_load((examples / "users" / "kubernetes-company.yaml").read_text())["kubernetes"]
+    project = settings(**{"folder": "/work"} | content)
     rendered = Chain([Task(name="t", command=["c"])], Path("run"), project, Path("file")).job_set()
     spec = rendered["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (own,), (of_task,) = pod["spec"]["containers"], spec["containers"]
@@ -187,10 +200,14 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
     run = tmp_path / "greek"
     launch(Workflow(run, tasks(run)), settings(), file)
     assert (kubectl / "calls").read_text() == f"apply --filename {run}/kubernetes/greek.yaml\n"
-    (kubectl / "greek").write_text('{"status": {}}')
+    (kubectl / "greek").write_text('{"metadata": {}, "status": {}}')
     with pytest.raises(UserError, match=r"kubectl delete jobset greek"):
         launch(Workflow(run, tasks(run)), settings(), file)
-    (kubectl / "greek").write_text('{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}')
+    ended = '"status": {"conditions": [{"type": "Failed", "status": "True"}]}'
+    (kubectl / "greek").write_text(f'{{"metadata": {{"annotations": {{"moelpr/output": "/other/greek"}}}}, {ended}}}')
+    with pytest.raises(UserError, match="jobset greek is of the project in /other/greek; call the output folder"):
+        launch(Workflow(run, tasks(run)), settings(), file)
+    (kubectl / "greek").write_text(f'{{"metadata": {{}}, {ended}}}')
     launch(Workflow(run, tasks(run)), settings(namespace="team"), file)
     assert (kubectl / "calls").read_text().splitlines()[1:] == [
         "--namespace team delete jobset greek --wait",
@@ -216,7 +233,12 @@ def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
     assert (kubectl / "calls").read_text() == ""
 
 
-def test_what_is_missing_is_one_sentence() -> None:
+def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
+    for place, name in (("pod", "containers"), ("container", "args")):
+        with pytest.raises(UserError, match=rf"kubernetes.{place}.{name} is set by moelpr run; remove it"):
+            check(settings(**{place: {name: []}}))
+    with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /work"):
+        launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/work"), file, render_only=True)
     with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):
         check(KubernetesSettings(image="i"))
 

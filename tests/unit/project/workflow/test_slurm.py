@@ -106,6 +106,21 @@ def test_a_second_call_submits_only_tasks_that_are_neither_done_nor_active(stubs
     assert SlurmJobs.read(run).jobs["stage1"].id == "7"
 
 
+def test_states_tell_jobs_that_wait_from_those_that_have_ended(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
+    assert chain.states([]) == {}
+    chain.submit()
+    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n")
+    (log := run / "slurm" / "greek-stage1-4.log").touch()
+    actual = chain.states(["preprocess-el", "preprocess-hu"])
+    assert actual == {
+        "convert": "job 3 is pending or running",
+        "stage1": f"job 4 ended, see {log}",
+        "export": "job 5 ended without a log",
+    }
+
+
 def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(stubs, tmp_path) -> None:
     run = tmp_path / "greek"
     chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
@@ -197,6 +212,9 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({"options": {"--partition": "gpu"}}, "options has --partition; write options as sbatch does, without leading"),
+        ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
+        ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
         ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
         ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),
         ({"container_image": "a", "apptainer": "b"}, "container_image and apptainer"),
@@ -219,7 +237,7 @@ def test_no_setting_becomes_a_command(stubs, tmp_path, monkeypatch, value: str, 
     try:
         submit(run, render_only=True, **settings)
     except UserError:
-        assert CONTROL.search(value)
+        assert place == "option" or CONTROL.search(value)
         return
     assert not (CONTROL.search(value) and place != "image")
     for name in ("srun", "bash"):  # bash is what srun starts on a node

@@ -35,6 +35,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) else value
+
+
 def _as_named(value: Any) -> Any:
     """Files without names are texts of their own, each named like the file; a folder or pattern stands for many.
 
@@ -47,7 +51,8 @@ def _as_named(value: Any) -> Any:
     paths = _as_list(value)
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         return value
-    return named_files(paths, "languages.kept")
+    files = [path for path in paths if path != "auto"]
+    return (_as_named("auto") if "auto" in paths else {}) | (named_files(files, "languages.kept") if files else {})
 
 
 def as_experts(value: Any) -> Any:
@@ -109,7 +114,8 @@ class Languages:
         dict[str, str], BeforeValidator(_as_named, json_schema_input_type=dict[str, str] | list[str] | str)
     ] = field(default_factory=dict)
     """More text to keep, for calibrated routers: name → file, folder or pattern; without names, each file is a text.
-    auto: a little text in a hundred languages, and code, which is fetched (moelpr data kept)."""
+    auto: a little text in a hundred languages, and code, which is fetched (moelpr data kept).
+    [auto, FILE] adds more."""
 
     def __post_init__(self) -> None:
         names: dict[str, str] = {}
@@ -226,7 +232,7 @@ class Lora:
 
 @dataclass(frozen=True, config=DOCUMENTED)
 class Hardware:
-    gpu: str = "auto"
+    gpu: Annotated[str, BeforeValidator(_as_text)] = "auto"
     """Kind of GPU, such as h100-80 (moelpr layouts --help lists them), auto: this machine's, if any, or none: CPUs."""
     gpus: Annotated[Count | None, OrAuto] = None
     """Number of GPUs (default: those of this machine)."""
@@ -307,8 +313,8 @@ class Project:
     """How the model grows, or auto, or per-language: a second FFN for each expanded language."""
     lora: Lora = field(default_factory=Lora)
     """Rank and place of the adapters."""
-    hardware: Annotated[Hardware, BeforeValidator(_short("gpu", str), json_schema_input_type=Hardware | str)] = field(
-        default_factory=Hardware
+    hardware: Annotated[Hardware, BeforeValidator(_short("gpu", str, int), json_schema_input_type=Hardware | str)] = (
+        field(default_factory=Hardware)
     )
     """The GPUs to train on, or auto: this machine's."""
     vocabulary: Vocabulary | None = None

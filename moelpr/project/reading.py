@@ -28,10 +28,11 @@ def read_project(path: Path, assumed: Mapping[str, int] | None = None) -> Projec
     file = parse_project(text_of(path), path)
     languages = dict(file.project.languages)
     for name, size in (assumed or {}).items():
-        if (code := canonical(name)) not in languages:
+        if (code := canonical(name)) in languages:
+            languages[code].text.clear()
+        elif code not in file.project.languages.kept:
             raise UserError(f"--assume {name}: {path} has no such language; {did_you_mean(code, languages, 'add it')}")
         file.assumed[code] = size
-        languages[code].text.clear()
     _check(file)
     return file
 
@@ -46,6 +47,8 @@ def _check(file: ProjectFile) -> None:
     for key in ("model", "chat"):
         if (name := getattr(project, key)) is not None:
             check_name_of_model(name, f"{file.at(key)}{key}")
+    if project.chat == project.model:
+        raise UserError(f"{file.at('chat')}chat: {project.chat} is the base itself; name its chat model, or remove it")
     for key in ("output", "text_output"):
         if remote.is_remote(getattr(project, key) or ""):
             raise UserError(

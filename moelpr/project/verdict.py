@@ -59,6 +59,13 @@ def _routers(project: ResolvedProject) -> Iterator[str]:
         f"Routers: {routed.kept:.0%} of what was learned is left, {routed.result.distance:.3f} nats per token from the "
         f"base on text to keep, most on {worst} ({distances[worst]:.3f})."
     )
+    if left_out := _left_out(project, [*project.original, *project.kept]):
+        yield f"Left out of the text to keep, as the base reads it like the new languages: {', '.join(left_out)}."
+
+
+def _left_out(project: ResolvedProject, names: Sequence[str]) -> list[str]:
+    """The texts of these that routers could not tell from the new languages."""
+    return [name for name in names if project.routed and name not in project.routed.texts]
 
 
 def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterator[str]:
@@ -70,7 +77,9 @@ def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterat
         remedy = "raise replay.original_documents" if project.replay else "add such text under languages.kept"
         remedy = remedy if project.content.has_experts else "raise mix.replay"
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
-    if not unlearned and not lost:
+    if left_out := _left_out(project, project.original):
+        yield f"{_names(left_out)}: routers do not keep the base's FFN for it; add other text of it, or more."
+    if not unlearned and not lost and not left_out:
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."
         if len(project.expanded) > 1:
             least = max(project.expanded, key=lambda code: changes[code].value)

@@ -280,7 +280,7 @@ class Workflow:
         if not change or not task.continues or not _has_trained(task.continues) or task.name in self._redo:
             return ""
         return (
-            f"task {task.name} would continue {task.continues}, but {change} since that was made; remove it to make it "
+            f"task {task.name} would continue {task.continues}, which was made before: {change}; remove it to make it "
             "again, or use another folder"
         )
 

@@ -58,6 +58,8 @@ def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
     more = ["other/*.jsonl*", "es.jsonl"]
     assert read_project(write(**languages(kept="other"))).project.languages.kept == expected
     assert read_project(write(**languages(kept=more))).project.languages.kept == expected | {"es": "es.jsonl"}
+    kept = read_project(write(**languages(kept=["auto", "other/pl.jsonl.gz"]))).project.languages.kept
+    assert kept["pl"] == "other/pl.jsonl.gz" and kept["fi"] == kept["code"] == ""
 
 
 KEPT = {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}, "kept": {"code": "es.jsonl"}}
@@ -79,6 +81,7 @@ def languages(**groups: Any) -> dict[str, Any]:
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
+        ({"chat": "base"}, r"line \d+: chat: base is the base itself; name its chat model"),
         ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),
         (
             {"mix": {"max_epochs": 9}},

@@ -54,6 +54,7 @@ def run(path: Path) -> None:
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
         ({"steps": {"preprocess": {"worker": 1}}}, r"steps.preprocess.worker is no flag .* workers"),
         ({"model": "owner/name"}, "there is no folder owner/name, "),
+        ({"hardware": 4090}, r"line \d+: hardware.gpu: 4090 is unknown; did you mean rtx4090-24"),
         ({"hardware": {"gpu": "h100"}}, r"line \d+: hardware.gpu h100 is unknown; did you mean h100-80"),
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
         ({"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}}, r"line \d+: hardware.gpus .* 8; .* 6 or 9"),

@@ -54,6 +54,20 @@ def test_lost_languages_without_intervals_are_named(write: Write) -> None:
     assert "English: lost" in measured(write, (-0.2,), (-0.1,), (0.04,))
 
 
+def test_a_language_that_routers_do_not_keep_is_named_and_the_model_not_worth_serving(write: Write) -> None:
+    Path("out/evaluation").mkdir(parents=True)
+    content = {"models": {"base": {"languages": {}}, "second-ffn": of_languages((-0.2,), (-0.1,), (0.0,))}}
+    Path("out/evaluation/results.json").write_text(json.dumps(content))
+    write_findings(distance=0.02, kept=0.9)
+    findings = json.loads(Path("out/hf/calibration.json").read_text())
+    texts = findings["findings"]["texts"]
+    texts["code"] = texts.pop("en")
+    Path("out/hf/calibration.json").write_text(json.dumps(findings))
+    text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
+    assert "reads it like the new languages: en." in text and "English: routers do not keep" in text
+    assert "Worth serving" not in text
+
+
 @pytest.mark.parametrize("review, model", [(-0.3, "out/review-hf"), (-0.1, "out/hf")])
 def test_the_better_one_of_two_is_to_be_served(write: Write, review: float, model: str) -> None:
     models = {"second-ffn": of_languages((-0.2,), (-0.2,), (0.0,)), "review": of_languages((review,), (-0.2,), (0.0,))}

@@ -84,7 +84,7 @@ def test_what_reads_another_output_than_before_is_done_again(tmp_path, chain, ca
         ({"base": "2"}, "base was made again"),
         ({"text": "2"}, f"{tmp_path}/recipe has changed"),
     ):
-        with pytest.raises(UserError, match=f"continue {tmp_path}/train, but {reason} since that was made; remove it"):
+        with pytest.raises(UserError, match=f"continue {tmp_path}/train, which was made before: {reason}; remove it"):
             chain(**change)
         (tmp_path / "train").unlink()
         capsys.readouterr()

@@ -237,8 +237,8 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
     for place, name in (("pod", "containers"), ("container", "args")):
         with pytest.raises(UserError, match=rf"kubernetes.{place}.{name} is set by moelpr run; remove it"):
             check(settings(**{place: {name: []}}))
-    with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /work"):
-        launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/work"), file, render_only=True)
+    with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
+        launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)
     with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):
         check(KubernetesSettings(image="i"))
 

@@ -60,7 +60,7 @@ def test_the_demo_redoes_what_depends_on_a_changed_text_recipe_or_seed(tmp_path,
     assert starts() == ["evaluate", "evaluate-routing", "report"]
     with (recipes / "demo-stage2.yaml").open("a") as recipe:
         recipe.write("# changed\n")
-    with pytest.raises(UserError, match="continue .*/stage2, but .*demo-stage2.yaml has changed"):
+    with pytest.raises(UserError, match="continue .*/stage2, which was made before: .*demo-stage2.yaml has changed"):
         starts()
     shutil.rmtree(run / "stage2")
     assert starts() == everything[everything.index("stage2") :]

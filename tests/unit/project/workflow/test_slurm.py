@@ -149,7 +149,7 @@ def test_a_removed_output_is_made_again_and_a_training_that_has_changed_is_refus
     submit(run)
     assert {line.split(": ")[1] for line in lines(capsys)} == {"done"}
     (run / "hf").unlink()
-    with pytest.raises(UserError, match="would continue .*stage1, but its command has changed"):
+    with pytest.raises(UserError, match="would continue .*stage1, which was made before: its command has changed"):
         submit(run, rate="2")
     submit(run)
     assert lines(capsys)[-2:] == ["export: again, because its output was removed", "export: job 8"]

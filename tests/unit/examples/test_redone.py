@@ -66,7 +66,7 @@ def test_the_demo_redoes_what_depends_on_a_changed_text_recipe_or_seed(tmp_path,
     assert starts() == everything[everything.index("stage2") :]
     before = len(started)
     for stage in ("stage1", "stage2"):
-        with pytest.raises(UserError, match=f"continue .*/{stage}, but .*; remove it"):
+        with pytest.raises(UserError, match=f"continue .*/{stage}, which was made before: .*; remove it"):
             starts("--seed", 2)
         shutil.rmtree(run / stage)
     starts("--seed", 2)

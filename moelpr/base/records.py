@@ -139,9 +139,8 @@ def reason(error: ValidationError) -> str:
         reason = f"not JSON ({first['ctx']['error']})"
     else:
         message = first["msg"].removeprefix("Input ") if first["msg"].startswith("Input ") else f": {first['msg']}"
-        message = message.replace("an object", "keys with values ({KEY: VALUE})").replace(
-            "valid array", "list ([A, B])"
-        )
+        message = message.replace("an object", "keys with values ({KEY: VALUE})")
+        message = message.replace("valid array", "list ([A, B])")
         reason = f"{place} {message}, got {_shown(first['input'])}"
     more = error.error_count() - 1
     return f"{reason} (and {more} more)" if more else reason

@@ -62,11 +62,9 @@ def parse_project(text: str, path: Path) -> ProjectFile:
         hint = ""
         if records.is_unknown_key(first):
             kinds, key = [schema(), *schema()["$defs"].values()], str(first["loc"][-1])
-            known, see = (
-                {one for kind in kinds for one in kind.get("properties", {})},
-                "moelpr init --schema lists the keys",
-            )
-            hint = f"; it belongs elsewhere, {see}" if key in known else f"; {did_you_mean(key, sorted(known), see)}"
+            known = {one for kind in kinds for one in kind.get("properties", {})}
+            see = "moelpr init --schema lists the keys"
+            hint = f"; it belongs elsewhere: {see}" if key in known else f"; {did_you_mean(key, sorted(known), see)}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
     return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
 

@@ -88,12 +88,9 @@ def status(project: ResolvedProject) -> str:
         left += [] if outlook.task.is_spare else [minutes]
         rows.append([outlook.task.name, _state(outlook), progress, format_minutes(minutes)])
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
-    end = (
-        verdict(project)
-        if not left
-        else f"\n{len(finished)} of {len(rows)} steps are done; left: about {_sum_of(left)}."
-    )
-    return f"{table}\n{end}"
+    if not left:
+        return f"{table}\n{verdict(project)}"
+    return f"{table}\n\n{len(finished)} of {len(rows)} steps are done; left: about {_sum_of(left)}."
 
 
 def _state(outlook: Outlook) -> str:

@@ -36,7 +36,8 @@ def verdict(project: ResolvedProject) -> str:
     lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []
     model = project.models.get(best, project.export)
     chat = project.folder / "chat" if project.content.chat and model == project.export else model
-    lines += [*_sentences(project, by_model[best]), "", f"model: {model}"]
+    unkept = _left_out(project, project.original) if model == project.export else []  # a review has other routers
+    lines += [*_sentences(project, by_model[best], unkept), "", f"model: {model}"]
     return "\n".join([*lines, f"report: {project.folder / 'report.html'}", f"next: moelpr chat {chat}"])
 
 
@@ -68,7 +69,7 @@ def _left_out(project: ResolvedProject, names: Sequence[str]) -> list[str]:
     return [name for name in names if project.routed and name not in project.routed.texts]
 
 
-def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterator[str]:
+def _sentences(project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str]) -> Iterator[str]:
     unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
     lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
     if unlearned:
@@ -77,9 +78,9 @@ def _sentences(project: ResolvedProject, changes: dict[str, Interval]) -> Iterat
         remedy = "raise replay.original_documents" if project.replay else "add such text under languages.kept"
         remedy = remedy if project.content.has_experts else "raise mix.replay"
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
-    if left_out := _left_out(project, project.original):
-        yield f"{_names(left_out)}: routers do not keep the base's FFN for it; add other text of it, or more."
-    if not unlearned and not lost and not left_out:
+    if unkept:
+        yield f"{_names(unkept)}: not kept by the routers; add more or other text, or look at what has changed."
+    if not unlearned and not lost and not unkept:
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."
         if len(project.expanded) > 1:
             least = max(project.expanded, key=lambda code: changes[code].value)

@@ -94,7 +94,7 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
     if not render_only:
-        _apply(chain.name, path, settings.namespace, str(workflow.folder))
+        _apply(chain.name, path, settings.namespace, str(workflow.folder.absolute()))
     print(path if render_only else f"{path}: applied")
 
 
@@ -173,7 +173,7 @@ class Chain:
 
     def _object(self, version: str, kind: str, **content: Manifest) -> Manifest:
         namespace = {"namespace": self._settings.namespace} if self._settings.namespace else {}
-        annotations = {_OUTPUT: str(self._folder)}
+        annotations = {_OUTPUT: str(self._folder.absolute())}
         metadata = {"name": self.name, **namespace, "labels": dict(self._settings.labels), "annotations": annotations}
         return {"apiVersion": version, "kind": kind, "metadata": metadata, **content}
 
@@ -235,7 +235,7 @@ def _apply(name: str, path: Path, namespace: str | None, output: str) -> None:
         found = records.parse_json(shown, "what kubectl prints", "try again")
         other, status = found["metadata"].get("annotations", {}).get(_OUTPUT, output), found.get("status", {})
         if other != output:
-            raise UserError(f"jobset {name} is of the project in {other}; call the output folder otherwise")
+            raise UserError(f"jobset {name} is that of the project in {other}; give your output folder another name")
         conditions = {one["type"] for one in status.get("conditions", ()) if one["status"] == "True"}
         if not conditions & {"Completed", "Failed"}:
             raise UserError(

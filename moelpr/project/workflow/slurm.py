@@ -134,11 +134,16 @@ class Chain:
 
     def states(self, done: Collection[str]) -> dict[str, str]:
         """The last job of each task that is not done: whether it is pending or running, or its log."""
-        queued = queued_jobs() if self._jobs and shutil.which("squeue") else None
-        states = {}
+        states: dict[str, str] = {}
+        if not self._jobs or not shutil.which("squeue"):
+            return states
+        try:
+            queued = queued_jobs()
+        except MachineError as error:
+            return {name.removesuffix("-shards"): f"job {job.id}: {error}" for name, job in self._jobs.items()}
         for name, job in self._jobs.items():
             task, log = name.removesuffix("-shards"), self._folder / f"{self._name}-{name}-{job.id}.log"
-            if task not in done and queued is not None:
+            if task not in done:
                 is_active = queued.get(job.id) == f"{self._name}-{name}"
                 ended = f"ended, see {log}" if log.exists() else "ended without a log"
                 states[task] = f"job {job.id} {'is pending or running' if is_active else ended}"

@@ -126,7 +126,7 @@ class Workflow:
         outlooks: list[Outlook] = []
         read = {name for task in self.tasks.values() for name in task.inputs}
         for task in self.tasks.values():
-            before, undone = self._needed_mark(task), [name for name in task.inputs if ids.get(name, "") is None]
+            before, undone = self._mark(task.name), [name for name in task.inputs if ids.get(name, "") is None]
             try:
                 now = self._mark_of(task, task.words(), ids)
                 reason = _change(before, now)
@@ -334,15 +334,12 @@ class Workflow:
         return mark_of(words, {name: ids[name] for name in marks}, task.files, task.versions)
 
     def _mark(self, name: str) -> Mark | None:
-        """The mark of a task; None if it has none, or a damaged one."""
+        """The mark of a task; None if it has none, a damaged one, or if it was not needed before and is now."""
         with suppress(UserError):
-            return Mark.read_file(self.mark_path(name))
+            mark, task = Mark.read_file(self.mark_path(name)), self.tasks.get(name)
+            is_needed_now = task is not None and task.is_needed and mark.command == shown(map(str, NOTHING))
+            return None if is_needed_now else mark
         return None
-
-    def _needed_mark(self, task: Task) -> Mark | None:
-        """The mark of a task; None if it was not needed when it was made, but is now."""
-        mark = self._mark(task.name)
-        return None if mark and task.is_needed and mark.command == shown(map(str, NOTHING)) else mark
 
     def mark_path(self, name: str) -> Path:
         return self._logs(name) / f"{name}.json"

@@ -50,6 +50,13 @@ def test_a_method_sets_experts_unless_the_file_does(write: Write, method, expert
     assert (chosen.topk, chosen.new, chosen.copies) == expected
 
 
+def test_kept_text_can_be_assumed_like_that_of_a_language(write: Write) -> None:
+    path = write(**languages(kept={"fi": "no.jsonl"}))
+    assert read_project(path, {"fi": 1000}).assumed == {"fi": 1000}
+    with pytest.raises(UserError, match="--assume pl: .* has no such language"):
+        read_project(path, {"pl": 1000})
+
+
 def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
     Path("other").mkdir()
     for name in ("code.jsonl", "pl.jsonl.gz"):
@@ -85,7 +92,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),
         (
             {"mix": {"max_epochs": 9}},
-            r"line \d+: mix.max_epochs is unknown; it belongs elsewhere, moelpr init --schema",
+            r"line \d+: mix.max_epochs is unknown; it belongs elsewhere: moelpr init --schema",
         ),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         (languages(expanded={"Greek": "el.jsonl"}), r"line 5: .* Greek is not the code .*did you mean el\?"),

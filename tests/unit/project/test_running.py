@@ -84,6 +84,23 @@ def test_plan_and_run_refuse_a_budget_at_the_same_size_and_name_the_estimate(wri
             refuses(ResolvedProject(read_project(path)))
 
 
+@pytest.mark.parametrize(("tokens", "works"), [("500K", True), ("700K", False)])
+def test_sizes_of_files_may_mean_six_times_the_tokens_before_the_base_is_there(write: Write, tokens, works) -> None:
+    """Parquet is compressed: two files of 100,000 bytes are 50,000 tokens or up to 300,000; each is read twice here."""
+    Path("base/tokenizer.json").unlink()
+    for code in ("el", "hu"):
+        Path(f"{code}.jsonl").write_text(f'{{"text": "{87 * "x"}"}}\n' * 1000)
+    texts = {code: {"text": f"{code}.jsonl", "max_epochs": 2} for code in ("el", "hu")}
+    batch = {"stage1": {"global-batch-size": 1, "micro-batch-size": 1}}
+    languages = {"expanded": texts, "original": {"en": "en.jsonl"}}
+    path = write(budget={"tokens": tokens}, languages=languages, steps=batch, hardware={"gpu": "none"})
+    project = ResolvedProject(read_project(path))
+    if works:
+        return check_budget(project)
+    with pytest.raises(UserError, match="more often than max_epochs"):
+        check_budget(project)
+
+
 def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def test_a_language_that_routers_do_not_keep_is_named_and_the_model_not_worth_se
     texts["code"] = texts.pop("en")
     Path("out/hf/calibration.json").write_text(json.dumps(findings))
     text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
-    assert "reads it like the new languages: en." in text and "English: routers do not keep" in text
+    assert "reads it like the new languages: en." in text and "English: not kept by the routers" in text
     assert "Worth serving" not in text
 
 

@@ -205,7 +205,9 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
         launch(Workflow(run, tasks(run)), settings(), file)
     ended = '"status": {"conditions": [{"type": "Failed", "status": "True"}]}'
     (kubectl / "greek").write_text(f'{{"metadata": {{"annotations": {{"moelpr/output": "/other/greek"}}}}, {ended}}}')
-    with pytest.raises(UserError, match="jobset greek is of the project in /other/greek; call the output folder"):
+    with pytest.raises(
+        UserError, match="jobset greek is that of the project in /other/greek; give your output folder another name"
+    ):
         launch(Workflow(run, tasks(run)), settings(), file)
     (kubectl / "greek").write_text(f'{{"metadata": {{}}, {ended}}}')
     launch(Workflow(run, tasks(run)), settings(namespace="team"), file)

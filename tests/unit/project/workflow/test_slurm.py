@@ -119,6 +119,8 @@ def test_states_tell_jobs_that_wait_from_those_that_have_ended(stubs, tmp_path) 
         "stage1": f"job 4 ended, see {log}",
         "export": "job 5 ended without a log",
     }
+    (stubs / "squeue").write_text("#!/bin/sh\necho down >&2; exit 1\n")
+    assert chain.states([])["export"] == "job 5: squeue fails (down); try again when Slurm answers"
 
 
 def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(stubs, tmp_path) -> None:

@@ -243,9 +243,11 @@ def _file_system(uri: str) -> Any:
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs the errors that it raises, with tracebacks.
         # With ~/.netrc and proxies.
         options = {"client_kwargs": {"trust_env": True, "trace_configs": [_checks()]}} if _is_web(uri) else {}
-        if scheme == "s3":  # botocore's own are a minute and five attempts; ours are in _WAITS_S
-            options = {"config_kwargs": {"connect_timeout": 10, "retries": {"max_attempts": 1}}}
+        if scheme == "s3":
+            options = {"config_kwargs": {"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 1}}}
         system = fsspec.filesystem(scheme, **options)
+        if scheme == "s3":
+            system.retries = 1  # the attempts of this module follow, and would multiply
         _used.add(type(system))
         return system
     except ImportError as error:

@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -52,8 +51,8 @@ def main() -> None:
 
 
 def launch(args: argparse.Namespace, words: list[str]) -> None:
-    has_stopped = threading.Event()
-    signal.signal(STOPPED_SIGNAL, lambda *_: has_stopped.set())
+    stopped: list[int] = []  # not an Event: the signal of a second rank would wait for a lock that the first one's holds
+    signal.signal(STOPPED_SIGNAL, lambda number, _: stopped.append(number))
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.
         torchrun(words)
@@ -77,7 +76,7 @@ def launch(args: argparse.Namespace, words: list[str]) -> None:
         if first.exitcode > 2:
             fail(f"rank {rank} exited with code {first.exitcode}", first.exitcode)
         sys.exit(first.exitcode)
-    if has_stopped.is_set():
+    if stopped:
         sys.exit(stopped_code())
 
 

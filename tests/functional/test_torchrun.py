@@ -95,10 +95,11 @@ def test_a_killed_rank_is_named_with_the_memory_it_held(start: Start) -> None:
 
 @pytest.mark.parametrize(("variables", "code"), [({}, STOPPED), ({"MOELPR_STOPPED_IS_SUCCESS": "1"}, 0)])
 def test_a_training_that_was_asked_to_stop_is_no_error_and_not_started_again(tmp_path, variables, code) -> None:
-    """Also where Kubeflow lets torchrun start failed ranks again."""
+    """Also where Kubeflow lets torchrun start failed ranks again, and where signals of ranks interrupt each other."""
     (tmp_path / "rank.py").write_text(
-        "import os\nfrom moelpr.base import stop\n"
-        "os.write(1, b'started\\n')\nif os.environ['RANK'] == '1':\n    stop.exit_before_the_last_step()\n"
+        "import os\nfrom moelpr.base import stop\nos.write(1, b'started\\n')\n"
+        "for _ in range(5000):\n    os.kill(int(os.environ[stop.LAUNCHER_VARIABLE]), stop.STOPPED_SIGNAL)\n"
+        "if os.environ['RANK'] == '1':\n    stop.exit_before_the_last_step()\n"
     )
     command = [sys.executable, "-m", "moelpr.torchrun", "--standalone", "--nproc-per-node", "2", tmp_path / "rank.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PET_MAX_RESTARTS": "3", **variables}

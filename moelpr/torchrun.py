@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def launch(args: argparse.Namespace, words: list[str]) -> None:
-    stopped: list[int] = []  # not an Event: the signal of a second rank would wait for a lock that the first one's holds
+    stopped: list[int] = []  # an Event would wait for its own lock if one signal interrupts another
     signal.signal(STOPPED_SIGNAL, lambda number, _: stopped.append(number))
     try:
         # Not SIGTERM: torchrun would exit with an error even if the ranks stop cleanly.

@@ -7,6 +7,7 @@ from moelpr.base.errors import UserError, did_you_mean
 from moelpr.base.languages import canonical, check_name
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
+from moelpr.data.text.reading import check_form
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_on_hub
 from moelpr.project.file import ProjectFile, found_text, local_files, parse_project, text_of
@@ -60,7 +61,7 @@ def _check(file: ProjectFile) -> None:
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():
         raise UserError(f"{file.at('benchmarks', 'tasks')}benchmarks.tasks: there is no file {tasks}; correct the path")
     kept = {name: Language([text]) for name, text in project.languages.kept.items() if text}
-    has_corpora = project.corpora is not None
+    has_corpora, is_strict = project.corpora is not None, "on-error" not in project.steps.get("preprocess", {})
     problems = []
     for group, texts in (
         ("expanded", project.languages.expanded),
@@ -75,7 +76,7 @@ def _check(file: ProjectFile) -> None:
                     Filter(language.filter)
                 if canonical(name) in file.assumed or (group == "kept" and file.assumed):
                     continue
-                _check_text(language, has_corpora=has_corpora and group != "kept")
+                _check_text(language, has_corpora=has_corpora and group != "kept", is_strict=is_strict)
             except UserError as error:
                 place = "languages", group, name
                 problems.append(f"{file.at(*place)}{'.'.join(place)}: {error}")
@@ -150,7 +151,7 @@ def _check_conversations(file: ProjectFile) -> None:
         )
 
 
-def _check_text(language: Language, has_corpora: bool) -> None:
+def _check_text(language: Language, has_corpora: bool, is_strict: bool) -> None:
     if not language.text and not has_corpora:
         raise UserError("it has no text; add text: FILE")
     if has_corpora and not language.held_out:
@@ -166,3 +167,5 @@ def _check_text(language: Language, has_corpora: bool) -> None:
             raise UserError(f"there is no file {path}; correct the path, or plan with --assume LANG=SIZE")
         if not path.stat().st_size and len(found_text(*language.text)) < 2:
             raise UserError(f"{path} is empty; add text, or remove the language")
+    for path in [*held_out, *local_files(language.text)[:1]] if is_strict else []:
+        check_form(path, language.json_key)

@@ -1,6 +1,7 @@
 """The documents of files, whatever their form."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,21 @@ def read_documents(path: Path | str, json_key: str = "text", max_documents: int 
             for place, item in _items(source, json_key):
                 if len(documents) == max_documents:
                     return documents
-                documents.append(_nonempty_text(item, json_key, place))
+                text = _text(item, json_key, place)
+                if not text:
+                    raise UserError(f'{place}: "{json_key}" is empty; remove it')
+                documents.append(text)
     if not documents:
         raise UserError(f"{path} contains no documents; pass JSON lines, one object per line, or Parquet")
     return documents
+
+
+def check_form(path: Path | str, json_key: str) -> None:
+    """Raise a UserError unless the first document of a local file has text under the key."""
+    source = open_source(str(path))
+    with name_damaged(source):
+        for place, item in islice(_items(source, json_key), 1):
+            _text(item, json_key, place)
 
 
 def _items(source: Source, json_key: str) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
@@ -46,17 +58,15 @@ def _items(source: Source, json_key: str) -> Iterator[tuple[str, bytes | dict[st
                 yield f"{source.path}, line {number}", line
 
 
-def _nonempty_text(item: bytes | dict[str, Any], json_key: str, place: str) -> str:
+def _text(item: bytes | dict[str, Any], json_key: str, place: str) -> str:
     try:
         document = item if isinstance(item, dict) else parse(item, [json_key])
         if json_key not in document:
             columns = ", ".join(document) or "none"
             raise UserError(
-                f'{place} has no key "{json_key}" (keys: {columns}); pass the key of the text as --json-key'
+                f'{place} has no key "{json_key}" (keys: {columns}); pass the key of the text as --json-key, or in '
+                "languages.yaml as json_key"
             )
-        text = text_of(document, json_key)
+        return text_of(document, json_key)
     except BadLine as error:
-        raise UserError(f"{place}: {error}; fix or remove it") from error
-    if not text:
-        raise UserError(f'{place}: "{json_key}" is empty; remove it')
-    return text
+        raise UserError(f"{place}: {error}; correct the line: text is JSON lines or Parquet") from error

@@ -60,7 +60,7 @@ def test_kept_text_can_be_assumed_like_that_of_a_language(write: Write) -> None:
 def test_each_file_of_kept_text_without_names_is_a_text(write: Write) -> None:
     Path("other").mkdir()
     for name in ("code.jsonl", "pl.jsonl.gz"):
-        (Path("other") / name).write_text("x")
+        (Path("other") / name).write_text('{"text": "x"}')
     expected = {"code": "other/code.jsonl", "pl": "other/pl.jsonl.gz"}
     more = ["other/*.jsonl*", "es.jsonl"]
     assert read_project(write(**languages(kept="other"))).project.languages.kept == expected
@@ -226,6 +226,17 @@ def test_all_texts_that_are_missing_are_named_at_once_a_line_each(write: Write, 
     with pytest.raises(SystemExit):
         run_command(lambda: read_project(path))
     assert re.search(r"line 5: .*\.el: .*no\.jsonl.*\n- .*line 7: .*\.en: .*nor\.jsonl", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("id,text", "not JSON"), ('{"text": "a', "not JSON"), ('{"content": "a"}', r"keys: content\).* json_key")],
+)
+def test_text_of_another_form_is_an_error_before_anything_runs(write: Write, line: str, message: str) -> None:
+    Path("hu.jsonl").write_text(f"\n{line}\n")
+    with pytest.raises(UserError, match=rf"line 6: languages.expanded.hu: hu.jsonl, line 2.*{message}"):
+        read_project(write())
+    read_project(write(steps={"preprocess": {"on-error": "skip"}}))
 
 
 def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_path) -> None:

@@ -34,6 +34,7 @@ class MakeSettings(TextSettings):
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
     license: str = ""  # license of the pack
     trained: str = ""  # how the FFNs were trained, for readers
+    base_model: str | None = None  # name of the base on the Hub, for the card (default: the name of its folder)
 
 
 class KeepSettings(TextSettings):
@@ -58,7 +59,7 @@ def make(args: MakeSettings) -> None:
     """
     if unknown := [item for item in args.text if canonical(name := item.partition("=")[0]) != name]:
         raise UserError(f"--text must be LANGUAGE=FILE with the code of a language, got {unknown[0]!r}")
-    _make(args, args.expert, args.license, args.trained)
+    _make(args, args.expert, args.license, args.trained, args.base_model)
 
 
 def keep(args: KeepSettings) -> None:
@@ -66,7 +67,7 @@ def keep(args: KeepSettings) -> None:
 
     moelpr pack keep Qwen3-0.6B --text en=en.jsonl 'other/*.jsonl' --save packs/kept
     """
-    _make(args, None, "", "")
+    _make(args, None)
 
 
 def build(args: BuildSettings) -> None:
@@ -84,15 +85,20 @@ def show(args: ShowSettings) -> None:
     """Check a pack, and print what it is."""
     from checkpoint_convert.conversions.packs import read_pack, read_sums
 
-    for name, value in read_pack(args.pack).as_json().items():
-        print(f"{name}: {value}")
+    pack = read_pack(args.pack)
+    print(f"base: {pack.base} (SHA-256 of its tensors: {pack.base_sha256})")
+    print(f"languages: {', '.join(pack.languages) or 'none: sums of text to keep'}")
+    print(f"held out: {', '.join(f'{text} {tokens:,} tokens' for text, tokens in pack.texts.items())}")
+    if pack.losses:
+        print(f"loss on it: {pack.losses[0]:.3f} → {pack.losses[1]:.3f} nats per token")
+        print(f"license: {pack.license or 'not given'}\ntrained: {pack.trained or 'not given'}")
     print(f"layers with sums: {sum(1 for _ in read_sums(args.pack))}")
 
 
-def _make(args: MakeSettings | KeepSettings, expert: Path | None, license: str, trained: str) -> None:
+def _make(args: MakeSettings | KeepSettings, expert: Path | None, *facts: str | None) -> None:
     texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
     from checkpoint_convert.conversions.packs import make_pack
 
-    record = make_pack(args.base, expert, texts, args, license, trained)
+    record = make_pack(args.base, expert, texts, args, *facts)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
-    print(f"{args.save}: {', '.join(record.texts)} for {args.base}{of_loss}")
+    print(f"{args.save}: {', '.join(record.texts)} for {record.base}{of_loss}")

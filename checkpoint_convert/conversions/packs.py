@@ -43,6 +43,7 @@ from moelpr.base.records import STRICT, Record
 from moelpr.measure.evaluate.calibration import Inputs, Rows, Sums, read_inputs, rows_of_sums
 from moelpr.measure.evaluate.divergence import mean_loss
 from moelpr.measure.evaluate.models import open_model
+from moelpr.model.families.hub import is_hub_name
 from moelpr.model.families.tables import stacked_part
 
 # Shares of text to keep for each third of the layers: the first tell languages apart least, and harm least.
@@ -56,7 +57,7 @@ class Pack(Record):
     """A pack of languages, or the sums of text to keep.
 
     Attributes:
-        base: Name of the base's folder.
+        base: Name of the base on the Hub, or of its folder.
         base_sha256: Checksum of the names and values of the base's tensors.
         languages: Languages of the FFNs; empty for sums of text to keep.
         texts: Text → tokens that were held out.
@@ -102,6 +103,7 @@ def make_pack(
     settings: TextSettings,
     license: str = "",
     trained: str = "",
+    base_model: str | None = None,
 ) -> Pack:
     """Write the pack of an expert that knows the languages `texts`; without an expert, the sums of text to keep."""
     sources = [base, *([expert] if expert else [])]
@@ -116,7 +118,8 @@ def make_pack(
         losses = (mean_loss(model.reader(0, base).model, pieces), mean_loss(reader.model, pieces)) if expert else None
     num_tokens = {name: sum(map(len, its)) for name, its in inputs.pieces.items()}
     languages = [*texts] if expert else []
-    record = Pack(base.resolve().name, _checksum(dense), languages, num_tokens, losses, license, trained)
+    name = base_model or base.resolve().name
+    record = Pack(name, _checksum(dense), languages, num_tokens, losses, license, trained)
     factors = [one.tensors for one in experts if isinstance(one.tensors, AdapterReader)]
     shapes = {name: dense.tensors.shape(name) for one in experts if not factors for name in dense.ffn}
     ffns = Tensors(shapes, experts[0].tensors.read if experts else dense.tensors.read)
@@ -140,7 +143,9 @@ def make_pack(
 def _card(pack: Pack) -> str:
     """README.md of a pack, which the Hub asks for."""
     names = ", ".join(map(language_name, pack.languages))
-    head = front_matter(language=pack.languages, license=pack.license or None, tags=["moe-lpr", "pack"])
+    base_model = pack.base if is_hub_name(pack.base) else None
+    tags = ["moe-lpr", "pack"]
+    head = front_matter(language=pack.languages, base_model=base_model, license=pack.license or None, tags=tags)
     before, after = pack.losses or (math.nan, math.nan)
     return (
         f"---\n{head}---\n\n# {names} for {pack.base}\n\n"

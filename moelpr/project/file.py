@@ -128,7 +128,7 @@ def text_of(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"cannot read {path}: {reason}; moelpr init writes a file that works") from error
+        raise UserError(f"cannot read {path}: {reason}; name a languages.yaml, as moelpr init writes one") from error
 
 
 def _at(path: Path, lines: dict[tuple[str | int, ...], int], key: tuple[str | int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     make_pack(base, None, KEPT, settings(folder / "kept"))
     for language, texts in EXPANDED.items():
         expert = trained(base, folder / f"expert-{language}", texts)
-        make_pack(base, expert, {language: texts}, settings(folder / language), "mit", "60 steps")
+        make_pack(base, expert, {language: texts}, settings(folder / language), "mit", "60 steps", "owner/base")
     return folder
 
 
@@ -53,6 +54,15 @@ def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Pa
     assert PackedModel.read(tmp_path / "of-copy").packs == {"hu (el)": ["el"], "hu (hu)": ["hu"]}
     actual, expected = tensors_of(tmp_path / "of-copy"), tensors_of(both)
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_a_pack_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("el", "kept"):
+        packer.show(packer.ShowSettings(pack=folder / name))
+    shown, card = capsys.readouterr().out, (folder / "el" / "README.md").read_text()
+    assert re.search(r"base: owner/base \(SHA.*\nlanguages: el\nheld out: el \d+ tokens\nloss on it: .* → ", shown)
+    assert "license: mit\ntrained: 60 steps\nlayers with sums: " in shown and "base_model: owner/base\n" in card
+    assert "base: base (SHA" in shown and "languages: none: sums of text to keep" in shown
 
 
 def test_a_built_model_learned_and_keeps(folder: Path, tmp_path: Path) -> None:

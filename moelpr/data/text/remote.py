@@ -316,7 +316,7 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
         elif hasattr(first, "request_info"):  # aiohttp's, which has no status if redirects do not end
             reason = f"{first.status or 'too many redirects'} {first.message}".strip()
         else:
-            reason = re.sub(r"\w+://\S+", "its address", first_line(first))
+            reason = re.sub(r"\w+://[^\s'\"]+", "its address", re.sub(" for url '.*'", "", first_line(first)))
         login = _SCHEMES[_scheme(uri)]
         raise kind(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"

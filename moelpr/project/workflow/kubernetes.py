@@ -4,6 +4,7 @@ All tasks are one JobSet, whose jobs start when those that they depend on are co
 --task NAME`, and gets the file from a ConfigMap.
 """
 
+import hashlib
 import re
 import subprocess
 from collections.abc import Mapping
@@ -107,7 +108,10 @@ class Chain:
         self._key = re.sub(r"[^\w.-]", "-", file.name, flags=re.ASCII)  # as Kubernetes takes it
         longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
         name = _label(folder.resolve().name)
-        self.name = (name if name[:1].isalpha() else f"run-{name}")[: _MOST_LETTERS - longest].rstrip("-")
+        name = name if name[:1].isalpha() else f"run-{name}"
+        if len(name) > (most := _MOST_LETTERS - longest):  # names that begin alike must differ
+            name = f"{name[: most - 5].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"
+        self.name = name
 
     def config_map(self) -> Manifest:
         """The file that the pods read."""

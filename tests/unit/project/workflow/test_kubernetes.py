@@ -158,6 +158,8 @@ def test_names_of_pods_are_names_of_hosts(name: str) -> None:
     chain = Chain([task], Path(name), settings(), Path("file"))
     pod = f"{chain.name}-{chain.job_set()['spec']['replicatedJobs'][0]['name']}-0-127-abcde"
     assert len(pod) <= 63 and re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", pod)  # as JobSet's webhook checks it
+    other = Chain([task], Path(f"{name}2"), settings(), Path("file"))
+    assert other.name != chain.name and len(other.name) <= 63
 
 
 def test_the_tutorials_pod_has_what_its_project_names_and_the_rights_to_submit_it() -> None:

@@ -34,7 +34,7 @@ class MakeSettings(TextSettings):
     text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
     license: str = ""  # license of the pack
     trained: str = ""  # how the FFNs were trained, for readers
-    base_model: str | None = None  # name of the base on the Hub, for the card (default: the name of its folder)
+    base_model: str = ""  # name of the base on the Hub, for the card (default: the name of its folder)
 
 
 class KeepSettings(TextSettings):
@@ -95,7 +95,7 @@ def show(args: ShowSettings) -> None:
     print(f"layers with sums: {sum(1 for _ in read_sums(args.pack))}")
 
 
-def _make(args: MakeSettings | KeepSettings, expert: Path | None, *facts: str | None) -> None:
+def _make(args: MakeSettings | KeepSettings, expert: Path | None, *facts: str) -> None:
     texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
     from checkpoint_convert.conversions.packs import make_pack
 

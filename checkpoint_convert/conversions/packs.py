@@ -103,7 +103,7 @@ def make_pack(
     settings: TextSettings,
     license: str = "",
     trained: str = "",
-    base_model: str | None = None,
+    base_model: str = "",
 ) -> Pack:
     """Write the pack of an expert that knows the languages `texts`; without an expert, the sums of text to keep."""
     sources = [base, *([expert] if expert else [])]

@@ -50,6 +50,7 @@ def test_a_time_is_in_its_largest_unit(minutes: float | None, text: str) -> None
 
 def test_a_corpus_has_the_name_that_its_key_gives_it(write: Write) -> None:
     """`moelpr data preprocess --json-keys content` writes PREFIX_content_document."""
+    Path("en.jsonl").write_text(100 * '{"content": "text"}\n')
     languages = {"expanded": {"el": "el.jsonl"}, "original": {"en": {"text": "en.jsonl", "json_key": "content"}}}
     places = ResolvedProject(read_project(write(languages=languages)))
     assert places.corpus("en").name == "en_content_document" and places.corpus("el").name == "el_text_document"

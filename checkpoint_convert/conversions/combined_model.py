@@ -301,6 +301,8 @@ def open_combined(base: Base, folder: Path, verify: Verify) -> tuple[list[Expert
     theirs = Described.read(folder)
     if theirs.spec.moe is None or theirs.spec.moe.topk != 1:
         raise UserError(f"--onto {folder} is no model of moelpr model combine, in which a token uses one FFN")
+    if (folder / "packs.json").is_file():
+        raise UserError(f"--onto {folder} is built of packs; build it again with one pack more (moelpr pack build)")
     record = RoutedModel.read(folder)
     moe_class, plan = pieces_since(base.described, theirs)
     tensors, names, rows = open_tensors(folder, moe_class, verify), dict[int, dict[str, str]](), dict[int, Tensor]()

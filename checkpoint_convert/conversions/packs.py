@@ -172,7 +172,11 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
         if record.base_sha256 != checksum:
             raise UserError(f"{folder} is of another base than {base}: its own is {record.base}, with other weights")
         if bool(record.languages) == (folder is kept):
-            raise UserError(f"{folder} must have {'kept sums' if folder is kept else 'FFNs'}, and has the other")
+            raise UserError(
+                f"{folder} has FFNs; pass a folder of moelpr pack keep as --kept"
+                if folder is kept
+                else f"{folder} has sums of text to keep and no FFNs; pass it as --kept"
+            )
     ordered = sorted(packs, key=lambda folder: records[folder].languages)
     languages = [language for folder in ordered for language in records[folder].languages]
     if twice := [language for language in languages if languages.count(language) > 1]:

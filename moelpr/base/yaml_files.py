@@ -39,10 +39,13 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
         content = yaml.load(text, Loader=_Loader)
         _check_size(content)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, start = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line") from error
+        since = f" or line {start.line + 1}" if mark and start and start.line < mark.line else ""
+        if mark and text.split("\n")[mark.line][mark.column :].startswith("\t"):
+            reason, since = "a tab; indent with spaces", ""
+        raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line{since}") from error
     if not isinstance(content, dict):
         raise UserError(
             f"the {what} must have lines KEY: VALUE, got {'nothing' if content is None else repr(content)[:40]}"

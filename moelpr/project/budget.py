@@ -36,11 +36,12 @@ def check_budget(project: ResolvedProject) -> None:
         if not project.content.corpora:
             expected_shares(project, part)
             tokens = _most_tokens(project, part)
-        total, step = total_tokens(project, tokens), _step_tokens(project)
+        total, step = total_tokens(project, tokens), step_tokens(project)
         if total < step:
             raise UserError(
-                f"{project.file.at('budget')}budget: {total:,} tokens are less than one step of {part}, {step:,} "
-                f"tokens; raise it, add text, or lower steps.{project.main_stage}.global-batch-size"
+                f"{project.file.at('budget')}budget: {total:,} tokens, the most that are expected, are less than one "
+                f"step of {part}, {step:,} tokens; raise it, add text, or lower "
+                f"steps.{project.main_stage}.global-batch-size"
             )
 
 
@@ -61,7 +62,7 @@ def expected_shares(project: ResolvedProject, stage: str) -> dict[str, Share]:
         raise
 
 
-def _step_tokens(project: ResolvedProject) -> int:
+def step_tokens(project: ResolvedProject) -> int:
     """The tokens of a step of the main stage; 0 if its flags do not say, or state its length."""
     if LENGTH_FLAGS & project.own(project.main_stage).keys():
         return 0
@@ -132,8 +133,11 @@ def shares(project: ResolvedProject, tokens: Mapping[str, int]) -> dict[str, Sha
     except UserError as error:
         key = str(error).split(":")[0].split(".")
         place = project.file.at(*key) if key[0] in ("languages", "budget", "mix") else ""
+        longest = min((language.max_epochs for language in languages.values()), default=0)
+        is_in_tokens = key[0] != "budget" or project.content.budget.tokens
+        hint = "" if is_in_tokens else f"; the longest is budget: {{epochs: {longest:g}}}"
         language = f" (stage of {next(iter(tokens))})" if project.content.experts.per_language else ""
-        raise UserError(f"{place}{error}{language}") from None
+        raise UserError(f"{place}{error}{hint}{language}") from None
 
 
 def mix(

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,9 @@ from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
 from moelpr.project.project import PRESETS, Project, as_experts
 
+# Keys whose paths are those of other machines.
+_CLUSTERS = "slurm", "kubernetes", "skypilot"
+
 
 @dataclass(frozen=True)
 class ProjectFile:
@@ -25,7 +30,7 @@ class ProjectFile:
     path: Path
     project: Project
     lines: dict[tuple[str | int, ...], int]  # the line of each key
-    checksum: str  # SHA-256 of the text
+    checksum: str  # SHA-256 of the content
     # bytes of text of languages whose files need not be there, for a plan
     assumed: dict[str, int] = field(default_factory=dict)
 
@@ -39,7 +44,7 @@ class ProjectFile:
         Raises:
             UserError: It has.
         """
-        if hashlib.sha256(text_of(self.path).encode()).hexdigest() != self.checksum:
+        if _checksum(parse_mapping(text_of(self.path), f"file {self.path}")) != self.checksum:
             raise UserError(
                 f"{self.path} was edited after this run started; run moelpr run {self.path} again, which redoes what "
                 "the edit changes"
@@ -49,8 +54,9 @@ class ProjectFile:
 def parse_project(text: str, path: Path) -> ProjectFile:
     """Read the text of a languages.yaml, without looking at the files that it names; messages call it `path`."""
     content = parse_mapping(text, f"file {path}")
-    lines = key_lines(text)
+    lines, checksum = key_lines(text), _checksum(content)
     _check_words(path, content)
+    content = {key: value if key in _CLUSTERS else _expanded(value) for key, value in content.items()}
     experts = as_experts(content.get("experts"))
     if (preset := PRESETS.get(str(content.get("method")))) and isinstance(experts, dict):
         content["experts"] = preset | experts
@@ -61,19 +67,48 @@ def parse_project(text: str, path: Path) -> ProjectFile:
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         hint = ""
         if records.is_unknown_key(first):
-            kinds, key = [schema(), *schema()["$defs"].values()], str(first["loc"][-1])
-            known = {one for kind in kinds for one in kind.get("properties", {})}
-            see = "moelpr init --schema lists the keys"
-            hint = f"; it belongs elsewhere: {see}" if key in known else f"; {did_you_mean(key, sorted(known), see)}"
+            known, key = _keys_at(place[:-1]), str(first["loc"][-1])
+            hint = f"; {did_you_mean(key, known, f'its place has the keys {", ".join(known)}')}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
-    return ProjectFile(path, project, lines, hashlib.sha256(text.encode()).hexdigest())
+    return ProjectFile(path, project, lines, checksum)
+
+
+def _checksum(content: Any) -> str:
+    """Of what a file says: comments may change."""
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+def _expanded(value: Any) -> Any:
+    """With the home folder in place of ~, as a shell does it."""
+    if isinstance(value, dict):
+        return {key: _expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+
+def _keys_at(place: Iterable[str | int]) -> list[str]:
+    """The keys that the schema has at a place."""
+    kinds: list[dict[str, Any]] = [schema()]
+    for part in place:
+        some = [one for kind in kinds for one in _below(kind, part)]
+        kinds = [schema()["$defs"][one["$ref"].rpartition("/")[2]] if "$ref" in one else one for one in some]
+    return [key for kind in kinds for key in kind.get("properties", ())]
+
+
+def _below(kind: dict[str, Any], key: str | int) -> list[dict[str, Any]]:
+    others = kind.get("additionalProperties")
+    found = kind.get("properties", {}).get(key) or (others if isinstance(others, dict) else {})
+    return [found, *found.get("anyOf", ())]
 
 
 def _check_words(path: Path, content: Any, may_have_lines: bool = False) -> None:
     """Check that keys are text, as YAML reads the code of Norwegian as false, and that no text could end a line."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
         if isinstance(content, dict) and not isinstance(key, str):
-            raise UserError(f"{path}: a key is read as {key!r}; put it in quotes, such as 'no' for Norwegian")
+            is_word = isinstance(key, bool)
+            hint = "put it in quotes, such as 'no' for Norwegian" if is_word else "decimals have a point, not a comma"
+            raise UserError(f"{path}: a key is read as {key!r}; {hint}")
         lines_here = may_have_lines or key in ("kubernetes", "skypilot", "filter")
         for word in (key, value):
             if isinstance(word, str) and CONTROL.search(word.replace("\n", "") if lines_here else word):

@@ -250,7 +250,10 @@ class Layouts:
 
     @cached_property
     def _base(self) -> tuple[Family, ModelSpec]:
-        family, base = read_base(self._config_folder())
+        try:
+            family, base = read_base(self._config_folder())
+        except UserError as error:
+            raise UserError(f"{self._file.at('model')}model: {error}") from None
         if base.moe is not None and self._project.way != "moe-lpr":
             raise UserError(
                 f"{self._file.at('model')}model: {self._project.model} is an MoE, of which {self._project.way} trains "

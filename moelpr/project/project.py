@@ -56,8 +56,9 @@ def _as_named(value: Any) -> Any:
 
 
 def as_experts(value: Any) -> Any:
-    """A word may stand for the experts."""
+    """A word may stand for the experts, or their number."""
     words: dict[Any, Any] = {None: {}, "auto": {}, "per-language": {"per_language": True}}
+    value = {"new": value} if type(value) is int else value
     return words.get(value, value) if value is None or isinstance(value, str) else value
 
 
@@ -137,7 +138,8 @@ class Languages:
         keys = {language.json_key for _, language in self}
         if self.kept and len(keys) > 1:
             raise UserError(
-                f"languages.kept needs one json_key for all languages, not {' and '.join(sorted(keys))}; rename a key"
+                f"languages.kept needs one json_key for all languages, not {' and '.join(sorted(keys))}; rename "
+                "the key in one language's documents, or remove languages.kept"
             )
 
     def __iter__(self) -> Iterator[tuple[str, Language]]:
@@ -308,9 +310,9 @@ class Project:
     held_out: Count = 500
     """Documents of each language to evaluate on, which nothing is trained on."""
     experts: Annotated[
-        Experts, BeforeValidator(as_experts, json_schema_input_type=Experts | Literal["auto", "per-language"])
+        Experts, BeforeValidator(as_experts, json_schema_input_type=Experts | int | Literal["auto", "per-language"])
     ] = field(default_factory=Experts)
-    """How the model grows, or auto, or per-language: a second FFN for each expanded language."""
+    """How the model grows, or the number of new experts, or auto, or per-language: a second FFN for each language."""
     lora: Lora = field(default_factory=Lora)
     """Rank and place of the adapters."""
     hardware: Annotated[Hardware, BeforeValidator(_short("gpu", str, int), json_schema_input_type=Hardware | str)] = (

@@ -116,7 +116,9 @@ class ResolvedProject:
         Raises:
             UserError: The Hub does not have it, or can't be reached.
         """
-        if not self.is_downloaded or (self.base / CONFIG_FILE).is_file():
+        record = self.text / "logs" / "download.json"  # another model's, before an edit
+        is_other = record.is_file() and f" {self.model_name} " not in record.read_text(encoding="utf-8")
+        if not self.is_downloaded or ((self.base / CONFIG_FILE).is_file() and not is_other):
             return self.base
         return download(self.content.model, [CONFIG_FILE], CONFIG_FILE)
 

@@ -12,7 +12,7 @@ from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
 from moelpr.plan.stage_plan import parameters
-from moelpr.project.budget import expected_shares, tokens_or_estimates, total_tokens
+from moelpr.project.budget import expected_shares, step_tokens, tokens_or_estimates, total_tokens
 from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
@@ -26,6 +26,8 @@ def plan(project: ResolvedProject) -> str:
     """List the steps and their needs, and the languages and how often their text is read."""
     tasks = tasks_of(project)
     outlooks = Workflow(project.folder, tasks).outlook()
+    if refusals := [outlook.refusal for outlook in outlooks if outlook.task.shared and outlook.refusal]:
+        raise UserError(refusals[0])
     rows = [[outlook.task.name, _state(outlook), *_needs(project, outlook.task)] for outlook in outlooks]
     head = ["step", "state", "time", "GPU hours", "GPU memory", "host memory", "disk", "layout"]
     left = [outlook.task for outlook in outlooks if outlook.state != "done" and not outlook.task.is_spare]
@@ -34,7 +36,7 @@ def plan(project: ResolvedProject) -> str:
     place = f", and {format_bytes(copies)} in the cache of Hugging Face (HF_HOME)" if copies else ""
     time, hours = _sum_of([task.minutes for task in left]), sum(map(_gpu_hours, left))
     parts = [
-        f"Fits: {_fits(project, left)}. Left: about {time}, {hours:,.0f} GPU hours, {format_bytes(disk * GIB)} of disk "
+        f"Fits: {_fits(project, left)}. Left: {time}, {hours:,.0f} GPU hours, {format_bytes(disk * GIB)} of disk "
         f"in {' and '.join(dict.fromkeys(map(str, (project.folder, project.text))))}{place}.",
         table_text(head, rows, text_columns=(0, 1, 7)),
         *filter(None, [changes(outlooks).rstrip()]),
@@ -62,7 +64,9 @@ def _fits(project: ResolvedProject, tasks: list[Task]) -> str:
         return f"no, {error}"
     cluster = project.layouts.cluster
     if not cluster or project.main_stage != "lora":
-        return "yes"
+        needed = max((task.memory_gib for task in tasks), default=0.0)
+        is_here = project.content.hardware.gpu in ("auto", "none") or not tasks
+        return "yes" if is_here else f"yes, on machines with {format_bytes(needed * GIB)} of memory"
     return f"not predicted; lora uses {project.layouts.of('lora').gpus_per_node} of {cluster.gpus} GPUs"
 
 
@@ -90,7 +94,7 @@ def status(project: ResolvedProject) -> str:
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
     if not left:
         return f"{table}\n{verdict(project)}"
-    return f"{table}\n\n{len(finished)} of {len(rows)} steps are done; left: about {_sum_of(left)}."
+    return f"{table}\n\n{len(finished)} of {len(rows)} steps are done; left: {_sum_of(left)}."
 
 
 def _state(outlook: Outlook) -> str:
@@ -101,13 +105,20 @@ def _state(outlook: Outlook) -> str:
 
 def changes(outlooks: Iterable[Outlook]) -> str:
     """List the steps that will be done again, and why; empty without any."""
-    again = [f"  {outlook.task.name}: {outlook.reason}" for outlook in outlooks if outlook.state == "again"]
+    again = [
+        f"  {outlook.task.name}: {outlook.reason}"
+        + (f"; moelpr run asks for --redo {outlook.task.name}" if outlook.refusal else "")
+        for outlook in outlooks
+        if outlook.state == "again"
+    ]
     return "\n".join(["Done again:", *again, ""]) if again else ""
 
 
 def _sum_of(minutes: list[float | None]) -> str:
     known = [number for number in minutes if number is not None]
-    return format_minutes(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
+    if not known:
+        return "unknown time"
+    return "about " + format_minutes(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
 
 
 def _needs(project: ResolvedProject, task: Task) -> list[str]:
@@ -156,10 +167,18 @@ def _experts(project: ResolvedProject) -> str:
 
 def _languages(project: ResolvedProject, stage: str) -> str:
     tokens, is_estimate = tokens_or_estimates(project, stage)
-    note = " (tokens are estimated)" if is_estimate else ""
-    total, table = total_tokens(project, tokens), share_table(expected_shares(project, stage).items(), "language")
+    total, its = total_tokens(project, tokens), expected_shares(project, stage)
+    table, is_most = share_table(its.items(), "language"), any(its[code].tokens != tokens[code] for code in its)
+    note = ", here at most, as the estimate is too little text" if is_most else ""
+    note = f" (tokens are estimated{note})" if is_estimate else ""
     name = "1" if stage == "stage1" else stage
-    return f"Stage {name} reads {format_count(total)} tokens{note}:\n{table}"
+    text = f"Stage {name} reads {format_count(total)} tokens{note}:\n{table}"
+    if total >= (step := step_tokens(project)):
+        return text
+    return (
+        f"{text}\nwarning: if the estimate is right, these are less than one step, {step:,} tokens, and training is "
+        f"refused; add text, or lower steps.{project.main_stage}.global-batch-size"
+    )
 
 
 def _progress(task: Task) -> tuple[str, float] | None:

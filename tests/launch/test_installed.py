@@ -203,6 +203,6 @@ def test_users_plan_their_files_and_write_their_jobs_without_a_clone(environment
             words.append(["run", file.name, "--on", on, "--render-only"])
         python, code = environment / "bin" / "python", WITHOUT_MEGATRON + RUN_COMMANDS
         printed = run(python, "-c", code, json.dumps(words), cwd=work, **there)
-    assert printed.count("Fits: yes. ") == len(files)
+    assert printed.count("Fits: yes") == len(files)
     jobs = [path.read_text() for path in work.glob("runs/*/*/*") if path.is_file()]
     assert len(jobs) >= len(files) and not any(str(ROOT) in job for job in jobs)

@@ -318,6 +318,8 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
         else:
             reason = re.sub(r"\w+://[^\s'\"]+", "its address", re.sub(" for url '.*'", "", first_line(first)))
         login = _SCHEMES[_scheme(uri)]
+        if _scheme(uri) == "hf" and not uri.startswith(("hf://datasets/", "hf://buckets/")):
+            reason += "; the address of a data set starts with hf://datasets/"
         raise kind(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"
         ) from None

@@ -180,7 +180,7 @@ def family_of(config: dict[str, Any]) -> tuple[Family, bool]:
     known = [family.architecture for family in FAMILIES.values()]
     known += [*(moe_class.architecture for moe_class in MOE_CLASSES.values()), *TEXT_CLASSES]
     raise UserError(
-        f"a {name} cannot be upcycled (docs/models.md#supported-models says why); pass a model of one of these "
+        f"a {name} cannot be upcycled (docs/models.md#supported-models has more on some); pass a model of one of these "
         f"architectures: {', '.join(known)}"
     )
 

@@ -28,7 +28,7 @@ def download(name: str, patterns: Sequence[str], what: str = "model") -> Path:
         name: owner/name, or owner/name@revision with a branch, tag or commit.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     from tqdm import tqdm
 
     # A config.json is there at once: no progress bar.
@@ -43,6 +43,11 @@ def download(name: str, patterns: Sequence[str], what: str = "model") -> Path:
         if isinstance(error, GatedRepoError):
             raise UserError(
                 f"{name} is gated; accept its conditions on its page on the Hub, and log in with hf auth login or "
+                "HF_TOKEN"
+            ) from error
+        if isinstance(error, RepositoryNotFoundError):
+            raise UserError(
+                f"the Hub has no {what} {name}, or it is private; correct the name, or log in with hf auth login or "
                 "HF_TOKEN"
             ) from error
         reason = " ".join((str(error) or type(error).__name__).split())

@@ -33,6 +33,15 @@ def test_anything_but_a_mapping_is_a_user_error_on_one_line(text: str) -> None:
     assert "\n" not in str(error.value) and "<unicode string>" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a:\n\tb: 1", r"line 2, column 1 \(a tab; indent with spaces\)"), ('a: "b\nc: 1\n', "line 3.* or line 1")],
+)
+def test_the_line_of_a_mistake_is_named(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_mapping(text, "recipe r.yaml")
+
+
 @pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"a: \xff", "not UTF-8")])
 def test_an_unreadable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:

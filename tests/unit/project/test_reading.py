@@ -50,6 +50,15 @@ def test_a_method_sets_experts_unless_the_file_does(write: Write, method, expert
     assert (chosen.topk, chosen.new, chosen.copies) == expected
 
 
+def test_a_path_may_start_with_the_home_folder_and_experts_be_their_number(write: Write, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    path = write(output="~/run", experts=3, slurm={"apptainer": "~/image.sif"})
+    path.write_text(path.read_text().replace("el.jsonl", "~/el.jsonl"))
+    project = read_project(path).project
+    assert project.output == f"{Path.cwd()}/run" and project.languages.expanded["el"].text == [f"{Path.cwd()}/el.jsonl"]
+    assert project.experts.new == 3 and project.slurm.apptainer == "~/image.sif"
+
+
 def test_kept_text_can_be_assumed_like_that_of_a_language(write: Write) -> None:
     path = write(**languages(kept={"fi": "no.jsonl"}))
     assert read_project(path, {"fi": 1000}).assumed == {"fi": 1000}
@@ -89,11 +98,14 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
         ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
         ({"chat": "base"}, r"line \d+: chat: base is the base itself; name its chat model"),
+        ({"output": "el.jsonl"}, r"line \d+: output: el.jsonl is a file"),
         ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),
         (
             {"mix": {"max_epochs": 9}},
-            r"line \d+: mix.max_epochs is unknown; it belongs elsewhere: moelpr init --schema",
+            r"line \d+: mix.max_epochs is unknown; its place has the keys temperature, replay",
         ),
+        ({"budget": {"days": 1}}, r"line \d+: budget.days is unknown; its place has the keys tokens, hours, epochs"),
+        ({"steps": {"ffn": {"lr": {0: 1}}}}, "a key is read as 0; decimals have a point"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         (languages(expanded={"Greek": "el.jsonl"}), r"line 5: .* Greek is not the code .*did you mean el\?"),
         (languages(original={"jp": "en.jsonl"}), r"line 7: .* jp is not the code .*did you mean ja\?"),
@@ -254,6 +266,8 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_pa
 
 def test_an_edit_is_noticed(write: Write) -> None:
     file = read_project(write())
+    file.check_unchanged()
+    file.path.write_text(f"# a comment\n{file.path.read_text()}")
     file.check_unchanged()
     write(held_out=7)
     with pytest.raises(UserError, match="languages.yaml was edited after this run started"):

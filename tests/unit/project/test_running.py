@@ -47,9 +47,16 @@ def run(path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": {"tokens": 100}}, r"line \d+: budget: 100 tokens are less than one step of stage1, 524,288"),
+        (
+            {"budget": {"tokens": 100}},
+            r"line \d+: budget: 100 tokens, the most .* than one step of stage1, 524,288",
+        ),
         ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
-        ({"budget": {"epochs": 1}}, r"line \d+: budget: 24,000 tokens are less than one step of stage1, 524,288"),
+        (
+            {"budget": {"epochs": 1}},
+            r"line \d+: budget: 24,000 tokens, the most .* one step of stage1, 524,288",
+        ),
+        (SMALL | {"budget": {"epochs": 5}}, r"max_epochs of .*; the longest is budget: {epochs: 4}"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),
         ({"steps": {"stage1": {"lrr": 1}}}, r"line \d+: steps.stage1.lrr is no flag of this step; did you mean lr\?"),
         ({"steps": {"preprocess": {"worker": 1}}}, r"steps.preprocess.worker is no flag .* workers"),

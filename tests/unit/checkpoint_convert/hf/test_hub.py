@@ -64,7 +64,7 @@ def test_a_folder_of_this_name_comes_first(hub: LocalHub, source: Path, tmp_path
 
 def test_what_can_not_be_downloaded_is_one_sentence_and_code_2(hub, source, tmp_path, monkeypatch, refused):
     for name, changed, message in (
-        ("o/Gone", {}, r"no folder o/Gone, .*can't be downloaded \(404.*hf download o/Gone"),
+        ("o/Gone", {}, "the Hub has no model o/Gone, or it is private; correct the name"),
         ("o/Gated", {}, "o/Gated is gated; accept its conditions"),
         ("o/Tiny@never", {}, "can't be downloaded"),
         ("o/Tiny", {"ENDPOINT": "http://127.0.0.1:1"}, "the Hub can't be reached"),

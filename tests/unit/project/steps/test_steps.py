@@ -15,7 +15,7 @@ from moelpr.project.steps.step import has_corpora, has_model
 from moelpr.project.steps.steps import STEPS, parser_of, tasks_of, workflow_of
 from moelpr.project.steps.text import held_out_share
 from moelpr.project.steps.training import STAGES
-from moelpr.project.tables import status
+from moelpr.project.tables import plan, status
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.manifests import write_manifest
@@ -341,8 +341,9 @@ def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch
     assert not Path("other/logs").exists() and not Path("out/logs").exists()
     changed = workflow(method="ffn", experts=None, output="third", steps={"preprocess": {"seed": 9}})
     assert "preprocess-el is shared with other projects, but its command has changed" in changed.outlook()[0].refusal
-    with pytest.raises(UserError, match="give all of them the same text.* or another folder than text"):
-        changed.run()
+    for refuses in (changed.run, lambda: plan(ResolvedProject(read_project(Path("languages.yaml"))))):
+        with pytest.raises(UserError, match="give all of them the same text.* or another folder than text"):
+            refuses()
 
 
 def test_no_more_text_is_held_out_than_is_needed() -> None:

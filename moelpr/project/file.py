@@ -74,7 +74,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
 
 
 def _checksum(content: Any) -> str:
-    """Of what a file says: comments may change."""
+    """Return a checksum of what a file says; comments may change."""
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 

@@ -24,6 +24,8 @@ def main() -> None:
 
         own_arguments().print_help()
         return
+    if "--stage" in sys.argv[:-1]:  # the command that errors are signed with
+        sys.argv[0] = f"moelpr train {sys.argv[sys.argv.index('--stage') + 1]}"
     stop.end_with_launcher()
     request = StopRequest()
     request.listen()

@@ -10,6 +10,7 @@ from moelpr.project.resolved import ResolvedProject
 
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
+_FEW = 30  # documents, of which figures are rough
 
 
 def verdict(project: ResolvedProject) -> str:
@@ -25,6 +26,9 @@ def verdict(project: ResolvedProject) -> str:
         for word, codes in (("learned", project.expanded), ("kept", project.original)):
             named = ", ".join(f"{language_name(code)} {_text(changes[code])}" for code in codes)
             lines.append(f"  {word + ':':<9}{named}")
+    of_text = results[0][1].languages
+    if few := [code for code in project.languages if (of_text[code].documents or _FEW) < _FEW]:
+        lines.append(f"Rough figures, as few documents are held out: {_names(few)} (fewer than {_FEW}).")
     lines += _routers(project)
     for stage in project.parts:
         if (end := BestStep.read_if_there(project.folder / stage)) and end.made < end.planned:

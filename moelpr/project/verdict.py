@@ -10,7 +10,7 @@ from moelpr.project.resolved import ResolvedProject
 
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
-_FEW = 30  # documents, of which figures are rough
+_FEW = 20  # documents, of which figures are rough
 
 
 def verdict(project: ResolvedProject) -> str:

@@ -52,10 +52,10 @@ def test_without_intervals_the_values_decide(write: Write) -> None:
 
 def test_languages_with_few_documents_are_named(write: Write) -> None:
     of = of_languages((-0.2,), (-0.1,), (0.0,))
-    for code, documents in (("el", 400), ("hu", 8), ("en", 29)):
+    for code, documents in (("el", 400), ("hu", 8), ("en", 19)):
         of["languages"][code]["documents"] = documents
     text = measured(write, **{"second-ffn": of})
-    assert "few documents are held out: Hungarian, English (fewer than 30).\n" in text
+    assert "few documents are held out: Hungarian, English (fewer than 20).\n" in text
 
 
 def test_lost_languages_without_intervals_are_named(write: Write) -> None:

@@ -291,7 +291,7 @@ class Corpora:
 class Project:
     model: str
     """The dense base: a Hugging Face directory, or OWNER/NAME[@REVISION] on the Hub."""
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     """Folder for everything that is made."""
     languages: Languages
     """The languages to add and those to keep, with their text."""

@@ -70,6 +70,18 @@ def check(settings: KubernetesSettings) -> None:
     for name in ("image", "claim"):
         if not getattr(settings, name):
             raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
+    for key in ("claim", "namespace", "secrets"):
+        value = getattr(settings, key) or []
+        for name in [value] if isinstance(value, str) else value:
+            if not re.fullmatch("[a-z0-9]([-.a-z0-9]*[a-z0-9])?", name):
+                raise UserError(
+                    f"kubernetes.{key}: {name} is no name of Kubernetes; use lower-case letters, digits, - and ."
+                )
+    if not settings.folder.startswith("/"):
+        raise UserError(f"kubernetes.folder is where the claim is mounted, got {settings.folder}; start it with /")
+    for key, quantity in settings.training.items():
+        if not re.fullmatch(r"[0-9.]+(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
+            raise UserError(f"kubernetes.training.{key} must be an amount such as 96 or 1Ti, got {quantity}; change it")
     for place, fields in (("pod", {"containers", "restartPolicy"}), ("container", {"name", "args", "resources"})):
         if taken := fields & getattr(settings, place).keys():
             raise UserError(f"kubernetes.{place}.{min(taken)} is set by moelpr run; remove it")

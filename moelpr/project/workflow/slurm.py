@@ -32,6 +32,8 @@ def _as_option(value: Any) -> Any:
     return value
 
 
+# Options by which jobs find each other.
+_OURS = "array", "dependency", "job-name"
 Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
 
@@ -58,6 +60,10 @@ class SlurmSettings:
         for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
             if bad := [name for name in options if not re.fullmatch("[a-z][a-z0-9-]*", name)]:
                 raise UserError(f"{place} has {bad[0]}; write options as sbatch does, without leading dashes")
+            if ours := [name for name in _OURS if name in options]:
+                raise UserError(f"{place}.{ours[0]} is set by moelpr run; remove it")
+            if not re.fullmatch(r"B:USR1@[1-9]\d*", str(options.get("signal", "B:USR1@300"))):
+                raise UserError(f"{place}.signal must be B:USR1@SECONDS, got {options['signal']}; write it so")
             if isinstance(options.get("time"), int):
                 raise UserError(f'time of {place} is a number, as which YAML reads 24:00:00; write it as "24:00:00"')
         if self.container_image and self.apptainer:

@@ -241,6 +241,16 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
     for place, name in (("pod", "containers"), ("container", "args")):
         with pytest.raises(UserError, match=rf"kubernetes.{place}.{name} is set by moelpr run; remove it"):
             check(settings(**{place: {name: []}}))
+    for key, value in (
+        ("claim", "My_Claim"),
+        ("secrets", ["s3", "S3_keys"]),
+        ("namespace", "NLP"),
+        ("folder", "work"),
+        ("training", {"memory": "1TB"}),
+    ):
+        with pytest.raises(UserError, match=rf"kubernetes\.{key}"):
+            check(settings(**{key: value}))
+    check(settings(training={"memory": "1Ti", "cpu": 96}, secrets=["s3.keys"], namespace="a"))
     with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
         launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)
     with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):

@@ -217,6 +217,8 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
         ({"options": {"--partition": "gpu"}}, "options has --partition; write options as sbatch does, without leading"),
         ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
         ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
+        ({"options": {"array": "0-3"}}, "options.array is set by moelpr run; remove it"),
+        ({"training": {"signal": "USR1@60"}}, "training.signal must be B:USR1@SECONDS, got USR1@60"),
         ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
         ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),
         ({"container_image": "a", "apptainer": "b"}, "container_image and apptainer"),

@@ -56,8 +56,9 @@ def _check(file: ProjectFile) -> None:
                 f"{file.at(key)}{key}: {getattr(project, key)} is a URI; name a folder, and copy what it gets "
                 "from there"
             )
-    if Path(project.output).is_file():
-        raise UserError(f"{file.at('output')}output: {project.output} is a file; name a folder")
+    if Path(project.output).is_file() or Path(project.output).resolve() == Path("/"):
+        what = "the root of all folders" if Path(project.output).is_dir() else "a file"
+        raise UserError(f"{file.at('output')}output: {project.output} is {what}; name a folder")
     if Path(project.model).resolve() in (output := Path(project.output).resolve(), *output.parents):
         raise UserError(f"{file.at('output')}output: {project.output} is in the model's folder; name one outside")
     if project.benchmarks and (tasks := project.benchmarks.tasks) and not Path(tasks).is_file():

@@ -132,6 +132,11 @@ def _for_jobs(project: ResolvedProject, redo: str | None) -> ResolvedProject:
             f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
             "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
         )
+    if file.project.hardware.gpu != "none" and not file.project.hardware.gpus:
+        raise UserError(
+            f"{file.at('hardware')}hardware.gpus is missing, the number of GPUs of a training; add it, such as gpus: 8"
+        )
+    _ = project.layouts.result
     outlooks = workflow_of(project, redo).outlook()
     is_judged = all(outlook.state == "done" for outlook in outlooks if outlook.task.name == "combine")
     return project if is_judged else ResolvedProject(file, is_judged=False)
@@ -166,6 +171,7 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
     Raises:
         UserError: A training would be done again, the budget does not fit the text, or a model has no weights.
     """
+    _ = project.layouts.result  # reads the base, so that all stages are checked where their tasks are made
     workflow = workflow_of(project, redo)
     outlooks = workflow.outlook()
     print(changes(outlooks), end="")

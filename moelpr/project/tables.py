@@ -17,6 +17,7 @@ from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
 from moelpr.project.verdict import verdict
+from moelpr.project.workflow import kubernetes
 from moelpr.project.workflow.slurm import Chain
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Outlook, Workflow
@@ -82,16 +83,20 @@ def status(project: ResolvedProject) -> str:
     rows, left = [], []
     finished = [outlook.task.name for outlook in outlooks if outlook.state == "done"]
     jobs = Chain(workflow, project.content.slurm, project.file.path).states(finished)
+    pods = kubernetes.states(project.folder, project.content.kubernetes.namespace)
     for outlook in outlooks:
         if outlook.state == "done":
             time = format_minutes(took[outlook.task.name] / 60) if outlook.task.is_needed else ""
             rows.append([outlook.task.name, _state(outlook), "", time])
             continue
         progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
-        progress = "; ".join(filter(None, [progress, jobs.get(outlook.task.name)]))
+        progress = "; ".join(
+            filter(None, [progress, jobs.get(outlook.task.name), pods.get(kubernetes.label(outlook.task.name))])
+        )
         left += [] if outlook.task.is_spare else [minutes]
         rows.append([outlook.task.name, _state(outlook), progress, format_minutes(minutes)])
     table = table_text(["step", "state", "progress", "took, or left"], rows, text_columns=(0, 1, 2))
+    table += f"\n\n{pods['']}" if "" in pods else ""
     if not left:
         return f"{table}\n{verdict(project)}"
     return f"{table}\n\n{len(finished)} of {len(rows)} steps are done; left: {_sum_of(left)}."

@@ -34,7 +34,10 @@ def download(step: Step, project: ResolvedProject) -> Iterator[Task]:
     command = ["-m", "huggingface_hub.cli.hf", "download", project.model_name, "--local-dir", str(project.base)]
     command += [word for pattern in MODEL_FILES for word in ("--include", pattern)]
     command += ["--revision", project.revision] if project.revision else []
-    is_complete = (project.base / CONFIG_FILE).is_file
+
+    def is_complete() -> bool:
+        return (project.base / CONFIG_FILE).is_file() and any(project.base.glob("model*.safetensors"))
+
     yield Task(name=step.name, command=command, is_complete=is_complete, shared=project.shared)
 
 

@@ -6,7 +6,9 @@ All tasks are one JobSet, whose jobs start when those that they depend on are co
 
 import hashlib
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -79,6 +81,8 @@ def check(settings: KubernetesSettings) -> None:
                 )
     if not settings.folder.startswith("/"):
         raise UserError(f"kubernetes.folder is where the claim is mounted, got {settings.folder}; start it with /")
+    if settings.gpu in settings.training:
+        raise UserError(f"kubernetes.training.{settings.gpu} follows from hardware; remove it")
     for key, quantity in settings.training.items():
         if not re.fullmatch(r"[0-9.]+(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
             raise UserError(f"kubernetes.training.{key} must be an amount such as 96 or 1Ti, got {quantity}; change it")
@@ -103,12 +107,36 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
             f"pods have no {workflow.folder}; put output below kubernetes.folder {settings.folder}, or name the folder "
             "where the claim is mounted"
         )
+    if not render_only and not Path.cwd().is_relative_to(settings.folder):
+        print(
+            f"note: this is not {settings.folder}, where the claim is mounted; jobs read text and write output there",
+            file=sys.stderr,
+        )
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
     if not render_only:
         _apply(chain.name, path, settings.namespace, str(workflow.folder.absolute()))
     print(path if render_only else f"{path}: applied")
+
+
+def states(folder: Path, namespace: str | None) -> dict[str, str]:
+    """The state of each job of the JobSet that was applied last, by its task's name as Kubernetes takes it."""
+    applied = sorted((folder / "kubernetes").glob("*.yaml"), key=lambda path: path.stat().st_mtime)
+    if not applied or not shutil.which("kubectl"):
+        return {}
+    words = ["get", "jobset", applied[-1].stem, "--ignore-not-found", "--output", "json", "--request-timeout", "5s"]
+    try:
+        shown = _kubectl(namespace, *words)
+    except MachineError as error:
+        return {"": str(error)}
+    found = records.parse_json(shown, "what kubectl prints", "try again") if shown.strip() else {}
+    phases = {"failed": "failed, see kubectl logs", "ready": "pods run", "active": "pods are pending or starting"}
+    phases |= {"succeeded": "job is complete"}
+    return {
+        job["name"]: next((text for phase, text in phases.items() if job.get(phase)), "job waits")
+        for job in found.get("status", {}).get("replicatedJobsStatus", ())
+    }
 
 
 class Chain:
@@ -118,8 +146,8 @@ class Chain:
         self._tasks = {task.name: task for task in tasks}
         self._settings, self._file, self._folder = settings, file, folder
         self._key = re.sub(r"[^\w.-]", "-", file.name, flags=re.ASCII)  # as Kubernetes takes it
-        longest = max((len(f"-{_label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
-        name = _label(folder.resolve().name)
+        longest = max((len(f"-{label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
+        name = label(folder.resolve().name)
         name = name if name[:1].isalpha() else f"run-{name}"
         if len(name) > (most := _MOST_LETTERS - longest):  # names that begin alike must differ
             name = f"{name[: most - 5].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"
@@ -150,8 +178,8 @@ class Chain:
             depends[task.name] = needs[-_MOST_NEEDS:]
         jobs: list[Manifest] = []
         for task in self._tasks.values():
-            after = [{"name": _label(need), "status": "Complete"} for need in depends[task.name]]
-            job = {"name": _label(task.name), "template": {"spec": self._job(task)}}
+            after = [{"name": label(need), "status": "Complete"} for need in depends[task.name]]
+            job = {"name": label(task.name), "template": {"spec": self._job(task)}}
             jobs.append(job | ({"dependsOn": after} if after else {}))
         spec = {"network": {"enableDNSHostnames": True}, "replicatedJobs": jobs}
         return self._object("jobset.x-k8s.io/v1alpha2", "JobSet", spec=spec)
@@ -213,7 +241,7 @@ class Chain:
             values = {
                 "PET_NNODES": str(task.nodes),
                 "PET_NPROC_PER_NODE": str(max(1, task.gpus_per_node)),
-                "PET_MASTER_ADDR": f"{self.name}-{_label(task.name)}-0-0.{self.name}",
+                "PET_MASTER_ADDR": f"{self.name}-{label(task.name)}-0-0.{self.name}",
                 "PET_MASTER_PORT": str(_PORT),
                 "MOELPR_GRACE_SECONDS": str(self._settings.grace_s),
                 "JOIN_TIMEOUT": "900",  # nodes load an image, which takes minutes
@@ -239,7 +267,7 @@ def _texts(values: Mapping[str, Quantity]) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def _label(name: str) -> str:
+def label(name: str) -> str:
     """A name as Kubernetes takes it."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

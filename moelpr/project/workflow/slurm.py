@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -34,6 +34,7 @@ def _as_option(value: Any) -> Any:
 
 # Options by which jobs find each other.
 _OURS = "array", "dependency", "job-name"
+Queue = dict[str, tuple[str, str]]  # number of a job → its name, and its state with the reason
 Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
 
@@ -131,7 +132,7 @@ class Chain:
     def refuse_active(self) -> None:
         """Raise a UserError if jobs of an earlier call are pending or running."""
         queued = queued_jobs() if self._jobs and shutil.which("squeue") else {}
-        active = [job.id for name, job in self._jobs.items() if queued.get(job.id) == f"{self._name}-{name}"]
+        active = [job.id for name, job in self._jobs.items() if self._state(queued, job, name)]
         if active:
             raise UserError(
                 f"jobs {', '.join(active)} of {self._folder.parent} are pending or running on Slurm; wait for them, or "
@@ -139,7 +140,7 @@ class Chain:
             )
 
     def states(self, done: Collection[str]) -> dict[str, str]:
-        """The last job of each task that is not done: whether it is pending or running, or its log."""
+        """The last job of each task that is not done: its state, or its log."""
         states: dict[str, str] = {}
         if not self._jobs or not shutil.which("squeue"):
             return states
@@ -150,10 +151,14 @@ class Chain:
         for name, job in self._jobs.items():
             task, log = name.removesuffix("-shards"), self._folder / f"{self._name}-{name}-{job.id}.log"
             if task not in done:
-                is_active = queued.get(job.id) == f"{self._name}-{name}"
                 ended = f"ended, see {log}" if log.exists() else "ended without a log"
-                states[task] = f"job {job.id} {'is pending or running' if is_active else ended}"
+                states[task] = f"job {job.id} {self._state(queued, job, name) or ended}"
         return states
+
+    def _state(self, queued: Queue, job: SlurmJob, name: str) -> str:
+        """The state of a task's job; empty unless it is queued or runs."""
+        its_name, state = queued.get(job.id, ("", ""))
+        return state if its_name == f"{self._name}-{name}" else ""
 
     def submit(self, *, render_only: bool = False) -> None:
         """Submit what is not done, or only write the scripts.
@@ -198,19 +203,19 @@ class Chain:
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
         self._submit(name, outlook, lines)
 
-    def _check(self, to_do: list[Outlook], queued: Mapping[str, str]) -> None:
+    def _check(self, to_do: list[Outlook], queued: Queue) -> None:
         """Set what is active, and raise a UserError for what cannot be submitted, before anything is."""
         for outlook in to_do:
             name = outlook.task.name
             job, shards = self._jobs.get(name), self._jobs.get(f"{name}-shards")
-            if job and queued.get(job.id) == f"{self._name}-{name}":
+            if job and self._state(queued, job, name):
                 if job.made_as and outlook.id and job.made_as != outlook.id:
                     raise UserError(
                         f"job {job.id} of {name} is pending or running, but the task has changed since; cancel it "
                         f"(scancel {job.id}) or wait for its end"
                     )
                 self._active[name] = job.id
-            elif shards and queued.get(shards.id) == f"{self._name}-{name}-shards":
+            elif shards and self._state(queued, shards, f"{name}-shards"):
                 raise UserError(
                     f"shards of {name} of an earlier call are still running; wait for them, or cancel them with "
                     f"scancel {shards.id}"
@@ -296,13 +301,14 @@ def _comment(word: str, text: str) -> str:
     return f"#{word} {text}"
 
 
-def queued_jobs() -> dict[str, str]:
-    """This user's jobs that are pending or running: number → name."""
-    words = ["squeue", "--noheader", "--me", "--format", "%F %j"]
+def queued_jobs() -> Queue:
+    """This user's jobs that are pending or running."""
+    words = ["squeue", "--noheader", "--me", "--format", "%F %j %T (%r)"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MachineError(f"squeue fails ({done.stderr.strip()}); try again when Slurm answers")
-    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if " " in line.strip())
+    jobs = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    return {job[0]: (job[1], job[2].lower().replace(" (none)", "")) for job in jobs if len(job) == 3}
 
 
 def _shard(corpus: Path, number: int, shards: int) -> Path:

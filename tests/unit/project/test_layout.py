@@ -80,7 +80,7 @@ def test_the_plan_says_what_the_model_becomes_and_what_another_number_of_experts
     [row] = re.findall(r"^stage1 +to do +(\S+ \w+) +([\d,]+) +([\d.]+) of 40 GiB", other, re.MULTILINE)
     assert actual == row and "N = 1 (given)" in other
     assert re.search("^Stage 1 with N = 2: ", other, re.MULTILINE) and "N = 4: " not in printed
-    assert "warning" not in tables.plan(places(write, experts={"new": 4}, hardware={"gpu": "none"}))
+    assert "warning: N" not in tables.plan(places(write, experts={"new": 4}, hardware={"gpu": "none"}))
 
 
 def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:

@@ -66,6 +66,10 @@ def run(path: Path) -> None:
         ({"budget": {"tokens": "2M"}, "mix": {"replay": 0.99}}, r"line \d+: mix.replay: "),
         ({"hardware": {"gpu": "a100-40", "gpus": 8, "gpus_per_node": 3}}, r"line \d+: hardware.gpus .* 8; .* 6 or 9"),
         ({"hardware": {"gpu": "rtx4090-24", "gpus": 1}, "experts": {"new": 16}}, r"line \d+: stage.: no layout fits"),
+        (
+            SMALL | {"method": "auto", "experts": None, "steps": {"stage2": {"global-batch-size": 8}}},
+            r"line \d+: stage2: steps.stage2.global-batch-size: 8 is not a multiple of",
+        ),
         (SMALL | {"benchmarks": {}}, "lm_eval is not installed; run "),
     ],
 )
@@ -137,6 +141,8 @@ def test_a_cluster_needs_hardware_with_a_name(write: Write) -> None:
         UserError, match="languages.yaml: hardware.gpu is auto, which is this machine; name the cluster's"
     ):
         running.submit(ResolvedProject(read_project(write())), "slurm", render_only=True)
+    with pytest.raises(UserError, match=r"line \d+: hardware.gpus is missing.* such as gpus: 8"):
+        running.submit(ResolvedProject(read_project(write(hardware="h100-80"))), "slurm", render_only=True)
 
 
 def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

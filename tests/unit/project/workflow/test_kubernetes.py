@@ -1,5 +1,6 @@
 """Manifests are what the published model of JobSet describes, and start tasks in their order."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from kubeflow_trainer_api import models
 
 from moelpr.base import records
 from moelpr.base.errors import UserError
-from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, check, launch
+from moelpr.project.workflow.kubernetes import Chain, KubernetesSettings, check, launch, states
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.programs import put_on_path
@@ -219,6 +220,21 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
     ]
 
 
+def test_states_are_those_of_the_job_set_that_was_applied_last(tmp_path, file, kubectl) -> None:
+    run = tmp_path / "greek"
+    assert states(run, None) == {}
+    launch(Workflow(run, tasks(run)), settings(), file)
+    assert states(run, None) == {}
+    jobs = [{"name": "convert", "succeeded": 1}, {"name": "stage1", "active": 1, "ready": 0}, {"name": "eval"}]
+    jobs += [{"name": "stage2", "active": 1, "ready": 1}, {"name": "export", "failed": 1}]
+    (kubectl / "greek").write_text(json.dumps({"status": {"replicatedJobsStatus": jobs}}))
+    of = states(run, "team")
+    assert of["convert"] == "job is complete" and of["stage1"] == "pods are pending or starting"
+    assert (of["stage2"], of["export"], of["eval"]) == ("pods run", "failed, see kubectl logs", "job waits")
+    (kubectl / "kubectl").write_text("#!/bin/sh\necho unreachable >&2; exit 1\n")
+    assert "kubectl get fails (unreachable)" in states(run, None)[""]
+
+
 def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
     run = tmp_path / "greek"
     workflow = Workflow(run, [replace(task, is_complete=lambda: True) for task in tasks(run)])
@@ -250,6 +266,8 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
     ):
         with pytest.raises(UserError, match=rf"kubernetes\.{key}"):
             check(settings(**{key: value}))
+    with pytest.raises(UserError, match="kubernetes.training.nvidia.com/gpu follows from hardware; remove it"):
+        check(settings(training={"nvidia.com/gpu": 4}))
     check(settings(training={"memory": "1Ti", "cpu": 96}, secrets=["s3.keys"], namespace="a"))
     with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
         launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)

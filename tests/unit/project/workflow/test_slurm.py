@@ -98,7 +98,7 @@ def test_a_second_call_submits_only_tasks_that_are_neither_done_nor_active(stubs
     run = tmp_path / "greek"
     submit(run)
     finish(run, "preprocess-el")
-    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n")
+    (stubs / "queue").write_text("3 greek-convert PENDING (Priority)\n4 another-stage1 PENDING (Priority)\n")
     lines(capsys)
     submit(run)
     expected = "done, job 6, job 3 is pending or running, job 7 after 3:6, job 8 after 7".split(", ")
@@ -111,11 +111,11 @@ def test_states_tell_jobs_that_wait_from_those_that_have_ended(stubs, tmp_path) 
     chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
     assert chain.states([]) == {}
     chain.submit()
-    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n")
+    (stubs / "queue").write_text("3 greek-convert PENDING (Priority)\n4 another-stage1 PENDING (Priority)\n")
     (log := run / "slurm" / "greek-stage1-4.log").touch()
     actual = chain.states(["preprocess-el", "preprocess-hu"])
     assert actual == {
-        "convert": "job 3 is pending or running",
+        "convert": "job 3 pending (priority)",
         "stage1": f"job 4 ended, see {log}",
         "export": "job 5 ended without a log",
     }
@@ -128,10 +128,12 @@ def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(st
     chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
     chain.refuse_active()
     chain.submit()
-    (stubs / "queue").write_text("3 greek-convert\n4 another-stage1\n5 greek-export\n")
+    (stubs / "queue").write_text(
+        "3 greek-convert PENDING (Priority)\n4 another-stage1 PENDING (Priority)\n5 greek-export PENDING (Priority)\n"
+    )
     with pytest.raises(UserError, match=r"scancel 3 5\)"):
         chain.refuse_active()
-    (stubs / "queue").write_text("4 greek-stage1\n")
+    (stubs / "queue").write_text("4 greek-stage1 PENDING (Priority)\n")
     with pytest.raises(UserError, match=r"job 4 of stage1 .*scancel 4\)"):
         submit(run, rate="2")
     assert len((stubs / "calls").read_text().splitlines()) == 5
@@ -174,7 +176,7 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
     corpus.parent.mkdir()
     for number in (0, 2):
         corpus.with_name(f"{corpus.name}.shard-0000{number}-of-00003.idx").touch()
-    (stubs / "queue").write_text("1 greek-preprocess-el-shards\n")
+    (stubs / "queue").write_text("1 greek-preprocess-el-shards PENDING (Priority)\n")
     with pytest.raises(UserError, match="scancel 1"):
         submit(run, shards=3)
     (stubs / "queue").unlink()

@@ -105,7 +105,7 @@ def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Pa
         (copies["nan"], "mlp.up_proj.weight contains NaN"),
         (copies["lost"], "sums.safetensors"),
         (copies["sums"], "layer 1 has sums of no text"),
-        (folder / "kept", "must have FFNs"),
+        (folder / "kept", "has sums of text to keep and no FFNs; pass it as --kept"),
         (folder / "base", "no pack.json"),
         (folder / "hu", "hu twice"),
     ):

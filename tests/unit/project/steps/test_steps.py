@@ -7,6 +7,7 @@ import pytest
 
 from moelpr.base import checksums
 from moelpr.base.errors import UserError
+from moelpr.base.files import write_text
 from moelpr.base.settings import flags_of
 from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
@@ -19,6 +20,7 @@ from moelpr.project.tables import plan, status
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 from tests.support.manifests import write_manifest
+from tests.support.model_shapes import save_config
 from tests.unit.project.conftest import Write, write_findings
 
 EXPECTED = (
@@ -344,6 +346,18 @@ def test_projects_share_text_that_one_of_them_has_made(write: Write, monkeypatch
     for refuses in (changed.run, lambda: plan(ResolvedProject(read_project(Path("languages.yaml"))))):
         with pytest.raises(UserError, match="give all of them the same text.* or another folder than text"):
             refuses()
+
+
+def test_a_base_of_the_hub_is_there_with_its_weights_and_only_for_its_own_model(write: Write, monkeypatch) -> None:
+    monkeypatch.setattr("moelpr.project.resolved.download", lambda name, *_: Path(f"cache of {name}"))
+    project = ResolvedProject(read_project(write(model="owner/name", hardware={"gpu": "none"})))
+    (task,) = STEPS["download"].tasks(project)
+    save_config("Qwen1.5-1.8B", project.base)
+    assert not task.is_complete() and project.config_folder() == project.base
+    (project.base / "model-00001-of-00002.safetensors").touch()
+    assert task.is_complete()
+    write_text(project.text / "logs" / "download.json", '{"command": "hf download owner/other --local-dir out/base"}')
+    assert project.config_folder() == Path("cache of owner/name")
 
 
 def test_no_more_text_is_held_out_than_is_needed() -> None:

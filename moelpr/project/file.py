@@ -75,7 +75,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
 
 def _checksum(content: Any) -> str:
     """Return a checksum of what a file says; comments may change."""
-    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _expanded(value: Any) -> Any:
@@ -106,9 +106,9 @@ def _check_words(path: Path, content: Any, may_have_lines: bool = False) -> None
     """Check that keys are text, as YAML reads the code of Norwegian as false, and that no text could end a line."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
         if isinstance(content, dict) and not isinstance(key, str):
-            is_word = isinstance(key, bool)
-            hint = "put it in quotes, such as 'no' for Norwegian" if is_word else "decimals have a point, not a comma"
-            raise UserError(f"{path}: a key is read as {key!r}; {hint}")
+            is_number = isinstance(key, int | float) and not isinstance(key, bool)
+            hint = "; decimals have a point, not a comma" if is_number else ", such as 'no' for Norwegian"
+            raise UserError(f"{path}: a key is read as {key!r}; put it in quotes{hint}")
         lines_here = may_have_lines or key in ("kubernetes", "skypilot", "filter")
         for word in (key, value):
             if isinstance(word, str) and CONTROL.search(word.replace("\n", "") if lines_here else word):

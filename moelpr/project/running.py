@@ -136,7 +136,7 @@ def _for_jobs(project: ResolvedProject, redo: str | None) -> ResolvedProject:
         raise UserError(
             f"{file.at('hardware')}hardware.gpus is missing, the number of GPUs of a training; add it, such as gpus: 8"
         )
-    _ = project.layouts.result
+    _ = project.layouts.result  # as in `checked`
     outlooks = workflow_of(project, redo).outlook()
     is_judged = all(outlook.state == "done" for outlook in outlooks if outlook.task.name == "combine")
     return project if is_judged else ResolvedProject(file, is_judged=False)

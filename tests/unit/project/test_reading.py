@@ -105,7 +105,7 @@ def languages(**groups: Any) -> dict[str, Any]:
             r"line \d+: mix.max_epochs is unknown; its place has the keys temperature, replay",
         ),
         ({"budget": {"days": 1}}, r"line \d+: budget.days is unknown; its place has the keys tokens, hours, epochs"),
-        ({"steps": {"ffn": {"lr": {0: 1}}}}, "a key is read as 0; decimals have a point"),
+        ({"steps": {"ffn": {"lr": {0: 1}}}}, "a key is read as 0; put it in quotes; decimals have a point"),
         ({"experts": {"news": 1}}, r"line \d+: experts.news is unknown; did you mean new\?"),
         (languages(expanded={"Greek": "el.jsonl"}), r"line 5: .* Greek is not the code .*did you mean el\?"),
         (languages(original={"jp": "en.jsonl"}), r"line 7: .* jp is not the code .*did you mean ja\?"),
@@ -261,6 +261,13 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_pa
         read_project(path)
     path.write_text(path.read_text() + "model: other\n")
     with pytest.raises(UserError, match="line .*the key model is there twice"):
+        read_project(path)
+
+
+def test_a_key_that_is_a_date_is_one_sentence(write: Write) -> None:
+    path = write()
+    path.write_text(path.read_text() + "2026-01-01: x\n")
+    with pytest.raises(UserError, match=r"a key is read as datetime.date\(2026, 1, 1\); put it in quotes, such as"):
         read_project(path)
 
 

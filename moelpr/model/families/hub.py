@@ -47,7 +47,7 @@ def download(name: str, patterns: Sequence[str], what: str = "model") -> Path:
             ) from error
         if isinstance(error, RepositoryNotFoundError):
             raise UserError(
-                f"the Hub has no {what} {name}, or it is private; correct the name, or log in with hf auth login or "
+                f"the Hub has no model {name}, or it is private; correct the name, or log in with hf auth login or "
                 "HF_TOKEN"
             ) from error
         reason = " ".join((str(error) or type(error).__name__).split())

@@ -50,7 +50,9 @@ class Record:
     def read(cls, folder: Path) -> Self:
         """Read `folder`/FILE_NAME."""
         if cls.MISSING and not (folder / cls.FILE_NAME).is_file():
-            raise UserError(f"{folder} {cls.MISSING}" if folder.is_dir() else f"there is no folder {folder}")
+            raise UserError(
+                f"{folder} {cls.MISSING}" if folder.is_dir() else f"there is no folder {folder}; correct the path"
+            )
         return cls.read_file(folder / cls.FILE_NAME)
 
     @classmethod

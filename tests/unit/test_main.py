@@ -110,7 +110,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model export --load missing --save x", NO_SPEC),
+        ("model export --load missing --save x", "there is no folder missing"),
         ("model export --load MODEL --save x", NO_SPEC),
         ("model export --load CHECKPOINT --save x --chat-template-from missing", "no missing/config.json"),
         ("model gguf missing", "no missing/config.json"),
@@ -122,7 +122,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
         ("model calibrate --model MODEL --base CHECKPOINT --data TEXT --expanded-languages el --save z", CHECKPOINT),
         ("model convert --hf-path missing --num-new-experts 2 --save x", "no missing/config.json"),
         ("model convert --hf-path EMPTY --dense --save x", NO_WEIGHTS),
-        ("model convert --hf-path MODEL --dense --save x --extended-tokenizer missing", "no vocabulary_extension.json"),
+        ("model convert --hf-path MODEL --dense --save x --extended-tokenizer missing", "there is no folder missing"),
         ("model convert --hf-path MODEL --dense --save x --topk 2", "--dense adds no experts"),
         (
             "model convert --hf-path MODEL --num-new-experts 2 --save x --expert-noise -1",

@@ -21,7 +21,7 @@ def test_what_is_dumped_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("- a", "", "a: b: c", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"),
+        *("- a", "", "a: b: c", "a: [1,", "{", "[" * 5000, "a: " + "[" * 10000 + "]" * 10000, "a: \0", "d: 2020-13-45"),
         *("a: !!bool maybe", "a: !!timestamp maybe", "a: !!int ''"),
         "a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
         *("a: !!python/object/apply:os.getpid []", "a: &a [*a]", "a: 0x" + "f" * 5000, f"a: [{10**40}]"),

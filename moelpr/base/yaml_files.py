@@ -43,8 +43,8 @@ def parse_mapping(text: str, what: str) -> dict[str, Any]:
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or first_line(error)
         since = f" or line {start.line + 1}" if mark and start and start.line < mark.line else ""
-        here = text.split("\n")[mark.line : mark.line + 1] if mark else []  # none if the text ends too early
-        if here and here[0][mark.column :].startswith("\t"):
+        here = text.split("\n")[mark.line :] if mark else []  # empty if the text ends too early
+        if mark and here and here[0][mark.column :].startswith("\t"):
             reason, since = "a tab; indent with spaces", ""
         raise UserError(f"the {what} is not valid YAML{place} ({reason}); fix that line{since}") from error
     if not isinstance(content, dict):

@@ -108,6 +108,8 @@ def as_planned(run: RequestedRun) -> Planned | None:
     )
     if not all(size and size > 0 for size in sizes) or any(problems):
         return None
+    if ends is None and spec.megatron_args["num_layers"] % (layout.pp * layout.vpp):
+        return None
     sizes_of_layout = layout.tp, layout.pp, layout.ep, layout.etp, layout.dp
     is_distributed = bool(args.use_distributed_optimizer)
     granularity, has_moe = args.recompute_granularity, "moe" in (args.recompute_modules or [])

@@ -9,6 +9,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args
 
 from moelpr.model.layers.config import FIXED_FOR_MOE, MoELPRConfig
 from moelpr.train.arguments.checks import find_notes, find_problems
+from moelpr.train.arguments.checks.hardware import expected_memory
 from moelpr.train.arguments.flags import all_arguments
 from moelpr.train.arguments.requested import RequestedRun
 
@@ -50,6 +51,12 @@ def test_no_check_fails_on_invalid_settings(make_run, data: st.DataObject) -> No
     run = make_run(stage, data.draw(st.booleans()), data.draw(st.sampled_from([1, 2, 6, 8])), **changed)
     for message in [*find_problems(run), *find_notes(run)]:
         assert message == message.strip() and "\n" not in message
+
+
+def test_a_stage_without_layers_has_no_expected_memory(make_run) -> None:
+    run = make_run("stage1", True, 1, num_virtual_stages_per_pipeline_rank=4, micro_batch_size=1)
+    assert any("--num-virtual-stages-per-pipeline-rank 4 does not divide" in message for message in find_problems(run))
+    assert expected_memory(run) is None
 
 
 def test_a_missing_recipe_hides_no_other_problem_and_causes_none(upcycled: str, problems) -> None:

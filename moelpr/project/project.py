@@ -135,12 +135,24 @@ class Languages:
         if not self.expanded or not self.original:
             missing = "original" if self.expanded else "expanded"
             raise UserError(f"no {missing} language is given; add one under languages.{missing}, with its text")
+        self._refuse_text_of_both_kinds()
         keys = {language.json_key for _, language in self}
         if self.kept and len(keys) > 1:
             raise UserError(
                 f"languages.kept needs one json_key for all languages, not {' and '.join(sorted(keys))}; rename "
                 "the key in one language's documents, or remove languages.kept"
             )
+
+    def _refuse_text_of_both_kinds(self) -> None:
+        def texts(group: str) -> Iterator[tuple[tuple[str, str, str | None], str]]:
+            for name, one in getattr(self, group).items():
+                yield from (((text, one.json_key, one.filter), f"{group}.{name}") for text in one.text)
+
+        new, key = dict(texts("expanded")), next(iter(self.expanded.values())).json_key
+        kept = (((text, key, None), f"kept.{name}") for name, text in self.kept.items())
+        for what, place in (*texts("original"), *kept):
+            if what in new:
+                raise UserError(f"{what[0]} is the text of {new[what]} and of {place}; correct one of them")
 
     def __iter__(self) -> Iterator[tuple[str, Language]]:
         """Canonical code and settings, expanded languages first."""

@@ -14,7 +14,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from moelpr.base import records, yaml_files
@@ -25,15 +25,23 @@ from moelpr.base.records import DOCUMENTED
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
 
+
+def _as_text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool | int | float) else value
+
+
 Quantity = int | str
+Words = dict[str, Annotated[str, BeforeValidator(_as_text, json_schema_input_type=bool | int | float | str)]]
 Manifest = dict[str, Any]
 _FILES, _PORT = "/etc/moelpr", 29500
+# Fields of a pod that other settings decide; the last one is `grace_s`.
+_OUR_FIELDS = {"containers", "restartPolicy", "terminationGracePeriodSeconds"}
 _OUTPUT = "moelpr/output"  # annotation with the folder of a project
 _MOST_NEEDS = 5  # JobSet's limit of dependsOn
 _MOST_LETTERS = 63 - len("-abcde")  # a pod's name is its host's, and ends with letters of its own
 
 
-@dataclass(frozen=True, config=DOCUMENTED | ConfigDict(coerce_numbers_to_str=True))
+@dataclass(frozen=True, config=DOCUMENTED)
 class KubernetesSettings:
     """Settings of jobs on a Kubernetes cluster."""
 
@@ -55,15 +63,15 @@ class KubernetesSettings:
     """How often a failed node of a task is started again; stops and lost machines do not count."""
     secrets: list[str] = field(default_factory=list)
     """Secrets whose keys become environment variables, such as HF_TOKEN."""
-    env: dict[str, str] = field(default_factory=dict)
+    env: Words = field(default_factory=dict)
     """Environment variables."""
-    labels: dict[str, str] = field(default_factory=dict)
+    labels: Words = field(default_factory=dict)
     """Labels of jobs and pods, such as team: nlp."""
     pod: dict[str, Any] = field(default_factory=dict)
     """Further fields of each pod's spec, such as nodeSelector, tolerations, securityContext, volumes."""
     container: dict[str, Any] = field(default_factory=dict)
     """Further fields of each container, such as securityContext, volumeMounts."""
-    annotations: dict[str, str] = field(default_factory=dict)
+    annotations: Words = field(default_factory=dict)
     """Annotations of pods, such as k8s.v1.cni.cncf.io/networks: rdma."""
 
 
@@ -84,9 +92,9 @@ def check(settings: KubernetesSettings) -> None:
     if settings.gpu in settings.training:
         raise UserError(f"kubernetes.training.{settings.gpu} follows from hardware; remove it")
     for key, quantity in settings.training.items():
-        if not re.fullmatch(r"[0-9.]+(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
+        if not re.fullmatch(r"\d+(\.\d+)?(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
             raise UserError(f"kubernetes.training.{key} must be an amount such as 96 or 1Ti, got {quantity}; change it")
-    for place, fields in (("pod", {"containers", "restartPolicy"}), ("container", {"name", "args", "resources"})):
+    for place, fields in (("pod", _OUR_FIELDS), ("container", {"name", "args", "resources"})):
         if taken := fields & getattr(settings, place).keys():
             raise UserError(f"kubernetes.{place}.{min(taken)} is set by moelpr run; remove it")
 
@@ -294,6 +302,6 @@ def _kubectl(namespace: str | None, *words: str) -> str:
     where = ["--namespace", namespace] if namespace else []
     done = subprocess.run(["kubectl", *where, *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[0]
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]  # notes and attempts come before it
         raise MachineError(f"kubectl {words[0]} fails ({reason}); correct that, and run this again")
     return done.stdout

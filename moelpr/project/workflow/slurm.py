@@ -32,8 +32,8 @@ def _as_option(value: Any) -> Any:
     return value
 
 
-# Options by which jobs find each other.
-_OURS = "array", "dependency", "job-name"
+# Options by which jobs find each other, and those that follow from a task and `hardware`.
+_OURS = "array", "dependency", "job-name", "nodes", "ntasks", "ntasks-per-node"
 Queue = dict[str, tuple[str, str]]  # number of a job → its name, and its state with the reason
 Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
@@ -254,10 +254,9 @@ class Chain:
         words += [f"--dependency=afterok:{':'.join(ids)}"] if ids else []
         done = subprocess.run([*words, str(path)], capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            reason = done.stderr.strip().removeprefix("sbatch: error: ").splitlines()[0:1]
-            raise UserError(
-                f"Slurm refuses {path} ({''.join(reason)}); correct the settings under slurm and run it again"
-            )
+            printed = done.stderr.strip().splitlines() or ["no message"]
+            reason = next((line for line in printed if "error: " in line), printed[0]).removeprefix("sbatch: error: ")
+            raise UserError(f"Slurm refuses {path} ({reason}); correct the settings under slurm and run it again")
         number = done.stdout.strip().split(";")[0]  # "id;cluster" on a federation
         self._active[name] = number
         self._jobs[name] = SlurmJob(number, outlook.id)

@@ -126,6 +126,8 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(expanded={False: "el.jsonl"}), "a key is read as False; put it in quotes"),
         (languages(kept={"code": "no.jsonl"}), "languages.kept.code: there is no file no.jsonl"),
         (languages(kept={"ell": "en.jsonl"}), r"el is given twice \(expanded.el and kept.ell\)"),
+        (languages(original={"en": "el.jsonl"}), "el.jsonl is the text of expanded.el and of original.en; correct one"),
+        (languages(kept={"fi": "el.jsonl"}), "el.jsonl is the text of expanded.el and of kept.fi; correct one"),
         *(
             (languages(original={name: "en.jsonl"}), "original has the name")
             for name in ("a/b", "a,b", "a=b", "-x", "", ".", "..", "../../evil", "a*", "replay", "kept")

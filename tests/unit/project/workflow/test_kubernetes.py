@@ -231,7 +231,7 @@ def test_states_are_those_of_the_job_set_that_was_applied_last(tmp_path, file, k
     of = states(run, "team")
     assert of["convert"] == "job is complete" and of["stage1"] == "pods are pending or starting"
     assert (of["stage2"], of["export"], of["eval"]) == ("pods run", "failed, see kubectl logs", "job waits")
-    (kubectl / "kubectl").write_text("#!/bin/sh\necho unreachable >&2; exit 1\n")
+    (kubectl / "kubectl").write_text("#!/bin/sh\necho an attempt >&2; echo unreachable >&2; exit 1\n")
     assert "kubectl get fails (unreachable)" in states(run, None)[""]
 
 
@@ -254,7 +254,7 @@ def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
 
 
 def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
-    for place, name in (("pod", "containers"), ("container", "args")):
+    for place, name in (("pod", "containers"), ("pod", "terminationGracePeriodSeconds"), ("container", "args")):
         with pytest.raises(UserError, match=rf"kubernetes.{place}.{name} is set by moelpr run; remove it"):
             check(settings(**{place: {name: []}}))
     for key, value in (
@@ -263,11 +263,13 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
         ("namespace", "NLP"),
         ("folder", "work"),
         ("training", {"memory": "1TB"}),
+        ("training", {"memory": "1.2.3Gi"}),
     ):
         with pytest.raises(UserError, match=rf"kubernetes\.{key}"):
             check(settings(**{key: value}))
     with pytest.raises(UserError, match="kubernetes.training.nvidia.com/gpu follows from hardware; remove it"):
         check(settings(training={"nvidia.com/gpu": 4}))
+    assert settings(env={"A": 0, "B": True}, labels={"cost": 1.5}).env == {"A": "0", "B": "true"}
     check(settings(training={"memory": "1Ti", "cpu": 96}, secrets=["s3.keys"], namespace="a"))
     with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
         launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)

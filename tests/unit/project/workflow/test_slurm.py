@@ -17,7 +17,8 @@ from tests.support.programs import put_on_path
 
 # sbatch numbers its calls, and refuses what $REFUSED names; the queue is a file.
 STUBS = {
-    "sbatch": '[[ "$*" != *"${REFUSED:-nothing}"* ]] || { echo "sbatch: error: invalid partition" >&2; exit 1; }\n'
+    "sbatch": 'if [[ "$*" == *"${REFUSED:-nothing}"* ]]; then\n'
+    'printf "sbatch: a notice\\nsbatch: error: invalid partition\\n" >&2; exit 1; fi\n'
     'echo "$@" >>"$STUBS/calls"; wc -l <"$STUBS/calls"; grep -oP "(?<=job-name=).*" "${@: -1}" >>"$STUBS/names"',
     "squeue": 'cat "$STUBS/queue" 2>/dev/null; true',
 }
@@ -220,6 +221,7 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
         ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
         ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
         ({"options": {"array": "0-3"}}, "options.array is set by moelpr run; remove it"),
+        ({"options": {"nodes": 4}}, "options.nodes is set by moelpr run; remove it"),
         ({"training": {"signal": "USR1@60"}}, "training.signal must be B:USR1@SECONDS, got USR1@60"),
         ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
         ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),

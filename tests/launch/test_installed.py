@@ -139,7 +139,7 @@ def test_launchers_use_the_environment_they_are_installed_in(start: str, environ
 
 def test_all_but_training_works_without_megatron_or_the_compiled_part(environment, make_qwen2, tmp_path) -> None:  # noqa: F811
     model = make_qwen2(tokenizer=True)
-    languages = template(str(model), [("el", "step.jsonl")], [("en", "step.jsonl")])
+    languages = template(str(model), [("el", "step.jsonl")], [("en", "text.jsonl")])
     short = "steps: {ffn: {seq-length: 32}, stage2: {seq-length: 32}}\n"  # as the model's contexts
     (tmp_path / "languages.yaml").write_text(languages + short)
     make_run(tmp_path / "run", "stage1", steps=3)

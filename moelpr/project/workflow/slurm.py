@@ -32,8 +32,8 @@ def _as_option(value: Any) -> Any:
     return value
 
 
-# Options by which jobs find each other, and those that follow from a task and `hardware`.
-_OURS = "array", "dependency", "job-name", "nodes", "ntasks", "ntasks-per-node"
+# Options by which jobs find each other, and those that follow from a task.
+_OURS = "array", "dependency", "job-name", "ntasks", "ntasks-per-node"
 Queue = dict[str, tuple[str, str]]  # number of a job → its name, and its state with the reason
 Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
@@ -61,7 +61,9 @@ class SlurmSettings:
         for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
             if bad := [name for name in options if not re.fullmatch("[a-z][a-z0-9-]*", name)]:
                 raise UserError(f"{place} has {bad[0]}; write options as sbatch does, without leading dashes")
-            if ours := [name for name in _OURS if name in options]:
+            # A tool of several nodes would write one output several times.
+            set_here = [*_OURS, "nodes"] if place == "options" else _OURS
+            if ours := [name for name in set_here if name in options]:
                 raise UserError(f"{place}.{ours[0]} is set by moelpr run; remove it")
             if not re.fullmatch(r"B:USR1@[1-9]\d*", str(options.get("signal", "B:USR1@300"))):
                 raise UserError(f"{place}.signal must be B:USR1@SECONDS, got {options['signal']}; write it so")

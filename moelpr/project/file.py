@@ -55,7 +55,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     """Read the text of a languages.yaml, without looking at the files that it names; messages call it `path`."""
     content = parse_mapping(text, f"file {path}")
     lines, checksum = key_lines(text), _checksum(content)
-    _check_words(path, content)
+    _check_words(path, content, lines)
     content = {key: value if key in _CLUSTERS else _expanded(value) for key, value in content.items()}
     experts = as_experts(content.get("experts"))
     if (preset := PRESETS.get(str(content.get("method")))) and isinstance(experts, dict):
@@ -102,19 +102,25 @@ def _below(kind: dict[str, Any], key: str | int) -> list[dict[str, Any]]:
     return [found, *found.get("anyOf", ())]
 
 
-def _check_words(path: Path, content: Any, may_have_lines: bool = False) -> None:
+def _check_words(
+    path: Path, content: Any, lines: dict[tuple[str | int, ...], int], place: tuple[str | int, ...] = ()
+) -> None:
     """Check that keys are text, as YAML reads the code of Norwegian as false, and that no text could end a line."""
-    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    for number, (key, value) in enumerate(items):
+        may_have_lines = bool({"kubernetes", "skypilot", "filter"} & {*place, key})
         if isinstance(content, dict) and not isinstance(key, str):
+            written = [one for one in lines if one[:-1] == place]
             is_number = isinstance(key, int | float) and not isinstance(key, bool)
             hint = "; decimals have a point, not a comma" if is_number else ", such as 'no' for Norwegian"
-            raise UserError(f"{path}: a key is read as {key!r}; put it in quotes{hint}")
-        lines_here = may_have_lines or key in ("kubernetes", "skypilot", "filter")
+            raise UserError(
+                f"{_at(path, lines, (written[number:] or [place])[0])}a key is read as {key!r}; put it in quotes{hint}"
+            )
         for word in (key, value):
-            if isinstance(word, str) and CONTROL.search(word.replace("\n", "") if lines_here else word):
-                raise UserError(f"{path}: {word!r} has a control character; remove it")
+            if isinstance(word, str) and CONTROL.search(word.replace("\n", "") if may_have_lines else word):
+                raise UserError(f"{_at(path, lines, (*place, key))}{word!r} has a control character; remove it")
         if isinstance(value, dict | list):
-            _check_words(path, value, lines_here)
+            _check_words(path, value, lines, (*place, key))
 
 
 def local_files(names: list[str]) -> list[Path]:

@@ -10,6 +10,7 @@ from moelpr.project.resolved import ResolvedProject
 
 # The change of bits per byte from which on a language counts as lost.
 MOST_LOST = 0.03
+LEAST_LEARNED = 0.01  # a smaller gain is hardly one
 _FEW = 20  # documents, of which figures are rough
 
 
@@ -76,15 +77,18 @@ def _left_out(project: ResolvedProject, names: Sequence[str]) -> list[str]:
 def _sentences(project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str]) -> Iterator[str]:
     unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
     lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
+    hardly = [code for code in project.expanded if code not in unlearned and changes[code].value > -LEAST_LEARNED]
     if unlearned:
         yield f"{_names(unlearned)}: not clearly learned; add text, or raise the budget."
+    if hardly:
+        yield f"{_names(hardly)}: hardly learned, by less than {LEAST_LEARNED:.0%}; raise the budget, or add text."
     if lost:
         remedy = "raise replay.original_documents" if project.replay else "add such text under languages.kept"
         remedy = remedy if project.content.has_experts else "raise mix.replay"
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
     if unkept:
         yield f"{_names(unkept)}: not kept by the routers; add more or other text, or look at what has changed."
-    if not unlearned and not lost and not unkept:
+    if not unlearned and not hardly and not lost and not unkept:
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."
         if len(project.expanded) > 1:
             least = max(project.expanded, key=lambda code: changes[code].value)

@@ -33,6 +33,8 @@ def parse(line: bytes, keys: list[str]) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if b"\0" in line:
             raise BadLine("NUL bytes, as in a truncated file") from None
+        if line.strip() in (b"[", b"{"):
+            raise BadLine("the start of an object or array of several lines; write one object per line") from None
         raise BadLine(f"not JSON ({error.msg} at character {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:  # a number with too many digits, brackets nested too deeply
         raise BadLine(f"not usable JSON ({error})") from None

@@ -20,7 +20,8 @@ from moelpr.data.text.held_out_text import is_held_out_text
 STANDARD_INPUT = "-"
 # Files to look for in a folder; a file that is named explicitly may have any name.
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in (".gz", ".zst", ".bz2")), ".parquet")
+_PACKED = (".gz", ".zst", ".bz2", ".parquet")
+_SUFFIXES = (*_TEXT_SUFFIXES, *(a + b for a in _TEXT_SUFFIXES for b in _PACKED[:-1]), _PACKED[-1])
 # A folder or file of a split, such as train, test-00000-of-00002-8c1f.parquet or el-test.jsonl.
 _SPLIT = re.compile(
     r"(?P<of>(?:.*[-_.])?)(?P<split>train|test|validation|valid|val|dev|eval)"
@@ -256,6 +257,9 @@ def _form(path: str, start: bytes) -> Form:
     if start.startswith(b"\xfd7zXZ\0"):
         raise UserError(f"the input {path} is packed with xz; unpack it, or pass the output of xz -dc to --input -")
     form = next((form for magic, form in _MAGIC.items() if start.startswith(magic)), Form.LINES)
+    is_packed = form is not Form.LINES or not path.endswith(_PACKED) or not start or b"{" in start
+    if start.startswith(b"version ") or not is_packed:
+        raise UserError(f"the input {path} is damaged, or only a pointer of Git LFS; fetch it again (git lfs pull)")
     encoding = json.detect_encoding(start) if form is Form.LINES and start.strip(b"\0") else "utf-8"
     if not encoding.startswith("utf-8"):
         raise UserError(f"the input {path} is {encoding.upper()}; convert it to UTF-8, for example with iconv")

@@ -22,7 +22,7 @@ from moelpr.base.command import STOPPED, stopped_code
 from moelpr.base.errors import MachineError, StoppedError, UserError
 from moelpr.base.files import LockedError, locked, make_folder, remove
 from moelpr.base.machine import format_bytes
-from moelpr.base.run_folder import COMMAND_FILE, TRACKER_FILE
+from moelpr.base.run_folder import COMMAND_FILE, TRACKER_FILE, saved_step
 from moelpr.project.workflow.execution import execute, interpreter, passes_on_stops
 from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, shown
 from moelpr.project.workflow.task import NOTHING, Task
@@ -232,7 +232,9 @@ class Workflow:
                 self._set_aside(task)
             path = self.mark_path(task.name)
             now.write_file(path)  # if this command fails, another one's output is no longer there
-            self._print(f"{task.name}{reason and f': again, because {reason}'}\n    {self.command_line(task)}")
+            step = saved_step(task.continues) if task.continues else None
+            state = (reason and f": again, because {reason}") or (step and f": continues after step {step:,}") or ""
+            self._print(f"{task.name}{state}\n    {self.command_line(task)}")
             start = time.monotonic()
             self._run_command(task, words, path.with_suffix(".log"), echo=on_cluster)
             self.finish(task, now, round(time.monotonic() - start, 1))

@@ -266,6 +266,27 @@ def test_a_file_that_cannot_be_read_or_is_empty_is_an_error(write: Write, tmp_pa
         read_project(path)
 
 
+@pytest.mark.parametrize(
+    "languages, message",
+    [
+        (
+            "  expanded: {el: el.jsonl}\n  original:\n    en: en.jsonl\n    off: no.jsonl\n",
+            "line 6: a key is read as F",
+        ),
+        (
+            '  expanded: {el: el.jsonl}\n  original:\n    en: [a.jsonl,\n      "b\\a"]\n',
+            "line 6: 'b.*control character",
+        ),
+        ("  expanded: {el: &e {text: el.jsonl}, hu: {<<: *e, 1: 2}}\n", "line [0-9]: a key is read as 1"),
+    ],
+)
+def test_a_wrong_key_or_word_has_its_line(write: Write, languages: str, message: str) -> None:
+    path = write()
+    path.write_text(f"model: base\nlanguages:\n{languages}")
+    with pytest.raises(UserError, match=f"languages.yaml, {message}"):
+        read_project(path)
+
+
 def test_a_key_that_is_a_date_is_one_sentence(write: Write) -> None:
     path = write()
     path.write_text(path.read_text() + "2026-01-01: x\n")

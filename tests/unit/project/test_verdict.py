@@ -35,13 +35,14 @@ def measured(write: Write, *changes: tuple[float, ...], **models: dict) -> str:
         ((-0.1, -0.12, -0.08), (0.001, -0.01, 0.02), ["Worth serving", "More text of Hungarian"]),
         ((-0.1, -0.12, -0.08), (0.05, 0.04, 0.06), ["English: lost by more than 3%; raise replay.original_documents"]),
         ((-0.01, -0.03, 0.01), (0.05, -0.01, 0.11), ["Hungarian: not clearly learned"]),
+        ((-0.004, -0.005, -0.003), (0.0, -0.01, 0.01), ["Hungarian: hardly learned, by less than 1%; raise the bud"]),
         ((0.01, 0.005, 0.02), (0.05, 0.04, 0.06), ["Hungarian: not clearly learned", "English: lost"]),
     ],
 )
 def test_the_sentence_follows_from_the_numbers(write: Write, hungarian, english, sentences: list[str]) -> None:
     text = measured(write, (-0.2, -0.22, -0.18), hungarian, english)
     assert "learned: Greek \u221220.0%, Hungarian" in text and "next: moelpr chat out/hf" in text
-    every = ("Worth serving", "More text", "not clearly learned", "lost by")
+    every = ("Worth serving", "More text", "not clearly learned", "hardly learned", "lost by")
     assert all(sentence in text for sentence in sentences)
     assert sum(part in text for part in every) == len(sentences)
 

@@ -11,6 +11,7 @@ import pytest
 
 from moelpr.base.command import STOPPED
 from moelpr.base.errors import MachineError, StoppedError, UserError
+from moelpr.base.run_folder import TRACKER_FILE
 from moelpr.project.workflow.mark import difference, fingerprint
 from moelpr.project.workflow.task import Task
 from moelpr.project.workflow.workflow import Workflow
@@ -111,6 +112,13 @@ def test_a_stopped_command_is_not_continued_by_another_one(tmp_path: Path, code:
     assert not Workflow(tmp_path, []).is_done("train")
     with pytest.raises(UserError, match="its command has changed"):
         run("2")
+
+
+def test_a_training_that_is_resumed_says_from_which_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (run := tmp_path / "run").mkdir()
+    (run / TRACKER_FILE).write_text("1200")
+    Workflow(tmp_path, [Task(name="train", command=["-c", "pass"], continues=run)]).run()
+    assert "train: continues after step 1,200\n" in capsys.readouterr().out
 
 
 def test_an_output_that_was_removed_is_restored_if_a_task_reads_it(tmp_path: Path, chain: Chain) -> None:

@@ -47,6 +47,9 @@ def test_missing_and_empty_files_are_rejected(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jsonl", tmp_path / "missing"):
         with pytest.raises(UserError, match=f"{path}.* can't be read"):
             read_documents(path)
+    (tmp_path / "packed.jsonl.gz").write_text("no gzip")
+    with pytest.raises(UserError, match="packed.jsonl.gz is damaged, or only a pointer of Git LFS; fetch it again"):
+        read_documents(tmp_path / "packed.jsonl.gz")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="empty.jsonl contains no documents"):
         read_documents(tmp_path / "empty.jsonl")

@@ -88,6 +88,8 @@ LARGE = table({"text": [f"text {number}" * 20 for number in range(3000)]}, row_g
         *((MANY.decode().encode(form), ONE, f"a is {form.upper()}") for form in ("utf-16", "utf-16-be", "utf-32")),
         (MANY + bytes(100), ONE, "a:62: NUL bytes"),
         (b'[{"text": "a"}]', ONE, "a:1: .* a list"),
+        (b'[\n{\n"text": "a"}]', ONE, "a:1: the start of an object or array of several lines; write one object per"),
+        (b"version https://git-lfs.github.com/spec/v1\n", ONE, r"a is damaged, or only a pointer of Git LFS; .*pull"),
     ],
 )
 def test_nothing_is_written_of_what_is_no_corpus(content, flags, message, preprocess, tmp_path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from moelpr.base import records
-from moelpr.base.errors import CONTROL, UserError, did_you_mean
+from moelpr.base.errors import CONTROL, MachineError, UserError, did_you_mean
 from moelpr.base.yaml_files import key_lines, parse_mapping
 from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
@@ -21,6 +21,14 @@ from moelpr.project.project import PRESETS, Project, as_experts
 
 # Keys whose paths are those of other machines.
 _CLUSTERS = "slurm", "kubernetes", "skypilot"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Text that cannot be read any more, of which tasks that are done were made."""
+
+    bytes: int  # its size then
+    error: UserError | MachineError  # why not
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class ProjectFile:
     checksum: str  # SHA-256 of the content
     # bytes of text of languages whose files need not be there, for a plan
     assumed: dict[str, int] = field(default_factory=dict)
+    unread: dict[str, Unread] = field(default_factory=dict)  # by language, or name of a text to keep
 
     def at(self, *key: str) -> str:
         """The start of a message about a key: file and line."""
@@ -134,6 +143,8 @@ def local_files(names: list[str]) -> list[Path]:
 
 def text_bytes(file: ProjectFile, code: str) -> int:
     """The size of a language's text, also where it is remote or assumed."""
+    if code in file.unread:
+        return file.unread[code].bytes
     if code in file.assumed:
         return file.assumed[code]
     language = dict(file.project.languages)[code]

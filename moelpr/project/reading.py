@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from moelpr.base.errors import UserError, did_you_mean
+from moelpr.base.errors import MachineError, UserError, did_you_mean
 from moelpr.base.languages import canonical, check_name
+from moelpr.data.manifest import Manifest
 from moelpr.data.text import remote
 from moelpr.data.text.filters import Filter
 from moelpr.data.text.reading import check_form
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_on_hub
-from moelpr.project.file import ProjectFile, found_text, local_files, parse_project, text_of
+from moelpr.project.file import ProjectFile, Unread, found_text, local_files, parse_project, text_of, versions
 from moelpr.project.project import Language
+from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import STEPS, check_flags
 
 # Keys that other methods than moe-lpr would ignore, and those of them that it ignores too if a token uses one expert.
@@ -78,6 +80,9 @@ def _check(file: ProjectFile) -> None:
                 if language.filter:
                     Filter(language.filter)
                 if canonical(name) in file.assumed or (group == "kept" and file.assumed):
+                    continue
+                if unread := _unread(file, group, name, language):
+                    file.unread[canonical(name)] = unread
                     continue
                 _check_text(language, has_corpora=has_corpora and group != "kept", is_strict=is_strict)
             except UserError as error:
@@ -152,6 +157,25 @@ def _check_conversations(file: ProjectFile) -> None:
             f"{file.at('languages', 'original')}no original language has conversations, which keep what the model "
             "answers in it; add some, or set steps.sft.lpr-loss-coeff to 0"
         )
+
+
+def _unread(file: ProjectFile, group: str, name: str, language: Language) -> Unread | None:
+    """Why text cannot be read, if tasks have read it, which are not done again for that."""
+    project, code = ResolvedProject(file, is_judged=False), canonical(name)
+    manifest = project.manifest(code)
+    routers = (project.folder / "logs" / f"{task}.json" for task in ("combine", "calibrate"))
+    if not (any(path.is_file() for path in routers) if group == "kept" else manifest.is_file()):
+        return None
+    try:
+        names = [*language.text, *([language.held_out] if language.held_out else [])]
+        if gone := [path for path in local_files(names) if not path.exists()]:
+            raise UserError(f"there is no file {gone[0]}; correct the path")
+        versions(*names)
+        return None
+    except (UserError, MachineError) as error:
+        size = 0 if group == "kept" else sum(one.bytes or 0 for one in Manifest.read_file(manifest).sources)
+        place = f"{file.at('languages', group, name)}languages.{group}.{name}"
+        return Unread(size, type(error)(f"{place}: {error}"))
 
 
 def _check_text(language: Language, has_corpora: bool, is_strict: bool) -> None:

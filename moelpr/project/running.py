@@ -181,6 +181,8 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
             check_model(Path(name), is_hf=True)
     for outlook in outlooks:
         task = outlook.task
+        if task.missing and outlook.state != "done":
+            raise task.missing
         if task.shared and outlook.refusal:
             raise UserError(outlook.refusal)
         if outlook.refusal:

@@ -29,6 +29,9 @@ def plan(project: ResolvedProject) -> str:
     outlooks = Workflow(project.folder, tasks).outlook()
     if refusals := [outlook.refusal for outlook in outlooks if outlook.task.shared and outlook.refusal]:
         raise UserError(refusals[0])
+    for outlook in outlooks:
+        if outlook.task.missing and outlook.state != "done":
+            raise outlook.task.missing
     rows = [[outlook.task.name, _state(outlook), *_needs(project, outlook.task)] for outlook in outlooks]
     head = ["step", "state", "time", "GPU hours", "GPU memory", "host memory", "disk", "layout"]
     left = [outlook.task for outlook in outlooks if outlook.state != "done" and not outlook.task.is_spare]

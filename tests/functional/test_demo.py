@@ -23,3 +23,21 @@ def test_the_demo_learns_two_languages_and_keeps_two(tmp_path: Path) -> None:
     again = subprocess.run(command, cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
     assert again.returncode == 0 and "Worth serving" in again.stdout
     assert again.stdout.count("already done") == len(list((tmp_path / "toy/out/logs").glob("*.json")))
+
+    # Text that has been read may be removed, until something is to be done again with it.
+    (tmp_path / "toy/el.jsonl").unlink()
+    file = tmp_path / "toy/languages.yaml"
+    words = [sys.executable, "-m", "moelpr"]
+    shown, task, dry = (
+        subprocess.run([*words, *more], cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
+        for more in (["status", file], ["run", file, "--task", "combine"], ["run", file, "--dry-run"])
+    )
+    assert shown.returncode == task.returncode == dry.returncode == 0, shown.stderr + task.stderr + dry.stderr
+    assert "Worth serving" in shown.stdout and "combine: already done" in task.stdout
+    (tmp_path / "toy/out/logs/combine.json").unlink()
+    shown, gone = (
+        subprocess.run([*words, name, file], cwd=tmp_path, env=os.environ | offline, capture_output=True, text=True)
+        for name in ("status", "run")
+    )
+    assert shown.returncode == 0 and "combine        to do" in shown.stdout
+    assert gone.returncode == 2 and "languages.expanded.el: there is no file toy/el.jsonl" in gone.stderr

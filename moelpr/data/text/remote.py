@@ -320,7 +320,7 @@ def explained(uri: str, kind: type[UserError | MachineError] = UserError) -> Ite
         login = _SCHEMES[_scheme(uri)]
         if _scheme(uri) == "hf" and not uri.startswith(("hf://datasets/", "hf://buckets/")):
             reason += "; the address of a data set starts with hf://datasets/"
-        raise kind(
+        raise (MachineError if _is_outage(error) or _is_outage(first) else kind)(
             f"{shown(uri)} can't be read ({reason}); correct the address, check the network, or log in: {login}"
         ) from None
 
@@ -345,8 +345,19 @@ def _is_final(error: BaseException) -> bool:
     """Whether another attempt cannot help: the file is missing or forbidden, or the disk is full."""
     if isinstance(error, UserError | FileNotFoundError | PermissionError) or _is_disk_full(error):
         return True
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    return status in (401, 403, 404, 410)
+    return _status(error) in (401, 403, 404, 410)
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether a server does not answer, or says that it can't now: nothing is wrong with the address."""
+    status = _status(error)
+    if status is not None:
+        return status == 429 or status >= 500
+    return isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ == "EndpointConnectionError"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _is_disk_full(error: BaseException) -> bool:

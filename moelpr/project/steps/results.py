@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base.languages import is_code
-from moelpr.data.text.remote import is_remote
-from moelpr.project.file import local_files, versions
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
-from moelpr.project.steps.step import AUTO, LORA, METHODS, MOE_LPR, SECOND_FFN, Step, step
+from moelpr.project.steps.step import AUTO, LORA, METHODS, MOE_LPR, SECOND_FFN, Step, step, texts_read
 from moelpr.project.workflow.task import Task
 
 _CONTINUATION_TOKENS = 40
@@ -101,15 +99,14 @@ def _with_routers(
     held_out = [project.held_out(code) for code, one in project.languages.items() if one.text and not one.held_out]
     made = "lora" if project.method in LORA else "export"
     made_from = [part.replace(project.main_stage, made, 1) for part in project.parts]
-    given = [text for name, text in texts.items() if not (project.kept_task and name in project.kept)]
+    given = {name: [text] for name, text in texts.items() if not (project.kept_task and name in project.kept)}
     return step.task(
         project,
         flags | {"exclude": held_out, "json-key": next(iter(project.languages.values())).json_key, "overwrite": True},
         *positional,
         repeated=("data", "expert", "text", "keep-text", "exclude"),
         made_from=(*made_from, *project.held_out_tasks, *project.base_task, *project.kept_task),
-        files=tuple(path for text in given for path in local_files([text])),
-        versions=versions(*given),
+        **texts_read(project, given),
         model=flags["save"],
         disk_gib=project.layouts.export_gib,
         **_cost(project),
@@ -163,14 +160,13 @@ def _measure(step: Step, project: ResolvedProject, models: list[str], more: dict
         "max-documents": project.content.held_out,
         "output": project.evaluation,
     }
-    given = [path for code, path in data.items() if project.languages[code].held_out]
+    given = {code: [path] for code, path in data.items() if project.languages[code].held_out}
     return step.task(
         project,
         flags | more,
         repeated=("model", "data"),
         made_from=(*_model_steps(project), *project.base_task, *project.held_out_tasks),
-        files=tuple(Path(path) for path in given if not is_remote(path)),
-        versions=versions(*filter(is_remote, given)),
+        **texts_read(project, given),
         is_complete=_results(project)[step.name].is_file,
         **_cost(project),
     )

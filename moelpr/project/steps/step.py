@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.base import checksums
+from moelpr.base.languages import canonical
 from moelpr.data.manifest import Manifest
 from moelpr.model.families.hf_config import CONFIG_FILE
+from moelpr.project.file import local_files, versions
 from moelpr.project.project import Way
 from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
 from moelpr.project.workflow.task import NOTHING, Task
@@ -42,6 +44,17 @@ def has_corpora(*prefixes: Path) -> bool:
     return all(one for _, one in read) and all(
         path.is_file() and path.stat().st_size == file.bytes for path, file in files.items()
     )
+
+
+def texts_read(project: ResolvedProject, texts: Mapping[str, Sequence[str]], *files: Path) -> dict[str, Any]:
+    """The fields of a task that reads text, by language or name of a text to keep, and other files."""
+    missing = [one.error for name in texts if (one := project.file.unread.get(canonical(name)))]
+    names = [] if missing else [name for some in texts.values() for name in some]
+    return {
+        "files": (*files, *local_files(names)),
+        "versions": versions(*names),
+        "missing": missing[0] if missing else None,
+    }
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 from moelpr.base.languages import is_code
 from moelpr.data.text.kept_languages import CODE
 from moelpr.model.families.hf_config import CONFIG_FILE
-from moelpr.project.file import local_files, text_bytes, versions
+from moelpr.project.file import text_bytes
 from moelpr.project.project import Replay
 from moelpr.project.resolved import ResolvedProject
-from moelpr.project.steps.step import AUTO, MOE_LPR, SECOND_FFN, Step, has_corpora, step
+from moelpr.project.steps.step import AUTO, MOE_LPR, SECOND_FFN, Step, has_corpora, step, texts_read
 from moelpr.project.workflow.task import Task
 
 # The aim is so many bytes of held-out text, but at most one document in twenty.
@@ -56,16 +56,12 @@ def vocabulary(step: Step, project: ResolvedProject) -> Iterator[Task]:
     for flag, codes in (("input", project.expanded), ("original", project.original)):
         flags[flag] = [f"{code}={text}" for code in codes for text in project.languages[code].text]
     flags |= {"num-new-tokens": project.content.vocabulary.new_tokens, "save": project.tokenizer, "overwrite": True}
-    texts = [name for language in project.languages.values() for name in language.text]
+    texts = {code: language.text for code, language in project.languages.items()}
     yield step.task(
         project,
         flags,
         made_from=project.base_task,
-        files=(
-            *(() if project.base_task else _tokenizer_files(project.base)),
-            *(path for language in project.languages.values() for path in local_files(language.text)),
-        ),
-        versions=versions(*texts),
+        **texts_read(project, texts, *([] if project.base_task else _tokenizer_files(project.base))),
         is_complete=(project.tokenizer / "vocabulary_extension.json").is_file,
         shared=project.shared,
     )
@@ -164,8 +160,9 @@ def _tokenize(
         flags,
         name=f"{step.name}-{code}",
         made_from=project.tokenizer_task,
-        files=(*local_files(names), *(() if project.tokenizer_task else _tokenizer_files(project.tokenizer)), *files),
-        versions=versions(*names),
+        **texts_read(
+            project, {code: names}, *([] if project.tokenizer_task else _tokenizer_files(project.tokenizer)), *files
+        ),
         unfinished=(prefix.with_name(f".{prefix.name}.unfinished"),),
         cpus=int(project.own(step.name).get("workers", _WORKERS)),
         **fields,

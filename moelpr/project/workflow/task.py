@@ -26,6 +26,8 @@ class Task:
     files: tuple[Path, ...] = ()
     # remote files that it reads, each with what identifies its content, likewise
     versions: Mapping[str, str] = field(default_factory=dict)
+    # why files that it reads cannot be read any more; done, it stays so, otherwise this is raised when its turn comes
+    missing: Exception | None = None
     # whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no
     is_complete: Callable[[], bool] = lambda: True
     model: Path | None = None  # folder of a model that it writes, of which no file may be lost

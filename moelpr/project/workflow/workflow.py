@@ -130,8 +130,9 @@ class Workflow:
             try:
                 now = self._mark_of(task, task.words(), ids)
                 reason = _change(before, now)
-            except UserError:  # results that decide its command are still to come
+            except (UserError, MachineError):  # results that decide its command are still to come, or text is gone
                 now, reason = None, f"{' and '.join(undone) or 'what decides its command'} will be made again"
+                reason = "text that it reads is gone" if task.missing else reason
             ids[task.name] = now.id if now else None
             if before is None:
                 outlook = Outlook(task, "to do")
@@ -333,7 +334,13 @@ class Workflow:
         """The mark of a task that would run now; `made` has the IDs of outputs that will be made before."""
         marks = {name: self._mark(name) for name in task.made_from}
         ids = {name: mark.id if mark and mark.wall_s is not None else None for name, mark in marks.items()} | made
-        return mark_of(words, {name: ids[name] for name in marks}, task.files, task.versions)
+        now = mark_of(words, {name: ids[name] for name in marks}, task.files, task.versions)
+        if not task.missing:
+            return now
+        before = self._mark(task.name)
+        if before and before.wall_s is not None and (before.command, before.made_from) == (now.command, now.made_from):
+            return before
+        raise task.missing
 
     def _mark(self, name: str) -> Mark | None:
         """The mark of a task; None if it has none, a damaged one, or if it was not needed before and is now."""

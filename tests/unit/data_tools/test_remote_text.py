@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
 from huggingface_hub import constants
 from pyarrow import parquet
 
@@ -215,7 +216,6 @@ def test_a_file_that_changes_is_noticed(way, version, server, tmp_path) -> None:
         ("s3://bucket/none.parquet", "(?i)s3://bucket/none.parquet.*not found"),
         ("{http}/none.parquet?signature=hidden", "(?i)http.*/none.parquet .*not found"),
         ("http://user:hidden@localhost/a.jsonl", "contains a login.*netrc"),
-        ("http://127.0.0.1:9/a.jsonl", "can't be read .*check the network"),
         ("{http}/jsonl/*.none", "no file matches"),
     ],
 )
@@ -223,6 +223,35 @@ def test_what_cannot_be_read_is_refused_in_one_sentence(uri, message, server, pr
     with pytest.raises(UserError, match=message) as error:
         preprocess("--input", uri.format(http=f"{server.address}/files"), *KEYS)
     assert "hidden" not in str(error.value)
+
+
+class Answer(OSError):
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        *((Answer(status), MachineError) for status in (429, 500, 503)),
+        *((Answer(status), UserError) for status in (400, 403, 404)),
+        (ConnectionRefusedError(), MachineError),
+        (EndpointConnectionError(endpoint_url="https://s3.example.org"), MachineError),
+        (FileNotFoundError(), UserError),
+    ],
+)
+def test_a_server_that_is_down_is_no_wrong_input(error: Exception, kind: type[Exception]) -> None:
+    """Kubernetes starts a job again that ends with 1, and ends a set of jobs of which one ends with 2."""
+    with pytest.raises(kind, match="s3://bucket/a can't be read"), remote.explained("s3://bucket/a"):
+        try:
+            raise error
+        except Exception as inner:
+            raise OSError("a library's") from inner
+
+
+def test_an_address_without_a_server_is_said_with_what_to_check() -> None:
+    with pytest.raises(MachineError, match="can't be read .*check the network"):
+        remote.identify("http://127.0.0.1:9/a.jsonl")
 
 
 def test_a_filter_keeps_the_same_rows_and_lines(server, preprocess, capsys) -> None:

@@ -76,6 +76,8 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
         _require_packages(project)  # jobs use this Python
     with _locked_folder(project, workflow):
         if not render_only:
+            if where == "slurm":
+                slurm.Chain(workflow, file.project.slurm, file.path).check_queue(workflow.outlook_of_jobs())
             workflow.set_aside(outlooks)
             if where == "slurm":
                 _fetch(project, workflow)

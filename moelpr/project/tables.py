@@ -198,4 +198,6 @@ def _progress(task: Task) -> tuple[str, float] | None:
     except UserError:  # it has not made a step
         return None
     slow = [warning["message"] for warning in run.metrics.warnings if warning["kind"] == "slow_node"]
-    return "; ".join([f"step {run.progress} ({run.state})", *slow[-1:]]), run.time_left_s / 60
+    # Whether it still runs is not known: it may on another machine.
+    state = f"the last {format_minutes(run.last_record_age_s / 60)} ago" if run.state == "running" else run.state
+    return "; ".join([f"step {run.progress} ({state})", *slow[-1:]]), run.time_left_s / 60

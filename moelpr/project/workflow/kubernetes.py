@@ -5,6 +5,7 @@ All tasks are one JobSet, whose jobs start when those that they depend on are co
 """
 
 import hashlib
+import math
 import re
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ def _as_text(value: Any) -> Any:
 Quantity = int | str
 Words = dict[str, Annotated[str, BeforeValidator(_as_text, json_schema_input_type=bool | int | float | str)]]
 Manifest = dict[str, Any]
+# A host, a name, a tag and a digest, of which only the name is required.
+_IMAGE = r"(\w[\w.-]*(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
 _FILES, _PORT = "/etc/moelpr", 29500
 # Fields of a pod that other settings decide; the last one is `grace_s`.
 _OUR_FIELDS = {"containers", "restartPolicy", "terminationGracePeriodSeconds"}
@@ -80,6 +83,8 @@ def check(settings: KubernetesSettings) -> None:
     for name in ("image", "claim"):
         if not getattr(settings, name):
             raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
+    if not re.fullmatch(_IMAGE, str(settings.image)):
+        raise UserError(f"kubernetes.image: {settings.image} is no image; write REGISTRY/NAME:TAG, NAME in lower case")
     for key in ("claim", "namespace", "secrets"):
         value = getattr(settings, key) or []
         for name in [value] if isinstance(value, str) else value:
@@ -92,6 +97,8 @@ def check(settings: KubernetesSettings) -> None:
     if settings.gpu in settings.training:
         raise UserError(f"kubernetes.training.{settings.gpu} follows from hardware; remove it")
     for key, quantity in settings.training.items():
+        if not re.fullmatch(r"cpu|memory|ephemeral-storage|hugepages-\w+|.+/.+", key):
+            raise UserError(f"kubernetes.training.{key} is no resource; write cpu, memory, or DOMAIN/NAME of a device")
         if not re.fullmatch(r"\d+(\.\d+)?(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
             raise UserError(f"kubernetes.training.{key} must be an amount such as 96 or 1Ti, got {quantity}; change it")
     for place, fields in (("pod", _OUR_FIELDS), ("container", {"name", "args", "resources"})):
@@ -114,6 +121,13 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
         raise UserError(
             f"pods have no {workflow.folder}; put output below kubernetes.folder {settings.folder}, or name the folder "
             "where the claim is mounted"
+        )
+    given = settings.training.get("memory")
+    needy = max((task for task in tasks if task.continues), key=lambda task: task.memory_gib, default=None)
+    if given and needy and _bytes(given) < needy.memory_gib * 2**30:
+        raise UserError(
+            f"kubernetes.training.memory is {given}, but {needy.name} needs {math.ceil(needy.memory_gib)}Gi of each "
+            "node; raise it, or remove it"
         )
     if not render_only and not Path.cwd().is_relative_to(settings.folder):
         print(
@@ -156,7 +170,7 @@ class Chain:
         self._key = re.sub(r"[^\w.-]", "-", file.name, flags=re.ASCII)  # as Kubernetes takes it
         longest = max((len(f"-{label(task.name)}-0-{task.nodes}") for task in tasks), default=0)
         name = label(folder.resolve().name)
-        name = name if name[:1].isalpha() else f"run-{name}"
+        name = name if name[:1].isalpha() else f"run-{name or hashlib.sha256(folder.name.encode()).hexdigest()[:4]}"
         if len(name) > (most := _MOST_LETTERS - longest):  # names that begin alike must differ
             name = f"{name[: most - 5].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"
         self.name = name
@@ -262,13 +276,20 @@ class Chain:
         gpus: Mapping[str, Quantity] = {self._settings.gpu: task.gpus_per_node} if task.gpus_per_node else {}
         if task.continues:
             return {"limits": _texts({**gpus, **self._settings.training})}
-        needs: Mapping[str, Quantity] = {"cpu": task.cpus, "memory": f"{max(1, round(task.memory_gib))}Gi"}
+        needs: Mapping[str, Quantity] = {"cpu": task.cpus, "memory": f"{max(1, math.ceil(task.memory_gib))}Gi"}
         return {"requests": _texts(needs), "limits": _texts(gpus)}
 
 
 def _joined(own: Manifest, more: Mapping[str, Any]) -> Manifest:
     """Fields with the user's: lists get theirs behind ours, all else is theirs."""
     return own | {key: [*own[key], *value] if isinstance(own.get(key), list) else value for key, value in more.items()}
+
+
+def _bytes(quantity: Quantity) -> float:
+    number = str(quantity).rstrip("mkKMGTPEi")
+    unit = str(quantity)[len(number) :].strip("m")
+    power = "kMGTPE".index(unit[0].replace("K", "k")) + 1 if unit else 0
+    return float(number) * (1024 if unit.endswith("i") else 1000) ** power
 
 
 def _texts(values: Mapping[str, Quantity]) -> dict[str, str]:
@@ -294,7 +315,7 @@ def _apply(name: str, path: Path, namespace: str | None, output: str) -> None:
                 f"jobset {name} is not finished; wait for it (kubectl get pods), or delete it (kubectl delete jobset "
                 f"{name})"
             )
-        _kubectl(namespace, "delete", "jobset", name, "--wait")
+        _kubectl(namespace, "delete", "jobset", name, "--wait", "--cascade", "foreground")
     _kubectl(namespace, "apply", "--filename", str(path))
 
 

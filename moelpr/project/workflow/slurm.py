@@ -4,12 +4,14 @@ For each there is a script, `slurm/TASK.sbatch` in the workflow's folder. Its jo
 each of its nodes, so it is decided again when it starts whether the task is done. No process stays on the login node.
 """
 
+import getpass
+import math
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -60,7 +62,7 @@ class SlurmSettings:
     def __post_init__(self) -> None:
         for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
             if bad := [name for name in options if not re.fullmatch("[a-z][a-z0-9-]*", name)]:
-                raise UserError(f"{place} has {bad[0]}; write options as sbatch does, without leading dashes")
+                raise UserError(f"{place} has {bad[0]}; write options as in cpus-per-task, without leading dashes")
             # A tool of several nodes would write one output several times.
             set_here = [*_OURS, "nodes"] if place == "options" else _OURS
             if ours := [name for name in set_here if name in options]:
@@ -82,7 +84,7 @@ class SlurmSettings:
         if task.continues:
             options |= {"exclusive": True, "mem": 0, "signal": "B:USR1@300"}
         else:
-            options |= {"cpus-per-task": task.cpus, "mem": f"{max(1, round(task.memory_gib))}G"}
+            options |= {"cpus-per-task": task.cpus, "mem": f"{max(1, math.ceil(task.memory_gib))}G"}
         return options | self.options | (self.training if task.continues else {}) | self.steps.get(task.name, {})
 
     def container(self) -> list[str]:
@@ -99,10 +101,12 @@ class SlurmJob:
     Attributes:
         id: Its number.
         made_as: ID that the task's output will have; null if results of other tasks decide its command.
+        user: Who submitted it.
     """
 
     id: str
     made_as: str | None
+    user: str = ""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -133,7 +137,7 @@ class Chain:
 
     def refuse_active(self) -> None:
         """Raise a UserError if jobs of an earlier call are pending or running."""
-        queued = queued_jobs() if self._jobs and shutil.which("squeue") else {}
+        queued = self._queued() if self._jobs and shutil.which("squeue") else {}
         active = [job.id for name, job in self._jobs.items() if self._state(queued, job, name)]
         if active:
             raise UserError(
@@ -147,7 +151,7 @@ class Chain:
         if not self._jobs or not shutil.which("squeue"):
             return states
         try:
-            queued = queued_jobs()
+            queued = self._queued()
         except MachineError as error:
             return {name.removesuffix("-shards"): f"job {job.id}: {error}" for name, job in self._jobs.items()}
         for name, job in self._jobs.items():
@@ -176,7 +180,7 @@ class Chain:
             )
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
-            self._check([one for one in outlooks if one.state != "done"], queued_jobs())
+            self.check_queue(outlooks)
         for outlook in outlooks:
             name = outlook.task.name
             if outlook.state == "done":
@@ -205,23 +209,31 @@ class Chain:
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
         self._submit(name, outlook, lines)
 
-    def _check(self, to_do: list[Outlook], queued: Queue) -> None:
+    def check_queue(self, outlooks: list[Outlook]) -> None:
         """Set what is active, and raise a UserError for what cannot be submitted, before anything is."""
-        for outlook in to_do:
-            name = outlook.task.name
+        queued, changed = self._queued(), list[str]()
+        to_do = {one.task.name: one for one in outlooks if one.state != "done"}
+        for name, outlook in to_do.items():
             job, shards = self._jobs.get(name), self._jobs.get(f"{name}-shards")
             if job and self._state(queued, job, name):
-                if job.made_as and outlook.id and job.made_as != outlook.id:
-                    raise UserError(
-                        f"job {job.id} of {name} is pending or running, but the task has changed since; cancel it "
-                        f"(scancel {job.id}) or wait for its end"
-                    )
                 self._active[name] = job.id
+                is_other = job.made_as and outlook.id and job.made_as != outlook.id
+                # Tasks are in an order in which they can run, so that all that it could wait for is known.
+                if is_other or any(need in to_do and need not in self._active for need in outlook.task.inputs):
+                    changed.append(name)
             elif shards and self._state(queued, shards, f"{name}-shards"):
                 raise UserError(
                     f"shards of {name} of an earlier call are still running; wait for them, or cancel them with "
                     f"scancel {shards.id}"
                 )
+        if changed:
+            raise UserError(
+                f"jobs of {', '.join(changed)} are pending or running, but what they do or wait for has changed since; "
+                f"cancel them (scancel {' '.join(self._active[name] for name in changed)}), or wait for their end"
+            )
+
+    def _queued(self) -> Queue:
+        return queued_jobs({job.user for job in self._jobs.values()})
 
     def _submit_shards(self, outlook: Outlook, shards: int) -> None:
         """Submit an array for the shards that are missing: all, if what there is is another command's."""
@@ -261,7 +273,7 @@ class Chain:
             raise UserError(f"Slurm refuses {path} ({reason}); correct the settings under slurm and run it again")
         number = done.stdout.strip().split(";")[0]  # "id;cluster" on a federation
         self._active[name] = number
-        self._jobs[name] = SlurmJob(number, outlook.id)
+        self._jobs[name] = SlurmJob(number, outlook.id, getpass.getuser())
         SlurmJobs(self._jobs).write(self._workflow.folder)
         print(f"{name}: job {number}" + (f", after {':'.join(ids)}" if ids else ""))
 
@@ -302,9 +314,10 @@ def _comment(word: str, text: str) -> str:
     return f"#{word} {text}"
 
 
-def queued_jobs() -> Queue:
-    """This user's jobs that are pending or running."""
-    words = ["squeue", "--noheader", "--me", "--format", "%F %j %T (%r)"]
+def queued_jobs(users: Iterable[str] = ()) -> Queue:
+    """Jobs of users, by default this one, that are pending or running."""
+    names = ",".join(sorted({getpass.getuser(), *users} - {""}))
+    words = ["squeue", "--noheader", f"--user={names}", "--format", "%F %j %T (%r)"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MachineError(f"squeue fails ({done.stderr.strip()}); try again when Slurm answers")

@@ -1,8 +1,11 @@
 """The model, the method and the machine: flags that contradict them, would change them, or would be ignored."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from moelpr.base.run_folder import HF_FOLDER
 from moelpr.base.versions import install_command
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.layers.config import FIXED_FOR_MOE
 from moelpr.model.stages import DENSE_STAGES, MOE_STAGES, UNTRAINED_ROUTERS
 from moelpr.train.arguments import kernels, supported
@@ -182,7 +185,9 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
 
 def note_untrained(run: RequestedRun) -> Iterable[str]:
     """Not errors: stage 2 of untrained experts, and stage 1 of a model whose new tokens keep the means they had."""
-    if run.args.stage in ("stage2", "sft") and run.record is None:
+    before = run.checkpoint and Lineage.read_if_there(Path(run.checkpoint) / HF_FOLDER)
+    has_trained_ffns = bool(before and before.settings.get("ffns_of"))  # new experts are FFNs that were trained alone
+    if run.args.stage in ("stage2", "sft") and run.record is None and not has_trained_ffns:
         yield (
             f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "
             "untrained copies; pass the --save folder of stage 1"

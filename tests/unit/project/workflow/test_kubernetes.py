@@ -153,7 +153,7 @@ def test_a_task_starts_after_all_that_it_reads_whatever_the_chain(inputs: list[s
     assert all(set(task.made_from) <= after[task.name] for task in chain)
 
 
-@pytest.mark.parametrize("name", ["greek", "Runs_of " + 80 * "x", "2026 model"])
+@pytest.mark.parametrize("name", ["greek", "Runs_of " + 80 * "x", "2026 model", "\u03b5\u03bb"])
 def test_names_of_pods_are_names_of_hosts(name: str) -> None:
     task = Task(name="preprocess-zho_Hant", command=["c"], nodes=128)
     chain = Chain([task], Path(name), settings(), Path("file"))
@@ -215,7 +215,7 @@ def test_a_finished_job_set_is_replaced_and_a_running_one_is_not(tmp_path, file,
     (kubectl / "greek").write_text(f'{{"metadata": {{}}, {ended}}}')
     launch(Workflow(run, tasks(run)), settings(namespace="team"), file)
     assert (kubectl / "calls").read_text().splitlines()[1:] == [
-        "--namespace team delete jobset greek --wait",
+        "--namespace team delete jobset greek --wait --cascade foreground",
         f"--namespace team apply --filename {run}/kubernetes/greek.yaml",
     ]
 
@@ -264,6 +264,8 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
         ("folder", "work"),
         ("training", {"memory": "1TB"}),
         ("training", {"memory": "1.2.3Gi"}),
+        ("training", {"cpus": 96}),
+        *(("image", name) for name in ("https://registry/moelpr", "registry/Moelpr:1", "my image")),
     ):
         with pytest.raises(UserError, match=rf"kubernetes\.{key}"):
             check(settings(**{key: value}))
@@ -271,6 +273,14 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
         check(settings(training={"nvidia.com/gpu": 4}))
     assert settings(env={"A": 0, "B": True}, labels={"cost": 1.5}).env == {"A": "0", "B": "true"}
     check(settings(training={"memory": "1Ti", "cpu": 96}, secrets=["s3.keys"], namespace="a"))
+    for name in ("moelpr", "REGISTRY/moelpr:0.2.0-RC1", f"r.io:5000/a/b_c@sha256:{64 * '0'}"):
+        check(settings(image=name))
+    needy = [replace(task, memory_gib=90.5) for task in tasks(tmp_path)]
+    for memory in ("90Gi", "97G", 10**10):
+        with pytest.raises(UserError, match="kubernetes.training.memory is .*, but stage1 needs 91Gi of each node"):
+            launch(Workflow(tmp_path, needy), settings(training={"memory": memory}), file, render_only=True)
+    for memory in ("91Gi", "98G", "1Ti", 10**12):
+        launch(Workflow(tmp_path, needy), settings(training={"memory": memory}), file, render_only=True)
     with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
         launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)
     with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):

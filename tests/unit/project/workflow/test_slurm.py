@@ -135,9 +135,42 @@ def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(st
     with pytest.raises(UserError, match=r"scancel 3 5\)"):
         chain.refuse_active()
     (stubs / "queue").write_text("4 greek-stage1 PENDING (Priority)\n")
-    with pytest.raises(UserError, match=r"job 4 of stage1 .*scancel 4\)"):
+    with pytest.raises(UserError, match=r"jobs of stage1 .*scancel 4\), or wait"):
         submit(run, rate="2")
     assert len((stubs / "calls").read_text().splitlines()) == 5
+
+
+def test_a_queued_job_that_does_not_wait_for_a_new_task_is_refused(stubs, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "greek"
+    submit(run)
+    (stubs / "queue").write_text(
+        "".join(
+            f"{job} greek-{name} PENDING (Dependency)\n"
+            for job, name in ((1, "preprocess-el"), (2, "preprocess-hu"), (3, "convert"), (4, "stage1"), (5, "export"))
+        )
+    )
+    submit(run)  # all is queued
+    convert, stage1, export = tasks(run)[2:]
+    more = Task(name="preprocess-tr", command=["moelpr", "preprocess-tr"])
+    later = replace(stage1, command=_undecided, made_from=(*stage1.made_from, more.name))
+    chain = Chain(
+        Workflow(run, [*tasks(run)[:2], convert, more, later, export]), SlurmSettings(), Path("languages.yaml")
+    )
+    with pytest.raises(UserError, match=r"jobs of stage1, export are .* wait for has changed since; .*scancel 4 5\)"):
+        chain.submit()
+    assert len((stubs / "calls").read_text().splitlines()) == 5
+
+
+def test_jobs_of_all_who_have_submitted_some_are_asked_for(stubs, tmp_path, monkeypatch) -> None:
+    (stubs / "squeue").write_text('#!/bin/sh\necho "$@" >>"$STUBS/asked"\n')
+    for user in ("ann", "bob"):
+        monkeypatch.setattr("getpass.getuser", lambda name=user: name)
+        submit(tmp_path / "greek")
+    assert "--user=ann,bob " in (stubs / "asked").read_text().splitlines()[-1]
+
+
+def _undecided() -> list[str]:
+    raise UserError("the tokens of preprocess-tr decide it")
 
 
 def test_a_removed_output_is_made_again_and_a_training_that_has_changed_is_refused(stubs, tmp_path, capsys) -> None:
@@ -217,7 +250,8 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"options": {"--partition": "gpu"}}, "options has --partition; write options as sbatch does, without leading"),
+        ({"options": {"--partition": "gpu"}}, "options has --partition; write options as in .* without leading dashes"),
+        ({"options": {"cpus_per_task": 8}}, "options has cpus_per_task; write options as in cpus-per-task"),
         ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
         ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
         ({"options": {"array": "0-3"}}, "options.array is set by moelpr run; remove it"),

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
+from moelpr.model.checkpoints.lineage import Lineage
 from moelpr.model.model_spec import ModelSpec
 from moelpr.train.arguments.checks.model import check_transformer_engine
 
@@ -58,6 +59,12 @@ def test_notes_name_what_is_untrained_and_what_earlier_rounds_leave(checkpoint, 
     assert f"the rows of new tokens in {grown} are untrained" in noted("stage1", grown)
     assert f"{later} has 3 original experts" in noted("stage1", later)
     assert "cannot choose the experts of earlier rounds" in noted("stage1", later, "--stage1-experts", "new")
-    quiet = noted("stage1", upcycled) + noted("stage2", make_checkpoint("trained", stage="stage1"))
+    twins = Path(make_checkpoint("twins"))  # a base with FFNs that were trained alone
+    Lineage("base", {"ffns_of": "out/ffn-hf"}).write(twins / "hf")
+    quiet = (
+        noted("stage1", upcycled)
+        + noted("stage2", str(twins))
+        + noted("stage2", make_checkpoint("trained", stage="stage1"))
+    )
     quiet += noted("stage1", grown, "--train-new-embeddings") + noted("stage0", grown, "--weight-decay", "0")
     assert "warning: " not in quiet and "untrained" not in quiet and "original experts" not in quiet

@@ -14,14 +14,10 @@ EXTRAS = {
     "chat": ["gradio"],
     "lora": ["peft"],
 }
-# Tests cover the extras, too. examples/clean_text.py uses datatrove, whose own extra for orjson and xxhash has
-# packages that wheels for Python 3.13 do not exist of.
+# Tests cover the extras, too.
 TEST = [
     *EXTRAS["language-id"],
     *EXTRAS["lora"],
-    "datatrove>=0.10",
-    "orjson",
-    "xxhash<4",
     "gigatoken",
     "hypothesis",
     "kubeflow-trainer-api",

@@ -26,8 +26,6 @@ TOOL_FILES = ("Makefile", "pyproject.toml", ".pre-commit-config.yaml", "README.m
 FOR_MEGATRON = ("einops",)
 # Transformer Engine loads its libraries without declaring them.
 FOR_TRANSFORMER_ENGINE = ("cuda-toolkit",)
-# The parts of datatrove that we use need these.
-FOR_DATATROVE = ("orjson", "xxhash")
 # Packages whose module has another name, and which need not be installed or, as stubs, are only read by mypy.
 MODULES = {"mlflow-skinny": "mlflow", "types-pyyaml": "yaml"}
 # Commands, or settings in pyproject.toml, that have another name.
@@ -134,7 +132,7 @@ def test_megatron_imports_what_is_installed_for_it(name: str, modules_of) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", [x for x in dependencies(extras=True) if x not in (*FOR_TRANSFORMER_ENGINE, *FOR_DATATROVE, *FOR_FSSPEC)]
+    "name", [x for x in dependencies(extras=True) if x not in (*FOR_TRANSFORMER_ENGINE, *FOR_FSSPEC)]
 )
 def test_every_extra_is_imported_or_run(name: str, ours, modules_of) -> None:
     modules = modules_of.get(name, {name.replace("-", "_")}) | {MODULES.get(name, name)}  # extras need not be installed

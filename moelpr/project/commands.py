@@ -36,6 +36,8 @@ _Pairs = Annotated[list[tuple[str, str]], REPEATED, {"type": _language, "metavar
 
 def _assumed(text: str) -> tuple[str, int]:
     code, size = _language(text, "LANG=SIZE, such as el=8GB")
+    if size.strip().isdigit():
+        raise argparse.ArgumentTypeError(f"expected LANG=SIZE with a unit, such as {code}={size}GB, got {text!r}")
     return code, as_argument(parse_bytes)(size)
 
 

@@ -147,12 +147,16 @@ class Languages:
         def texts(group: str) -> Iterator[tuple[tuple[str, str, str | None], str]]:
             for name, one in getattr(self, group).items():
                 yield from (((text, one.json_key, one.filter), f"{group}.{name}") for text in one.text)
+                if one.held_out in one.text:
+                    raise UserError(f"{one.held_out} is text and held_out of {group}.{name}; name another as held_out")
 
-        new, key = dict(texts("expanded")), next(iter(self.expanded.values())).json_key
-        kept = (((text, key, None), f"kept.{name}") for name, text in self.kept.items())
-        for what, place in (*texts("original"), *kept):
+        new, key = dict[tuple[str, str, str | None], str](), next(iter(self.expanded.values())).json_key
+        kept = (((text, key, None), f"kept.{name}") for name, text in self.kept.items() if text)
+        for what, place in (*texts("expanded"), *texts("original"), *kept):
             if what in new:
                 raise UserError(f"{what[0]} is the text of {new[what]} and of {place}; correct one of them")
+            if place.startswith("expanded"):
+                new[what] = place
 
     def __iter__(self) -> Iterator[tuple[str, Language]]:
         """Canonical code and settings, expanded languages first."""

@@ -1,6 +1,7 @@
 """The steps after training: export, chat model, evaluation against the base, model card and report."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,18 +201,20 @@ def benchmarks(step: Step, project: ResolvedProject) -> Iterator[Task]:
 def card(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Complete the model card with languages and results."""
     results = {name: path for name, path in _results(project).items() if name != "routing"}
-    flags: dict[str, Any] = {
-        "results": [*results.values()],
-        "evaluated": [*project.models][-1],
-        "languages": ",".join(filter(is_code, project.languages)),
-    }
-    path = project.export / "README.md"
+    codes = ",".join(filter(is_code, project.languages))
 
-    def has_results() -> bool:  # a model that is exported again has a card without
+    def has_results(path: Path) -> bool:  # a model that is exported again has a card without
         return path.is_file() and "\nmodel-index:" in path.read_text(encoding="utf-8", errors="replace")
 
-    made_from = (*_model_steps(project), *results)
-    yield step.task(project, flags, str(project.export), made_from=made_from, is_complete=has_results)
+    for model, folder in project.models.items():
+        yield step.task(
+            project,
+            {"results": [*results.values()], "evaluated": model, "languages": codes},
+            str(folder),
+            name=step.name if folder == project.export else f"{step.name}-{model}",
+            made_from=(*_model_steps(project), *results),
+            is_complete=partial(has_results, folder / "README.md"),
+        )
 
 
 @step("report", "report", reserved="evaluation routers output")

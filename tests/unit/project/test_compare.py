@@ -38,9 +38,10 @@ def finish(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fini
     shutil.copytree(qwen2, tmp_path / "base")
     for name in TEXTS:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in documents(name)))
+        (tmp_path / f"train.{name}.jsonl").write_text('{"text": "ab"}\n')
 
     def finish(name: str, noise: float, **changes: Any) -> Path:
-        text = {code: {"text": f"{code}.jsonl", "held_out": f"{code}.jsonl"} for code in TEXTS}
+        text = {code: {"text": f"train.{code}.jsonl", "held_out": f"{code}.jsonl"} for code in TEXTS}
         languages = {"expanded": {"el": text["el"], "hu": text["hu"]}, "original": {"en": text["en"]}}
         content = {"model": "base", "output": f"runs/{name}", "languages": languages, "budget": {"epochs": 1}}
         path = tmp_path / f"{name}.yaml"
@@ -96,7 +97,7 @@ def test_means_are_those_of_changes_per_text_with_intervals_and_a_picture(
 
 
 def test_kept_text_counts_as_lost_and_a_new_tokenizer_has_no_distance(finish, monkeypatch, tmp_path, capsys) -> None:
-    text = {code: {"text": f"{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("el", "en", "code", "fr")}
+    text = {code: {"text": f"train.{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("el", "en", "code", "fr")}
     languages = {"expanded": {"el": text["el"]}, "original": {"en": text["en"]}}
     kept = finish("kept", 0.05, languages=languages | {"kept": {"code": "code.jsonl"}})
     languages["original"] |= {"code": text["code"], "fr": text["fr"]}  # another's kept text, and a language of its own
@@ -117,9 +118,12 @@ def test_projects_that_cannot_be_compared_are_one_sentence(finish, monkeypatch, 
     (tmp_path / "other.jsonl").write_text('{"text": "aab"}\n')
     unfinished = finish("unfinished", 0)
     shutil.rmtree(tmp_path / "runs/unfinished/hf")
-    en, el = ({"text": f"{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("en", "el"))
+    en, el = ({"text": f"train.{code}.jsonl", "held_out": f"{code}.jsonl"} for code in ("en", "el"))
     fewer = {"expanded": {"el": el}, "original": {"en": en}}
-    both = {"expanded": {"el": el, "hu": el}, "original": {"en": en | {"held_out": "other.jsonl"}}}
+    both = {
+        "expanded": {"el": el, "hu": el | {"text": "train.hu.jsonl"}},
+        "original": {"en": en | {"held_out": "other.jsonl"}},
+    }
     for arguments, expected in [
         ((first, unfinished), ("unfinished.yaml", "runs/unfinished/hf", "moelpr run")),
         ((first, finish("moved", 0, model="copy")), ("moved.yaml", "copy", "first.yaml", "base")),

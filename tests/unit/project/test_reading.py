@@ -127,6 +127,11 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(kept={"code": "no.jsonl"}), "languages.kept.code: there is no file no.jsonl"),
         (languages(kept={"ell": "en.jsonl"}), r"el is given twice \(expanded.el and kept.ell\)"),
         (languages(original={"en": "el.jsonl"}), "el.jsonl is the text of expanded.el and of original.en; correct one"),
+        (
+            languages(expanded={"el": "el.jsonl", "hu": "el.jsonl"}),
+            "el.jsonl is the text of expanded.el and of expanded.hu",
+        ),
+        (languages(expanded={"el": {"text": "el.jsonl", "held_out": "el.jsonl"}}), "el.jsonl is text and held_out of"),
         (languages(kept={"fi": "el.jsonl"}), "el.jsonl is the text of expanded.el and of kept.fi; correct one"),
         *(
             (languages(original={name: "en.jsonl"}), "original has the name")

@@ -241,6 +241,7 @@ def test_review_follows_a_second_ffn_that_is_not_good_enough(write: Write, monke
         actual = tasks(path)
         assert value(actual["review"], "--load") == "out/stage2" and not actual["review"].is_spare
         assert value(actual["card"], "--evaluated") == "review" and "out/stage2" in actual["report"].words()
+        assert value(of_ffn := actual["card-second-ffn"], "--evaluated") == "second-ffn" and "out/hf" in of_ffn.words()
         assert " ".join(actual["evaluate"].words()).count("--model") == 3
     write_findings(0.09, 0.9)
     actual = tasks(path)

@@ -49,7 +49,7 @@ class ResolvedProject:
         stages: All trainings in order.
         trained: The model that the trainings make: the finished one, or what its routers are found for.
         routed: What routers in closed form do; None if they have not been found.
-        is_reviewed: Whether review follows a second FFN; None if that is not known yet.
+        is_reviewed: Whether review follows a second FFN; None if that is not known yet. `why_reviewed` says why.
         models: Finished models by name, the last of them the project's.
     """
 
@@ -63,7 +63,8 @@ class ResolvedProject:
         self.evaluation = self.folder / "evaluation"
         path = self.folder / "hf" / "calibration.json"
         self.routed = Calibration.read(path).findings if is_judged and path.is_file() else None
-        self.is_reviewed = None if self.routed is None or self.method != "auto" else not _is_enough(self.routed)
+        self.why_reviewed = _shortcomings(self.routed) if self.routed and self.method == "auto" else ""
+        self.is_reviewed = None if self.routed is None or self.method != "auto" else bool(self.why_reviewed)
         self.models: dict[str, Path] = {self.method: self.folder / "hf"}
         if self.method == "auto":
             self.models = {"second-ffn": self.folder / "hf"}
@@ -186,8 +187,12 @@ class ResolvedProject:
         return tuple(f"preprocess-{code}" for code in codes)
 
 
-def _is_enough(routed: Findings) -> bool:
-    """Whether a second FFN is near enough to the base, keeps enough, and is better than the base."""
-    result = routed.result
-    is_better = result.distance + result.loss < routed.base.loss
-    return is_better and result.distance <= MOST_DISTANCE and routed.kept >= LEAST_KEPT
+def _shortcomings(routed: Findings) -> str:
+    """What a second FFN lacks: it is far from the base, keeps too little, or is no better than it; empty if nothing."""
+    distance, kept = routed.result.distance, routed.kept
+    goals = {
+        f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,
+        f"keeps {kept:.0%} of what was learned (at least {LEAST_KEPT:.0%})": kept >= LEAST_KEPT,
+        "is no better than the base": distance + routed.result.loss < routed.base.loss,
+    }
+    return " and ".join(lack for lack, is_met in goals.items() if not is_met)

@@ -41,7 +41,10 @@ def run_here(project: ResolvedProject, redo: str | None = None) -> None:
         if project.method == "auto":  # its routers decide what follows
             names = [*workflow.tasks]
             workflow.run(workflow.tasks[name] for name in names[: names.index("combine") + 1])
-            workflow = workflow_of(ResolvedProject(file), redo)
+            judged = ResolvedProject(file)
+            if judged.why_reviewed:
+                print(f"A review of the routers follows, as the second FFN {judged.why_reviewed}.")
+            workflow = workflow_of(judged, redo)
         workflow.run()
     print(verdict(ResolvedProject(file)))
 

@@ -37,6 +37,8 @@ def verdict(project: ResolvedProject) -> str:
                 f"Held-out text no longer improved: {stage} stopped after step {end.made:,} of {end.planned:,}, so "
                 f"{1 - end.made / end.planned:.0%} of the steps were saved; step {end.step:,} is the result."
             )
+    if project.why_reviewed:
+        lines.append(f"A review followed, as the second FFN {project.why_reviewed}.")
     best = min(by_model, key=lambda name: sum(change.value for change in by_model[name].values()))
     lines += [f"{best} is the better one of the two, and what follows is about it."] if len(by_model) > 1 else []
     model = project.models.get(best, project.export)

@@ -83,6 +83,7 @@ def test_the_better_one_of_two_is_to_be_served(write: Write, review: float, mode
     text = measured(write, **models)
     assert f"model: {model}\n" in text and f"next: moelpr chat {model}" in text
     assert "60% of what was learned is left, 0.020 nats" in text and "most on en (0.020)" in text
+    assert "review followed, as the second FFN keeps 60% of what was learned (at least 85%).\n" in text
 
 
 def test_a_stop_by_held_out_text_is_said_with_what_it_saved(write: Write) -> None:

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Annotated
 
-from checkpoint_convert.common.settings import OutputFlags, TextSettings, named_texts
+from checkpoint_convert.common.settings import MoeClassFlags, TextSettings, named_texts
 from moelpr.base.errors import UserError
 from moelpr.base.languages import canonical
 from moelpr.base.settings import POSITIONAL, Flags, metavar
@@ -42,7 +42,7 @@ class KeepSettings(TextSettings):
     text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
 
 
-class BuildSettings(OutputFlags):
+class BuildSettings(MoeClassFlags):
     base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
     packs: Annotated[list[_Pack], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
     kept: _Pack  # folder of moelpr pack keep

@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 from moelpr.base.checksums import Verify, VerifyFlag
 from moelpr.base.files import refuse_existing
-from moelpr.base.settings import REPEATED, Flags, Folder, either, metavar, number
+from moelpr.base.settings import REPEATED, Flags, Folder, choices, either, metavar, number
 from moelpr.data.text.reading import read_documents
 from moelpr.data.text.sources import named_files
 from moelpr.measure.evaluate.settings import Dtype, HfFolder, named_paths
+from moelpr.model.families.moe_classes import MOE_CLASSES
 
 
 class OutputFlags(Flags):
@@ -61,7 +62,14 @@ class RoutingSettings(RoutingFlags, TextSettings):
     pass
 
 
-class CombineSettings(RoutingSettings):
+class MoeClassFlags(OutputFlags):
+    """stock class"""
+
+    # stock MoE class to write (default: the family's; docs/serving.md has the programs that read each)
+    as_class: Annotated[str | None, choices(MOE_CLASSES), {"names": ["--as"]}] = None
+
+
+class CombineSettings(RoutingSettings, MoeClassFlags):
     """combined model"""
 
     # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too

@@ -19,7 +19,8 @@ from checkpoint_convert.card.model_card import LICENSE_KEYS
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.common.settings import CombineSettings, OutputFlags
+from checkpoint_convert.common.settings import CombineSettings, MoeClassFlags
+from checkpoint_convert.conversions.exported_model import class_for
 from checkpoint_convert.conversions.model_pairs import Described, open_tensors, pieces_since
 from checkpoint_convert.conversions.routed_model import RoutedModel, ffns_of
 from checkpoint_convert.hf.checks import check_same_tokenizer, check_weights
@@ -34,11 +35,12 @@ from moelpr.base.records import FOREIGN, Record
 from moelpr.measure.evaluate.calibration import Reader, Rows, Subject, calibrate
 from moelpr.measure.evaluate.divergence import mean_loss
 from moelpr.measure.evaluate.models import LoadedModel, open_model
-from moelpr.model.families.families import check_settings
+from moelpr.model.families.families import Family, check_settings
 from moelpr.model.families.hf_config import CONFIG_FILE, read_config
 from moelpr.model.families.hub import is_hub_name
 from moelpr.model.families.new_experts import NewExperts, with_new_experts
 from moelpr.model.families.tables import pieces, stacked_part, zeros
+from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part
 
 _REMEDY = "pass what was trained from the base"
@@ -228,6 +230,7 @@ def combine(
     sources = [base, *experts, *([onto] if onto else [])]
     check_output(settings.save, sources, settings.overwrite, (RoutedModel.FILE_NAME,))
     opened_base = Base.open(base, settings.verify)
+    stock_moe(opened_base, len(experts), settings.as_class)  # before it takes time
     before, old_rows, known = open_combined(opened_base, onto, settings.verify) if onto else ([], None, {})
     if unshown := {language for languages in known.values() for language in languages} - {*kept}:
         raise UserError(
@@ -266,11 +269,11 @@ def languages_by_name(experts: Sequence[Expert], others: Iterable[str] = ()) -> 
 
 
 def write_combined(
-    base: Base, experts: Sequence[Expert], rows: Rows, card: str, record: Record, output: OutputFlags
+    base: Base, experts: Sequence[Expert], rows: Rows, card: str, record: Record, output: MoeClassFlags
 ) -> None:
     """Write the stock MoE; tensors stream."""
-    family, folder = base.described.family, base.described.folder
-    spec = with_new_experts(family, base.described.spec, NewExperts(len(experts), topk=1, original_copies=1))
+    folder = base.described.folder
+    family, spec = stock_moe(base, len(experts), output.as_class)
     shapes, reads = {}, {}
     for piece in pieces(family.table, spec):
         for name, shape, origin in zip(piece.hf_names, piece.hf_shapes, piece.origin or piece.hf_names, strict=True):
@@ -290,6 +293,13 @@ def write_combined(
         write_companions(partial_folder, folder, config, card)
         record.write(partial_folder)
         write_weights(journal, written, base.dtype, DEFAULT_SHARD_BYTES, bar)
+
+
+def stock_moe(base: Base, num_experts: int, as_class: str | None) -> tuple[Family, ModelSpec]:
+    """The model of a base and experts; UserError if the class of this name cannot hold it exactly."""
+    family = base.described.family
+    spec = with_new_experts(family, base.described.spec, NewExperts(num_experts, topk=1, original_copies=1))
+    return family.written_as(class_for(spec, as_class, base.described.folder)) if as_class else family, spec
 
 
 def open_combined(base: Base, folder: Path, verify: Verify) -> tuple[list[Expert], Rows, dict[str, list[str]]]:

@@ -49,7 +49,9 @@ def mcore_to_hf(
         UserError: the input is invalid; `save` is then unchanged.
     """
     check_output(save, [load], overwrite, (CONFIG_FILE, FILE_NAME))
-    source = MegatronReader(load, iteration, None if as_class is None else _class_for(load, as_class), verify)
+    source = MegatronReader(
+        load, iteration, None if as_class is None else class_for(ModelSpec.read(load), as_class, load), verify
+    )
     spec, dtype_name, hf = source.spec, dtype or source.spec.dtype, load / HF_FOLDER
     target: torch.dtype = getattr(torch, dtype_name)
     config = source.family.export_config(read_config(hf), spec, dtype_name)
@@ -78,9 +80,9 @@ def mcore_to_hf(
     return facts
 
 
-def _class_for(load: Path, name: str) -> MoeClass:
-    """The class of this name; UserError if it cannot hold the model exactly."""
-    spec, moe_class = ModelSpec.read(load), MOE_CLASSES[name]
+def class_for(spec: ModelSpec, name: str, load: Path) -> MoeClass:
+    """The class of this name; UserError if it cannot hold the model of `load` exactly."""
+    moe_class = MOE_CLASSES[name]
     if spec.moe is None:
         raise UserError(f"--as chooses the class of an upcycled model, but {load} is dense; remove --as")
     if (misfit := moe_class.misfit(spec)) is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from checkpoint_convert.card.front_matter import front_matter
 from checkpoint_convert.common.output_folder import check_output, output_folder
-from checkpoint_convert.common.settings import OutputFlags, TextSettings
+from checkpoint_convert.common.settings import MoeClassFlags, TextSettings
 from checkpoint_convert.conversions.combined_model import (
     AdapterReader,
     Base,
@@ -29,6 +29,7 @@ from checkpoint_convert.conversions.combined_model import (
     combined_card,
     languages_by_name,
     open_expert,
+    stock_moe,
     write_combined,
 )
 from checkpoint_convert.hf.model_files import CARD_FILE, DEFAULT_SHARD_BYTES
@@ -134,7 +135,7 @@ def make_pack(
             write_weights(journal, ffns, dense.dtype, DEFAULT_SHARD_BYTES, bar)
         if expert:
             write_text(folder / CARD_FILE, _card(record))
-        listed = (Pack.FILE_NAME, _SUMS_FILE, CARD_FILE, *AdapterReader.FILES)
+        listed = (Pack.FILE_NAME, _SUMS_FILE, *AdapterReader.FILES)  # the card may be edited
         sums = {name: FileSum.of(folder / name) for name in listed if (folder / name).is_file()}
         checksums.write(folder, (checksums.read(folder) or {}) | sums)
     return record
@@ -155,7 +156,7 @@ def _card(pack: Pack) -> str:
     )
 
 
-def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFlags) -> PackedModel:
+def build_model(base: Path, kept: Path, packs: Sequence[Path], output: MoeClassFlags) -> PackedModel:
     """Write the stock MoE of a base and packs, without any text.
 
     Args:
@@ -166,6 +167,7 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: OutputFla
     """
     check_output(output.save, [base, kept, *packs], output.overwrite, (PackedModel.FILE_NAME,))
     dense = Base.open(base, output.verify)
+    stock_moe(dense, len(packs), output.as_class)  # before it takes time
     checksum, records = _checksum(dense), {}
     for folder in (kept, *packs):
         record = records[folder] = read_pack(folder, output.verify)

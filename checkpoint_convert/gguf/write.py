@@ -44,7 +44,7 @@ def write_gguf(
     if reasons := unmet_requirements(folder, "llama.cpp", verify):
         raise UserError(
             f"{folder} cannot become a GGUF file that computes the same model ({reasons[0].removeprefix(_READER)}); "
-            "moelpr model export says which --as helps"
+            "make it again with --as, such as --as granitemoe (moelpr model export or combine; docs/serving.md)"
         )
     name = folder.resolve().name
     check_output(save, [folder], overwrite, (f"{name}.gguf", MODELFILE))

@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 import yaml
 
-from checkpoint_convert.common.settings import CombineSettings, OutputFlags
+from checkpoint_convert.common.settings import CombineSettings, MoeClassFlags
 from checkpoint_convert.conversions.combined_model import Base, TopOne, combine, open_expert, write_combined
 from checkpoint_convert.conversions.packs import PackedModel
 from examples.demo_tasks import ROOT
@@ -52,7 +52,7 @@ def write_dume(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict[str
         means_H2 = torch.stack([one.mean[layer], other.mean[layer]], dim=1).double().cpu()
         rows[layer] = torch.linalg.solve(gram_HH + RIDGE * torch.eye(len(gram_HH)), means_H2).T
     record = PackedModel((base.name, ""), [*kept], {ffns.name: [*new]})
-    write_combined(dense, [expert], rows, "Routers as DUME finds them.\n", record, OutputFlags(save=output))
+    write_combined(dense, [expert], rows, "Routers as DUME finds them.\n", record, MoeClassFlags(save=output))
 
 
 def write_mergekit(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict[str, list[str]], output: Path) -> None:

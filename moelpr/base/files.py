@@ -193,8 +193,10 @@ def replace_folder(path: Path, temporary: Path, own: tuple[str, ...] = ()) -> No
     Args:
         own: Names of files in the folder that are removed once it has its name.
     """
+    os.umask(hidden := os.umask(0))
     for file in temporary.rglob("*"):
         if file.is_file():
+            file.chmod(0o666 & ~hidden | file.stat().st_mode)  # safetensors makes files that only their owner can read
             fsync_file(file)
     old = None
     if path.exists():

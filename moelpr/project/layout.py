@@ -210,7 +210,9 @@ class Layouts:
                     message = message.replace("; use ", f"; use {other}, ")
             for flag, named in _KEYS.items():
                 message = re.sub(flag, named.replace("STAGE", stage), message)
-            raise UserError(f"{self._file.at(key)}{message}") from None
+            given = re.findall(r"\b(?:steps|experts|hardware)\.[\w.-]+\w", message)
+            place = next((one for name in given if (one := tuple(name.split("."))) in self._file.lines), (key,))
+            raise UserError(f"{self._file.at(*place)}{message}") from None
 
     def _workload(self, stage: str) -> Workload:
         settings = self._settings(stage)

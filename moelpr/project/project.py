@@ -123,7 +123,9 @@ class Languages:
         for group in ("expanded", "original", "kept"):
             for name, text in [*getattr(self, group).items()]:
                 # It becomes part of file names, lists and commands.
-                if not re.fullmatch(r"\w[\w.+ -]*", name) or name in _OTHER_NAMES:
+                if name in _OTHER_NAMES:
+                    raise UserError(f"languages.{group} has {name}, which moelpr uses itself; give it another name")
+                if not re.fullmatch(r"\w[\w.+ -]*", name):
                     raise UserError(f"languages.{group} has the name {name!r}; use letters, digits, and . + - _ within")
                 place = names.get(code := canonical(name))
                 if place and text:

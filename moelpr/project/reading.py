@@ -127,10 +127,12 @@ def _check_method(file: ProjectFile) -> None:
     for key in file.lines:
         is_ignored = key[0] == "lora" and project.method != "lora"
         is_ignored |= key[0] == "steps" and len(key) > 1 and key[1] in others
+        is_ignored |= key[:3] == ("steps", "export", "as") and not has_stages and project.has_experts
         is_ignored |= key[0] in ignored or key[:2] in ignored or (not has_stages and key[-1] == "conversations")
         if is_ignored:
             name = ".".join(map(str, key))
             other = ", or set method: review" if project.has_experts and not has_stages else ""
+            other = "; the step that writes the model is combine" if key[-1] == "as" else other
             raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it{other}")
         if project.experts.per_language and (key[0] == "corpora" or key[-1] in ("weight", "temperature")):
             raise UserError(f"{file.at(*map(str, key))}{key[-1]} does not apply to experts: per-language; remove it")

@@ -44,8 +44,11 @@ def run_here(project: ResolvedProject, redo: str | None = None) -> None:
             judged = ResolvedProject(file)
             if judged.why_reviewed:
                 print(f"A review of the routers follows, as the second FFN {judged.why_reviewed}.")
-            workflow = workflow_of(judged, redo)
-        workflow.run()
+            later = workflow_of(judged, redo)
+            later.started, workflow, done = workflow.started, later, names.index("combine") + 1
+            workflow.run([*workflow.tasks.values()][done:])
+        else:
+            workflow.run()
     print(verdict(ResolvedProject(file)))
 
 
@@ -80,9 +83,7 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
     with _locked_folder(project, workflow):
         if not render_only:
             if where == "slurm":
-                slurm.Chain(workflow, file.project.slurm, file.path).check_queue(workflow.outlook_of_jobs())
-            workflow.set_aside(outlooks)
-            if where == "slurm":
+                slurm.Chain(workflow, file.project.slurm, file.path).check_queue(outlooks)
                 _fetch(project, workflow)
         SUBMIT[where](workflow, getattr(file.project, where), file.path, render_only=render_only)
 
@@ -117,6 +118,8 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
         where: "local", or a key of `SUBMIT`.
     """
     workflow, outlooks = checked(project if where == "local" else _for_jobs(project, redo), redo)
+    chain = slurm.Chain(workflow, project.content.slurm, project.file.path)
+    queued = chain.check_queue(outlooks) if where == "slurm" else {}
     is_first = True
     for outlook in outlooks:
         try:
@@ -126,7 +129,8 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
         is_first &= outlook.state == "done"
         print(f"{outlook.task.name}: {outlook.state}\n    {command}")
     if where != "local":
-        print(f"{sum(outlook.state != 'done' for outlook in outlooks)} steps would be submitted to {where}.")
+        number = sum(outlook.state != "done" and outlook.task.name not in queued for outlook in outlooks)
+        print(f"{number} steps would be submitted to {where}" + (f"; {len(queued)} are queued." if queued else "."))
 
 
 def _for_jobs(project: ResolvedProject, redo: str | None) -> ResolvedProject:

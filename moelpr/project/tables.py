@@ -92,7 +92,8 @@ def status(project: ResolvedProject) -> str:
             time = format_minutes(took[outlook.task.name] / 60) if outlook.task.is_needed else ""
             rows.append([outlook.task.name, _state(outlook), "", time])
             continue
-        progress, minutes = _progress(outlook.task) or ("", outlook.task.minutes)
+        is_new = outlook.state == "again"
+        progress, minutes = (None if is_new else _progress(outlook.task)) or ("", outlook.task.minutes)
         progress = "; ".join(
             filter(None, [progress, jobs.get(outlook.task.name), pods.get(kubernetes.label(outlook.task.name))])
         )
@@ -124,7 +125,7 @@ def changes(outlooks: Iterable[Outlook]) -> str:
 
 def _sum_of(minutes: list[float | None]) -> str:
     known = [number for number in minutes if number is not None]
-    if not known:
+    if not sum(known) and len(known) < len(minutes):
         return "unknown time"
     return "about " + format_minutes(sum(known)) + (" without steps marked –" if len(known) < len(minutes) else "")
 

@@ -48,13 +48,10 @@ def has_corpora(*prefixes: Path) -> bool:
 
 def texts_read(project: ResolvedProject, texts: Mapping[str, Sequence[str]], *files: Path) -> dict[str, Any]:
     """The fields of a task that reads text, by language or name of a text to keep, and other files."""
-    missing = [one.error for name in texts if (one := project.file.unread.get(canonical(name)))]
+    missing: list[Exception | None] = [one.error for name in texts if (one := project.file.unread.get(canonical(name)))]
     names = [] if missing else [name for some in texts.values() for name in some]
-    return {
-        "files": (*files, *local_files(names)),
-        "versions": versions(*names),
-        "missing": missing[0] if missing else None,
-    }
+    missing = [*missing, None]
+    return {"files": (*files, *local_files(names)), "versions": versions(*names), "missing": missing[0]}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ All tasks are one JobSet, whose jobs start when those that they depend on are co
 
 import hashlib
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -94,6 +95,8 @@ def check(settings: KubernetesSettings) -> None:
                 )
     if not settings.folder.startswith("/"):
         raise UserError(f"kubernetes.folder is where the claim is mounted, got {settings.folder}; start it with /")
+    if "/" not in settings.gpu:
+        raise UserError(f"kubernetes.gpu is the resource of a GPU, such as nvidia.com/gpu, got {settings.gpu}")
     if settings.gpu in settings.training:
         raise UserError(f"kubernetes.training.{settings.gpu} follows from hardware; remove it")
     for key, quantity in settings.training.items():
@@ -117,7 +120,9 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
     """
     if not (tasks := workflow.tasks_of_jobs()):
         return
-    if workflow.folder.is_absolute() and not workflow.folder.is_relative_to(settings.folder):
+    if not render_only and str(settings.image).startswith("REGISTRY/"):
+        raise UserError(f"kubernetes.image is the example's, {settings.image}; name your registry")
+    if not Path(os.path.normpath(Path(settings.folder, workflow.folder))).is_relative_to(settings.folder):
         raise UserError(
             f"pods have no {workflow.folder}; put output below kubernetes.folder {settings.folder}, or name the folder "
             "where the claim is mounted"
@@ -129,16 +134,16 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
             f"kubernetes.training.memory is {given}, but {needy.name} needs {math.ceil(needy.memory_gib)}Gi of each "
             "node; raise it, or remove it"
         )
-    if not render_only and not Path.cwd().is_relative_to(settings.folder):
+    if not render_only and Path.cwd() != Path(settings.folder):
         print(
-            f"note: this is not {settings.folder}, where the claim is mounted; jobs read text and write output there",
+            f"note: this is not {settings.folder}, where the claim is mounted; there, relative paths of jobs start",
             file=sys.stderr,
         )
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
     if not render_only:
-        _apply(chain.name, path, settings.namespace, str(workflow.folder.absolute()))
+        _apply(chain.name, path, settings.namespace, workflow)
     print(path if render_only else f"{path}: applied")
 
 
@@ -301,8 +306,9 @@ def label(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _apply(name: str, path: Path, namespace: str | None, output: str) -> None:
+def _apply(name: str, path: Path, namespace: str | None, workflow: Workflow) -> None:
     """Create a JobSet, in place of a finished one of that name and project."""
+    output = str(workflow.folder.absolute())
     shown = _kubectl(namespace, "get", "jobset", name, "--ignore-not-found", "--output", "json")
     if shown.strip():
         found = records.parse_json(shown, "what kubectl prints", "try again")
@@ -316,6 +322,7 @@ def _apply(name: str, path: Path, namespace: str | None, output: str) -> None:
                 f"{name})"
             )
         _kubectl(namespace, "delete", "jobset", name, "--wait", "--cascade", "foreground")
+    workflow.set_aside()
     _kubectl(namespace, "apply", "--filename", str(path))
 
 

@@ -69,6 +69,8 @@ def launch(workflow: Workflow, settings: SkyPilotSettings, file: Path, *, render
     documents = [{"name": name}, *(_document(task, settings, file) for task in left)]
     write_text(path, "---\n".join(map(yaml_files.dump, documents)))
     print(path)
+    if not render_only:
+        workflow.set_aside()
     if not render_only and subprocess.run(["sky", "jobs", "launch", "--name", name, str(path)], check=False).returncode:
         raise MachineError(f"sky could not launch {path}; its message is above")
 

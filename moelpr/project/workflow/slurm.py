@@ -137,7 +137,7 @@ class Chain:
 
     def refuse_active(self) -> None:
         """Raise a UserError if jobs of an earlier call are pending or running."""
-        queued = self._queued() if self._jobs and shutil.which("squeue") else {}
+        queued = self._queued()
         active = [job.id for name, job in self._jobs.items() if self._state(queued, job, name)]
         if active:
             raise UserError(
@@ -147,19 +147,21 @@ class Chain:
 
     def states(self, done: Collection[str]) -> dict[str, str]:
         """The last job of each task that is not done: its state, or its log."""
-        states: dict[str, str] = {}
         if not self._jobs or not shutil.which("squeue"):
-            return states
+            return {}
         try:
             queued = self._queued()
         except MachineError as error:
             return {name.removesuffix("-shards"): f"job {job.id}: {error}" for name, job in self._jobs.items()}
+        found: dict[str, list[tuple[int, str]]] = {}  # an array of shards is before the job that joins them
         for name, job in self._jobs.items():
-            task, log = name.removesuffix("-shards"), self._folder / f"{self._name}-{name}-{job.id}.log"
+            task, state = name.removesuffix("-shards"), self._state(queued, job, name)
+            logs = sorted(self._folder.glob(f"{self._name}-{name}-[0-9]*.log"), key=lambda path: path.stat().st_mtime)
+            text = state or (f"ended, see {logs[-1]}" if logs else "ended without a log, so it was canceled")
+            rank = 0 if state else 3 if not logs else 1 if name == task else 2
             if task not in done:
-                ended = f"ended, see {log}" if log.exists() else "ended without a log"
-                states[task] = f"job {job.id} {self._state(queued, job, name) or ended}"
-        return states
+                found.setdefault(task, []).append((rank, f"job {job.id}{'' if name == task else ' (shards)'} {text}"))
+        return {task: min(its, key=lambda one: one[0])[1] for task, its in found.items()}
 
     def _state(self, queued: Queue, job: SlurmJob, name: str) -> str:
         """The state of a task's job; empty unless it is queued or runs."""
@@ -173,14 +175,11 @@ class Chain:
             UserError: sbatch refuses a job, or a task's job of an earlier call would do another command.
         """
         self._render_only = render_only
-        if unknown := self._settings.steps.keys() - self._workflow.tasks.keys():
-            names = [*self._workflow.tasks]
-            raise UserError(
-                f"slurm.steps.{min(unknown)} is no step; {did_you_mean(min(unknown), names, ', '.join(names))}"
-            )
+        self.check_steps()
         outlooks = self._workflow.outlook_of_jobs()
         if not render_only:
             self.check_queue(outlooks)
+            self._workflow.set_aside()
         for outlook in outlooks:
             name = outlook.task.name
             if outlook.state == "done":
@@ -191,6 +190,12 @@ class Chain:
                 if outlook.reason:
                     print(f"{name}: again, because {outlook.reason}")
                 self._submit_task(outlook)
+
+    def check_steps(self) -> None:
+        """Raise a UserError for options of a step that there is not."""
+        if unknown := self._settings.steps.keys() - self._workflow.tasks.keys():
+            names, name = [*self._workflow.tasks], min(unknown)
+            raise UserError(f"slurm.steps.{name} is no step; {did_you_mean(name, names, ', '.join(names))}")
 
     def _submit_task(self, outlook: Outlook) -> None:
         task, name = outlook.task, outlook.task.name
@@ -209,8 +214,9 @@ class Chain:
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
         self._submit(name, outlook, lines)
 
-    def check_queue(self, outlooks: list[Outlook]) -> None:
-        """Set what is active, and raise a UserError for what cannot be submitted, before anything is."""
+    def check_queue(self, outlooks: list[Outlook]) -> dict[str, str]:
+        """The jobs that are queued, by task; raise a UserError for what cannot be submitted, before anything is."""
+        self.check_steps()
         queued, changed = self._queued(), list[str]()
         to_do = {one.task.name: one for one in outlooks if one.state != "done"}
         for name, outlook in to_do.items():
@@ -218,6 +224,7 @@ class Chain:
             if job and self._state(queued, job, name):
                 self._active[name] = job.id
                 is_other = job.made_as and outlook.id and job.made_as != outlook.id
+                is_other = is_other or self._has_other_options(outlook.task)
                 # Tasks are in an order in which they can run, so that all that it could wait for is known.
                 if is_other or any(need in to_do and need not in self._active for need in outlook.task.inputs):
                     changed.append(name)
@@ -228,12 +235,15 @@ class Chain:
                 )
         if changed:
             raise UserError(
-                f"jobs of {', '.join(changed)} are pending or running, but what they do or wait for has changed since; "
-                f"cancel them (scancel {' '.join(self._active[name] for name in changed)}), or wait for their end"
+                f"jobs of {', '.join(changed)} are pending or running, but their options, or what they do or wait for "
+                f"has changed since; cancel them (scancel {' '.join(self._active[name] for name in changed)}), or wait "
+                "for their end"
             )
+        return self._active
 
     def _queued(self) -> Queue:
-        return queued_jobs({job.user for job in self._jobs.values()})
+        has_jobs = self._jobs and shutil.which("squeue")
+        return queued_jobs({job.user for job in self._jobs.values()}) if has_jobs else {}
 
     def _submit_shards(self, outlook: Outlook, shards: int) -> None:
         """Submit an array for the shards that are missing: all, if what there is is another command's."""
@@ -277,13 +287,21 @@ class Chain:
         SlurmJobs(self._jobs).write(self._workflow.folder)
         print(f"{name}: job {number}" + (f", after {':'.join(ids)}" if ids else ""))
 
-    def _script(self, name: str, task: Task, lines: list[str], options: Options) -> str:
+    def _directives(self, name: str, options: Options) -> list[str]:
         values = {"job-name": f"{self._name}-{name}", "output": f"{self._folder}/%x-%j.log"} | options
-        directives = [
+        return [
             _comment("SBATCH", f"--{key}" + ("" if value is True else f"={shlex.quote(str(value))}"))
             for key, value in values.items()
             if value is not False
         ]
+
+    def _has_other_options(self, task: Task) -> bool:
+        path = self._folder / f"{task.name}.sbatch"
+        before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        now = self._directives(task.name, self._settings.options_of(task))
+        return bool(before) and now != [line for line in before if line.startswith("#SBATCH ")]
+
+    def _script(self, name: str, task: Task, lines: list[str], options: Options) -> str:
         try:
             command = shown([*task.words(), *map(str, task.settings)])
         except UserError:
@@ -294,7 +312,7 @@ class Chain:
             [
                 "#!/usr/bin/env bash",
                 _comment("", f"{name} of {self._file}: {' '.join(command.splitlines())}"),
-                *directives,
+                *self._directives(name, options),
                 "set -euo pipefail",
                 f"cd {shlex.quote(str(Path.cwd()))}",
                 f". {shlex.quote(str(launch_folder() / 'slurm' / 'lib.sh'))}",

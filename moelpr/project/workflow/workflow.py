@@ -9,6 +9,7 @@ does, or it is a result, so that large intermediate ones can be removed.
 import itertools
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, sh
 from moelpr.project.workflow.task import NOTHING, Task
 
 _QUIET = {"PYTHONWARNINGS": "ignore"}
+_TERMINATED = -signal.SIGTERM, 128 + signal.SIGTERM  # of a command that does not handle it
 _COMMAND_CHANGED = "its command has changed"
 
 
@@ -61,7 +63,7 @@ class Workflow:
         self.tasks = {task.name: task for task in tasks}
         self._redo, self._check = frozenset(redo), check
         self._stops: list[int] = []
-        self._started = time.monotonic()
+        self.started = time.monotonic()
 
     def run(self, tasks: Iterable[Task] | None = None) -> None:
         """Run tasks in order, unless they are done. After SIGTERM, which a running command gets too, start no more.
@@ -132,6 +134,8 @@ class Workflow:
                 reason = _change(before, now)
             except (UserError, MachineError):  # results that decide its command are still to come, or text is gone
                 now, reason = None, f"{' and '.join(undone) or 'what decides its command'} will be made again"
+                if not undone and (new := [name for name in task.inputs if not self.is_done(name)]):
+                    reason = f"{' and '.join(new)} must be done before"
                 reason = "text that it reads is gone" if task.missing else reason
             ids[task.name] = now.id if now else None
             if before is None:
@@ -188,9 +192,9 @@ class Workflow:
                 "machine"
             )
 
-    def set_aside(self, outlooks: Iterable[Outlook]) -> None:
+    def set_aside(self) -> None:
         """Set the trainings aside that are done again, before jobs of a cluster start them."""
-        for outlook in outlooks:
+        for outlook in self.outlook_of_jobs() if self._redo else ():
             if outlook.state == "again" and outlook.task.name in self._redo:
                 self._set_aside(outlook.task)
 
@@ -231,6 +235,9 @@ class Workflow:
                 raise UserError(refusal)
             if change:
                 self._set_aside(task)
+                # Those after it, too: if this run is stopped, the next one need not be told again.
+                for name in self._redo & self.tasks.keys() if task.name in self._redo else ():
+                    self._set_aside(self.tasks[name])
             path = self.mark_path(task.name)
             now.write_file(path)  # if this command fails, another one's output is no longer there
             step = saved_step(task.continues) if task.continues else None
@@ -316,9 +323,9 @@ class Workflow:
         is_incomplete = code == 0 and checks_output and not task.is_complete()
         if is_incomplete and not task.continues:
             raise MachineError(f"task {task.name} ended without its output; what it printed is in {log}")
-        if code == STOPPED or is_incomplete:
+        if code == STOPPED or is_incomplete or (self._stops and code in _TERMINATED):
             # A training that was asked to stop may have exited with 0, because a scheduler's script asks for that.
-            is_asked = code == STOPPED or stopped_code() == 0
+            is_asked = code in (STOPPED, *_TERMINATED) or stopped_code() == 0
             message = f"task {task.name} was stopped before its end (its output is in {log}); run it again to resume"
             raise StoppedError(message) if is_asked else MachineError(message)
         if code != 0:
@@ -358,7 +365,7 @@ class Workflow:
         return task.shared / "logs" if task and task.shared else self.logs
 
     def _print(self, text: str) -> None:
-        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        minutes, seconds = divmod(int(time.monotonic() - self.started), 60)
         print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
 

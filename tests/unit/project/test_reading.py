@@ -134,7 +134,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(expanded={"el": {"text": "el.jsonl", "held_out": "el.jsonl"}}), "el.jsonl is text and held_out of"),
         (languages(kept={"fi": "el.jsonl"}), "el.jsonl is the text of expanded.el and of kept.fi; correct one"),
         *(
-            (languages(original={name: "en.jsonl"}), "original has the name")
+            (languages(original={name: "en.jsonl"}), "original has ")
             for name in ("a/b", "a,b", "a=b", "-x", "", ".", "..", "../../evil", "a*", "replay", "kept")
         ),
         (languages(original={"a\nb": "en.jsonl"}), "control character"),
@@ -161,6 +161,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         (CORPORA | {"mix": {"replay": 0.1}}, r"line \d+: mix.replay has no effect with corpora"),
         (CORPORA | {"corpora": {"stage1": "a"}}, r"line \d+: corpora.stage2 is missing"),
         ({"method": "full"}, r"line \d+: experts does not apply to method: full; remove it"),
+        (
+            {"method": "auto", "experts": None} | {"steps": {"export": {"as": "granitemoe"}}},
+            r"line \d+: steps.export.as does not apply to method: auto; .* is combine",
+        ),
         ({"lora": {"rank": 4}}, r"line \d+: lora does not apply to method: moe-lpr"),
         (DENSE | {"replay": {"epochs": 2}}, r"line \d+: replay does not apply to method: full"),
         (DENSE | {"languages": KEPT}, r"line \d+: languages.kept does not apply to method: full"),

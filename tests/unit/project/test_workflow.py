@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,6 +179,23 @@ def test_the_outlook_is_what_a_run_does(tmp_path: Path, chain: Chain) -> None:
     assert (tmp_path / "export").read_text() == "xx" and states("2") == [("done", ""), ("done", "")]
 
 
+def test_a_training_that_is_done_again_takes_those_after_it_along(tmp_path: Path) -> None:
+    """If it is stopped, the next run continues it, and is not asked for --redo again."""
+
+    def go(rate: str, code: int = 0, redo: Iterable[str] = ()) -> None:
+        first, second = tmp_path / "first", tmp_path / "second"
+        train = Task(name="first", command=[*count(first, code), rate], is_complete=first.is_file, continues=first)
+        review = Task(name="second", command=count(second), made_from=("first",), continues=second)
+        Workflow(tmp_path, [train, review], redo=redo).run()
+
+    go("1")
+    with pytest.raises(StoppedError):
+        go("2", STOPPED, redo=["first", "second"])
+    assert (tmp_path / "second.before-1").is_file() and not (tmp_path / "second").exists()
+    with pytest.raises(StoppedError):
+        go("2", STOPPED)
+
+
 def test_a_shared_task_is_made_once_by_workflows_that_run_at_the_same_time(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     words = ["-c", f"import time; time.sleep(1); open({str(runs)!r}, 'a').write('x')"]
@@ -232,10 +249,12 @@ def test_a_node_of_a_cluster_does_one_task(tmp_path: Path, capfd: pytest.Capture
     assert (tmp_path / "b").read_text() == "xx" and "hello" in capfd.readouterr().out
 
 
-def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path) -> None:
-    program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(3)); print('up', flush=True); time.sleep(60)"
-    )
+@pytest.mark.parametrize(
+    "handler, kind, message",
+    [("lambda *_: sys.exit(3)", MachineError, "exited with"), ("0", StoppedError, "was stopped")],
+)
+def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path, handler, kind, message) -> None:
+    program = f"import signal, sys, time; signal.signal(15, {handler}); print('up', flush=True); time.sleep(60)"
     tasks = [Task(name="a", command=["-c", program]), Task(name="b", command=count(tmp_path / "b"))]
 
     def stop() -> None:
@@ -244,7 +263,7 @@ def test_sigterm_reaches_the_command_and_starts_no_other(tmp_path: Path) -> None
         os.kill(os.getpid(), 15)
 
     threading.Thread(target=stop).start()
-    with pytest.raises(MachineError, match="task a exited with code 3"):
+    with pytest.raises(kind, match=f"task a {message}"):
         Workflow(tmp_path, tasks).run()
     assert not (tmp_path / "b").exists()
 

@@ -100,6 +100,21 @@ def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
     assert record.findings.texts["first"].all_original > 0.6 and record.findings.texts["el"].shares[1] > 0.8
 
 
+@pytest.mark.parametrize("name", ["qwen2_moe", "granitemoe"])
+def test_another_stock_class_computes_the_same_and_takes_more_experts(base: Path, greek: Path, tmp_path, name) -> None:
+    hungarian = trained(base, tmp_path / "hungarian", EXPANDED["hu"])
+    combined(base, {greek: ["el"]}, tmp_path / "usual")
+    combined(base, {greek: ["el"]}, tmp_path / "other", as_class=name)
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["model_type"] == name
+    assert_logits(stock_logits(tmp_path / "other"), tmp_path / "usual")
+    more = settings(tmp_path / "more", as_class=name, onto=tmp_path / "other", unchecked=True)
+    record = combine(base, {hungarian: ["hu"]}, KEPT | GREEK, {"hu": EXPANDED["hu"]}, more)
+    assert [*record.onto] == ["greek"] and load_stock(more.save).config.model_type == name
+    with pytest.raises(UserError, match="cannot be written as MixtralForCausalLM"):
+        combined(base, {greek: ["el"]}, tmp_path / "refused", as_class="mixtral")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_the_base_combined_with_itself_is_the_base_or_refused_if_it_learned_nothing(base: Path, tmp_path) -> None:
     """Also if training in bf16 rounded what it did not train, and wrote it in fp32 again."""
     itself = Path(shutil.copytree(base, tmp_path / "itself"))

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from checkpoint_convert import pack as packer
 from checkpoint_convert.card.upload import Upload
-from checkpoint_convert.common.settings import TextSettings
+from checkpoint_convert.common.settings import MoeClassFlags, TextSettings
 from checkpoint_convert.conversions.packs import Pack, PackedModel, _stored, build_model, make_pack, read_sums
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.calibration import Inputs
@@ -39,7 +39,7 @@ def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
 
 
 def built(folder: Path, names: list[str], save: Path, kept: str = "kept") -> Path:
-    build_model(folder / "base", folder / kept, [folder / name for name in names], settings(save))
+    build_model(folder / "base", folder / kept, [folder / name for name in names], MoeClassFlags(save=save))
     return save
 
 
@@ -50,7 +50,7 @@ def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Pa
     assert files_of(built(folder, ["el"], tmp_path / "again")) == files_of(one)
     assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]}
     copy = Path(shutil.copytree(folder / "el", tmp_path / "another" / "hu"))
-    build_model(folder / "base", folder / "kept", [copy, folder / "hu"], settings(tmp_path / "of-copy"))
+    build_model(folder / "base", folder / "kept", [copy, folder / "hu"], MoeClassFlags(save=tmp_path / "of-copy"))
     assert PackedModel.read(tmp_path / "of-copy").packs == {"hu (el)": ["el"], "hu (hu)": ["hu"]}
     actual, expected = tensors_of(tmp_path / "of-copy"), tensors_of(both)
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
@@ -62,6 +62,10 @@ def test_a_pack_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture) -> 
     shown, card = capsys.readouterr().out, (folder / "el" / "README.md").read_text()
     assert re.search(r"base: owner/base \(SHA.*\nlanguages: el\nheld out: el \d+ tokens\nloss on it: .* → ", shown)
     assert "license: mit\ntrained: 60 steps\nlayers with sums: " in shown and "base_model: owner/base\n" in card
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (folder / "el").iterdir())
+    with open(folder / "el" / "README.md", "a") as file:  # on the Hub's page, or by moelpr model card
+        file.write("More.")
+    packer.show(packer.ShowSettings(pack=folder / "el"))
     assert "base: base (SHA" in shown and "languages: none: sums of text to keep" in shown
 
 
@@ -140,7 +144,7 @@ def test_a_pack_of_an_adapter_has_its_factors_and_builds_the_merged_model(folder
     names = {path.name for path in ours.save.iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     assert "auto_map" not in (ours.save / "adapter_config.json").read_text()
-    build_model(base, folder / "kept", [ours.save], settings(tmp_path / "model"))
+    build_model(base, folder / "kept", [ours.save], MoeClassFlags(save=tmp_path / "model"))
     tensors = tensors_of(tmp_path / "model")
     for name in [name for name in merged if ".mlp." in name]:
         torch.testing.assert_close(tensors[name.replace("mlp.", "mlp.experts.1.")], merged[name])

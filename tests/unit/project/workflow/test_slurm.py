@@ -118,7 +118,7 @@ def test_states_tell_jobs_that_wait_from_those_that_have_ended(stubs, tmp_path) 
     assert actual == {
         "convert": "job 3 pending (priority)",
         "stage1": f"job 4 ended, see {log}",
-        "export": "job 5 ended without a log",
+        "export": "job 5 ended without a log, so it was canceled",
     }
     (stubs / "squeue").write_text("#!/bin/sh\necho down >&2; exit 1\n")
     assert chain.states([])["export"] == "job 5: squeue fails (down); try again when Slurm answers"
@@ -159,6 +159,33 @@ def test_a_queued_job_that_does_not_wait_for_a_new_task_is_refused(stubs, tmp_pa
     with pytest.raises(UserError, match=r"jobs of stage1, export are .* wait for has changed since; .*scancel 4 5\)"):
         chain.submit()
     assert len((stubs / "calls").read_text().splitlines()) == 5
+
+
+def test_queued_jobs_keep_the_options_that_they_were_submitted_with(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    submit(run, options={"time": "24:00:00"}, shards=2)
+    (stubs / "queue").write_text("5 greek-convert PENDING (Priority)\n")
+    submit(run, options={"time": "24:00:00"}, shards=2)
+    with pytest.raises(UserError, match=r"jobs of convert are .* but their options, .*scancel 5\)"):
+        submit(run, options={"time": "12:00:00"}, shards=2)
+
+
+def test_an_array_of_shards_is_shown_until_the_job_that_joins_them_runs(stubs, tmp_path) -> None:
+    run = tmp_path / "greek"
+    submit(run, shards=2)
+    chain = Chain(Workflow(run, tasks(run)), SlurmSettings(), Path("languages.yaml"))
+
+    def state(*lines: str) -> str:
+        (stubs / "queue").write_text("".join(f"{line}\n" for line in lines))
+        return chain.states([])["preprocess-el"]
+
+    joins = "2 greek-preprocess-el PENDING (Dependency)"
+    assert state("1 greek-preprocess-el-shards RUNNING (None)", joins) == "job 1 (shards) running"
+    assert state(joins) == "job 2 pending (dependency)"
+    (log := run / "slurm" / "greek-preprocess-el-shards-17.log").touch()  # as the one of a shard
+    assert state() == f"job 1 (shards) ended, see {log}"
+    (log := run / "slurm" / "greek-preprocess-el-2.log").touch()
+    assert state() == f"job 2 ended, see {log}"
 
 
 def test_jobs_of_all_who_have_submitted_some_are_asked_for(stubs, tmp_path, monkeypatch) -> None:

@@ -188,7 +188,7 @@ class ResolvedProject:
 
 
 def _shortcomings(routed: Findings) -> str:
-    """What a second FFN lacks: it is far from the base, keeps too little, or is no better than it; empty if nothing."""
+    """Say what a second FFN lacks: it is far from the base, keeps too little, or is no better; empty if nothing."""
     distance, kept = routed.result.distance, routed.kept
     goals = {
         f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,

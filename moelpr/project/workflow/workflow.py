@@ -29,7 +29,7 @@ from moelpr.project.workflow.mark import Mark, difference, mark_of, relative, sh
 from moelpr.project.workflow.task import NOTHING, Task
 
 _QUIET = {"PYTHONWARNINGS": "ignore"}
-_TERMINATED = -signal.SIGTERM, 128 + signal.SIGTERM  # of a command that does not handle it
+_TERMINATED = -signal.SIGTERM, 128 + signal.SIGTERM  # exit codes without a handler
 _COMMAND_CHANGED = "its command has changed"
 
 
@@ -235,7 +235,7 @@ class Workflow:
                 raise UserError(refusal)
             if change:
                 self._set_aside(task)
-                # Those after it, too: if this run is stopped, the next one need not be told again.
+                # All of them at once: if this run is stopped, the next one need not be told again.
                 for name in self._redo & self.tasks.keys() if task.name in self._redo else ():
                     self._set_aside(self.tasks[name])
             path = self.mark_path(task.name)

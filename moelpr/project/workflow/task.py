@@ -26,7 +26,7 @@ class Task:
     files: tuple[Path, ...] = ()
     # remote files that it reads, each with what identifies its content, likewise
     versions: Mapping[str, str] = field(default_factory=dict)
-    # why files that it reads cannot be read any more; done, it stays so, otherwise this is raised when its turn comes
+    # the error of reading files that are gone. A task that is done stays done; of another one, the error is raised
     missing: Exception | None = None
     # whether its output is there; without it, a removed output goes unnoticed. A UserError counts as no
     is_complete: Callable[[], bool] = lambda: True

@@ -135,7 +135,7 @@ class Workflow:
             except (UserError, MachineError):  # results that decide its command are still to come, or text is gone
                 now, reason = None, f"{' and '.join(undone) or 'what decides its command'} will be made again"
                 if not undone and (new := [name for name in task.inputs if not self.is_done(name)]):
-                    reason = f"{' and '.join(new)} must be done before"
+                    reason = f"{' and '.join(new)} must be done first"
                 reason = "text that it reads is gone" if task.missing else reason
             ids[task.name] = now.id if now else None
             if before is None:

@@ -185,8 +185,8 @@ def check_transformer_engine(run: RequestedRun) -> Iterable[str]:
 
 def note_untrained(run: RequestedRun) -> Iterable[str]:
     """Not errors: stage 2 of untrained experts, and stage 1 of a model whose new tokens keep the means they had."""
-    before = run.checkpoint and Lineage.read_if_there(Path(run.checkpoint) / HF_FOLDER)
-    has_trained_ffns = bool(before and before.settings.get("ffns_of"))  # new experts are FFNs that were trained alone
+    lineage = run.checkpoint and Lineage.read_if_there(Path(run.checkpoint) / HF_FOLDER)
+    has_trained_ffns = bool(lineage and lineage.settings.get("ffns_of"))  # new experts are FFNs that were trained alone
     if run.args.stage in ("stage2", "sft") and run.record is None and not has_trained_ffns:
         yield (
             f"warning: --pretrained-checkpoint {run.checkpoint} has not been through stage 1, so its new experts are "

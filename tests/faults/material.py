@@ -39,8 +39,8 @@ model: hf
 output: project
 budget: {epochs: 1}
 languages:
-  expanded: {el: {text: text/el.jsonl, held_out: text/el.jsonl}}
-  original: {en: {text: text/en.jsonl, held_out: text/en.jsonl}}
+  expanded: {el: {text: text/el.jsonl, held_out: text/held-out.el.jsonl}}
+  original: {en: {text: text/en.jsonl, held_out: text/held-out.en.jsonl}}
 """
 FINISHED = (
     PROJECT.replace("{epochs: 1}", "{tokens: 640}")
@@ -149,7 +149,8 @@ def write_text(folder: Path) -> None:
     (text / "text.jsonl.zst").write_bytes(compress(lines, "zstd", asbytes=True))
     parquet.write_table(Table.from_pylist(rows), text / "text.parquet", row_group_size=9, write_page_checksum=True)
     for language in WORDS:
-        (text / f"{language}.jsonl").write_bytes(as_lines(row for row in rows[:16] if row["lang"] == language))
+        for name, some in ((language, rows[:16]), (f"held-out.{language}", rows[16:])):
+            (text / f"{name}.jsonl").write_bytes(as_lines(row for row in some if row["lang"] == language))
     large = [{"text": sentence(rng, language), "lang": language} for _ in range(6000) for language in WORDS]
     (folder / "large.jsonl").write_bytes(as_lines(large))
     turns = [{"role": role, "content": row["text"]} for row in large[:4000] for role in ("user", "assistant")]

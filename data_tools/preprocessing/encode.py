@@ -14,7 +14,7 @@ from data_tools.preprocessing.parsing import DocumentParser, LongDocument, Rando
 from data_tools.preprocessing.tagging import LanguageGroups
 from moelpr.base.errors import UserError
 from moelpr.data.manifest import LanguageCount
-from moelpr.data.text.documents import BadLine
+from moelpr.data.text.documents import FIX_OR_SKIP, BadLine
 from moelpr.data.text.language_id import UNDETECTED, Detector
 from moelpr.data.tokenizers.base import Encoded, Tokenizer
 from moelpr.data.tokenizers.gigatoken import Gigatoken
@@ -129,7 +129,7 @@ class Encoder:
                 problem = f"{batch.where(index)}: {error}"
                 is_long = isinstance(error, LongDocument)
                 if not self.skips_bad_lines and not is_long:
-                    raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
+                    raise UserError(f"{problem}; {FIX_OR_SKIP}") from None
                 tally.problems.append(problem)
                 tally.num_long += is_long
                 continue

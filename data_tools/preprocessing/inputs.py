@@ -12,7 +12,7 @@ from data_tools.preprocessing.batches import ReadCursor, Reader, Share, shares_o
 from data_tools.preprocessing.parsing import DocumentParser, LongDocument
 from data_tools.preprocessing.registry import Dataset
 from moelpr.base.errors import UserError
-from moelpr.data.text.documents import BadLine, is_blank
+from moelpr.data.text.documents import FIX_OR_SKIP, BadLine, is_blank
 from moelpr.data.text.sources import Form, Source, download
 from moelpr.data.text.streams import BLOCK_BYTES, name_damaged, open_stream
 from moelpr.data.text.tables import open_table
@@ -106,7 +106,7 @@ class Inputs:
                 except BadLine as error:
                     assert batch is not None
                     problem = f"{batch.where(index)}: {error}"
-                    raise UserError(f"{problem}; fix the line or pass --on-error skip") from None
+                    raise UserError(f"{problem}; {FIX_OR_SKIP}") from None
 
     def sample_texts(self) -> list[str]:
         """Return some texts from all over the input, to compare tokenizer libraries on; malformed lines are ignored."""

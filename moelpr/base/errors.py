@@ -36,10 +36,16 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
+# Names of settings elsewhere, which are not near by their letters.
+_OTHER_NAMES = dict.fromkeys(("file", "files", "path", "data", "train"), "text")
+_OTHER_NAMES |= {"learning-rate": "lr", "batch-size": "global-batch-size", "validation": "held_out", "test": "held_out"}
+
+
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     """Ask for the nearest of the known names; if none is near, give the other hint."""
     known = [*known]
-    nearest = get_close_matches(name, known, n=1) or [one for one in known if len(name) > 2 and name in one]
+    nearest = [one for one in known if one == _OTHER_NAMES.get(name)] or get_close_matches(name, known, n=1)
+    nearest = nearest or [one for one in known if len(name) > 2 and name in one]
     return f"did you mean {nearest[0]}?" if nearest else otherwise
 
 

@@ -16,6 +16,7 @@ from moelpr.project.resolved import ResolvedProject
 
 # Estimates of tokens may be so much too low; those by the size of files, which may be compressed, by more.
 _MARGIN, _MARGIN_OF_SIZES = 1.2, 6
+_TRIAL_STEPS = 20  # steps that a trial with little text should have
 # A user who sets one of these for a stage decides how long it trains.
 LENGTH_FLAGS = frozenset(("train-tokens", "train-epochs", "train-iters"))
 
@@ -38,10 +39,12 @@ def check_budget(project: ResolvedProject) -> None:
             tokens = _most_tokens(project, part)
         total, step = total_tokens(project, tokens), step_tokens(project)
         if total < step:
+            stage, length = project.main_stage, int(project.stage_flags(project.main_stage)["seq-length"])
+            fitting = 1 << max(0, (total // (_TRIAL_STEPS * length)).bit_length() - 1)
+            flags = f"{{global-batch-size: {fitting}, micro-batch-size: 1}}"
             raise UserError(
                 f"{project.file.at('budget')}budget: {total:,} tokens, the most that are expected, are less than one "
-                f"step of {part}, {step:,} tokens; raise it, add text, or lower "
-                f"steps.{project.main_stage}.global-batch-size"
+                f"step of {part}, {step:,} tokens; raise it, add text, or for a trial set steps.{stage}: {flags}"
             )
 
 

@@ -7,6 +7,10 @@ from typing import Any
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+# The remedy for such a line, as a flag and as a key of a project.
+FIX_OR_SKIP = "fix the line, or pass --on-error skip (in languages.yaml, steps: {preprocess: {on-error: skip}})"
+
+
 class BadLine(Exception):
     """Why a line is unusable; the caller adds the file and the line number."""
 

@@ -117,6 +117,8 @@ def languages(**groups: Any) -> dict[str, Any]:
             "budget.patience needs a stage on Megatron",
         ),
         ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
+        ({"budget": {"tokens": "24B", "patience": "24B"}}, "patience must be less than budget.tokens"),
+        (languages(expanded={"el": {"file": "a"}}), r"file is unknown; did you mean text\?"),
         ({"budget": None}, "languages.yaml: budget is missing"),
         ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
         (languages(expanded={"el": "no.jsonl"}), "languages.expanded.el: there is no file no.jsonl"),

@@ -41,16 +41,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if is_unset else super()._get_help_string(action)
 
 
-def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentParser:
-    """A parser with one integer option per size; keys are those of SIZES, values are defaults."""
+def argument_parser(description: str | None, json_flag: str = "--json", /, **sizes: int) -> argparse.ArgumentParser:
+    """A parser with a flag for a JSON file, `json`, and an integer option per size: a key of SIZES, and its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=SIZES[name])
+    what = "also write the results to FILE, as JSON"
+    parser.add_argument(json_flag, dest="json", type=Path, metavar="FILE", help=what)
     return parser
-
-
-def add_json(parser: argparse.ArgumentParser, flag: str = "--json") -> None:
-    parser.add_argument(flag, type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
 
 
 def add_cpu_time(parser: argparse.ArgumentParser) -> None:
@@ -117,8 +115,7 @@ def model_spec(
     from moelpr.model.model_spec import ModelSpec, MoeSpec
 
     family, _ = family_of({"model_type": config.model_type})
-    layers = tuple(range(config.num_hidden_layers))
-    moe = MoeSpec(new_experts, topk, layers, original_copies=original_copies)
+    moe = MoeSpec(new_experts, topk, tuple(range(config.num_hidden_layers)), original_copies=original_copies)
     return ModelSpec(family.name, dtype, family.megatron_args(config), moe)
 
 

@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="tokens per rank")
     sizes: Any = {"type": int, "nargs": "+", "default": [2, 4], "metavar": "EP"}
     parser.add_argument("--expert-parallel", **sizes, help="expert-parallel sizes, in ranks")
-    common.add_json(parser)
     args = parser.parse_args()
     results = [run_ranks(args, ep) for ep in args.expert_parallel]
     common.print_table(results)
@@ -125,8 +124,7 @@ def compare(args: argparse.Namespace, ep: int) -> dict:
 
     def measure(contender: _Contender) -> float:
         """The time of one call, after as many on every rank to warm up."""
-        barrier = torch.distributed.barrier
-        names = {"contender": contender, "barrier": barrier}
+        names = {"contender": contender, "barrier": torch.distributed.barrier}
         return Timer("contender(); barrier()", "barrier()", globals=names, num_threads=threads).timeit(1).median
 
     threads = torch.get_num_threads()

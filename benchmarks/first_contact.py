@@ -214,8 +214,7 @@ def run_tests(name: str, files: list[str], folder: Path) -> Part:
     """`results`: a row for each test, also if one fails: its name, ranks, seconds, difference of losses, outcome."""
     report = folder / f"{name.replace('/', '-')}.xml"
     report.unlink(missing_ok=True)
-    words = ["pytest", *files, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-    part = run_part(name, words, folder, list)
+    part = run_part(name, ["pytest", *files, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"], folder, list)
     for test in ElementTree.parse(report).iter("testcase") if report.exists() else ():
         noted = {one.attrib["name"]: one.attrib["value"] for one in test.iter("property")}
         outcome = next((one.tag for one in test if one.tag in ("failure", "error", "skipped")), "passed")

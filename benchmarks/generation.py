@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from benchmarks.common import add_cpu_time, add_json, argument_parser, print_table, write_json
+from benchmarks.common import add_cpu_time, argument_parser, print_table, write_json
 from benchmarks.timing import Times, Turns, median_s, time_ratio
 
 SHAPE: dict[str, Any] = {
@@ -34,7 +34,6 @@ NEW_EXPERTS = {1: 1, 2: 3, 3: 3}  # by choices per token
 def main() -> None:
     parser = argument_parser(__doc__, layers=30, hidden=576, ffn=1536, prompt=512, written=16, rounds=7)
     add_cpu_time(parser)
-    add_json(parser)
     args = parser.parse_args()
     rows = [
         {"case": case, "model": name, "seconds": median_s(times)[name], "ratio": time_ratio(times, name, "base")}

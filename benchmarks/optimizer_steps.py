@@ -72,8 +72,7 @@ class MegatronStep:
         self.wrapped.train()
         dtypes = {"bf16": config.bf16, "params_dtype": config.params_dtype}
         adam = {"optimizer": "adam", "lr": 1e-5, "weight_decay": 0.1, "adam_beta2": 0.95, "clip_grad": 1.0}
-        optimizer_config = OptimizerConfig(**adam, **dtypes)
-        self.optimizer = get_megatron_optimizer(optimizer_config, [self.wrapped])
+        self.optimizer = get_megatron_optimizer(OptimizerConfig(**adam, **dtypes), [self.wrapped])
         config.finalize_model_grads_func = config.finalize_model_grads_func or finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self.schedule = get_forward_backward_func()

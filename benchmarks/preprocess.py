@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import ROOT, add_json, argument_parser, environment, working_folder, write_json
+from benchmarks.common import ROOT, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import Turns
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
@@ -44,18 +44,17 @@ _NEW_WORD_EVERY = 20
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, rounds=2)
+    parser = argument_parser(__doc__, "--output", rounds=2)
     parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus, in MB")
     parser.add_argument("--large", type=int, default=10, help="size of the larger corpus, in times --megabytes")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of worker processes")
     parser.add_argument("--work", type=Path, help="folder for corpora, which is kept (default: a temporary folder)")
     parser.add_argument("--cache", type=Path, help="folder with the demo's wheel (see examples/demo_corpus.py)")
-    add_json(parser, "--output")
     args = parser.parse_args()
     with working_folder(args.work) as work:
         result = measure(args, work)
     print(json.dumps(result, indent=2))
-    write_json(result, args.output)
+    write_json(result, args.json)
 
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import STAGES, add_cpu_time, add_json, argument_parser, install_megatron, print_table, write_json
+from benchmarks.common import STAGES, add_cpu_time, argument_parser, install_megatron, print_table, write_json
 from benchmarks.imposed_routing import impose, uniform_choices
 from benchmarks.timing import Turns, Work, median_s, time_ratio
 from moelpr.base.command import run_command
@@ -52,7 +52,6 @@ def main() -> None:
     sizes = dict(layers=4, hidden=512, ffn=1536, head=64, vocabulary=4096, sequences=4, length=256, rounds=5)
     parser = argument_parser(__doc__, **sizes, new_experts=4, original_copies=2, topk=2)
     add_cpu_time(parser)
-    add_json(parser)
     args = parser.parse_args()
     install_megatron()
     from benchmarks.optimizer_steps import spec_of

@@ -352,7 +352,6 @@ def measure_and_report(
     parser = common.argument_parser(description)
     parser.add_argument("--only", default="", metavar="REGEX", help=f"measure only {kind} whose name matches")
     parser.add_argument("--folder", type=Path, help="keep models, runs and logs here (default: a temporary folder)")
-    common.add_json(parser)
     args = parser.parse_args()
     with common.working_folder(args.folder) as folder:
         make_material(folder)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.common import ROOT, add_json, argument_parser, write_json
+from benchmarks.common import ROOT, argument_parser, write_json
 from moelpr.base.command import run_command
 from tests.slurm.cluster import Cluster, throwaway_cluster
 from tests.slurm.material import differences
@@ -33,11 +33,10 @@ _EXACT = ("data/*.bin", "data/*.idx", "data/*.lang", "data/*.jsonl", "hf/*.json"
 
 
 def main() -> None:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, "--output")
     parser.add_argument("--chains", type=int, default=3, help="number of disturbed chains")
     parser.add_argument("--interruptions", type=int, default=7, help="what happens to each")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
-    add_json(parser, "--output")
     args = parser.parse_args()
     os.chdir(ROOT)
     chooses = random.Random(args.seed)
@@ -56,8 +55,8 @@ def main() -> None:
         "equal_byte_for_byte": sum(not trial["differences"] for trial in trials),
         "each": trials,
     }
-    write_json(result, args.output)
-    if not args.output:
+    write_json(result, args.json)
+    if not args.json:
         print(json.dumps(result, indent=2))
     sys.exit(0 if result["equal_byte_for_byte"] == len(trials) else 1)
 

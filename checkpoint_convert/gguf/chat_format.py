@@ -38,8 +38,7 @@ class ChatFormat:
         before_user = _without(assistant_to_user, after_answer, "")
         before_assistant = _without(user_to_assistant, after, "")
         answer = _without(_around(render([_user(FIRST)], True), FIRST)[1], after, "")
-        head = _without(start, "", before_user)
-        own = head, None, (before_user, after), (before_assistant, after_answer), answer
+        own = _without(start, "", before_user), None, (before_user, after), (before_assistant, after_answer), answer
         complete = _with_system(cls(*own), render)
         for messages in _conversations(complete.system is not None):
             if complete.render(messages) != render(messages, True):
@@ -113,10 +112,7 @@ def _conversations(has_system: bool) -> list[Messages]:
     """Conversations that the user ends, to compare."""
     dialogue = [*_dialogue(), {"role": "assistant", "content": "Ναι.\nNo"}, _user("two\n\nlines")]
     starts = [dialogue[:length] for length in (1, 3, 5)]
-    return [
-        *starts,
-        *([{"role": "system", "content": "Be brief."}, *messages] for messages in starts if has_system),
-    ]
+    return [*starts, *([{"role": "system", "content": "Be brief."}, *messages] for messages in starts if has_system)]
 
 
 def _around(text: str, *probes: str) -> list[str]:

@@ -145,12 +145,7 @@ class Reader:
         chosen: Documents to read from each share, counted from 0, ascending; None: all.
     """
 
-    def __init__(
-        self,
-        shares: list[Share],
-        columns: list[list[str]],
-        chosen: list[NDArray[np.int64]] | None,
-    ) -> None:
+    def __init__(self, shares: list[Share], columns: list[list[str]], chosen: list[NDArray[np.int64]] | None) -> None:
         self._shares = shares
         self._columns = columns
         self._chosen = None if chosen is None else [set(documents.tolist()) for documents in chosen]

@@ -72,8 +72,7 @@ def main(args: Settings) -> None:
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
     workload = Workload(args.stage, *sizes, new_embeddings=args.train_new_embeddings, **options)
     cluster = _cluster(args)
-    spec = _model(args, workload, cluster)
-    plan = plan_stage(spec, workload, cluster, any_micro_batch=args.micro_batch_size is None)
+    plan = plan_stage(_model(args, workload, cluster), workload, cluster, any_micro_batch=args.micro_batch_size is None)
     print(json.dumps(_as_json(plan), indent=2) if args.json else _table(plan, args.rows))
 
 
@@ -160,17 +159,10 @@ def _table(plan: StagePlan, rows: int) -> str:
     step = candidates[0].step_time
     if cluster.gpu:
         shares = (f"{name.removesuffix('_s')} {seconds / step.total_s:.0%}" for name, seconds in asdict(step).items())
-        lines += [
-            "",
-            f"The first layout's step: {', '.join(shares)}.",
-            PREDICTION_NOTE,
-        ]
+        lines += ["", f"The first layout's step: {', '.join(shares)}.", PREDICTION_NOTE]
     checkpoint, trained_only, export = map(format_bytes, asdict(plan.disk).values())
     trained_only = "" if workload.trained == frozenset(Part) else f"{trained_only} with --save-trained-only, "
-    lines += [
-        "",
-        f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export.",
-    ]
+    lines += ["", f"Disk: {checkpoint} for each checkpoint, {trained_only}{export} for the export."]
     if host_bytes := max(rank.host_bytes for rank in candidates[0].stages):
         lines.append(f"Host: up to {format_bytes(host_bytes)} of memory for the optimizer of each GPU.")
     lines += ["", f"Recommended arguments for moelpr train {workload.stage}:", f"  {shlex.join(plan.flags)}"]

@@ -43,11 +43,7 @@ def logs_steps(settings: RunSettings, args: argparse.Namespace) -> Iterator["Ste
     warnings = EarlyWarnings(stage.name, stage.lpr_loss_coeff > 0, masked, settings.grace_s)
     run_log = RunLog(settings, warnings, lambda is_new: _tracking(settings, args, is_new))
     log = StepLog(run_log, tracker, args)
-    with (
-        closing(run_log),
-        hooks.after_training_log(log.step),
-        hooks.after_step_is_written(log.step_is_written),
-    ):
+    with closing(run_log), hooks.after_training_log(log.step), hooks.after_step_is_written(log.step_is_written):
         yield log
 
 
@@ -92,8 +88,7 @@ class MetricsTracker(MoEMetricsTracker):
 
     def reduce_routing(self, num_layers: int) -> RoutingSums:
         """Sum over ranks: each has its own layers (pipeline) and its own tokens (tensor, context, data)."""
-        size = RoutingSums.vector_size(self.num_places)
-        sums = torch.zeros(num_layers, size, device=torch.cuda.current_device())
+        sums = torch.zeros(num_layers, RoutingSums.vector_size(self.num_places), device=torch.cuda.current_device())
         self.decisions.add_up()
         for router in self.routers:
             if router.routing_sums is not None:

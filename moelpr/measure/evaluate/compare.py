@@ -16,13 +16,7 @@ import torch
 
 from moelpr.base.checksums import Verify
 from moelpr.measure.evaluate.divergence import document_distances
-from moelpr.measure.evaluate.models import (
-    LoadedModel,
-    choose_device,
-    open_model,
-    read_max_positions,
-    resolve_dtype,
-)
+from moelpr.measure.evaluate.models import LoadedModel, choose_device, open_model, read_max_positions, resolve_dtype
 from moelpr.measure.evaluate.result_cache import Json, ResultCache, fingerprint_model
 from moelpr.measure.evaluate.scoring import LanguageScore, Settings, score_each
 from moelpr.measure.report.evaluation_files import TEXT_ITSELF, Continuation

@@ -1,5 +1,6 @@
 """Read and write YAML. No other module imports yaml."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ _MOST_VALUES, _LARGEST = 1_000_000, 10**30
 
 # The C loader reads a run's settings ten times as fast, but some builds of PyYAML lack it.
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Rejects a key that a mapping has twice, of which YAML keeps the last."""
+    """Rejects a key that a mapping has twice, of which YAML keeps the last; 0123 and 24:00:00 are text, not numbers."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if re.match(r"0\d|.*:", node.value) else super().construct_yaml_int(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -21,6 +25,9 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value} is there twice", problem_mark=key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:

@@ -63,9 +63,10 @@ def test_a_syntax_error_and_a_key_that_is_there_twice_are_named_with_their_line(
         parse_mapping(text, "recipe r.yaml")
 
 
-def test_keys_of_other_mappings_and_merged_keys_may_be_equal() -> None:
+def test_keys_of_other_mappings_and_merged_keys_may_be_equal_and_times_are_text() -> None:
     content = parse_mapping("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: {b: 3}", "recipe r.yaml")
     assert content == {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 3}}
+    assert parse_mapping("a: [0123, 24:00:00, 0, 1_000]", "recipe r.yaml") == {"a": ["0123", "24:00:00", 0, 1000]}
 
 
 keys = st.text("abcdefgh-_", min_size=1, max_size=8)

@@ -42,7 +42,12 @@ def make_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
-        raise UserError(f"can't write to the folder {folder} ({error.strerror}); choose another") from error
+        hint = ""
+        if isinstance(error, PermissionError):
+            place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+            with suppress(KeyError):  # a user without a name
+                hint = f"ask {place.owner()}, who owns {place}, to let your group write there, or "
+        raise UserError(f"can't write to the folder {folder} ({error.strerror}); {hint}choose another") from error
 
 
 # Processes of other machines, whose numbers mean nothing here, may write into the same folder.
@@ -164,8 +169,8 @@ def locked(lock_file: Path, output: Path | str, timeout_s: float = 0.0) -> Itera
         raise _just_written(output) from None
     except PermissionError:
         raise UserError(
-            f"{lock_file} belongs to another user, whose interrupted job has left it; remove {lock_file.parent}, or "
-            "choose another name"
+            f"{lock_file} belongs to another user, whose interrupted job has left it; remove "
+            f"{lock_file if lock_file.parent == output else lock_file.parent}, or choose another name"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):

@@ -83,7 +83,7 @@ def pinned(uri: str) -> str:
     if "@" in rest.split("/")[0] or without_secrets(place) != place:
         raise UserError(f"{shown(uri)} contains a login or key; {_SCHEMES[scheme]}")
     if scheme != "hf":
-        return uri
+        return f"{scheme}://{rest}"
     from huggingface_hub import HfApi
 
     with explained(uri):
@@ -345,7 +345,7 @@ def _is_final(error: BaseException) -> bool:
     """Whether another attempt cannot help: the file is missing or forbidden, or the disk is full."""
     if isinstance(error, UserError | FileNotFoundError | PermissionError) or _is_disk_full(error):
         return True
-    return _status(error) in (401, 403, 404, 410)
+    return _status(error) in (401, 403, 404, 410) or type(error).__name__.endswith("CredentialsError")
 
 
 def _is_outage(error: BaseException) -> bool:

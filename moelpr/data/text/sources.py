@@ -92,6 +92,8 @@ def find_files(names: list[str]) -> list[str]:
         is_remote = remote.is_remote(name)
         if is_remote:
             name = remote.pinned(name)
+        elif re.match(r"\w+:/", name) and not os.path.isdir(name.partition("/")[0]):
+            raise UserError(f"there is no file {remote.shown(name)}; URIs begin with hf://, s3://, gs:// or https://")
         # In a URL, a question mark begins the query.
         is_pattern = glob.has_magic(remote.shown(name) if is_remote else name) and not os.path.lexists(name)
         if name == STANDARD_INPUT or os.path.isfile(name):

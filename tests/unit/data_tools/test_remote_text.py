@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow
 import pytest
-from botocore.exceptions import EndpointConnectionError  # type: ignore[import-untyped]
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError  # type: ignore[import-untyped]
 from huggingface_hub import constants
 from pyarrow import parquet
 
@@ -250,6 +250,7 @@ def test_a_server_that_is_down_is_no_wrong_input(error: Exception, kind: type[Ex
 
 
 def test_an_address_without_a_server_is_said_with_what_to_check() -> None:
+    assert remote._is_final(NoCredentialsError())
     with pytest.raises(MachineError, match="can't be read .*check the network"):
         remote.identify("http://127.0.0.1:9/a.jsonl")
 

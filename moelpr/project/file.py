@@ -19,6 +19,14 @@ from moelpr.data.text import remote
 from moelpr.data.text.sources import find_files
 from moelpr.project.project import PRESETS, Project, as_experts
 
+# Keys where users look for what is elsewhere: pattern → what to write.
+_ELSEWHERE = {
+    r"hardware\.nodes": "write gpus, the number on all nodes, and gpus_per_node",
+    r"slurm\.(partition|account|time|qos|mem|gres|(?!container)\w+(-\w+)+)": "write it under slurm.options",
+    r"kubernetes\.(cpu|memory|resources|.+/.+)": "write it under kubernetes.training",
+    r"kubernetes\.(volumeMounts|imagePullPolicy|\w+Probe|command)": "write it under kubernetes.container",
+    r"kubernetes\.(affinity|tolerations|volumes|[a-z]+[A-Z]\w*)": "write it under kubernetes.pod",
+}
 # Keys whose paths are those of other machines.
 _CLUSTERS = "slurm", "kubernetes", "skypilot"
 
@@ -76,8 +84,9 @@ def parse_project(text: str, path: Path) -> ProjectFile:
         place = tuple(part for part in first["loc"] if isinstance(part, str | int))
         hint = ""
         if records.is_unknown_key(first):
-            known, key = _keys_at(place[:-1]), str(first["loc"][-1])
-            hint = f"; {did_you_mean(key, known, f'its place has the keys {", ".join(known)}')}"
+            known, key, name = _keys_at(place[:-1]), str(first["loc"][-1]), ".".join(map(str, place))
+            hint = next((to for pattern, to in _ELSEWHERE.items() if re.fullmatch(pattern, name)), "")
+            hint = f"; {hint or did_you_mean(key, known, f'its place has the keys {", ".join(known)}')}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
     return ProjectFile(path, project, lines, checksum)
 

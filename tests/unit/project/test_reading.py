@@ -120,7 +120,10 @@ def languages(**groups: Any) -> dict[str, Any]:
         ({"budget": {"tokens": "24B", "patience": "24B"}}, "patience must be less than budget.tokens"),
         (languages(expanded={"el": {"file": "a"}}), r"file is unknown; did you mean text\?"),
         ({"budget": None}, "languages.yaml: budget is missing"),
-        ({"slurm": {"partitions": "x"}}, r"line \d+: slurm.partitions is unknown"),
+        ({"kubernetes": {"tolerations": []}}, r"line \d+: kubernetes.tolerations .*; write it under kubernetes.pod"),
+        # As a missing login, which is said once.
+        (languages(expanded={"el": "credentials"}, original={"en": "no"}), r"\A.* no file credentials.*\Z"),
+        (languages(expanded={"el": "s3a://b/el"}), "there is no file s3a://b/el; URIs begin with hf://, s3://"),
         (languages(expanded={"el": "no.jsonl"}), "languages.expanded.el: there is no file no.jsonl"),
         (languages(expanded={"el": {}}), "languages.expanded.el: it has no text; add text: FILE"),
         (languages(expanded={"en": "el.jsonl"}), "language en is given twice"),

@@ -1,5 +1,7 @@
 """Run a project: say what will be done again, then do it here or submit it; or do one step on a node of a cluster."""
 
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from moelpr.data.text.remote import is_remote
 from moelpr.model.families.hf_config import check_model
 from moelpr.model.families.hub import download, is_on_hub
 from moelpr.project.budget import check_budget
+from moelpr.project.file import ProjectFile
 from moelpr.project.resolved import PLAN_FILE, ResolvedProject
 from moelpr.project.steps.steps import workflow_of
 from moelpr.project.steps.text import MODEL_FILES
@@ -57,7 +60,6 @@ SUBMIT: dict[str, Callable[..., None]] = {
     "kubernetes": kubernetes.launch,
     "skypilot": skypilot.launch,
 }
-_CHECKS: dict[str, Callable[..., None]] = {"kubernetes": kubernetes.check, "skypilot": skypilot.check}
 _PROGRAMS = {"slurm": "sbatch", "kubernetes": "kubectl", "skypilot": "sky"}
 
 
@@ -72,20 +74,20 @@ def submit(project: ResolvedProject, where: str, redo: str | None = None, *, ren
         UserError: The cluster's program or settings are missing, or what `checked` raises.
     """
     file = project.file
-    if where in _CHECKS:
-        _CHECKS[where](getattr(file.project, where))
     if not render_only and not shutil.which(_PROGRAMS[where]):
         raise UserError(f"{_PROGRAMS[where]} is not installed; run this where it is, or pass --render-only")
-    project = _for_jobs(project, redo)
+    project = _for_jobs(project, where, redo)
     workflow, outlooks = checked(project, redo)
-    if where == "slurm" and not render_only and not file.project.slurm.container():
+    to_slurm = where == "slurm" and not render_only
+    if to_slurm and not file.project.slurm.container():
         _require_packages(project)  # jobs use this Python
-    with _locked_folder(project, workflow):
-        if not render_only:
-            if where == "slurm":
-                slurm.Chain(workflow, file.project.slurm, file.path).check_queue(outlooks)
-                _fetch(project, workflow)
+    with _with_line(file), _locked_folder(project, workflow):
+        if to_slurm:
+            slurm.Chain(workflow, file.project.slurm, file.path).check_queue(outlooks)
+            _fetch(project, workflow)
         SUBMIT[where](workflow, getattr(file.project, where), file.path, render_only=render_only)
+    if to_slurm:
+        print(f"moelpr status {shlex.quote(str(file.path))} shows them; their logs are in {workflow.folder}/slurm.")
 
 
 def _require_packages(project: ResolvedProject) -> None:
@@ -105,9 +107,7 @@ def _fetch(project: ResolvedProject, workflow: Workflow) -> None:
     names = (name for one in languages for name in [*one.text, *one.conversations, one.held_out or ""])
     if uri := next(filter(is_remote, names), None):
         print(
-            f"note: jobs read {uri} themselves; if nodes have no network, download it, and name the copy under "
-            "languages (docs/slurm.md)",
-            file=sys.stderr,
+            f"note: jobs read {uri} themselves; if nodes have no network, name a copy (docs/slurm.md)", file=sys.stderr
         )
 
 
@@ -117,9 +117,10 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
     Args:
         where: "local", or a key of `SUBMIT`.
     """
-    workflow, outlooks = checked(project if where == "local" else _for_jobs(project, redo), redo)
+    workflow, outlooks = checked(project if where == "local" else _for_jobs(project, where, redo), redo)
     chain = slurm.Chain(workflow, project.content.slurm, project.file.path)
-    queued = chain.check_queue(outlooks) if where == "slurm" else {}
+    with _with_line(project.file):
+        queued = chain.check_queue(outlooks) if where == "slurm" else {}
     is_first = True
     for outlook in outlooks:
         try:
@@ -133,18 +134,33 @@ def show(project: ResolvedProject, where: str, redo: str | None = None) -> None:
         print(f"{number} steps would be submitted to {where}" + (f"; {len(queued)} are queued." if queued else "."))
 
 
-def _for_jobs(project: ResolvedProject, redo: str | None) -> ResolvedProject:
+@contextmanager
+def _with_line(file: ProjectFile) -> Iterator[None]:
+    """Name the line of the key with which the message of a UserError begins."""
+    try:
+        yield
+    except UserError as error:
+        key = re.split("[.: ]+", str(error))
+        raise UserError(f"{file.at(*key) if hasattr(file.project, key[0]) else ''}{error}") from None
+
+
+def _for_jobs(project: ResolvedProject, where: str, redo: str | None) -> ResolvedProject:
     """The project on a cluster, which its file must name; routers that are to be made again decide nothing yet."""
-    file = project.file
-    if file.project.hardware.gpu == "auto":
-        raise UserError(
-            f"{file.at('hardware')}hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: "
-            "{gpu: h100-80, gpus: 16}, or gpu: none for CPUs"
-        )
-    if file.project.hardware.gpu != "none" and not file.project.hardware.gpus:
-        raise UserError(
-            f"{file.at('hardware')}hardware.gpus is missing, the number of GPUs of a training; add it, such as gpus: 8"
-        )
+    file, content = project.file, project.content
+    with _with_line(file):
+        if where == "kubernetes":
+            texts = [path for _, one in content.languages for path in (*one.text, *one.conversations, one.held_out)]
+            paths = {key: [getattr(content, key)] for key in ("output", "text_output", "model", "chat")}
+            kubernetes.check(content.kubernetes, paths | {"languages": [*texts, *content.languages.kept.values()]})
+        elif where == "skypilot":
+            skypilot.check(content.skypilot)
+        if content.hardware.gpu == "auto":
+            raise UserError(
+                "hardware.gpu is auto, which is this machine; name the cluster's, such as hardware: {gpu: h100-80, "
+                "gpus: 16}, or gpu: none for CPUs"
+            )
+        if content.hardware.gpu != "none" and not content.hardware.gpus:
+            raise UserError("hardware.gpus is missing, the number of GPUs of a training; add it, such as gpus: 8")
     _ = project.layouts.result  # as in `checked`
     outlooks = workflow_of(project, redo).outlook()
     is_judged = all(outlook.state == "done" for outlook in outlooks if outlook.task.name == "combine")
@@ -196,8 +212,7 @@ def checked(project: ResolvedProject, redo: str | None) -> tuple[Workflow, list[
             raise UserError(outlook.refusal)
         if outlook.refusal:
             raise UserError(
-                f"{outlook.refusal.rpartition(';')[0]}; undo that, pass --redo {task.name} to train "
-                "again (what it has trained is kept), or remove "
-                f"{project.folder / 'logs' / task.name}.json to continue it with the new settings"
+                f"{outlook.refusal.rpartition(';')[0]}; undo that, pass --redo {task.name} to train again (what it has "
+                f"trained is kept), or remove {project.folder}/logs/{task.name}.json to continue with the new settings"
             )
     return workflow, outlooks

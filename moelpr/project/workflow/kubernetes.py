@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +29,12 @@ from moelpr.project.workflow.workflow import Workflow
 
 
 def _as_text(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool | int | float) else value
+    if isinstance(value, bool | float | None):  # YAML reads yes as true, and 1.10 as 1.1
+        raise UserError(f"expected text, got {value}; put it in quotes")
+    return str(value) if isinstance(value, int) else value
 
 
-Quantity = int | str
-Words = dict[str, Annotated[str, BeforeValidator(_as_text, json_schema_input_type=bool | int | float | str)]]
+Words = dict[str, Annotated[str, BeforeValidator(_as_text, json_schema_input_type=int | str)]]
 Manifest = dict[str, Any]
 # A host, a name, a tag and a digest, of which only the name is required.
 _IMAGE = r"(\w[\w.-]*(:\d+)?/)?[a-z0-9]+([._/-]+[a-z0-9]+)*(:[\w.-]+)?(@sha256:[0-9a-f]{64})?"
@@ -59,7 +60,7 @@ class KubernetesSettings:
     """Namespace (default: kubectl's)."""
     gpu: str = "nvidia.com/gpu"
     """Resource that is a GPU."""
-    training: dict[str, Quantity] = field(default_factory=dict)
+    training: Words = field(default_factory=dict)
     """Further resources of each node of a training, such as memory: 1Ti, cpu: 96 and what its network needs."""
     grace_s: Annotated[int, Field(ge=1)] = 1800
     """Seconds in which a stopped training must finish its step and save."""
@@ -79,20 +80,17 @@ class KubernetesSettings:
     """Annotations of pods, such as k8s.v1.cni.cncf.io/networks: rdma."""
 
 
-def check(settings: KubernetesSettings) -> None:
-    """Raise a UserError if a setting is missing."""
-    for name in ("image", "claim"):
-        if not getattr(settings, name):
-            raise UserError(f"--on kubernetes requires the setting {name}; add it under kubernetes")
+def check(settings: KubernetesSettings, paths: Mapping[str, Iterable[str | None]] | None = None) -> None:
+    """Raise a UserError if a setting is missing or wrong, or pods lack one of the paths, by the file's key."""
+    if missing := [name for name in ("image", "claim") if not getattr(settings, name)]:
+        raise UserError(f"kubernetes.{missing[0]} is missing, which --on kubernetes requires; add it")
     if not re.fullmatch(_IMAGE, str(settings.image)):
         raise UserError(f"kubernetes.image: {settings.image} is no image; write REGISTRY/NAME:TAG, NAME in lower case")
     for key in ("claim", "namespace", "secrets"):
         value = getattr(settings, key) or []
         for name in [value] if isinstance(value, str) else value:
             if not re.fullmatch("[a-z0-9]([-.a-z0-9]*[a-z0-9])?", name):
-                raise UserError(
-                    f"kubernetes.{key}: {name} is no name of Kubernetes; use lower-case letters, digits, - and ."
-                )
+                raise UserError(f"kubernetes.{key}: {name} is no name; use lower-case letters, digits, - and .")
     if not settings.folder.startswith("/"):
         raise UserError(f"kubernetes.folder is where the claim is mounted, got {settings.folder}; start it with /")
     if "/" not in settings.gpu:
@@ -102,11 +100,17 @@ def check(settings: KubernetesSettings) -> None:
     for key, quantity in settings.training.items():
         if not re.fullmatch(r"cpu|memory|ephemeral-storage|hugepages-\w+|.+/.+", key):
             raise UserError(f"kubernetes.training.{key} is no resource; write cpu, memory, or DOMAIN/NAME of a device")
-        if not re.fullmatch(r"\d+(\.\d+)?(m|k|[MGTPE]|[KMGTPE]i)?", str(quantity)):
-            raise UserError(f"kubernetes.training.{key} must be an amount such as 96 or 1Ti, got {quantity}; change it")
+        units, such_as = ("m", "96") if key == "cpu" else ("m|k|[MGTPE]|[KMGTPE]i", "96 or 1Ti")
+        if not re.fullmatch(rf"\d+(\.\d+)?({units})?", quantity):
+            raise UserError(f"kubernetes.training.{key} must be an amount such as {such_as}, got {quantity}; change it")
     for place, fields in (("pod", _OUR_FIELDS), ("container", {"name", "args", "resources"})):
         if taken := fields & getattr(settings, place).keys():
             raise UserError(f"kubernetes.{place}.{min(taken)} is set by moelpr run; remove it")
+    mounted = [settings.folder, *(str(one.get("mountPath")) for one in settings.container.get("volumeMounts", ()))]
+    for key, path in ((key, path) for key, some in (paths or {}).items() for path in some if path):
+        in_pod = Path(os.path.normpath(Path(settings.folder, path)))  # in the folder, if it is on the Hub or a URI
+        if not any(in_pod.is_relative_to(folder) for folder in mounted):
+            raise UserError(f"{key}: pods have no {path}; put it below kubernetes.folder, {settings.folder}")
 
 
 def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, render_only: bool = False) -> None:
@@ -122,11 +126,6 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
         return
     if not render_only and str(settings.image).startswith("REGISTRY/"):
         raise UserError(f"kubernetes.image is the example's, {settings.image}; name your registry")
-    if not Path(os.path.normpath(Path(settings.folder, workflow.folder))).is_relative_to(settings.folder):
-        raise UserError(
-            f"pods have no {workflow.folder}; put output below kubernetes.folder {settings.folder}, or name the folder "
-            "where the claim is mounted"
-        )
     given = settings.training.get("memory")
     needy = max((task for task in tasks if task.continues), key=lambda task: task.memory_gib, default=None)
     if given and needy and _bytes(given) < needy.memory_gib * 2**30:
@@ -135,10 +134,7 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
             "node; raise it, or remove it"
         )
     if not render_only and Path.cwd() != Path(settings.folder):
-        print(
-            f"note: this is not {settings.folder}, where the claim is mounted; there, relative paths of jobs start",
-            file=sys.stderr,
-        )
+        print(f"note: relative paths of jobs start in {settings.folder}, the claim, not here", file=sys.stderr)
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))
@@ -278,11 +274,11 @@ class Chain:
         return [*({"name": name, "value": value} for name, value in (values | self._settings.env).items()), *rank]
 
     def _resources(self, task: Task) -> Manifest:
-        gpus: Mapping[str, Quantity] = {self._settings.gpu: task.gpus_per_node} if task.gpus_per_node else {}
+        gpus = {self._settings.gpu: str(task.gpus_per_node)} if task.gpus_per_node else {}
         if task.continues:
-            return {"limits": _texts({**gpus, **self._settings.training})}
-        needs: Mapping[str, Quantity] = {"cpu": task.cpus, "memory": f"{max(1, math.ceil(task.memory_gib))}Gi"}
-        return {"requests": _texts(needs), "limits": _texts(gpus)}
+            return {"limits": {**gpus, **self._settings.training}}
+        needs = {"cpu": str(task.cpus), "memory": f"{max(1, math.ceil(task.memory_gib))}Gi"}
+        return {"requests": needs, "limits": gpus}
 
 
 def _joined(own: Manifest, more: Mapping[str, Any]) -> Manifest:
@@ -290,15 +286,11 @@ def _joined(own: Manifest, more: Mapping[str, Any]) -> Manifest:
     return own | {key: [*own[key], *value] if isinstance(own.get(key), list) else value for key, value in more.items()}
 
 
-def _bytes(quantity: Quantity) -> float:
-    number = str(quantity).rstrip("mkKMGTPEi")
-    unit = str(quantity)[len(number) :].strip("m")
+def _bytes(quantity: str) -> float:
+    number = quantity.rstrip("mkKMGTPEi")
+    unit = quantity[len(number) :].strip("m")
     power = "kMGTPE".index(unit[0].replace("K", "k")) + 1 if unit else 0
     return float(number) * (1024 if unit.endswith("i") else 1000) ** power
-
-
-def _texts(values: Mapping[str, Quantity]) -> dict[str, str]:
-    return {name: str(value) for name, value in values.items()}
 
 
 def label(name: str) -> str:
@@ -317,10 +309,7 @@ def _apply(name: str, path: Path, namespace: str | None, workflow: Workflow) -> 
             raise UserError(f"jobset {name} is that of the project in {other}; give your output folder another name")
         conditions = {one["type"] for one in status.get("conditions", ()) if one["status"] == "True"}
         if not conditions & {"Completed", "Failed"}:
-            raise UserError(
-                f"jobset {name} is not finished; wait for it (kubectl get pods), or delete it (kubectl delete jobset "
-                f"{name})"
-            )
+            raise UserError(f"jobset {name} is not finished; wait, or delete it (kubectl delete jobset {name})")
         _kubectl(namespace, "delete", "jobset", name, "--wait", "--cascade", "foreground")
     workflow.set_aside()
     _kubectl(namespace, "apply", "--filename", str(path))
@@ -330,6 +319,9 @@ def _kubectl(namespace: str | None, *words: str) -> str:
     where = ["--namespace", namespace] if namespace else []
     done = subprocess.run(["kubectl", *where, *words], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]  # notes and attempts come before it
-        raise MachineError(f"kubectl {words[0]} fails ({reason}); correct that, and run this again")
+        printed = [line.strip() for line in done.stderr.splitlines() if not re.match(r"[IWE]\d{4} |Warning:", line)]
+        reason = "; ".join(filter(None, printed)) or "no message"
+        is_missing = re.search('resource type "jobset|no matches for kind "JobSet', reason)
+        remedy = "install JobSet in the cluster (https://jobset.sigs.k8s.io)" if is_missing else "correct that"
+        raise MachineError(f"kubectl {words[0]} fails ({reason}); {remedy}, and run this again")
     return done.stdout

@@ -164,7 +164,7 @@ def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write
     assert "--task stage2" in script and script.index("IS_SPARE=yes\n") < script.index("run_training ")
 
 
-@pytest.mark.parametrize(("on", "message"), [("kubernetes", "requires the setting image"), ("skypilot", "volumes")])
+@pytest.mark.parametrize(("on", "message"), [("kubernetes", "l: kubernetes.image is miss"), ("skypilot", "volumes")])
 def test_what_a_cluster_needs_is_checked_before_anything_is_planned(write: Write, on: str, message: str) -> None:
     project = ResolvedProject(read_project(write(hardware={"gpu": "h100-80", "gpus": 8}, budget={"tokens": 1})))
     with pytest.raises(UserError, match=message):

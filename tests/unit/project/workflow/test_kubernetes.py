@@ -231,8 +231,8 @@ def test_states_are_those_of_the_job_set_that_was_applied_last(tmp_path, file, k
     of = states(run, "team")
     assert of["convert"] == "job is complete" and of["stage1"] == "pods are pending or starting"
     assert (of["stage2"], of["export"], of["eval"]) == ("pods run", "failed, see kubectl logs", "job waits")
-    (kubectl / "kubectl").write_text("#!/bin/sh\necho an attempt >&2; echo unreachable >&2; exit 1\n")
-    assert "kubectl get fails (unreachable)" in states(run, None)[""]
+    (kubectl / "kubectl").write_text("#!/bin/sh\necho 'E0101 try\nno resource type \"jobset\"' >&2; exit 1\n")
+    assert 'kubectl get fails (no resource type "jobset"); install JobSet' in states(run, None)[""]
 
 
 def test_only_what_is_not_done_is_applied(tmp_path, file, kubectl) -> None:
@@ -262,16 +262,17 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
         ("secrets", ["s3", "S3_keys"]),
         ("namespace", "NLP"),
         ("folder", "work"),
-        ("training", {"memory": "1TB"}),
+        ("env", {"A": True}),
+        ("training", {"cpu": "96Gi"}),
         ("training", {"memory": "1.2.3Gi"}),
         ("training", {"cpus": 96}),
         *(("image", name) for name in ("https://registry/moelpr", "registry/Moelpr:1", "my image")),
     ):
-        with pytest.raises(UserError, match=rf"kubernetes\.{key}"):
+        with pytest.raises(UserError, match=rf"kubernetes(\.|: ){key}"):
             check(settings(**{key: value}))
     with pytest.raises(UserError, match="kubernetes.training.nvidia.com/gpu follows from hardware; remove it"):
         check(settings(training={"nvidia.com/gpu": 4}))
-    assert settings(env={"A": 0, "B": True}, labels={"cost": 1.5}).env == {"A": "0", "B": "true"}
+    assert settings(env={"A": 0, "B": "true"}).env == {"A": "0", "B": "true"}
     check(settings(training={"memory": "1Ti", "cpu": 96}, secrets=["s3.keys"], namespace="a"))
     for name in ("moelpr", "REGISTRY/moelpr:0.2.0-RC1", f"r.io:5000/a/b_c@sha256:{64 * '0'}"):
         check(settings(image=name))
@@ -281,9 +282,11 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
             launch(Workflow(tmp_path, needy), settings(training={"memory": memory}), file, render_only=True)
     for memory in ("91Gi", "98G", "1Ti", 10**12):
         launch(Workflow(tmp_path, needy), settings(training={"memory": memory}), file, render_only=True)
-    with pytest.raises(UserError, match="pods have no .*greek; put output below kubernetes.folder /claim"):
-        launch(Workflow(tmp_path / "greek", tasks(tmp_path)), settings(folder="/claim"), file, render_only=True)
-    with pytest.raises(UserError, match="requires the setting claim; add it under kubernetes"):
+    of_pods = {"languages": ["/more/el", "el/*.jsonl", "s3://bucket/el", None], "model": ["owner/name", "/claim/base"]}
+    check(settings(folder="/claim", container={"volumeMounts": [{"mountPath": "/more"}]}), of_pods)
+    with pytest.raises(UserError, match="^languages: pods have no /more/el; put it below kubernetes.folder, /claim"):
+        check(settings(folder="/claim"), of_pods)
+    with pytest.raises(UserError, match="kubernetes.claim is missing, .*; add it"):
         check(KubernetesSettings(image="i"))
 
 

@@ -77,7 +77,7 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         repeated = [action.option_strings[0] for action in self._actions if isinstance(action, argparse._AppendAction)]
         if repeated and re.match("unrecognized arguments: .*=", message):
-            message += f"; a flag that takes several values is repeated, such as {repeated[0]}"
+            message += f"; write the flag before each value: {repeated[0]} A=… {repeated[0]} B=…"
         raise UserError(re.sub("^argument (.*?): must", r"\1 must", f"{message}; see --help"))
 
 

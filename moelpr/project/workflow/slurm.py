@@ -35,7 +35,7 @@ def _as_option(value: Any) -> Any:
 
 
 # Options by which jobs find each other, and those that follow from a task.
-_OURS = "array", "dependency", "job-name", "ntasks", "ntasks-per-node"
+_OURS = "array", "dependency", "error", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "output", "requeue"
 Queue = dict[str, tuple[str, str]]  # number of a job → its name, and its state with the reason
 Options = dict[str, Annotated[bool | int | str, BeforeValidator(_as_option)]]
 
@@ -56,7 +56,7 @@ class SlurmSettings:
     """Image for Apptainer, instead."""
     container_mounts: list[str] = field(default_factory=list)
     """Folders that the container has, FROM:TO, besides the current one."""
-    shards: Annotated[int, Field(ge=1)] = 1
+    shards: Annotated[int, Field(ge=1, le=1000)] = 1  # an array's indices are below 1,001 unless the site raises that
     """Number of jobs among which the preprocessing of a language is divided."""
 
     def __post_init__(self) -> None:
@@ -69,12 +69,12 @@ class SlurmSettings:
                 raise UserError(f"{place}.{ours[0]} is set by moelpr run; remove it")
             if not re.fullmatch(r"B:USR1@[1-9]\d*", str(options.get("signal", "B:USR1@300"))):
                 raise UserError(f"{place}.signal must be B:USR1@SECONDS, got {options['signal']}; write it so")
-            if isinstance(options.get("time"), int):
-                raise UserError(f'time of {place} is a number, as which YAML reads 24:00:00; write it as "24:00:00"')
         if self.container_image and self.apptainer:
             raise UserError("container_image and apptainer are both given; keep one")
         if self.container_mounts and not (self.container_image or self.apptainer):
             raise UserError("container_mounts requires container_image or apptainer; add one")
+        if bad := [mount for mount in self.container_mounts if not re.match("/[^:]*:/", mount)]:
+            raise UserError(f"container_mounts has {bad[0]}; write FROM:TO, both with a / in front")
 
     def options_of(self, task: Task) -> Options:
         """The options of a task's job, those of the user last."""
@@ -140,10 +140,8 @@ class Chain:
         queued = self._queued()
         active = [job.id for name, job in self._jobs.items() if self._state(queued, job, name)]
         if active:
-            raise UserError(
-                f"jobs {', '.join(active)} of {self._folder.parent} are pending or running on Slurm; wait for them, or "
-                f"cancel them (scancel {' '.join(active)})"
-            )
+            what = f"jobs of {self._folder.parent} are pending or running"
+            raise UserError(f"{what}; wait for them, or cancel them (scancel {' '.join(active)})")
 
     def states(self, done: Collection[str]) -> dict[str, str]:
         """The last job of each task that is not done: its state, or its log."""
@@ -217,6 +215,9 @@ class Chain:
     def check_queue(self, outlooks: list[Outlook]) -> dict[str, str]:
         """The jobs that are queued, by task; raise a UserError for what cannot be submitted, before anything is."""
         self.check_steps()
+        for image in map(Path, filter(None, (self._settings.apptainer, self._settings.container_image))):
+            if image.suffix in (".sif", ".sqsh") and not image.exists():
+                raise UserError(f"slurm: there is no image {image}; correct the path")
         queued, changed = self._queued(), list[str]()
         to_do = {one.task.name: one for one in outlooks if one.state != "done"}
         for name, outlook in to_do.items():
@@ -229,10 +230,7 @@ class Chain:
                 if is_other or any(need in to_do and need not in self._active for need in outlook.task.inputs):
                     changed.append(name)
             elif shards and self._state(queued, shards, f"{name}-shards"):
-                raise UserError(
-                    f"shards of {name} of an earlier call are still running; wait for them, or cancel them with "
-                    f"scancel {shards.id}"
-                )
+                raise UserError(f"shards of {name} still run; wait for them, or cancel them (scancel {shards.id})")
         if changed:
             raise UserError(
                 f"jobs of {', '.join(changed)} are pending or running, but their options, or what they do or wait for "
@@ -340,7 +338,7 @@ def queued_jobs(users: Iterable[str] = ()) -> Queue:
     if done.returncode != 0:
         raise MachineError(f"squeue fails ({done.stderr.strip()}); try again when Slurm answers")
     jobs = (line.split(maxsplit=2) for line in done.stdout.splitlines())
-    return {job[0]: (job[1], job[2].lower().replace(" (none)", "")) for job in jobs if len(job) == 3}
+    return {job[0]: (job[1], job[2].replace(" (None)", "")) for job in jobs if len(job) == 3}
 
 
 def _shard(corpus: Path, number: int, shards: int) -> Path:

@@ -70,7 +70,7 @@ def test_a_wrong_command_line_is_reported_in_one_line_like_any_other_error(monke
         ("--hf-pth=x --other 1", "unrecognized argument --hf-pth; did you mean --hf-path?"),
         (
             "--hf-path a --text en=1 tr=2",
-            "unrecognized arguments: tr=2; a flag that takes several values is repeated, such as --text; see --help",
+            "unrecognized arguments: tr=2; write the flag before each value: --text A=… --text B=…; see --help",
         ),
         ("--nothing-like-it", "unrecognized argument --nothing-like-it; see --help"),
         ("--other --", "argument --other: expected one argument"),

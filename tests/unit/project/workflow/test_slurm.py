@@ -116,7 +116,7 @@ def test_states_tell_jobs_that_wait_from_those_that_have_ended(stubs, tmp_path) 
     (log := run / "slurm" / "greek-stage1-4.log").touch()
     actual = chain.states(["preprocess-el", "preprocess-hu"])
     assert actual == {
-        "convert": "job 3 pending (priority)",
+        "convert": "job 3 PENDING (Priority)",
         "stage1": f"job 4 ended, see {log}",
         "export": "job 5 ended without a log, so it was canceled",
     }
@@ -180,8 +180,8 @@ def test_an_array_of_shards_is_shown_until_the_job_that_joins_them_runs(stubs, t
         return chain.states([])["preprocess-el"]
 
     joins = "2 greek-preprocess-el PENDING (Dependency)"
-    assert state("1 greek-preprocess-el-shards RUNNING (None)", joins) == "job 1 (shards) running"
-    assert state(joins) == "job 2 pending (dependency)"
+    assert state("1 greek-preprocess-el-shards RUNNING (None)", joins) == "job 1 (shards) RUNNING"
+    assert state(joins) == "job 2 PENDING (Dependency)"
     (log := run / "slurm" / "greek-preprocess-el-shards-17.log").touch()  # as the one of a shard
     assert state() == f"job 1 (shards) ended, see {log}"
     (log := run / "slurm" / "greek-preprocess-el-2.log").touch()
@@ -281,11 +281,11 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
         ({"options": {"cpus_per_task": 8}}, "options has cpus_per_task; write options as in cpus-per-task"),
         ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
         ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
-        ({"options": {"array": "0-3"}}, "options.array is set by moelpr run; remove it"),
+        ({"training": {"requeue": False}}, "training.requeue is set by moelpr run; remove it"),
         ({"options": {"nodes": 4}}, "options.nodes is set by moelpr run; remove it"),
         ({"training": {"signal": "USR1@60"}}, "training.signal must be B:USR1@SECONDS, got USR1@60"),
-        ({"options": {"time": 86400}}, 'write it as "24:00:00"'),
-        ({"steps": {"stage1": {"time": 86400}}}, "time of stage1"),
+        ({"apptainer": "no.sif"}, "there is no image no.sif; correct the path"),
+        ({"apptainer": "a.sif", "container_mounts": ["/data"]}, "container_mounts has /data; write FROM:TO"),
         ({"container_image": "a", "apptainer": "b"}, "container_image and apptainer"),
         ({"container_mounts": ["/a:/a"]}, "requires container_image or apptainer"),
     ],

@@ -51,8 +51,7 @@ def main() -> None:
     add("--run", type=Path, default=Path("runs/demo"), help="output folder (default: %(default)s)")
     add("--cache", type=Path, help="folder for the downloaded corpus (default: ~/.cache/moelpr)")
     add("--overwrite", action="store_true", help="delete an existing run and start from scratch")
-    seed = "random seed of both stages (default: %(default)s)"
-    add("--seed", type=int, default=SEED, metavar="N", help=seed)
+    add("--seed", type=int, default=SEED, metavar="N", help="random seed of both stages (default: %(default)s)")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.overwrite:
@@ -140,8 +139,7 @@ def report_task(run: Path) -> Task:
     words += ["--evaluation", run / "evaluation" / "results.json"]
     words += ["--output", run]
     made_from = (*MODELS.values(), "evaluate", "evaluate-routing")
-    is_complete = (run / "report.html").is_file
-    return Task(name="report", command=words, made_from=made_from, is_complete=is_complete)
+    return Task(name="report", command=words, made_from=made_from, is_complete=(run / "report.html").is_file)
 
 
 def print_report(run: Path) -> None:

@@ -209,8 +209,7 @@ class ModelSpec(Record):
     def with_new_tokens(self, first: int, number: int) -> "ModelSpec":
         """The model with a row for each of `number` new tokens, whose IDs begin at `first`."""
         tokens = NewTokens(first, number, self.megatron_args["vocab_size"])
-        args = self.megatron_args | {"vocab_size": tokens.vocab_size}
-        return replace(self, megatron_args=args, new_tokens=tokens)
+        return replace(self, megatron_args=self.megatron_args | {"vocab_size": tokens.vocab_size}, new_tokens=tokens)
 
     def check(self) -> None:
         """Raise a UserError unless all values are in range and fit each other."""

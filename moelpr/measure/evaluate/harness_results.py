@@ -100,8 +100,7 @@ class HarnessResults(Results):
     def _group_table(self, group: str) -> Table:
         rows = []
         for model in self._models:
-            cells = [*map(_text, self.means(model, group))]
-            rows.append([model, *cells, self._change(model, group)])
+            rows.append([model, *map(_text, self.means(model, group)), self._change(model, group)])
         header = [f"{name} ({benchmark.num_fewshot})" for name, benchmark in self._benchmarks.items()]
         names = ", ".join(map(language_name, self._groups[group]))
         note = (

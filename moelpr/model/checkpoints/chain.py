@@ -167,8 +167,7 @@ def write_checksums(step_folder: Path, known: Mapping[str, FileSum] | None = Non
     own_sums = checksums.sums_of(step_folder, {name: set() for name in own if name not in known})
     for name in known.keys() & set(own):
         own_sums[name] = known[name] if (step_folder / name).stat().st_size == known[name].num_bytes else None
-    parts = ranks.gather(own_sums)
-    sums = {name: of_file for part in parts for name, of_file in part.items()}
+    sums = {name: of_file for part in ranks.gather(own_sums) for name, of_file in part.items()}
     complete = {name: of_file for name, of_file in sums.items() if of_file is not None}
     if unread := sums.keys() - complete.keys():
         raise OSError(f"{step_folder / min(unread)} can't be read although it was just saved; check the disk")

@@ -35,8 +35,7 @@ def download(name: str, patterns: Sequence[str], what: str = "model") -> Path:
     bar: Any = partial(tqdm, disable=True) if list(patterns) == [CONFIG_FILE] else None
     try:
         owned, _, revision = name.partition("@")
-        found = snapshot_download(owned, revision=revision or None, allow_patterns=list(patterns), tqdm_class=bar)
-        return Path(found)
+        return Path(snapshot_download(owned, revision=revision or None, allow_patterns=list(patterns), tqdm_class=bar))
     except Exception as error:  # the Hub, the network and its libraries have many kinds
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise

@@ -70,8 +70,7 @@ def single_process() -> Iterator[None]:
     if parallel_state.model_parallel_is_initialized():
         yield
         return
-    backend = "gloo" if cpu.is_needed() else "nccl"
-    torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo" if cpu.is_needed() else "nccl", store=HashStore(), rank=0, world_size=1)
     try:
         with parallel_groups(seed=1234):
             yield

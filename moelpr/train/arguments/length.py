@@ -75,8 +75,7 @@ def set_weights(run: RequestedRun) -> str:
     if not total or not all(map(IndexedDataset.exists, prefixes)):
         return ""
     try:
-        tokens = {prefix: num_tokens(prefix) for prefix in prefixes}
-        parts = mixed(tokens, total, args.mix)
+        parts = mixed({prefix: num_tokens(prefix) for prefix in prefixes}, total, args.mix)
     except UserError as error:
         run.problems.append(f"--mix: {error}")
         return ""

@@ -73,8 +73,7 @@ class StandIns:
     def _replace_corpora(self) -> None:
         for flag, bits in (("--data-path", [0, 1]), ("--validation-data", [0])):
             words, others = split_by_flags(self.argv, [flag])
-            new = [self._corpus(word, bits) for word in words]
-            self.argv = [*others, *new]
+            self.argv = [*others, *(self._corpus(word, bits) for word in words)]
         lengths = {word.split("=")[0] for word in self.argv} & {*LENGTH_FLAGS}
         if any("corpus" in name for name in self.missing) and not lengths - {"--train-epochs"}:
             # Also if the recipe has them; the number of steps changes no step.

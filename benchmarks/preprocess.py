@@ -33,6 +33,7 @@ import psutil
 
 from benchmarks.common import ROOT, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import Turns
+from examples.demo_base import make_base
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
 RATIOS = {
@@ -144,16 +145,12 @@ def proportional_bytes(pid: int) -> int:
 def demo(work: Path, cache: Path | None) -> tuple[Path, list[str]]:
     """A tokenizer of the demo's text, and the text."""
     corpus, tokenizer = work / "demo", work / "tokenizer"
-
-    def call(tool: str, *arguments: object) -> None:
-        command = [sys.executable, str(ROOT / "examples" / tool), *map(str, arguments)]
-        subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
-
     if not corpus.exists():
-        call("demo_corpus.py", "--output", corpus, *(["--cache", cache] if cache else []))
+        words = ["-m", "examples.demo_corpus", "--output", str(corpus), *(["--cache", str(cache)] if cache else [])]
+        subprocess.run([sys.executable, *words], env=environment(), check=True, stdout=subprocess.DEVNULL)
     files = sorted(corpus.glob("train.*.jsonl"))
     if not tokenizer.exists():
-        call("demo_tokenizer.py", "--input", *files, "--output", tokenizer, "--vocab-size", 32000)
+        make_base(files, tokenizer, vocabulary=32_000)
     return tokenizer, [json.loads(line)["text"] for path in files for line in path.read_text("utf-8").splitlines()]
 
 

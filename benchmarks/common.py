@@ -41,13 +41,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if is_unset else super()._get_help_string(action)
 
 
-def argument_parser(description: str | None, json_flag: str = "--json", /, **sizes: int) -> argparse.ArgumentParser:
-    """A parser with a flag for a JSON file, `json`, and an integer option per size: a key of SIZES, and its default."""
+def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentParser:
+    """A parser with --json, and an integer option per size; keys are those of SIZES, values are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N", help=SIZES[name])
-    what = "also write the results to FILE, as JSON"
-    parser.add_argument(json_flag, dest="json", type=Path, metavar="FILE", help=what)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
     return parser
 
 

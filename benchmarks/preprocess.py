@@ -4,7 +4,7 @@
 - with gigatoken at least 8 times as fast as with Hugging Face's tokenizers;
 - at most 1 GiB of memory in all processes together, the same for a corpus ten times as large.
 
-    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--output FILE]
+    python -m benchmarks.preprocess [--megabytes 200] [--work DIR] [--json FILE]
 
 The corpus is the demo's, repeated with variations so that no library benefits from a cache: lines in random order, and
 one word in twenty replaced by a new one. The tokenizer is a byte-level BPE with 32,000 tokens, trained on the demo's
@@ -45,7 +45,7 @@ _NEW_WORD_EVERY = 20
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, "--output", rounds=2)
+    parser = argument_parser(__doc__, rounds=2)
     parser.add_argument("--megabytes", type=int, default=200, help="size of the corpus, in MB")
     parser.add_argument("--large", type=int, default=10, help="size of the larger corpus, in times --megabytes")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of worker processes")

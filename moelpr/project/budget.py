@@ -40,11 +40,12 @@ def check_budget(project: ResolvedProject) -> None:
         total, step = total_tokens(project, tokens), step_tokens(project)
         if total < step:
             stage, length = project.main_stage, int(project.stage_flags(project.main_stage)["seq-length"])
-            fitting = 1 << max(0, (total // (_TRIAL_STEPS * length)).bit_length() - 1)
-            flags = f"{{global-batch-size: {fitting}, micro-batch-size: 1}}"
+            gpus = cluster.gpus if (cluster := project.layouts.cluster) else 1
+            batch = gpus * max(1, total // (_TRIAL_STEPS * length * gpus))
+            trial = f", or for a trial set steps.{stage}: {{global-batch-size: {batch}, micro-batch-size: 1}}"
             raise UserError(
                 f"{project.file.at('budget')}budget: {total:,} tokens, the most that are expected, are less than one "
-                f"step of {part}, {step:,} tokens; raise it, add text, or for a trial set steps.{stage}: {flags}"
+                f"step of {part}, {step:,} tokens; raise it or add text{trial if batch * length <= total else ''}"
             )
 
 

@@ -193,7 +193,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.tokens, self.hours, self.epochs)) != 1:
-            raise UserError("budget needs one of tokens, hours and epochs, and no other, such as tokens: 24B")
+            raise UserError("budget needs exactly one of tokens, hours and epochs, such as tokens: 24B")
         if self.tokens and self.patience and self.patience >= self.tokens:
             raise UserError("budget.patience must be less than budget.tokens, or training never ends early; lower it")
 

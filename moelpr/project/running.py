@@ -141,7 +141,8 @@ def _with_line(file: ProjectFile) -> Iterator[None]:
         yield
     except UserError as error:
         key = re.split("[.: ]+", str(error))
-        raise UserError(f"{file.at(*key) if hasattr(file.project, key[0]) else ''}{error}") from None
+        has_line = str(error).startswith(f"{file.path}, ")
+        raise UserError(f"{'' if has_line or not hasattr(file.project, key[0]) else file.at(*key)}{error}") from None
 
 
 def _for_jobs(project: ResolvedProject, where: str, redo: str | None) -> ResolvedProject:

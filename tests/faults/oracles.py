@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,8 @@ def recipe_holds(box: Path, other: Path) -> bool:
     import yaml
 
     recipe, before = (yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (box, other))
+    read = yaml.load((box / "recipe.yaml").read_text(), yaml.BaseLoader)  # 0123 is 123, not YAML's octal 83
+    recipe |= {key: int(read[key]) for key in recipe.keys() & read.keys() if re.fullmatch("0[0-7]+", str(read[key]))}
     settings, undisturbed = (yaml.safe_load((folder / "out/settings.yaml").read_text()) for folder in (box, other))
 
     def is_set(key: str, value: Any) -> bool:

@@ -5,9 +5,7 @@ import json
 from typing import Any
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-# The remedy for such a line, as a flag and as a key of a project.
+# The remedy for a line that is unusable, as a flag and as a key of a project.
 FIX_OR_SKIP = "fix the line, or pass --on-error skip (in languages.yaml, steps: {preprocess: {on-error: skip}})"
 
 

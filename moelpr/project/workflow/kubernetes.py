@@ -106,7 +106,10 @@ def check(settings: KubernetesSettings, paths: Mapping[str, Iterable[str | None]
     for place, fields in (("pod", _OUR_FIELDS), ("container", {"name", "args", "resources"})):
         if taken := fields & getattr(settings, place).keys():
             raise UserError(f"kubernetes.{place}.{min(taken)} is set by moelpr run; remove it")
-    mounted = [settings.folder, *(str(one.get("mountPath")) for one in settings.container.get("volumeMounts", ()))]
+    mounts = settings.container.get("volumeMounts", [])
+    if not isinstance(mounts, list) or not all(isinstance(one, dict) and "mountPath" in one for one in mounts):
+        raise UserError("kubernetes.container.volumeMounts must be a list of {name: …, mountPath: …}; correct it")
+    mounted = [settings.folder, *(str(one["mountPath"]) for one in mounts)]
     for key, path in ((key, path) for key, some in (paths or {}).items() for path in some if path):
         in_pod = Path(os.path.normpath(Path(settings.folder, path)))  # in the folder, if it is on the Hub or a URI
         if not any(in_pod.is_relative_to(folder) for folder in mounted):
@@ -134,7 +137,7 @@ def launch(workflow: Workflow, settings: KubernetesSettings, file: Path, *, rend
             "node; raise it, or remove it"
         )
     if not render_only and Path.cwd() != Path(settings.folder):
-        print(f"note: relative paths of jobs start in {settings.folder}, the claim, not here", file=sys.stderr)
+        print(f"note: in jobs, relative paths start in {settings.folder}, where the claim is mounted", file=sys.stderr)
     chain = Chain(tasks, workflow.folder, settings, file)
     path = workflow.folder / "kubernetes" / f"{chain.name}.yaml"
     write_text(path, "".join(f"---\n{yaml_files.dump(one)}" for one in (chain.config_map(), chain.job_set())))

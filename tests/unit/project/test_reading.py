@@ -116,7 +116,7 @@ def languages(**groups: Any) -> dict[str, Any]:
             {"budget": {"tokens": "24B", "patience": "1B"}, "corpora": {"stage1": ["a"], "stage2": ["b"]}},
             "budget.patience needs a stage on Megatron",
         ),
-        ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs one of tokens, hours and epochs"),
+        ({"budget": {"tokens": "24B", "hours": 1}}, r"line \d+: budget needs exactly one of tokens, hours and epochs"),
         ({"budget": {"tokens": "24B", "patience": "24B"}}, "patience must be less than budget.tokens"),
         (languages(expanded={"el": {"file": "a"}}), r"file is unknown; did you mean text\?"),
         ({"budget": None}, "languages.yaml: budget is missing"),

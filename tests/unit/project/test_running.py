@@ -49,12 +49,12 @@ def run(path: Path) -> None:
     [
         (
             {"budget": {"tokens": 100}},
-            r"line \d+: budget: 100 tokens, the most .* than one step of stage1, 524,288",
+            r"line \d+: budget: 100 tokens, the most .* than one step of stage1, 524,288 tokens; raise it or add text$",
         ),
         ({"budget": {"tokens": "90M"}}, r"line \d+: budget: 90M tokens would read the text more often than max_epochs"),
         (
-            {"budget": {"epochs": 1}},
-            r"budget: 24,000 tokens, the most .* one step of stage1, 524,288 .* \{global-batch-size: 1, micro-",
+            {"budget": {"epochs": 1}, "hardware": {"gpu": "h100-80", "gpus": 8}},
+            r"budget: 24,000 tokens, the most .* one step of stage1, 524,288 .* \{global-batch-size: 8, micro-",
         ),
         (SMALL | {"budget": {"epochs": 5}}, r"max_epochs of .*; the longest is budget: {epochs: 4}"),
         ({"budget": {"hours": 1}}, r"line \d+: budget.hours requires GPUs whose speed is predicted"),

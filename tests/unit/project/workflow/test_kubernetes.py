@@ -286,6 +286,8 @@ def test_what_is_missing_or_ours_is_one_sentence(tmp_path, file) -> None:
     check(settings(folder="/claim", container={"volumeMounts": [{"mountPath": "/more"}]}), of_pods)
     with pytest.raises(UserError, match="^languages: pods have no /more/el; put it below kubernetes.folder, /claim"):
         check(settings(folder="/claim"), of_pods)
+    with pytest.raises(UserError, match="kubernetes.container.volumeMounts must be a list"):
+        check(settings(container={"volumeMounts": "/more"}))
     with pytest.raises(UserError, match="kubernetes.claim is missing, .*; add it"):
         check(KubernetesSettings(image="i"))
 

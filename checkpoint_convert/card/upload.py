@@ -21,7 +21,7 @@ from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_hub_name
 
 # A model and its records, or a folder of moelpr model gguf; nothing else, so neither optimizer states nor logs.
-_UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "*.gguf", "Modelfile")
+_UPLOADED = (*DOWNLOADED, BASE_CARD_FILE, Graft.FILE_NAME, "packs.json", "calibration.json", "*.gguf", "Modelfile")
 _UPLOADED += ("pack.json", "sums.safetensors", "adapter_config.json", "adapter_model.safetensors")  # a pack's
 _TEXT = (".json", ".jinja", ".md", ".txt", "")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # their words may look like paths

@@ -50,7 +50,7 @@ from moelpr.model.families.tables import stacked_part
 # Shares of text to keep for each third of the layers: the first tell languages apart least, and harm least.
 _SHARES = (0.9, 0.99, 0.99)
 _SUMS_FILE = "sums.safetensors"
-_DAMAGED = "copy the pack again"
+_DAMAGED = "download or copy the pack again"
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -220,10 +220,10 @@ def _crc32_of_both(first: int, second: int, num_bytes: int) -> int:
 def _compare(path: Path, actual: FileSum | None, expected: FileSum, fix: str) -> None:
     if actual == expected:
         return
-    problem = f"is damaged: its checksum differs from the one in {FILE_NAME}"
     if actual is None:
-        problem = "is missing or can't be read"
-    elif actual.num_bytes < expected.num_bytes:
+        raise UserError(f"{path} is missing or can't be read; {fix}")
+    problem = f"is damaged: its checksum differs from the one in {FILE_NAME}"
+    if actual.num_bytes < expected.num_bytes:
         problem = f"is truncated: it has {actual.num_bytes:,} bytes, {FILE_NAME} says {expected.num_bytes:,}"
     raise UserError(f"{path} {problem}; {fix} (if the file was changed on purpose, delete {FILE_NAME})")
 

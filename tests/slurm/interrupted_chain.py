@@ -1,6 +1,6 @@
 """Does a chain on Slurm end the same, whatever happens to its jobs? Each file must be that of the undisturbed chain.
 
-    python -m tests.slurm.interrupted_chain --chains 3 --interruptions 7 --output interrupted.json
+    python -m tests.slurm.interrupted_chain --chains 3 --interruptions 7 --json interrupted.json
 
 Starts a throw-away Slurm of two nodes and runs `moelpr run languages.yaml --on slurm` of a tiny model to its end, once
 undisturbed and then `--chains` times with something that happens to a running job every now and then: it is requeued,
@@ -33,7 +33,7 @@ _EXACT = ("data/*.bin", "data/*.idx", "data/*.lang", "data/*.jsonl", "hf/*.json"
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, "--output")
+    parser = argument_parser(__doc__)
     parser.add_argument("--chains", type=int, default=3, help="number of disturbed chains")
     parser.add_argument("--interruptions", type=int, default=7, help="what happens to each")
     parser.add_argument("--seed", type=int, default=0, help="random seed")

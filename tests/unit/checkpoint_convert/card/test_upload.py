@@ -27,7 +27,7 @@ def export(make_model: Callable[..., Path]) -> Path:
     """A model with a card, and what an export never has."""
     folder = make_model("LlamaForCausalLM", tokenizer=True, save={"max_shard_size": "60KB"})
     (folder / "README.md").write_text(CARD)
-    for name in ("packs.json", "calibration.json"):  # what later packs need
+    for name in ("packs.json", "calibration.json"):  # needed to add or remove packs
         (folder / name).write_text("{}")
     for name in ("optimizer.pt", "training_args.bin", ".env", "runs/log.txt"):
         (folder / name).parent.mkdir(exist_ok=True)

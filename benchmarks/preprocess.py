@@ -33,7 +33,6 @@ import psutil
 
 from benchmarks.common import ROOT, argument_parser, environment, working_folder, write_json
 from benchmarks.timing import Turns
-from examples.demo_base import make_base
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
 RATIOS = {
@@ -148,10 +147,13 @@ def demo(work: Path, cache: Path | None) -> tuple[Path, list[str]]:
     if not corpus.exists():
         words = ["-m", "examples.demo_corpus", "--output", str(corpus), *(["--cache", str(cache)] if cache else [])]
         subprocess.run([sys.executable, *words], env=environment(), check=True, stdout=subprocess.DEVNULL)
-    files = sorted(corpus.glob("train.*.jsonl"))
+    lines = (line for path in sorted(corpus.glob("train.*.jsonl")) for line in path.read_text("utf-8").splitlines())
+    texts = [json.loads(line)["text"] for line in lines]
     if not tokenizer.exists():
-        make_base(files, tokenizer, vocabulary=32_000)
-    return tokenizer, [json.loads(line)["text"] for path in files for line in path.read_text("utf-8").splitlines()]
+        from transformers import Qwen2Tokenizer
+
+        Qwen2Tokenizer().train_new_from_iterator(texts, 32_000, show_progress=False).save_pretrained(tokenizer)
+    return tokenizer, texts
 
 
 def repeated(texts: list[str], path: Path, megabytes: int) -> Path:

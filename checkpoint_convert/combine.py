@@ -12,6 +12,7 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import CombineSettings, named_texts
 from moelpr.base.errors import UserError
+from moelpr.base.languages import check_name
 from moelpr.base.settings import POSITIONAL, REPEATED, metavar, run_script
 from moelpr.measure.evaluate.settings import HfFolder
 from moelpr.measure.evaluate.settings import languages as codes
@@ -33,7 +34,8 @@ def main(args: Settings) -> None:
     experts: dict[Path, list[str]] = {}
     for item in args.expert:
         names, _, folder = item.partition("=")
-        languages = codes(names)
+        for language in (languages := codes(names)):
+            check_name(language)
         if not languages or not folder or Path(folder) in experts:
             raise UserError(f"--expert must be LANGUAGES=DIR, each folder once, got {item!r}")
         check_model(Path(folder))
@@ -50,6 +52,9 @@ def main(args: Settings) -> None:
     record = combine(args.base, experts, *documents, args)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
+    if lacks := record.findings.shortcomings:
+        remedy = "raise --max-tokens, set --keep or --max-distance, or train routers with method: review"
+        print(f"Hardly worth serving: it {lacks}; {remedy}.")
 
 
 if __name__ == "__main__":

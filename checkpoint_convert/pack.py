@@ -9,7 +9,7 @@ from typing import Annotated
 
 from checkpoint_convert.common.settings import MoeClassFlags, TextSettings, named_texts
 from moelpr.base.errors import UserError
-from moelpr.base.languages import canonical
+from moelpr.base.languages import is_code
 from moelpr.base.settings import POSITIONAL, Flags, metavar
 from moelpr.measure.evaluate.settings import HfFolder, Source
 
@@ -27,18 +27,20 @@ def _pack(text: str) -> Path:
 _Pack = Annotated[Path, {"type": _pack, "metavar": "DIR"}]
 
 
-class MakeSettings(TextSettings):
+class _CardSettings(TextSettings):
     base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
-    # model that was trained from it in its FFNs only, as for moelpr model combine
-    expert: Annotated[Source, POSITIONAL, metavar("EXPERT")]
-    text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
-    license: str = ""  # license of the pack
-    trained: str = ""  # how the FFNs were trained, for readers
+    license: str = ""  # license of what is written, as the Hub names it, for example apache-2.0
     base_model: str = ""  # name of the base on the Hub, for the card (default: the name of its folder)
 
 
-class KeepSettings(TextSettings):
-    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+class MakeSettings(_CardSettings):
+    # model that was trained from it in its FFNs only, as for moelpr model combine
+    expert: Annotated[Source, POSITIONAL, metavar("EXPERT")]
+    text: Annotated[list[str], {"action": "extend"}, metavar("LANGUAGE=FILE")]  # text of each language of the pack
+    trained: str = ""  # how the FFNs were trained, for readers
+
+
+class KeepSettings(_CardSettings):
     text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
 
 
@@ -57,9 +59,10 @@ def make(args: MakeSettings) -> None:
 
     moelpr pack make Qwen3-0.6B runs/el --text el=el.jsonl --license apache-2.0 --save packs/el
     """
-    if unknown := [item for item in args.text if canonical(name := item.partition("=")[0]) != name]:
-        raise UserError(f"--text must be LANGUAGE=FILE with the code of a language, got {unknown[0]!r}")
-    _make(args, args.expert, args.license, args.trained, args.base_model)
+    for name, path in named_texts(args.text, "--text").items():
+        if not is_code(name):
+            raise UserError(f"--text: {name} is not the code of a language; write --text LANGUAGE={path}, such as el=…")
+    _make(args, args.expert, args.trained)
 
 
 def keep(args: KeepSettings) -> None:
@@ -95,10 +98,10 @@ def show(args: ShowSettings) -> None:
     print(f"layers with sums: {sum(1 for _ in read_sums(args.pack))}")
 
 
-def _make(args: MakeSettings | KeepSettings, expert: Path | None, *facts: str) -> None:
+def _make(args: MakeSettings | KeepSettings, expert: Path | None, trained: str = "") -> None:
     texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
     from checkpoint_convert.conversions.packs import make_pack
 
-    record = make_pack(args.base, expert, texts, args, *facts)
+    record = make_pack(args.base, expert, texts, args, args.license, trained, args.base_model)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {record.base}{of_loss}")

@@ -20,7 +20,7 @@ from moelpr.model.stages import Part
 
 # Keys in the front matter of the base's card that also apply to the export.
 LICENSE_KEYS = ("license", "license_name", "license_link")
-_INHERITED = ("language", *LICENSE_KEYS)
+INHERITED = ("language", *LICENSE_KEYS)
 TEMPLATES = Environment(
     loader=PackageLoader("checkpoint_convert.card"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
@@ -65,7 +65,7 @@ def model_card(facts: CardFacts) -> str:
         is_read_by_vllm=obstacle("vllm", facts.config) is None,
         spec=spec,
         front_matter=front_matter(
-            **inherited(base, _INHERITED),
+            **inherited(base, INHERITED),
             library_name="transformers",
             pipeline_tag="text-generation",
             base_model=facts.base_model if facts.base_model and is_hub_name(facts.base_model) else None,
@@ -77,6 +77,17 @@ def model_card(facts: CardFacts) -> str:
         installed=installed_versions(),
         new_tokens=_new_tokens(facts.source),
     )
+
+
+def joint_license(*cards: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the license that all cards have, or one that names each; {} if a card has none."""
+    if not cards or not all("license" in card for card in cards):
+        return {}
+    licenses = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
+    if all(license == licenses[0] for license in licenses):
+        return licenses[0]
+    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in licenses)
+    return {"license": "other", "license_name": "-and-".join(names)}
 
 
 def _new_tokens(source: MegatronReader) -> str:

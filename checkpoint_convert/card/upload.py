@@ -140,4 +140,6 @@ def _explained(repository: str) -> Iterator[None]:
     except Exception as error:  # the network and its libraries have many kinds
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
+        if isinstance(error, ValueError) and "README.md" in str(error):
+            raise UserError(f"the Hub refuses the card ({' '.join(str(error).split())}); correct README.md") from error
         raise MachineError(f"the Hub can't be reached ({first_line(error)}); run it again to resume") from error

@@ -14,8 +14,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from checkpoint_convert.card.front_matter import front_matter, inherited, plain
-from checkpoint_convert.card.model_card import LICENSE_KEYS
+from checkpoint_convert.card.front_matter import front_matter, inherited, plain, texts
+from checkpoint_convert.card.model_card import INHERITED, joint_license
 from checkpoint_convert.common.megatron_folder import MegatronReader
 from checkpoint_convert.common.numbers import check_finite
 from checkpoint_convert.common.output_folder import check_output, output_folder
@@ -248,13 +248,13 @@ def combine(
         ignored, languages_of = {}, languages_by_name(opened, known)
         for name, expert, (reader, languages) in zip(languages_of, opened, readers, strict=True):
             if expert.others:
-                texts = [ids for language in languages for ids in held_out[language]]
+                its = [ids for language in languages for ids in held_out[language]]
                 _put(loaded.model, "", expert, expert.others)
-                whole = mean_loss(reader.model, texts)
+                whole = mean_loss(reader.model, its)
                 _put(loaded.model, "", opened_base.tensors, expert.others)
-                ignored[name] = whole, mean_loss(reader.model, texts)
+                ignored[name] = whole, mean_loss(reader.model, its)
     record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
-    card = combined_card(base, known | languages_of, record.card_text(), settings.base_model)
+    card = combined_card(base, [*before, *opened], known | languages_of, record.card_text(), settings.base_model)
     write_combined(opened_base, [*before, *opened], rows, card, record, settings)
     return record
 
@@ -382,14 +382,18 @@ def _put(module: nn.Module, prefix: str, tensors: Any, names: Iterable[str]) -> 
         module.get_parameter(stored.removeprefix(prefix)).data[index or ...] = tensors.read(name)
 
 
-def combined_card(base: Path, experts: Mapping[str, list[str]], routers: str, base_model: str | None = None) -> str:
-    """README.md of a combined model, with a section on its routers."""
+def combined_card(
+    base: Path, experts: Sequence[Expert], named: Mapping[str, list[str]], routers: str, base_model: str | None = None
+) -> str:
+    """README.md of a combined model, with a section on its routers; `named` has the languages of each expert."""
+    cards = [inherited(folder, (*INHERITED, "base_model")) for folder in (base, *(one.folder for one in experts))]
+    base_model = base_model or next(filter(is_hub_name, (str(card.get("base_model")) for card in cards[1:])), None)
     name = plain(base_model) or base.resolve().name
-    listed = "; ".join(f"`{expert}` for {', '.join(languages)}" for expert, languages in experts.items())
+    listed = "; ".join(f"`{expert}` for {', '.join(languages)}" for expert, languages in named.items())
     head = front_matter(
         base_model=base_model if base_model and is_hub_name(base_model) else None,
-        language=[language for languages in experts.values() for language in languages],
-        **inherited(base, LICENSE_KEYS),
+        language=[*dict.fromkeys(sum(named.values(), texts(cards[0].get("language"))))],
+        **joint_license(*(card for card in cards if "license" in card)),  # a trainer may write no card
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["moe", "moe-lpr", "merge"],

@@ -3,13 +3,12 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from checkpoint_convert.card.front_matter import front_matter, inherited
 from checkpoint_convert.card.graft_record import Graft, Only
-from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES
+from checkpoint_convert.card.model_card import LICENSE_KEYS, TEMPLATES, joint_license
 from checkpoint_convert.common.output_folder import check_output, output_folder
 from checkpoint_convert.conversions.instruct_difference import GraftReader
 from checkpoint_convert.hf.chat_tokenizer import with_chat_settings, write_chat_tokenizer
@@ -83,7 +82,7 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
     parents = [name for name in made_of if isinstance(name, str) and is_hub_name(name)]
     metadata = front_matter(
         language=ours.get("language"),
-        **_license(ours, theirs),
+        **joint_license(ours, theirs),
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=parents or None,
@@ -98,14 +97,3 @@ def _write_cards(folder: Path, record: Graft, instruct: Path, model: Path, num_n
         has_instruct_card=(folder / INSTRUCT_CARD_FILE).is_file(),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
-
-
-def _license(*cards: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the license that all cards have, or one that names each; {} if a card has none."""
-    if not all("license" in card for card in cards):
-        return {}
-    licenses = [{key: card[key] for key in LICENSE_KEYS if key in card} for card in cards]
-    if all(license == licenses[0] for license in licenses):
-        return licenses[0]
-    names = dict.fromkeys(str(license.get("license_name", license["license"])) for license in licenses)
-    return {"license": "other", "license_name": "-and-".join(names)}

@@ -5,7 +5,6 @@ without one of them it is what it was before, bit for bit.
 """
 
 import hashlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -133,8 +132,7 @@ def make_pack(
             adapter.copy(folder)
         if shapes:
             write_weights(journal, ffns, dense.dtype, DEFAULT_SHARD_BYTES, bar)
-        if expert:
-            write_text(folder / CARD_FILE, _card(record))
+        write_text(folder / CARD_FILE, _card(record))
         listed = (Pack.FILE_NAME, _SUMS_FILE, *AdapterReader.FILES)  # the card may be edited
         sums = {name: FileSum.of(folder / name) for name in listed if (folder / name).is_file()}
         checksums.write(folder, (checksums.read(folder) or {}) | sums)
@@ -142,17 +140,19 @@ def make_pack(
 
 
 def _card(pack: Pack) -> str:
-    """README.md of a pack, which the Hub asks for."""
-    names = ", ".join(map(language_name, pack.languages))
+    """README.md of a pack or of kept sums, which the Hub asks for."""
+    title, packed, usage = "Text to keep", f"the sums of {', '.join(pack.texts)}", "PACK --kept THIS-FOLDER"
+    if pack.losses:
+        title, usage = ", ".join(map(language_name, pack.languages)), "THIS-FOLDER --kept KEPT"
+        losses = "{:.3f} → {:.3f} nats per token".format(*pack.losses)
+        packed = f"what its FFNs have learned (loss of held-out text: {losses}), and the sums"
     base_model = pack.base if is_hub_name(pack.base) else None
     tags = ["moe-lpr", "pack"]
-    head = front_matter(language=pack.languages, base_model=base_model, license=pack.license or None, tags=tags)
-    before, after = pack.losses or (math.nan, math.nan)
+    head = front_matter(language=pack.languages or None, base_model=base_model, license=pack.license or None, tags=tags)
     return (
-        f"---\n{head}---\n\n# {names} for {pack.base}\n\n"
-        f"A pack of moelpr: what the FFNs of `{pack.base}` (SHA-256 {pack.base_sha256}) have learned of {names}, and "
-        f"the sums by which routers are found without text. Loss of held-out text: {before:.3f} → {after:.3f} nats per "
-        f"token. {pack.trained}\n\n```bash\nmoelpr pack build BASE THIS-FOLDER --kept KEPT --save MODEL\n```\n"
+        f"---\n{head}---\n\n# {title} for {pack.base}\n\n"
+        f"A pack of moelpr for `{pack.base}` (SHA-256 {pack.base_sha256}): {packed} by which routers are found without "
+        f"text. {pack.trained}\n\n```bash\nmoelpr pack build BASE {usage} --save MODEL\n```\n"
     )
 
 
@@ -194,7 +194,7 @@ def build_model(base: Path, kept: Path, packs: Sequence[Path], output: MoeClassF
     of_packs = languages_by_name(experts)
     model = PackedModel((records[kept].base, checksum), [*records[kept].texts], of_packs)
     routers = f"### Routers\n\nFound in closed form, by sums of {', '.join(model.kept)}. Nothing was measured.\n\n"
-    write_combined(dense, experts, rows, combined_card(base, of_packs, routers), model, output)
+    write_combined(dense, experts, rows, combined_card(base, experts, of_packs, routers), model, output)
     return model
 
 

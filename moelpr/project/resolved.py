@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moelpr.data.manifest import Manifest
-from moelpr.measure.report.findings import Calibration, Findings
+from moelpr.measure.report.findings import Calibration
 from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import download, is_on_hub
 from moelpr.project.file import ProjectFile
@@ -19,8 +19,6 @@ PLAN_FILE = "plan.txt"  # the expected time of a project with trackers
 # The training that has the budget, and the default recipe of each; lora has none.
 MAIN_STAGE: dict[Way, str] = {"moe-lpr": "stage1", "full": "dense", "ffn": "ffn", "lora": "lora"}
 MAIN_STAGE |= {"auto": "ffn", "second-ffn": "ffn", "low-rank-ffn": "lora"}
-# A second FFN further from the base than so many nats, or with less of what was learned, is reviewed by method: auto.
-MOST_DISTANCE, LEAST_KEPT = 0.1, 0.85
 _RECIPES = {"stage0": "paper-stage1", "stage1": "paper-stage1", "stage2": "paper-stage2", "sft": "sft"}
 _RECIPES |= {"dense": "paper-dense", "ffn": "paper-dense"}
 
@@ -63,7 +61,7 @@ class ResolvedProject:
         self.evaluation = self.folder / "evaluation"
         path = self.folder / "hf" / "calibration.json"
         self.routed = Calibration.read(path).findings if is_judged and path.is_file() else None
-        self.why_reviewed = _shortcomings(self.routed) if self.routed and self.method == "auto" else ""
+        self.why_reviewed = self.routed.shortcomings if self.routed and self.method == "auto" else ""
         self.is_reviewed = None if self.routed is None or self.method != "auto" else bool(self.why_reviewed)
         self.models: dict[str, Path] = {self.method: self.folder / "hf"}
         if self.method == "auto":
@@ -185,14 +183,3 @@ class ResolvedProject:
         """The tasks that make held-out text."""
         codes = [] if self.content.corpora else [code for code, one in self.languages.items() if not one.held_out]
         return tuple(f"preprocess-{code}" for code in codes)
-
-
-def _shortcomings(routed: Findings) -> str:
-    """Say what a second FFN lacks: it is far from the base, keeps too little, or is no better; empty if nothing."""
-    distance, kept = routed.result.distance, routed.kept
-    goals = {
-        f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,
-        f"keeps {kept:.0%} of what was learned (at least {LEAST_KEPT:.0%})": kept >= LEAST_KEPT,
-        "is no better than the base": distance + routed.result.loss < routed.base.loss,
-    }
-    return " and ".join(lack for lack, is_met in goals.items() if not is_met)

@@ -8,12 +8,13 @@ from moelpr.base.machine import format_bytes
 from moelpr.base.quantities import format_count, format_minutes
 from moelpr.base.text_tables import table_text
 from moelpr.data.mixing import share_table
+from moelpr.measure.report.findings import LEAST_KEPT, MOST_DISTANCE
 from moelpr.measure.report.runs import read_run
 from moelpr.plan.candidates import Candidate
 from moelpr.plan.gpus import GIB
 from moelpr.plan.stage_plan import parameters
 from moelpr.project.budget import expected_shares, step_tokens, tokens_or_estimates, total_tokens
-from moelpr.project.resolved import LEAST_KEPT, MOST_DISTANCE, ResolvedProject
+from moelpr.project.resolved import ResolvedProject
 from moelpr.project.steps.steps import tasks_of
 from moelpr.project.steps.training import expected_tokens
 from moelpr.project.verdict import verdict

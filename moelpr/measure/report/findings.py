@@ -11,6 +11,9 @@ from moelpr.base import records
 from moelpr.base.records import FOREIGN, STRICT
 from moelpr.measure.report.page import Table
 
+# A second FFN further from the base than so many nats, or with less of what was learned, is reviewed by method: auto.
+MOST_DISTANCE, LEAST_KEPT = 0.1, 0.85
+
 
 @dataclass(frozen=True, config=STRICT)
 class Point:
@@ -71,6 +74,17 @@ class Findings:
     @property
     def kept_text(self) -> str:
         return f"kept {self.kept:.1%} of what was learned"
+
+    @property
+    def shortcomings(self) -> str:
+        """The lacks of a second FFN: it is far from the base, keeps too little, or is no better; empty if nothing."""
+        distance = self.result.distance
+        goals = {
+            f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,
+            f"keeps {self.kept:.0%} of what was learned (at least {LEAST_KEPT:.0%})": self.kept >= LEAST_KEPT,
+            "is no better than the base": distance + self.result.loss < self.base.loss,
+        }
+        return " and ".join(lack for lack, is_met in goals.items() if not is_met)
 
     def tables(self, experts: Sequence[str]) -> list[Table]:
         """A row per end, and a row per text; without `experts`, new experts are one column."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_convert.card.upload import Upload, check_name
+from checkpoint_convert.card.upload import Upload, _explained, check_name
 from moelpr.base.errors import UserError
 from tests.support.local_hub import TOKEN, LocalHub, local_hub
 
@@ -131,3 +131,5 @@ def test_a_folder_without_a_model_and_a_wrong_name_are_refused(tmp_path) -> None
         Upload.of(tmp_path)
     with pytest.raises(UserError, match="must be OWNER/NAME"):
         check_name("model")
+    with pytest.raises(UserError, match=r"refuses the card \(Invalid metadata in README.md. - x\)"), _explained("me/x"):
+        raise ValueError("Invalid metadata in README.md.\n- x")

@@ -20,6 +20,7 @@ from checkpoint_convert.conversions.routed_model import RoutedModel
 from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
 from moelpr.base.errors import UserError
 from moelpr.measure.evaluate import calibration
+from moelpr.measure.report import findings
 from tests.support.experts import EXPANDED, KEPT, documents, trained, with_tokenizer
 from tests.support.hf_models import (
     assert_logits,
@@ -281,7 +282,7 @@ def test_a_text_of_many_that_the_base_reads_like_expanded_text_is_left_out(base,
     assert first == second
 
 
-def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path, exit_code, refused, capsys) -> None:
+def test_the_command_reads_files_and_says_what_was_kept(base, greek, tmp_path, exit_code, refused, monkeypatch, capsys):
     for name, texts in (KEPT | GREEK).items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = f"{base} --text el={tmp_path}/el.jsonl --keep-text {tmp_path}/*d.jsonl {tmp_path}/first.jsonl".split()
@@ -289,15 +290,18 @@ def test_the_command_reads_files_and_prints_what_was_kept(base, greek, tmp_path,
     expert = ["--expert", f"el={greek}"]
     for more, message in (
         (["--expert", f"={greek}"], "--expert"),
+        (["--expert", f"greek={greek}"], "did you mean el?"),
         (["--expert", f"hu={greek}"], "--text"),
         ([*expert, "--keep-text", f"el={tmp_path}/el.jsonl"], "--keep-text el"),
         ([*expert, "--keep", "2"], "--keep"),
         ([*expert, "--keep", "0.9", "--max-distance", "1"], "--keep"),
     ):
         assert message in refused(combiner.main, *words, *more) and not (tmp_path / "save").exists()
+    monkeypatch.setattr(findings, "LEAST_KEPT", 1.1)  # more than there is
     assert exit_code(combiner.main, *words, *expert, "--base-model", "owner/name") == 0
     printed, record = capsys.readouterr().out, RoutedModel.read(tmp_path / "save")
     assert f"kept {record.findings.kept:.1%}" in printed and "second" in printed
+    assert f"\nHardly worth serving: it {record.findings.shortcomings}; " in printed
     card = (tmp_path / "save" / "README.md").read_text()
     assert "base_model: owner/name\n" in card and "# owner/name with 1 more" in card
     assert "language:\n- el\n" in card and f"{record.findings.kept:.1%} of what was learned" in card

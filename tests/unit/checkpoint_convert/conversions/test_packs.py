@@ -31,7 +31,7 @@ def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A base, its kept sums, and packs of two languages."""
     folder = tmp_path_factory.mktemp("packs")
     base = with_tokenizer(Path(shutil.copytree(make_qwen2(), folder / "base")))
-    make_pack(base, None, KEPT, settings(folder / "kept"))
+    make_pack(base, None, KEPT, settings(folder / "kept"), "mit")
     for language, texts in EXPANDED.items():
         expert = trained(base, folder / f"expert-{language}", texts)
         make_pack(base, expert, {language: texts}, settings(folder / language), "mit", "60 steps", "owner/base")
@@ -48,10 +48,13 @@ def test_order_does_not_matter_and_removing_restores_the_model_before(folder: Pa
     both, other = (built(folder, its, tmp_path / its[0]) for its in (["el", "hu"], ["hu", "el"]))
     assert files_of(both) == files_of(other) != files_of(one)
     assert files_of(built(folder, ["el"], tmp_path / "again")) == files_of(one)
-    assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]}
+    assert PackedModel.read(both).packs == {"el": ["el"], "hu": ["hu"]} and "packs.json" in Upload.of(both).files
+    assert "base_model: owner/base\nlanguage:\n- el\n- hu\nlicense: mit\n" in (both / "README.md").read_text()
     copy = Path(shutil.copytree(folder / "el", tmp_path / "another" / "hu"))
+    (copy / "README.md").write_text((copy / "README.md").read_text().replace("license: mit", "license: cc-by-4.0"))
     build_model(folder / "base", folder / "kept", [copy, folder / "hu"], MoeClassFlags(save=tmp_path / "of-copy"))
     assert PackedModel.read(tmp_path / "of-copy").packs == {"hu (el)": ["el"], "hu (hu)": ["hu"]}
+    assert "license: other\nlicense_name: cc-by-4.0-and-mit\n" in (tmp_path / "of-copy" / "README.md").read_text()
     actual, expected = tensors_of(tmp_path / "of-copy"), tensors_of(both)
     assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -67,6 +70,7 @@ def test_a_pack_says_what_it_is(folder: Path, capsys: pytest.CaptureFixture) -> 
         file.write("More.")
     packer.show(packer.ShowSettings(pack=folder / "el"))
     assert "base: base (SHA" in shown and "languages: none: sums of text to keep" in shown
+    assert Upload.of(folder / "kept").files
 
 
 def test_a_built_model_learned_and_keeps(folder: Path, tmp_path: Path) -> None:
@@ -115,6 +119,8 @@ def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Pa
     ):
         words = folder / "base", folder / "hu", pack, "--kept", folder / "kept", "--save", tmp_path / "out"
         assert message in refused(packer.build, *words) and not (tmp_path / "out").exists()
+    words = folder / "base", folder / "expert-el", "--save", tmp_path / "out", "--text"
+    assert "LANGUAGE=greek.jsonl" in refused(packer.make, *words, "greek=greek.jsonl")
     kept = Path(shutil.copytree(folder / "kept", tmp_path / "with-el"))
     edit_json(kept / "pack.json", texts={"first": 9, "el": 9})
     (kept / "checksums.json").unlink()

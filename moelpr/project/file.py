@@ -75,7 +75,7 @@ def parse_project(text: str, path: Path) -> ProjectFile:
     _check_words(path, content, lines)
     content = {key: value if key in _CLUSTERS else _expanded(value) for key, value in content.items()}
     experts = as_experts(content.get("experts"))
-    if (preset := PRESETS.get(str(content.get("method")))) and isinstance(experts, dict):
+    if (preset := PRESETS.get(str(content.get("method", "auto")))) and isinstance(experts, dict):
         content["experts"] = preset | experts
     try:
         project = _adapter().validate_json(json.dumps(content, default=str))
@@ -87,6 +87,8 @@ def parse_project(text: str, path: Path) -> ProjectFile:
             known, key, name = _keys_at(place[:-1]), str(first["loc"][-1]), ".".join(map(str, place))
             hint = next((to for pattern, to in _ELSEWHERE.items() if re.fullmatch(pattern, name)), "")
             hint = f"; {hint or did_you_mean(key, known, f'its place has the keys {", ".join(known)}')}"
+        elif place == ("method",) and re.search("rank|lora", str(first["input"])):
+            hint = "; low-rank FFNs are method: second-ffn with experts: {rank: 16}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None
     return ProjectFile(path, project, lines, checksum)
 

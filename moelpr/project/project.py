@@ -317,8 +317,8 @@ class Project:
     """The languages to add and those to keep, with their text."""
     budget: Annotated[Budget, BeforeValidator(_short("tokens", str, int), json_schema_input_type=Budget | int | str)]
     """The length of stage 1, or of another method's training."""
-    method: Method = "moe-lpr"
-    """The method (default: new experts and routers, as experts, replay and languages.kept say)."""
+    method: Method = "auto"
+    """The method (default: a second FFN, and a review if its routers are of no use)."""
     text_output: str | None = None
     """Folder for corpora, held-out text and a downloaded base, which several projects share (default: output)."""
     mix: Mix = field(default_factory=Mix)
@@ -367,7 +367,7 @@ class Project:
         if self.method in ("review", "paper") and topk == 1:
             raise UserError(f"method: {self.method} has no experts.topk: 1; remove it, or set method: second-ffn")
         if self.method in ("auto", "review", "paper") and self.replay is None:
-            raise UserError(f"method: {self.method} has a review, which replay: none leaves out; remove one of them")
+            raise UserError(f"replay: none leaves out the review of method: {self.method}; remove it")
         if self.method == "auto" and (self.experts.rank or self.experts.per_language):
             key, what = ("rank", "no low-rank factors") if self.experts.rank else ("per_language", "one FFN for all")
             raise UserError(f"experts.{key} requires method: second-ffn, as review has {what}; set it")

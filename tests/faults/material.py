@@ -38,6 +38,7 @@ PROJECT = """\
 model: hf
 output: project
 budget: {epochs: 1}
+method: moe-lpr
 languages:
   expanded: {el: {text: text/el.jsonl, held_out: text/held-out.el.jsonl}}
   original: {en: {text: text/en.jsonl, held_out: text/held-out.en.jsonl}}

@@ -107,6 +107,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "output": "greek",
         "languages": {"expanded": {"el": "el.jsonl"}, "original": {"en": "en.jsonl"}},
         "budget": {"epochs": 1},
+        "method": "moe-lpr",
         "experts": {"new": 4},
         "steps": {"preprocess": {"workers": 1}, "stage1": TRAINING, "stage2": TRAINING},
     }

@@ -36,6 +36,7 @@ class ProjectChain:
             "output": "run",
             "languages": {"expanded": {"el": "el.jsonl", "hu": "hu.jsonl"}, "original": {"en": "en.jsonl"}},
             "budget": {"epochs": 1},
+            "method": "moe-lpr",
             "experts": {"new": 4, "topk": 2},
             "hardware": {"gpu": "none"},
             "steps": {

@@ -38,6 +38,7 @@ def write_project(folder: Path, steps: int = 12, is_for_chat: bool = False) -> P
         "output": "out",
         "languages": {"expanded": folders("el", "hu"), "original": folders("en", "es")},
         "budget": {"tokens": steps * 64 * 8},
+        "method": "moe-lpr",
         "replay": {"original_documents": 100, "expanded_documents": 100},
         "held_out": 5,
         "experts": {"new": 2},

@@ -44,6 +44,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             "output": "out",
             "languages": {"expanded": {"el": "el.jsonl", "hu": "hu.jsonl"}, "original": {"en": "en.jsonl"}},
             "budget": {"epochs": 1},
+            "method": "moe-lpr",
             "experts": {"new": 2},
         }
         path = tmp_path / "languages.yaml"

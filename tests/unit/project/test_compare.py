@@ -44,6 +44,7 @@ def finish(qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fini
         text = {code: {"text": f"train.{code}.jsonl", "held_out": f"{code}.jsonl"} for code in TEXTS}
         languages = {"expanded": {"el": text["el"], "hu": text["hu"]}, "original": {"en": text["en"]}}
         content = {"model": "base", "output": f"runs/{name}", "languages": languages, "budget": {"epochs": 1}}
+        content["method"] = "moe-lpr"
         path = tmp_path / f"{name}.yaml"
         path.write_text(dump(content | changes))
         model = tmp_path / "runs" / name / "hf"

@@ -120,8 +120,7 @@ def _download(source: Source, cache: Path) -> None:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         file = next(folder.glob("*"), None) if done.returncode == 0 else None
         if file is None:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise _not_downloaded(source, cache, reason)
+            raise _not_downloaded(source, cache, (done.stderr.strip().splitlines() or ["no reason given"])[-1])
         _verified(file, source).replace(cache / source.file)
     except FileNotFoundError:
         raise _not_downloaded(source, cache, f"there is no {words[0]}") from None

@@ -74,10 +74,9 @@ class MultimodalBase:
         (architecture,) = text.pop("architectures")
         kind = text["model_type"].removesuffix("_text")
         head = {key: value for key, value in self.config["text_config"].items() if key.startswith("mtp_")}
-        common = {key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings")}
         return {
             **self.config,
-            **common,
+            **{key: text[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings")},
             "architectures": [next(whole for whole, part in TEXT_CLASSES.items() if part == architecture)],
             "model_type": kind,
             "text_config": text | head,

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, Self
 
 from moelpr.base.errors import UserError
@@ -144,10 +146,5 @@ def _one_span(text: str, language: str) -> TaggedText:
 
 def _merge(spans: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Merge neighboring spans of one language; without any span, return an empty one of undetermined language."""
-    merged: list[tuple[str, int]] = []
-    for name, length in spans:
-        if merged and merged[-1][0] == name:
-            merged[-1] = (name, merged[-1][1] + length)
-        else:
-            merged.append((name, length))
-    return merged or [(UNDETECTED, 0)]
+    by_language = groupby(spans, key=itemgetter(0))
+    return [(name, sum(length for _, length in group)) for name, group in by_language] or [(UNDETECTED, 0)]

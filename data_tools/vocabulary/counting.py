@@ -91,8 +91,7 @@ class NewText:
 def count_words(files: TextFiles, bpe: BpeTokenizer, workers: int) -> list[NewText]:
     """Count the words of each language of `files`."""
     counted = [NewText() for _ in files.languages]
-    work = partial(_words, bpe=bpe)
-    for language, text in files.process(work, workers, "counting words of expanded languages"):
+    for language, text in files.process(partial(_words, bpe=bpe), workers, "counting words of expanded languages"):
         counted[language].add(text)
     return counted
 
@@ -160,8 +159,7 @@ def find_uses(
 ) -> tuple[OriginalText, OriginalText]:
     """Return what the documents of `files` contain: those that are not held out, and those that are."""
     originals = tuple(OriginalText(PairCounts(bpe.first_new_id)) for _ in range(2))
-    work = partial(_uses, bpe=bpe, tokenizer=tokenizer)
-    for _, parts in files.process(work, workers, "reading original languages"):
+    for _, parts in files.process(partial(_uses, bpe=bpe, tokenizer=tokenizer), workers, "reading original languages"):
         for text, (pairs, pair_documents, whole, documents) in zip(originals, parts, strict=True):
             text.pairs.add(pairs, pair_documents)
             text.whole.update(whole)

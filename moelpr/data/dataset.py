@@ -259,10 +259,9 @@ def token_ids(args: argparse.Namespace, corpora: Iterable[str]) -> TokenIds:
     Raises:
         UserError: `--eod-mask-loss` has no end-of-document token, or several.
     """
-    eod = _eod_id(args, corpora) if args.eod_mask_loss else -1
     return TokenIds(
         vocab_size=args.vocab_size,
-        eod=eod,
+        eod=_eod_id(args, corpora) if args.eod_mask_loss else -1,
         unique_identifiers=index_checksums(corpora, args.dataloader_inter_document_masking),
     )
 

@@ -25,8 +25,7 @@ SMALL_PARTS = 0.05  # the small files that every rank reads, next to the weights
 @pytest.fixture(scope="module")
 def reads(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter[str]]:
     folder = tmp_path_factory.mktemp("reads")
-    config = common.qwen2_config(2, 256, 512, layout_runs.VOCAB_SIZE, length=64)
-    dense = common.save_random_model(config, folder / "hf")
+    dense = common.save_random_model(common.qwen2_config(2, 256, 512, layout_runs.VOCAB_SIZE, length=64), folder / "hf")
     layout_runs.make_corpora(folder)
     commands = []
     for name, flags in RUNS.items():

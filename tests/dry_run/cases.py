@@ -289,8 +289,7 @@ def added_by_a_layer(name: str, is_megatrons: bool) -> list[float]:
     """Launches of a micro-batch, and bytes without those that read the original expert's weights."""
     sums = []
     for layers in (1, 2):
-        case = real_case(name, layers, pipeline_stages=1)
-        run = dry_run_of(case, is_megatrons)
+        run = dry_run_of(real_case(name, layers, pipeline_stages=1), is_megatrons)
         kernels = {kernel: n for kernel, n in run.counts.kernels.items() if kernel.phase in ("forward", "backward")}
         sums.append((sum(kernels.values()), sum(number * kernel.num_bytes for kernel, number in kernels.items())))
     shape = run.spec.megatron_args

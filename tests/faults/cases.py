@@ -177,10 +177,7 @@ DAMAGED: dict[str, tuple[Reading, ...]] = {
         Reading("resume", "out/run/*.json out/run/*.yaml out/run/iter_*/*.yaml out/run/metrics.jsonl", anything, 0.05),
     ),
     "recipes": (Reading("settings", "recipe.yaml", recipe_holds), Reading("compare", "project.yaml", anything, 0.1)),
-    "metrics": (
-        Reading("report", RUN, anything, 0.3),
-        Reading("export a run", RUN, same_tensors, 0.5),
-    ),
+    "metrics": (Reading("report", RUN, anything, 0.3), Reading("export a run", RUN, same_tensors, 0.5)),
     "evaluation data": (
         Reading("evaluate", "text/*.jsonl", right_scores),
         Reading("evaluate again", "out/evaluation/parts/*/*.json", same_print, 0.5),
@@ -210,8 +207,7 @@ def wrong_arguments(case: Case) -> Outcome:
     case.prepare(name)
     words, how = change_words(COMMANDS[name].words, flags_of(COMMANDS[name].name, case.folder / "help"), case.random)
     case.notes.append(how)
-    ended = run(COMMANDS[name], case.box, words)
-    return case.judge(ended, anything, case.box)
+    return case.judge(run(COMMANDS[name], case.box, words), anything, case.box)
 
 
 @cache

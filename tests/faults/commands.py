@@ -116,9 +116,7 @@ COMMANDS = {
         "hf expert text",
     ),
     "pack": Command(
-        "pack make",
-        "hf expert --text el=text/el.jsonl --max-tokens 200 --device cpu --save out/pack",
-        "hf expert text",
+        "pack make", "hf expert --text el=text/el.jsonl --max-tokens 200 --device cpu --save out/pack", "hf expert text"
     ),
     "kept sums": Command(
         "pack keep", "hf --text en=text/en.jsonl --max-tokens 200 --device cpu --save out/kept", "hf text"

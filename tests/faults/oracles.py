@@ -65,8 +65,7 @@ def corpus(box: Path) -> list[tuple[list[int], bool]]:
 def documents(path: Path) -> list[tuple[str, Any]] | None:
     """(text, language or None) of each line; None if a line is not a document."""
     try:
-        content = _unpacked(path)
-        rows = [json.loads(line.decode("utf-8-sig")) for line in content.split(b"\n") if line.strip()]
+        rows = [json.loads(line.decode("utf-8-sig")) for line in _unpacked(path).split(b"\n") if line.strip()]
         pairs = [(row["text"], row.get("lang")) for row in rows]
         "".join(text for text, _ in pairs).encode()
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -117,6 +116,5 @@ def recipe_holds(box: Path, other: Path) -> bool:
         return False
     if recipe.keys() != before.keys() or any(type(recipe[key]) is not type(before[key]) for key in recipe):
         return True  # other settings may follow from a key that is new or gone
-    named = {str(key).replace("-", "_") for key in recipe}
-    others = (settings.keys() | undisturbed.keys()) - named - _DERIVED
+    others = (settings.keys() | undisturbed.keys()) - {str(key).replace("-", "_") for key in recipe} - _DERIVED
     return all(settings.get(name) == undisturbed.get(name) for name in others)

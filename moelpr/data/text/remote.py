@@ -97,9 +97,7 @@ def pinned(uri: str) -> str:
 
 def is_folder(uri: str) -> bool:
     """Whether a URI names a folder; of a web server's, it ends in a slash."""
-    if _is_web(uri):
-        return shown(uri).endswith("/")
-    return bool(_info(uri)["type"] == "directory")
+    return shown(uri).endswith("/") if _is_web(uri) else bool(_info(uri)["type"] == "directory")
 
 
 def walk(uri: str) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import NormalDist
 from typing import Any, Protocol
 
@@ -348,9 +348,7 @@ def _texts_alike(of_kept: Inputs, of_new: Sequence[Inputs]) -> dict[str, float]:
 
     Both must have been read by one model: what the base and an expert make of a text is told apart easily.
     """
-    ends = [0]
-    for pieces in of_kept.pieces.values():
-        ends.append(ends[-1] + sum(map(len, pieces)))
+    ends = [0, *accumulate(sum(map(len, pieces)) for pieces in of_kept.pieces.values())]
     strays = torch.zeros(len(of_kept.pieces))
     for layer, held_out in of_kept.held_out.items():
         kept_H, *each = _directions(of_kept, of_new, layer)

@@ -98,9 +98,7 @@ class HarnessResults(Results):
         }
 
     def _group_table(self, group: str) -> Table:
-        rows = []
-        for model in self._models:
-            rows.append([model, *map(_text, self.means(model, group)), self._change(model, group)])
+        rows = [[model, *map(_text, self.means(model, group)), self._change(model, group)] for model in self._models]
         header = [f"{name} ({benchmark.num_fewshot})" for name, benchmark in self._benchmarks.items()]
         names = ", ".join(map(language_name, self._groups[group]))
         note = (

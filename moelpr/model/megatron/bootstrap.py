@@ -56,9 +56,8 @@ def connect_ranks() -> None:
     has_gpus = not cpu.is_needed()
     if has_gpus:
         torch.cuda.set_device(ranks.local_rank())
-    size = ranks.world_size()
     torch.distributed.init_process_group(
-        "nccl" if has_gpus else "gloo", store=rank_store(), rank=ranks.rank(), world_size=size
+        "nccl" if has_gpus else "gloo", store=rank_store(), rank=ranks.rank(), world_size=ranks.world_size()
     )
 
 

@@ -204,7 +204,6 @@ class GroupStepAdam(torch.optim.Adam):
             if not params:
                 continue
             states = [self._state_of(parameter) for parameter in params]
-            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "decoupled_weight_decay")}
             adam(
                 params,
                 [parameter.grad for parameter in params],
@@ -218,7 +217,7 @@ class GroupStepAdam(torch.optim.Adam):
                 maximize=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
-                **settings,
+                **{name: group[name] for name in ("lr", "weight_decay", "eps", "decoupled_weight_decay")},
             )
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:

@@ -53,8 +53,7 @@ def test_the_weight_of_an_original_token_makes_the_sum_a_mean_over_the_step() ->
 def test_next_token_loss_is_reported_by_language_of_the_predicted_token() -> None:
     reader, model = BatchReader(), torch.nn.Module()
     reader.read(model, samples(2), 1, (1, 4))
-    batch = reader.next(model)
-    loss, num_tokens, reports = next_token_loss(batch, torch.tensor([[1.0, 2.0, 4.0, 100.0]]))
+    loss, num_tokens, reports = next_token_loss(reader.next(model), torch.tensor([[1.0, 2.0, 4.0, 100.0]]))
     assert loss.item() == 7.0
     assert num_tokens.item() == 3
     assert reports["lm loss original"].tolist() == [3.0, 2.0]

@@ -38,8 +38,7 @@ def conversations(tmp_path: Path) -> tuple[Path, dict[tuple[int, ...], tuple[lis
 def test_an_epoch_has_every_conversation_once_and_whole_and_its_loss_where_it_counts(conversations, is_packed) -> None:
     prefix, known = conversations
     config = gpt_config([str(prefix)], sequence_length=LENGTH, inter_document_masking=is_packed)
-    one = training_set(1, config)
-    windows = len(one)
+    windows = len(training_set(1, config))
     assert windows < 50 if is_packed else windows == 50
     dataset = training_set(windows + 1, config)
     assert len(dataset) == 2 * windows

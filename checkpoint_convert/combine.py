@@ -44,8 +44,9 @@ def main(args: Settings) -> None:
     texts, kept = named_texts(args.text, "--text"), named_texts(args.keep_text, "--keep-text")
     if sorted(listed) != sorted(texts):
         raise UserError(f"--text must have the languages of --expert ({', '.join(listed)}), got {', '.join(texts)}")
-    if both := texts.keys() & kept.keys():
-        raise UserError(f"--keep-text {min(both)} is in an expanded language; remove it, or give it another name")
+    expanded = {Path(path).resolve() for path in texts.values()}
+    if both := [name for name, path in kept.items() if name in texts or Path(path).resolve() in expanded]:
+        raise UserError(f"--keep-text {both[0]} is in an expanded language; remove it, or pass NAME=FILE of other text")
     documents = args.read(kept), args.read(texts)  # before torch is imported
     from checkpoint_convert.conversions.combined_model import combine
 

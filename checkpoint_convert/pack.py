@@ -4,6 +4,7 @@ A built model depends on base, kept sums and the set of packs only; to add or re
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -105,3 +106,6 @@ def _make(args: MakeSettings | KeepSettings, expert: Path | None, trained: str =
     record = make_pack(args.base, expert, texts, args, args.license, trained, args.base_model)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {record.base}{of_loss}")
+    if record.losses and record.losses[1] >= record.losses[0]:
+        why = f"{expert} has not learned {', '.join(record.texts)}"
+        print(f"warning: {why}; pass BASE before EXPERT, and text like what it trained on", file=sys.stderr)

@@ -29,8 +29,7 @@ def main() -> None:
         shutil.copyfile(file, SOURCE / file.relative_to(ROOT))
     for page in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "Dockerfile", "LICENSE"):
         shutil.copyfile(ROOT / page, SOURCE / page)
-    index = (SOURCE / "docs" / "README.md").read_text("utf-8")
-    guide, _, design = index.partition("For developers:")
+    guide, _, design = (SOURCE / "docs" / "README.md").read_text("utf-8").partition("For developers:")
     nav = [
         {"Overview": "README.md"},
         {"Guide": "docs/README.md"},

@@ -28,8 +28,7 @@ class Router(torch.nn.Module):
 
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE = self.gating(hidden_TH)
-        scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float)
-        weights_TK, choices_TK = torch.topk(scores_TE, self.top_k, dim=-1)
+        weights_TK, choices_TK = torch.topk(torch.softmax(logits_TE, dim=-1, dtype=torch.float), self.top_k, dim=-1)
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return logits_TE, weights_TK.to(logits_TE.dtype), choices_TK
 

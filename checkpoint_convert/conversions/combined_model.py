@@ -43,7 +43,7 @@ from moelpr.model.families.tables import pieces, stacked_part, zeros
 from moelpr.model.model_spec import ModelSpec
 from moelpr.model.stages import Part
 
-_REMEDY = "pass what was trained from the base"
+_REMEDY = "pass what was trained from the base (of a project, OUTPUT/ffn-hf)"
 _HALF = torch.bfloat16, torch.float16
 _ADAPTER_FILE, _ADAPTER_PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -399,7 +399,7 @@ def combined_card(
         tags=["moe", "moe-lpr", "merge"],
     )
     return (
-        f"---\n{head}---\n\n# {name} with {len(experts)} more FFN per layer\n\n"
+        f"---\n{head}---\n\n# {name} with {len(experts)} more FFN{'s' * (len(experts) > 1)} per layer\n\n"
         f"Expert 0 of each layer is the FFN of `{name}`, the others are those of {listed}. "
         "A token uses one of them; everything else is the base's. A stock class: no custom code.\n\n"
         f"{routers}## Use\n\nLoad it with transformers as any model.\n"

@@ -37,8 +37,7 @@ def convert(folder: Path, output: Path, pre_tokenizer: str | None) -> str:
         UserError: The converter is missing or refuses the model, or `pre_tokenizer` is not that of the tokenizer.
     """
     config = read_config(folder)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    kind = {"float32": "f32", "float16": "f16"}.get(str(dtype), "bf16")
+    kind = {"float32": "f32", "float16": "f16"}.get(str(config.get("dtype") or config.get("torch_dtype")), "bf16")
     words = [sys.executable, "-c", _CONVERTER, pre_tokenizer or "", str(folder), "--outfile", str(output)]
     if "linear_num_key_heads" in config:  # or it would look for a head that predicts further tokens
         words.append("--no-mtp")
@@ -85,8 +84,7 @@ def _pre_tokenizer(folder: Path) -> str:
     if not (folder / "tokenizer.json").is_file():
         return "none in tokenizer.json"
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("pre_tokenizer") or {}
-    steps = content.get("pretokenizers", [content])
-    return " + ".join(str(step.get("type")) for step in steps)
+    return " + ".join(str(step.get("type")) for step in content.get("pretokenizers", [content]))
 
 
 def quantize(gguf: Path, output: Path, kind: str) -> None:

@@ -119,8 +119,7 @@ def _write_shard(
     end = 0
     for stored in shard:
         start, end = end, end + stored.num_elements * dtype.itemsize
-        entry = {"dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]}
-        header[stored.name] = entry
+        header[stored.name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(stored.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
     with closing(SummedFile(path)) as file:

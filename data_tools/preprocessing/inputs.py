@@ -105,8 +105,7 @@ class Inputs:
                     continue
                 except BadLine as error:
                     assert batch is not None
-                    problem = f"{batch.where(index)}: {error}"
-                    raise UserError(f"{problem}; {FIX_OR_SKIP}") from None
+                    raise UserError(f"{batch.where(index)}: {error}; {FIX_OR_SKIP}") from None
 
     def sample_texts(self) -> list[str]:
         """Return some texts from all over the input, to compare tokenizer libraries on; malformed lines are ignored."""

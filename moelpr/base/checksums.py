@@ -167,8 +167,7 @@ def verify_folder(folder: Path, fix: str, is_expected: bool = False, pieces: Pie
         return
     of_ranks = ranks.gather(pieces or {})
     share = {name: set().union(*(part.get(name, ()) for part in of_ranks)) for name in ranks.own_share(sorted(sums))}
-    own = sums_of(folder, share)
-    actual = {name: sum_ for part in ranks.gather(own) for name, sum_ in part.items()}
+    actual = {name: sum_ for part in ranks.gather(sums_of(folder, share)) for name, sum_ in part.items()}
     for name, expected in sums.items():
         _compare(folder / name, actual[name], expected, fix)
 

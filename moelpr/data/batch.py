@@ -49,8 +49,7 @@ class BatchReader:
     def read(self, owner: Any, data_iterator: Samples | None, num_microbatches: int, shape: tuple[int, int]) -> None:
         """Read micro-batches of `shape` (sequences, tokens) for `owner`, the model chunk that runs them."""
         raw_MKBS = _broadcast(data_iterator, num_microbatches, shape)
-        sums = [raw_MKBS[:, _KEYS.index(key)].sum() for key in ("is_original", "loss_mask")]
-        counts = torch.stack(sums).float()
+        counts = torch.stack([raw_MKBS[:, _KEYS.index(key)].sum() for key in ("is_original", "loss_mask")]).float()
         torch.distributed.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         global_counts = GlobalCounts(*counts.unbind())
         samples = (dict(zip(_KEYS, raw_KBS, strict=True)) for raw_KBS in raw_MKBS)

@@ -86,8 +86,7 @@ class LanguageBitsWriter:
         """Append runs of tokens with one bit, int64 [runs]: 2 × tokens of the run + its bit."""
         bits, stops = (runs & 1).astype(np.uint8), np.cumsum(runs >> 1)
         for start in range(0, int(stops.max(initial=0)), _RUN_TOKENS):
-            counts = np.diff(np.clip(stops, start, start + _RUN_TOKENS), prepend=start)
-            self.append(np.repeat(bits, counts))
+            self.append(np.repeat(bits, np.diff(np.clip(stops, start, start + _RUN_TOKENS), prepend=start)))
 
     def finalize(self) -> None:
         """Write the rest and the header, and close the file, which is now complete."""

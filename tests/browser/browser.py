@@ -43,8 +43,7 @@ def opened(address: str, width: int, is_dark: bool = False) -> Iterator[tuple[An
     complaints: list[str] = []
     with sync_playwright() as programs:
         browser = programs.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        colours = "dark" if is_dark else "light"
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=colours)
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if is_dark else "light")
         page.set_default_timeout(WAIT)
         page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)

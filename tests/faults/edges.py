@@ -168,8 +168,7 @@ def pages(case: Case) -> Outcome:
         event = _EVENT | random.choice([{}, {}, {random.choice([*_EVENT]): random.choice([None, 9**9, [], {}])}])
         size = random.choice([0, 1, most, most + 1, 3 * most])
         body = json.dumps(event).encode()[: size or None].ljust(size)
-        named = {"host": host, "origin": origin or None}
-        headers = {name: value for name, value in named.items() if value is not None}
+        headers = {name: value for name, value in {"host": host, "origin": origin or None}.items() if value is not None}
         answered, received = asyncio.run(_ask({"type": kind, "method": method, "path": path}, headers, body))
         own = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
         is_own = host in own and (not origin or (urlsplit(origin).netloc in own and origin.startswith("http:")))

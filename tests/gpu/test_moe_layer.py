@@ -86,8 +86,7 @@ def test_documents_apart_attend_as_with_a_call_per_document(window, monkeypatch)
     from moelpr.model.layers import attention
     from moelpr.model.layers.loading import transformer_config
 
-    config = transformer_config(SPEC, window_size=window)
-    ours = attention.SDPACoreAttention(config, 1, AttnMaskType.causal, "self")
+    ours = attention.SDPACoreAttention(transformer_config(SPEC, window_size=window), 1, AttnMaskType.causal, "self")
     shapes = [(512, 2, heads, 64) for heads in (4, 2, 2)]
     inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
     positions = torch.cat([torch.arange(length, device="cuda") for length in (1, 200, 311)]).expand(2, -1)

@@ -36,8 +36,7 @@ def trained(base: Path, folder: Path, texts: Sequence[str], names: str = ".mlp."
     shutil.copytree(base, folder)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     batch = torch.tensor([[0, *tokenizer(text).input_ids[:23]] for text in texts])
-    chosen = [parameter for name, parameter in model.named_parameters() if names in name]
-    optimizer = torch.optim.Adam(chosen, lr=3e-3)
+    optimizer = torch.optim.Adam([parameter for name, parameter in model.named_parameters() if names in name], lr=3e-3)
     for _ in range(steps):
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()

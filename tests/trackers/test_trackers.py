@@ -81,8 +81,7 @@ def test_mlflow_has_every_step_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(f"file:{run}/mlruns")
-    experiment = client.get_experiment_by_name("greek")
-    (actual,) = client.search_runs([experiment.experiment_id])
+    (actual,) = client.search_runs([client.get_experiment_by_name("greek").experiment_id])
 
     def history(key: str) -> list[tuple[int, float]]:
         return [(one.step, one.value) for one in client.get_metric_history(actual.info.run_id, key)]

@@ -93,8 +93,7 @@ def test_a_killed_process_leaves_no_lock_even_if_a_process_it_has_forked_lives_o
                 print(os.getpid(), flush=True)  # it runs, so it has closed what it inherited
             time.sleep(60)
     """
-    command = [sys.executable, "-c", code, tmp_path / LOCK_FILE]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / LOCK_FILE], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     forked = int(holder.stdout.readline())
     try:

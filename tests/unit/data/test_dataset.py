@@ -141,8 +141,7 @@ def test_padding_of_the_first_window_that_is_read_is_masked_in_no_other(write_co
     [dataset] = build(TaggedGPTDataset, prefix, samples=1).datasets
     dataset.config.sequence_length = len(tokens) // 2 + 2
     dataset.shuffle_index, dataset.document_index = [0, 1], [0]
-    half = dataset.config.sequence_length
-    dataset.sample_index = np.array([[0, 0], [0, half], [0, len(tokens) - 1]])
+    dataset.sample_index = np.array([[0, 0], [0, dataset.config.sequence_length], [0, len(tokens) - 1]])
     padded, whole, again = dataset[1], dataset[0], dataset[1]
     assert whole["loss_mask"].all()
     assert not padded["loss_mask"].all() and torch.equal(padded["loss_mask"], again["loss_mask"])
@@ -165,8 +164,7 @@ def test_the_loss_of_the_end_of_document_is_masked_if_wanted(write_corpus, tmp_p
     settings = {"seed": 3, "seq_length": 16, "data_path": corpora, "split": "100,0,0", "model_source": tmp_path}
     settings |= {"vocab_size": 10, "mid_level_dataset_surplus": 0.005, "num_dataset_builder_threads": 1}
     settings |= {"data_cache_path": None, "dataloader_inter_document_masking": False}
-    on = {"eod_mask_loss": True, "mmap_bin_files": True}
-    args = argparse.Namespace(**settings, **on)
+    args = argparse.Namespace(**settings, eod_mask_loss=True, mmap_bin_files=True)
     if manifests in ((7, 8), (-7,)) or (eos is None and not manifests):
         with pytest.raises(UserError, match="--eod-mask-loss requires (an|one) end-of-document token"):
             datasets.dataset_config(args)

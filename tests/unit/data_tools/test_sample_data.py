@@ -21,8 +21,7 @@ def documents_of(language: str, first_id: int, count: int = 60) -> list[tuple[st
 
 @pytest.fixture
 def inputs(make_corpus: Callable[..., Path]) -> list[str]:
-    languages = {"en": 0, "es": 60, "el": 120}
-    return [str(make_corpus(name, documents_of(name, first))) for name, first in languages.items()]
+    return [str(make_corpus(name, documents_of(name, first))) for name, first in {"en": 0, "es": 60, "el": 120}.items()]
 
 
 def sample(output: Path, inputs: list[str], *words: str) -> list[np.ndarray]:

@@ -293,6 +293,7 @@ def test_the_command_reads_files_and_says_what_was_kept(base, greek, tmp_path, e
         (["--expert", f"greek={greek}"], "did you mean el?"),
         (["--expert", f"hu={greek}"], "--text"),
         ([*expert, "--keep-text", f"el={tmp_path}/el.jsonl"], "--keep-text el"),
+        ([*expert, "--keep-text", f"x={tmp_path}/el.jsonl"], "--keep-text x is in an expanded language; remove it, or"),
         ([*expert, "--keep", "2"], "--keep"),
         ([*expert, "--keep", "0.9", "--max-distance", "1"], "--keep"),
     ):

@@ -121,6 +121,9 @@ def test_what_is_no_pack_of_this_base_is_one_sentence(folder: Path, tmp_path: Pa
         assert message in refused(packer.build, *words) and not (tmp_path / "out").exists()
     words = folder / "base", folder / "expert-el", "--save", tmp_path / "out", "--text"
     assert "LANGUAGE=greek.jsonl" in refused(packer.make, *words, "greek=greek.jsonl")
+    (tmp_path / "el.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in EXPANDED["el"]))
+    words = folder / "expert-el", folder / "base", "--save", tmp_path / "swapped", "--text", f"el={tmp_path}/el.jsonl"
+    assert exit_code(packer.make, *words) == 0 and "has not learned el; pass BASE before" in capsys.readouterr().err
     kept = Path(shutil.copytree(folder / "kept", tmp_path / "with-el"))
     edit_json(kept / "pack.json", texts={"first": 9, "el": 9})
     (kept / "checksums.json").unlink()

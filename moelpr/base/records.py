@@ -144,8 +144,8 @@ def reason(error: ValidationError) -> str:
         message = message.replace("an object", "keys with values ({KEY: VALUE})")
         message = message.replace("valid array", "list ([A, B])")
         reason = f"{place} {message}, got {_shown(first['input'])}"
-    more = error.error_count() - 1
-    return f"{reason} (and {more} more)" if more else reason
+    errors = error.error_count()
+    return f"{reason} (the first of {errors} errors)" if errors > 1 else reason
 
 
 def first_problem(error: ValidationError) -> dict[str, Any] | Any:

@@ -85,8 +85,9 @@ def parse_project(text: str, path: Path) -> ProjectFile:
         hint = ""
         if records.is_unknown_key(first):
             known, key, name = _keys_at(place[:-1]), str(first["loc"][-1]), ".".join(map(str, place))
-            hint = next((to for pattern, to in _ELSEWHERE.items() if re.fullmatch(pattern, name)), "")
-            hint = f"; {hint or did_you_mean(key, known, f'its place has the keys {", ".join(known)}')}"
+            hints = [to for pattern, to in _ELSEWHERE.items() if re.fullmatch(pattern, name)]
+            hints += [f"write it under {top}" for top in known if not place[1:] and key in _keys_at((top,))]
+            hint = f"; {(hints or [did_you_mean(key, known, f'its place has the keys {", ".join(known)}')])[0]}"
         elif place == ("method",) and re.search("rank|lora", str(first["input"])):
             hint = "; low-rank FFNs are method: second-ffn with experts: {rank: 16}"
         raise UserError(f"{_at(path, lines, place)}{records.reason(error)}{hint}") from None

@@ -64,7 +64,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
         ({"size": {"width": 1}}, "size.height is missing"),
         ({"size": {"width": 0, "height": 1}}, "size.width must be at least 1"),
         ({"more": 1}, "more is unknown"),
-        ({"tags": [1, 2]}, "(and 1 more)"),
+        ({"tags": [1, 2]}, "(the first of 2 errors)"),
         ({"scale": float("nan")}, "damaged"),
     ],
 )

@@ -96,7 +96,7 @@ def languages(**groups: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
-        ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(and 1 more\); did you mean budget\?"),
+        ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(the first of 2 errors\); did you mean budget\?"),
         ({"chat": "base"}, r"line \d+: chat: base is the base itself; name its chat model"),
         ({"output": "el.jsonl"}, r"line \d+: output: el.jsonl is a file"),
         ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),
@@ -121,6 +121,7 @@ def languages(**groups: Any) -> dict[str, Any]:
         (languages(expanded={"el": {"file": "a"}}), r"file is unknown; did you mean text\?"),
         ({"budget": None}, "languages.yaml: budget is missing"),
         ({"kubernetes": {"tolerations": []}}, r"line \d+: kubernetes.tolerations .*; write it under kubernetes.pod"),
+        ({"kept": "auto"}, r"line \d+: kept is unknown; write it under languages$"),
         # As a missing login, which is said once.
         (languages(expanded={"el": "credentials"}, original={"en": "no"}), r"\A.* no file credentials.*\Z"),
         (languages(expanded={"el": "s3a://b/el"}), "there is no file s3a://b/el; URIs begin with hf://, s3://"),

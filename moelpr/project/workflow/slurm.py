@@ -49,7 +49,7 @@ class SlurmSettings:
     training: Options = field(default_factory=dict)
     """Options for trainings only, such as signal: "B:USR1@1800" if a checkpoint takes longer than five minutes."""
     steps: dict[str, Options] = field(default_factory=dict)
-    """Options for single tasks: task → option → value."""
+    """Options for single steps: step → option → value; preprocess: of all languages."""
     container_image: str | None = None
     """Image for enroot with pyxis."""
     apptainer: str | None = None
@@ -85,7 +85,8 @@ class SlurmSettings:
             options |= {"exclusive": True, "mem": 0, "signal": "B:USR1@300"}
         else:
             options |= {"cpus-per-task": task.cpus, "mem": f"{max(1, math.ceil(task.memory_gib))}G"}
-        return options | self.options | (self.training if task.continues else {}) | self.steps.get(task.name, {})
+        own = self.steps.get(task.name.partition("-")[0], {}) | self.steps.get(task.name, {})
+        return options | self.options | (self.training if task.continues else {}) | own
 
     def container(self) -> list[str]:
         """The container options of Slurm's scripts (launch/slurm/lib.sh)."""
@@ -191,8 +192,8 @@ class Chain:
 
     def check_steps(self) -> None:
         """Raise a UserError for options of a step that there is not."""
-        if unknown := self._settings.steps.keys() - self._workflow.tasks.keys():
-            names, name = [*self._workflow.tasks], min(unknown)
+        names = [*dict.fromkeys(part for task in self._workflow.tasks for part in (task, task.partition("-")[0]))]
+        if name := min(self._settings.steps.keys() - names, default=None):
             raise UserError(f"slurm.steps.{name} is no step; {did_you_mean(name, names, ', '.join(names))}")
 
     def _submit_task(self, outlook: Outlook) -> None:

@@ -73,7 +73,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 def test_a_chain_is_submitted_with_common_options_and_those_of_each_task(stubs, tmp_path, capsys) -> None:
     run = tmp_path / "runs" / "greek"
-    steps = {"convert": {"partition": "big"}, "stage1": {"exclusive": False}}
+    steps = {"convert": {"partition": "big"}, "stage1": {"exclusive": False}, "preprocess": {"mem": "9G"}}
     submit(run, options={"account": "lab"}, training={"time": "24:00:00"}, steps=steps)
     assert lines(capsys)[1:4] == ["preprocess-hu: job 2", "convert: job 3", "stage1: job 4, after 3:1:2"]
     made = (stubs / "calls").read_text().splitlines()
@@ -89,6 +89,7 @@ def test_a_chain_is_submitted_with_common_options_and_those_of_each_task(stubs, 
         f'run_training "$(path_outside {run}/stage1)" -m moelpr run languages.yaml --task stage1\n' in scripts["stage1"]
     )
     assert "# stage1 of languages.yaml: moelpr train stage1 --lr 1\n" in scripts["stage1"]
+    assert "#SBATCH --mem=9G\n" in scripts["preprocess-el"]
     assert "#SBATCH --mem=16G\n" in scripts["convert"] and "--partition=big" in scripts["convert"]
     assert "run_tool -m moelpr run languages.yaml --task convert\n" in scripts["convert"]
     for script in scripts.values():

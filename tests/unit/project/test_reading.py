@@ -96,7 +96,7 @@ def languages(**groups: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"budgte": {"tokens": 1}}, r"languages.yaml, line \d+: budgte is unknown; did you mean budget\?"),
-        ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(the first of 2 errors\); did you mean budget\?"),
+        ({"bugdet": {"tokens": 1}, "budget": None}, r"bugdet is unknown \(the first of 2 errors\); did you mean"),
         ({"chat": "base"}, r"line \d+: chat: base is the base itself; name its chat model"),
         ({"output": "el.jsonl"}, r"line \d+: output: el.jsonl is a file"),
         ({"output": "s3://bucket/run"}, r"line \d+: output: s3://bucket/run is a URI; name a folder"),

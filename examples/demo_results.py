@@ -28,7 +28,7 @@ PAPER_SCORES = {
     "stage1": {"expanded": 45.04, "original": 47.14},
     "stage2": {"expanded": 45.07, "original": 52.12},
 }
-# Figure of docs/results.md or docs/evaluation.md -> figure of the evaluation.
+# Figure of docs/results-details.md or docs/evaluation.md -> figure of the evaluation.
 FIGURES = {
     "demo": "change",
     "evaluation-change": "change",
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the demo (default: %(default)s)")
     args = parser.parse_args()
     report = records.read(dict[str, Any], args.run / "report.json", "run `make demo` first")
-    page = ROOT / "docs" / "results.md"
+    page = ROOT / "docs" / "results-details.md"
     replace_between(page, TABLE, results(report, read_checks(args.run)))
     replace_between(page, PAPER, compared_with_paper(report))
     for target, source in FIGURES.items():

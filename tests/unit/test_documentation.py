@@ -164,7 +164,7 @@ def test_pages_give_no_text_to_keep_twice() -> None:
 
 
 def test_the_generated_results_have_their_place() -> None:
-    text = (ROOT / "docs/results.md").read_text("utf-8")
+    text = (ROOT / "docs/results-details.md").read_text("utf-8")
     assert text.count("<!-- demo-table:start -->") == text.count("<!-- demo-table:end -->") == 1
 
 

@@ -17,6 +17,7 @@ from checkpoint_convert.common.settings import CombineSettings, MoeClassFlags
 from checkpoint_convert.conversions.combined_model import Base, TopOne, combine, open_expert, write_combined
 from checkpoint_convert.conversions.packs import PackedModel
 from examples.demo_tasks import ROOT
+from examples.experiments.parts import without_seed
 from examples.languages import LANGUAGES, ORIGINAL
 from moelpr.base.checksums import Verify
 from moelpr.base.command import CommandParser, run_command
@@ -99,7 +100,7 @@ def main() -> None:
     kept = {name: read_documents(path, max_documents=TOKENS) for name, path in texts.items()}
     new = {code: kept.pop(code) for code in ours.expanded}
     if not its.export.exists():
-        ROUTERS[its.file.path.stem](ours.base, ours.trained_by("ffn"), kept, new, its.export)
+        ROUTERS[without_seed(its.file.path.stem)](ours.base, ours.trained_by("ffn"), kept, new, its.export)
         show(ours.base, its.export, kept, new)
 
 

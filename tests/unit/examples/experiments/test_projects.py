@@ -160,7 +160,7 @@ def test_each_seed_is_a_project_whose_training_alone_differs_and_a_table_has_one
 
 
 def test_other_routers_get_the_ffns_and_texts_of_ours_and_no_model_is_made_twice(folder: Path, monkeypatch) -> None:
-    ours, its, calls = Path("examples/experiments/first/second-ffn.yaml"), Path("dume-routers.yaml"), []
+    ours, its, calls = Path("examples/experiments/first/second-ffn.yaml"), Path("dume-routers-seed2.yaml"), []
     its.write_text(ours.read_text().replace("/second-ffn\n", "/other\n"))
 
     def write(*words: Any) -> None:
@@ -168,7 +168,7 @@ def test_other_routers_get_the_ffns_and_texts_of_ours_and_no_model_is_made_twice
         words[-1].mkdir(parents=True)
 
     shown: list[Any] = []
-    monkeypatch.setitem(experiments.ROUTERS, its.stem, write)
+    monkeypatch.setitem(experiments.ROUTERS, "dume-routers", write)
     monkeypatch.setattr(routers, "show", lambda *words: shown.append(words))
     monkeypatch.setattr(sys, "argv", ["routers", str(ours), str(its)])
     for _ in range(2):

@@ -280,5 +280,4 @@ def _why_empty(sources: list[str], tally: Tally, tokenizer_model: str) -> str:
         return f"{label} contains no usable document, {number:,} lines were skipped (first: {tally.problems[0]})"
     if tally.num_filtered and not documents:
         return f"--filter drops all {tally.num_filtered:,} documents of {label}; check its keys and values"
-    contents = f"{documents:,} documents without any text" if documents else "no documents"
-    return f"{label} contains {contents}"
+    return f"{label} contains {f'{documents:,} documents without any text' if documents else 'no documents'}"

@@ -181,8 +181,7 @@ def _languages(project: ResolvedProject, stage: str) -> str:
     table, is_most = share_table(its.items(), "language"), any(its[code].tokens != tokens[code] for code in its)
     note = ", here at most, as the estimate is too little text" if is_most else ""
     note = f" (tokens are estimated{note})" if is_estimate else ""
-    name = "1" if stage == "stage1" else stage
-    text = f"Stage {name} reads {format_count(total)} tokens{note}:\n{table}"
+    text = f"Stage {stage.removeprefix('stage')} reads {format_count(total)} tokens{note}:\n{table}"
     if total >= (step := step_tokens(project)):
         return text
     return (

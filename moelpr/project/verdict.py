@@ -44,7 +44,8 @@ def verdict(project: ResolvedProject) -> str:
     model = project.models.get(best, project.export)
     chat = project.folder / "chat" if project.content.chat and model == project.export else model
     unkept = _left_out(project, project.original) if model == project.export else []  # a review has other routers
-    lines += [*_sentences(project, by_model[best], unkept), "", f"model: {model}"]
+    lacks = project.routed.shortcomings if project.routed and project.method == "second-ffn" else ""
+    lines += [*_sentences(project, by_model[best], unkept, lacks), "", f"model: {model}"]
     return "\n".join([*lines, f"report: {project.folder / 'report.html'}", f"next: moelpr chat {chat}"])
 
 
@@ -76,7 +77,9 @@ def _left_out(project: ResolvedProject, names: Sequence[str]) -> list[str]:
     return [name for name in names if project.routed and name not in project.routed.texts]
 
 
-def _sentences(project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str]) -> Iterator[str]:
+def _sentences(
+    project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str], lacks: str
+) -> Iterator[str]:
     unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
     lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
     hardly = [code for code in project.expanded if code not in unlearned and changes[code].value > -LEAST_LEARNED]
@@ -90,7 +93,9 @@ def _sentences(project: ResolvedProject, changes: dict[str, Interval], unkept: S
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
     if unkept:
         yield f"{_names(unkept)}: not kept by the routers; add more or other text, or look at what has changed."
-    if not unlearned and not hardly and not lost and not unkept:
+    if lacks:
+        yield f"Hardly worth serving: the second FFN {lacks}; train more, add text to keep, or set method: auto."
+    elif not (unlearned or hardly or lost or unkept):
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."
         if len(project.expanded) > 1:
             least = max(project.expanded, key=lambda code: changes[code].value)

@@ -41,8 +41,7 @@ class Interval:
 
     def text(self, write: Callable[[float], str]) -> str:
         """`write` of the value, then of the bounds in brackets if there are any."""
-        bounds = f" [{write(self.low)}, {write(self.high)}]" if self.has_bounds else ""
-        return write(self.value) + bounds
+        return write(self.value) + (f" [{write(self.low)}, {write(self.high)}]" if self.has_bounds else "")
 
 
 def percent(change: float, digits: int = 1) -> str:

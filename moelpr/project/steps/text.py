@@ -75,8 +75,7 @@ def kept(step: Step, project: ResolvedProject) -> Iterator[Task]:
     folder = project.text / step.name
     json_key = next(iter(project.languages.values())).json_key
     flags = {"save": folder, "without": ",".join(project.languages), "json-key": json_key, "overwrite": True}
-    is_complete = (folder / f"{CODE}.jsonl").is_file
-    yield step.task(project, flags, is_complete=is_complete, shared=project.shared)
+    yield step.task(project, flags, is_complete=(folder / f"{CODE}.jsonl").is_file, shared=project.shared)
 
 
 @step("preprocess", "data preprocess", reserved=_RESERVED, speed=_SPEED)

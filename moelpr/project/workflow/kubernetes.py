@@ -181,8 +181,7 @@ class Chain:
 
     def config_map(self) -> Manifest:
         """The file that the pods read."""
-        data = {self._key: self._file.read_text(encoding="utf-8")}
-        return self._object("v1", "ConfigMap", data=data)
+        return self._object("v1", "ConfigMap", data={self._key: self._file.read_text(encoding="utf-8")})
 
     def _needs(self, task: Task) -> list[str]:
         """The tasks that a task waits for, without those that another of them waits for."""

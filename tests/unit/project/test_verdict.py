@@ -74,7 +74,10 @@ def test_a_language_that_routers_do_not_keep_is_named_and_the_model_not_worth_se
     Path("out/hf/calibration.json").write_text(json.dumps(findings))
     text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
     assert "reads it like the new languages: en." in text and "English: not kept by the routers" in text
-    assert "Worth serving" not in text
+    assert "Worth serving" not in text and "Hardly" not in text
+    write_findings(distance=0.02, kept=0.06)
+    text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
+    assert "Hardly worth serving: the second FFN keeps 6% of what was learned (at least 85%); train" in text
 
 
 @pytest.mark.parametrize("review, model", [(-0.3, "out/review-hf"), (-0.1, "out/hf")])

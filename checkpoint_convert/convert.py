@@ -57,8 +57,7 @@ def main(args: Settings) -> None:
     from checkpoint_convert.conversions.upcycled_checkpoint import hf_to_mcore
     from moelpr.model.families.families import read_base
 
-    ffns_of = str(args.ffns_of) if args.ffns_of else None
-    start = Start(args.new_experts, args.expert_noise, args.seed, ffns_of)
+    start = Start(args.new_experts, args.expert_noise, args.seed, str(args.ffns_of) if args.ffns_of else None)
     number = args.num_new_experts
     experts = None if number is None else args.experts(number, read_base(model.folder)[1])
     settings = args.dtype, args.overwrite, model, args.extended_tokenizer, args.verify

@@ -162,8 +162,7 @@ class CorpusWriter:
     def add_corpus(self, corpus: Corpus) -> None:
         """Add another corpus, of the same dtype, unchanged."""
         append_file(corpus.paths.bin, self._files[0])
-        loss = [] if corpus.loss_bits is None else _runs_in(corpus.loss_bits)
-        runs = _runs_in(corpus.bits), loss
+        runs = _runs_in(corpus.bits), [] if corpus.loss_bits is None else _runs_in(corpus.loss_bits)
         ends = corpus.document_starts[1:]
         self._advance(len(corpus.tokens), corpus.bits.num_original, corpus.sequence_lengths, ends, runs)
 

@@ -13,7 +13,7 @@ from moelpr.model.families.hf_config import CONFIG_FILE
 from moelpr.model.families.hub import is_on_hub
 from moelpr.project.file import ProjectFile, Unread, found_text, local_files, parse_project, text_of, versions
 from moelpr.project.project import Language
-from moelpr.project.resolved import ResolvedProject
+from moelpr.project.resolved import MAIN_STAGE, ResolvedProject
 from moelpr.project.steps.steps import STEPS, check_flags
 
 # Keys that other methods than moe-lpr would ignore, and those of them that it ignores too if a token uses one expert.
@@ -135,6 +135,9 @@ def _check_method(file: ProjectFile) -> None:
             name = ".".join(map(str, key))
             other = ", or set method: review" if project.has_experts and not has_stages else ""
             other = "; the step that writes the model is combine" if key[-1] == "as" else other
+            if key[0] == "steps" and key[1] in MAIN_STAGE.values():
+                way += ", experts.rank" if project.way == "low-rank-ffn" else ""
+                other = f"; the step that trains is {MAIN_STAGE[project.way]}"
             raise UserError(f"{file.at(*map(str, key))}{name} does not apply to {way}; remove it{other}")
         if project.experts.per_language and (key[0] == "corpora" or key[-1] in ("weight", "temperature")):
             raise UserError(f"{file.at(*map(str, key))}{key[-1]} does not apply to experts: per-language; remove it")

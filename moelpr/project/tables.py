@@ -26,8 +26,7 @@ from moelpr.project.workflow.workflow import Outlook, Workflow
 
 def plan(project: ResolvedProject) -> str:
     """List the steps and their needs, and the languages and how often their text is read."""
-    tasks = tasks_of(project)
-    outlooks = Workflow(project.folder, tasks).outlook()
+    outlooks = Workflow(project.folder, tasks_of(project)).outlook()
     if refusals := [outlook.refusal for outlook in outlooks if outlook.task.shared and outlook.refusal]:
         raise UserError(refusals[0])
     for outlook in outlooks:

@@ -76,8 +76,7 @@ class Chat:
             text = "".join(token.text for step in tokens[1:] for token in step)
             panels.append(panel(title, model.directory.name, text or empty))
         prompt, *steps = answer_steps[0] or [[]]
-        written = [token for step in steps for token in step]
-        parts = (("Prompt", prompt), ("Answer", written))
+        parts = (("Prompt", prompt), ("Answer", [token for step in steps for token in step]))
         maps = [routes_panel(title, tokens, export.num_original_places, layers) for title, tokens in parts]
         return [*panels, "".join(maps)]
 

@@ -87,8 +87,7 @@ def text_vector(logits_TE: Tensor, topk: int, num_original_places: int, weight_T
     entropy_T = -(scores_TE * log_scores_TE).sum(dim=-1)
     has_original_T = is_chosen_TE[:, :num_original_places].amax(dim=-1)
     all_original_T = is_all_original(is_chosen_TE.bool(), num_original_places).float()
-    is_new_TK = choices_TK >= num_original_places
-    new_weight_T = (chosen_logits_TK.softmax(dim=-1) * is_new_TK).sum(dim=-1)
+    new_weight_T = (chosen_logits_TK.softmax(dim=-1) * (choices_TK >= num_original_places)).sum(dim=-1)
     others_T4 = torch.stack([entropy_T, has_original_T, all_original_T, new_weight_T], dim=-1)
     columns = torch.cat([is_first_TE, is_chosen_TE, scores_TE, others_T4], dim=-1)
     # A layer may be on another GPU. A batch's counts are exact in float32.

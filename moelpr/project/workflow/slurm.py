@@ -233,10 +233,11 @@ class Chain:
             elif shards and self._state(queued, shards, f"{name}-shards"):
                 raise UserError(f"shards of {name} still run; wait for them, or cancel them (scancel {shards.id})")
         if changed:
+            both = [one for name in changed for one in (f"{name}-shards", name) if one in self._jobs]
+            ids = [self._jobs[one].id for one in both if self._state(queued, self._jobs[one], one)]
             raise UserError(
                 f"jobs of {', '.join(changed)} are pending or running, but their options, or what they do or wait for "
-                f"has changed since; cancel them (scancel {' '.join(self._active[name] for name in changed)}), or wait "
-                "for their end"
+                f"has changed since; cancel them (scancel {' '.join(ids)}), or wait for their end"
             )
         return self._active
 

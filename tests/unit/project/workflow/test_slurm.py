@@ -144,12 +144,8 @@ def test_jobs_in_the_queue_are_neither_run_here_nor_taken_for_another_command(st
 def test_a_queued_job_that_does_not_wait_for_a_new_task_is_refused(stubs, tmp_path, monkeypatch) -> None:
     run = tmp_path / "greek"
     submit(run)
-    (stubs / "queue").write_text(
-        "".join(
-            f"{job} greek-{name} PENDING (Dependency)\n"
-            for job, name in ((1, "preprocess-el"), (2, "preprocess-hu"), (3, "convert"), (4, "stage1"), (5, "export"))
-        )
-    )
+    names = ("preprocess-el", "preprocess-hu", "convert", "stage1", "export")
+    (stubs / "queue").write_text("".join(f"{job} greek-{name} PENDING (x)\n" for job, name in enumerate(names, 1)))
     submit(run)  # all is queued
     convert, stage1, export = tasks(run)[2:]
     more = Task(name="preprocess-tr", command=["moelpr", "preprocess-tr"])
@@ -165,9 +161,10 @@ def test_a_queued_job_that_does_not_wait_for_a_new_task_is_refused(stubs, tmp_pa
 def test_queued_jobs_keep_the_options_that_they_were_submitted_with(stubs, tmp_path) -> None:
     run = tmp_path / "greek"
     submit(run, options={"time": "24:00:00"}, shards=2)
-    (stubs / "queue").write_text("5 greek-convert PENDING (Priority)\n")
+    queued = {1: "preprocess-el-shards", 2: "preprocess-el", 5: "convert"}
+    (stubs / "queue").write_text("".join(f"{job} greek-{name} PENDING (Priority)\n" for job, name in queued.items()))
     submit(run, options={"time": "24:00:00"}, shards=2)
-    with pytest.raises(UserError, match=r"jobs of convert are .* but their options, .*scancel 5\)"):
+    with pytest.raises(UserError, match=r"jobs of preprocess-el, convert are .* but their options, .*scancel 1 2 5\)"):
         submit(run, options={"time": "12:00:00"}, shards=2)
 
 

@@ -217,8 +217,7 @@ class Job:
                 self._texts[name].add(group.json_lines)
         self.state.tally.add(tally)
         del self.state.tally.problems[PROBLEMS_SHOWN:]
-        problems = "".join(f"{problem}\n" for problem in tally.problems)
-        self._skipped.add(problems.encode(errors="backslashreplace"))
+        self._skipped.add("".join(f"{problem}\n" for problem in tally.problems).encode(errors="backslashreplace"))
         self.state.cursor = batch.after
         self.state.file_bytes += batch.file_bytes
 

@@ -208,6 +208,10 @@ class Layouts:
                 for _, its in self.of_one_choice():
                     other = f"method: second-ffn (fits in {its.memory_bytes / GIB:.1f} GiB)"
                     message = message.replace("; use ", f"; use {other}, ")
+            if isinstance(error, DoesNotFitError) and stage == "ffn" and self.cluster:
+                weights = 2 * export_parameters(self._spec, model_parts(self._spec)) / GIB
+                if weights < self.cluster.gpu_memory_gib:
+                    message += f", or method: second-ffn with experts: {{rank: 64}} (the base has {weights:.1f} GiB)"
             for flag, named in _KEYS.items():
                 message = re.sub(flag, named.replace("STAGE", stage), message)
             given = re.findall(r"\b(?:steps|experts|hardware)\.[\w.-]+\w", message)

@@ -168,15 +168,14 @@ def calibrate(
 
     of_kept = read_kept(subject.base)
     alike = _texts_alike(of_kept, read_new([subject.base] * len(texts_of)))
+    names = ", ".join(f"{name} ({share:.0%} of its tokens)" for name, share in alike.items())
     if len(alike) > _MOST_ALIKE * len(kept):
-        worst = max(alike, key=alike.__getitem__)
         if is_checked:
             raise UserError(
-                f"the text to keep {worst} cannot be told from expanded text, as {alike[worst]:.0%} of its tokens are "
-                "on the other side; remove it, if it is in an expanded language, or pass more text"
+                f"more than a tenth of the texts to keep cannot be told from expanded text: {names}; remove those in "
+                "an expanded language, or pass more text"
             )
     elif alike:
-        names = ", ".join(f"{name} ({share:.0%} of its tokens)" for name, share in alike.items())
         print(f"warning: left out, as the base reads it like expanded text: {names}", file=sys.stderr)
         kept = {name: documents for name, documents in kept.items() if name not in alike}
         of_kept = read_kept(subject.base)

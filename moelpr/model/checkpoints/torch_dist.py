@@ -243,8 +243,7 @@ class TorchDistWriter:
         (self._folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self._folder / MEGATRON_CONFIG_FILE).write_text(json.dumps(config))
-        tables = {name: FileSum.of(self._folder / name) for name in TABLE_FILES}
-        checksums.write(self._folder, self._sums | tables)
+        checksums.write(self._folder, self._sums | {name: FileSum.of(self._folder / name) for name in TABLE_FILES})
 
     def _register(self, chunk: _Chunk, place: _StorageInfo) -> None:
         key = sys.intern(chunk.key)  # one object, also of a resumed writer: pickle writes an object once

@@ -50,8 +50,7 @@ class QKV(Transform):
         import torch
 
         rest = parts[0].shape[1:]
-        grouped = [part.reshape(sizes["groups"], -1, *rest) for part in parts]
-        return torch.cat(grouped, dim=1).reshape(-1, *rest)
+        return torch.cat([part.reshape(sizes["groups"], -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
     def to_hf(self, tensor: "Tensor", sizes: dict[str, int]) -> "list[Tensor]":
         rest = tensor.shape[1:]

@@ -154,8 +154,7 @@ def _patch_gloo() -> None:
     def uneven_reduce_scatter(output: Tensor, parts: list[Tensor], *args: Any, **kwargs: Any) -> Any:
         if len({part.shape for part in parts}) == 1:
             return reduce_scatter(output, parts, *args, **kwargs)
-        received = _exchange(parts, [len(output)] * len(parts), kwargs.get("group"))
-        output.copy_(torch.stack(received).sum(dim=0))
+        output.copy_(torch.stack(_exchange(parts, [len(output)] * len(parts), kwargs.get("group"))).sum(dim=0))
 
     dist.all_gather, dist.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
 

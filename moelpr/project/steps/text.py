@@ -181,8 +181,7 @@ def replay(step: Step, project: ResolvedProject) -> Iterator[Task]:
         "overwrite": True,
     }
     made_from = tuple(f"preprocess-{code}" for code in project.languages)
-    is_complete = partial(has_corpora, project.corpus("replay"))
-    yield step.task(project, flags, made_from=made_from, is_complete=is_complete)
+    yield step.task(project, flags, made_from=made_from, is_complete=partial(has_corpora, project.corpus("replay")))
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

@@ -219,7 +219,7 @@ class Chain:
         for image in map(Path, filter(None, (self._settings.apptainer, self._settings.container_image))):
             if image.suffix in (".sif", ".sqsh") and not image.exists():
                 raise UserError(f"slurm: there is no image {image}; correct the path")
-        queued, changed = self._queued(), list[str]()
+        queued, changed, joining = self._queued(), list[str](), dict[str, str]()
         to_do = {one.task.name: one for one in outlooks if one.state != "done"}
         for name, outlook in to_do.items():
             job, shards = self._jobs.get(name), self._jobs.get(f"{name}-shards")
@@ -231,7 +231,12 @@ class Chain:
                 if is_other or any(need in to_do and need not in self._active for need in outlook.task.inputs):
                     changed.append(name)
             elif shards and self._state(queued, shards, f"{name}-shards"):
-                raise UserError(f"shards of {name} still run; wait for them, or cancel them (scancel {shards.id})")
+                joining[name] = shards.id
+        if joining:
+            raise UserError(
+                f"shards of {', '.join(joining)} are pending or running; wait for them, or cancel them "
+                f"(scancel {' '.join(joining.values())})"
+            )
         if changed:
             both = [one for name in changed for one in (f"{name}-shards", name) if one in self._jobs]
             ids = [self._jobs[one].id for one in both if self._state(queued, self._jobs[one], one)]

@@ -48,8 +48,7 @@ def main(args: Settings) -> None:
             _copy(path, copies)
         for tracker in make_trackers(args, run.run, file.parent):
             try:
-                sent = send_backlog(tracker, run, file.parent)
-                tracker.results(results, max(sent.values(), default=0) + 1)
+                tracker.results(results, max(send_backlog(tracker, run, file.parent).values(), default=0) + 1)
                 tracker.files(copies)
                 tracker.finish()
             except Exception as error:  # a client has errors of many kinds

@@ -100,9 +100,8 @@ def test_an_optimizer_on_the_host_is_named_but_not_chosen(write: Write) -> None:
 
 def test_if_nothing_fits_whole_combinations_that_do_are_named_by_keys_the_second_ffn_first(write: Write) -> None:
     small: dict[str, Any] = {"model": "Qwen3-1.7B-Base", "hardware": {"gpu": "rtx4090-24", "gpus": 1}}
-    steps = {"stage1": {"micro-batch-size": 64}}
     with pytest.raises(UserError) as error:
-        _ = places(write, **small, steps=steps, experts={"new": 2}).layouts.of("stage1")
+        _ = places(write, **small, steps={"stage1": {"micro-batch-size": 64}}, experts={"new": 2}).layouts.of("stage1")
     first, combination, *_ = str(error.value).partition("; use ")[2].split(", ")
     assert re.fullmatch(r"method: second-ffn \(fits in [\d.]+ GiB\)", first)
     keys = r"steps.stage1.optimizer-cpu-offload: true with steps.stage1.micro-batch-size: (\d+)"
@@ -110,6 +109,9 @@ def test_if_nothing_fits_whole_combinations_that_do_are_named_by_keys_the_second
     assert actual and ", or hardware.gpus: 4" in str(error.value)
     steps = {"stage1": {"micro-batch-size": int(actual[1]), "optimizer-cpu-offload": True}}
     assert gib(places(write, **small, steps=steps, experts={"new": 2})) == pytest.approx(float(actual[2]), abs=0.05)
+    large: dict[str, Any] = {"model": "Qwen3-8B-Base", "hardware": small["hardware"], "method": "second-ffn"}
+    with pytest.raises(UserError, match=r"or method: second-ffn with experts: {rank: 64} \(the base has 15.\d GiB\)"):
+        _ = places(write, **large, experts="auto").layouts.of("ffn")
 
 
 def test_stage_1_is_planned_with_what_it_trains(write: Write) -> None:

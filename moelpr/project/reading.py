@@ -88,7 +88,7 @@ def _check(file: ProjectFile) -> None:
             except UserError as error:
                 place = "languages", group, name
                 problems.append(f"{file.at(*place)}{'.'.join(place)}: {error}")
-                if "credentials" in str(error):  # Other texts lack them, too.
+                if "credentials" in str(error) or "not installed" in str(error):  # Other texts need them, too.
                     raise UserError(problems[-1]) from None
     if problems:
         several = [f"{len(problems)} texts are wrong:"] if len(problems) > 1 else []

@@ -79,5 +79,4 @@ def _registered_names() -> dict[str, str]:
     from langcodes.registry_parser import parse_registry
 
     entries = (entry for entry in parse_registry() if entry["Type"] == "language")
-    names = {entry["Subtag"]: re.sub(r" \(.*\)$", "", entry["Description"][0]) for entry in entries}
-    return names | _NAMES
+    return {entry["Subtag"]: re.sub(r" \(.*\)$", "", entry["Description"][0]) for entry in entries} | _NAMES

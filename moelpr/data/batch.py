@@ -87,5 +87,4 @@ def slice_for_context_parallel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return this context-parallel rank's part of the sequence (Megatron's balanced two-chunk split)."""
     if parallel_state.get_context_parallel_world_size() == 1:
         return tensors
-    group = parallel_state.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(tensors, is_hybrid_cp=False, cp_group=group)
+    return get_batch_on_this_cp_rank(tensors, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())

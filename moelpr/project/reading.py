@@ -181,8 +181,7 @@ def _unread(file: ProjectFile, group: str, name: str, language: Language) -> Unr
         return None
     except (UserError, MachineError) as error:
         size = 0 if group == "kept" else sum(one.bytes or 0 for one in Manifest.read_file(manifest).sources)
-        place = f"{file.at('languages', group, name)}languages.{group}.{name}"
-        return Unread(size, type(error)(f"{place}: {error}"))
+        return Unread(size, type(error)(f"{file.at('languages', group, name)}languages.{group}.{name}: {error}"))
 
 
 def _check_text(language: Language, has_corpora: bool, is_strict: bool) -> None:

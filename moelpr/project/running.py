@@ -24,6 +24,7 @@ from moelpr.project.tables import changes, plan
 from moelpr.project.verdict import verdict
 from moelpr.project.workflow import kubernetes, skypilot, slurm
 from moelpr.project.workflow.workflow import Outlook, Workflow
+from moelpr.train.track.trackers import TRACKERS
 
 
 def run_here(project: ResolvedProject, redo: str | None = None) -> None:
@@ -95,6 +96,9 @@ def _require_packages(project: ResolvedProject) -> None:
         require_package("peft", "lora")
     if project.content.benchmarks:
         require_package("lm_eval", "eval")
+    for flag, tracker in TRACKERS.items():
+        if getattr(project.content.trackers, flag):
+            require_package(tracker.package, tracker.package)
 
 
 def _fetch(project: ResolvedProject, workflow: Workflow) -> None:

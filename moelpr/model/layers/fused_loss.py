@@ -121,5 +121,4 @@ def to_gradient(logits_CV: Tensor, targets_C: Tensor, num_real: int, largest_C: 
     """Write the losses' gradients over the logits, and return them: the softmax, minus 1 at the target."""
     ids_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
     softmax = (logits_CV.float() - largest_C.unsqueeze(1)).exp() / total_C.unsqueeze(1)
-    softmax = softmax.masked_fill(ids_V >= num_real, 0)
-    return logits_CV.copy_(softmax - (ids_V == targets_C.unsqueeze(1)).float())
+    return logits_CV.copy_(softmax.masked_fill(ids_V >= num_real, 0) - (ids_V == targets_C.unsqueeze(1)).float())

@@ -183,5 +183,4 @@ def _flash_attention(
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
-    attention = torch.ops.aten._scaled_dot_product_flash_attention
-    return attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]

@@ -69,6 +69,7 @@ def run(path: Path) -> None:
             r"line \d+: stage2: steps.stage2.global-batch-size: 8 is not a multiple of",
         ),
         (SMALL | {"benchmarks": {}}, "lm_eval is not installed; run "),
+        (SMALL | {"trackers": {"mlflow_experiment": "x"}}, "mlflow is not installed; run "),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_runs(write: Write, changes: dict, message: str) -> None:

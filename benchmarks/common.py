@@ -37,8 +37,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     """Keeps the line breaks of a docstring, and appends defaults except None and False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_unset = action.default is None or action.default is False
-        return action.help if is_unset else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def argument_parser(description: str | None, **sizes: int) -> argparse.ArgumentParser:

@@ -29,8 +29,7 @@ class Router(torch.nn.Module):
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits_TE = self.gating(hidden_TH)
         weights_TK, choices_TK = torch.topk(torch.softmax(logits_TE, dim=-1, dtype=torch.float), self.top_k, dim=-1)
-        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return logits_TE, weights_TK.to(logits_TE.dtype), choices_TK
+        return logits_TE, (weights_TK / weights_TK.sum(dim=-1, keepdim=True)).to(logits_TE.dtype), choices_TK
 
 
 def build(spec: ModelSpec) -> Any:

@@ -204,8 +204,7 @@ class Job:
             if (before := recorded.get(name)) != (now := settings.get(name)):
                 # The file that differs, among many.
                 pairs = zip(before, now, strict=False) if name == "input files" else ()
-                differing = next((f" ({new[0]})" for old, new in pairs if old != new), "")
-                return f"{name}{differing}"
+                return name + next((f" ({new[0]})" for old, new in pairs if old != new), "")
         return ""
 
     def _write_batch(

@@ -345,8 +345,7 @@ class Activations:
             inside = self.all_tokens * values * self.ffn * self.element if needs_gradient or trains else 0.0
         if self.layout.recompute == "full":
             # A norm that keeps its input without an fp32 copy shares it with the checkpointed layer input.
-            shared = hidden if self.norm_element == self.element else 0.0
-            return hidden, outside + inside - shared
+            return hidden, outside + inside - (hidden if self.norm_element == self.element else 0.0)
         if self.layout.recompute == "selective" and self.spec.is_moe_layer(layer):
             return outside, inside
         return outside + inside, 0.0

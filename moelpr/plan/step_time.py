@@ -73,8 +73,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
-        work_s = self.products_s + self.memory_s + self.experts_s + self.layers_s
-        return work_s + self.gradients_s + self.bubble_s
+        return self.products_s + self.memory_s + self.experts_s + self.layers_s + self.gradients_s + self.bubble_s
 
     def tokens_per_s(self, workload: Workload, cluster: Cluster) -> float:
         """Tokens per second and GPU."""

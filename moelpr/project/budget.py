@@ -37,16 +37,25 @@ def check_budget(project: ResolvedProject) -> None:
         if not project.content.corpora:
             expected_shares(project, part)
             tokens = _most_tokens(project, part)
-        total, step = total_tokens(project, tokens), step_tokens(project)
-        if total < step:
-            stage, length = project.main_stage, int(project.stage_flags(project.main_stage)["seq-length"])
-            gpus = cluster.gpus if (cluster := project.layouts.cluster) else 1
-            batch = gpus * max(1, total // (_TRIAL_STEPS * length * gpus))
-            trial = f", or for a trial set steps.{stage}: {{global-batch-size: {batch}, micro-batch-size: 1}}"
-            raise UserError(
-                f"{project.file.at('budget')}budget: {total:,} tokens, the most that are expected, are less than one "
-                f"step of {part}, {step:,} tokens; raise it or add text{trial if batch * length <= total else ''}"
-            )
+        _check_step(project, "budget", part, total_tokens(project, tokens))
+    if project.replay and not project.content.corpora:
+        epochs, step = project.replay.epochs, step_tokens(project, "stage2")
+        if epochs * sum(_most_tokens(project, project.main_stage).values()) < step:  # else originals need no estimate
+            total = epochs * sum(_most_tokens(project, "stage2").values())
+            _check_step(project, "replay.epochs", "stage2", round(total))
+
+
+def _check_step(project: ResolvedProject, key: str, part: str, total: int) -> None:
+    stage = project.main_stage if part in project.parts else part
+    if total < (step := step_tokens(project, stage)):
+        length = int(project.stage_flags(stage)["seq-length"])
+        gpus = cluster.gpus if (cluster := project.layouts.cluster) else 1
+        batch = gpus * max(1, total // (_TRIAL_STEPS * length * gpus))
+        trial = f", or for a trial set steps.{stage}: {{global-batch-size: {batch}, micro-batch-size: 1}}"
+        raise UserError(
+            f"{project.file.at(*key.split('.'))}{key}: {total:,} tokens, the most that are expected, are less than one "
+            f"step of {part}, {step:,} tokens; raise it or add text{trial if batch * length <= total else ''}"
+        )
 
 
 def _most_tokens(project: ResolvedProject, stage: str) -> dict[str, int]:
@@ -66,11 +75,11 @@ def expected_shares(project: ResolvedProject, stage: str) -> dict[str, Share]:
         raise
 
 
-def step_tokens(project: ResolvedProject) -> int:
-    """The tokens of a step of the main stage; 0 if its flags do not say, or state its length."""
-    if LENGTH_FLAGS & project.own(project.main_stage).keys():
+def step_tokens(project: ResolvedProject, stage: str) -> int:
+    """The tokens of a step of a stage; 0 if its flags do not say, or state its length."""
+    if LENGTH_FLAGS & project.own(stage).keys():
         return 0
-    flags = project.stage_flags(project.main_stage)
+    flags = project.stage_flags(stage)
     return int(flags.get("global-batch-size", 0)) * int(flags.get("seq-length", 0))
 
 

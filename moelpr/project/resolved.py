@@ -106,8 +106,9 @@ class ResolvedProject:
         return self.trained / stage.partition("-")[2]
 
     def read_by(self, stage: str) -> list[str]:
-        """Codes of the languages that a training on the main stage's text reads, expanded ones first."""
-        return [*self.parts.get(stage, self.expanded), *(self.original if self.content.mix.replay else [])]
+        """Codes of the languages that a training reads, expanded ones first."""
+        reads_original = self.content.mix.replay or stage == "stage2"
+        return [*self.parts.get(stage, self.expanded), *(self.original if reads_original else [])]
 
     def config_folder(self) -> Path:
         """The folder with config.json of the base: before a model of the Hub is downloaded, in the Hub's cache.

@@ -181,7 +181,7 @@ def _languages(project: ResolvedProject, stage: str) -> str:
     note = ", here at most, as the estimate is too little text" if is_most else ""
     note = f" (tokens are estimated{note})" if is_estimate else ""
     text = f"Stage {stage.removeprefix('stage')} reads {format_count(total)} tokens{note}:\n{table}"
-    if total >= (step := step_tokens(project)):
+    if total >= (step := step_tokens(project, project.main_stage)):
         return text
     return (
         f"{text}\nwarning: if the estimate is right, these are less than one step, {step:,} tokens, and training is "

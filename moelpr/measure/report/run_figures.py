@@ -103,8 +103,7 @@ def _run_panels(run: Run, share: str) -> Iterator[plots.Panel]:
         if columns:
             length = min(map(len, columns.values()))
             numbers = run.moe_layers if len(run.moe_layers or ()) == length else None
-            rows = [f"layer {layer}" for layer in numbers or range(length)]
-            yield plots.Panel(f"{run.name}, {title}", columns, rows)
+            yield plots.Panel(f"{run.name}, {title}", columns, [f"layer {layer}" for layer in numbers or range(length)])
 
 
 def _heat_map_figure(panels: Sequence[plots.Panel], caption: str, title: str) -> page.Figure:

@@ -144,5 +144,4 @@ class OriginalExperts(torch.nn.ModuleList):
 
 def _sums(order_R: Tensor, num_chosen_T: Tensor, rows_RH: Tensor) -> Tensor:
     """The sum of each token's rows, which `order_R` sorts by token, in one kernel."""
-    starts_T = num_chosen_T.cumsum(0) - num_chosen_T
-    return torch.nn.functional.embedding_bag(order_R, rows_RH, starts_T, mode="sum")
+    return torch.nn.functional.embedding_bag(order_R, rows_RH, num_chosen_T.cumsum(0) - num_chosen_T, mode="sum")

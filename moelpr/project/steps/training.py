@@ -206,8 +206,7 @@ def _before(project: ResolvedProject, stage: str) -> str:
     """The task from whose output a stage starts."""
     if project.method == "auto" and stage == "stage2":
         return "twins"
-    first = [*project.parts][0] if stage in project.parts else stage
-    return ["convert", *project.stages][project.stages.index(first)]
+    return ["convert", *project.stages][project.stages.index([*project.parts][0] if stage in project.parts else stage)]
 
 
 def _flags(project: ResolvedProject, stage: str, data: Sequence[str], length: Mapping[str, Any]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def test_a_chat_model_that_cannot_be_added_to_the_base_is_refused(write: Write) 
     base: dict[str, Any] = {"model": "Qwen3-8B-Base", "hardware": {"gpu": "h100-80", "gpus": 8}, "method": "auto"}
     base |= {
         "budget": {"tokens": "6K"},
-        "steps": {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}},
+        "steps": {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}, "stage2": {"global-batch-size": 16}},
         "experts": None,
     }
     check_budget(places(write, chat="Qwen3-8B", **base))

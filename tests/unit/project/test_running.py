@@ -37,7 +37,7 @@ def tokenizer_of_the_base(write: Write, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 SMALL: dict[str, Any] = {"hardware": {"gpu": "none"}, "budget": {"tokens": "6K"}}
-SMALL |= {"steps": {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}}}
+SMALL |= {"steps": {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}, "stage2": {"global-batch-size": 16}}}
 
 
 def run(path: Path) -> None:
@@ -68,6 +68,7 @@ def run(path: Path) -> None:
             SMALL | {"method": "auto", "experts": None, "steps": {"stage2": {"global-batch-size": 8}}},
             r"line \d+: stage2: steps.stage2.global-batch-size: 8 is not a multiple of",
         ),
+        (SMALL | {"steps": {"stage1": SMALL["steps"]["stage1"]}}, "replay.epochs: .* than one step of stage2"),
         (SMALL | {"benchmarks": {}}, "lm_eval is not installed; run "),
         (SMALL | {"trackers": {"mlflow_experiment": "x"}}, "mlflow is not installed; run "),
     ],
@@ -83,7 +84,7 @@ def test_plan_and_run_refuse_a_budget_at_the_same_size_and_name_the_estimate(wri
     """Two texts of 10,000 tokens each, read four times: 80K, and a fifth more because the estimate may be too low."""
     path = write(
         budget={"tokens": tokens},
-        steps={"stage1": {"global-batch-size": 1, "micro-batch-size": 1}},
+        steps={"stage1": {"global-batch-size": 1, "micro-batch-size": 1}, "stage2": {"global-batch-size": 16}},
         hardware={"gpu": "none"},
     )
     if works:
@@ -114,7 +115,7 @@ def test_sizes_of_files_may_mean_six_times_the_tokens_before_the_base_is_there(w
 def test_two_runs_of_one_output_and_an_edit_during_a_run_are_errors(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}}
+    batch = {"stage1": {"global-batch-size": 2, "micro-batch-size": 2}, "stage2": {"global-batch-size": 16}}
     path = write(steps=batch)
     Path("out").mkdir()
     with locked(Path("out/.lock"), "out"), pytest.raises(UserError, match="another process is writing out"):
@@ -155,7 +156,7 @@ def test_a_finished_project_needs_no_place_to_write(write: Write, monkeypatch: p
 
 def test_jobs_are_ready_for_a_review_though_the_routers_before_needed_none(write: Write) -> None:
     write_findings(distance=0.09, kept=0.9)  # routers before the ones to be made
-    steps = {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}}
+    steps = {"ffn": {"global-batch-size": 1, "micro-batch-size": 1}, "stage2": {"global-batch-size": 16}}
     path = write(method="auto", experts=None, budget={"tokens": "20K"}, steps=steps, hardware={"gpu": "none"})
     running.submit(ResolvedProject(read_project(path)), "slurm", render_only=True)
     script = Path("out/slurm/stage2.sbatch").read_text()
@@ -238,7 +239,7 @@ def test_the_time_of_importing_torch_is_not_in_a_plan(write: Write, command: str
     path = write(
         hardware={"gpu": "h100-80", "gpus": 8},
         budget={"tokens": "6K"},
-        steps={"stage1": {"global-batch-size": 8, "seq-length": 64}},
+        steps={"stage1": {"global-batch-size": 8, "seq-length": 64}, "stage2": {"global-batch-size": 8}},
     )
     Path("base/tokenizer.json").unlink()
     words = [sys.executable, "-X", "importtime", "-m", "moelpr", command, str(path)]

@@ -92,7 +92,7 @@ def test_a_dry_run_starts_submits_and_writes_nothing(
     path = write(
         hardware={"gpu": "none"},
         budget={"tokens": "6K"},
-        steps={"stage1": {"global-batch-size": 2, "micro-batch-size": 2}},
+        steps={"stage1": {"global-batch-size": 2, "micro-batch-size": 2}, "stage2": {"global-batch-size": 16}},
     )
     path.write_text(path.read_text() + yaml.safe_dump(REQUIRED))
     Path("out").mkdir()

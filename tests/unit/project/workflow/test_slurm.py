@@ -228,8 +228,7 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
     joins = (run / "slurm" / "preprocess-el.sbatch").read_text()
     corpus = run / "data" / "el_text_document"
     assert f"moelpr data merge --output-prefix {corpus} --num-shards 3 --remove-input --overwrite" in joins
-    made_as = re.search(r"--task preprocess-el --made-as (\w+)", joins)
-    assert made_as
+    assert (made_as := re.search(r"--task preprocess-el --made-as (\w+)", joins))
 
     # A shard failed: only that runs again, unless it is another command's.
     corpus.parent.mkdir()

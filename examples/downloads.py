@@ -80,8 +80,7 @@ def fetch_all(sources: Iterable[Source], cache: Path) -> dict[str, Path]:
     """
     sources = [*sources]
     make_folder(cache)
-    missing = [source for source in sources if not (cache / source.file).exists()]
-    if missing:
+    if missing := [source for source in sources if not (cache / source.file).exists()]:
         largest = max(source.bytes for source in missing)
         require_space(cache, sum(source.bytes for source in missing) + largest, f"downloading {len(missing)} packages")
         with locked(cache / LOCK_FILE, cache):

@@ -54,8 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, new ones before them; skip tests of GPUs where there are none."""
     seconds = json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], float("inf")))
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu_tests:
+    if gpu_tests := [item for item in items if item.get_closest_marker("gpu")]:
         import torch  # takes seconds, so only where it is needed
 
         if not torch.cuda.is_available():

@@ -54,8 +54,7 @@ def update_card(
     Raises:
         UserError: `folder` has no card, or results are of another kind or model; the card is then unchanged.
     """
-    card = read_card(folder)
-    if card is None:
+    if (card := read_card(folder)) is None:
         raise UserError(
             f"{folder} has no {CARD_FILE}; pass a folder that moelpr model export or moelpr model graft wrote"
         )

@@ -222,8 +222,7 @@ def _ffns(base: Base, folder: Path, verify: Verify) -> HfReader | AdapterReader:
         return adapter
     reader = HfReader(folder, verify=verify)
     ours = {stacked_part(name)[0] for name in base.ffn}
-    wrong = sorted(ours ^ {*reader.names}) or [n for n in ours if reader.shape(n) != base.tensors.shape(n)]
-    if wrong:
+    if wrong := sorted(ours ^ {*reader.names}) or [n for n in ours if reader.shape(n) != base.tensors.shape(n)]:
         raise UserError(f"{folder} does not have exactly the FFNs of the base ({wrong[0]}); {_DAMAGED}")
     return reader
 

@@ -48,8 +48,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> None:
         return
     tokenizer = open_hf_tokenizer(folder)
     check_text_is_kept(folder, tokenizer)
-    num_ids = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if num_ids > vocab_size:
+    if (num_ids := max(tokenizer.get_vocab().values(), default=-1) + 1) > vocab_size:
         raise UserError(
             f"the tokenizer in {folder} has {num_ids:,} IDs, but the model's embedding has {vocab_size:,} rows; use "
             "the tokenizer that the model was trained with, or resize the embedding"

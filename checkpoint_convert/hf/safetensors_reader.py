@@ -79,8 +79,7 @@ class HfReader:
         return tuple(torch.empty(shape, device="meta")[index].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        kind = self._header(name)[1]
-        if kind not in DTYPES:
+        if (kind := self._header(name)[1]) not in DTYPES:
             raise UserError(
                 f"{self.folder}: the dtype of {name} must be one of {', '.join(DTYPES)}, got {kind}; "
                 "convert the unquantized model"

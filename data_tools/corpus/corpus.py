@@ -67,8 +67,7 @@ class Corpus:
         """
         for bits in filter(None, (self.bits, self.loss_bits)):
             bits.verify()
-        manifest = Manifest.read(self.prefix)
-        if manifest is None:
+        if (manifest := Manifest.read(self.prefix)) is None:
             return None
         manifest.verify_files(self.prefix)
         languages = manifest.languages.values()

@@ -117,8 +117,7 @@ class Encoder:
             if not item:  # a file may consist of empty lines
                 continue
             try:
-                texts = self.parser.texts(item, source.dataset)
-                if not texts:
+                if not (texts := self.parser.texts(item, source.dataset)):
                     tally.num_filtered += texts is not None
                     continue
                 if self.skips_undetected and any(name == UNDETECTED for text in texts for name, _ in text.tagged.spans):

@@ -113,8 +113,7 @@ def run_command(main: Callable[[], None]) -> None:
         _discard_unwritable()
         sys.exit(1)
     except (UserError, OSError, RuntimeError, ModuleNotFoundError, KeyboardInterrupt) as error:
-        message = _message(error)
-        if message is None:
+        if (message := _message(error)) is None:
             raise
         log = os.environ.get("TORCHELASTIC_ERROR_FILE")  # next to a rank's own file of stderr (torchrun's --redirects)
         if debug or (isinstance(error, RuntimeError) and log and Path(log).with_name("stderr.log").exists()):

@@ -72,8 +72,7 @@ class Journal:
     @staticmethod
     def job_in(folder: Path) -> Any:
         """The description of the job that was interrupted in `folder`; None if it has no journal."""
-        lines = _complete_lines(folder / JOURNAL_FILE)
-        if not lines:
+        if not (lines := _complete_lines(folder / JOURNAL_FILE)):
             return None
         return records.parse(dict[str, Any], lines[0], str(folder / JOURNAL_FILE), _remedy(folder)).get("job")
 

@@ -69,8 +69,7 @@ class Record:
     def parse(cls, content: bytes | str, origin: str) -> Self:
         """Build the record from JSON text; messages call it `origin`."""
         parsed = parse_json(content, origin, cls.REMEDY)
-        version = parsed.get("format_version", 1) if isinstance(parsed, dict) else cls.VERSION
-        if version != cls.VERSION:
+        if (version := parsed.get("format_version", 1) if isinstance(parsed, dict) else cls.VERSION) != cls.VERSION:
             raise UserError(
                 f"{origin}: format_version is {version!r}, but this program reads {cls.VERSION}; {cls.REMEDY}"
             )

@@ -36,8 +36,7 @@ class CorpusIndex:
     def open(cls, prefix: str | os.PathLike[str]) -> Self:
         """Open the .idx of a corpus prefix and check it against itself and the size of the .bin."""
         idx, bin_file = Path(f"{os.fspath(prefix)}.idx"), Path(f"{os.fspath(prefix)}.bin")
-        missing = [str(path) for path in (bin_file, idx) if not path.is_file()]
-        if missing:
+        if missing := [str(path) for path in (bin_file, idx) if not path.is_file()]:
             raise UserError(
                 f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; "
                 "pass a corpus prefix, the path without .bin, .idx or .lang"

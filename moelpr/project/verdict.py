@@ -88,7 +88,8 @@ def _sentences(
     if hardly:
         yield f"{_names(hardly)}: hardly learned, by less than {LEAST_LEARNED:.0%}; raise the budget, or add text."
     if lost:
-        remedy = "raise replay.original_documents" if project.replay else "add such text under languages.kept"
+        has_review = project.why_reviewed if project.method == "auto" else project.replay
+        remedy = "raise replay.original_documents" if has_review else "add such text under languages.kept"
         remedy = remedy if project.content.has_experts else "raise mix.replay"
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
     if unkept:

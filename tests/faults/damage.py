@@ -82,8 +82,7 @@ def _folder(path: Path, _: Random) -> str:
 
 
 def _other(path: Path, random: Random) -> str:
-    others = [other for other in sorted(path.parent.iterdir()) if other.is_file() and other != path]
-    if not others:
+    if not (others := [other for other in sorted(path.parent.iterdir()) if other.is_file() and other != path]):
         return _truncate(path, random)
     other = random.choice(others)
     shutil.copyfile(other, path)
@@ -144,8 +143,7 @@ def change(content: Any, random: Random, mark: str) -> tuple[Any, str]:
     """
     way = []
     for _ in range(random.choice([1, 1, 1, 2, 3])):
-        places = [*_places(content)]
-        if not places:
+        if not (places := [*_places(content)]):
             return random.choice(VALUES), "an empty file filled"
         holder, key = random.choice(places)
         kind = random.choice(["value", "value", "value", "number", "remove", "rename", "exchange", "mark"])

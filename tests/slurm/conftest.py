@@ -11,8 +11,7 @@ from tests.slurm.material import ROOT
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    missing = missing_programs()
-    if missing:
+    if missing := missing_programs():
         pytest.skip(f"{', '.join(missing)} not installed; `make test-slurm` installs Debian's packages")
     if os.getuid() != 0:
         pytest.skip("slurmd requires root")

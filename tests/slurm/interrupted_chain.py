@@ -65,8 +65,7 @@ def finish(chain: ProjectChain, interruptions: int, chooses: random.Random) -> l
     """Run a chain to its end; returns what happened to it, and to which task."""
     happened: list[str] = []
     while True:
-        jobs = {line.split()[1].strip(","): name for name, line in chain.submit().items() if "job " in line}
-        if not jobs:
+        if not (jobs := {line.split()[1].strip(","): name for name, line in chain.submit().items() if "job " in line}):
             return happened
         while active := chain.cluster("squeue", "-h", "-o", "%F %T").splitlines():
             time.sleep(chooses.uniform(1, 30) if interruptions > len(happened) else 1)

@@ -126,8 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "revision" in parts and unquote(parts[5]) not in {*hub.revisions, commit}:
             return self._answer(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
         if "resolve" in parts:
-            content = files.get("/".join(parts[4:]))
-            if content is None:
+            if (content := files.get("/".join(parts[4:]))) is None:
                 return self._answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
             return self._answer(200, content, ETag=hashlib.sha1(content).hexdigest(), X_Repo_Commit=commit)
         if "tree" in parts:

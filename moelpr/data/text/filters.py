@@ -106,8 +106,7 @@ def _is_null(column: str, document: dict[str, Any]) -> bool:
 
 def _compared(column: str, compare: Callable[[Any, Any], Any], constant: Any, document: dict[str, Any]) -> bool | None:
     """Whether a column compares so with a constant, or with a list of them."""
-    content = document.get(column)
-    if content is None:
+    if (content := document.get(column)) is None:
         return None
     for value in constant if isinstance(constant, list) else [constant]:
         if _kind(content) is not _kind(value):

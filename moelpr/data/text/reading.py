@@ -28,8 +28,7 @@ def read_documents(path: Path | str, json_key: str = "text", max_documents: int 
             for place, item in _items(source, json_key):
                 if len(documents) == max_documents:
                     return documents
-                text = _text(item, json_key, place)
-                if not text:
+                if not (text := _text(item, json_key, place)):
                     raise UserError(f'{place}: "{json_key}" is empty; remove it')
                 documents.append(text)
     if not documents:

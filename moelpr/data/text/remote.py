@@ -189,8 +189,7 @@ def download(files: Mapping[str, Identity]) -> dict[str, str]:
         MachineError: A file can't be read, although it was tried again and again.
     """
     copies = {uri: _copy_path(uri, identity) for uri, identity in files.items()}
-    missing = [uri for uri, path in copies.items() if not path.is_file() or files[uri].version is None]
-    if missing:
+    if missing := [uri for uri, path in copies.items() if not path.is_file() or files[uri].version is None]:
         total = sum(files[uri].bytes for uri in missing)
         print(f"note: downloading {len(missing):,} files ({total / 1e9:,.3f} GB)", file=sys.stderr)
         with ThreadPool(min(len(missing), _DOWNLOADS_AT_ONCE)) as pool:  # Ctrl-C waits for no daemon
@@ -348,8 +347,7 @@ def _is_final(error: BaseException) -> bool:
 
 def _is_outage(error: BaseException) -> bool:
     """Whether a server does not answer, or says that it can't now: nothing is wrong with the address."""
-    status = _status(error)
-    if status is not None:
+    if (status := _status(error)) is not None:
         return status == 429 or status >= 500
     return isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ == "EndpointConnectionError"
 

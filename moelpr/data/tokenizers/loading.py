@@ -114,8 +114,7 @@ def check_text_is_kept(folder: str | os.PathLike[str], tokenizer: Any) -> None:
         try:
             with reports_panics():
                 ids = tokenizer.encode(text, add_special_tokens=False)
-                decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-                if decoded != text:
+                if (decoded := tokenizer.decode(ids, clean_up_tokenization_spaces=False)) != text:
                     in_file = in_file or FileTokenizer.from_file(str(path))
                     kept = in_file.decode(in_file.encode(text, add_special_tokens=False).ids)
         except Exception:  # tokenizers raises no other, for a damaged file or text that a vocabulary cannot express

@@ -123,8 +123,7 @@ def read_inputs(reader: Reader, texts: Mapping[str, Sequence[str]], max_tokens: 
     with tqdm(total=len(texts), desc=f"reading {loaded.directory.name}", unit=" texts", disable=None) as bar:
         for name, documents in texts.items():
             pieces = [ids for ids in _pieces(tokenize(loaded, name, documents), max_tokens) if len(ids) > 1]
-            held_out = pieces[_HELD_OUT - 1 :: _HELD_OUT]
-            if not held_out:
+            if not (held_out := pieces[_HELD_OUT - 1 :: _HELD_OUT]):
                 raise UserError(
                     f"the text {name} has {sum(map(len, pieces))} tokens in {len(pieces)} pieces; pass at least "
                     f"{_HELD_OUT} documents, or longer ones"

@@ -298,8 +298,7 @@ def choose_device(name: str) -> torch.device:
         raise invalid
     if device.type == "cpu":
         return device
-    index = device.index or 0
-    if index >= torch.cuda.device_count():
+    if (index := device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name} is unavailable, {torch.cuda.device_count()} GPUs are visible; use cpu")
     return torch.device("cuda", index)
 

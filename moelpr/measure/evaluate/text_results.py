@@ -51,8 +51,7 @@ class TextResults(Results):
         self._first, *others = models = list(comparison.models)
         by_model = {language: estimates(comparison.scores_on(language), seed) for language in data}
         for group in MEANS if original else ():
-            members = [by_model[code] for code in data if (code in original) == (group == "mean original")]
-            if members:
+            if members := [by_model[code] for code in data if (code in original) == (group == "mean original")]:
                 by_model[group] = {m: {x: mean([by[m][x] for by in members]) for x in members[0][m]} for m in models}
         tokens = {m: [score.document_tokens for score in scores.values()] for m, scores in comparison.scores.items()}
         self._has_same_tokens = {model: tokens[model] == tokens[self._first] for model in models}

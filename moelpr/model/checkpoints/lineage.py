@@ -41,8 +41,7 @@ class TrainedStage:
     def read(cls, step: Path) -> Self | None:
         """The run that saved the folder `step`; None if its settings are not recorded."""
         folder, number = step.parent, int(step.name.removeprefix("iter_"))
-        settings = read_settings(step) or read_settings(folder)
-        if settings is None:
+        if (settings := read_settings(step) or read_settings(folder)) is None:
             return None
         try:
             records = [one for one in read_run_metrics(folder / METRICS_FILE).steps if one["iteration"] <= number]

@@ -341,8 +341,7 @@ class TorchDistReader:
         return self._entries[key]
 
     def _load_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        info = self._places.get(MetadataIndex(key, chunk.offsets))
-        if info is None:
+        if (info := self._places.get(MetadataIndex(key, chunk.offsets))) is None:
             raise UserError(f"{self._folder} is incomplete: parts of {key} are missing; save the checkpoint again")
         path = self._folder / info.relative_path
         with damage_named(path):

@@ -34,6 +34,15 @@ def _as_option(value: Any) -> Any:
     return value
 
 
+def _seconds(time: str) -> float:
+    """Seconds of a time as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; infinity if it is none of these."""
+    days, _, rest = time.rpartition("-")
+    units = (3600, 60, 1) if days or rest.count(":") == 2 else (60, 1)
+    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time):
+        return math.inf
+    return 86400 * int(days or 0) + sum(unit * int(part) for unit, part in zip(units, rest.split(":"), strict=False))
+
+
 # Options by which jobs find each other, and those that follow from a task.
 _OURS = "array", "dependency", "error", "job-name", "no-requeue", "ntasks", "ntasks-per-node", "output", "requeue"
 Queue = dict[str, tuple[str, str]]  # number of a job → its name, and its state with the reason
@@ -60,15 +69,16 @@ class SlurmSettings:
     """Number of jobs among which the preprocessing of a language is divided."""
 
     def __post_init__(self) -> None:
-        for place, options in (("options", self.options), ("training", self.training), *self.steps.items()):
+        by_step = [(f"steps.{name}", options) for name, options in self.steps.items()]
+        for place, options in (("options", self.options), ("training", self.training), *by_step):
             if bad := [name for name in options if not re.fullmatch("[a-z][a-z0-9-]*", name)]:
-                raise UserError(f"{place} has {bad[0]}; write options as in cpus-per-task, without leading dashes")
+                raise UserError(f"slurm.{place} has {bad[0]}; write it as in cpus-per-task, without leading dashes")
             # A tool of several nodes would write one output several times.
             set_here = [*_OURS, "nodes"] if place == "options" else _OURS
             if ours := [name for name in set_here if name in options]:
-                raise UserError(f"{place}.{ours[0]} is set by moelpr run; remove it")
+                raise UserError(f"slurm.{place}.{ours[0]} is set by moelpr run; remove it")
             if not re.fullmatch(r"B:USR1@[1-9]\d*", str(options.get("signal", "B:USR1@300"))):
-                raise UserError(f"{place}.signal must be B:USR1@SECONDS, got {options['signal']}; write it so")
+                raise UserError(f"slurm.{place}.signal must be B:USR1@SECONDS, got {options['signal']}; write it so")
         if self.container_image and self.apptainer:
             raise UserError("container_image and apptainer are both given; keep one")
         if self.container_mounts and not (self.container_image or self.apptainer):
@@ -213,6 +223,15 @@ class Chain:
             lines = [f"rm -f {mark}", *(_joining(corpus, shards) for corpus in task.corpora), *lines]
         self._submit(name, outlook, lines)
 
+    def _check_time(self, task: Task) -> None:
+        options = self._settings.options_of(task)
+        grace = int(str(options.get("signal", "")).partition("@")[2] or 0)
+        if _seconds(str(options.get("time"))) <= grace:
+            raise UserError(
+                f"slurm.options.time: {options['time']} for {task.name} is not longer than the {grace} s before "
+                'its end when a training saves; raise it, or set slurm.training: {signal: "B:USR1@60"}'
+            )
+
     def check_queue(self, outlooks: list[Outlook]) -> dict[str, str]:
         """The jobs that are queued, by task; raise a UserError for what cannot be submitted, before anything is."""
         self.check_steps()
@@ -222,6 +241,7 @@ class Chain:
         queued, changed, joining = self._queued(), list[str](), dict[str, str]()
         to_do = {one.task.name: one for one in outlooks if one.state != "done"}
         for name, outlook in to_do.items():
+            self._check_time(outlook.task)
             job, shards = self._jobs.get(name), self._jobs.get(f"{name}-shards")
             if job and self._state(queued, job, name):
                 self._active[name] = job.id

@@ -274,12 +274,13 @@ def test_a_flag_of_several_lines_is_no_line_of_the_script(stubs, tmp_path) -> No
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"options": {"--partition": "gpu"}}, "options has --partition; write options as in .* without leading dashes"),
-        ({"options": {"cpus_per_task": 8}}, "options has cpus_per_task; write options as in cpus-per-task"),
+        ({"options": {"--partition": "gpu"}}, "slurm.options has --partition; .* without leading dashes"),
+        ({"options": {"cpus_per_task": 8}}, "options has cpus_per_task; write it as in cpus-per-task"),
         ({"options": {"gres": {"gpu": 8}}}, "expected a word, a number or true, got {'gpu': 8}"),
         ({"steps": {"convrt": {}}}, r"slurm.steps.convrt is no step; did you mean convert\?"),
         ({"training": {"requeue": False}}, "training.requeue is set by moelpr run; remove it"),
-        ({"options": {"nodes": 4}}, "options.nodes is set by moelpr run; remove it"),
+        ({"options": {"nodes": 4}}, "slurm.options.nodes is set by moelpr run; remove it"),
+        ({"options": {"time": "5:00"}}, "slurm.options.time: 5:00 for stage1 is not longer than the 300 s before"),
         ({"training": {"signal": "USR1@60"}}, "training.signal must be B:USR1@SECONDS, got USR1@60"),
         ({"apptainer": "no.sif"}, "there is no image no.sif; correct the path"),
         ({"apptainer": "a.sif", "container_mounts": ["/data"]}, "container_mounts has /data; write FROM:TO"),

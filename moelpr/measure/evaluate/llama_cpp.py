@@ -95,7 +95,7 @@ class Gguf:
     def encode(self, text: str) -> list[int]:
         raw = text.encode()
         ids = self._c.ffi.new("llama_token[]", len(raw) + 8)
-        return list(ids[: self._c.lib.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), False, False)])
+        return list(ids[0 : self._c.lib.llama_tokenize(self._vocab, raw, len(raw), ids, len(ids), False, False)])
 
     def decode(self, ids: list[int]) -> str:
         tokens, size = self._c.ffi.new("llama_token[]", ids), 64 * len(ids) + 64

@@ -44,7 +44,7 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
 COMPARE, AGREEMENT = "compare", "agreement"
-AVERAGED = "full-pack"  # the project of which the mean with the base is measured, too
+AVERAGED = {"full-pack", "full-pack-longer"}  # the projects of which the mean with the base is measured, too
 
 
 def main() -> None:
@@ -144,10 +144,10 @@ def comparison(base: str, files: Sequence[Path]) -> str:
 
 
 def of_flores(name: str, base: str, files: Sequence[Path], sentences: Sentences) -> str:
-    """Measure the projects of a base, the mean of one with the base, and switches; return the table as Markdown."""
+    """Measure projects of a base, the means of AVERAGED with the base, and switches; return the table as Markdown."""
     projects = {file.stem: ResolvedProject(read_project(file)) for file in files}
     models = {"base": next(iter(projects.values())).base} | {file: one.export for file, one in projects.items()}
-    for tuned in [name for name in projects if without_seed(name) == AVERAGED]:
+    for tuned in [name for name in projects if without_seed(name) in AVERAGED]:
         mean = models[f"mean of base and {tuned}"] = RUNS / base / f"{tuned}-mean"
         if not mean.exists():
             write_mean(models["base"], models[tuned], mean)

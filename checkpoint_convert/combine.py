@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 from checkpoint_convert.common.settings import CombineSettings, named_texts
+from checkpoint_convert.hf.hub import find_model
 from moelpr.base.errors import UserError
 from moelpr.base.languages import check_name
-from moelpr.base.settings import POSITIONAL, REPEATED, metavar, run_script
-from moelpr.measure.evaluate.settings import HfFolder
+from moelpr.base.settings import POSITIONAL, REPEATED, Folder, metavar, run_script
 from moelpr.measure.evaluate.settings import languages as codes
 from moelpr.model.families.hf_config import check_model
 
 
 class Settings(CombineSettings):
-    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[Folder, POSITIONAL, metavar("BASE")]  # dense base: a folder, or OWNER/NAME[@REVISION] on the Hub
     # languages, and the folder of a model that was trained from the base in its FFNs only: a Hugging Face directory, a
     # LoRA adapter of peft, or a checkpoint of the trainer; repeat for several
     expert: Annotated[list[str], REPEATED, metavar("LANGUAGES=DIR")]
@@ -48,9 +48,11 @@ def main(args: Settings) -> None:
     if both := [name for name, path in kept.items() if name in texts or Path(path).resolve() in expanded]:
         raise UserError(f"--keep-text {both[0]} is in an expanded language; remove it, or pass NAME=FILE of other text")
     documents = args.read(kept), args.read(texts)  # before torch is imported
+    base = find_model(args.base)
+    args.base_model = args.base_model or (base.name if base.revision else None)
     from checkpoint_convert.conversions.combined_model import combine
 
-    record = combine(args.base, experts, *documents, args)
+    record = combine(base.folder, experts, *documents, args)
     print(record.table())
     print(f"{args.save}: {args.base} and the FFNs of {', '.join(map(str, experts))}")
     if lacks := record.findings.shortcomings:

@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 from checkpoint_convert.common.settings import MoeClassFlags, TextSettings, named_texts
+from checkpoint_convert.hf.hub import find_model
 from moelpr.base.errors import UserError
 from moelpr.base.languages import is_code
-from moelpr.base.settings import POSITIONAL, Flags, metavar
-from moelpr.measure.evaluate.settings import HfFolder, Source
-
-_TEXT = Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
+from moelpr.base.settings import POSITIONAL, Flags, Folder, metavar
+from moelpr.measure.evaluate.settings import Source
 
 
 def _pack(text: str) -> Path:
     if not Path(text, "pack.json").is_file():
-        raise argparse.ArgumentTypeError(
-            f"must be a folder that moelpr pack make or keep wrote, but {text} has no pack.json"
-        )
+        raise argparse.ArgumentTypeError(f"must be a folder of moelpr pack make or keep, but {text} has no pack.json")
     return Path(text)
 
 
@@ -29,9 +26,9 @@ _Pack = Annotated[Path, {"type": _pack, "metavar": "DIR"}]
 
 
 class _CardSettings(TextSettings):
-    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[Folder, POSITIONAL, metavar("BASE")]  # dense base: a folder, or OWNER/NAME[@REVISION] on the Hub
     license: str = ""  # license of what is written, as the Hub names it, for example apache-2.0
-    base_model: str = ""  # name of the base on the Hub, for the card (default: the name of its folder)
+    base_model: str = ""  # name of the base on the Hub, for the card (default: BASE, or its folder's name)
 
 
 class MakeSettings(_CardSettings):
@@ -42,11 +39,12 @@ class MakeSettings(_CardSettings):
 
 
 class KeepSettings(_CardSettings):
-    text: _TEXT  # text that should stay as the base has it; each file is a text, named like it
+    # text that should stay as the base has it; each file is a text, named like it
+    text: Annotated[list[str], {"action": "extend"}, metavar("[NAME=]FILE")]
 
 
 class BuildSettings(MoeClassFlags):
-    base: Annotated[HfFolder, POSITIONAL, metavar("BASE")]  # Hugging Face directory of the dense base
+    base: Annotated[Folder, POSITIONAL, metavar("BASE")]  # dense base: a folder, or OWNER/NAME[@REVISION] on the Hub
     packs: Annotated[list[_Pack], POSITIONAL, metavar("PACK")]  # folders of moelpr pack make
     kept: _Pack  # folder of moelpr pack keep
 
@@ -81,7 +79,7 @@ def build(args: BuildSettings) -> None:
     """
     from checkpoint_convert.conversions.packs import build_model
 
-    model = build_model(args.base, args.kept, args.packs, args)
+    model = build_model(find_model(args.base).folder, args.kept, args.packs, args)
     print(f"{args.save}: {args.base} and the packs {', '.join(model.packs)}")
 
 
@@ -101,9 +99,10 @@ def show(args: ShowSettings) -> None:
 
 def _make(args: MakeSettings | KeepSettings, expert: Path | None, trained: str = "") -> None:
     texts = args.read(named_texts(args.text, "--text"))  # before torch is imported
+    base = find_model(args.base)
     from checkpoint_convert.conversions.packs import make_pack
 
-    record = make_pack(args.base, expert, texts, args, args.license, trained, args.base_model)
+    record = make_pack(base.folder, args.base_model or base.name, expert, texts, args, args.license, trained)
     of_loss = f", loss {record.losses[0]:.3f} → {record.losses[1]:.3f}" if record.losses else ""
     print(f"{args.save}: {', '.join(record.texts)} for {record.base}{of_loss}")
     if record.losses and record.losses[1] >= record.losses[0]:

@@ -74,7 +74,7 @@ class CombineSettings(RoutingSettings, MoeClassFlags):
 
     # model that was combined of this base: its experts and their routes stay, and --keep-text has their languages, too
     onto: HfFolder | None = None
-    base_model: str | None = None  # name of the base on the Hub, for the model card (default: the name of its folder)
+    base_model: str | None = None  # name of the base on the Hub, for the card (default: BASE, or its folder's name)
     unchecked: bool = False  # write the model also if it is no better than the base, or texts cannot be told apart
     ignore_others: bool = False  # leave out what an expert changed besides its FFNs, and measure what that costs
 

@@ -253,7 +253,7 @@ def combine(
                 whole = mean_loss(reader.model, its)
                 _put(loaded.model, "", opened_base.tensors, expert.others)
                 ignored[name] = whole, mean_loss(reader.model, its)
-    record = RoutedModel(base.resolve().name, languages_of, findings, ignored, known)
+    record = RoutedModel(settings.base_model or base.resolve().name, languages_of, findings, ignored, known)
     card = combined_card(base, [*before, *opened], known | languages_of, record.card_text(), settings.base_model)
     write_combined(opened_base, [*before, *opened], rows, card, record, settings)
     return record

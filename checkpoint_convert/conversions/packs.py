@@ -98,14 +98,14 @@ class PackedModel(Record):
 
 def make_pack(
     base: Path,
+    name: str,
     expert: Path | None,
     texts: Mapping[str, Sequence[str]],
     settings: TextSettings,
     license: str = "",
     trained: str = "",
-    base_model: str = "",
 ) -> Pack:
-    """Write the pack of an expert that knows the languages `texts`; without an expert, the sums of text to keep."""
+    """Write the pack, for the base `name`, of an expert that knows the languages `texts`, or sums of text to keep."""
     sources = [base, *([expert] if expert else [])]
     check_output(settings.save, sources, settings.overwrite, (Pack.FILE_NAME,))
     dense = Base.open(base, settings.verify)
@@ -118,7 +118,6 @@ def make_pack(
         losses = (mean_loss(model.reader(0, base).model, pieces), mean_loss(reader.model, pieces)) if expert else None
     num_tokens = {name: sum(map(len, its)) for name, its in inputs.pieces.items()}
     languages = [*texts] if expert else []
-    name = base_model or base.resolve().name
     record = Pack(name, _checksum(dense), languages, num_tokens, losses, license, trained)
     factors = [one.tensors for one in experts if isinstance(one.tensors, AdapterReader)]
     shapes = {name: dense.tensors.shape(name) for one in experts if not factors for name in dense.ffn}

@@ -115,7 +115,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
         ("model export --load CHECKPOINT --save x --chat-template-from missing", "no missing/config.json"),
         ("model gguf missing", "no missing/config.json"),
         ("model gguf CHECKPOINT", CHECKPOINT),
-        ("model combine missing --expert el=x --text el=x --keep-text y --save z", "no missing/config.json"),
+        ("model combine missing --expert el=MODEL --text el=TEXT --keep-text OTHER --save z", "no missing/config.json"),
         ("model combine MODEL --expert el=missing --text el=x --keep-text y --save z", "no missing/config.json"),
         ("model combine MODEL --expert el=EMPTY --text el=x --keep-text y --save z", NO_WEIGHTS),
         ("model combine MODEL --expert el=MODEL --text el=missing --keep-text TEXT --save z", "missing"),
@@ -124,10 +124,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
         ("model convert --hf-path EMPTY --dense --save x", NO_WEIGHTS),
         ("model convert --hf-path MODEL --dense --save x --extended-tokenizer missing", "there is no folder missing"),
         ("model convert --hf-path MODEL --dense --save x --topk 2", "--dense adds no experts"),
-        (
-            "model convert --hf-path MODEL --num-new-experts 2 --save x --expert-noise -1",
-            "--expert-noise must be at least",
-        ),
+        ("model convert --hf-path MODEL --num-new-experts 2 --save x --expert-noise -1", "--expert-noise must be"),
         ("model convert --hf-path MODEL --dense --save EMPTY", "EMPTY already exists"),
         ("model graft --base missing --instruct x --model MODEL --save z", "no missing/config.json"),
         ("model graft --base MODEL --instruct MODEL --model CHECKPOINT --save z", CHECKPOINT),
@@ -157,7 +154,8 @@ def test_a_wrong_path_or_name_is_an_error_before_torch_is_imported(words: str, m
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "MODEL" / "model.safetensors").touch()
     (tmp_path / "CHECKPOINT" / "model_spec.json").write_text("{}")
-    (tmp_path / "TEXT").write_text('{"text": "a"}\n')
+    for name in ("TEXT", "OTHER"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
     code = (
         "import sys; from moelpr.__main__ import run\n"
         "try: run(sys.argv[1:])\n"

@@ -31,10 +31,10 @@ def folder(make_qwen2: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     """A base, its kept sums, and packs of two languages."""
     folder = tmp_path_factory.mktemp("packs")
     base = with_tokenizer(Path(shutil.copytree(make_qwen2(), folder / "base")))
-    make_pack(base, None, KEPT, settings(folder / "kept"), "mit")
+    make_pack(base, "base", None, KEPT, settings(folder / "kept"), "mit")
     for language, texts in EXPANDED.items():
         expert = trained(base, folder / f"expert-{language}", texts)
-        make_pack(base, expert, {language: texts}, settings(folder / language), "mit", "60 steps", "owner/base")
+        make_pack(base, "owner/base", expert, {language: texts}, settings(folder / language), "mit", "60 steps")
     return folder
 
 
@@ -149,7 +149,7 @@ def test_a_pack_of_an_adapter_has_its_factors_and_builds_the_merged_model(folder
         merged[name] = (merged[name].float() + 2 * b @ a).to(merged[name].dtype)
     save_file(factors, adapter / "adapter_model.safetensors")
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 4, "auto_map": {"x": "evil.py"}}))
-    make_pack(base, adapter, {"el": EXPANDED["el"]}, ours, "mit")
+    make_pack(base, "base", adapter, {"el": EXPANDED["el"]}, ours, "mit")
     names = {path.name for path in ours.save.iterdir()}
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     assert "auto_map" not in (ours.save / "adapter_config.json").read_text()

@@ -13,6 +13,7 @@ from checkpoint_convert import convert as importer
 from checkpoint_convert.compare.tensors import compare
 from checkpoint_convert.conversions.exported_model import mcore_to_hf
 from checkpoint_convert.hf.hub import find_model
+from tests.support.commands import moelpr
 from tests.support.hf_models import assert_nothing_left
 from tests.support.local_hub import LocalHub, local_hub
 
@@ -44,6 +45,9 @@ def test_a_name_on_the_hub_is_downloaded_and_its_commit_recorded(hub, source, tm
     mcore_to_hf(tmp_path / "out", tmp_path / "export")
     card = ModelCard.load(tmp_path / "export" / "README.md")
     assert card.data.base_model == "o/Tiny" and hub.commit("o/Tiny") in card.text
+    (tmp_path / "en.jsonl").write_text(99 * '{"text": "a b"}\n')
+    moelpr("pack", "keep", "o/Tiny", "--text", tmp_path / "en.jsonl", "--device", "cpu", "--save", tmp_path / "kept")
+    assert json.loads((tmp_path / "kept" / "pack.json").read_text())["base"] == "o/Tiny"
     # Again without a network: the cache has it.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert exit_code(importer.main, *arguments, tmp_path / "offline") == 0

@@ -124,7 +124,7 @@ CHECKPOINT = "is a Megatron checkpoint; export it"
         ("model convert --hf-path EMPTY --dense --save x", NO_WEIGHTS),
         ("model convert --hf-path MODEL --dense --save x --extended-tokenizer missing", "there is no folder missing"),
         ("model convert --hf-path MODEL --dense --save x --topk 2", "--dense adds no experts"),
-        ("model convert --hf-path MODEL --num-new-experts 2 --save x --expert-noise -1", "--expert-noise must be"),
+        ("model convert --hf-path MODEL --num-new-experts 2 --save x --expert-noise -1", "noise must be at least"),
         ("model convert --hf-path MODEL --dense --save EMPTY", "EMPTY already exists"),
         ("model graft --base missing --instruct x --model MODEL --save z", "no missing/config.json"),
         ("model graft --base MODEL --instruct MODEL --model CHECKPOINT --save z", CHECKPOINT),

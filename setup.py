@@ -51,7 +51,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "moelpr.data._language_bits", ["moelpr/data/csrc/language_bits.cpp"], cxx_std=17, optional=True
-        ),
+        )
     ],
     install_requires=[
         # Only training needs Megatron, which is built for Linux. Its entry API moves between versions: an upgrade is a

@@ -35,10 +35,7 @@ from benchmarks.common import ROOT, argument_parser, environment, working_folder
 from benchmarks.timing import Turns
 
 LIMITS = {"huggingface_to_bare": 1.25, "gigatoken_to_huggingface": 8.0, "peak_gib": 1.0}
-RATIOS = {
-    "huggingface_to_bare": ("huggingface", "bare"),
-    "gigatoken_to_huggingface": ("huggingface", "gigatoken"),
-}
+RATIOS = {"huggingface_to_bare": ("huggingface", "bare"), "gigatoken_to_huggingface": ("huggingface", "gigatoken")}
 _LETTERS = (b"aeioubdfgklmnprstvz" * 14)[:256]  # for any byte
 _NEW_WORD_EVERY = 20
 

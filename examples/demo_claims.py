@@ -31,10 +31,7 @@ class Judgment(NamedTuple):
 
 CLAIMS = (
     Claim(
-        "learned",
-        "expanded",
-        "after stage 1 at least 5% fewer bits per byte than base",
-        lambda stage1: stage1 <= -0.05,
+        "learned", "expanded", "after stage 1 at least 5% fewer bits per byte than base", lambda stage1: stage1 <= -0.05
     ),
     Claim(
         "kept_by_review",
@@ -43,10 +40,7 @@ CLAIMS = (
         lambda stage2: stage2 <= -0.045,
     ),
     Claim(
-        "preserved",
-        "original",
-        "after stage 2 at most 1% more bits per byte than base",
-        lambda stage2: stage2 <= 0.01,
+        "preserved", "original", "after stage 2 at most 1% more bits per byte than base", lambda stage2: stage2 <= 0.01
     ),
     Claim(
         "repaired",

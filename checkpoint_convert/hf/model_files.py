@@ -22,14 +22,7 @@ TOKENIZER_FILES = (
 )
 # Files that replace the model's own if its tokenizer is extended.
 EXTENDED_FILES = (*TOKENIZER_FILES, VOCABULARY_EXTENSION_FILE, "chat_template.jinja", "chat_template.json")
-COMPANION_FILES = (
-    CONFIG_FILE,
-    "generation_config.json",
-    *EXTENDED_FILES,
-    "README.md",
-    "LICENSE",
-    "NOTICE",
-)
+COMPANION_FILES = (CONFIG_FILE, "generation_config.json", *EXTENDED_FILES, "README.md", "LICENSE", "NOTICE")
 COMPANION_FOLDERS = ("additional_chat_templates",)
 CARD_FILE = "README.md"
 # An export contains the card of the base model under this name.

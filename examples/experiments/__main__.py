@@ -35,7 +35,7 @@ from moelpr.project.reading import read_project
 from moelpr.project.resolved import ResolvedProject
 
 FILES, RUNS = Path("examples/experiments"), Path("runs/experiments")
-BASES = {"first": "SmolLM2-135M-Instruct", "second": "The same after training on plain text"}  # folder -> name
+BASES = {"first": "SmolLM2-135M-Instruct", "second": "The same after training on plain text", "relatives": "Relatives"}
 MADE: dict[str, list[str]] = {  # folder -> the command that makes it
     "base": ["-m", "examples.experiments.base"],
     "text": ["-m", "examples.experiments.text"],
@@ -44,6 +44,10 @@ MADE: dict[str, list[str]] = {  # folder -> the command that makes it
 # Some texts have megabytes.
 COMPARED = "--dtype bfloat16 --skip-tokens 32 --max-documents 5".split()
 COMPARE, AGREEMENT = "compare", "agreement"
+ROUTED = {FILES / base / f"{name}.yaml": "second-ffn" for base, name in product(("first", "second"), ROUTERS)} | {
+    FILES / "first/auto-kept-longer.yaml": "longer",
+    FILES / "relatives/auto-kept.yaml": "second-ffn",
+}  # other routers → whose FFNs they are for
 AVERAGED = {"full-pack", "full-pack-longer"}  # the projects of which the mean with the base is measured, too
 
 
@@ -56,10 +60,7 @@ def main() -> None:
     add("--table", action="append", choices=(COMPARE, *TABLES), help="only this table; repeat for several")
     add("--languages", default="", metavar="A,B", help="languages of the table flores, besides the new ones")
     add(
-        "--seeds",
-        default=1,
-        help="orders of the text; flores and mixed have their mean (default: 1)",
-        **number(int, 1),
+        "--seeds", default=1, help="orders of the text; flores and mixed have their mean (default: 1)", **number(int, 1)
     )
     args = parser.parse_args()
     sentences: dict[str, Sentences] = {AGREEMENT: read_pairs(args.pairs)} if args.pairs else {}
@@ -70,24 +71,27 @@ def main() -> None:
         flag = "--pairs" if unread[0] == AGREEMENT else "--flores"
         raise UserError(f"the table {unread[0]} needs the folder of its text; pass {flag} DIR")
     os.chdir(ROOT)
-    every = [*FILES.glob("*/*.yaml"), *(FILES / base / f"{name}.yaml" for base in BASES for name in ROUTERS)]
-    files = [x for x in sorted(every) if any(x.match(f"{one}.yaml") for one in args.names or "*")]
+    files = [
+        x
+        for x in sorted([*FILES.glob("*/*.yaml"), *ROUTED])
+        if any(x.match(f"{one}.yaml") for one in args.names or "*")
+    ]
     if unknown := [name for name in args.names if not any(file.match(f"{name}.yaml") for file in files)]:
         raise UserError(f"there is no {unknown[0]}.yaml in {FILES}/{'|'.join(BASES)}; pass names of files there")
     for name, words in MADE.items():
         if not (RUNS / name).exists():
             run(*words, "--output", RUNS / name)
     for base, label in BASES.items():
-        its, ours = [file for file in files if file.parent.name == base], FILES / base / "second-ffn.yaml"
-        if others := [file for file in its if file.stem in ROUTERS]:
-            its = sorted({*its, ours} - {*others})
+        its = [file for file in files if file.parent.name == base]
+        others = {file: file.with_stem(ROUTED[file]) for file in its if file in ROUTED}
+        its = sorted({*its, *others.values()} - others.keys())
         seeds = range(1, args.seeds + 1)
         its = [with_seed(file, seed) for file in its for seed in seeds]
-        for file in [*([FILES / "second-base.yaml"] if its and base == "second" else []), *its]:
+        for file in [*([FILES / "second-base.yaml"] if its and base != "first" else []), *its]:
             run("-m", "moelpr", "run", file)
             for step in Path(yaml.safe_load(file.read_text())["output"]).glob("*/iter_*"):
                 shutil.rmtree(step)  # gigabytes, which the export has made needless
-        for file, seed in product(others, seeds):
+        for (file, ours), seed in product(others.items(), seeds):
             trained = with_seed(ours, seed)
             its.append(RUNS / base / f"{trained.stem.replace(ours.stem, file.stem)}.yaml")
             write_text(its[-1], trained.read_text().replace(f"/{trained.stem}\n", f"/{its[-1].stem}\n"))
@@ -152,7 +156,8 @@ def of_flores(name: str, base: str, files: Sequence[Path], sentences: Sentences)
         if not mean.exists():
             write_mean(models["base"], models[tuned], mean)
     title, texts_of, table_of = TABLES[name]
-    texts = texts_of(sentences, read_documents(RUNS / "text" / "code.jsonl"))
+    new = [next(iter(projects.values())).expanded] if name == "flores" else []
+    texts = texts_of(sentences, read_documents(RUNS / "text" / "code.jsonl"), *new)
     scores, minutes = measure(models, texts, RUNS / base / name)
     add_switches(scores, texts, models["base"])
     if name == "flores":

@@ -25,16 +25,11 @@ from moelpr.measure.report.plots import learned_lost_chart
 # Its names that are no codes of languages.
 CODES = {"zho_simpl": "zh", "zho_trad": "zh-Hant"}
 SENTENCES = 40  # per language, a multiple of FOUR
-RELATIVES = ("fi", "et", "az", "uz", "kk")
+RELATIVES = {"hu": ("fi", "et"), "tr": ("az", "uz", "kk"), "nl": ("de", "da"), "cs": ("pl", "sk"), "et": ("fi",)}
 MIXED, BLOCK_LINES = 60, 8  # documents of each kind of mixed text; lines of code between comments
 FOUR = 4  # sources of which one is right
 PAIRS = 500  # per language
-LABELS = {
-    "-ffn": " FFN",
-    "full-pack": "full fine-tuning",
-    "lora-alone": "LoRA",
-    "-routers": "'s routers",
-}  # in a picture
+LABELS = {"-ffn": " FFN", "full-pack": "full fine-tuning", "lora-alone": "LoRA", "-routers": "'s routers"}  # in charts
 Sentences = Mapping[str, Sequence[str]]  # language → sentences, the same in each
 
 
@@ -69,40 +64,38 @@ def read_pairs(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def in_all_languages(sentences: Sentences, code: Iterable[str], number: int = SENTENCES) -> Texts:
-    return {
-        language: [[(NEW if language in EXPANDED else KEPT, line)] for line in lines[:number]]
-        for language, lines in sentences.items()
-    }
+def in_all_languages(sentences: Sentences, _: object, new: Iterable[str] = EXPANDED, most: int = SENTENCES) -> Texts:
+    sides = {language: NEW if language in new else KEPT for language in sentences}
+    return {language: [[(sides[language], line)] for line in lines[:most]] for language, lines in sentences.items()}
 
 
-def _by_language(scores: Scores) -> dict[str, dict[str, dict[str, Estimate]]]:
-    texts = next(iter(scores.values()))
-    return {text: against_base(scores, text, NEW if text in EXPANDED else KEPT) for text in texts}
+def _by_language(scores: Scores) -> tuple[dict[str, dict[str, dict[str, Estimate]]], list[str]]:
+    """The estimates of each text, and the texts in a new language."""
+    texts = next(iter(scores.values())).items()
+    new = [text for text, its in texts if NEW in its]
+    return {text: against_base(scores, text, next(iter(its))) for text, its in texts}, new
 
 
 def all_languages_table(scores: Scores) -> Table:
-    of, rows = _by_language(scores), []
-    texts, others = [*of], [text for text in of if text not in EXPANDED]
+    (of, new), rows = _by_language(scores), []
+    texts, others = [*of], [text for text in of if text not in new]
+    relatives = [one for text in new for one in RELATIVES.get(text, ()) if one in others]
     for model in _models(scores):
         changes = {text: of[text][model]["change"] for text in texts}
         worst = sorted(others, key=lambda text: -changes[text][0])[:3]
-        named = [
-            ", ".join(f"{language_name(text)} {percent(changes[text][0])}" for text in its if text in changes)
-            for its in (worst, RELATIVES)
-        ]
-        learned, kept = (_mean((changes[text] for text in its), percent) for its in (EXPANDED, others))
+        named = [", ".join(f"{language_name(x)} {percent(changes[x][0])}" for x in its) for its in (worst, relatives)]
+        learned, kept = (_mean((changes[text] for text in its), percent) for its in (new, others))
         rows.append([model, learned, kept, _mean(of[text][model]["distance"] for text in others), *named])
     head = ["change of bits per byte", "learned", f"{len(others)} other languages", "their KL", "worst", "relatives"]
     return Table(head, rows)
 
 
 def all_languages_chart(scores: Scores) -> str:
-    of = _by_language(scores)
+    of, new = _by_language(scores)
 
     def point(model: str) -> tuple[Interval, Interval]:
-        learned = mean([of[text][model]["change"] for text in EXPANDED])
-        return interval_of(learned), interval_of(mean([of[x][model]["distance"] for x in of if x not in EXPANDED]))
+        learned = mean([of[text][model]["change"] for text in new])
+        return interval_of(learned), interval_of(mean([of[x][model]["distance"] for x in of if x not in new]))
 
     models = [model for model in _models(scores) if not model.endswith(ORACLE)]  # a detector hardly errs here
     panels = {"KL of other languages, nats per token": {_label(model): point(model) for model in models}}
@@ -201,5 +194,5 @@ TABLES: dict[str, tuple[str, Callable[[Sentences, Iterable[str]], Texts], Callab
     "flores": ("languages of FLORES-101", in_all_languages, all_languages_table),
     "mixed": ("mixed text, sides apart", mixed, mixed_table),
     "translation": ("translation without generation", with_sources, translation_table),
-    "agreement": ("agreement of verbs", partial(in_all_languages, number=2 * PAIRS), agreement_table),
+    "agreement": ("agreement of verbs", partial(in_all_languages, most=2 * PAIRS), agreement_table),
 }

@@ -27,10 +27,10 @@ ENGLISH_WORDS = {"the", "of", "and", "with", "this", "from", "that"}  # no other
 BLOCKS = ("p", "h1", "h2", "h3", "h4", "h5", "h6", "li", "td", "th", "dt", "dd")
 
 
-def read_help(packages: Mapping[str, Path]) -> Documents:
+def read_help(packages: Mapping[str, Path], languages: Iterable[str]) -> Documents:
     """LibreOffice's help: one page is one document."""
     documents: Documents = {}
-    for language in LANGUAGES:
+    for language in languages:
         code = HELP_CODES.get(language, language)
         prefix = f"usr/share/libreoffice/help/{code}/text/"
         pages = read_deb(packages[f"libreoffice-help-{code.lower()}"], prefix, ".html")

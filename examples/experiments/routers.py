@@ -1,10 +1,11 @@
-"""Routers as others find them, or with other text to keep, for the base's FFNs and those of second-ffn.
+"""Routers as others find them, or with other text to keep, for the base's FFNs and those of a project.
 
     python -m examples.experiments.routers examples/experiments/first/second-ffn.yaml runs/experiments/first/NAME.yaml
 
 The second file is the first with an output of its own; its name says whose routers.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,7 @@ from checkpoint_convert.common.settings import CombineSettings, MoeClassFlags
 from checkpoint_convert.conversions.combined_model import Base, TopOne, combine, open_expert, write_combined
 from checkpoint_convert.conversions.packs import PackedModel
 from examples.demo_tasks import ROOT
-from examples.experiments.parts import without_seed
-from examples.languages import LANGUAGES, ORIGINAL
+from examples.languages import ORIGINAL
 from moelpr.base.checksums import Verify
 from moelpr.base.command import CommandParser, run_command
 from moelpr.base.files import atomic_directory, write_text
@@ -72,7 +72,7 @@ def write_mergekit(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict
 def write_auto(base: Path, ffns: Path, kept: dict[str, list[str]], new: dict[str, list[str]], output: Path) -> None:
     """Write the model with the routers of a project with `kept: auto`: its text, and that of original languages."""
     folder = output.with_name("kept")
-    flags = ["--without", ",".join(LANGUAGES), "--overwrite"]
+    flags = ["--without", ",".join((*ORIGINAL, *new)), "--overwrite"]
     subprocess.run([sys.executable, "-m", "moelpr", "data", "kept", "--save", str(folder), *flags], check=True)
     texts = {code: kept[code] for code in ORIGINAL}
     texts |= {file.stem: read_documents(file, max_documents=TOKENS) for file in sorted(folder.glob("*.jsonl"))}
@@ -94,13 +94,15 @@ ROUTERS = {"dume-routers": write_dume, "mergekit-routers": write_mergekit, "auto
 
 def main() -> None:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs=2, type=Path, metavar="FILE", help="the project second-ffn, and that to make")
+    parser.add_argument("files", nargs=2, type=Path, metavar="FILE", help="the project of the FFNs, and that to make")
     ours, its = (ResolvedProject(read_project(file)) for file in parser.parse_args().files)
     texts = {code: one.text[0] for code, one in ours.languages.items()} | ours.kept
     kept = {name: read_documents(path, max_documents=TOKENS) for name, path in texts.items()}
     new = {code: kept.pop(code) for code in ours.expanded}
     if not its.export.exists():
-        ROUTERS[without_seed(its.file.path.stem)](ours.base, ours.trained_by("ffn"), kept, new, its.export)
+        ROUTERS[re.sub("-seed.*|-longer", "", its.file.path.stem)](
+            ours.base, ours.trained_by("ffn"), kept, new, its.export
+        )
         show(ours.base, its.export, kept, new)
 
 

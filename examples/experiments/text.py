@@ -4,7 +4,7 @@
 
 Writes JSON lines with the key text:
 
-- `train.LANG.jsonl`: LibreOffice's help and stories of a game, in the six languages;
+- `train.LANG.jsonl`: LibreOffice's help, in three more languages than the six, and stories of a game;
 - `interface.LANG.jsonl` and `code.jsonl`, to evaluate on: interface texts of Home Assistant in these and eight unseen
   languages, the same documents in each; Python code;
 - `plain.NAME.jsonl`, which the second base reads: other interface texts, in the original languages and half of the
@@ -29,6 +29,7 @@ from moelpr.base.command import run_command
 from moelpr.base.files import atomic_directory, refuse_existing
 
 UNSEEN = ("de", "fr", "pt", "ru", "ja", "pl", "fi", "ko")  # languages that no training and no kept text has
+NEAR = ("nl", "cs", "et")  # relatives of what the second base reads
 PLAIN = (*ORIGINAL, "de", "fr", "pl", "fi")  # languages that the second base reads
 HELP_BYTES, STORY_BYTES, PLAIN_BYTES = 700_000, 400_000, 200_000  # per language, at most
 HELD_OUT_ONE_IN, HELD_OUT_DOCUMENTS = 6, 32
@@ -44,7 +45,7 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
         language: {name: text.split("\n") for name, text in held.items()}
         for language, held in read_documents(wheel, (*LANGUAGES, *UNSEEN)).items()
     }
-    pages, stories = read_help(packages), read_stories(packages)
+    pages, stories = read_help(packages, (*LANGUAGES, *NEAR)), read_stories(packages)
     names = held_out_names(interface)
     for language, documents in interface.items():
         write(folder, f"interface.{language}", ["\n".join(documents[name]) for name in names])
@@ -60,6 +61,8 @@ def write_texts(folder: Path, packages: Mapping[str, Path]) -> None:
         if language in PLAIN:
             others = {name: texts for name, texts in documents.items() if not is_held_out(name)}
             write(folder, f"plain.{language}", training_text(others, language, grams, PLAIN_BYTES))
+    for language in NEAR:
+        write(folder, f"train.{language}", training_text(pages[language], language, set(), HELP_BYTES))
     code = [*read_code(wheel)]
     write(folder, "code", code[:HELD_OUT_DOCUMENTS])
     write(folder, "plain.code", code[HELD_OUT_DOCUMENTS : HELD_OUT_DOCUMENTS + PLAIN_BYTES // CODE_CHARACTERS])

@@ -42,12 +42,7 @@ class Form(StrEnum):
     STREAM = "standard input"
 
 
-_MAGIC = {
-    b"\x1f\x8b": Form.GZIP,
-    b"\x28\xb5\x2f\xfd": Form.ZSTD,
-    b"BZh": Form.BZIP2,
-    b"PAR1": Form.PARQUET,
-}
+_MAGIC = {b"\x1f\x8b": Form.GZIP, b"\x28\xb5\x2f\xfd": Form.ZSTD, b"BZh": Form.BZIP2, b"PAR1": Form.PARQUET}
 
 
 class Source(NamedTuple):

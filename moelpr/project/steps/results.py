@@ -234,12 +234,7 @@ def track(step: Step, project: ResolvedProject) -> Iterator[Task]:
         return
     flags: dict[str, Any] = {
         "results": [*_results(project).values()],
-        "files": [
-            project.evaluation,
-            project.folder / "report.html",
-            project.folder / PLAN_FILE,
-            project.file.path,
-        ],
+        "files": [project.evaluation, project.folder / "report.html", project.folder / PLAN_FILE, project.file.path],
     }
     yield step.task(project, flags | project.trackers, *_runs(project), made_from=("report",))
 

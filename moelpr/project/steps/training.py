@@ -31,12 +31,7 @@ _STAGE_SPEED = (
 )
 
 
-@step(
-    "convert",
-    "model convert",
-    reserved="hf-path save extended-tokenizer dense overwrite",
-    methods=METHODS - LORA,
-)
+@step("convert", "model convert", reserved="hf-path save extended-tokenizer dense overwrite", methods=METHODS - LORA)
 def convert(step: Step, project: ResolvedProject) -> Iterator[Task]:
     """Upcycle the base; for a method without experts, convert it as it is."""
     flags: dict[str, Any] = {

@@ -45,10 +45,7 @@ def parse(flags: str) -> Settings:
         ("--input a --language-key lang", "--language-key requires --original-languages"),
         ("--input a --detect-language", "--detect-language requires --original-languages"),
         ("--input a --detect-language --original-languages en --audit", "--audit and --detect-language"),
-        (
-            "--input a --language eu --expanded-languages eu --audit --min-confidence 2",
-            "--min-confidence .*got 2",
-        ),
+        ("--input a --language eu --expanded-languages eu --audit --min-confidence 2", "--min-confidence .*got 2"),
         ("--input a --language eu --expanded-languages eu --conversations --append-eod", "excludes --append-eod"),
         ("--input a --language original --chat-template-from x", "--chat-template-from and --max-tokens require"),
         ("--input a --language original --max-tokens 5", "--chat-template-from and --max-tokens require"),

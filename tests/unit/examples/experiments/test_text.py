@@ -9,7 +9,7 @@ import pytest
 
 from examples.experiments import package_text
 from examples.experiments.package_text import CAMPAIGNS, HELP_CODES, clean, is_sentence, read_stories
-from examples.experiments.text import PLAIN, UNSEEN, is_held_out, ngrams, training_text, write_texts
+from examples.experiments.text import NEAR, PLAIN, UNSEEN, is_held_out, ngrams, training_text, write_texts
 from examples.languages import LANGUAGES
 from tests.support.debian_packages import write_deb
 from tests.support.hf_models import files_of
@@ -23,7 +23,7 @@ SENTENCES = {
     "hu": "Ez a {} számú oldal néhány egyszerű szóval elmondja mit tesz a program egy dokumentum {} részével",
     "tr": "Bu {} numaralı sayfa program bir belgenin {} bölümüyle ne yapar birkaç sade sözle size anlatır işte",
 }
-SENTENCES |= {language: f"{language} {SENTENCES['es']}" for language in UNSEEN}
+SENTENCES |= {language: f"{language} {SENTENCES['es']}" for language in (*NEAR, *UNSEEN)}
 UNTRANSLATED = "Nobody has translated this sentence so far"
 PAGES, PARAGRAPHS = 60, 4
 
@@ -53,7 +53,7 @@ def page_html(language: str, page: int) -> bytes:
 
 def write_packages(folder: Path) -> None:
     folder.mkdir(parents=True)
-    for language in LANGUAGES:
+    for language in (*LANGUAGES, *NEAR):
         code = HELP_CODES.get(language, language)
         root = f"usr/share/libreoffice/help/{code}"
         pages = {f"{root}/text/swriter/{page}.html": page_html(language, page) for page in range(PAGES)}

@@ -15,12 +15,7 @@ def test_report_is_written_into_the_last_run_or_into_output(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("nowhere",), "nowhere"),
-        ((), "RUN"),
-        ((".",), "moelpr report stage1 stage2`"),
-    ],
+    ("arguments", "named"), [(("nowhere",), "nowhere"), ((), "RUN"), ((".",), "moelpr report stage1 stage2`")]
 )
 def test_bad_argument_is_named_and_a_folder_of_runs_answered_with_a_command(
     tmp_path, monkeypatch, arguments: tuple[str, ...], named: str

@@ -38,7 +38,7 @@ class RoutedModel(Record):
     def table(self) -> str:
         """Tables for a terminal: a row per end, and a row per text."""
         first, of_texts = map(terminal_table, self.findings.tables([*self.experts]))
-        text = f"{first}\n{self.findings.kept_text}\n{of_texts}"
+        text = f"{first}\n{self.findings.kept_text}\n{of_texts}\n{self.findings.lost}".rstrip()
         for name, (whole, ffns) in self.ignored.items():
             text += f"\n{name}: loss {ffns:.3f} with its FFNs only, {whole:.3f} with what else it changed"
         return text

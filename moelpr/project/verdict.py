@@ -5,11 +5,10 @@ from collections.abc import Iterator, Sequence
 from moelpr.base.languages import language_name
 from moelpr.base.run_folder import BestStep
 from moelpr.measure.report.evaluation_files import EvaluationFile
+from moelpr.measure.report.findings import MOST_LOST
 from moelpr.measure.report.numbers import Interval, percent
 from moelpr.project.resolved import ResolvedProject
 
-# The change of bits per byte from which on a language counts as lost.
-MOST_LOST = 0.03
 LEAST_LEARNED = 0.01  # a smaller gain is hardly one
 _FEW = 20  # documents, of which figures are rough
 
@@ -45,7 +44,8 @@ def verdict(project: ResolvedProject) -> str:
     chat = project.folder / "chat" if project.content.chat and model == project.export else model
     unkept = _left_out(project, project.original) if model == project.export else []  # a review has other routers
     lacks = project.routed.shortcomings if project.routed and project.method == "second-ffn" else ""
-    lines += [*_sentences(project, by_model[best], unkept, lacks), "", f"model: {model}"]
+    worse = project.routed.lost if project.routed and model == project.export else ""
+    lines += [*_sentences(project, by_model[best], unkept, lacks, worse), "", f"model: {model}"]
     return "\n".join([*lines, f"report: {project.folder / 'report.html'}", f"next: moelpr chat {chat}"])
 
 
@@ -78,7 +78,7 @@ def _left_out(project: ResolvedProject, names: Sequence[str]) -> list[str]:
 
 
 def _sentences(
-    project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str], lacks: str
+    project: ResolvedProject, changes: dict[str, Interval], unkept: Sequence[str], lacks: str, worse: str
 ) -> Iterator[str]:
     unlearned = [code for code in project.expanded if changes[code].value >= 0 or not _is_sure(changes[code])]
     lost = [code for code in project.original if _is_sure(changes[code]) and changes[code].value > MOST_LOST]
@@ -94,9 +94,11 @@ def _sentences(
         yield f"{_names(lost)}: lost by more than {MOST_LOST:.0%}; {remedy}."
     if unkept:
         yield f"{_names(unkept)}: not kept by the routers; add more or other text, or look at what has changed."
+    if worse:
+        yield worse
     if lacks:
-        yield f"Hardly worth serving: the second FFN {lacks}; train more, add text to keep, or set method: auto."
-    elif not (unlearned or hardly or lost or unkept):
+        yield f"Hardly worth serving: the second FFN {lacks}; add text to keep, or set method: auto."
+    elif not (unlearned or hardly or lost or unkept or worse):
         yield f"Worth serving: all new languages are learned, and none of the others is {MOST_LOST:.0%} worse."
         if len(project.expanded) > 1:
             least = max(project.expanded, key=lambda code: changes[code].value)

@@ -27,7 +27,6 @@ def test_the_demo_learns_two_languages_and_keeps_two(tmp_path: Path) -> None:
     again = moelpr("demo", "--output", "toy")
     assert again.returncode == 0 and "Worth serving" in again.stdout
     assert again.stdout.count("already done") == len(list((tmp_path / "toy/out/logs").glob("*.json")))
-
     # Text that has been read may be removed, until something is to be done again with it.
     (tmp_path / "toy/el.jsonl").unlink()
     file = tmp_path / "toy/languages.yaml"

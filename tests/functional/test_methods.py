@@ -52,7 +52,6 @@ def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base
     after = {path.name: path.read_text() for path in (folder / "text" / "logs").glob("*.json")}
     assert {*after} == {f"preprocess-{code}.json" for code in ("el", "hu", "en", "es")}
     assert before in ({}, after) and done.stdout.count("already done") == len(before)
-
     start = load_stock(folder / "base", "Qwen2ForCausalLM").state_dict()
     parts = ["-el", "-hu"] if way == "per-language" else [""]
     experts = [load_stock(folder / way / "ffn-hf" / part[1:], "Qwen2ForCausalLM").state_dict() for part in parts]
@@ -60,7 +59,6 @@ def test_ffns_train_on_text_that_another_project_has_tokenized_and_join_the_base
         assert trained.keys() == start.keys()
         for name, tensor in start.items():
             assert torch.equal(trained[name], tensor) != (".mlp." in name), name
-
     model = load_stock(folder / way / "hf", "Qwen2MoeForCausalLM")
     numbers = model.config.num_experts, model.config.num_experts_per_tok, model.config.norm_topk_prob
     assert numbers == (1 + len(parts), 1, True)

@@ -36,7 +36,7 @@ from moelpr.base.errors import UserError
 from moelpr.measure.evaluate.divergence import distance, mean_loss, remembering
 from moelpr.measure.evaluate.models import LoadedModel
 from moelpr.measure.evaluate.scoring import IGNORED, Settings, make_batches, make_tensors, tokenize
-from moelpr.measure.report.findings import Findings, Point, TextResult
+from moelpr.measure.report.findings import Findings, Point, TextResult, lacks_of
 
 # Shares of the tokens of text to keep; each part of the layers has one.
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
@@ -229,10 +229,12 @@ def calibrate(
         _check_result(*ends, point, aim, is_trained=subject.new_rows is not None)
     subject.put(rows)
     results: dict[str, TextResult] = {}
-    of_texts, of_languages = distances(subject.routed.model, every), losses(subject.routed.model)
+    of_texts = distances(subject.routed.model, every)
     for name, its in pieces.items():
-        triple = None if name in of_texts else (by_base[name], by_expert[name], of_languages[name])
-        results[name] = TextResult(*_first_choices(subject, rows, its), distance=of_texts.get(name), losses=triple)
+        first, last = (mean_loss(model, its) for model in (base, subject.routed.model))
+        triple = None if name in of_texts else (first, by_expert[name], last)
+        choices_of = _first_choices(subject, rows, its)
+        results[name] = TextResult(*choices_of, distance=of_texts.get(name), losses=triple, change=last / first - 1)
     left, points = kept_of_learning(*ends, point), [one for one, _, _ in tried]
     return rows, Findings(*ends, point, left, points, shares, results, aim.max_distance, aim.keep), pieces
 
@@ -248,7 +250,8 @@ def _score(ends: tuple[Point, Point], aim: Aim, point: Point) -> tuple[float, fl
         return max(0.0, point.distance - aim.max_distance), point.loss
     if aim.keep is not None:
         return max(0.0, aim.keep - kept_of_learning(*ends, point)), point.distance
-    return 0.0, point.distance + point.loss
+    is_short = bool(lacks_of(ends[0], kept_of_learning(*ends, point), point))
+    return float(is_short), point.distance + point.loss
 
 
 def _with_parts(choices: Mapping[int, list[Tensor]], parts: Parts) -> Rows:

@@ -64,7 +64,8 @@ def mean_loss(loaded: LoadedModel, pieces: list[list[int]]) -> float:
     for batch in make_batches(loaded, pieces, _SETTINGS):
         tokens, targets, _ = make_tensors(batch, loaded.device)
         is_token = targets != IGNORED
-        losses.append(F.cross_entropy(loaded.logits(tokens)[is_token].float(), targets[is_token], reduction="none"))
+        logits = loaded.logits(tokens).to(targets.device)[is_token]  # a model that remembers has them in host memory
+        losses.append(F.cross_entropy(logits.float(), targets[is_token], reduction="none"))
     return torch.cat(losses).mean().item()
 
 

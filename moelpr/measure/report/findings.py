@@ -9,10 +9,12 @@ from pydantic.dataclasses import dataclass
 
 from moelpr.base import records
 from moelpr.base.records import FOREIGN, STRICT
+from moelpr.measure.report.numbers import percent
 from moelpr.measure.report.page import Table
 
 # A second FFN further from the base than so many nats, or with less of what was learned, is reviewed by method: auto.
 MOST_DISTANCE, LEAST_KEPT = 0.1, 0.85
+MOST_LOST = 0.03  # from this change of a text's loss on, it counts as lost
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,12 +39,25 @@ class TextResult:
         all_original: Fraction of the tokens whose choices are the base's FFN in all layers.
         distance: KL(base‖model) in nats per token; null for expanded text.
         losses: Loss by the base, by what was learned, and with these routers, in nats per token; null for text to keep.
+        change: Change of the loss against the base's, as a fraction; null in older files.
     """
 
     shares: list[float]
     all_original: float
     distance: float | None = None
     losses: tuple[float, float, float] | None = None
+    change: float | None = None
+
+
+def lacks_of(base: Point, kept: float, result: Point) -> str:
+    """The lacks of a second FFN: it is far from the base, keeps too little, or is no better; empty if nothing."""
+    distance = result.distance
+    goals = {
+        f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,
+        f"keeps {kept:.0%} of what was learned (at least {LEAST_KEPT:.0%})": kept >= LEAST_KEPT,
+        "is no better than the base": distance + result.loss < base.loss,
+    }
+    return " and ".join(lack for lack, is_met in goals.items() if not is_met)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -77,14 +92,14 @@ class Findings:
 
     @property
     def shortcomings(self) -> str:
-        """The lacks of a second FFN: it is far from the base, keeps too little, or is no better; empty if nothing."""
-        distance = self.result.distance
-        goals = {
-            f"is {distance:.3f} nats per token from the base (at most {MOST_DISTANCE})": distance <= MOST_DISTANCE,
-            f"keeps {self.kept:.0%} of what was learned (at least {LEAST_KEPT:.0%})": self.kept >= LEAST_KEPT,
-            "is no better than the base": distance + self.result.loss < self.base.loss,
-        }
-        return " and ".join(lack for lack, is_met in goals.items() if not is_met)
+        return lacks_of(self.base, self.kept, self.result)
+
+    @property
+    def lost(self) -> str:
+        """The texts to keep that are clearly worse than by the base, as a sentence; empty if there are none."""
+        changes = {name: its.change or 0.0 for name, its in self.texts.items() if its.distance is not None}
+        lost = [f"{name} (+{change:.1%})" for name, change in changes.items() if change > MOST_LOST]
+        return f"Worse than by the base, though kept: {', '.join(lost)}; add more such text." if lost else ""
 
     def tables(self, experts: Sequence[str]) -> list[Table]:
         """A row per end, and a row per text; without `experts`, new experts are one column."""
@@ -98,13 +113,14 @@ class Findings:
                 *(f"{share:.1%}" for share in (its.shares[1:] if experts else [sum(its.shares[1:])])),
                 f"{its.all_original:.1%}",
                 "" if its.distance is None else f"{its.distance:.3f}",
+                "" if its.change is None else percent(its.change),
                 *(f"{loss:.3f}" for loss in its.losses or ()),
                 *([] if its.losses else [""] * 3),
             ]
             for name, its in self.texts.items()
         ]
         names = experts or ["new experts"]
-        texts = ["held-out text", "to the base", *names, "base in all layers", "KL", "loss: base", "learned", "result"]
+        texts = ["held-out text", "to the base", *names, "in all layers", "KL", "loss", "by base", "learned", "result"]
         return [Table(head, rows), Table(texts, of_text)]
 
 

@@ -18,10 +18,13 @@ from tests.support.model_shapes import save_config
 Write = Callable[..., Path]
 
 
-def write_findings(distance: float, kept: float) -> None:
+def write_findings(distance: float, kept: float, change: float = 0.0) -> None:
     """Write what the routers of a second FFN do."""
     ends = {"base": Point(0, 3.0), "learned": Point(0.5, 2.0), "result": Point(distance, 3.0 - kept)}
-    texts = {"el": TextResult([0.1, 0.9], 0.1, losses=(3.0, 2.0, 2.1)), "en": TextResult([1.0, 0.0], 1.0, distance)}
+    texts = {
+        "el": TextResult([0.1, 0.9], 0.1, losses=(3.0, 2.0, 2.1)),
+        "en": TextResult([1.0], 1.0, distance, None, change),
+    }
     findings = Findings(**ends, kept=kept, tried=[], shares=[], texts=texts, max_distance=None, keep=None)
     Path("out/hf").mkdir(parents=True, exist_ok=True)
     Path("out/hf/calibration.json").write_text(json.dumps({"findings": asdict(findings)}))

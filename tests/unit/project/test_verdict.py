@@ -67,7 +67,7 @@ def test_a_language_that_routers_do_not_keep_is_named_and_the_model_not_worth_se
     Path("out/evaluation").mkdir(parents=True)
     content = {"models": {"base": {"languages": {}}, "second-ffn": of_languages((-0.2,), (-0.1,), (0.04,))}}
     Path("out/evaluation/results.json").write_text(json.dumps(content))
-    write_findings(distance=0.02, kept=0.9)
+    write_findings(distance=0.02, kept=0.9, change=0.04)
     findings = json.loads(Path("out/hf/calibration.json").read_text())
     texts = findings["findings"]["texts"]
     texts["code"] = texts.pop("en")
@@ -75,11 +75,12 @@ def test_a_language_that_routers_do_not_keep_is_named_and_the_model_not_worth_se
     text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
     assert "reads it like the new languages: en." in text and "English: not kept by the routers" in text
     assert "Worth serving" not in text and "Hardly" not in text
+    assert "Worse than by the base, though kept: code (+4.0%); add more such text." in text
     text = verdict(ResolvedProject(read_project(write(method="auto", experts=None))))  # no review followed
     assert "English: lost by more than 3%; add such text under languages.kept" in text
     write_findings(distance=0.02, kept=0.06)
     text = verdict(ResolvedProject(read_project(write(method="second-ffn", experts=None))))
-    assert "Hardly worth serving: the second FFN keeps 6% of what was learned (at least 85%); train" in text
+    assert "Hardly worth serving: the second FFN keeps 6% of what was learned (at least 85%); add" in text
 
 
 @pytest.mark.parametrize("review, model", [(-0.3, "out/review-hf"), (-0.1, "out/hf")])

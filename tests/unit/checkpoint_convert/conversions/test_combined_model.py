@@ -91,10 +91,13 @@ def test_the_stock_model_is_as_near_to_base_and_expert_as_recorded(
         losses = [loss(one(tokens).logits, tokens) for one in stock_models]
     assert losses == pytest.approx(record.findings.texts["el"].losses, rel=1e-4)
     for name, texts in KEPT.items():
+        tokens = held_out(base, texts)
         with torch.no_grad():
-            old, _, new = (one(held_out(base, texts)).logits[:, :-1].double().log_softmax(-1) for one in stock_models)
+            old, _, new = (one(tokens).logits[:, :-1].double().log_softmax(-1) for one in stock_models)
+            before, _, after = (loss(one(tokens).logits, tokens) for one in stock_models)
         nats = (old.exp() * (old - new)).sum(-1).mean().item()
         assert nats == pytest.approx(record.findings.texts[name].distance, rel=1e-3, abs=1e-6)
+        assert after / before - 1 == pytest.approx(record.findings.texts[name].change, abs=1e-4)
     its = record.findings
     sums = [point.distance + point.loss for point in (its.base, its.learned, its.result)]
     assert min(sums) == sums[2] and its.kept > 0.7 and its.result.distance < 0.3 * its.learned.distance
@@ -326,3 +329,4 @@ def test_the_search_ends_at_shares_without_a_better_neighbor(dial: dict) -> None
         other[place] += step
         if 0 <= other[place] < len(calibration.SHARES):
             assert score(measured(tuple(other))) >= score(point)
+    assert dial or score(calibration.Point(0.09, 2.1)) < score(calibration.Point(0.11, 2.0))  # the goal is 0.1 nats

@@ -96,10 +96,11 @@ def test_tables_name_changes_distances_and_the_source_of_four_that_helps_most() 
 
     kinds = {text: rows(8, 0, SENTENCES) for text in WORDS}
     changed = {text: rows(6 if text in EXPANDED else 9 if text == "fi" else 8, 1, SENTENCES) for text in WORDS}
-    scores = {
-        name: {text: {NEW: x, KEPT: x} if text in EXPANDED else {KEPT: x} for text, x in its.items()}
-        for name, its in (("base", kinds), ("full", changed))
-    }
+
+    def sides(of: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+        return {text: {NEW: x, KEPT: x} if text in EXPANDED else {KEPT: x} for text, x in of.items()}
+
+    scores = {"base": sides(kinds), "full": sides(changed)}
     table = flores.all_languages_table(scores)
     [[name, learned, others, distance, worst, relatives]] = [*table.rows]
     assert name == "full" and [x.split(" ")[0] for x in (learned, others, distance)] == ["−25.0%", "+6.2%", "0.500"]

@@ -76,12 +76,11 @@ def test_all_settings_read_as_many_tokens(folder: Path) -> None:
 def test_projects_of_a_base_share_base_and_text(base: str, folder: Path) -> None:
     projects = {file: ResolvedProject(read_project(Path(file))) for file in PROJECTS if f"/{base}/" in file}
     assert len({places.base for places in projects.values()}) == 1
+    new = NEAR if base == "relatives" else EXPANDED
     for file, places in projects.items():  # corpora know their original languages
+        assert [*places.expanded] == [*new] and not {*places.kept} & {*new}
         assert places.text == experiments.RUNS / base / ("pack" if "pack" in file else "")
     assert len({places.folder for places in projects.values()}) == len(projects) > 1
-    new = NEAR if base == "relatives" else EXPANDED
-    for places in projects.values():
-        assert [*places.expanded] == [*new] and not {*places.kept} & {*new}
     if base != "relatives":
         _, groups = read_texts(projects, {}, "text", 3)
         assert groups["expanded"] == [*new] and sorted(groups["kept"]) == sorted([*ORIGINAL, *PACK])

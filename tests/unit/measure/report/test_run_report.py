@@ -100,7 +100,6 @@ def test_run_of_an_older_version_is_shown_as_far_as_it_goes(tmp_path: Path) -> N
     html, markdown = pages(tmp_path)
     assert "step 5" in html and "no results per language" in html and "next-token loss" in html
     assert "No command line was recorded" in markdown
-
     # And a run without steps, or with one.
     for content, expected in (
         ("", "step 0"),
@@ -123,15 +122,15 @@ def test_evaluation_adds_intervals_routing_and_continuations(runs: list[Path], e
 
 def test_routers_in_closed_form_are_shown_with_their_ends_and_texts(runs: list[Path], tmp_path: Path) -> None:
     text = {"shares": [0.25, 0.75], "all_original": 0.125}
-    texts = {"el": text | {"losses": [3.0, 2.0, 2.1]}, "fi": text | {"distance": 0.0625}}
+    texts = {"el": text | {"losses": [3.0, 2.0, 2.1]}, "fi": text | {"distance": 0.0625, "change": 0.04}}
     ends = {name: {"distance": 0.5, "loss": loss} for name, loss in (("base", 3.0), ("learned", 2.0), ("result", 2.1))}
     rest = {"kept": 0.9, "tried": [], "shares": [], "max_distance": None, "keep": None}
     path = tmp_path / "calibration.json"
     path.write_text(json.dumps({"findings": ends | rest | {"texts": texts}, "experts": {"ffn-hf": ["el"]}}))
     _, markdown = pages(*runs, routers=Calibration.read(path))
     assert "90.0%" in markdown and row_of(markdown, "result")[1:] == ["0.500", "2.100"]
-    assert row_of(markdown, "el")[1:] == ["25.0%", "75.0%", "12.5%", "", "3.000", "2.000", "2.100"]
-    assert row_of(markdown, "fi")[4] == "0.062"
+    assert row_of(markdown, "el")[1:] == ["25.0%", "75.0%", "12.5%", "", "", "3.000", "2.000", "2.100"]
+    assert row_of(markdown, "fi")[4:6] == ["0.062", "+4.0%"]
 
 
 def test_report_json_has_every_number(runs: list[Path], evaluation: Path) -> None:

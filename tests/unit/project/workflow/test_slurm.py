@@ -244,7 +244,6 @@ def test_a_preprocessing_task_is_an_array_and_a_job_that_joins(stubs, tmp_path, 
     submit(run, shards=3)
     assert "#SBATCH --array=0,1,2\n" in (run / "slurm" / "preprocess-el-shards.sbatch").read_text()
     assert not list(corpus.parent.iterdir())
-
     # As the last line of the joining job does.
     workflow = Workflow(run, tasks(run))
     workflow.logs.mkdir()

@@ -119,9 +119,9 @@ class Findings:
             ]
             for name, its in self.texts.items()
         ]
-        names = experts or ["new experts"]
-        texts = ["held-out text", "to the base", *names, "in all layers", "KL", "loss", "by base", "learned", "result"]
-        return [Table(head, rows), Table(texts, of_text)]
+        new = experts or ["new experts"]
+        top = ["held-out text", "to the base", *new, "in all layers", "KL", "change", "loss: base", "learned", "result"]
+        return [Table(head, rows), Table(top, of_text)]
 
 
 @dataclass(frozen=True, config=FOREIGN)

@@ -48,7 +48,7 @@ _SETTINGS = Settings(context=0).resolve({})
 _RIDGE = 0.01  # a multiple of the mean of the diagonal
 _PIECES, _HELD_OUT = 10, 5  # at least so many pieces of a text; one of five is held out
 _MEASURED, _LAST_MEASURED = 2048, 4096  # held-out tokens of text to keep that searches measure
-_MOST_ALIKE = 0.1  # share of the texts to keep that are left out because they cannot be told from expanded text
+_MOST_ALIKE = 0.2  # share of the texts to keep that are left out because they cannot be told from expanded text
 
 type Rows = dict[int, Tensor]  # layer number, from 0 → the router's weight [E, H]
 type Sums = tuple[Tensor, Tensor]  # a layer's Σ w x xᵀ [H, H] and Σ w x [H], with Σ w = 1
@@ -171,8 +171,8 @@ def calibrate(
     if len(alike) > _MOST_ALIKE * len(kept):
         if is_checked:
             raise UserError(
-                f"more than a tenth of the texts to keep cannot be told from expanded text: {names}; remove those in "
-                "an expanded language, or pass more text"
+                f"more than a fifth of the texts to keep cannot be told from expanded text: {names}; leave out those "
+                "in an expanded language or a close relative of it, or pass more text"
             )
     elif alike:
         print(f"warning: left out, as the base reads it like expanded text: {names}", file=sys.stderr)
